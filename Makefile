@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything they need, in .venv.
+PYTHON ?= python3
+PYTHON312 ?= python3.12
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# One constraints file for each jax that is tested. Python 3.11 has jax 0.10.2 as its last.
+JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
+OTHER_JAX := 0.11.2 0.12.0.1
+
+.PHONY: demo test lint test-jax test-gpu clean
+
+demo: $(VENV)/installed
+	rm -rf build/demo
+	$(VENV)/bin/jaxpack demo --output build/demo
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# The tests that need no torch, on the newer jax versions.
+test-jax: $(OTHER_JAX:%=test-jax-%)
+
+test-jax-%: .venv-jax-%/installed
+	.venv-jax-$*/bin/python -m pytest --ignore-glob='*_vs_torch.py'
+
+# On a machine with an NVIDIA GPU, in the environment that is there.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+$(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints/jax-$(JAX).txt --editable '.[hf,torch,dev]'
+	touch $@
+
+.venv-jax-%/installed: pyproject.toml constraints/jax-%.txt
+	$(PYTHON312) -m venv .venv-jax-$*
+	.venv-jax-$*/bin/python -m pip install --quiet --constraint constraints/jax-$*.txt --editable '.[hf,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-jax-* build
