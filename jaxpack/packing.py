@@ -1,0 +1,191 @@
+"""Lays documents end to end in rows: which piece of which document goes where, and the arrays of a batch.
+
+Planning looks at lengths alone, so a whole dataset is planned before the first step and every shape is known.
+"""
+
+import bisect
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpack.config import PackingStrategy
+from jaxpack.errors import InputError
+
+IGNORE = -100  # the target of a position that has none, as in Hugging Face labels
+
+
+class PackedBatch(NamedTuple):
+    """Rows of documents, int32 arrays of one shape `[..., T]`. A pytree, of NumPy or of JAX arrays.
+
+    `segment_ids` count 1, 2, ... within a row and never decrease; 0 is padding, at the tail only. `positions` restart
+    at 0 with each segment. `targets[..., t]` is the token to predict at t, -100 where there is none: the last token of
+    a document, a prompt token, padding.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A plan: row `r` holds the pieces `offsets[r]:offsets[r + 1]`, in order.
+
+    A piece is the `length` tokens of `document` from its token `start` on. All arrays are int64: `document`, `start`
+    and `length` have one entry a piece, `offsets` one more than there are rows.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens in each row, int64 `[rows]`."""
+        ends = np.concatenate([[0], np.cumsum(self.length)])
+        return ends[self.offsets[1:]] - ends[self.offsets[:-1]]
+
+    @classmethod
+    def grouped(cls, groups: np.ndarray, lengths: np.ndarray) -> "Rows":
+        """Whole documents, in rows: row `r` holds those of `groups[r]`, int `[rows, documents]`; -1 is no document."""
+        used = groups >= 0
+        document = groups[used]
+        offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
+        return cls(document, np.zeros_like(document), lengths[document], offsets)
+
+
+def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = "bfd") -> Rows:
+    """Plans rows of at most `max_length` tokens for documents of the given lengths, int `[documents]`.
+
+    "bfd": best-fit decreasing over all documents; what a document has beyond `max_length` is left out.
+    "bfd_split": longer documents are first cut into pieces of `max_length`. "wrapped": documents in their own order,
+    cut wherever a row is full. A piece is a document of its own to the model. Empty documents are dropped.
+
+    The rows are those of TRL's strategies of the same names, with best-fit over the whole dataset and not within
+    chunks of 1,000. Rows come out longest document first: shuffle them before training.
+    """
+    if max_length < 1:
+        raise InputError(f"`max_length` must be at least 1, got {max_length}.")
+    lengths = np.asarray(lengths, np.int64)
+    if strategy == "bfd":
+        document = np.flatnonzero(lengths)
+        return _best_fit_decreasing(
+            document, np.zeros_like(document), np.minimum(lengths[document], max_length), max_length
+        )
+    if strategy == "bfd_split":
+        pieces = -(-lengths // max_length)
+        document = np.repeat(np.arange(len(lengths)), pieces)
+        start = _count_up(pieces) * max_length
+        return _best_fit_decreasing(document, start, np.minimum(lengths[document] - start, max_length), max_length)
+    if strategy == "wrapped":
+        return _wrapped(lengths, max_length)
+    raise InputError(f"`strategy` must be 'bfd', 'bfd_split' or 'wrapped', got {strategy!r}.")
+
+
+def _best_fit_decreasing(document: np.ndarray, start: np.ndarray, length: np.ndarray, capacity: int) -> Rows:
+    # Equal lengths are placed together. Best fit fills the fullest row that still has room until it has none, so a run
+    # of equal lengths moves whole lists of rows with equal free space, and the work grows with the number of distinct
+    # lengths and not with the number of documents.
+    order = np.argsort(-length, kind="stable")
+    row_of = np.empty(len(order), np.int64)  # by place in `order`
+    free: dict[int, list[int]] = {}  # free space -> rows that have it, oldest first
+    spaces: list[int] = []  # the keys of `free`, ascending
+    num_rows = 0
+
+    def put_back(rows: list[int], space: int) -> None:
+        if space not in free:
+            free[space] = []
+            bisect.insort(spaces, space)
+        free[space].extend(rows)
+
+    sizes, counts = np.unique(length, return_counts=True)
+    begin = 0
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        end = begin + count
+        while begin < end:
+            fit = bisect.bisect_left(spaces, size)
+            space = spaces[fit] if fit < len(spaces) else capacity
+            per_row = space // size
+            wanted = -(-(end - begin) // per_row)
+            if fit < len(spaces):
+                rows = free[space][:wanted]
+                del free[space][:wanted]
+                if not free[space]:
+                    del free[space], spaces[fit]
+            else:
+                rows = list(range(num_rows, num_rows + wanted))
+                num_rows += wanted
+            placed = min(len(rows) * per_row, end - begin)
+            row_of[begin : begin + placed] = np.repeat(rows, per_row)[:placed]
+            begin += placed
+            in_last = placed - (len(rows) - 1) * per_row
+            put_back(rows[:-1], space - per_row * size)
+            put_back(rows[-1:], space - in_last * size)
+
+    pieces = order[np.argsort(row_of, kind="stable")]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return Rows(document[pieces], start[pieces], length[pieces], offsets)
+
+
+def _wrapped(lengths: np.ndarray, max_length: int) -> Rows:
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    begins = ends - lengths
+    cuts = np.concatenate([begins, np.arange(0, total, max_length), [total]]).astype(np.int64)
+    cuts.sort(kind="stable")  # a merge: both parts are sorted
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]
+    at = cuts[:-1]
+    document = np.searchsorted(ends, at, side="right")
+    num_rows = -(-total // max_length)
+    offsets = np.searchsorted(at, np.arange(num_rows + 1) * max_length)
+    return Rows(document, at - begins[document], np.diff(cuts), offsets)
+
+
+def fill_batch(
+    tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray, rows: Rows, which: np.ndarray, row_length: int
+) -> PackedBatch:
+    """Writes the rows `which` of a plan into arrays of `row_length` tokens.
+
+    Args:
+      tokens, labels: all documents end to end, int32 `[total]`; a label is the token, or -100 where not trained on.
+      starts: where each document begins in them, int `[documents]`.
+      rows: the plan.
+      which: int `[...]`, the rows to write; -1 writes a row of padding.
+      row_length: T; no row may be longer.
+
+    Returns:
+      A batch of int32 arrays `[..., T]`.
+    """
+    flat = which.reshape(-1)
+    real = np.flatnonzero(flat >= 0)
+    first, count = rows.offsets[flat[real]], np.diff(rows.offsets)[flat[real]]
+    segment = _count_up(count)  # of each piece within its row, from 0
+    piece = np.repeat(first, count) + segment
+    row, length = np.repeat(real, count), rows.length[piece]
+
+    row_tokens = np.bincount(row, weights=length, minlength=len(flat)).astype(np.int64)
+    assert row_tokens.max(initial=0) <= row_length, f"a row of {row_tokens.max()} tokens does not fit {row_length}"
+    skipped = row * row_length - (np.cumsum(row_tokens) - row_tokens)[row]  # padding before each piece
+    position = _count_up(length)
+    slot = np.arange(len(position)) + np.repeat(skipped, length)
+    source = np.repeat(starts[rows.document[piece]] + rows.start[piece], length) + position
+    has_next = position + 1 < np.repeat(length, length)
+
+    zeros = np.zeros(flat.size * row_length, np.int32)
+    batch = PackedBatch(zeros, zeros.copy(), zeros.copy(), np.full_like(zeros, IGNORE))
+    batch.tokens[slot] = tokens[source]
+    batch.segment_ids[slot] = np.repeat(segment + 1, length)
+    batch.positions[slot] = position
+    batch.targets[slot[has_next]] = labels[source[has_next] + 1]
+    return PackedBatch(*(array.reshape(*which.shape, row_length) for array in batch))
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """`[2, 3]` -> `[0, 1, 0, 1, 2]`."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
