@@ -1,0 +1,168 @@
+"""Documents to the batches of a run: their order, and the few shapes that they are compiled for.
+
+The order follows from the seed, so the size of every batch is known before the first step.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from jaxpack.config import TrainConfig
+from jaxpack.data import Documents
+from jaxpack.errors import InputError
+from jaxpack.packing import PackedBatch, Rows, fill_batch, pack_rows
+
+MAX_SHAPES = 4
+_LANES = 128  # T is a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What `max_length` cut: documents shortened, tokens lost, and documents left with nothing to learn and dropped."""
+
+    documents: int
+    tokens: int
+    dropped: int
+
+
+class Batches:
+    """The batches of a whole run, by step: `batches[step]` is a `PackedBatch` of `[A, B, T]`.
+
+    A is `gradient_accumulation_steps`. With `packing` a step takes A * B packed rows, else as many documents: in A
+    padded batches of B rows, or, padding-free, in A rows with B = 1. Each epoch has an order of its own. Steps differ
+    only in T, which takes at most 4 values, chosen to waste the fewest tokens.
+
+    Attributes:
+      documents: what is trained on, after truncation.
+      truncation: what that cost.
+      num_rows: rows an epoch is made of.
+      steps_per_epoch, num_steps: optimizer steps.
+      row_lengths: T of each step, int64 `[num_steps]`.
+      tokens: real tokens in each step, int64 `[num_steps]`.
+    """
+
+    def __init__(self, documents: Documents, config: TrainConfig):
+        self._config = config
+        self.documents, self.truncation = _fit(documents, config)
+        if config.packing:
+            self._rows = pack_rows(self.documents.lengths, config.max_length, config.packing_strategy)
+        else:
+            self._rows = Rows.grouped(np.arange(len(self.documents))[:, None], self.documents.lengths)
+        self.num_rows = len(self._rows)
+        self.rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
+        whole_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.num_steps = config.max_steps if config.max_steps > 0 else whole_epochs
+
+        lengths = self._rows.row_lengths
+        used = [np.where(which >= 0, lengths[which], 0) for which in map(self._which, range(self.num_steps))]
+        self.tokens = np.array([step.sum() for step in used])
+        if self._end_to_end:
+            needed = np.array([step.sum(axis=1).max() for step in used])
+        else:
+            needed = np.array([step.max() for step in used])
+        if config.packing:
+            needed[:] = needed.max()  # packed rows are full: one shape
+        buckets = choose_buckets(needed)
+        self.row_lengths = buckets[np.searchsorted(buckets, needed)]
+
+    @property
+    def _end_to_end(self) -> bool:
+        return self._config.padding_free and not self._config.packing
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> PackedBatch:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(step)
+        which, row_length = self._which(step), int(self.row_lengths[step])
+        rows = self._rows
+        if self._end_to_end:
+            rows = Rows.grouped(which, self.documents.lengths)
+            which = np.arange(len(rows))[:, None]
+        documents = self.documents
+        return fill_batch(documents.tokens, documents.labels, documents.starts, rows, which, row_length)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """The shapes `(A, B, T)` that the run compiles."""
+        config = self._config
+        rows = 1 if self._end_to_end else config.per_device_train_batch_size
+        return [(config.gradient_accumulation_steps, rows, int(T)) for T in np.unique(self.row_lengths)]
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the run's positions that hold no token."""
+        return float(1 - self.tokens.sum() / self.positions.sum())
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Tokens over the room in an epoch's rows: `num_rows * max_length` with packing."""
+        lengths = self._rows.row_lengths
+        return float(
+            lengths.sum() / (len(lengths) * (self._config.max_length if self._config.packing else lengths.max()))
+        )
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions computed in each step, A * B * T, int64 `[num_steps]`."""
+        A, B, _ = self.shapes[0]
+        return A * B * self.row_lengths
+
+    def _which(self, step: int) -> np.ndarray:
+        """The rows of a step, int64 `[A, B]`; an epoch's last step is filled up with -1."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        which = np.full(self.rows_per_step, -1)
+        order = _order(self._config.seed, epoch, self.num_rows)[place * self.rows_per_step :][: self.rows_per_step]
+        which[: len(order)] = order
+        return which.reshape(self._config.gradient_accumulation_steps, -1)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncation]:
+    """Cuts documents to `max_length`, unless they are split, and drops those that this leaves without a target."""
+    if config.packing and config.packing_strategy != "bfd":
+        return documents, Truncation(0, 0, 0)
+    cut = documents.truncate(config.max_length)
+    keep = cut.num_targets > 0
+    if not keep.any():
+        raise InputError(
+            f"`max_length` must leave at least one document a token to learn, got {config.max_length}: all "
+            f"{len(documents)} are cut before the first."
+        )
+    lost = documents.lengths - cut.lengths
+    return cut[keep], Truncation(int((lost > 0).sum()), int(lost.sum()), int((~keep).sum()))
+
+
+def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = _LANES) -> np.ndarray:
+    """At most `max_buckets` multiples of `multiple`, ascending, that hold all `sizes` and waste the fewest tokens.
+
+    Exact, by dynamic programming over the distinct sizes. `sizes` is int `[steps]`, each 1 or more.
+    """
+    sizes, counts = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i, j]: positions computed when sizes i..j share the bucket sizes[j]; what is really needed is constant.
+    cost = (total[None, 1:] - total[:-1, None]) * sizes[None, :].astype(np.float64)
+    cost[np.tril_indices(len(sizes), -1)] = np.inf
+    best, splits = cost[0], []
+    for _ in range(min(max_buckets, len(sizes)) - 1):
+        # One bucket more: the last one begins at size i, the ones before it end at i - 1.
+        candidates = np.concatenate([cost[:1], best[:-1, None] + cost[1:]])
+        splits.append(candidates.argmin(axis=0))
+        best = candidates.min(axis=0)
+    last, buckets = len(sizes) - 1, []
+    for split in reversed(splits):
+        buckets.append(sizes[last])
+        last = split[last] - 1
+        if last < 0:
+            break
+    else:
+        buckets.append(sizes[last])
+    return np.array(buckets[::-1])
