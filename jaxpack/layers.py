@@ -1,0 +1,146 @@
+"""The parts of a transformer block. One layer's worth each: `transformer.py` stacks and scans them.
+
+Weights keep the orientation of a checkpoint, `[out, in]`: reading and writing one copies rows and transposes nothing.
+Projections that read the same input are one matrix (query, key and value; gate and up): one matmul instead of three.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpack.config import ModelConfig
+from jaxpack.kernels.attention import attention
+from jaxpack.kernels.gated_activation import swiglu
+from jaxpack.kernels.rope import apply_rope
+
+
+class RowContext(NamedTuple):
+    """What every layer needs to know of the batch, computed once."""
+
+    segment_ids: Int[Array, "B T"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+class LoraAdapter(nnx.Module):
+    """`scaling * lora_b @ lora_a`, added to one projection's weight; float32 factors, applied in the input's dtype."""
+
+    def __init__(self, lora_a: Float[Array, "*L R I"], lora_b: Float[Array, "*L O R"], scaling: float, dropout: float):
+        self.lora_a = nnx.LoRAParam(lora_a)
+        self.lora_b = nnx.LoRAParam(lora_b)
+        self.scaling = scaling
+        self.dropout = dropout
+
+
+class Linear(nnx.Module):
+    """One or more projections of the same input, side by side in one `weight` `[sum(out), in]`, no bias.
+
+    `projections` names them, with their output sizes, in the order of the rows. `lora` holds an adapter for each
+    that has one.
+    """
+
+    def __init__(self, in_features: int, projections: dict[str, int], *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = (sum(projections.values()), in_features)
+        self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.projections = tuple(projections.items())
+        self.lora = nnx.Dict()
+
+    def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
+        """All projections of `x`, side by side. Dropout acts on the input of the adapters, where there is a key."""
+        out = jnp.einsum("BTI,OI->BTO", x, self.weight[...].astype(x.dtype))
+        return out + self._adapted(x, dropout_key) if self.lora else out
+
+    def _adapted(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None) -> Float[Array, "B T O"]:
+        # Narrow matmuls are slow, so there are two for all projections together: the A factors side by side, and the B
+        # factors as blocks on a diagonal.
+        adapters = [(name, size, self.lora.get(name)) for name, size in self.projections]
+        present = [adapter for _, _, adapter in adapters if adapter is not None]
+        dropout = present[0].dropout
+        if dropout and dropout_key is not None:
+            keep = jax.random.bernoulli(dropout_key, 1 - dropout, x.shape)
+            x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
+        lora_a = jnp.concatenate([adapter.lora_a[...] for adapter in present])
+        lora_b = jnp.zeros((self.weight.shape[-2], lora_a.shape[0]), lora_a.dtype)
+        row = column = 0
+        for _, size, adapter in adapters:
+            if adapter is not None:
+                rank = adapter.lora_b.shape[-1]
+                lora_b = lora_b.at[row : row + size, column : column + rank].set(adapter.scaling * adapter.lora_b[...])
+                column += rank
+            row += size
+        narrow = jnp.einsum("BTI,RI->BTR", x, lora_a.astype(x.dtype))
+        return jnp.einsum("BTR,OR->BTO", narrow, lora_b.astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, returned in the dtype of `x`."""
+
+    def __init__(self, features: int, eps: float, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(features, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (normed * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and, in Qwen3, a norm of every query and key head."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+        sizes = {"q_proj": N * H, "k_proj": K * H, "v_proj": K * H}
+        self.qkv = Linear(config.hidden_size, sizes, dtype=dtype, rngs=rngs)
+        self.out = Linear(N * H, {"o_proj": config.hidden_size}, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(H, config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(H, config.rms_norm_eps, dtype=dtype)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | None
+    ) -> Float[Array, "B T D"]:
+        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        heads = self.qkv(x, None if keys is None else keys[0]).reshape(*x.shape[:2], N + 2 * K, H)
+        q, k, v = jnp.split(heads, [N, N + K], axis=2)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (apply_rope(heads, context.cos, context.sin) for heads in (q, k))
+        mixed = attention(q, k, v, context.segment_ids)
+        return self.out(mixed.reshape(*x.shape[:2], N * H), None if keys is None else keys[1])
+
+
+class FeedForward(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up = Linear(D, {"gate_proj": F, "up_proj": F}, dtype=dtype, rngs=rngs)
+        self.down = Linear(F, {"down_proj": D}, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], keys: Key[Array, "2"] | None) -> Float[Array, "B T D"]:
+        product = swiglu(self.gate_up(x, None if keys is None else keys[0]))
+        return self.down(product, None if keys is None else keys[1])
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: RowContext, dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
+        x = x + self.attention(self.attention_norm(x), context, keys[0])
+        return x + self.feed_forward(self.feed_forward_norm(x), keys[1])

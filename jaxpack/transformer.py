@@ -1,0 +1,108 @@
+"""The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpack.config import LoraConfig, ModelConfig, Remat, RopeConfig
+from jaxpack.kernels.rope import rotary_angles
+from jaxpack.layers import Block, RMSNorm, RowContext
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model over packed rows.
+
+    The parameters of `blocks` are stacked over layers, `[num_layers, ...]`, and scanned, so that compile time does not
+    grow with depth. A new instance has random weights: `torch_bridge.from_pretrained` fills in a checkpoint's.
+
+    Attributes:
+      config: the architecture.
+      dtype: of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast to it.
+      lora_config: how adapters were added; None without them.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
+        initializer = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.blocks = stacked(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.lora_config: LoraConfig | None = None  # set by `add_lora`
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        remat: Remat = "none",
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm, in `dtype`. See `PackedBatch` for what the arguments hold.
+
+        Args:
+          remat: "full" recomputes each block in the backward pass and keeps only its input; "none" keeps everything.
+          dropout_key: turns the dropout of LoRA adapters on.
+        """
+        frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.config.head_dim))
+        context = RowContext(segment_ids, *rotary_angles(positions, frequencies))
+        graph, layers = nnx.split(self.blocks)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def layer(x, scanned):
+            parameters, key = scanned
+            return nnx.merge(graph, parameters)(x, context, key), None
+
+        if remat == "full":
+            layer = jax.checkpoint(layer, prevent_cse=False)  # within a scan there is nothing to share
+        x = self.embedding[...][tokens].astype(self.dtype)
+        x, _ = jax.lax.scan(layer, x, (layers, keys))
+        return self.norm(x)
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits: the embedding where they are tied."""
+        return (self.embedding if self.config.tie_word_embeddings else self.lm_head)[...]
+
+    def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits in float32, for looking at; training never holds them. Without `segment_ids` a row is one document."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        hidden = self(tokens, segment_ids, segment_positions(segment_ids))
+        return jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each token's place in its own segment, from where the ids change."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
+    """Radians per position of each channel pair, float32: `theta^(-2i / H)`, rescaled where Llama 3.1 does.
+
+    Llama 3.1 keeps wavelengths up to L / high_freq_factor, divides the frequency by `factor` for those beyond
+    L / low_freq_factor, and goes from one to the other linearly in L / wavelength; L is the original context length.
+    """
+    channels = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = 1.0 / np.power(np.float32(rope.theta), channels)
+    if rope.llama3 is None:
+        return frequencies.astype(np.float32)
+    scaling = rope.llama3
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # over the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0, 1)
+    return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)
