@@ -1,0 +1,51 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxpack.errors import InputError
+
+
+def require_free_folder(path: Path, name: str) -> None:
+    """Refuses a path that holds something: nothing of a user's is ever overwritten."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"`{name}` must be a folder, got the file {str(path)!r}.")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"`{name}` must be empty or not exist yet, got {str(path)!r}, which holds files.")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, name: str) -> Iterator[Path]:
+    """Gives a temporary folder beside `path` to write into; renames it to `path` at the end, or removes it on an error.
+
+    Raises:
+      InputError: `path` holds something, or the disk refused a write (full, read-only, not permitted).
+    """
+    require_free_folder(path, name)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        temporary.rename(path)  # over an empty folder this is allowed, and atomic
+    except OSError as error:
+        raise InputError(
+            f"`{name}` must be writable, got {str(path)!r}: {error.strerror or error}. Nothing was left there."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

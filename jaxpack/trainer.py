@@ -1,0 +1,267 @@
+"""The loop around the step: data, progress, metrics."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxpack.batching import Batches
+from jaxpack.config import TrainConfig
+from jaxpack.console import console
+from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
+from jaxpack.errors import InputError
+from jaxpack.files import require_free_folder
+from jaxpack.lora import adapters
+from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
+from jaxpack.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run did. Rates leave out compilation, and the steps that compiled where there are others."""
+
+    losses: np.ndarray  # mean over targets, float64 [steps]
+    tokens_per_second: float  # real tokens
+    padding_share: float
+    compiled_shapes: int
+    compile_seconds: float
+    peak_memory_bytes: int
+
+
+class Trainer:
+    """Fine-tunes a model: its adapters where it has any (`add_lora`), else all of it.
+
+    Args:
+      model: trained in place; `trainer.model` is the same object.
+      tokenizer: turns the dataset's text to tokens, see `load_documents`; may be None for rows of `input_ids`.
+      train_dataset: a JSONL or Parquet file, an iterable of dicts, or a `datasets.Dataset`.
+      config: how to train.
+
+    Reading, tokenising and planning happen here, so that what is wrong with the input shows before training starts.
+
+    Raises:
+      InputError: what was given cannot be trained on; the message says what and where.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None, train_dataset: Dataset, config: TrainConfig | None = None
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config or TrainConfig()
+        if self.config.output_dir is not None:
+            require_free_folder(Path(self.config.output_dir), "output_dir")
+        self.documents = load_documents(
+            train_dataset, tokenizer, vocab_size=model.config.vocab_size, text_field=self.config.dataset_text_field
+        )
+        self.batches = Batches(self.documents, self.config)
+
+    def train(self) -> TrainResult:
+        """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress."""
+        config, batches = self.config, self.batches
+        graph, trainable, frozen = split_trainable(self.model)
+        nnx.update(self.model, trainable)  # the float32 arrays replace the model's own, which would be dead weight
+        schedule = make_schedule(config, batches.num_steps)
+        optimizer = make_optimizer(config, schedule)
+        has_dropout = any(adapter.dropout for adapter in adapters(self.model).values())
+        step_function = make_train_step(
+            graph, optimizer, remat=config.remat, dropout_seed=config.seed if has_dropout else None
+        )
+        state = TrainState(trainable, optimizer.init(trainable), jax.numpy.int32(0))
+        self._print_plan(trainable, frozen)
+
+        compiled: dict[int, Any] = {}  # by row length
+        log = _Log(config, batches, schedule)
+        waiting: Metrics | None = None  # of the step before, so that the device always has a next step to run
+        try:
+            with log:
+                for step in range(batches.num_steps):
+                    batch = jax.device_put(batches[step])
+                    row_length = batch.tokens.shape[-1]
+                    if row_length not in compiled:
+                        if waiting is not None:
+                            log.step(waiting)
+                            waiting = None
+                        begin = time.perf_counter()
+                        compiled[row_length] = step_function.lower(state, frozen, batch).compile()
+                        log.compiled(time.perf_counter() - begin)
+                    state, metrics = compiled[row_length](state, frozen, batch)
+                    if waiting is not None:
+                        log.step(waiting)
+                    waiting = metrics
+                if waiting is not None:
+                    log.step(waiting)
+        finally:
+            nnx.update(self.model, state.trainable)
+        return log.result()
+
+    def _print_plan(self, trainable: nnx.State, frozen: nnx.State) -> None:
+        config, documents, batches = self.config, self.documents, self.batches
+        for line in describe(documents, batches, config):
+            console.print(line)
+        sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (trainable, frozen)]
+        console.print(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
+
+
+def describe(documents: Documents, batches: Batches, config: TrainConfig) -> list[str]:
+    """The plan of a run in a few lines: what is trained on, what was cut, how rows are filled, which shapes compile."""
+    trained = int(batches.documents.num_targets.sum())
+    lines = [
+        f"{len(documents):,} documents, {documents.num_tokens:,} tokens, {trained:,} of them trained on"
+        f" ({trained / batches.documents.num_tokens:.0%})"
+    ]
+    cut = batches.truncation
+    if cut.documents:
+        lines.append(
+            f"max_length {config.max_length:,} cuts {cut.documents:,} documents"
+            f" and loses {cut.tokens:,} tokens ({cut.tokens / documents.num_tokens:.1%})"
+        )
+    if cut.dropped:
+        lines.append(f"{cut.dropped:,} documents are left with nothing to learn by that, and dropped")
+    if config.packing:
+        lines.append(
+            f"packing ({config.packing_strategy}): {batches.num_rows:,} rows of {config.max_length:,} tokens,"
+            f" {batches.packing_efficiency:.2%} full, {len(batches.documents) / batches.num_rows:.1f} documents each"
+        )
+    else:
+        lines.append(
+            "padding-free: the documents of a step lie end to end" if config.padding_free else "padded batches"
+        )
+    shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
+    lines.append(
+        f"{batches.num_steps:,} steps ({batches.steps_per_epoch:,} an epoch), {len(batches.shapes)} compiled"
+        f" shape{'s' * (len(batches.shapes) > 1)} ({shapes}), {batches.padding_share:.2%} of their positions padding"
+    )
+    return lines
+
+
+class _Log:
+    """Keeps a run's metrics: a progress bar, a line every `logging_steps`, and the same in `metrics.jsonl`."""
+
+    def __init__(self, config: TrainConfig, batches: Batches, schedule: optax.Schedule):
+        self._config, self._batches, self._schedule = config, batches, schedule
+        self._file = _MetricsFile(config.output_dir)
+        self._losses: list[float] = []
+        self._seconds: list[float] = []  # of each step, without compilation
+        self._warm: list[bool] = []  # whether a step's program had run before
+        self._compile_seconds: list[float] = []
+        self._next_is_warm = False
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+
+    def __enter__(self) -> "_Log":
+        self._progress.start()
+        self._bar = self._progress.add_task("", total=self._batches.num_steps, loss=float("nan"))
+        self._last = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+
+    def compiled(self, seconds: float) -> None:
+        self._compile_seconds.append(seconds)
+        self._next_is_warm = False
+        self._last = time.perf_counter()
+
+    def step(self, metrics: Metrics) -> None:
+        """Waits for a step's metrics and counts the step as done."""
+        loss, grad_norm = map(float, jax.device_get(metrics))
+        now = time.perf_counter()
+        self._seconds.append(now - self._last)
+        self._last = now
+        self._warm.append(self._next_is_warm)
+        self._next_is_warm = True
+        self._losses.append(loss)
+        done = len(self._losses)
+        self._progress.update(self._bar, completed=done, loss=loss)
+        if done % self._config.logging_steps and done != self._batches.num_steps:
+            return
+        since = (done - 1) // self._config.logging_steps * self._config.logging_steps
+        record = {
+            "step": done,
+            "epoch": round(done / self._batches.steps_per_epoch, 4),
+            "loss": float(np.mean(self._losses[since:])),
+            "grad_norm": grad_norm,
+            "learning_rate": float(self._schedule(done - 1)),
+            "tokens_per_second": self._rate(since),
+            "padding_share": float(
+                1 - self._batches.tokens[since:done].sum() / self._batches.positions[since:done].sum()
+            ),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self._file.write(record)
+        self._progress.console.print(
+            "step {step:>5}  loss {loss:.4f}  norm {grad_norm:.3f}  lr {learning_rate:.2e}  "
+            "{tokens_per_second:>7,.0f} tok/s  pad {padding_share:.1%}  {gib:.1f} GiB".format(
+                **record, gib=record["peak_memory_bytes"] / 2**30
+            )
+        )
+
+    def result(self) -> TrainResult:
+        return TrainResult(
+            losses=np.array(self._losses),
+            tokens_per_second=self._rate(0),
+            padding_share=self._batches.padding_share,
+            compiled_shapes=len(self._compile_seconds),
+            compile_seconds=sum(self._compile_seconds),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def _rate(self, since: int) -> float:
+        """Real tokens a second from step `since` on: of the steps whose program had run before, where there are any."""
+        counted = np.array(self._warm[since:])
+        counted |= not counted.any()
+        tokens = self._batches.tokens[since : since + len(counted)]
+        return float(tokens[counted].sum() / np.array(self._seconds[since:])[counted].sum())
+
+
+class _MetricsFile:
+    """`metrics.jsonl`, a record a line, whole lines only. A full disk ends the file, with a warning, not the run."""
+
+    def __init__(self, output_dir: str | None):
+        self._file = None
+        if output_dir is not None:
+            try:
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                self._file = (Path(output_dir) / "metrics.jsonl").open("wb", buffering=0)
+            except OSError as error:
+                raise InputError(f"`output_dir` must be writable, got {output_dir!r}: {error.strerror}.") from error
+
+    def write(self, record: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        end = self._file.tell()
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self._file.truncate(end)
+            self.close()
+            console.print(f"[yellow]metrics.jsonl ends here, the run goes on: {error.strerror or error}[/]")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held so far: the GPU allocator's own peak, or, on a CPU, that of the whole process."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics is not None:
+        return statistics["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
