@@ -1,0 +1,19 @@
+"""Hugging Face checkpoints in, PEFT adapters out."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch_bridge.adapter import save_adapter as save_adapter
+from torch_bridge.pretrained import from_pretrained as from_pretrained
+from torch_bridge.pretrained import save_pretrained as save_pretrained
+
+if TYPE_CHECKING:
+    from torch_bridge.live import from_torch as from_torch
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported by those who pass torch modules, and by nobody else.
+    if name == "from_torch":
+        from torch_bridge.live import from_torch
+
+        return from_torch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,98 @@
+"""Hugging Face folders in and out: config, weights, tokenizer."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxpack.console import console
+from jaxpack.data import Tokenizer
+from jaxpack.errors import InputError
+from jaxpack.files import whole_folder
+from jaxpack.lora import adapters
+from jaxpack.transformer import Transformer
+from torch_bridge.checkpoint import SafetensorsFolder, read_json, write_safetensors
+from torch_bridge.convert import build_model, model_tensors
+from torch_bridge.names import config_from_hf, config_to_hf
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer | None]:
+    """Reads a model and its tokenizer from a Hugging Face folder, or from the hub. Needs no torch.
+
+    Args:
+      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub.
+      dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
+        float32 on a CPU, where bfloat16 is slow.
+
+    Returns:
+      The model, and its tokenizer; None where the folder has none.
+
+    Raises:
+      InputError: what is there is not supported or not whole.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
+    folder = _folder(str(name_or_path))
+    config = config_from_hf(read_json(folder / "config.json"), str(name_or_path))
+    model = build_model(config, SafetensorsFolder(folder), jnp.dtype(dtype))
+    return model, _tokenizer(folder)
+
+
+def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a fully trained model as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
+
+    Raises:
+      InputError: the model has adapters (use `save_adapter`), `path` holds something, or the disk refused a write.
+    """
+    if adapters(model):
+        raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
+    source = Path(model.config.name_or_path, "config.json")
+    hf = read_json(source) if model.config.name_or_path and source.is_file() else {}
+    hf |= config_to_hf(model.config) | {"dtype": jnp.dtype(model.dtype).name}
+    with whole_folder(Path(path), "path") as folder:
+        (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+        write_safetensors(folder, ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model)))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _folder(name_or_path: str) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise InputError(f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"`model` {name_or_path!r} is no folder here; the hub needs `pip install jaxpack[hf]`."
+        ) from error
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
+        raise InputError(
+            f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}: {error}"
+        ) from error
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        console.print(f"{folder} has no tokenizer: it can be trained on rows of `input_ids` only")
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        console.print(
+            "the tokenizer was not read, which needs `pip install jaxpack[hf]`: only rows of `input_ids` will do"
+        )
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder} must hold a tokenizer that transformers reads, got: {error}") from error
