@@ -1,0 +1,3 @@
+from jaxpack.cli import main
+
+main()

@@ -1,0 +1,31 @@
+"""The front door: `jaxpack train` and `jaxpack demo`. The one place here that may import torch_bridge."""
+
+import sys
+
+import typer
+
+from jaxpack.cli.demo import demo
+from jaxpack.cli.train import train
+from jaxpack.console import console
+from jaxpack.errors import InputError
+
+app = typer.Typer(
+    help="Packed, padding-free fine-tuning of language models in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(demo)
+
+
+def main() -> None:
+    """Runs a command. Bad input ends in one sentence and status 2; a fault of jaxpack keeps its traceback."""
+    try:
+        app()
+    except InputError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted", style="red")
+        sys.exit(130)

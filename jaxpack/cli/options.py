@@ -1,0 +1,56 @@
+"""Command-line flags from configuration dataclasses, so that a field, its default and its meaning are written once."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar, get_origin
+
+import typer
+
+from jaxpack.config import LoraConfig, TrainConfig
+
+Config = TypeVar("Config", TrainConfig, LoraConfig)
+
+_FLAG_OF = {"r": "lora_r"}  # where a field's name says too little outside its class
+
+
+def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Appends a flag for every field of the dataclasses to a command, which receives them in `**flags`.
+
+    A field that two of them have, such as `seed`, is one flag that sets both.
+    """
+
+    def extend(command: Callable) -> Callable:
+        parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for config in configs:
+            for field in dataclasses.fields(config):
+                parameter = _parameter(field, panel=config.__name__)
+                if field.name not in leave_out and parameter.name not in {p.name for p in parameters}:
+                    parameters.append(parameter)
+        command.__signature__ = inspect.Signature(parameters)
+        return command
+
+    return extend
+
+
+def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
+    """The dataclass that the flags of a command describe; `given` are the fields that have none."""
+    values = {field.name: flags.get(_FLAG_OF.get(field.name, field.name)) for field in dataclasses.fields(config)}
+    return config(**{name: value for name, value in values.items() if value is not None} | given)
+
+
+def _parameter(field: dataclasses.Field, panel: str) -> inspect.Parameter:
+    name = _FLAG_OF.get(field.name, field.name)
+    flag = f"--{name.replace('_', '-')}"
+    kind = field.type
+    if get_origin(kind) is not Literal and kind not in (int, float, bool):
+        kind = str
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=field.metadata["help"],
+        rich_help_panel=panel,
+        show_default=str(field.default),
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )

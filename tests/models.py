@@ -1,0 +1,60 @@
+"""Small random models, and random documents, for the tests of everything above the kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxpack.config import Llama3RopeScaling, LoraConfig, ModelConfig, RopeConfig
+from jaxpack.data import Documents
+from jaxpack.lora import adapters, add_lora
+from jaxpack.transformer import Transformer
+
+_LLAMA3 = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
+
+
+def small_config(family: str, **changes: object) -> ModelConfig:
+    """Grouped heads, a head_dim that is not hidden / heads, and both kinds of head and rope between the families."""
+    qwen3 = family == "qwen3"
+    settings = {
+        "architecture": "Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM",
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 20,
+        "rms_norm_eps": 1e-6,
+        "rope": RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, llama3=_LLAMA3),
+        "qk_norm": qwen3,
+        "tie_word_embeddings": qwen3,
+    }
+    return ModelConfig(**(settings | changes))
+
+
+def small_model(family: str, *, lora: LoraConfig | None = None, dtype: DTypeLike = jnp.float32) -> Transformer:
+    """Random, with weights large enough (0.1) that every part matters; adapters, where asked for, are not zero."""
+    model = Transformer(small_config(family), dtype=dtype, rngs=nnx.Rngs(0))
+    key = jax.random.key(1)
+    for i, (_, parameter) in enumerate(nnx.iter_graph(model)):
+        if isinstance(parameter, nnx.Param):
+            noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i), parameter.shape, jnp.float32)
+            is_scale = parameter.ndim == 1 or parameter.shape[-1] == parameter.size // model.config.num_layers
+            parameter.set_value((noise + is_scale).astype(parameter.dtype))
+    if lora is not None:
+        add_lora(model, lora)
+        for i, adapter in enumerate(adapters(model).values()):
+            noise = 0.1 * jax.random.normal(jax.random.fold_in(key, 100 + i), adapter.lora_b.shape)
+            adapter.lora_b.set_value(noise)
+    return model
+
+
+def random_documents(lengths: list[int], vocab_size: int = 97, seed: int = 0, masked: float = 0.3) -> Documents:
+    """Documents of the given lengths; a share of their tokens is not trained on."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, sum(lengths)).astype(np.int32)
+    labels = np.where(rng.random(len(tokens)) < masked, -100, tokens).astype(np.int32)
+    ends = np.cumsum(lengths)
+    return Documents(tokens, labels, ends - lengths, np.asarray(lengths, np.int64))
