@@ -41,8 +41,8 @@ def _attend(
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     allowed = (query_segments[:, :, None] == key_segments[:, None, :]) & (query_segments[:, :, None] > 0)
-    allowed &= jnp.arange(S)[None, :] <= jnp.arange(S - T, S)[:, None]  # the queries are the last T of the S tokens
-    allowed = allowed[:, None, None, :, :]
+    causal = jnp.arange(S)[None, :] <= jnp.arange(S - T, S)[:, None]  # the queries are the last T of the S tokens
+    allowed = (allowed & causal[None])[:, None, None, :, :]
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
     scores = jnp.where(allowed, scores * H**-0.5, jnp.finfo(jnp.float32).min)
     weights = jnp.where(allowed, jax.nn.softmax(scores, axis=-1), 0.0)  # a row of padding allows nothing
