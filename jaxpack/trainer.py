@@ -200,6 +200,8 @@ class _Log:
                 1 - self._batches.tokens[since:done].sum() / self._batches.positions[since:done].sum()
             ),
             "peak_memory_bytes": peak_memory_bytes(),
+            "compiled_shapes": len(self._compile_seconds),
+            "compile_seconds": sum(self._compile_seconds),
         }
         self._file.write(record)
         self._progress.console.print(

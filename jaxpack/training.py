@@ -122,7 +122,7 @@ def make_train_step(
         loss, gradients = loss_and_gradients(graph, state.trainable, frozen, batch, remat=remat, dropout_key=key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(loss, optax.global_norm(gradients))
+        metrics = Metrics(loss, optax.tree.norm(gradients))
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,92 @@
+"""The model over packed rows: each document as if alone, causal, and blind to all others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_documents, small_config, small_model
+
+from jaxpack.config import Llama3RopeScaling, LoraConfig, RopeConfig
+from jaxpack.packing import Rows, fill_batch
+from jaxpack.transformer import Transformer, rope_frequencies, segment_positions
+
+LENGTHS = [17, 1, 40, 3, 22]
+
+
+def packed(lengths: list[int], row_length: int = 128, seed: int = 0):
+    """Documents, and a batch `[1, T]` with all of them in one row."""
+    documents = random_documents(lengths, seed=seed)
+    rows = Rows.grouped(np.arange(len(lengths))[None], documents.lengths)
+    return documents, fill_batch(documents.tokens, documents.labels, documents.starts, rows, np.array([0]), row_length)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_packed_document_has_the_logits_that_it_has_alone(family, seed):
+    model = small_model(family, lora=LoraConfig(r=4))
+    lengths = np.random.default_rng(seed).integers(1, 40, 5).tolist()
+    documents, batch = packed(lengths, row_length=256, seed=seed)
+    logits = np.asarray(model.logits(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)))[0]
+    for start, length in zip(documents.starts, documents.lengths, strict=True):
+        here = slice(start, start + length)
+        alone = model.logits(jnp.asarray(documents.tokens[None, here]))
+        np.testing.assert_allclose(logits[here], alone[0], atol=1e-5)
+
+
+def test_changing_a_document_changes_no_other_in_the_last_bit(family):
+    model = small_model(family, lora=LoraConfig(r=4))
+    documents, batch = packed(LENGTHS)
+    run = jax.jit(lambda tokens: model.logits(tokens, jnp.asarray(batch.segment_ids)))
+    before = np.asarray(run(jnp.asarray(batch.tokens)))[0]
+    for d, (start, length) in enumerate(zip(documents.starts, documents.lengths, strict=True)):
+        for place in {0, length // 2, length - 1}:
+            tokens = batch.tokens.copy()
+            tokens[0, start + place] = (tokens[0, start + place] + 1) % 97
+            after = np.asarray(run(jnp.asarray(tokens)))[0]
+            others = (batch.segment_ids[0] != d + 1) & (batch.segment_ids[0] > 0)
+            np.testing.assert_array_equal(after[others], before[others])
+            np.testing.assert_array_equal(after[start : start + place], before[start : start + place])  # causal
+            assert (after[start + place : start + length] != before[start + place : start + length]).all(axis=-1).all()
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_recomputation_changes_nothing(family, remat):
+    model = small_model(family)
+    _, batch = packed(LENGTHS)
+    arrays = [jnp.asarray(x) for x in batch[:3]]
+    np.testing.assert_allclose(model(*arrays, remat=remat), model(*arrays), rtol=1e-6, atol=1e-6)
+
+
+def test_positions_restart_where_the_segment_changes():
+    segments = jnp.array([[1, 1, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    expected = [[0, 1, 0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
+    np.testing.assert_array_equal(segment_positions(segments), expected)
+
+
+def test_compile_time_does_not_grow_with_depth(family):
+    """The program has one block in it, however many layers there are."""
+
+    def program_size(num_layers: int) -> int:
+        model = Transformer(small_config(family, num_layers=num_layers), dtype=jnp.float32, rngs=nnx.Rngs(0))
+        tokens = jnp.zeros((1, 128), jnp.int32)
+        return len(str(jax.make_jaxpr(lambda t: model(t, t + 1, t))(tokens)).splitlines())
+
+    assert program_size(2) == program_size(12)
+
+
+def test_frequencies_fall_geometrically():
+    frequencies = rope_frequencies(RopeConfig(theta=10_000.0), 64)
+    assert frequencies.dtype == np.float32
+    np.testing.assert_allclose(frequencies, 10_000.0 ** (-np.arange(32) / 32), rtol=1e-6)
+
+
+def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
+    scaling = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192)
+    plain = rope_frequencies(RopeConfig(theta=500_000.0), 128)
+    scaled = rope_frequencies(RopeConfig(theta=500_000.0, llama3=scaling), 128)
+    wavelengths = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 8, rtol=1e-6)
+    between = (wavelengths > 8192 / 4) & (wavelengths < 8192)
+    assert between.any()
+    assert ((scaled < plain) & (scaled > plain / 8))[between].all()
