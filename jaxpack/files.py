@@ -18,6 +18,16 @@ def require_free_folder(path: Path, name: str) -> None:
         raise InputError(f"`{name}` must be empty or not exist yet, got {str(path)!r}, which holds files.")
 
 
+def require_room(path: Path, name: str, needed: int) -> None:
+    """Refuses a path on a disk with fewer than `needed` bytes free: better before training than after it."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"`{name}` must have {needed:,} bytes free for what is saved there, got {free:,} on {existing}."
+        )
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path, name: str) -> Iterator[Path]:
     """Gives a temporary folder beside `path` to write into; renames it to `path` at the end, or removes it on an error.

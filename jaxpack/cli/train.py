@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
+from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
-from jaxpack.files import require_free_folder
+from jaxpack.files import require_free_folder, require_room
 from jaxpack.lora import add_lora
 from jaxpack.trainer import Trainer
 
@@ -38,6 +40,8 @@ def train(
     network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype)
     if not full_finetuning:
         add_lora(network, lora)
+    saved = jax.tree.leaves(nnx.state(network, nnx.Param if full_finetuning else nnx.LoRAParam))
+    require_room(output, "output", sum(leaf.nbytes for leaf in saved))
     trainer = Trainer(network, tokenizer, data, config)
     result = trainer.train()
     console.print(

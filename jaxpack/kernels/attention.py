@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_QUERY_CHUNK = 1024  # float32 scores exist for this many queries of a row at a time
+_MIN_CHUNK = 256  # float32 scores exist for this many queries of a row at a time,
+_MAX_CHUNKS = 16  # or for a sixteenth of it: each chunk is a part of the program
 
 
 def attention(
@@ -19,15 +20,14 @@ def attention(
     Scores and softmax are float32; the result has the dtype of `q`. What lies in another segment has weight exactly 0,
     so it cannot change a result in its last bit. The backward pass recomputes scores, a chunk of queries at a time.
     """
-    num_chunks = max(1, -(-q.shape[1] // _QUERY_CHUNK))
-    outputs = []
-    for chunk in range(num_chunks):
-        begin, end = chunk * _QUERY_CHUNK, min((chunk + 1) * _QUERY_CHUNK, q.shape[1])
-        # Keys after the chunk are never attended to, so they are not read.
-        outputs.append(
-            _attend(q[:, begin:end], k[:, :end], v[:, :end], segment_ids[:, begin:end], segment_ids[:, :end])
-        )
-    return outputs[0] if num_chunks == 1 else jnp.concatenate(outputs, axis=1)
+    T = q.shape[1]
+    chunk = max(_MIN_CHUNK, -(-T // _MAX_CHUNKS))
+    # Keys after a chunk are never attended to, so they are not read.
+    outputs = [
+        _attend(q[:, begin:end], k[:, :end], v[:, :end], segment_ids[:, begin:end], segment_ids[:, :end])
+        for begin, end in ((begin, min(begin + chunk, T)) for begin in range(0, T, chunk))
+    ]
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 @jax.checkpoint

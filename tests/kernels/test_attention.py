@@ -49,7 +49,7 @@ def rows_of(*documents_per_row: list[int], length: int) -> np.ndarray:
     ],
 )
 def test_forward_and_backward(segment_ids, heads, kv_heads, chunk, monkeypatch):
-    monkeypatch.setattr(module, "_QUERY_CHUNK", chunk)
+    monkeypatch.setattr(module, "_MIN_CHUNK", chunk)
     rng = np.random.default_rng(0)
     q, dout = rng.standard_normal((2, *segment_ids.shape, heads, 16)).astype(np.float32)
     k, v = rng.standard_normal((2, *segment_ids.shape, kv_heads, 16)).astype(np.float32)
