@@ -123,18 +123,13 @@ def load_documents(
 
 
 def _require_vocabulary(documents: Documents, vocab_size: int, where: "_Where") -> None:
-    trained = documents.labels[documents.labels != IGNORE]
+    trained = np.where(documents.labels == IGNORE, 0, documents.labels)
     for name, values in (("Token ids", documents.tokens), ("Labels other than -100", trained)):
-        if len(values) and not 0 <= values.min() <= values.max() < vocab_size:
-            wrong = (
-                documents.tokens
-                if values is documents.tokens
-                else np.where(documents.labels == IGNORE, 0, documents.labels)
-            )
-            at = np.flatnonzero((wrong < 0) | (wrong >= vocab_size))[0]
-            row = np.searchsorted(documents.starts, at, side="right") - 1
+        wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
+        if len(wrong):
+            row = int(np.searchsorted(documents.starts, wrong[0], side="right")) - 1
             raise InputError(
-                f"{name} must be in [0, {vocab_size}), the model's vocabulary, got {wrong[at]} in {where(int(row))}."
+                f"{name} must be in [0, {vocab_size}), the model's vocabulary, got {values[wrong[0]]} in {where(row)}."
             )
 
 
@@ -163,7 +158,12 @@ class _Where:
 
 def _read(dataset: Dataset) -> tuple[Sequence[Record], _Where]:
     if not isinstance(dataset, str | os.PathLike):
-        records = dataset if isinstance(dataset, Sequence) else list(dataset)
+        if isinstance(dataset, Mapping):  # a `datasets.DatasetDict`, most likely
+            raise InputError(f"`dataset` must be rows, such as one split, got a mapping of {sorted(dataset)}.")
+        records = list(dataset)
+        for row, record in enumerate(records):
+            if not isinstance(record, Mapping):
+                raise InputError(f"Every row must be a mapping, got {record!r:.80} in row {row} of the dataset.")
         return records, _Where("the dataset")
     path = Path(dataset)
     if not path.is_file():
