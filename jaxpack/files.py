@@ -23,9 +23,7 @@ def require_room(path: Path, name: str, needed: int) -> None:
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise InputError(
-            f"`{name}` must have {needed:,} bytes free for what is saved there, got {free:,} on {existing}."
-        )
+        raise InputError(f"`{name}` must have {needed:,} bytes free for what is saved, got {free:,} on {existing}.")
 
 
 @contextlib.contextmanager
