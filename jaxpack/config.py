@@ -18,6 +18,9 @@ class RopeConfig:
     theta: float
     llama3: "Llama3RopeScaling | None" = None
 
+    def __post_init__(self) -> None:
+        _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
@@ -27,6 +30,11 @@ class Llama3RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check(_is_positive(value), field.name, "must be a positive number", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +56,20 @@ class ModelConfig:
     name_or_path: str = ""  # where the weights came from; adapters name it as their base model
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
-        _check(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even", self.head_dim)
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value >= 1, name, "must be a whole number of at least 1", value)
+        _check(self.head_dim % 2 == 0, "head_dim", "must be even", self.head_dim)
+        _check(_is_positive(self.rms_norm_eps), "rms_norm_eps", "must be a positive number", self.rms_norm_eps)
         _check(
             self.num_heads % self.num_kv_heads == 0,
             "num_heads",
@@ -75,14 +94,17 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = _option(
         "all-linear", "Projections with an adapter, such as 'q_proj,v_proj', or 'all-linear': all but the head."
     )
-    seed: int = _option(0, "Of lora_A. lora_B starts at zero, so step 0 equals the base model.")
+    seed: int = _option(42, "Of lora_A. lora_B starts at zero, so step 0 equals the base model.")
 
     def __post_init__(self) -> None:
         _check(self.r >= 1, "r", "must be at least 1", self.r)
-        _check(self.lora_alpha > 0, "lora_alpha", "must be positive", self.lora_alpha)
+        _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
         if self.target_modules != "all-linear":
-            names = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
+            names = self.target_modules
+            if isinstance(names, str):
+                names = [name.strip() for name in names.split(",") if name.strip()]
+            names = tuple(names)
             _check(names != (), "target_modules", "must name at least one module", names)
             object.__setattr__(self, "target_modules", names)
 
@@ -142,15 +164,20 @@ class TrainConfig:
             self.max_steps,
         )
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
-            _check(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
+            _check(_is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
-            _check(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
+            value = getattr(self, name)
+            _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2"):
             _check(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
         choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": Remat}
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def _check(ok: bool, name: str, rule: str, value: object) -> None:

@@ -11,13 +11,12 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxpack.console import console
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 from jaxpack.packing import IGNORE
 
 Record = Mapping[str, Any]
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
-FORMATS = "`input_ids`, `messages`, `prompt` and `completion`, or `text`"
 _CHUNK = 1024  # rows handed to the tokenizer at a time; it spreads them over the cores
 
 
@@ -105,6 +104,7 @@ def load_documents(
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task("", total=len(records))
         for begin in range(0, len(records), _CHUNK):
@@ -175,8 +175,8 @@ def _read(dataset: Dataset) -> tuple[Sequence[Record], _Where]:
 
         try:
             return pyarrow.parquet.read_table(path).to_pylist(), _Where(str(path))
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{path} is not a readable Parquet file: {error}.") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path} must be a readable Parquet file: {reason(error)}.") from error
     raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
 
 
@@ -187,23 +187,28 @@ def _read_jsonl(path: Path) -> tuple[list[Record], _Where]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:  # also what is not UTF-8
-                raise InputError(f"Line {number} of {path} must be a JSON object: {error}.") from error
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                why = (
+                    f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+                )
+                raise InputError(f"Line {number} of {path} must be a JSON object, one row a line: {why}.") from error
             if not isinstance(record, dict):
-                raise InputError(f"Line {number} of {path} must be a JSON object, got {line.decode()[:80].strip()!r}.")
+                raise InputError(f"Line {number} of {path} must be a JSON object, got {text[:80].strip()!r}.")
             records.append(record)
             lines.append(number)
     return records, _Where(str(path), lines)
 
 
+# Rows, and the number of the first of them, to pairs of ids and labels.
 Encoder = Callable[[Sequence[Record], int], Iterator[tuple[Sequence[int], Sequence[int]]]]
 
 
 def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where: _Where) -> Encoder:
     """Chooses the format by the first row: a function from rows, and the number of the first, to ids and labels."""
     if "input_ids" in first:
-        return lambda rows, begin: _encode_ids(rows, begin, where)
+        return lambda rows, begin: _encode_ids(rows, begin, first.get("labels") is not None, where)
     if tokenizer is None:
         raise InputError(
             f"`tokenizer` must be given for rows without `input_ids`, got None and a row of {sorted(first)}."
@@ -214,7 +219,8 @@ def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where:
         return lambda rows, begin: _encode_prompts(rows, begin, tokenizer, where)
     if text_field in first:
         return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
-    raise InputError(f"A row must have {FORMATS}, got {sorted(first)} in {where(0)}.")
+    formats = f"`input_ids`, `messages`, `prompt` and `completion`, or `{text_field}`"
+    raise InputError(f"A row must have {formats}, got {sorted(first)} in {where(0)}.")
 
 
 def _column(rows: Sequence[Record], begin: int, key: str, kinds: tuple[type, ...], where: _Where) -> list:
@@ -230,25 +236,36 @@ def _column(rows: Sequence[Record], begin: int, key: str, kinds: tuple[type, ...
     return [record[key] for record in rows]
 
 
-def _encode_ids(rows: Sequence[Record], begin: int, where: _Where) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+def _encode_ids(rows, begin, has_labels, where):
     kinds = (list, tuple, np.ndarray)
-    for row, ids in enumerate(_column(rows, begin, "input_ids", kinds, where), begin):
-        labels = ids
-        if rows[row - begin].get("labels") is not None:
-            (labels,) = _column(rows[row - begin : row - begin + 1], row, "labels", kinds, where)
-        for name, values in (("input_ids", ids), ("labels", labels)):
-            array = np.asarray(values, dtype=None if len(values) else np.int64)
-            if array.ndim != 1 or array.dtype.kind not in "iu":
-                raise InputError(f"`{name}` must be a flat list of integers, got {values!r:.80} in {where(row)}.")
-        if len(labels) != len(ids):
+    ids = _integers(_column(rows, begin, "input_ids", kinds, where), begin, "input_ids", where)
+    labelled = rows
+    if not has_labels:  # then a row may have labels and need not: without, it is trained on whole
+        labelled = [row if row.get("labels") is not None else {"labels": row["input_ids"]} for row in rows]
+    labels = _integers(_column(labelled, begin, "labels", kinds, where), begin, "labels", where)
+    for row, (document, trained) in enumerate(zip(ids, labels, strict=True), begin):
+        if len(trained) != len(document):
             raise InputError(
-                f"`labels` must be as long as `input_ids` ({len(ids)}), got {len(labels)} in {where(row)}."
+                f"`labels` must be as long as `input_ids` ({len(document)}), got {len(trained)} in {where(row)}."
             )
-        yield ids, labels
+        yield document, trained
+
+
+def _integers(column: list, begin: int, name: str, where: _Where) -> list[np.ndarray]:
+    arrays = []
+    for row, values in enumerate(column, begin):
+        try:
+            array = np.asarray(values, dtype=None if len(values) else np.int64)
+        except (ValueError, OverflowError):  # ragged, or past 64 bits
+            array = np.empty(0)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InputError(f"`{name}` must be a flat list of integers, got {values!r:.80} in {where(row)}.")
+        arrays.append(array)
+    return arrays
 
 
 def _encode_text(rows, begin, tokenizer, text_field, where):
-    for ids in tokenizer(_column(rows, begin, text_field, (str,), where))["input_ids"]:
+    for ids in _tokenize(_column(rows, begin, text_field, (str,), where), begin, tokenizer, where):
         ids = _with_eos(ids, tokenizer)
         yield ids, ids
 
@@ -265,8 +282,8 @@ def _encode_prompts(rows, begin, tokenizer, where):
     completions = _column(rows, begin, "completion", (kind,), where)
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     if kind is str:
-        prompt_ids = tokenizer(prompts)["input_ids"]
-        whole_ids = [_with_eos(ids, tokenizer) for ids in tokenizer(whole)["input_ids"]]
+        prompt_ids = _tokenize(prompts, begin, tokenizer, where)
+        whole_ids = [_with_eos(ids, tokenizer) for ids in _tokenize(whole, begin, tokenizer, where)]
     else:
         prompt_ids = _render(prompts, begin, tokenizer, where, add_generation_prompt=True)
         whole_ids = _render(whole, begin, tokenizer, where)
@@ -289,8 +306,20 @@ def _render(conversations: list, begin: int, tokenizer: Tokenizer, where: _Where
         try:
             texts.append(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
         except Exception as error:  # a template raises what it likes
-            raise InputError(f"The chat template refuses {where(row)}: {error}.") from error
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
+            raise InputError(
+                f"The chat template must accept every row, refused {where(row)}: {reason(error)}."
+            ) from error
+    return _tokenize(texts, begin, tokenizer, where, add_special_tokens=False)  # the template has written them
+
+
+def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: _Where, **options) -> list[list[int]]:
+    try:
+        return tokenizer(texts, **options)["input_ids"]
+    except TypeError:
+        for row, text in enumerate(texts, begin):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell half of a character
+                raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(row)}.") from None
+        raise
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:

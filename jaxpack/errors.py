@@ -7,3 +7,9 @@ class InputError(ValueError):
     The message is one sentence that names the argument, the rule and the value received. The command line prints it
     and exits with status 2; any other exception is a fault of jaxpack and keeps its traceback.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What another library says is wrong, as the end of a sentence of ours: on one line, without its full stop."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()).rstrip(".")

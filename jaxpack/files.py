@@ -7,20 +7,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 
 
 def require_free_folder(path: Path, name: str) -> None:
     """Refuses a path that holds something: nothing of a user's is ever overwritten."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"`{name}` must be a folder, got the file {str(path)!r}.")
+    existing = _existing(path)
+    if not existing.is_dir():
+        raise InputError(f"`{name}` must be a folder, got {str(path)!r}, where the file {existing} is.")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"`{name}` must be writable, got {str(path)!r}, where {existing} is not.")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"`{name}` must be empty or not exist yet, got {str(path)!r}, which holds files.")
 
 
 def require_room(path: Path, name: str, needed: int) -> None:
     """Refuses a path on a disk with fewer than `needed` bytes free: better before training than after it."""
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    existing = _existing(path)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(f"`{name}` must have {needed:,} bytes free for what is saved, got {free:,} on {existing}.")
@@ -40,17 +43,23 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
         temporary.rename(path)  # over an empty folder this is allowed, and atomic
     except OSError as error:
         raise InputError(
-            f"`{name}` must be writable, got {str(path)!r}: {error.strerror or error}. Nothing was left there."
+            f"`{name}` must be writable, got {str(path)!r}: {reason(error)} (nothing was left there)."
         ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _umask() -> int:

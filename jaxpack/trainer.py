@@ -18,7 +18,7 @@ from jaxpack.batching import Batches
 from jaxpack.config import TrainConfig
 from jaxpack.console import console
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 from jaxpack.files import require_free_folder
 from jaxpack.lora import adapters
 from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
@@ -138,8 +138,8 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         )
     shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
     lines.append(
-        f"{batches.num_steps:,} steps ({batches.steps_per_epoch:,} an epoch), {len(batches.shapes)} compiled"
-        f" shape{'s' * (len(batches.shapes) > 1)} ({shapes}), {batches.padding_share:.2%} of their positions padding"
+        f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} an epoch); shapes to compile:"
+        f" {len(batches.shapes)} ({shapes}), {batches.padding_share:.2%} of their positions padding"
     )
     return lines
 
@@ -157,7 +157,7 @@ class _Log:
         self._next_is_warm = False
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
 
     def __enter__(self) -> "_Log":
@@ -239,7 +239,7 @@ class _MetricsFile:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 self._file = (Path(output_dir) / "metrics.jsonl").open("wb", buffering=0)
             except OSError as error:
-                raise InputError(f"`output_dir` must be writable, got {output_dir!r}: {error.strerror}.") from error
+                raise InputError(f"`output_dir` must be writable, got {output_dir!r}: {reason(error)}.") from error
 
     def write(self, record: dict[str, float]) -> None:
         if self._file is None:
@@ -252,7 +252,7 @@ class _MetricsFile:
         except OSError as error:
             self._file.truncate(end)
             self.close()
-            console.print(f"[yellow]metrics.jsonl ends here, the run goes on: {error.strerror or error}[/]")
+            console.print(f"[yellow]metrics.jsonl ends here, the run goes on: {reason(error)}[/]")
 
     def close(self) -> None:
         if self._file is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -36,7 +36,9 @@ class SafetensorsFolder:
             try:
                 self._files[name] = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} must be a whole safetensors file, got one that is not: {error}.") from error
+                raise InputError(
+                    f"{path} must be a whole safetensors file, got one that is not: {reason(error)}."
+                ) from error
             for tensor in self._files[name].keys():  # noqa: SIM118 - no mapping
                 described = self._files[name].get_slice(tensor)
                 if described.get_dtype() not in _DTYPES:
@@ -59,7 +61,10 @@ def _file_names(folder: Path) -> list[str]:
     index = folder / _INDEX
     if not index.is_file():
         raise InputError(f"{folder} must hold {_ONE_FILE} or {_INDEX}, got neither.")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} must have a `weight_map` from tensors to files, got {weight_map!r:.80}.")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
             raise InputError(f"{index} must list files of its own folder, got {name!r}.")
@@ -70,8 +75,8 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; what is none is an `InputError`."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be a readable JSON file: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be a readable JSON file: {reason(error)}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got {content!r:.80}.")
     return content

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from rich.progress import track
 
 from jaxpack.config import ModelConfig
@@ -17,6 +16,7 @@ from jaxpack.errors import InputError
 from jaxpack.transformer import Transformer
 from torch_bridge.names import Entry, tensor_table
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHOWN = 4  # tensors named per kind of mismatch
 
 
@@ -30,19 +30,28 @@ class TensorSource(Protocol):
         """The tensor, as anything `jnp.asarray` takes: float32, bfloat16 or float16."""
 
 
-def build_model(config: ModelConfig, source: TensorSource, dtype: DTypeLike) -> Transformer:
-    """A model with the tensors of `source`, in `dtype`. Holds one tensor at a time besides the model.
+def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) -> Transformer:
+    """A model with the tensors of `source`. Holds one tensor at a time besides the model.
+
+    Args:
+      dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
+        float32 on a CPU, where bfloat16 is slow.
 
     Raises:
       InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is read.
     """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     table = tensor_table(config)
     model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _check_shapes(model, table, source)
+    _check_tied(config, source)
     for _, parameter in nnx.iter_graph(model):
         if isinstance(parameter, nnx.Param):
             parameter.set_value(jnp.zeros(parameter.shape, parameter.dtype))
-    for name in track(table, "loading", console=console, transient=True):
+    for name in track(table, "loading", console=console, transient=True, disable=not console.is_terminal):
         entry, layer = table[name]
         parameter = _parameter(model, entry)
         first, _ = _rows(model, entry)
@@ -100,11 +109,23 @@ def _check_shapes(model: Transformer, table: dict[str, tuple[Entry, int | None]]
         problems.append(f"{len(wrong)} of the wrong shape ({_some(wrong)})")
     if problems:
         raise InputError(f"{source.description} must hold the tensors of its `config.json`, got {'; '.join(problems)}.")
-    extra = [name for name in found if name not in table and not name.endswith("rotary_emb.inv_freq")]
+    known = {*table, _HEAD}  # a tied head may be there or not
+    extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         console.print(
             f"{source.description}: {len(extra)} tensors are not part of the model and ignored ({_some(extra)})"
         )
+
+
+def _check_tied(config: ModelConfig, source: TensorSource) -> None:
+    """A head that is there, and is not the embedding, belongs to another model than a tied one."""
+    if config.tie_word_embeddings and _HEAD in source.shapes():
+        head, embedding = (jnp.asarray(source.read(name)) for name in (_HEAD, _EMBEDDING))
+        if not jnp.array_equal(head, embedding):
+            raise InputError(
+                f"`tie_word_embeddings` of {source.description} must be false where {_HEAD} is not the embedding,"
+                " got true."
+            )
 
 
 def _some(names: list[str]) -> str:

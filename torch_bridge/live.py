@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import torch
 
 from jaxpack.errors import InputError
@@ -12,8 +11,10 @@ from torch_bridge.convert import build_model
 from torch_bridge.names import config_from_hf
 
 
-def from_torch(module: torch.nn.Module, *, dtype: str = "bfloat16") -> Transformer:
+def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transformer:
     """A model with the weights of a transformers model in memory; the two share nothing afterwards.
+
+    `dtype` is that of `from_pretrained`.
 
     Raises:
       InputError: the module is no transformers model, or one that is not supported.
@@ -22,15 +23,13 @@ def from_torch(module: torch.nn.Module, *, dtype: str = "bfloat16") -> Transform
         raise InputError(f"`module` must be a plain transformers model, got {type(module).__name__}.")
     hf: dict[str, Any] = module.config.to_dict() | {"architectures": [type(module).__name__]}
     config = config_from_hf(hf, module.config.name_or_path)
-    return build_model(config, _ModuleTensors(module), jnp.dtype(dtype))
+    return build_model(config, _ModuleTensors(module), dtype)
 
 
 class _ModuleTensors:
     def __init__(self, module: torch.nn.Module):
         self.description = type(module).__name__
         self._tensors = module.state_dict()
-        if module.config.tie_word_embeddings:
-            self._tensors.pop("lm_head.weight", None)  # the embedding again
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}

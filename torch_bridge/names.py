@@ -76,46 +76,53 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     Raises:
       InputError: an architecture or an option that is not supported, or a field that is missing.
     """
-    architectures = hf.get("architectures") or [None]
-    if architectures[0] not in FAMILIES:
-        raise InputError(f"`architectures` must be one of {sorted(FAMILIES)}, got {architectures[0]!r}.")
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
+        raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
     _require(hf, "hidden_act", "silu")
     _require(hf, "attention_bias", False)
     _require(hf, "quantization_config", None)
-    try:
-        return ModelConfig(
-            architecture=architectures[0],
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope=_read_rope(hf),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            name_or_path=name_or_path,
-            **FAMILIES[architectures[0]].read(hf),
-        )
-    except KeyError as error:
-        raise InputError(f"`config.json` must have the field {error}, got one without.") from error
+    num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
+    return ModelConfig(
+        architecture=architectures[0],
+        vocab_size=_whole(hf, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_whole(hf, "intermediate_size"),
+        num_layers=_whole(hf, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_whole(hf, "num_key_value_heads", default=num_heads),
+        head_dim=_whole(hf, "head_dim", default=hidden_size // num_heads),
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=_read_rope(hf),
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        name_or_path=name_or_path,
+        **FAMILIES[architectures[0]].read(hf),
+    )
+
+
+def _whole(hf: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    value = hf.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"`{field}` of `config.json` must be a whole number of at least 1, got {value!r}.")
+    return value
 
 
 def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 has one `rope_parameters`; before, there was `rope_theta` beside an optional `rope_scaling`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"`rope_parameters` must be an object, got {rope!r}.")
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "llama3":
-        return RopeConfig(
-            theta=theta,
-            llama3=Llama3RopeScaling(
-                **{field.name: rope[field.name] for field in dataclasses.fields(Llama3RopeScaling)}
-            ),
-        )
+        fields = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
+        missing = [name for name in fields if name not in rope]
+        if missing:
+            raise InputError(f"`rope_parameters` of type 'llama3' must have {fields}, got none of {missing}.")
+        return RopeConfig(theta=theta, llama3=Llama3RopeScaling(**{name: rope[name] for name in fields}))
     raise InputError(f"`rope_type` must be 'default' or 'llama3', got {kind!r}.")
 
 

@@ -1,14 +1,15 @@
 """Hugging Face folders in and out: config, weights, tokenizer."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from jaxpack.console import console
 from jaxpack.data import Tokenizer
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 from jaxpack.files import whole_folder
 from jaxpack.lora import adapters
 from jaxpack.transformer import Transformer
@@ -17,6 +18,7 @@ from torch_bridge.convert import build_model, model_tensors
 from torch_bridge.names import config_from_hf, config_to_hf
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -34,13 +36,11 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     Raises:
       InputError: what is there is not supported or not whole.
     """
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     folder = _folder(str(name_or_path))
+    if not (folder / "config.json").is_file():
+        raise InputError(f"`model` must hold a config.json, got {str(folder)!r} without.")
     config = config_from_hf(read_json(folder / "config.json"), str(name_or_path))
-    model = build_model(config, SafetensorsFolder(folder), jnp.dtype(dtype))
+    model = build_model(config, SafetensorsFolder(folder), dtype)
     return model, _tokenizer(folder)
 
 
@@ -54,19 +54,28 @@ def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None =
         raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
     source = Path(model.config.name_or_path, "config.json")
     hf = read_json(source) if model.config.name_or_path and source.is_file() else {}
+    hf = {name: value for name, value in hf.items() if name not in _REPLACED}
     hf |= config_to_hf(model.config) | {"dtype": jnp.dtype(model.dtype).name}
     with whole_folder(Path(path), "path") as folder:
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
         write_safetensors(folder, ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model)))
+        generation = source.with_name("generation_config.json")
+        if generation.is_file():
+            shutil.copy(generation, folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            try:
+                tokenizer.save_pretrained(folder)
+            except Exception as error:  # a full disk is a plain `Exception` in tokenizers
+                raise OSError(reason(error)) from error
 
 
 def _folder(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise InputError(f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}.")
+        raise InputError(
+            f"`model` must be an existing folder or the id of a model on the hub (owner/name), got {name_or_path!r}."
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -77,7 +86,8 @@ def _folder(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
     except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
         raise InputError(
-            f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}: {error}"
+            f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"
+            f" {reason(error)}."
         ) from error
 
 
@@ -85,6 +95,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         console.print(f"{folder} has no tokenizer: it can be trained on rows of `input_ids` only")
         return None
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns where there is no torch: none is needed
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -95,4 +106,6 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{folder} must hold a tokenizer that transformers reads, got: {error}") from error
+        raise InputError(
+            f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error)}."
+        ) from error

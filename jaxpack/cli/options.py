@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin
 import typer
 
 from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.errors import InputError
 
 Config = TypeVar("Config", TrainConfig, LoraConfig)
 
@@ -24,7 +25,7 @@ def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Calla
         parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
         for config in configs:
             for field in dataclasses.fields(config):
-                parameter = _parameter(field, panel=config.__name__)
+                parameter = _parameter(field)
                 if field.name not in leave_out and parameter.name not in {p.name for p in parameters}:
                     parameters.append(parameter)
         command.__signature__ = inspect.Signature(parameters)
@@ -36,10 +37,16 @@ def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Calla
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
     """The dataclass that the flags of a command describe; `given` are the fields that have none."""
     values = {field.name: flags.get(_FLAG_OF.get(field.name, field.name)) for field in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if value is not None} | given)
+    try:
+        return config(**{name: value for name, value in values.items() if value is not None} | given)
+    except InputError as error:
+        message = str(error)
+        for name, flag in _FLAG_OF.items():
+            message = message.replace(f"`{name}`", f"`{flag}`")
+        raise InputError(message) from error
 
 
-def _parameter(field: dataclasses.Field, panel: str) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field) -> inspect.Parameter:
     name = _FLAG_OF.get(field.name, field.name)
     flag = f"--{name.replace('_', '-')}"
     kind = field.type
@@ -48,7 +55,6 @@ def _parameter(field: dataclasses.Field, panel: str) -> inspect.Parameter:
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         help=field.metadata["help"],
-        rich_help_panel=panel,
         show_default=str(field.default),
     )
     return inspect.Parameter(

@@ -1,5 +1,7 @@
 """`jaxpack train`: a Hugging Face folder and a dataset in, an adapter or a trained model out."""
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,8 @@ from jaxpack.errors import InputError
 from jaxpack.files import require_free_folder, require_room
 from jaxpack.lora import add_lora
 from jaxpack.trainer import Trainer
+
+_LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
 
 
 @with_flags(TrainConfig, LoraConfig, leave_out=("output_dir",))
@@ -33,7 +37,9 @@ def train(
 ) -> None:
     """Fine-tune a model on a dataset."""
     config = from_flags(TrainConfig, flags, output_dir=str(output))
-    lora = from_flags(LoraConfig, _with_names(flags))
+    lora = from_flags(LoraConfig, flags)
+    if full_finetuning and any(flags[name] is not None for name in _LORA_FLAGS):
+        raise InputError("`full_finetuning` must be without flags of adapters, got both.")
     require_free_folder(output, "output")
     if not data.is_file():
         raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
@@ -46,19 +52,25 @@ def train(
     result = trainer.train()
     console.print(
         f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, {result.tokens_per_second:,.0f} tokens/s,"
-        f" {result.compiled_shapes} shapes compiled in {result.compile_seconds:.1f} s,"
+        f" {result.compile_seconds:.1f} s of compilation,"
         f" peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
     )
     if full_finetuning:
-        torch_bridge.save_pretrained(trainer.model, output / "model", tokenizer)
+        _save(lambda path: torch_bridge.save_pretrained(trainer.model, path, tokenizer), output / "model")
     else:
-        torch_bridge.save_adapter(trainer.model, output / "adapter")
-    console.print(f"saved {output / ('model' if full_finetuning else 'adapter')}")
+        _save(lambda path: torch_bridge.save_adapter(trainer.model, path), output / "adapter")
 
 
-def _with_names(flags: dict) -> dict:
-    """`--target-modules q_proj,v_proj` as the names that it lists."""
-    names = flags["target_modules"]
-    if names is None or names == "all-linear":
-        return flags
-    return flags | {"target_modules": tuple(name.strip() for name in names.split(",") if name.strip())}
+def _save(write: Callable[[Path], None], path: Path) -> None:
+    """Writes what was trained to `path`, or, rather than lose it, to a temporary folder, which the error then names."""
+    try:
+        write(path)
+        console.print(f"saved {path}")
+    except InputError as error:
+        refuge = Path(tempfile.mkdtemp(prefix="jaxpack-"))
+        try:
+            write(refuge / path.name)
+        except InputError:
+            refuge.rmdir()
+            raise error from None
+        raise InputError(f"{str(error).removesuffix('.')}; it was saved to {refuge / path.name}.") from error

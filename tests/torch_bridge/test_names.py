@@ -1,0 +1,313 @@
+"""The name tables, and what is read of a `config.json`. Needs no torch."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import small_config
+
+from jaxpack.config import Llama3RopeScaling, RopeConfig
+from jaxpack.errors import InputError
+from torch_bridge.convert import build_model, model_tensors
+from torch_bridge.names import config_from_hf, config_to_hf, tensor_table
+
+LLAMA3 = Llama3RopeScaling(
+    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+PUBLISHED = {  # as the models of transformers 4 have it
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 24,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"rope_type": "llama3"} | dataclasses.asdict(LLAMA3),
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 128256,
+    },
+}
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+# --- config.json ---
+
+
+@TIED
+@pytest.mark.parametrize(
+    "rope", [RopeConfig(theta=1e4), RopeConfig(theta=5e5, llama3=LLAMA3)], ids=["default", "llama3"]
+)
+def test_config_round_trip(family: str, rope: RopeConfig, tied: bool):
+    config = small_config(family, rope=rope, tie_word_embeddings=tied, name_or_path="where it came from")
+    assert config_from_hf(config_to_hf(config), "where it came from") == config
+
+
+def test_published_configs_are_read(family: str):
+    config = config_from_hf(PUBLISHED[family], "a/model")
+    qwen3 = family == "qwen3"
+    assert config.architecture == PUBLISHED[family]["architectures"][0]
+    assert (config.vocab_size, config.num_layers) == ((151936, 28) if qwen3 else (128256, 28))
+    assert (config.hidden_size, config.intermediate_size) == ((1024, 3072) if qwen3 else (3072, 8192))
+    # Qwen3 says its head_dim, which is not 1024 / 16; Llama leaves it out.
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == ((16, 8, 128) if qwen3 else (24, 8, 128))
+    assert config.rms_norm_eps == (1e-6 if qwen3 else 1e-5)
+    assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, llama3=LLAMA3))
+    assert config.qk_norm == config.tie_word_embeddings == qwen3
+    assert config.name_or_path == "a/model"
+
+
+def test_old_and_new_forms_of_rope_read_the_same(family: str):
+    old = dict(PUBLISHED[family])
+    new = dict(old)
+    theta, scaling = new.pop("rope_theta"), new.pop("rope_scaling")
+    new["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
+    assert config_from_hf(new) == config_from_hf(old)
+    if scaling is not None:  # older still: `type` for `rope_type`
+        scaling = {("type" if field == "rope_type" else field): value for field, value in scaling.items()}
+        assert config_from_hf(old | {"rope_scaling": scaling}) == config_from_hf(old)
+
+
+def test_heads_are_not_grouped_unless_it_is_said(family: str):
+    for hf in (
+        PUBLISHED[family] | {"num_key_value_heads": None},
+        {name: value for name, value in PUBLISHED[family].items() if name != "num_key_value_heads"},
+    ):
+        assert config_from_hf(hf).num_kv_heads == PUBLISHED[family]["num_attention_heads"]
+
+
+@pytest.mark.parametrize("option", ["hidden_act", "attention_bias", "quantization_config", "layer_types"])
+def test_options_that_are_null_are_off(family: str, option: str):
+    assert config_from_hf(PUBLISHED[family] | {option: None}) == config_from_hf(PUBLISHED[family])
+
+
+UNSUPPORTED = [
+    ("architectures", {"architectures": ["MistralForCausalLM"]}),
+    ("architectures", {"architectures": []}),
+    ("architectures", {"architectures": None}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("attention_bias", {"attention_bias": True}),
+    ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("rope_type", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    ("rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}),
+    ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
+]
+UNSUPPORTED_BY = {
+    "qwen3": [
+        ("use_sliding_window", {"use_sliding_window": True}),
+        ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ],
+    "llama": [("mlp_bias", {"mlp_bias": True})],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "change"),
+    [(family, *case) for family, cases in UNSUPPORTED_BY.items() for case in UNSUPPORTED + cases],
+    ids=str,
+)
+def test_unsupported_options_are_refused_by_name(family: str, option: str, change: dict[str, Any]):
+    with pytest.raises(InputError, match=f"`{option}`") as refused:
+        config_from_hf(PUBLISHED[family] | change)
+    (value,) = change.values()
+    shown = value if not isinstance(value, dict) else value.get("rope_type", value.get("type", value))
+    shown = shown[-1] if isinstance(shown, list) and shown else shown
+    assert str(shown) in str(refused.value), "the value received is missing"
+
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_missing_fields_are_named(family: str, field: str):
+    with pytest.raises(InputError, match=field):
+        config_from_hf({name: value for name, value in PUBLISHED[family].items() if name != field})
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Llama3RopeScaling)])
+def test_missing_fields_of_the_scaling_are_named(field: str):
+    hf = PUBLISHED["llama"]
+    scaling = {name: value for name, value in hf["rope_scaling"].items() if name != field}
+    with pytest.raises(InputError, match=field):
+        config_from_hf(hf | {"rope_scaling": scaling})
+
+
+# --- Tensor names ---
+
+
+class FakeTensors:
+    """Tensors in memory, in place of a checkpoint."""
+
+    description = "the test"
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self.tensors = tensors
+        self.read_names: list[str] = []
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        self.read_names.append(name)
+        return self.tensors[name]
+
+
+def shapes_by_hand(family: str, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of `small_config`, as transformers names and shapes them."""
+    c = small_config(family)
+    D, F, Q, KV = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
+    for i in range(c.num_layers):
+        layer = {
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+            "self_attn.q_proj": (Q, D),
+            "self_attn.k_proj": (KV, D),
+            "self_attn.v_proj": (KV, D),
+            "self_attn.o_proj": (D, Q),
+            "mlp.gate_proj": (F, D),
+            "mlp.up_proj": (F, D),
+            "mlp.down_proj": (D, F),
+        }
+        if family == "qwen3":
+            layer |= {"self_attn.q_norm": (c.head_dim,), "self_attn.k_norm": (c.head_dim,)}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    if not tied:
+        shapes["lm_head.weight"] = (c.vocab_size, D)
+    return shapes
+
+
+@TIED
+def test_the_table_names_the_tensors_of_a_checkpoint(family: str, tied: bool):
+    table = tensor_table(small_config(family, tie_word_embeddings=tied))
+    assert table.keys() == shapes_by_hand(family, tied).keys()
+    places = [(entry.path, entry.projection, layer) for entry, layer in table.values()]
+    assert len(set(places)) == len(places), "two tensors go to one place"
+
+
+def test_a_name_says_its_layer_when_there_are_many(family: str):
+    """Layers count as numbers: 2 comes before 10."""
+    table = tensor_table(small_config(family, num_layers=12))
+    for name, (_, layer) in table.items():
+        assert (f".layers.{layer}." in name) == (layer is not None)
+    counts = np.bincount([layer for _, layer in table.values() if layer is not None])
+    assert counts.tolist() == [11 if family == "qwen3" else 9] * 12
+
+
+@TIED
+def test_every_element_is_filled_once(family: str, tied: bool):
+    """Tensors of ones leave no parameter at zero, and there are as many numbers in them as in the model."""
+    config = small_config(family, tie_word_embeddings=tied)
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes_by_hand(family, tied).items()}
+    source = FakeTensors(tensors)
+    model = build_model(config, source, "float32")
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert all((parameter == 1).all() for parameter in parameters)
+    assert sum(parameter.size for parameter in parameters) == sum(tensor.size for tensor in tensors.values())
+    assert sorted(source.read_names) == sorted(tensors), "each is read once"
+
+
+@TIED
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_read_comes_out_again(family: str, tied: bool, dtype: str):
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: rng.normal(size=shape).astype(jnp.dtype(dtype)) for name, shape in shapes_by_hand(family, tied).items()
+    }
+    model = build_model(small_config(family, tie_word_embeddings=tied), FakeTensors(tensors), dtype)
+    again = dict(model_tensors(model))
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+
+
+def test_tensors_go_where_the_layers_read_them(family: str):
+    """Query, key and value are rows of one matrix, in this order, and so are gate and up; layers are stacked."""
+    config = small_config(family, tie_word_embeddings=False)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes_by_hand(family, False).items()}
+    model = build_model(config, FakeTensors(tensors), "float32")
+    blocks = model.blocks
+    places = {
+        "input_layernorm": blocks.attention_norm.scale,
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj": blocks.attention.qkv.weight,
+        "self_attn.o_proj": blocks.attention.out.weight,
+        "post_attention_layernorm": blocks.feed_forward_norm.scale,
+        "mlp.gate_proj mlp.up_proj": blocks.feed_forward.gate_up.weight,
+        "mlp.down_proj": blocks.feed_forward.down.weight,
+    }
+    if family == "qwen3":
+        places |= {"self_attn.q_norm": blocks.attention.q_norm.scale, "self_attn.k_norm": blocks.attention.k_norm.scale}
+    for names, parameter in places.items():
+        for layer in range(config.num_layers):
+            side_by_side = [tensors[f"model.layers.{layer}.{name}.weight"] for name in names.split()]
+            np.testing.assert_array_equal(parameter[layer], np.concatenate(side_by_side), err_msg=names)
+    np.testing.assert_array_equal(model.embedding[...], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(model.norm.scale[...], tensors["model.norm.weight"])
+    np.testing.assert_array_equal(model.lm_head[...], tensors["lm_head.weight"])
+
+
+def test_missing_and_misshapen_tensors_are_reported_together_before_any_is_read(family: str):
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes_by_hand(family, False).items()}
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].T
+    source = FakeTensors(tensors)
+    with pytest.raises(InputError) as refused:
+        build_model(small_config(family, tie_word_embeddings=False), source, "float32")
+    assert "1 missing (model.layers.1.self_attn.k_proj.weight)" in str(refused.value)
+    assert "model.layers.0.mlp.down_proj.weight is [80, 48] and must be [48, 80]" in str(refused.value)
+    assert source.read_names == []
+
+
+def test_tensors_beyond_the_model_are_ignored_aloud(family: str, capsys: pytest.CaptureFixture[str]):
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes_by_hand(family, True).items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(10, np.float32)  # of old checkpoints: no weight
+    config = small_config(family, tie_word_embeddings=True)
+    build_model(config, FakeTensors(tensors), "float32")
+    assert "ignored" not in capsys.readouterr().err
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(80, np.float32)
+    build_model(config, FakeTensors(tensors), "float32")
+    assert "ignored" in capsys.readouterr().err
+
+
+def test_reading_and_writing_needs_no_torch():
+    """In a process of its own, where torch cannot be imported."""
+    code = "import sys; sys.modules['torch'] = None; import torch_bridge, torch_bridge.adapter, torch_bridge.convert"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
