@@ -1,0 +1,489 @@
+"""Bad input ends in one sentence and exit status 2, and leaves every folder as it was."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers_for_tests import small_tokenizer, write_checkpoint
+
+import torch_bridge
+from jaxpack import cli
+from jaxpack.errors import InputError
+from jaxpack.trainer import Trainer, TrainResult
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]
+ONE_STEP = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--max-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "good.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+    return path
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Runs the installed command's entry point in this process: its exit status and what it wrote to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxpack", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        out, err = capfd.readouterr()
+        assert out == ""
+        return status, err
+
+    return run
+
+
+def run_process(*arguments: object, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """`python -m jaxpack`, or, with `before`, a process that runs these statements first."""
+    start = ["-c", f"{before}; from jaxpack.cli import main; main()"] if before else ["-m", "jaxpack"]
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, and what a file holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def the_error(stderr: str) -> str:
+    """The one sentence that stderr must hold, and nothing else."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: "), stderr
+    assert lines[0].endswith(".") and not lines[0].endswith(".."), stderr
+    return lines[0]
+
+
+def require_all(fragments: list[str], message: str) -> None:
+    for fragment in fragments:
+        assert fragment in message
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def jsonl(*rows: object) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+# What the data file holds (None: there is no file), and what the message says.
+BAD_DATA: dict[str, tuple[bytes | None, list[str]]] = {
+    "missing": (None, ["`data`", "existing file", "rows.jsonl"]),
+    "empty": (b"", ["at least one row", "rows.jsonl"]),
+    "not_json": (jsonl(GOOD[0], GOOD[1]) + b"\nthe cab\n" + jsonl(GOOD[2]), ["Line 4 of", "rows.jsonl", "JSON"]),
+    "not_utf8": (jsonl(GOOD[0]) + '{"text": "é"}\n'.encode("latin-1"), ["Line 2 of", "rows.jsonl"]),
+    "no_known_field": (jsonl({"question": "the", "answer": "cab"}), ["line 1 of", "'question'", "`text`"]),
+    "field_missing": (jsonl(GOOD[0], {"txt": "the"}), ["line 2 of", "`text`", "'txt'"]),
+    "labels_masked": (
+        jsonl(
+            {"input_ids": [3, 4, 5]},
+            {"input_ids": small_tokenizer()("the cab").input_ids, "labels": [-100] * 4},
+            {"input_ids": [3, 4], "labels": [-100] * 2},
+        ),
+        ["2 of 3 rows", "line 2 of", "'the cab'"],
+    ),
+    "ids_past_the_vocabulary": (
+        jsonl({"input_ids": [1, 2]}, {"input_ids": [1, 263]}),
+        ["line 2 of", "263)", "got 263"],
+    ),
+    "messages_without_a_template": (jsonl({"messages": [{"role": "user", "content": "the"}]}), ["chat template"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(name: str, base: Path, tmp_path: Path, run: Callable) -> None:
+    content, fragments = BAD_DATA[name]
+    data = tmp_path / "rows.jsonl"
+    if content is not None:
+        data.write_bytes(content)
+    before = contents(tmp_path)
+    status, stderr = run("train", "--model", base, "--data", data, "--output", tmp_path / "runs" / "first", *ONE_STEP)
+    assert status == 2
+    require_all(fragments, the_error(stderr))
+    assert contents(tmp_path) == before
+
+
+def test_bad_data_in_a_real_process(base: Path, tmp_path: Path) -> None:
+    content, fragments = BAD_DATA["labels_masked"]
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    before = contents(tmp_path)
+    done = run_process("train", "--model", base, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "run")
+    assert done.returncode == 2 and done.stdout == ""
+    require_all(fragments, the_error(done.stderr))
+    assert contents(tmp_path) == before
+
+
+def test_a_refusal_prints_no_empty_lines(base: Path, tmp_path: Path, run: Callable) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(jsonl({"text": 1}))
+    _, stderr = run("train", "--model", base, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "run")
+    assert stderr == the_error(stderr) + "\n"
+
+
+def test_an_empty_output_folder_stays_as_it_was(base: Path, tmp_path: Path, run: Callable) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (tmp_path / "rows.jsonl").write_bytes(b"")
+    assert run("train", "--model", base, "--data", tmp_path / "rows.jsonl", "--output", output)[0] == 2
+    assert output.is_dir() and not any(output.iterdir())
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def truncated(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+
+
+def sharded(files: dict[str, str] | object) -> Callable[[Path], None]:
+    """The weights in one shard of an index that says `files`."""
+
+    def damage(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+        (folder / INDEX).write_text(json.dumps(files))
+
+    return damage
+
+
+def with_tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+def with_config(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+def with_file(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+TWO_SHARDS = {"weight_map": {NORM: "model-00001-of-00002.safetensors", DOWN: "model-00002-of-00002.safetensors"}}
+
+# What is done to the folder, and what the message says.
+BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no_folder": (shutil.rmtree, ["`model`", "model"]),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "config_is_no_json": (with_file("config.json", b"{"), ["config.json", "JSON"]),
+    "config_is_a_list": (with_file("config.json", b"[]"), ["config.json", "JSON object", "[]"]),
+    "unsupported_architecture": (
+        with_config(architectures=["GPT2LMHeadModel"]),
+        ["`architectures`", "'Qwen3ForCausalLM'", "'GPT2LMHeadModel'"],
+    ),
+    "architectures_is_a_string": (
+        with_config(architectures="Qwen3ForCausalLM"),
+        ["`architectures`", "got 'Qwen3ForCausalLM'"],
+    ),
+    "unsupported_option": (with_config(attention_bias=True), ["`attention_bias`", "False", "True"]),
+    "config_without_a_number": (with_config(vocab_size=None), ["vocab_size", "None"]),
+    "config_with_text_for_a_number": (with_config(hidden_size="48"), ["hidden_size", "'48'"]),
+    "config_with_a_float_for_a_number": (with_config(num_hidden_layers=2.5), ["num_hidden_layers", "2.5"]),
+    "rope_is_no_object": (with_config(rope_parameters="default"), ["rope_parameters", "'default'"]),
+    "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS, INDEX]),
+    "missing_shard": (sharded(TWO_SHARDS), ["index", "'model-00002-of-00002.safetensors'"]),
+    "index_is_no_object": (sharded([]), [INDEX, "JSON object"]),
+    "index_with_a_list": (sharded({"weight_map": ["model-00001-of-00002.safetensors"]}), [INDEX, "weight_map"]),
+    "index_that_leaves_the_folder": (sharded({"weight_map": {NORM: "../x.safetensors"}}), [INDEX, "../x.safetensors"]),
+    "truncated": (truncated, [WEIGHTS, "whole"]),
+    "garbage": (with_file(WEIGHTS, b"\xff" * 1000), [WEIGHTS, "safetensors file"]),
+    "garbage_header": (with_file(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 64), [WEIGHTS, "safetensors file"]),
+    "empty_weights": (with_file(WEIGHTS, b""), [WEIGHTS, "safetensors file"]),
+    "wrong_shape": (
+        with_tensors(lambda tensors: tensors.update({DOWN: np.zeros((48, 81), np.float32)})),
+        [DOWN, "[48, 81]", "[48, 80]", "1 of the wrong shape"],
+    ),
+    "missing_tensor": (with_tensors(lambda tensors: tensors.pop(DOWN)), ["1 missing", DOWN]),
+    "integer_dtype": (
+        with_tensors(lambda tensors: tensors.update({NORM: np.ones(48, np.int32)})),
+        [NORM, "I32", "BF16"],
+    ),
+    "wrong_shape_and_missing_tensor": (
+        with_tensors(lambda tensors: [tensors.pop(DOWN), tensors.update({NORM: np.ones(47, np.float32)})]),
+        ["1 missing", DOWN, "1 of the wrong shape", NORM],  # all that is wrong, at once
+    ),
+    "tokenizer_is_garbage": (with_file("tokenizer.json", b"the cab"), ["tokenizer"]),
+    "tokenizer_is_missing_its_vocabulary": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
+def test_bad_checkpoint(name: str, base: Path, data: Path, tmp_path: Path, run: Callable) -> None:
+    damage, fragments = BAD_CHECKPOINTS[name]
+    model = shutil.copytree(base, tmp_path / "model")
+    damage(model)
+    before = contents(tmp_path)
+    status, stderr = run("train", "--model", model, "--data", data, "--output", tmp_path / "runs" / "first", *ONE_STEP)
+    assert status == 2
+    require_all(fragments, the_error(stderr))
+    assert contents(tmp_path) == before
+
+
+def test_bad_checkpoint_in_a_real_process(base: Path, data: Path, tmp_path: Path) -> None:
+    damage, fragments = BAD_CHECKPOINTS["missing_shard"]
+    model = shutil.copytree(base, tmp_path / "model")
+    damage(model)
+    before = contents(tmp_path)
+    done = run_process("train", "--model", model, "--data", data, "--output", tmp_path / "run")
+    assert done.returncode == 2
+    require_all(fragments, the_error(done.stderr))
+    assert contents(tmp_path) == before
+
+
+def test_a_relative_folder_that_does_not_exist_and_the_hub_does_not_know(data: Path, tmp_path: Path) -> None:
+    # "models/qwen" might be the id of a model, so the hub is asked, whose own message is long.
+    before = contents(tmp_path)
+    done = run_process(
+        "train", "--model", "models/qwen", "--data", data, "--output", tmp_path / "run", HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 2
+    require_all(["`model`", "existing folder", "'models/qwen'"], the_error(done.stderr))
+    assert contents(tmp_path) == before
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+# The flag, and what the message says: the flag by the name that was typed, the rule, the value.
+BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
+    "max_length": (["--max-length", "1"], ["max_length", "at least 2", "got 1"]),
+    "max_steps": (["--max-steps", "0"], ["max_steps", "positive", "got 0"]),
+    "batch_size": (["--per-device-train-batch-size", "0"], ["per_device_train_batch_size", "at least 1", "got 0"]),
+    "learning_rate": (["--learning-rate", "-1"], ["learning_rate", "positive", "got -1.0"]),
+    "learning_rate_nan": (["--learning-rate", "nan"], ["learning_rate", "got nan"]),
+    "learning_rate_inf": (["--learning-rate", "inf"], ["learning_rate", "got inf"]),
+    "epochs_inf": (["--num-train-epochs", "inf", "--max-steps", "-1"], ["num_train_epochs", "got inf"]),
+    "adam_beta2": (["--adam-beta2", "1"], ["adam_beta2", "[0, 1)", "got 1.0"]),
+    "lora_r": (["--lora-r", "0"], ["lora_r", "at least 1", "got 0"]),
+    "lora_alpha": (["--lora-alpha", "0"], ["lora_alpha", "positive", "got 0.0"]),
+    "lora_dropout": (["--lora-dropout", "1"], ["lora_dropout", "[0, 1)", "got 1.0"]),
+    "target_modules": (["--target-modules", "q_proj,query"], ["target_modules", "'v_proj'", "['query']"]),
+    "no_target_modules": (["--target-modules", ","], ["target_modules", "at least one"]),
+    "dtype": (["--dtype", "int8"], ["dtype", "'bfloat16'", "got 'int8'"]),
+    "text_field": (["--dataset-text-field", "body"], ["`body`", "['text']"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flag(name: str, base: Path, data: Path, tmp_path: Path, run: Callable) -> None:
+    flags, fragments = BAD_FLAGS[name]
+    before = contents(tmp_path)
+    status, stderr = run("train", "--model", base, "--data", data, "--output", tmp_path / "run", *ONE_STEP, *flags)
+    assert status == 2
+    require_all(fragments, the_error(stderr))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--pakcing"], ["--pakcing", "--packing"]),
+        (["--packing-strategy", "nonsense"], ["--packing-strategy", "nonsense", "bfd_split"]),
+        (["--max-steps", "many"], ["--max-steps", "integer"]),
+        (["--lr-scheduler-type"], ["--lr-scheduler-type", "argument"]),
+    ],
+    ids=["typo", "no_such_choice", "no_number", "no_value"],
+)
+def test_a_flag_that_cannot_be_parsed_is_a_usage_error(
+    flags: list[str], fragments: list[str], base: Path, data: Path, tmp_path: Path, run: Callable
+) -> None:
+    before = contents(tmp_path)
+    status, stderr = run("train", "--model", base, "--data", data, "--output", tmp_path / "run", *flags)
+    assert status == 2 and "Traceback" not in stderr
+    require_all(fragments, stderr)
+    assert contents(tmp_path) == before
+
+
+def test_a_bad_flag_in_a_real_process(tmp_path: Path) -> None:
+    # Flags are checked before anything is read: neither of these files exists.
+    done = run_process("train", "--model", "x", "--data", "y", "--output", tmp_path / "run", "--max-length", "1")
+    assert done.returncode == 2 and done.stdout == ""
+    require_all(["`max_length`", "got 1"], the_error(done.stderr))
+    assert contents(tmp_path) == {}
+
+
+# --- Output folders ---------------------------------------------------------------------------------------------------
+
+
+def occupied(parent: Path) -> Path:
+    (parent / "run").mkdir()
+    (parent / "run" / "notes.txt").write_text("mine")
+    return parent / "run"
+
+
+def a_file(parent: Path) -> Path:
+    (parent / "run").write_text("mine")
+    return parent / "run"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "fragments"),
+    [
+        (occupied, ["`output`", "empty", "run'"]),
+        (a_file, ["`output`", "folder", "the file", "run'"]),
+        (lambda parent: a_file(parent) / "deeper", ["`output`", "deeper"]),
+        (lambda _: Path("/proc/jaxpack"), ["`output`", "/proc"]),
+    ],
+    ids=["occupied", "a_file", "below_a_file", "not_writable"],
+)
+def test_bad_output(prepare: Callable, fragments: list[str], base: Path, data: Path, tmp_path: Path, run: Callable):
+    output = prepare(tmp_path)
+    before = contents(tmp_path)
+    status, stderr = run("train", "--model", base, "--data", data, "--output", output, *ONE_STEP)
+    assert status == 2
+    require_all(fragments, the_error(stderr))
+    assert contents(tmp_path) == before
+
+
+def test_demo_refuses_an_occupied_folder_too(tmp_path: Path, run: Callable) -> None:
+    output = occupied(tmp_path)
+    before = contents(tmp_path)
+    status, stderr = run("demo", "--output", output)
+    assert status == 2
+    require_all(["`output`", "empty"], the_error(stderr))
+    assert contents(tmp_path) == before
+
+
+# --- A disk that fills ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let any file grow beyond this; Python ignores the signal, so the write fails."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def limit_files(num_bytes: int) -> str:
+    return f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes},) * 2)"
+
+
+def whole_lines(path: Path) -> list[dict]:
+    content = path.read_bytes()
+    assert content == b"" or content.endswith(b"\n")
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run_process(  # the adapter has more than 100 kB, everything else less than 2
+        "train", "--model", base, "--data", data, "--output", output, *ONE_STEP, before=limit_files(16_384)
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr and done.stderr.rstrip().endswith(errors[0])
+    assert str(output / "adapter") in errors[0] and os.strerror(errno.EFBIG) in errors[0]
+    assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]  # no adapter/, no temporary folder
+    assert len(whole_lines(output / "metrics.jsonl")) == 1
+
+
+def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: Path, tmp_path: Path) -> None:
+    output, limit = tmp_path / "run", 3_000  # a tiny adapter has 2 kB; twenty lines of metrics have 5
+    flags = ["--lora-r", "1", "--target-modules", "q_proj", "--logging-steps", "1", "--max-steps", "20"]
+    done = run_process(
+        "train", "--model", base, "--data", data, "--output", output, *ONE_STEP, *flags, before=limit_files(limit)
+    )
+    assert done.returncode == 0, done.stderr
+    lines = whole_lines(output / "metrics.jsonl")
+    assert 1 < len(lines) < 20 and [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert (output / "metrics.jsonl").stat().st_size > limit - 500  # it used the room that there was
+    assert "metrics.jsonl ends here" in done.stderr and "step    20" in done.stderr
+    assert load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 256 kB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
+
+
+def test_a_disk_without_room_for_the_adapter_is_refused_before_training(
+    base: Path, data: Path, small_disk: Path, run: Callable
+) -> None:
+    fill(small_disk, leave=65_536)  # the adapter has more than 100 kB
+    before = contents(small_disk)
+    status, stderr = run("train", "--model", base, "--data", data, "--output", small_disk / "run", *ONE_STEP)
+    assert status == 2
+    require_all(["`output`", str(small_disk), "65,536"], the_error(stderr))
+    assert contents(small_disk) == before
+
+
+def test_a_disk_that_something_else_fills_during_the_run(
+    base: Path, data: Path, small_disk: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_and_fill(trainer: Trainer) -> TrainResult:
+        result = train(trainer)
+        fill(small_disk, leave=65_536)
+        return result
+
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", train_and_fill)
+    output = small_disk / "run"
+    status, stderr = run("train", "--model", base, "--data", data, "--output", output, *ONE_STEP)
+    assert status == 2
+    require_all(["error: ", str(output / "adapter"), os.strerror(errno.ENOSPC)], stderr.rstrip().splitlines()[-1])
+    assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]  # no adapter/, no temporary folder
+    assert len(whole_lines(output / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_disk_that_fills_while_a_model_is_saved(what: str, base: Path, tmp_path: Path) -> None:
+    model, tokenizer = torch_bridge.from_pretrained(str(base))
+    tokenizer.add_tokens([f"word {i}" for i in range(4_000)])  # now larger than the weights
+    limit = {"weights": 100_000, "tokenizer": 300_000}[what]
+    with files_of_at_most(limit), pytest.raises(InputError) as caught:
+        torch_bridge.save_pretrained(model, str(tmp_path / "model"), tokenizer)
+    assert str(tmp_path / "model") in str(caught.value)
+    assert contents(tmp_path) == {}

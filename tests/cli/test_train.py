@@ -1,0 +1,233 @@
+"""`jaxpack train`: what it writes, that its flags are the configuration, and that a seed fixes the result."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+import typer.main
+from safetensors.numpy import load_file
+from tokenizers_for_tests import small_tokenizer, write_checkpoint
+
+import torch_bridge
+from jaxpack import cli
+from jaxpack.config import LoraConfig, TrainConfig
+from torch_bridge.convert import model_tensors
+
+RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}
+SETTINGS = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--logging-steps", "2"]
+ADAPTER = ["--lora-r", "4", "--target-modules", "q_proj, down_proj"]
+STEPS = ["--max-steps", "3", "--learning-rate", "1e-2"]
+
+
+def train(*arguments: object) -> None:
+    """Runs the installed command's entry point in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["jaxpack", "train", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            assert not stopped.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    base: Path
+    data: Path
+
+    def flags(self, output: Path) -> list[object]:
+        return ["--model", self.base, "--data", self.data, "--output", output]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"prompt": f"the cab {row} " * (1 + row % 3), "completion": f" ab {row}"} for row in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Inputs(write_checkpoint(folder / "base"), folder / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def adapter_run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("adapter") / "runs" / "first"  # its parent does not exist either
+    train(*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER)
+    return output
+
+
+# --- What a run writes ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_an_adapter_and_its_metrics_and_nothing_else(adapter_run: Path) -> None:
+    files = sorted(str(path.relative_to(adapter_run)) for path in adapter_run.rglob("*") if path.is_file())
+    assert files == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"]
+    assert [path.name for path in adapter_run.parent.iterdir()] == ["first"]
+
+
+def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_run: Path, inputs: Inputs) -> None:
+    config = json.loads((adapter_run / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 4
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert config["base_model_name_or_path"] == str(inputs.base)
+    tensors = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
+    modules = [f"{layer}.{module}" for layer in (0, 1) for module in ("self_attn.q_proj", "mlp.down_proj")]
+    names = [f"base_model.model.model.layers.{module}.lora_{side}.weight" for module in modules for side in "AB"]
+    assert sorted(tensors) == sorted(names)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == np.float32 and np.isfinite(tensor).all()
+        assert tensor.shape[1 if "lora_B" in name else 0] == 4
+        assert np.abs(tensor).max() > 0  # lora_B began at zero: it was trained
+
+
+def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_step(adapter_run: Path) -> None:
+    content = (adapter_run / "metrics.jsonl").read_text()
+    assert content.endswith("\n")
+    records = [json.loads(line) for line in content.splitlines()]
+    assert [record["step"] for record in records] == [2, 3]
+    for record in records:
+        assert record.keys() >= RECORD
+        assert all(np.isfinite(value) for value in record.values())
+        assert record["loss"] > 0 and record["grad_norm"] > 0 and record["tokens_per_second"] > 0
+        assert 0 <= record["padding_share"] < 1
+        assert 1e7 < record["peak_memory_bytes"] < 1e11
+    # Linear decay from 1e-2 to 0 in three steps: the second step has two thirds of it, the third one third.
+    np.testing.assert_allclose([record["learning_rate"] for record in records], [2e-2 / 3, 1e-2 / 3], rtol=1e-5)
+
+
+def test_a_seed_fixes_every_byte_of_the_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
+    # In a process of its own: nothing is remembered, and strings have other hashes.
+    flags = [*inputs.flags(tmp_path / "again"), *SETTINGS, *STEPS, *ADAPTER]
+    subprocess.run([sys.executable, "-m", "jaxpack", "train", *map(str, flags)], check=True, timeout=120)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / "adapter" / name).read_bytes() == (adapter_run / "adapter" / name).read_bytes()
+
+
+def test_full_finetuning_writes_a_model_that_reads_back_and_differs_from_its_base(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    train(*inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, "--full-finetuning")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "model"]
+    base, _ = torch_bridge.from_pretrained(str(inputs.base))
+    trained, tokenizer = torch_bridge.from_pretrained(str(tmp_path / "run" / "model"))
+    assert tokenizer("ab the cab").input_ids == small_tokenizer()("ab the cab").input_ids
+    assert dataclasses.replace(trained.config, name_or_path="") == dataclasses.replace(base.config, name_or_path="")
+    before = dict(model_tensors(base))
+    for name, tensor in model_tensors(trained):
+        assert np.isfinite(tensor).all()
+        # Adam's first update moves every element that has a gradient by the learning rate, about 1e-2.
+        assert np.abs(np.asarray(tensor) - np.asarray(before[name])).max() > 5e-3, name
+
+
+def test_named_chat_templates_are_saved_with_the_model(inputs: Inputs, tmp_path: Path) -> None:
+    # transformers writes all but the default one into a folder of their own.
+    model, tokenizer = torch_bridge.from_pretrained(str(inputs.base))
+    templates = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ messages[0]['role'] }}"}
+    tokenizer.chat_template = templates
+    torch_bridge.save_pretrained(model, str(tmp_path / "model"), tokenizer)
+    assert torch_bridge.from_pretrained(str(tmp_path / "model"))[1].chat_template == templates
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+FIELDS = [
+    (config, field)
+    for config in (TrainConfig, LoraConfig)
+    for field in dataclasses.fields(config)
+    if field.name != "output_dir"  # it is --output
+]
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    return "--" + {"r": "lora_r"}.get(field.name, field.name).replace("_", "-")
+
+
+def another_value(field: dataclasses.Field) -> Any:
+    """A value that is valid and not the default."""
+    special = {"max_steps": 7, "dataset_text_field": "body", "target_modules": ("q_proj", "v_proj")}
+    if field.name in special:
+        return special[field.name]
+    if get_origin(field.type) is Literal:
+        return next(choice for choice in get_args(field.type) if choice != field.default)
+    if field.type is bool:
+        return not field.default
+    return field.default + 3 if field.type is int else field.default / 2 or 0.5
+
+
+class Stopped(Exception):
+    """Raised in place of training."""
+
+
+@pytest.fixture
+def configurations(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The TrainConfig and the LoraConfig that flags make, without training."""
+
+    def configurations(*flags: object) -> tuple[TrainConfig, LoraConfig]:
+        seen = {}
+
+        def trainer(model: object, tokenizer: object, data: object, config: TrainConfig) -> None:
+            seen["train"] = config
+            raise Stopped
+
+        command = importlib.import_module("jaxpack.cli.train")  # `jaxpack.cli.train` itself is the function
+        monkeypatch.setattr(command.torch_bridge, "from_pretrained", lambda *_, **__: (None, None))
+        monkeypatch.setattr(command, "add_lora", lambda _, config: seen.update(lora=config))
+        monkeypatch.setattr(command, "Trainer", trainer)
+        with pytest.raises(Stopped):
+            train(*inputs.flags(tmp_path / "run"), *flags)
+        return seen["train"], seen["lora"]
+
+    return configurations
+
+
+@pytest.mark.parametrize(("config", "field"), FIELDS, ids=lambda x: getattr(x, "name", None))
+def test_every_field_has_a_flag_that_sets_it_alone(config: type, field: dataclasses.Field, configurations: Callable):
+    value = another_value(field)
+    assert value != field.default
+    flag = flag_of(field)
+    if isinstance(value, bool):
+        given = [flag if value else f"--no-{flag[2:]}"]
+    else:
+        given = [flag, ",".join(value) if isinstance(value, tuple) else value]
+    plain, changed = configurations(), configurations(*given)
+    for before, after in zip(plain, changed, strict=True):
+        expected = {field.name: value} if hasattr(before, field.name) else {}  # --seed sets both
+        assert after == dataclasses.replace(before, **expected)
+
+
+def test_defaults_are_those_of_the_dataclasses(configurations: Callable, tmp_path: Path) -> None:
+    settings, lora = configurations()
+    assert settings == TrainConfig(output_dir=str(tmp_path / "run"))
+    assert lora == LoraConfig()
+
+
+def test_the_default_of_a_flag_that_two_configurations_share_is_what_help_says(configurations: Callable) -> None:
+    assert configurations() == configurations("--seed", TrainConfig().seed)
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_shows_every_flag_in_full(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    train("--help")
+    shown = capsys.readouterr().out
+    missing = [flag_of(field) for _, field in FIELDS if flag_of(field) not in shown]
+    assert missing == []
+
+
+def test_every_flag_has_help() -> None:
+    command = typer.main.get_command(cli.app).commands["train"]
+    assert [parameter.name for parameter in command.params if not parameter.help] == []
+
+
+# --- Imports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["jaxpack", "torch_bridge", "jaxpack.cli"])
+def test_importing_needs_neither_torch_nor_transformers(module: str) -> None:
+    script = f"import sys, {module}; print(*({{'torch', 'transformers'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "" and done.stderr == ""

@@ -1,0 +1,109 @@
+"""The other side of every comparison: small random checkpoints that transformers makes, and its logits and losses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+VOCAB_SIZE = 97
+ORIGINAL_CONTEXT = 64  # of the llama3 scaling: wavelengths from 16 to 64 positions on are rescaled
+
+# Family and rope, and whether the head is the embedding.
+CHECKPOINTS = ("qwen3-tied", "qwen3-untied", "llama-tied", "llama-untied", "llama3-tied", "llama3-untied")
+
+_ROPES = {
+    "qwen3": {"rope_type": "default", "rope_theta": 1e6},
+    "llama": {"rope_type": "default", "rope_theta": 1e4},
+    # Of ten wavelengths, two stay (6 and 16 positions), one is in between (40) and the others are stretched.
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL_CONTEXT,
+    },
+}
+
+
+def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model. Grouped heads, a head_dim that is not hidden / heads, and nothing near zero or one.
+
+    Weights have standard deviation 0.1 and norms scatter around one, so that each changes the logits; so does the
+    epsilon of the norms, which is a tenth of the embedding's variance.
+    """
+    family, head = checkpoint.split("-")
+    make_config, make = (Qwen3Config, Qwen3ForCausalLM) if family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
+    config = make_config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=20,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-3,
+        rope_parameters=_ROPES[family],
+        tie_word_embeddings=head == "tied",
+    )
+    model = make(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.1 * noise)
+            parameter.data = parameter.data.to(dtype)  # not `model.to`: that would round RoPE's frequencies, too
+    return model
+
+
+def save_model(folder: Path, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, str]:
+    """Writes a random model as a Hugging Face folder. Returns it, and the folder."""
+    model = make_model(checkpoint, dtype)
+    model.save_pretrained(folder)
+    return model, str(folder)
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, shape).astype(np.int32)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """What a torch model says of whole rows of tokens, in float32."""
+    return model(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+
+class Document(NamedTuple):
+    """A document as Hugging Face has it: labels are not shifted, and -100 where there is nothing to learn."""
+
+    tokens: list[int]
+    labels: list[int]
+
+
+def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
+    """Documents with a masked prompt of random length. Low tokens are likelier, so there is something to learn."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for length in lengths:
+        tokens = (VOCAB_SIZE * rng.random(length) ** 3).astype(int).tolist()
+        prompt = int(rng.integers(0, length))
+        documents.append(Document(tokens, [-100] * prompt + tokens[prompt:]))
+    return documents
+
+
+def padded(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """Documents as a padded batch: the arguments with which a transformers model computes their loss."""
+    longest = max(len(document.tokens) for document in documents)
+    padding = [longest - len(document.tokens) for document in documents]
+    rows = list(zip(documents, padding, strict=True))
+    return {
+        "input_ids": torch.tensor([document.tokens + [0] * missing for document, missing in rows]),
+        "attention_mask": torch.tensor([[1] * len(document.tokens) + [0] * missing for document, missing in rows]),
+        "labels": torch.tensor([document.labels + [-100] * missing for document, missing in rows]),
+    }
