@@ -16,6 +16,7 @@ from jaxpack.packing import PackedBatch, Rows, fill_batch, pack_rows
 
 MAX_SHAPES = 4
 _LANES = 128  # T is a multiple of this
+_MAX_SIZES = 1024  # distinct row lengths to choose from; more are rounded up further
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Batches:
     Attributes:
       documents: what is trained on, after truncation.
       truncation: what that cost.
-      num_rows: rows an epoch is made of.
+      num_rows, rows_per_step: rows an epoch is made of, and a step; a document is one without packing.
       steps_per_epoch, num_steps: optimizer steps.
       row_lengths: T of each step, int64 `[num_steps]`.
-      tokens: real tokens in each step, int64 `[num_steps]`.
+      tokens_per_step: real tokens in each step, int64 `[num_steps]`.
     """
 
     def __init__(self, documents: Documents, config: TrainConfig):
@@ -58,7 +59,7 @@ class Batches:
 
         lengths = self._rows.row_lengths
         used = [np.where(which >= 0, lengths[which], 0) for which in map(self._which, range(self.num_steps))]
-        self.tokens = np.array([step.sum() for step in used])
+        self.tokens_per_step = np.array([step.sum() for step in used])
         if self._end_to_end:
             needed = np.array([step.sum(axis=1).max() for step in used])
         else:
@@ -96,7 +97,7 @@ class Batches:
     @property
     def padding_share(self) -> float:
         """Share of the run's positions that hold no token."""
-        return float(1 - self.tokens.sum() / self.positions.sum())
+        return float(1 - self.tokens_per_step.sum() / self.positions_per_step.sum())
 
     @property
     def packing_efficiency(self) -> float:
@@ -107,18 +108,33 @@ class Batches:
         )
 
     @property
-    def positions(self) -> np.ndarray:
+    def positions_per_step(self) -> np.ndarray:
         """Positions computed in each step, A * B * T, int64 `[num_steps]`."""
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
 
     def _which(self, step: int) -> np.ndarray:
-        """The rows of a step, int64 `[A, B]`; an epoch's last step is filled up with -1."""
+        """The rows of a step, int64 `[A, ...]`; -1 fills up what lacks one, as in an epoch's last step."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        which = np.full(self.rows_per_step, -1)
         order = _order(self._config.seed, epoch, self.num_rows)[place * self.rows_per_step :][: self.rows_per_step]
+        if self._end_to_end:
+            return _balanced(order, self.documents.lengths, self._config.gradient_accumulation_steps)
+        which = np.full(self.rows_per_step, -1)
         which[: len(order)] = order
         return which.reshape(self._config.gradient_accumulation_steps, -1)
+
+
+def _balanced(documents: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
+    """Deals documents to rows of about the same length, longest first to the shortest row: the loss allows any cut."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    if num_rows == 1:
+        return documents[None]
+    filled = [0] * num_rows
+    for document in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
+        row = filled.index(min(filled))
+        rows[row].append(document)
+        filled[row] += lengths[document]
+    return np.array([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,6 +162,8 @@ def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: i
 
     Exact, by dynamic programming over the distinct sizes. `sizes` is int `[steps]`, each 1 or more.
     """
+    while len(np.unique(sizes // multiple)) > _MAX_SIZES:
+        multiple *= 2
     sizes, counts = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # cost[i, j]: positions computed when sizes i..j share the bucket sizes[j]; what is really needed is constant.

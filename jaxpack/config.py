@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from jaxpack.errors import InputError
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["full", "none"]
 
 
@@ -89,7 +89,7 @@ class LoraConfig:
 
     r: int = _option(16, "Rank of the adapters.")
     lora_alpha: float = _option(32, "Adapters are scaled by alpha / r.")
-    lora_dropout: float = _option(0.0, "Dropout on the input of the adapters.")
+    lora_dropout: float = _option(0.0, "Dropout on the input of the adapters, one mask for those that share it.")
     use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732).")
     target_modules: str | tuple[str, ...] = _option(
         "all-linear", "Projections with an adapter, such as 'q_proj,v_proj', or 'all-linear': all but the head."
@@ -97,6 +97,7 @@ class LoraConfig:
     seed: int = _option(42, "Of lora_A. lora_B starts at zero, so step 0 equals the base model.")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check(self.r >= 1, "r", "must be at least 1", self.r)
         _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
@@ -136,7 +137,7 @@ class TrainConfig:
     num_train_epochs: float = _option(3.0, "Passes over the data.")
     max_steps: int = _option(-1, "Steps to run, where positive, instead of num_train_epochs.")
     learning_rate: float = _option(2e-5, "Peak of the schedule; LoRA wants about ten times the default.")
-    lr_scheduler_type: Schedule = _option("linear", "Decay after warm-up: linear or cosine to 0, or constant.")
+    lr_scheduler_type: Schedule = _option("linear", "After warm-up: linear or cosine decay to 0, or none.")
     warmup_steps: float = _option(0, "Steps of linear warm-up from 0; below 1, a share of all steps.")
     weight_decay: float = _option(0.0, "AdamW's; norm scales do not decay.")
     adam_beta1: float = _option(0.9, "AdamW's.")
@@ -144,11 +145,14 @@ class TrainConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
     logging_steps: int = _option(10, "Steps between two lines of metrics.")
-    seed: int = _option(42, "Of the data's order, of dropout and of new adapters.")
+    seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text in a row.")
-    remat: Remat = _option("full", "What the backward pass recomputes: every layer (full) or nothing (none).")
+    remat: Remat = _option(
+        "full", "What the backward pass recomputes: every layer (full), or attention and loss alone (none)."
+    )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check(
             self.max_length >= 2,
             "max_length",
@@ -170,10 +174,29 @@ class TrainConfig:
             _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2"):
             _check(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
+        if self.lr_scheduler_type == "constant":
+            _check(
+                self.warmup_steps == 0,
+                "warmup_steps",
+                "must be 0 with 'constant' (see 'constant_with_warmup')",
+                self.warmup_steps,
+            )
         choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": Remat}
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+
+
+def _check_types(config: Any) -> None:
+    """Every plain field holds what it says: Python would take 2.5 rows, or "no" for true."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int:
+            _check(type(value) is int, field.name, "must be a whole number", value)
+        elif field.type is float:
+            _check(type(value) in (int, float), field.name, "must be a number", value)
+        elif field.type is bool:
+            _check(type(value) is bool, field.name, "must be true or false", value)
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,5 +1,22 @@
-"""Where a run speaks to people: one rich console, so that progress bars and lines do not overwrite each other."""
+"""Where a run speaks to people: one console, so that progress bars and lines do not overwrite each other."""
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+# No markup: paths and other people's messages have brackets of their own. No wrapping: a line is a line.
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_bar(what: str, *, transient: bool = True) -> Progress:
+    """A progress bar for a terminal or a notebook; elsewhere nothing. A task's `note` is shown behind it."""
+    return Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=transient,
+        disable=not (console.is_terminal or console.is_jupyter),
+    )

@@ -1,6 +1,7 @@
 """Records to documents: what a user's rows say, as token ids and which of them are trained on."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,9 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxpack.console import console
+from jaxpack.console import console, progress_bar
 from jaxpack.errors import InputError, reason
 from jaxpack.packing import IGNORE
 
@@ -24,12 +24,14 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face fast tokenizer."""
 
     eos_token_id: int | None
+    chat_template: str | None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> Mapping[str, list[list[int]]]: ...
     def apply_chat_template(
         self, conversation: list, *, tokenize: bool, add_generation_prompt: bool = False
     ) -> Any: ...
     def decode(self, token_ids: list[int]) -> str: ...
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Documents:
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
-    @property
+    @functools.cached_property
     def num_targets(self) -> np.ndarray:
         """Tokens that each document trains on, int64 `[documents]`. Its first token is none: nothing predicts it."""
         trained = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
@@ -95,42 +97,35 @@ def load_documents(
     if not records:
         raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
     encode = _encoder(records[0], tokenizer, text_field, where)
-    ids: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    with Progress(
-        TextColumn("tokenising"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task("", total=len(records))
+    with progress_bar("tokenising") as progress:
+        bar = progress.add_task("", total=len(records), note="")
         for begin in range(0, len(records), _CHUNK):
             chunk = records[begin : begin + _CHUNK]
-            for document, trained in encode(chunk, begin):
-                ids.append(np.asarray(document, np.int64))
-                labels.append(np.asarray(trained, np.int64))
+            for row, (document, trained) in enumerate(encode(chunk, begin), begin):
+                tokens.append(_ids("Token ids", document, vocab_size, where, row))
+                labels.append(_ids("Labels other than -100", trained, vocab_size, where, row))
             progress.advance(bar, len(chunk))
-    lengths = np.array([len(document) for document in ids], np.int64)
-    documents = Documents(np.concatenate(ids), np.concatenate(labels), np.cumsum(lengths) - lengths, lengths)
-    _require_vocabulary(documents, vocab_size, where)
+    lengths = np.array([len(document) for document in tokens], np.int64)
+    documents = Documents(np.concatenate(tokens), np.concatenate(labels), np.cumsum(lengths) - lengths, lengths)
     _require_targets(documents, tokenizer, where)
-    return dataclasses.replace(
-        documents, tokens=documents.tokens.astype(np.int32), labels=documents.labels.astype(np.int32)
-    )
+    if where.diverging:
+        console.print(
+            f"in {where.diverging:,} rows the prompt's tokens change when the completion follows:"
+            " they are trained on from where they do"
+        )
+    return documents
 
 
-def _require_vocabulary(documents: Documents, vocab_size: int, where: "_Where") -> None:
-    trained = np.where(documents.labels == IGNORE, 0, documents.labels)
-    for name, values in (("Token ids", documents.tokens), ("Labels other than -100", trained)):
-        wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
-        if len(wrong):
-            row = int(np.searchsorted(documents.starts, wrong[0], side="right")) - 1
-            raise InputError(
-                f"{name} must be in [0, {vocab_size}), the model's vocabulary, got {values[wrong[0]]} in {where(row)}."
-            )
+def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row: int) -> np.ndarray:
+    array = np.asarray(values, np.int64)
+    wrong = array[((array < 0) | (array >= vocab_size)) & ((array != IGNORE) | (name == "Token ids"))]
+    if len(wrong):
+        raise InputError(
+            f"{name} must be in [0, {vocab_size}), the model's vocabulary, got {wrong[0]} in {where(row)}."
+        )
+    return array.astype(np.int32)
 
 
 def _require_targets(documents: Documents, tokenizer: Tokenizer | None, where: "_Where") -> None:
@@ -147,10 +142,11 @@ def _require_targets(documents: Documents, tokenizer: Tokenizer | None, where: "
 
 
 class _Where:
-    """Names a row as its user knows it: a line of a file, or an index into a sequence."""
+    """Names a row as its user knows it: a line of a file, or an index. Counts what is told at the end."""
 
     def __init__(self, source: str, lines: Sequence[int] | None = None):
         self.source, self.lines = source, lines
+        self.diverging = 0  # rows whose prompt is no prefix of prompt and completion
 
     def __call__(self, row: int) -> str:
         return f"row {row} of {self.source}" if self.lines is None else f"line {self.lines[row]} of {self.source}"
@@ -216,7 +212,7 @@ def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where:
     if "messages" in first:
         return lambda rows, begin: _encode_messages(rows, begin, tokenizer, where)
     if "prompt" in first and "completion" in first:
-        return lambda rows, begin: _encode_prompts(rows, begin, tokenizer, where)
+        return lambda rows, begin: _encode_prompts(rows, begin, type(first["prompt"]), tokenizer, where)
     if text_field in first:
         return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
     formats = f"`input_ids`, `messages`, `prompt` and `completion`, or `{text_field}`"
@@ -276,8 +272,7 @@ def _encode_messages(rows, begin, tokenizer, where):
         yield ids, ids
 
 
-def _encode_prompts(rows, begin, tokenizer, where):
-    kind = type(rows[0].get("prompt"))
+def _encode_prompts(rows, begin, kind, tokenizer, where):
     prompts = _column(rows, begin, "prompt", (str, list) if kind not in (str, list) else (kind,), where)
     completions = _column(rows, begin, "completion", (kind,), where)
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -290,6 +285,7 @@ def _encode_prompts(rows, begin, tokenizer, where):
     for prompt, ids in zip(prompt_ids, whole_ids, strict=True):
         # A token may straddle the border: then it is trained on, with the completion.
         prefix = _common_prefix(prompt, ids)
+        where.diverging += prefix + 1 < len(prompt)
         yield ids, [IGNORE] * prefix + list(ids[prefix:])
 
 

@@ -6,23 +6,24 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxpack.batching import Batches
 from jaxpack.config import TrainConfig
-from jaxpack.console import console
+from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, reason
-from jaxpack.files import require_free_folder
 from jaxpack.lora import adapters
+from jaxpack.packing import PackedBatch
 from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 from jaxpack.transformer import Transformer
+
+_METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Trainer:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or TrainConfig()
-        if self.config.output_dir is not None:
-            require_free_folder(Path(self.config.output_dir), "output_dir")
+        if self.config.output_dir is not None and Path(self.config.output_dir, _METRICS).exists():
+            raise InputError(f"`output_dir` must be without {_METRICS}, got {self.config.output_dir!r} with one.")
         self.documents = load_documents(
             train_dataset, tokenizer, vocab_size=model.config.vocab_size, text_field=self.config.dataset_text_field
         )
@@ -69,39 +70,35 @@ class Trainer:
         """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress."""
         config, batches = self.config, self.batches
         graph, trainable, frozen = split_trainable(self.model)
-        nnx.update(self.model, trainable)  # the float32 arrays replace the model's own, which would be dead weight
+        nnx.update(self.model, trainable)  # lets go of the arrays that were copied
         schedule = make_schedule(config, batches.num_steps)
         optimizer = make_optimizer(config, schedule)
         has_dropout = any(adapter.dropout for adapter in adapters(self.model).values())
         step_function = make_train_step(
             graph, optimizer, remat=config.remat, dropout_seed=config.seed if has_dropout else None
         )
-        state = TrainState(trainable, optimizer.init(trainable), jax.numpy.int32(0))
+        state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         self._print_plan(trainable, frozen)
 
-        compiled: dict[int, Any] = {}  # by row length
-        log = _Log(config, batches, schedule)
-        waiting: Metrics | None = None  # of the step before, so that the device always has a next step to run
+        begin = time.perf_counter()
+        programs = {}
+        for shape in reversed(batches.shapes):  # the largest first: what does not fit shows before the first step
+            batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
+            programs[shape[-1]] = step_function.lower(state, frozen, batch).compile()
+        log = _Log(config, batches, schedule, compile_seconds=time.perf_counter() - begin)
         try:
             with log:
+                waiting: Metrics | None = None  # of the step before, so that the device always has a next step to run
                 for step in range(batches.num_steps):
                     batch = jax.device_put(batches[step])
-                    row_length = batch.tokens.shape[-1]
-                    if row_length not in compiled:
-                        if waiting is not None:
-                            log.step(waiting)
-                            waiting = None
-                        begin = time.perf_counter()
-                        compiled[row_length] = step_function.lower(state, frozen, batch).compile()
-                        log.compiled(time.perf_counter() - begin)
-                    state, metrics = compiled[row_length](state, frozen, batch)
+                    state, metrics = programs[batch.tokens.shape[-1]](state, frozen, batch)
                     if waiting is not None:
                         log.step(waiting)
                     waiting = metrics
-                if waiting is not None:
-                    log.step(waiting)
+                log.step(waiting)
         finally:
-            nnx.update(self.model, state.trainable)
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable)):  # a step that failed took them
+                nnx.update(self.model, state.trainable)
         return log.result()
 
     def _print_plan(self, trainable: nnx.State, frozen: nnx.State) -> None:
@@ -114,10 +111,10 @@ class Trainer:
 
 def describe(documents: Documents, batches: Batches, config: TrainConfig) -> list[str]:
     """The plan of a run in a few lines: what is trained on, what was cut, how rows are filled, which shapes compile."""
-    trained = int(batches.documents.num_targets.sum())
+    trained = int(documents.num_targets.sum())
     lines = [
-        f"{len(documents):,} documents, {documents.num_tokens:,} tokens, {trained:,} of them trained on"
-        f" ({trained / batches.documents.num_tokens:.0%})"
+        f"{len(documents):,} documents, {documents.num_tokens:,} tokens, {trained:,} of them to train on"
+        f" ({trained / documents.num_tokens:.0%})"
     ]
     cut = batches.truncation
     if cut.documents:
@@ -147,22 +144,20 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
 class _Log:
     """Keeps a run's metrics: a progress bar, a line every `logging_steps`, and the same in `metrics.jsonl`."""
 
-    def __init__(self, config: TrainConfig, batches: Batches, schedule: optax.Schedule):
-        self._config, self._batches, self._schedule = config, batches, schedule
-        self._file = _MetricsFile(config.output_dir)
+    def __init__(self, config: TrainConfig, batches: Batches, schedule: optax.Schedule, compile_seconds: float):
+        self._config, self._batches, self._compile_seconds = config, batches, compile_seconds
+        steps = np.arange(batches.num_steps)
+        self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
+        _, first = np.unique(batches.row_lengths, return_index=True)
+        self._warm = ~np.isin(steps, first)  # whether a step's program has run before
         self._losses: list[float] = []
-        self._seconds: list[float] = []  # of each step, without compilation
-        self._warm: list[bool] = []  # whether a step's program had run before
-        self._compile_seconds: list[float] = []
-        self._next_is_warm = False
-        self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+        self._seconds: list[float] = []
+        self._file = _MetricsFile(config.output_dir)
+        self._progress = progress_bar("training", transient=False)
 
     def __enter__(self) -> "_Log":
         self._progress.start()
-        self._bar = self._progress.add_task("", total=self._batches.num_steps, loss=float("nan"))
+        self._bar = self._progress.add_task("", total=self._batches.num_steps, note="")
         self._last = time.perf_counter()
         return self
 
@@ -170,22 +165,15 @@ class _Log:
         self._progress.stop()
         self._file.close()
 
-    def compiled(self, seconds: float) -> None:
-        self._compile_seconds.append(seconds)
-        self._next_is_warm = False
-        self._last = time.perf_counter()
-
     def step(self, metrics: Metrics) -> None:
         """Waits for a step's metrics and counts the step as done."""
         loss, grad_norm = map(float, jax.device_get(metrics))
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
-        self._warm.append(self._next_is_warm)
-        self._next_is_warm = True
         self._losses.append(loss)
         done = len(self._losses)
-        self._progress.update(self._bar, completed=done, loss=loss)
+        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}")
         if done % self._config.logging_steps and done != self._batches.num_steps:
             return
         since = (done - 1) // self._config.logging_steps * self._config.logging_steps
@@ -194,14 +182,14 @@ class _Log:
             "epoch": round(done / self._batches.steps_per_epoch, 4),
             "loss": float(np.mean(self._losses[since:])),
             "grad_norm": grad_norm,
-            "learning_rate": float(self._schedule(done - 1)),
+            "learning_rate": float(self._learning_rates[done - 1]),
             "tokens_per_second": self._rate(since),
             "padding_share": float(
-                1 - self._batches.tokens[since:done].sum() / self._batches.positions[since:done].sum()
+                1 - self._batches.tokens_per_step[since:done].sum() / self._batches.positions_per_step[since:done].sum()
             ),
             "peak_memory_bytes": peak_memory_bytes(),
-            "compiled_shapes": len(self._compile_seconds),
-            "compile_seconds": sum(self._compile_seconds),
+            "compiled_shapes": len(self._batches.shapes),
+            "compile_seconds": self._compile_seconds,
         }
         self._file.write(record)
         self._progress.console.print(
@@ -216,17 +204,18 @@ class _Log:
             losses=np.array(self._losses),
             tokens_per_second=self._rate(0),
             padding_share=self._batches.padding_share,
-            compiled_shapes=len(self._compile_seconds),
-            compile_seconds=sum(self._compile_seconds),
+            compiled_shapes=len(self._batches.shapes),
+            compile_seconds=self._compile_seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
 
     def _rate(self, since: int) -> float:
         """Real tokens a second from step `since` on: of the steps whose program had run before, where there are any."""
-        counted = np.array(self._warm[since:])
-        counted |= not counted.any()
-        tokens = self._batches.tokens[since : since + len(counted)]
-        return float(tokens[counted].sum() / np.array(self._seconds[since:])[counted].sum())
+        steps = slice(since, len(self._losses))
+        counted = self._warm[steps] | ~self._warm[steps].any()
+        return float(
+            self._batches.tokens_per_step[steps][counted].sum() / np.array(self._seconds[steps])[counted].sum()
+        )
 
 
 class _MetricsFile:
@@ -237,7 +226,7 @@ class _MetricsFile:
         if output_dir is not None:
             try:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._file = (Path(output_dir) / "metrics.jsonl").open("wb", buffering=0)
+                self._file = (Path(output_dir) / _METRICS).open("xb", buffering=0)
             except OSError as error:
                 raise InputError(f"`output_dir` must be writable, got {output_dir!r}: {reason(error)}.") from error
 
@@ -252,7 +241,7 @@ class _MetricsFile:
         except OSError as error:
             self._file.truncate(end)
             self.close()
-            console.print(f"[yellow]metrics.jsonl ends here, the run goes on: {reason(error)}[/]")
+            console.print(f"metrics.jsonl ends here, the run goes on: {reason(error)}", style="yellow")
 
     def close(self) -> None:
         if self._file is not None:

@@ -34,20 +34,22 @@ class Metrics(NamedTuple):
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The model's structure, what is trained and what is frozen: the adapters where there are any, else everything.
 
-    Trained parameters come out in float32, since an update is often too small for bfloat16 to see.
+    Trained parameters come out as float32 copies: an update is often too small for bfloat16 to see, and the step
+    donates them.
     """
     kind = nnx.LoRAParam if adapters(model) else nnx.Param
     graph, trainable, frozen = nnx.split(model, kind, ...)
-    return graph, jax.tree.map(lambda x: x.astype(jnp.float32), trainable), frozen
+    return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
 
 
 def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate by step: linear warm-up from 0, then constant, or linear or cosine decay to 0."""
+    """The learning rate by step, as transformers has it: linear warm-up from 0, then decay to 0, or none."""
     warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * num_steps
     warmup = int(-(-warmup // 1))
     decay_steps = max(1, num_steps - warmup)
     after = {
         "constant": optax.constant_schedule(config.learning_rate),
+        "constant_with_warmup": optax.constant_schedule(config.learning_rate),
         "linear": optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
         "cosine": optax.cosine_decay_schedule(config.learning_rate, decay_steps),
     }[config.lr_scheduler_type]
@@ -94,19 +96,22 @@ def loss_and_gradients(
     def micro_loss(trainable: nnx.State, micro: PackedBatch, key: Key[Array, ""] | None) -> Float[Array, ""]:
         model = nnx.merge(graph, trainable, frozen)
         hidden = model(micro.tokens, micro.segment_ids, micro.positions, remat=remat, dropout_key=key)
-        return linear_cross_entropy(hidden, model.head, micro.targets) / num_targets
+        return linear_cross_entropy(hidden, model.head, micro.targets)
 
     gradient_of = jax.value_and_grad(micro_loss)
     num_micro = batch.tokens.shape[0]
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_micro)
     if num_micro == 1:
-        return gradient_of(trainable, *jax.tree.map(lambda x: x[0], (batch, keys)))
+        total = gradient_of(trainable, *jax.tree.map(lambda x: x[0], (batch, keys)))
+    else:
 
-    def accumulate(total, micro):
-        return jax.tree.map(jnp.add, total, gradient_of(trainable, *micro)), None
+        def accumulate(total, micro):
+            return jax.tree.map(jnp.add, total, gradient_of(trainable, *micro)), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(accumulate, zero, (batch, keys))[0]
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        total, _ = jax.lax.scan(accumulate, zero, (batch, keys))
+    # Divided only here, in float32: before the backward pass, 1 / num_targets would push float16 gradients to zero.
+    return jax.tree.map(lambda x: x / num_targets, total)
 
 
 def make_train_step(

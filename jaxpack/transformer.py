@@ -1,5 +1,7 @@
 """The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ class Transformer(nnx.Module):
       config: the architecture.
       dtype: of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast to it.
       lora_config: how adapters were added; None without them.
+      source_files: names and texts of the JSON files that the model was read with, for those to be written with it.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
@@ -40,6 +43,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.lora_config: LoraConfig | None = None  # set by `add_lora`
+        self.source_files: tuple[tuple[str, str], ...] = ()  # set by `torch_bridge`
 
     def __call__(
         self,
@@ -80,8 +84,16 @@ class Transformer(nnx.Module):
         """Logits in float32, for looking at; training never holds them. Without `segment_ids` a row is one document."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        hidden = self(tokens, segment_ids, segment_positions(segment_ids))
-        return jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return _logits(*nnx.split(self), tokens, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B T V"]:
+    model = nnx.merge(graph, state)
+    hidden = model(tokens, segment_ids, segment_positions(segment_ids))
+    return jnp.einsum("BTD,VD->BTV", hidden, model.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

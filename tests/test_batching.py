@@ -61,8 +61,8 @@ def test_what_is_said_of_the_batches_is_what_they_are(layout):
     assert {batch.tokens.shape for batch in made} == set(batches.shapes)
     assert len(batches.shapes) <= 4
     assert all(T % 128 == 0 for *_, T in batches.shapes)
-    np.testing.assert_array_equal(batches.tokens, [(batch.segment_ids > 0).sum() for batch in made])
-    np.testing.assert_array_equal(batches.positions, [batch.tokens.size for batch in made])
+    np.testing.assert_array_equal(batches.tokens_per_step, [(batch.segment_ids > 0).sum() for batch in made])
+    np.testing.assert_array_equal(batches.positions_per_step, [batch.tokens.size for batch in made])
     assert batches.padding_share == pytest.approx(np.mean(np.concatenate([b.segment_ids.ravel() for b in made]) == 0))
 
 
@@ -74,6 +74,15 @@ def test_padding_free_and_padded_steps_have_the_same_documents():
     for step in range(len(free)):
         assert documents_in(free[step]) == documents_in(padded[step])
     assert free.padding_share < padded.padding_share
+
+
+@pytest.mark.parametrize("accumulation", [2, 5])
+def test_padding_free_micro_batches_are_about_as_long_as_each_other(accumulation):
+    config = TrainConfig(max_length=256, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4)
+    batches = Batches(random_documents(LENGTHS), config)
+    for step in range(batches.steps_per_epoch):
+        rows = (batches[step].segment_ids > 0).sum(axis=-1)
+        assert rows.max() - rows.min() <= 200  # the longest document: it went to the shortest row
 
 
 def test_packed_rows_are_shuffled():
@@ -111,7 +120,7 @@ def test_strategies_that_split_cut_nothing(strategy):
         random_documents([10, 50, 60]), TrainConfig(max_length=32, packing=True, packing_strategy=strategy)
     )
     assert batches.truncation.tokens == 0
-    assert batches.tokens[: batches.steps_per_epoch].sum() == 120
+    assert batches.tokens_per_step[: batches.steps_per_epoch].sum() == 120
 
 
 def test_a_max_length_that_leaves_nothing_to_learn_is_refused():

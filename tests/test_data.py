@@ -624,3 +624,12 @@ def test_a_long_value_is_not_printed_whole() -> None:
         assert len(refusal(rows)) < 300
     masked = [{"input_ids": [3] * 10_000, "labels": [-100] * 10_000}]
     assert len(refusal(masked)) < 600
+
+
+def test_prompts_that_a_template_renders_otherwise_are_counted_aloud(capsys: pytest.CaptureFixture) -> None:
+    tokenizer = small_tokenizer(chat=True)
+    tokenizer.chat_template = "{% if add_generation_prompt %}xyz{% else %}abc{% endif %}d"
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
+    documents = load(2 * rows, tokenizer)
+    assert (documents.labels[:3] != -100).any()
+    assert "in 2 rows the prompt's tokens change when the completion follows" in capsys.readouterr().err

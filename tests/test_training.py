@@ -188,14 +188,14 @@ def test_dropout_draws_anew_each_step_and_the_same_from_the_same_seed():
 
 
 @pytest.mark.parametrize("warmup", [0, 4, 0.4])
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
 def test_the_schedule_is_that_of_transformers(kind, warmup):
     config = TrainConfig(learning_rate=2.0, lr_scheduler_type=kind, warmup_steps=warmup)
     schedule = make_schedule(config, 10)
     warm = 4 if warmup else 0
     for step in range(10):
         share = (step - warm) / (10 - warm)
-        decay = {"linear": 1 - share, "cosine": 0.5 * (1 + np.cos(np.pi * share)), "constant": 1}[kind]
+        decay = {"linear": 1 - share, "cosine": 0.5 * (1 + np.cos(np.pi * share)), "constant_with_warmup": 1}[kind]
         np.testing.assert_allclose(schedule(step), 2.0 * (step / warm if step < warm else decay), atol=1e-6)
 
 

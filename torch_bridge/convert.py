@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich.progress import track
 
 from jaxpack.config import ModelConfig
-from jaxpack.console import console
+from jaxpack.console import console, progress_bar
 from jaxpack.errors import InputError
 from jaxpack.transformer import Transformer
 from torch_bridge.names import Entry, tensor_table
@@ -51,13 +50,15 @@ def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) ->
     for _, parameter in nnx.iter_graph(model):
         if isinstance(parameter, nnx.Param):
             parameter.set_value(jnp.zeros(parameter.shape, parameter.dtype))
-    for name in track(table, "loading", console=console, transient=True, disable=not console.is_terminal):
-        entry, layer = table[name]
-        parameter = _parameter(model, entry)
-        first, _ = _rows(model, entry)
-        start = (first,) if layer is None else (layer, first)
-        start += (0,) * (len(parameter.shape) - len(start))
-        parameter.set_value(_place(parameter.get_value(), jnp.asarray(source.read(name)), start))
+    with progress_bar("loading") as progress:
+        bar = progress.add_task("", total=len(table), note="")
+        for name, (entry, layer) in table.items():
+            parameter = _parameter(model, entry)
+            first, _ = _rows(model, entry)
+            start = (first,) if layer is None else (layer, first)
+            start += (0,) * (len(parameter.shape) - len(start))
+            parameter.set_value(_place(parameter.get_value(), jnp.asarray(source.read(name)), start))
+            progress.advance(bar)
     return model
 
 

@@ -23,7 +23,11 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
         raise InputError(f"`module` must be a plain transformers model, got {type(module).__name__}.")
     hf: dict[str, Any] = module.config.to_dict() | {"architectures": [type(module).__name__]}
     config = config_from_hf(hf, module.config.name_or_path)
-    return build_model(config, _ModuleTensors(module), dtype)
+    model = build_model(config, _ModuleTensors(module), dtype)
+    generation = getattr(module, "generation_config", None)
+    described = {"config.json": module.config, "generation_config.json": generation}
+    model.source_files = tuple((name, it.to_json_string(use_diff=False)) for name, it in described.items() if it)
+    return model
 
 
 class _ModuleTensors:

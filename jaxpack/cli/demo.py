@@ -36,7 +36,7 @@ def demo(
     write_checkpoint(base, rows)
 
     config = TrainConfig(
-        output_dir=str(output / "run"),
+        output_dir=str(output),
         packing=True,
         max_length=512,
         per_device_train_batch_size=2,

@@ -49,16 +49,22 @@ def train(
     saved = jax.tree.leaves(nnx.state(network, nnx.Param if full_finetuning else nnx.LoRAParam))
     require_room(output, "output", sum(leaf.nbytes for leaf in saved))
     trainer = Trainer(network, tokenizer, data, config)
-    result = trainer.train()
-    console.print(
-        f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, {result.tokens_per_second:,.0f} tokens/s,"
-        f" {result.compile_seconds:.1f} s of compilation,"
-        f" peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
-    )
+    interrupted = False
+    try:
+        result = trainer.train()
+        console.print(
+            f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, {result.tokens_per_second:,.0f} tokens/s,"
+            f" {result.compile_seconds:.1f} s of compilation, peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted: what is trained so far is saved")
+        interrupted = True
     if full_finetuning:
         _save(lambda path: torch_bridge.save_pretrained(trainer.model, path, tokenizer), output / "model")
     else:
         _save(lambda path: torch_bridge.save_adapter(trainer.model, path), output / "adapter")
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _save(write: Callable[[Path], None], path: Path) -> None:

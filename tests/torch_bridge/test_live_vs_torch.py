@@ -278,3 +278,13 @@ def test_adapters_are_not_left_out_in_silence(tmp_path: Path):
     with pytest.raises(InputError, match="`model` must be without LoRA adapters"):
         torch_bridge.save_pretrained(model, str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
+
+
+def test_a_model_without_a_folder_is_written_with_the_config_that_it_was_read_with(tmp_path: Path):
+    """As one from the hub, or in memory, is: nothing is read again from where its name points."""
+    module = hf.make_model("llama-untied")
+    module.generation_config.eos_token_id = [3, 5]
+    torch_bridge.save_pretrained(torch_bridge.from_torch(module, dtype="float32"), str(tmp_path / "ours"))
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert reread.config.max_position_embeddings == module.config.max_position_embeddings == 512
+    assert reread.generation_config.eos_token_id == [3, 5]

@@ -1,0 +1,111 @@
+"""The loop: what it reports is what it did, and the model it leaves is the one it trained."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import small_model
+
+from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.errors import InputError
+from jaxpack.trainer import Trainer
+
+LORA = LoraConfig(r=4)
+ROWS = [
+    {"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist(), "labels": None} for i in range(40)
+]
+SHORT = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=7, learning_rate=1e-2)
+
+
+def changed(config: TrainConfig, **changes: object) -> TrainConfig:
+    return TrainConfig(**(vars(config) | changes))
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_only_what_is_trained_changes_and_arrays_held_elsewhere_live_on(lora):
+    model = small_model("qwen3", lora=lora)
+    before = nnx.clone(model)
+    Trainer(model, None, ROWS, SHORT).train()
+    for (path, old), (_, new) in zip(
+        nnx.to_flat_state(nnx.state(before, nnx.Param)), nnx.to_flat_state(nnx.state(model, nnx.Param)), strict=True
+    ):
+        trained = lora is None or path[-1] in ("lora_a", "lora_b")
+        assert (np.asarray(old[...]) != np.asarray(new[...])).any() == trained, path
+
+
+def test_the_records_are_those_of_the_run(tmp_path):
+    trainer = Trainer(
+        small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, output_dir=str(tmp_path), logging_steps=3)
+    )
+    result = trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [3, 6, 7]
+    means = [result.losses[:3].mean(), result.losses[3:6].mean(), result.losses[6]]
+    np.testing.assert_allclose([record["loss"] for record in records], means, rtol=1e-6)
+    batches = trainer.batches
+    empty = 1 - batches.tokens_per_step[3:6].sum() / batches.positions_per_step[3:6].sum()
+    assert records[1]["padding_share"] == pytest.approx(empty)
+    assert records[-1]["learning_rate"] == pytest.approx(1e-2 * 1 / 7)
+    assert {record["compiled_shapes"] for record in records} == {1}
+
+
+def test_the_shapes_of_a_run_are_compiled_before_it_and_no_other(monkeypatch):
+    trainer = Trainer(
+        small_model("qwen3", lora=LORA),
+        None,
+        ROWS,
+        changed(SHORT, packing=False, max_steps=20, per_device_train_batch_size=8),
+    )
+    assert 1 < len(trainer.batches.shapes) <= 4
+    compiled = []
+    lower = jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *args: compiled.append(args) or lower(*args))
+    result = trainer.train()
+    assert len(compiled) == result.compiled_shapes == len(trainer.batches.shapes)
+
+
+def test_an_interrupted_run_leaves_what_it_has_learned(monkeypatch):
+    model = small_model("qwen3", lora=LORA)
+    whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)
+    trainer = Trainer(model, None, ROWS, SHORT)
+    get = type(trainer.batches).__getitem__
+
+    def interrupt(batches, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return get(batches, step)
+
+    monkeypatch.setattr(type(trainer.batches), "__getitem__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    whole.train()
+    after_four = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in after_four)
+    start = jax.tree.leaves(nnx.state(small_model("qwen3", lora=LORA), nnx.LoRAParam))
+    assert any((a != b).any() for a, b in zip(after_four, start, strict=True))
+
+
+def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(InputError, match=r"`output_dir` must be without metrics.jsonl"):
+        Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path)))
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+@pytest.mark.gpu
+def test_a_bfloat16_run_on_a_gpu_follows_float32():
+    """20 steps, within what bfloat16 costs: 1.5e-2 at most, 1e-3 in the mean (the bounds of TRL's invariance tests)."""
+    losses = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        trainer = Trainer(small_model("qwen3", lora=LORA, dtype=dtype), None, ROWS, changed(SHORT, max_steps=20))
+        result = trainer.train()
+        assert result.compiled_shapes == 1
+        assert 0 < result.peak_memory_bytes < 2**30  # the allocator's, not the process's
+        losses.append(result.losses)
+    difference = losses[1] - losses[0]
+    assert np.abs(difference).max() < 1.5e-2
+    assert abs(difference.mean()) < 1e-3
