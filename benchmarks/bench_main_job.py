@@ -2,9 +2,9 @@
 
     python benchmarks/bench_main_job.py --lengths LENGTHS.csv --output RESULT.json
 
-Makes a random checkpoint of the model's shape and trains it with `jaxpack train`: packed, padding-free and padded, about
-the same real tokens in a step, each in a process of its own. LENGTHS.csv is a histogram of document lengths with the
-columns `token_length_from`, `token_length_to`, `documents`. Prints the last steps of each, then one JSON line.
+Makes a random checkpoint of the model's shape and trains it with `jaxpack train`: packed, padding-free and padded, with
+about the same real tokens in a step, each in a process of its own. LENGTHS.csv is a histogram of document lengths with
+the columns `token_length_from`, `token_length_to`, `documents`. Prints the last steps of each, then one JSON line.
 """
 
 import argparse
