@@ -197,8 +197,9 @@ def _read_jsonl(path: Path) -> tuple[list[Record], _Where]:
     return records, _Where(str(path), lines)
 
 
-# Rows, and the number of the first of them, to pairs of ids and labels.
-Encoder = Callable[[Sequence[Record], int], Iterator[tuple[Sequence[int], Sequence[int]]]]
+Rows = Sequence[Record]
+Encoded = Iterator[tuple[Sequence[int], Sequence[int]]]  # ids and labels of each row
+Encoder = Callable[[Rows, int], Encoded]  # from rows, and the number of the first of them
 
 
 def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where: _Where) -> Encoder:
@@ -219,7 +220,7 @@ def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where:
     raise InputError(f"A row must have {formats}, got {sorted(first)} in {where(0)}.")
 
 
-def _column(rows: Sequence[Record], begin: int, key: str, kinds: tuple[type, ...], where: _Where) -> list:
+def _column(rows: Rows, begin: int, key: str, kinds: tuple[type, ...], where: _Where) -> list:
     """The values under `key`, each checked to be there, of one of `kinds` and not empty of meaning."""
     for row, record in enumerate(rows, begin):
         if key not in record:
@@ -232,7 +233,7 @@ def _column(rows: Sequence[Record], begin: int, key: str, kinds: tuple[type, ...
     return [record[key] for record in rows]
 
 
-def _encode_ids(rows, begin, has_labels, where):
+def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: _Where) -> Encoded:
     kinds = (list, tuple, np.ndarray)
     ids = _integers(_column(rows, begin, "input_ids", kinds, where), begin, "input_ids", where)
     labelled = rows
@@ -260,19 +261,19 @@ def _integers(column: list, begin: int, name: str, where: _Where) -> list[np.nda
     return arrays
 
 
-def _encode_text(rows, begin, tokenizer, text_field, where):
+def _encode_text(rows: Rows, begin: int, tokenizer: Tokenizer, text_field: str, where: _Where) -> Encoded:
     for ids in _tokenize(_column(rows, begin, text_field, (str,), where), begin, tokenizer, where):
         ids = _with_eos(ids, tokenizer)
         yield ids, ids
 
 
-def _encode_messages(rows, begin, tokenizer, where):
+def _encode_messages(rows: Rows, begin: int, tokenizer: Tokenizer, where: _Where) -> Encoded:
     conversations = _column(rows, begin, "messages", (list,), where)
     for ids in _render(conversations, begin, tokenizer, where):
         yield ids, ids
 
 
-def _encode_prompts(rows, begin, kind, tokenizer, where):
+def _encode_prompts(rows: Rows, begin: int, kind: type, tokenizer: Tokenizer, where: _Where) -> Encoded:
     prompts = _column(rows, begin, "prompt", (str, list) if kind not in (str, list) else (kind,), where)
     completions = _column(rows, begin, "completion", (kind,), where)
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]

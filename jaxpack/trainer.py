@@ -28,7 +28,7 @@ _METRICS = "metrics.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run did. Rates leave out compilation, and the steps that compiled where there are others."""
+    """What a run did. The rate leaves out compilation, and the first step of each shape where there are others."""
 
     losses: np.ndarray  # mean over targets, float64 [steps]
     tokens_per_second: float  # real tokens
@@ -82,7 +82,7 @@ class Trainer:
 
         begin = time.perf_counter()
         programs = {}
-        for shape in reversed(batches.shapes):  # the largest first: what does not fit shows before the first step
+        for shape in batches.shapes:  # all of them here, so that none holds up the run
             batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
             programs[shape[-1]] = step_function.lower(state, frozen, batch).compile()
         log = _Log(config, batches, schedule, compile_seconds=time.perf_counter() - begin)

@@ -1,0 +1,48 @@
+"""What the README shows runs: its Python as it stands, its shell command with the same flags."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers_for_tests import write_checkpoint
+
+from jaxpack.cli import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader would be: a checkpoint and a dataset under the names that the README has for them."""
+    write_checkpoint(tmp_path / "path" / "to" / "Qwen3-4B")
+    rows = [{"prompt": "one and one", "completion": " is two"}, {"prompt": "two and two", "completion": " is four"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def shortened(text: str) -> str:
+    assert "200" in text and "4096" in text
+    return text.replace("200", "2").replace("4096", "128")
+
+
+def test_the_python_of_the_readme_runs(user_folder: Path):
+    (code,) = blocks("python")
+    exec(shortened(code), {})
+    assert (user_folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_command_of_the_readme_runs(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (command,) = (block for block in blocks("console") if block.startswith("jaxpack train"))
+    monkeypatch.setattr(sys, "argv", shlex.split(shortened(command).replace("\\\n", " ")))
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code in (0, None)
+    assert (user_folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
