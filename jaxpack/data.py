@@ -183,7 +183,7 @@ def _read_jsonl(path: Path) -> tuple[list[Record], _Where]:
             if not line.strip():
                 continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 why = (
@@ -191,7 +191,7 @@ def _read_jsonl(path: Path) -> tuple[list[Record], _Where]:
                 )
                 raise InputError(f"Line {number} of {path} must be a JSON object, one row a line: {why}.") from error
             if not isinstance(record, dict):
-                raise InputError(f"Line {number} of {path} must be a JSON object, got {text[:80].strip()!r}.")
+                raise InputError(f"Line {number} of {path} must be a JSON object, got {text[:80]!r}.")
             records.append(record)
             lines.append(number)
     return records, _Where(str(path), lines)

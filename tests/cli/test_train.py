@@ -17,7 +17,9 @@ from tokenizers_for_tests import small_tokenizer, write_checkpoint
 
 import torch_bridge
 from jaxpack import cli
+from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.packing import PackedBatch
 from torch_bridge.convert import model_tensors
 
 RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}
@@ -82,6 +84,32 @@ def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_r
         assert tensor.dtype == np.float32 and np.isfinite(tensor).all()
         assert tensor.shape[1 if "lora_B" in name else 0] == 4
         assert np.abs(tensor).max() > 0  # lora_B began at zero: it was trained
+
+
+def test_an_interrupt_saves_what_is_trained_so_far(
+    inputs: Inputs, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    get = Batches.__getitem__
+
+    def interrupt(batches: Batches, step: int) -> PackedBatch:
+        if step == 2:
+            raise KeyboardInterrupt
+        return get(batches, step)
+
+    monkeypatch.setattr(Batches, "__getitem__", interrupt)
+    arguments = ["jaxpack", "train", *inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, *ADAPTER]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    whole = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == whole.keys()
+    for name, tensor in saved.items():
+        if "lora_B" in name:
+            assert np.abs(tensor).max() > 0  # two steps
+            assert (tensor != whole[name]).any()  # and not three
 
 
 def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_step(adapter_run: Path) -> None:
