@@ -1,14 +1,24 @@
 """What all tests share: strict jax, shapes checked at every call, and small models of both families."""
 
+import importlib.util
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes in signatures are checked at every call. This must come before the package's first import.
+# Shapes and dtypes in signatures are checked at every call (not on a GPU machine that has no beartype). This must come
+# before the package's first import.
 _CHECKED = ("kernels", "layers", "transformer", "training")
-install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
+_HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
+if _HAS_BEARTYPE:
+    install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _HAS_BEARTYPE:  # which warns of annotations within flax
+        config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 
 
 @pytest.fixture(params=["qwen3", "llama"])

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -28,6 +27,13 @@ EOS_ID = PLAIN.eos_token_id
 
 def load(dataset: Any, tokenizer: PreTrainedTokenizerFast | None = PLAIN, **options: Any) -> Documents:
     return load_documents(dataset, tokenizer, **({"vocab_size": VOCABULARY} | options))
+
+
+def as_arrow(rows: list[dict]) -> Any:
+    """The rows as a `datasets.Dataset`; imported here, since a GPU machine may not have it."""
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
 
 
 def tokens_of(documents: Documents, which: int) -> list[int]:
@@ -124,7 +130,7 @@ SOURCES = {
     "jsonl_str": lambda rows, folder: str(_jsonl(rows, folder)),
     "parquet": _parquet,
     "list": lambda rows, _: rows,
-    "dataset": lambda rows, _: datasets.Dataset.from_list(rows),
+    "dataset": lambda rows, _: as_arrow(rows),
     "generator": _generator,
 }
 
@@ -489,7 +495,7 @@ def test_a_row_that_is_no_mapping_is_named(rows: list) -> None:
 
 
 def test_a_mapping_of_columns_or_of_splits_is_no_dataset() -> None:
-    for dataset in ({"text": ["ab"]}, datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "ab"}])})):
+    for dataset in ({"text": ["ab"]}, {"train": as_arrow([{"text": "ab"}])}):
         message = refusal(dataset)
         assert "dataset" in message and "'t'" not in message  # the key, not its letters
 
