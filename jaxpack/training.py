@@ -1,5 +1,6 @@
 """One optimizer step: loss, gradient, update, metrics. Pure functions on pytrees, compiled once per batch shape."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.St
 def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
     """The learning rate by step, as transformers has it: linear warm-up from 0, then decay to 0, or none."""
     warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * num_steps
-    warmup = int(-(-warmup // 1))
+    warmup = math.ceil(warmup)
     decay_steps = max(1, num_steps - warmup)
     after = {
         "constant": optax.constant_schedule(config.learning_rate),

@@ -8,7 +8,7 @@ import torch
 from jaxpack.errors import InputError
 from jaxpack.transformer import Transformer
 from torch_bridge.convert import build_model
-from torch_bridge.names import config_from_hf
+from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf
 
 
 def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transformer:
@@ -25,7 +25,7 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
     config = config_from_hf(hf, module.config.name_or_path)
     model = build_model(config, _ModuleTensors(module), dtype)
     generation = getattr(module, "generation_config", None)
-    described = {"config.json": module.config, "generation_config.json": generation}
+    described = {CONFIG_FILE: module.config, GENERATION_FILE: generation}
     model.source_files = tuple((name, it.to_json_string(use_diff=False)) for name, it in described.items() if it)
     return model
 

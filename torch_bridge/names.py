@@ -11,6 +11,8 @@ from typing import Any
 from jaxpack.config import Llama3RopeScaling, ModelConfig, RopeConfig
 from jaxpack.errors import InputError
 
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:

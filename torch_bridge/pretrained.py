@@ -14,10 +14,9 @@ from jaxpack.lora import adapters
 from jaxpack.transformer import Transformer
 from torch_bridge.checkpoint import SafetensorsFolder, read_json, write_safetensors
 from torch_bridge.convert import build_model, model_tensors
-from torch_bridge.names import config_from_hf, config_to_hf
+from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
@@ -37,12 +36,12 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
       InputError: what is there is not supported or not whole.
     """
     folder = _folder(str(name_or_path))
-    if not (folder / _CONFIG).is_file():
-        raise InputError(f"`model` must hold a {_CONFIG}, got {str(folder)!r} without.")
-    config = config_from_hf(read_json(folder / _CONFIG), str(name_or_path))
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
+    config = config_from_hf(read_json(folder / CONFIG_FILE), str(name_or_path))
     model = build_model(config, SafetensorsFolder(folder), dtype)
     model.source_files = tuple(
-        (name, (folder / name).read_text()) for name in (_CONFIG, _GENERATION) if (folder / name).is_file()
+        (name, (folder / name).read_text()) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()
     )
     return model, _tokenizer(folder)
 
@@ -56,13 +55,13 @@ def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None =
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
     source = dict(model.source_files)
-    hf = json.loads(source.get(_CONFIG, "{}"))
+    hf = json.loads(source.get(CONFIG_FILE, "{}"))
     hf = {name: value for name, value in hf.items() if name not in _REPLACED}
     hf |= config_to_hf(model.config) | {"dtype": jnp.dtype(model.dtype).name}
     with whole_folder(Path(path), "path") as folder:
-        (folder / _CONFIG).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-        if _GENERATION in source:
-            (folder / _GENERATION).write_text(source[_GENERATION])
+        (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+        if GENERATION_FILE in source:
+            (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
         write_safetensors(folder, ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model)))
         if tokenizer is not None:
             try:

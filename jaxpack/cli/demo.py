@@ -1,6 +1,7 @@
 """`jaxpack demo`: the main job on an embedded default, offline: checkpoint in, packed fine-tuning, PEFT adapter out."""
 
 import dataclasses
+import importlib.util
 import json
 from importlib import resources
 from pathlib import Path
@@ -135,9 +136,6 @@ def _train(base: Path, rows: list[dict[str, str]], config: TrainConfig) -> tuple
 
 
 def _require_torch() -> None:
-    try:
-        import peft  # noqa: F401
-        import tokenizers  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"`jaxpack demo` needs `pip install jaxpack[hf,torch]`, got no {error.name}.") from error
+    for name in ("peft", "tokenizers", "torch"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"`jaxpack demo` needs `pip install jaxpack[hf,torch]`, got no {name}.")

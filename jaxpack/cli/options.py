@@ -34,9 +34,14 @@ def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Calla
     return extend
 
 
+def flag_of(field: dataclasses.Field) -> str:
+    """The name under which a command receives a field."""
+    return _FLAG_OF.get(field.name, field.name)
+
+
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
     """The dataclass that the flags of a command describe; `given` are the fields that have none."""
-    values = {field.name: flags.get(_FLAG_OF.get(field.name, field.name)) for field in dataclasses.fields(config)}
+    values = {field.name: flags.get(flag_of(field)) for field in dataclasses.fields(config)}
     try:
         return config(**{name: value for name, value in values.items() if value is not None} | given)
     except InputError as error:
@@ -47,7 +52,7 @@ def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Con
 
 
 def _parameter(field: dataclasses.Field) -> inspect.Parameter:
-    name = _FLAG_OF.get(field.name, field.name)
+    name = flag_of(field)
     flag = f"--{name.replace('_', '-')}"
     kind = field.type
     if get_origin(kind) is not Literal and kind not in (int, float, bool):

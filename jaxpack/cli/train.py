@@ -1,5 +1,6 @@
 """`jaxpack train`: a Hugging Face folder and a dataset in, an adapter or a trained model out."""
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from flax import nnx
 
 import torch_bridge
-from jaxpack.cli.options import from_flags, with_flags
+from jaxpack.cli.options import flag_of, from_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
@@ -18,7 +19,9 @@ from jaxpack.files import require_free_folder, require_room
 from jaxpack.lora import add_lora
 from jaxpack.trainer import Trainer
 
-_LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+_LORA_FLAGS = [
+    flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"
+]  # the run has one too
 
 
 @with_flags(TrainConfig, LoraConfig, leave_out=("output_dir",))
