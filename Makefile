@@ -27,9 +27,10 @@ test-jax: $(OTHER_JAX:%=test-jax-%)
 test-jax-%: .venv-jax-%/installed
 	.venv-jax-$*/bin/python -m pytest --ignore-glob='*_vs_torch.py'
 
-# On a machine with an NVIDIA GPU, in the environment that is there.
+# On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and every kernel's tests compiled.
+# File by file, side by side: nearly all of the time goes into compiling.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	ls tests/kernels/test_*.py | XLA_PYTHON_CLIENT_PREALLOCATE=false xargs -P 8 -n 1 $(PYTHON) -m pytest -q -m ""
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	$(PYTHON) -m venv $(VENV)

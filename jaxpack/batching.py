@@ -42,6 +42,7 @@ class Batches:
       steps_per_epoch, num_steps: optimizer steps.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: real tokens in each step, int64 `[num_steps]`.
+      max_segments: by T, the most documents in a row.
     """
 
     def __init__(self, documents: Documents, config: TrainConfig):
@@ -58,7 +59,10 @@ class Batches:
         self.num_steps = config.max_steps if config.max_steps > 0 else whole_epochs
 
         lengths = self._rows.row_lengths
-        used = [np.where(which >= 0, lengths[which], 0) for which in map(self._which, range(self.num_steps))]
+        used, most = [], []
+        for which in map(self._which, range(self.num_steps)):
+            used.append(np.where(which >= 0, lengths[which], 0))
+            most.append(self._segments(which))
         self.tokens_per_step = np.array([step.sum() for step in used])
         if self._end_to_end:
             needed = np.array([step.sum(axis=1).max() for step in used])
@@ -68,6 +72,7 @@ class Batches:
             needed[:] = needed.max()  # packed rows are full: one shape
         buckets = choose_buckets(needed)
         self.row_lengths = buckets[np.searchsorted(buckets, needed)]
+        self.max_segments = {int(T): int(np.array(most)[self.row_lengths == T].max()) for T in buckets}
 
     @property
     def _end_to_end(self) -> bool:
@@ -112,6 +117,12 @@ class Batches:
         """Positions computed in each step, A * B * T, int64 `[num_steps]`."""
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
+
+    def _segments(self, which: np.ndarray) -> int:
+        """The most documents in a row of a step."""
+        if self._end_to_end:
+            return int((which >= 0).sum(axis=1).max())
+        return int(np.diff(self._rows.offsets)[which[which >= 0]].max())
 
     def _which(self, step: int) -> np.ndarray:
         """The rows of a step, int64 `[A, ...]`; -1 fills up what lacks one, as in an epoch's last step."""

@@ -9,6 +9,7 @@ from jaxpack.errors import InputError
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["full", "none"]
+Implementation = Literal["xla", "pallas"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,9 @@ class TrainConfig:
     remat: Remat = _option(
         "full", "What the backward pass recomputes: every layer (full), or attention and loss alone (none)."
     )
+    implementation: Implementation | None = _option(
+        None, "Of all kernels: xla, or pallas (interpreted without a GPU). None takes the faster on each device."
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -182,6 +186,8 @@ class TrainConfig:
                 self.warmup_steps,
             )
         choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": Remat}
+        if self.implementation is not None:
+            choices["implementation"] = Implementation
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))

@@ -10,20 +10,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from jaxpack.config import ModelConfig
-from jaxpack.kernels.attention import attention
-from jaxpack.kernels.gated_activation import swiglu
-from jaxpack.kernels.rope import apply_rope
+from jaxpack.config import Implementation, ModelConfig
+from jaxpack.kernels.attention import SegmentBounds
+from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.rope import Angles
+from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 
 
 class RowContext(NamedTuple):
-    """What every layer needs to know of the batch, computed once."""
+    """What every layer needs to know of the batch, computed once; and which kernels it runs."""
 
-    segment_ids: Int[Array, "B T"]
-    cos: Float[Array, "B T half"]
-    sin: Float[Array, "B T half"]
+    bounds: SegmentBounds
+    angles: Angles
+    max_segments: int | None
+    implementation: Implementation | None
 
 
 class LoraAdapter(nnx.Module):
@@ -108,11 +110,16 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads = self.qkv(x, None if keys is None else keys[0]).reshape(*x.shape[:2], N + 2 * K, H)
-        q, k, v = jnp.split(heads, [N, N + K], axis=2)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(heads, context.cos, context.sin) for heads in (q, k))
-        mixed = attention(q, k, v, context.segment_ids)
+        mixed = rotary_attention(
+            heads,
+            context.angles,
+            context.bounds,
+            num_heads=N,
+            norms=HeadNorms(self.q_norm.scale[...], self.k_norm.scale[...]) if self.config.qk_norm else None,
+            eps=self.config.rms_norm_eps,
+            max_segments=context.max_segments,
+            implementation=context.implementation,
+        )
         return self.out(mixed.reshape(*x.shape[:2], N * H), None if keys is None else keys[1])
 
 
@@ -124,8 +131,11 @@ class FeedForward(nnx.Module):
         self.gate_up = Linear(D, {"gate_proj": F, "up_proj": F}, dtype=dtype, rngs=rngs)
         self.down = Linear(F, {"down_proj": D}, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], keys: Key[Array, "2"] | None) -> Float[Array, "B T D"]:
-        product = swiglu(self.gate_up(x, None if keys is None else keys[0]))
+    def __call__(
+        self, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | None
+    ) -> Float[Array, "B T D"]:
+        gate_up = self.gate_up(x, None if keys is None else keys[0])
+        product = gated_activation(gate_up, implementation=context.implementation)
         return self.down(product, None if keys is None else keys[1])
 
 
@@ -143,4 +153,4 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
         x = x + self.attention(self.attention_norm(x), context, keys[0])
-        return x + self.feed_forward(self.feed_forward_norm(x), keys[1])
+        return x + self.feed_forward(self.feed_forward_norm(x), context, keys[1])

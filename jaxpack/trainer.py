@@ -75,7 +75,11 @@ class Trainer:
         optimizer = make_optimizer(config, schedule)
         has_dropout = any(adapter.dropout for adapter in adapters(self.model).values())
         step_function = make_train_step(
-            graph, optimizer, remat=config.remat, dropout_seed=config.seed if has_dropout else None
+            graph,
+            optimizer,
+            remat=config.remat,
+            implementation=config.implementation,
+            dropout_seed=config.seed if has_dropout else None,
         )
         state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         self._print_plan(trainable, frozen)
@@ -84,7 +88,8 @@ class Trainer:
         programs = {}
         for shape in batches.shapes:  # all of them here, so that none holds up the run
             batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-            programs[shape[-1]] = step_function.lower(state, frozen, batch).compile()
+            max_segments = batches.max_segments[shape[-1]]
+            programs[shape[-1]] = step_function.lower(state, frozen, batch, max_segments=max_segments).compile()
         log = _Log(config, batches, schedule, compile_seconds=time.perf_counter() - begin)
         try:
             with log:

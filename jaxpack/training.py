@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpack.config import Remat, TrainConfig
+from jaxpack.config import Implementation, Remat, TrainConfig
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxpack.lora import adapters
 from jaxpack.packing import IGNORE, PackedBatch
@@ -85,18 +85,29 @@ def loss_and_gradients(
     batch: PackedBatch,
     *,
     remat: Remat = "full",
+    implementation: Implementation | None = None,
+    max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean loss over all targets of a batch `[A, B, T]`, and its gradient: the A micro-batches one after another.
 
     The loss is divided by the number of targets of the whole batch, so it does not depend on how the documents
-    are cut into micro-batches and rows. Without any target, loss and gradients are 0.
+    are cut into micro-batches and rows. Without any target, loss and gradients are 0. See `Transformer` for
+    `remat`, `implementation` and `max_segments`.
     """
     num_targets = jnp.maximum(1, jnp.sum(batch.targets != IGNORE))
 
     def micro_loss(trainable: nnx.State, micro: PackedBatch, key: Key[Array, ""] | None) -> Float[Array, ""]:
         model = nnx.merge(graph, trainable, frozen)
-        hidden = model(micro.tokens, micro.segment_ids, micro.positions, remat=remat, dropout_key=key)
+        hidden = model(
+            micro.tokens,
+            micro.segment_ids,
+            micro.positions,
+            remat=remat,
+            max_segments=max_segments,
+            implementation=implementation,
+            dropout_key=key,
+        )
         return linear_cross_entropy(hidden, model.head, micro.targets)
 
     gradient_of = jax.value_and_grad(micro_loss)
@@ -116,19 +127,36 @@ def loss_and_gradients(
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, remat: Remat, dropout_seed: int | None
-) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]:
-    """The jitted step: `step(state, frozen, batch) -> (state, metrics)`. `state` is donated, `frozen` is not.
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    remat: Remat = "full",
+    implementation: Implementation | None = None,
+    dropout_seed: int | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted step: `step(state, frozen, batch, max_segments=None) -> (state, metrics)`.
 
-    `dropout_seed` turns dropout on; each step draws anew from it.
+    `state` is donated, `frozen` is not; `max_segments` is static, see `Transformer`. `dropout_seed` turns dropout on;
+    each step draws anew from it.
     """
 
-    def step(state: TrainState, frozen: nnx.State, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: nnx.State, batch: PackedBatch, max_segments: int | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-        loss, gradients = loss_and_gradients(graph, state.trainable, frozen, batch, remat=remat, dropout_key=key)
+        loss, gradients = loss_and_gradients(
+            graph,
+            state.trainable,
+            frozen,
+            batch,
+            remat=remat,
+            implementation=implementation,
+            max_segments=max_segments,
+            dropout_key=key,
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = Metrics(loss, optax.tree.norm(gradients))
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, static_argnames="max_segments")

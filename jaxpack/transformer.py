@@ -9,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpack.config import LoraConfig, ModelConfig, Remat, RopeConfig
+from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat, RopeConfig
+from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.rope import rotary_angles
 from jaxpack.layers import Block, RMSNorm, RowContext
 
@@ -52,16 +53,21 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         *,
         remat: Remat = "none",
+        max_segments: int | None = None,
+        implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm, in `dtype`. See `PackedBatch` for what the arguments hold.
 
         Args:
           remat: "full" recomputes each block in the backward pass and keeps only its input; "none" keeps everything.
+          max_segments: what no row has more documents than, where that is known; see `kernels.attention`.
+          implementation: of all kernels; None takes the faster on each device.
           dropout_key: turns the dropout of LoRA adapters on.
         """
         frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.config.head_dim))
-        context = RowContext(segment_ids, *rotary_angles(positions, frequencies))
+        angles = rotary_angles(positions, frequencies)
+        context = RowContext(segment_bounds(segment_ids), angles, max_segments, implementation)
         graph, layers = nnx.split(self.blocks)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 

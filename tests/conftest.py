@@ -14,6 +14,7 @@ if _HAS_BEARTYPE:
     install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU, float32 references would be rounded to tf32
 
 
 def pytest_configure(config: pytest.Config) -> None:

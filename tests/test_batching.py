@@ -153,3 +153,14 @@ def test_buckets_waste_the_fewest_tokens(seed):
     assert len(buckets) <= 3
     assert set(buckets.tolist()) <= set(rounded.tolist())
     assert positions(buckets) == min(map(positions, choices))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_max_segments_is_the_most_documents_in_a_row(layout):
+    config = TrainConfig(per_device_train_batch_size=3, max_steps=7, max_length=256, **layout)
+    batches = Batches(random_documents(LENGTHS), config)
+    most: dict[int, int] = {}
+    for batch in batches:
+        T = batch.tokens.shape[-1]
+        most[T] = max(most.get(T, 0), int(batch.segment_ids.max()))
+    assert batches.max_segments == most

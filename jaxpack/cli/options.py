@@ -3,7 +3,8 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
@@ -55,6 +56,8 @@ def _parameter(field: dataclasses.Field) -> inspect.Parameter:
     name = flag_of(field)
     flag = f"--{name.replace('_', '-')}"
     kind = field.type
+    if get_origin(kind) in (UnionType, Union) and NoneType in get_args(kind):
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)  # not given, a flag is None
     if get_origin(kind) is not Literal and kind not in (int, float, bool):
         kind = str
     option = typer.Option(

@@ -176,7 +176,12 @@ def flag_of(field: dataclasses.Field) -> str:
 
 def another_value(field: dataclasses.Field) -> Any:
     """A value that is valid and not the default."""
-    special = {"max_steps": 7, "dataset_text_field": "body", "target_modules": ("q_proj", "v_proj")}
+    special = {
+        "max_steps": 7,
+        "dataset_text_field": "body",
+        "target_modules": ("q_proj", "v_proj"),
+        "implementation": "xla",
+    }
     if field.name in special:
         return special[field.name]
     if get_origin(field.type) is Literal:

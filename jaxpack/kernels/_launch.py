@@ -1,0 +1,114 @@
+"""How kernels start: which implementation runs, and the one place that knows the Pallas backend.
+
+The platform is decided where a program is lowered, not where it is traced: a kernel compiles on an NVIDIA GPU and is
+interpreted on a CPU, so that tests run the code that GPUs run, and a machine without a GPU can lower for one.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxpack.config import Implementation
+from jaxpack.errors import InputError
+
+# JAX 0.11 deprecated this backend and names no release that removes it; the upper bound on jax moves with the tests.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+
+def dispatch(implementation: str | None, *, xla: Callable, pallas: Callable) -> Callable:
+    """The function to call: the one that is named, or without a name Pallas on an NVIDIA GPU and XLA elsewhere.
+
+    All take the same arguments, arrays only, and return arrays of the same shapes and dtypes.
+
+    Raises:
+      InputError: any other name.
+    """
+    named = {"xla": xla, "pallas": pallas}
+    if implementation is None:
+        return lambda *args: jax.lax.platform_dependent(*args, cuda=pallas, default=xla)
+    if implementation not in named:
+        raise InputError(f"`implementation` must be None or one of {', '.join(named)}, got {implementation!r}.")
+    return named[implementation]
+
+
+def launch(
+    kernel: Callable,
+    *args: Any,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    input_output_aliases: dict[int, int] | None = None,
+) -> Any:
+    """Runs `kernel(*input_refs, *output_refs)` once for every index of `grid`; the refs are whole arrays.
+
+    Whole arrays, because a block that hangs over an array's edge is not masked on a GPU, and because indices into each
+    axis stay below 2^31 where offsets into the array do not: Pallas multiplies them out in 64 bits for an array of more
+    than 4 GiB, in 32 below.
+
+    Args:
+      name: of the kernel in a profile.
+      grid: at most three axes; the first varies fastest.
+      out_shape: a `jax.ShapeDtypeStruct` or a pytree of them.
+      num_warps: of 32 threads, for each index of the grid.
+      num_stages: how deep loads of a loop run ahead of the arithmetic.
+      input_output_aliases: the index of an input to that of the output which takes its place in memory. Where the
+        caller still needs the input, XLA copies it.
+    """
+    call = functools.partial(
+        pl.pallas_call,
+        kernel,
+        out_shape=out_shape,
+        grid=grid,
+        input_output_aliases=input_output_aliases or {},
+        name=f"jaxpack_{name}",
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    )
+    return jax.lax.platform_dependent(*args, cuda=call(interpret=False), cpu=call(interpret=True))
+
+
+def powers_of_two(size: int, *, limit: int | None = None) -> list[tuple[int, int]]:
+    """Cuts `[0, size)` into pieces `(start, length)` whose lengths are powers of two, longest first.
+
+    Triton's blocks have such lengths. 128 stays whole, 80 is 64 + 16: no lane is masked, none is idle.
+    """
+    pieces, start = [], 0
+    while start < size:
+        length = 1 << ((size - start).bit_length() - 1)
+        length = min(length, limit or length)
+        pieces.append((start, length))
+        start += length
+    return pieces
+
+
+def power_of_two_divisor(*sizes: int, limit: int) -> int:
+    """The largest power of two that divides all `sizes`, at most `limit`."""
+    divisor = 1
+    while 2 * divisor <= limit and all(size % (2 * divisor) == 0 for size in sizes):
+        divisor *= 2
+    return divisor
+
+
+def check_no_byte_arrays(**arrays: jax.Array) -> None:
+    """Refuses one-byte dtypes, whose offsets Pallas computes in 32 bits up to 2^32 elements: they would overflow."""
+    for argument, array in arrays.items():
+        if array.dtype.itemsize < 2:
+            raise InputError(f"`{argument}` must have a dtype of two bytes or more, got {array.dtype}.")
+
+
+__all__ = [
+    "Implementation",
+    "check_no_byte_arrays",
+    "dispatch",
+    "launch",
+    "pl",
+    "plt",
+    "power_of_two_divisor",
+    "powers_of_two",
+]

@@ -1,0 +1,124 @@
+"""What the kernels compute, forward and backward, in float64 NumPy: loops and textbook formulas, no code of theirs."""
+
+import functools
+
+import jax
+import numpy as np
+
+# A kernel in interpret mode is a large program that a test runs once: most of the time goes into compiling it.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
+def rows_of(*documents_per_row: list[int], length: int) -> np.ndarray:
+    """Segment ids of rows with documents of the given lengths, and padding after them; a negative length is padding."""
+    rows = []
+    for lengths in documents_per_row:
+        real = np.array(lengths, int) > 0
+        row = np.repeat(np.cumsum(real) * real, np.abs(np.array(lengths, int)))
+        rows.append(np.pad(row, (0, length - len(row))))
+    return np.stack(rows).astype(np.int32)
+
+
+def documents(segment_ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """`(row, indices of its tokens)` of every document."""
+    return [
+        (b, np.flatnonzero(row == segment)) for b, row in enumerate(segment_ids) for segment in np.unique(row[row > 0])
+    ]
+
+
+def exactly(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The values of an array of any float dtype, in float64, which holds them all."""
+    return np.asarray(x, np.float64)
+
+
+def assert_as_good_as_plain_bfloat16(
+    kernel: jax.Array, plain: jax.Array, exact: np.ndarray, name: str = "result"
+) -> None:
+    """The kernel's largest error is at most twice that of plain jnp in bfloat16; both round the same inputs' result.
+
+    Twice, because the largest of many rounding errors varies from one order of the same sums to another.
+    """
+    error, allowed = (np.max(np.abs(exactly(x) - exact), initial=0.0) for x in (kernel, plain))
+    assert error <= 2 * allowed + 1e-6, f"{name}: off by {error:.2e}, plain bfloat16 by {allowed:.2e}"
+
+
+# Rotary embedding. Channels i and i + half are the real and imaginary part of a number that is turned.
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turns the first `2 * half` channels of `x` `[B, T, A, H]` by the angles of `cos + i sin`, `[B, T, half]`."""
+    half = cos.shape[-1]
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * (cos + 1j * sin)[:, :, None, :]
+    return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
+
+
+def rope_gradient(d_out: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """A rotation's transpose turns back; where `cos` and `sin` were scaled, so is it."""
+    return rope(d_out, cos, -sin)
+
+
+def norm_rope(x: np.ndarray, scale: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float) -> np.ndarray:
+    """RMSNorm of every head, then `rope`."""
+    return rope(x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale, cos, sin)
+
+
+def norm_rope_gradients(
+    x: np.ndarray, scale: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float, d_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of `norm_rope` with respect to `x` and `scale`, by the Jacobian of every head's norm."""
+    d_scaled = rope_gradient(d_out, cos, sin)
+    size = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    # d(x_i / size) / d x_j = delta_ij / size - x_i x_j / (H size^3)
+    H = x.shape[-1]
+    jacobian = np.eye(H) / size[..., None] - x[..., :, None] * x[..., None, :] / (H * size[..., None] ** 3)
+    return np.einsum("btai,btaij->btaj", d_scaled * scale, jacobian), np.sum(d_scaled * x / size, axis=(0, 1, 2))
+
+
+# Attention.
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    segment_ids: np.ndarray,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: np.ndarray | None = None,
+    d_out: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """`out`, `dq`, `dk`, `dv` and, with `sinks`, `dsinks`: one document and one query head at a time."""
+    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    dsinks = np.zeros(q.shape[2])
+    scale = 1 / np.sqrt(q.shape[3]) if scale is None else scale
+    for b, here in documents(segment_ids):
+        distance = here[:, None] - here[None, :]
+        allowed = (distance >= 0) & (distance < (window or len(distance)))
+        for n in range(q.shape[2]):
+            head = n // (q.shape[2] // k.shape[2])
+            queries, keys, values, d = q[b, here, n], k[b, here, head], v[b, here, head], d_out[b, here, n]
+            raw = scale * queries @ keys.T
+            scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
+            scores = np.where(allowed, scores, -np.inf)
+            if sinks is not None:  # one more key, whose value is zero
+                scores = np.concatenate([scores, np.full((len(here), 1), sinks[n])], axis=1)
+                values = np.concatenate([values, np.zeros((1, values.shape[1]))])
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out[b, here, n] = weights @ values
+            d_weights = d @ values.T
+            d_scores = weights * (d_weights - (weights * d_weights).sum(axis=1, keepdims=True))
+            dv[b, here, head] += (weights.T @ d)[: len(here)]
+            if sinks is not None:
+                dsinks[n] += d_scores[:, -1].sum()
+            d_raw = d_scores[:, : len(here)]
+            if softcap is not None:
+                d_raw = d_raw / np.cosh(raw / softcap) ** 2
+            dq[b, here, n] = scale * d_raw @ keys
+            dk[b, here, head] += scale * d_raw.T @ queries
+    results = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    return results if sinks is None else {**results, "dsinks": dsinks}

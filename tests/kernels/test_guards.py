@@ -1,0 +1,75 @@
+"""No kernel reads or writes outside of its arrays: on a GPU nothing else would show it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from kernels.guards import guard_launches
+from kernels.oracles import rows_of
+
+from jaxpack.kernels import attention as attention_module
+from jaxpack.kernels import gated_activation as gated_module
+from jaxpack.kernels import rope as rope_module
+from jaxpack.kernels.attention import attention, segment_bounds
+from jaxpack.kernels.gated_activation import gated_activation_backward
+from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def normal(shape, dtype=jnp.float32, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope(dtype, monkeypatch):
+    T = 24
+    names = guard_launches(monkeypatch, rope_module)
+    q, k, scale = normal((2, T, 6, 80), dtype), normal((2, T, 2, 80), dtype), normal((80,), dtype)
+    angles = rotary_angles(jnp.broadcast_to(jnp.arange(T), (2, T)), jnp.ones(24))
+    _, pull = jax.vjp(functools.partial(apply_rope, angles=angles, implementation="pallas"), q, k)
+    pull((q, k))
+    op = functools.partial(norm_rope, angles=angles, eps=1e-6, implementation="pallas")
+    _, pull = jax.vjp(op, q, k, scale, scale)
+    pull((q, k))
+    assert names == ["rope", "rope_backward", "norm_rope", "norm_rope_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 640)], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_gated_activation(activation, shape, dtype, monkeypatch):
+    names = guard_launches(monkeypatch, gated_module)
+    gate, up, d_out = (normal(shape, dtype, seed) for seed in range(3))
+    for inputs in ((gate, up), (jnp.concatenate([gate, up], axis=-1), None)):
+        gated_module.gated_activation(*inputs, activation=activation, implementation="pallas")
+        op = functools.partial(gated_activation_backward, *inputs, d_out, activation=activation, with_product=True)
+        op(implementation="pallas")
+    assert names == 2 * [f"gated_{activation}", f"gated_{activation}_backward"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "options"),
+    [
+        (4, 2, 16, {}),
+        (3, 1, 80, {"window": 40}),
+        (2, 1, 16, {"max_segments": 1}),
+        (4, 1, 16, {"sinks": True, "softcap": 5.0}),
+        (1, 1, 256, {}),
+    ],
+    ids=str,
+)
+def test_attention(heads, kv_heads, head_dim, options, monkeypatch):
+    dtype = jnp.bfloat16
+    names = guard_launches(monkeypatch, attention_module)
+    T = 1024 if "max_segments" in options else 128
+    ids = jnp.asarray(rows_of([T], [T // 2 + 3, T // 2 - 20], length=T))
+    q, k = normal((2, T, heads, head_dim), dtype), normal((2, T, kv_heads, head_dim), dtype)
+    sinks = normal((heads,)) if "sinks" in options else None
+    op = functools.partial(
+        attention, bounds=segment_bounds(ids), implementation="pallas", **{**options, "sinks": sinks}
+    )
+    out, pull = jax.vjp(op, q, k, k)
+    pull(out)
+    assert names == ["attention", "attention_backward_q", "attention_backward_kv"]

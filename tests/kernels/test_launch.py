@@ -1,0 +1,194 @@
+"""Which implementation runs, and that every kernel lowers for CUDA on a machine without a GPU."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from kernels.cuda_lowering import TRITON_CALL, lower_for_cuda, triton_modules
+
+from jaxpack.errors import InputError
+from jaxpack.kernels._launch import check_no_byte_arrays, dispatch, power_of_two_divisor, powers_of_two
+from jaxpack.kernels.attention import attention, segment_bounds
+from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
+from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
+
+# Choosing.
+
+
+@pytest.mark.parametrize("name", ["triton", "", "XLA"])
+def test_an_unknown_implementation_is_refused_by_name(name):
+    with pytest.raises(InputError, match=rf"`implementation` .* one of xla, pallas, got '{name}'"):
+        dispatch(name, xla=max, pallas=min)
+
+
+def test_a_named_implementation_is_the_one_that_runs():
+    assert dispatch("xla", xla=max, pallas=min) is max
+    assert dispatch("pallas", xla=max, pallas=min) is min
+
+
+def test_without_a_name_a_cpu_runs_xla():
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert dispatch(None, xla=lambda x: x + 1, pallas=lambda x: x - 1)(jnp.zeros(())) == 1
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("limit", [None, 1, 64])
+@pytest.mark.parametrize("size", [0, 1, 20, 80, 96, 128, 211])
+def test_powers_of_two_cut_a_range_into_few_pieces(size, limit):
+    pieces = powers_of_two(size, limit=limit)
+    covered = [i for start, length in pieces for i in range(start, start + length)]
+    assert covered == list(range(size))
+    assert all(length & (length - 1) == 0 and length <= (limit or size) for _, length in pieces)
+    assert limit is not None or len(pieces) == size.bit_count()  # the fewest there can be
+
+
+@pytest.mark.parametrize(("sizes", "limit"), [((12,), 8), ((24, 8), 8), ((32, 8), 4), ((7,), 8), ((16, 6), 16)])
+def test_power_of_two_divisor_is_the_largest(sizes, limit):
+    common = [2**i for i in range(10) if 2**i <= limit and all(size % 2**i == 0 for size in sizes)]
+    assert power_of_two_divisor(*sizes, limit=limit) == max(common)
+
+
+def test_byte_arrays_are_refused():
+    check_no_byte_arrays(x=jnp.zeros(1, jnp.bfloat16))
+    with pytest.raises(InputError, match=r"`weight` must have a dtype of two bytes or more, got uint8"):
+        check_no_byte_arrays(x=jnp.zeros(1), weight=jnp.zeros(1, jnp.uint8))
+
+
+# The gate: no kernel uses what Triton's language lacks, and each is there when it is asked for.
+
+
+def rope(implementation, q, k, *, rotary_dim):
+    angles = rotary_angles(jnp.zeros(q.shape[:2], jnp.int32), jnp.ones(rotary_dim // 2))
+    return apply_rope(q, k, angles, implementation=implementation)
+
+
+def normed_rope(implementation, q, k, q_scale, k_scale, *, rotary_dim):
+    angles = rotary_angles(jnp.zeros(q.shape[:2], jnp.int32), jnp.ones(rotary_dim // 2))
+    return norm_rope(q, k, q_scale, k_scale, angles, eps=1e-6, implementation=implementation)
+
+
+def attend(implementation, q, k, v, sinks=None, **options):
+    bounds = segment_bounds(jnp.ones(q.shape[:2], jnp.int32))
+    return attention(q, k, v, bounds, sinks=sinks, implementation=implementation, **options)
+
+
+def gated(implementation, gate, up=None, *, activation):
+    return gated_activation(gate, up, activation=activation, implementation=implementation)
+
+
+def fused(implementation, qkv, q_scale=None, k_scale=None, *, num_heads):
+    angles = rotary_angles(jnp.zeros(qkv.shape[:2], jnp.int32), jnp.ones(qkv.shape[3] // 2))
+    bounds = segment_bounds(jnp.ones(qkv.shape[:2], jnp.int32))
+    norms = None if q_scale is None else HeadNorms(q_scale, k_scale)
+    return rotary_attention(qkv, angles, bounds, num_heads=num_heads, norms=norms, implementation=implementation)
+
+
+class Case(NamedTuple):
+    """A public function of `(implementation, *arrays, **options)`, the shapes for T tokens, and its launches."""
+
+    function: Callable
+    shapes: Callable[[int], list[tuple[int, ...]]]
+    options: dict
+    forward: list[str]
+    backward: list[str]
+
+
+def rope_case(heads: int, kv_heads: int, head_dim: int, rotary_dim: int) -> Case:
+    shapes = lambda T: [(1, T, heads, head_dim), (1, T, kv_heads, head_dim)]  # noqa: E731
+    return Case(rope, shapes, {"rotary_dim": rotary_dim}, ["rope"], ["rope_backward"])
+
+
+def norm_rope_case(heads: int, kv_heads: int, head_dim: int, rotary_dim: int) -> Case:
+    shapes = lambda T: [(1, T, heads, head_dim), (1, T, kv_heads, head_dim), (head_dim,), (head_dim,)]  # noqa: E731
+    return Case(normed_rope, shapes, {"rotary_dim": rotary_dim}, ["norm_rope"], ["norm_rope_backward"])
+
+
+def attention_case(heads: int, kv_heads: int, head_dim: int, *, sinks: bool = False, **options) -> Case:
+    kv = (kv_heads, head_dim)
+    shapes = lambda T: [(1, T, heads, head_dim), (1, T, *kv), (1, T, *kv)] + [(heads,)] * sinks  # noqa: E731
+    return Case(attend, shapes, options, ["attention"], ["attention_backward_q", "attention_backward_kv"])
+
+
+def gated_case(activation: str, features: int, *, two_arrays: bool = False) -> Case:
+    shapes = lambda T: [(T, features)] * 2 if two_arrays else [(T, 2 * features)]  # noqa: E731
+    return Case(gated, shapes, {"activation": activation}, [f"gated_{activation}"], [f"gated_{activation}_backward"])
+
+
+def fused_case(num_heads: int, kv_heads: int, head_dim: int, *, normed: bool) -> Case:
+    shapes = lambda T: [(1, T, num_heads + 2 * kv_heads, head_dim)] + [(head_dim,)] * 2 * normed  # noqa: E731
+    attends = ["attention_backward_q", "attention_backward_kv"]
+    backward = ["norm_rope", *attends, "norm_rope_backward"] if normed else [*attends, "rope_backward"]
+    return Case(fused, shapes, {"num_heads": num_heads}, ["norm_rope" if normed else "rope", "attention"], backward)
+
+
+CASES = {
+    "silu": gated_case("silu", 9728),
+    "gelu_tanh, two arrays": gated_case("gelu_tanh", 384, two_arrays=True),
+    "gelu": gated_case("gelu", 96),
+    "fused": fused_case(8, 2, 128, normed=False),
+    "fused, normed": fused_case(6, 2, 64, normed=True),
+    "rope": rope_case(8, 2, 128, 128),
+    "rope, partial, head_dim 80": rope_case(6, 3, 80, 32),
+    "rope, head_dim 20": rope_case(2, 2, 20, 20),
+    "norm_rope": norm_rope_case(8, 2, 128, 128),
+    "norm_rope, partial, head_dim 96": norm_rope_case(6, 3, 96, 24),
+    "norm_rope, head_dim 256": norm_rope_case(4, 1, 256, 256),
+    "attention, one head": attention_case(1, 1, 64),
+    "attention, head_dim 64": attention_case(4, 4, 64),
+    "attention, head_dim 80": attention_case(6, 2, 80),
+    "attention, head_dim 96": attention_case(7, 1, 96),
+    "attention, head_dim 128": attention_case(8, 2, 128),
+    "attention, head_dim 256": attention_case(8, 1, 256),
+    "attention, window": attention_case(8, 2, 128, window=100),
+    "attention, softcap": attention_case(8, 2, 128, softcap=50.0),
+    "attention, sinks": attention_case(8, 2, 64, sinks=True),
+    "attention, long documents": attention_case(8, 2, 128, max_segments=1),
+    "attention, everything": attention_case(8, 2, 80, sinks=True, scale=0.1, window=9, softcap=5.0, max_segments=1),
+}
+
+
+def lowered(case: Case, dtype, implementation: str | None, *, T: int = 1024, platform: str = "cuda"):
+    """Forward and backward, for T tokens."""
+
+    def both(*arrays):
+        out, pull = jax.vjp(lambda *arrays: case.function(implementation, *arrays, **case.options), *arrays)
+        return out, pull(out)
+
+    avals = [jax.ShapeDtypeStruct(shape, dtype) for shape in case.shapes(T)]
+    return lower_for_cuda(both, *avals, platform=platform)
+
+
+def all_cases(function):
+    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])(function)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [(None, jnp.bfloat16), ("pallas", jnp.float32)])
+@all_cases
+def test_cuda_gets_one_launch_per_kernel(case, dtype, implementation):
+    program = lowered(case, dtype, implementation)
+    modules = triton_modules(program)
+    assert [module.name for module in modules] == [f"jaxpack_{name}" for name in case.forward + case.backward]
+    assert program.as_text().count(TRITON_CALL) == len(modules)
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("xla", "cuda"), (None, "cpu")])
+@all_cases
+def test_xla_and_cpus_get_none(case, implementation, platform):
+    assert TRITON_CALL not in lowered(case, jnp.bfloat16, implementation, T=256, platform=platform).as_text()
+
+
+@pytest.mark.parametrize("T", [128, 2**26])  # 2^26 tokens of 64 bfloat16 channels or more: every activation > 4 GiB
+@all_cases
+def test_offsets_are_64_bits_wide_where_an_array_has_more_than_2_to_the_31_elements(case, T):
+    for module in triton_modules(lowered(case, jnp.bfloat16, "pallas", T=T)):
+        for array in module.arrays:
+            if array.num_elements > 2**31:
+                assert array.offset_bits <= {64}
+            elif array.num_elements <= 2**30:  # Pallas counts bytes: float32 arrays are wide from here on
+                assert array.offset_bits <= {32}
+        assert any(64 in array.offset_bits for array in module.arrays) == (T > 128)
