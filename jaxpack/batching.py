@@ -12,7 +12,7 @@ import numpy as np
 from jaxpack.config import TrainConfig
 from jaxpack.data import Documents
 from jaxpack.errors import InputError
-from jaxpack.packing import PackedBatch, Rows, fill_batch, pack_rows
+from jaxpack.packing import IGNORE, BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
 
 MAX_SHAPES = 4
 _LANES = 128  # T is a multiple of this
@@ -42,7 +42,7 @@ class Batches:
       steps_per_epoch, num_steps: optimizer steps.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: real tokens in each step, int64 `[num_steps]`.
-      max_segments: by T, the most documents in a row.
+      limits: by T, what no batch has more of.
     """
 
     def __init__(self, documents: Documents, config: TrainConfig):
@@ -59,10 +59,12 @@ class Batches:
         self.num_steps = config.max_steps if config.max_steps > 0 else whole_epochs
 
         lengths = self._rows.row_lengths
-        used, most = [], []
+        row_targets = self._row_targets()
+        used, segments, targets = [], [], []
         for which in map(self._which, range(self.num_steps)):
             used.append(np.where(which >= 0, lengths[which], 0))
-            most.append(self._segments(which))
+            segments.append(self._segments(which))
+            targets.append(np.where(which >= 0, row_targets[which], 0).sum(axis=1).max())
         self.tokens_per_step = np.array([step.sum() for step in used])
         if self._end_to_end:
             needed = np.array([step.sum(axis=1).max() for step in used])
@@ -72,7 +74,10 @@ class Batches:
             needed[:] = needed.max()  # packed rows are full: one shape
         buckets = choose_buckets(needed)
         self.row_lengths = buckets[np.searchsorted(buckets, needed)]
-        self.max_segments = {int(T): int(np.array(most)[self.row_lengths == T].max()) for T in buckets}
+        self.limits = {}
+        for T in buckets:
+            most_segments, most_targets = (int(np.array(x)[self.row_lengths == T].max()) for x in (segments, targets))
+            self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // _LANES)) * _LANES)
 
     @property
     def _end_to_end(self) -> bool:
@@ -117,6 +122,15 @@ class Batches:
         """Positions computed in each step, A * B * T, int64 `[num_steps]`."""
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
+
+    def _row_targets(self) -> np.ndarray:
+        """Targets in each row of the plan, int64 `[num_rows]`. The first token of a piece is none."""
+        rows, documents = self._rows, self.documents
+        trained = np.concatenate([[0], np.cumsum(documents.labels != IGNORE)])
+        begin = documents.starts[rows.document] + rows.start
+        of_piece = trained[begin + rows.length] - trained[np.minimum(begin + 1, begin + rows.length)]
+        before = np.concatenate([[0], np.cumsum(of_piece)])
+        return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
 
     def _segments(self, which: np.ndarray) -> int:
         """The most documents in a row of a step."""

@@ -29,6 +29,16 @@ class PackedBatch(NamedTuple):
     targets: np.ndarray
 
 
+class BatchLimits(NamedTuple):
+    """What no batch of a shape has more of, for the program that is compiled for it; None where that is not known.
+
+    `max_segments`: documents in a row. `max_targets`: targets in a micro-batch `[B, T]`.
+    """
+
+    max_segments: int | None = None
+    max_targets: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """A plan: row `r` holds the pieces `offsets[r]:offsets[r + 1]`, in order.

@@ -88,8 +88,8 @@ class Trainer:
         programs = {}
         for shape in batches.shapes:  # all of them here, so that none holds up the run
             batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-            max_segments = batches.max_segments[shape[-1]]
-            programs[shape[-1]] = step_function.lower(state, frozen, batch, max_segments=max_segments).compile()
+            lowered = step_function.lower(state, frozen, batch, limits=batches.limits[shape[-1]])
+            programs[shape[-1]] = lowered.compile()
         log = _Log(config, batches, schedule, compile_seconds=time.perf_counter() - begin)
         try:
             with log:

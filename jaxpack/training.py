@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpack.config import Implementation, Remat, TrainConfig
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxpack.lora import adapters
-from jaxpack.packing import IGNORE, PackedBatch
+from jaxpack.packing import IGNORE, BatchLimits, PackedBatch
 from jaxpack.transformer import Transformer
 
 
@@ -86,14 +86,14 @@ def loss_and_gradients(
     *,
     remat: Remat = "full",
     implementation: Implementation | None = None,
-    max_segments: int | None = None,
+    limits: BatchLimits = BatchLimits(),  # noqa: B008
     dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean loss over all targets of a batch `[A, B, T]`, and its gradient: the A micro-batches one after another.
 
     The loss is divided by the number of targets of the whole batch, so it does not depend on how the documents
     are cut into micro-batches and rows. Without any target, loss and gradients are 0. See `Transformer` for
-    `remat`, `implementation` and `max_segments`.
+    `remat` and `implementation`.
     """
     num_targets = jnp.maximum(1, jnp.sum(batch.targets != IGNORE))
 
@@ -104,11 +104,11 @@ def loss_and_gradients(
             micro.segment_ids,
             micro.positions,
             remat=remat,
-            max_segments=max_segments,
+            max_segments=limits.max_segments,
             implementation=implementation,
             dropout_key=key,
         )
-        return linear_cross_entropy(hidden, model.head, micro.targets)
+        return linear_cross_entropy(hidden, model.head, micro.targets, max_targets=limits.max_targets)
 
     gradient_of = jax.value_and_grad(micro_loss)
     num_micro = batch.tokens.shape[0]
@@ -134,14 +134,17 @@ def make_train_step(
     implementation: Implementation | None = None,
     dropout_seed: int | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted step: `step(state, frozen, batch, max_segments=None) -> (state, metrics)`.
+    """The jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
-    `state` is donated, `frozen` is not; `max_segments` is static, see `Transformer`. `dropout_seed` turns dropout on;
-    each step draws anew from it.
+    `state` is donated, `frozen` is not; `limits` are static. `dropout_seed` turns dropout on; each step draws anew from
+    it.
     """
 
     def step(
-        state: TrainState, frozen: nnx.State, batch: PackedBatch, max_segments: int | None = None
+        state: TrainState,
+        frozen: nnx.State,
+        batch: PackedBatch,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008
     ) -> tuple[TrainState, Metrics]:
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
         loss, gradients = loss_and_gradients(
@@ -151,7 +154,7 @@ def make_train_step(
             batch,
             remat=remat,
             implementation=implementation,
-            max_segments=max_segments,
+            limits=limits,
             dropout_key=key,
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
@@ -159,4 +162,4 @@ def make_train_step(
         metrics = Metrics(loss, optax.tree.norm(gradients))
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, static_argnames="max_segments")
+    return jax.jit(step, donate_argnums=0, static_argnames="limits")

@@ -9,7 +9,7 @@ from models import random_documents
 from jaxpack.batching import Batches, choose_buckets
 from jaxpack.config import TrainConfig
 from jaxpack.errors import InputError
-from jaxpack.packing import PackedBatch
+from jaxpack.packing import BatchLimits, PackedBatch
 
 LAYOUTS = [
     pytest.param({"packing": True}, id="packed"),
@@ -156,11 +156,14 @@ def test_buckets_waste_the_fewest_tokens(seed):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_max_segments_is_the_most_documents_in_a_row(layout):
+def test_limits_are_the_most_that_any_batch_has(layout):
     config = TrainConfig(per_device_train_batch_size=3, max_steps=7, max_length=256, **layout)
     batches = Batches(random_documents(LENGTHS), config)
-    most: dict[int, int] = {}
+    segments: dict[int, int] = {}
+    targets: dict[int, int] = {}
     for batch in batches:
         T = batch.tokens.shape[-1]
-        most[T] = max(most.get(T, 0), int(batch.segment_ids.max()))
-    assert batches.max_segments == most
+        segments[T] = max(segments.get(T, 0), int(batch.segment_ids.max()))
+        in_micro = (batch.targets != -100).sum(axis=(1, 2)).max()
+        targets[T] = max(targets.get(T, 0), -(-int(in_micro) // 128) * 128)
+    assert batches.limits == {T: BatchLimits(segments[T], targets[T]) for T in segments}

@@ -1,38 +1,188 @@
-"""Cross entropy from hidden states, without ever holding the logits of the whole batch."""
+"""Cross entropy from hidden states, without ever holding the logits of the whole batch.
+
+The gradient of a loss that is a sum does not depend on what comes after it but for a factor, so it is computed beside
+the loss, from the same logits, chunk by chunk of tokens: three matmuls for a head that is trained, two for one that is
+not, where recomputing logits in the backward pass would take another. Tokens without a target are left out beforehand.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxpack.errors import InputError
 from jaxpack.packing import IGNORE
 
 _CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GB in float32 for a vocabulary of 152k
 
 
 def linear_cross_entropy(
-    hidden: Float[Array, "*B T D"], head: Float[Array, "V D"], targets: Int[Array, "*B T"]
+    hidden: Float[Array, "*B D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    softcap: float | None = None,
+    max_targets: int | None = None,
 ) -> Float[Array, ""]:
-    """Sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, in float32.
+    """Sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
 
-    The head is used in the dtype of `hidden`; logits and sums are float32. A target of -100 contributes nothing, so a
-    batch without targets has loss and gradients of exactly 0. The backward pass recomputes logits, chunk by chunk.
+    Matmuls are in the dtype of `hidden` and add up in float32, as the head's gradient does over all tokens; logits are
+    float32. A target of -100 contributes nothing: without any, loss and gradients are exactly 0.
+
+    Args:
+      softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+      max_targets: what there are no more targets than, where that is known: nothing is computed for other tokens. More
+        make the loss NaN.
     """
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    # Chunks of equal size: the last may reach past the end, where there are no targets.
-    num_chunks = -(-len(targets) // _CHUNK)
-    size = -(-len(targets) // num_chunks)
-    missing = num_chunks * size - len(targets)
-    hidden = jnp.pad(hidden, ((0, missing), (0, 0))).reshape(num_chunks, size, -1)
-    targets = jnp.pad(targets, (0, missing), constant_values=IGNORE).reshape(num_chunks, size)
+    _check(hidden, head, targets, softcap)
+    if max_targets is not None and max_targets < 1:
+        raise InputError(f"`max_targets` must be positive, got {max_targets}.")
+    return _summed(hidden, head, targets, softcap, max_targets)
+
+
+def token_losses(
+    hidden: Float[Array, "*B D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "*B"]:
+    """What `linear_cross_entropy` adds up: the loss of each token, 0 without a target. Plain jnp, and the reference."""
+    _check(hidden, head, targets, softcap)
+    chunks = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
 
     @jax.checkpoint
-    def chunk_loss(total, chunk):
-        hidden, targets = chunk
-        # Cast inside the chunk: the gradient of a trainable float32 head then adds up in float32 over the chunks.
-        logits = jnp.einsum("TD,VD->TV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + jnp.sum(jnp.where(targets == IGNORE, 0.0, losses)), None
+    def losses_of(_: None, chunk: _Chunks) -> tuple[None, Float[Array, " C"]]:
+        logits, _ = _logits(chunk.hidden, head, softcap)
+        return None, _losses(logits, chunk.targets)[0]
 
-    total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), (hidden, targets))
-    return total
+    _, losses = jax.lax.scan(losses_of, None, chunks)
+    return losses.reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def _check(hidden: jax.Array, head: jax.Array, targets: jax.Array, softcap: float | None) -> None:
+    if hidden.shape[:-1] != targets.shape:
+        raise InputError(f"`targets` must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}.")
+    if hidden.shape[-1] != head.shape[1]:
+        raise InputError(f"`head` must have {hidden.shape[-1]} columns, as `hidden` has channels, got {head.shape[1]}.")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"`softcap` must be positive, got {softcap}.")
+
+
+class _Chunks(NamedTuple):
+    """Tokens in chunks of equal size; the last may reach past the end, where there are no targets."""
+
+    hidden: Float[Array, "n C D"]
+    targets: Int[Array, "n C"]
+
+
+def _chunks(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> _Chunks:
+    count, unit = -(-len(targets) // _CHUNK), min(128, _CHUNK, len(targets))  # matmuls like multiples of 128
+    size = -(-len(targets) // (count * unit)) * unit
+    missing = count * size - len(targets)
+    return _Chunks(
+        jnp.pad(hidden, ((0, missing), (0, 0))).reshape(count, size, -1),
+        jnp.pad(targets, (0, missing), constant_values=IGNORE).reshape(count, size),
+    )
+
+
+def _logits(
+    hidden: Float[Array, "C D"], head: Float[Array, "V D"], softcap: float | None
+) -> tuple[Float[Array, "C V"], Float[Array, "C V"] | None]:
+    """Logits, and where they are capped their tanh."""
+    logits = jnp.einsum("TD,VD->TV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if softcap is None:
+        return logits, None
+    tanh = jnp.tanh(logits / softcap)
+    return softcap * tanh, tanh
+
+
+def _losses(logits: Float[Array, "C V"], targets: Int[Array, " C"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Losses, and the log-sum-exp."""
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(targets == IGNORE, 0.0, lse - picked), lse
+
+
+# The sum, and its gradients beside it.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _summed(hidden, head, targets, softcap, max_targets):
+    return _loss_and_gradients(hidden, head, targets, softcap, max_targets, wanted=(False, False))[0]
+
+
+def _forward(hidden, head, targets, softcap, max_targets):
+    wanted = hidden.perturbed, head.perturbed
+    loss, *gradients = _loss_and_gradients(hidden.value, head.value, targets.value, softcap, max_targets, wanted=wanted)
+    return loss, gradients
+
+
+def _backward(softcap, max_targets, gradients, d_loss):
+    del softcap, max_targets
+    if isinstance(d_loss, SymbolicZero):
+        d_loss = jnp.zeros(d_loss.shape, d_loss.dtype)
+    scaled = (x if x is None else (d_loss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
+    return *scaled, None
+
+
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _loss_and_gradients(
+    hidden: Float[Array, "*B D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    softcap: float | None,
+    max_targets: int | None,
+    *,
+    wanted: tuple[bool, bool],
+) -> tuple[Float[Array, ""], Float[Array, "*B D"] | None, Float[Array, "V D"] | None]:
+    """The loss, and the gradients of hidden states and head, those that are wanted."""
+    shape, dtype = hidden.shape, hidden.dtype
+    hidden, targets = hidden.reshape(-1, shape[-1]), targets.reshape(-1)
+    present = targets != IGNORE
+    if leave_out := max_targets is not None and max_targets < len(targets):
+        kept = jnp.flatnonzero(present, size=max_targets, fill_value=len(targets))
+        hidden = hidden.at[kept].get(mode="fill", fill_value=0)
+        targets = targets.at[kept].get(mode="fill", fill_value=IGNORE)
+    chunks = _chunks(hidden, targets)
+    weights = head.astype(dtype)
+
+    def step(carry, chunk: _Chunks):
+        total, d_head = carry
+        logits, tanh = _logits(chunk.hidden, weights, softcap)
+        losses, lse = _losses(logits, chunk.targets)
+        total = total + jnp.sum(losses)
+        if not any(wanted):
+            return (total, None), None
+        is_target = chunk.targets[:, None] == jnp.arange(len(weights), dtype=chunk.targets.dtype)[None, :]
+        d_logits = jnp.exp(logits - lse[:, None]) - is_target
+        if tanh is not None:
+            d_logits = d_logits * (1 - tanh * tanh)
+        # In the dtype of the matmuls: a float32 operand would make them tf32, at half the speed.
+        d_logits = jnp.where(chunk.targets[:, None] == IGNORE, 0.0, d_logits).astype(dtype)
+        d_hidden = None
+        if wanted[0]:
+            d_hidden = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32).astype(dtype)
+        if wanted[1]:
+            d_head = d_head + jnp.einsum("TV,TD->VD", d_logits, chunk.hidden, preferred_element_type=jnp.float32)
+        return (total, d_head), d_hidden
+
+    d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
+    (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
+    if leave_out:
+        total = jnp.where(jnp.sum(present) > max_targets, jnp.nan, total)
+    if d_hidden is not None:
+        d_hidden = d_hidden.reshape(-1, shape[-1])[: len(targets)]
+        d_hidden = (_put_back(d_hidden, present) if leave_out else d_hidden).reshape(shape)
+    return total, d_hidden, d_head if d_head is None else d_head.astype(head.dtype)
+
+
+def _put_back(kept: Float[Array, "K D"], present: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    """Rows to where they were taken from, zeros elsewhere; a gather, since a scatter would be slow."""
+    place = jnp.clip(jnp.cumsum(present) - 1, 0, len(kept) - 1)
+    return jnp.where(present[:, None], kept[place], 0)
