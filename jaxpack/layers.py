@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 from jaxpack.config import Implementation, ModelConfig
 from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.lora_linear import lora_linear
 from jaxpack.kernels.rope import Angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 
@@ -53,29 +54,32 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
         """All projections of `x`, side by side. Dropout acts on the input of the adapters, where there is a key."""
-        out = jnp.einsum("BTI,OI->BTO", x, self.weight[...].astype(x.dtype))
-        return out + self._adapted(x, dropout_key) if self.lora else out
+        if not self.lora:
+            return jnp.einsum("BTI,OI->BTO", x, self.weight[...].astype(x.dtype))
+        lora_a, lora_b = self._factors()
+        return lora_linear(x, self.weight[...], lora_a, lora_b, self._dropped(x, dropout_key))
 
-    def _adapted(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None) -> Float[Array, "B T O"]:
-        # Narrow matmuls are slow, so there are two for all projections together: the A factors side by side, and the B
-        # factors as blocks on a diagonal.
-        adapters = [(name, size, self.lora.get(name)) for name, size in self.projections]
-        present = [adapter for _, _, adapter in adapters if adapter is not None]
-        dropout = present[0].dropout
-        if dropout and dropout_key is not None:
-            keep = jax.random.bernoulli(dropout_key, 1 - dropout, x.shape)
-            x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
-        lora_a = jnp.concatenate([adapter.lora_a[...] for adapter in present])
+    def _factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]]:
+        """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""
+        adapters = [(size, self.lora.get(name)) for name, size in self.projections]
+        lora_a = jnp.concatenate([adapter.lora_a[...] for _, adapter in adapters if adapter is not None])
         lora_b = jnp.zeros((self.weight.shape[-2], lora_a.shape[0]), lora_a.dtype)
         row = column = 0
-        for _, size, adapter in adapters:
+        for size, adapter in adapters:
             if adapter is not None:
                 rank = adapter.lora_b.shape[-1]
                 lora_b = lora_b.at[row : row + size, column : column + rank].set(adapter.scaling * adapter.lora_b[...])
                 column += rank
             row += size
-        narrow = jnp.einsum("BTI,RI->BTR", x, lora_a.astype(x.dtype))
-        return jnp.einsum("BTR,OR->BTO", narrow, lora_b.astype(x.dtype))
+        return lora_a, lora_b
+
+    def _dropped(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None) -> Float[Array, "B T I"] | None:
+        """What the adapters read where that is not `x`."""
+        dropout = next(iter(self.lora.values())).dropout
+        if not dropout or key is None:
+            return None
+        keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
+        return jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

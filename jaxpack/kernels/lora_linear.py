@@ -1,0 +1,106 @@
+"""A frozen projection with a low-rank adapter (LoRA, https://arxiv.org/abs/2106.09685): `x W^T + (x A^T) B^T`.
+
+Added up as written, the adapter's share costs more than its arithmetic: another array of the output's size is written,
+and read again to be added. Instead its factors ride along in the projection's own matmul, as a few more of the channels
+that it sums over, wherever that side is the narrow one:
+
+    out = [x, x A^T] [W, B]^T          (O > I: copies x, of I channels)
+    d_x = [d, d B] [W; A]              (I >= O: copies the output's gradient d, of O channels)
+
+and on the other side, the sum is of arrays of the narrow size. Both sums are float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxpack.errors import InputError
+
+
+def lora_linear(
+    x: Float[Array, "*B I"],
+    weight: Float[Array, "O I"],
+    lora_a: Float[Array, "R I"],
+    lora_b: Float[Array, "O R"],
+    adapted: Float[Array, "*B I"] | None = None,
+) -> Float[Array, "*B O"]:
+    """`x @ weight.T + adapted @ lora_a.T @ lora_b.T`, in the dtype of `x`, to which all others are cast.
+
+    Args:
+      weight: frozen, or not; its gradient is computed where it is asked for.
+      lora_b: with the adapter's scaling in it.
+      adapted: what the adapter reads where that is not `x`: `x` after dropout.
+    """
+    if weight.shape[1] != x.shape[-1] or lora_a.shape[1] != x.shape[-1]:
+        raise InputError(
+            f"`weight` and `lora_a` must have {x.shape[-1]} columns, as `x` has channels, got {weight.shape[1]} and "
+            f"{lora_a.shape[1]}."
+        )
+    if lora_b.shape != (weight.shape[0], lora_a.shape[0]):
+        raise InputError(
+            f"`lora_b` must have shape {(weight.shape[0], lora_a.shape[0])}: rows of `weight`, rows of `lora_a`, got "
+            f"{lora_b.shape}."
+        )
+    if adapted is not None and adapted.shape != x.shape:
+        raise InputError(f"`adapted` must have the shape of `x`, {list(x.shape)}, got {list(adapted.shape)}.")
+    return _lora_linear(x, weight, lora_a, lora_b, adapted)
+
+
+def lora_linear_reference(
+    x: Float[Array, "*B I"],
+    weight: Float[Array, "O I"],
+    lora_a: Float[Array, "R I"],
+    lora_b: Float[Array, "O R"],
+    adapted: Float[Array, "*B I"] | None = None,
+) -> Float[Array, "*B O"]:
+    """`lora_linear` as it is written down."""
+    weight, lora_a, lora_b = (w.astype(x.dtype) for w in (weight, lora_a, lora_b))
+    return x @ weight.T + ((x if adapted is None else adapted) @ lora_a.T) @ lora_b.T
+
+
+@jax.custom_vjp
+def _lora_linear(x, weight, lora_a, lora_b, adapted):
+    return _forward(x, weight, lora_a, lora_b, adapted)[0]
+
+
+def _forward(x, weight, lora_a, lora_b, adapted):
+    a, b, w = (matrix.astype(x.dtype) for matrix in (lora_a, lora_b, weight))
+    narrow = (x if adapted is None else adapted) @ a.T
+    if _is_wide(weight):
+        out = jnp.concatenate([x, narrow], axis=-1) @ jnp.concatenate([w, b], axis=1).T
+    else:
+        out = x @ w.T + narrow @ b.T
+    return out, (x, weight, lora_a, lora_b, adapted, narrow)
+
+
+def _backward(residuals, d_out):
+    x, weight, lora_a, lora_b, adapted, narrow = residuals
+    a, b, w = (matrix.astype(x.dtype) for matrix in (lora_a, lora_b, weight))
+    if _is_wide(weight):
+        d_x, d_narrow = jnp.split(d_out @ jnp.concatenate([w, b], axis=1), [x.shape[-1]], axis=-1)
+        d_adapted = d_narrow @ a
+        d_x, d_adapted = (d_x + d_adapted, None) if adapted is None else (d_x, d_adapted)
+    else:
+        d_narrow = d_out @ b
+        if adapted is None:
+            d_x = jnp.concatenate([d_out, d_narrow], axis=-1) @ jnp.concatenate([w, a], axis=0)
+            d_adapted = None
+        else:
+            d_x, d_adapted = d_out @ w, d_narrow @ a
+    d_a = _outer(d_narrow, x if adapted is None else adapted).astype(lora_a.dtype)
+    d_b = _outer(d_out, narrow).astype(lora_b.dtype)
+    d_weight = _outer(d_out, x).astype(weight.dtype)  # never computed where nothing asks for it
+    return d_x, d_weight, d_a, d_b, d_adapted
+
+
+_lora_linear.defvjp(_forward, _backward)
+
+
+def _is_wide(weight: jax.Array) -> bool:
+    return weight.shape[0] > weight.shape[1]
+
+
+def _outer(d: Float[Array, "*B O"], x: Float[Array, "*B I"]) -> Float[Array, "O I"]:
+    """Sum over tokens of `d x^T`, float32."""
+    d, x = (array.reshape(-1, array.shape[-1]) for array in (d, x))
+    return jnp.einsum("TO,TI->OI", d, x, preferred_element_type=jnp.float32)
