@@ -8,7 +8,7 @@ from jaxpack.errors import InputError
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Remat = Literal["full", "none"]
+Remat = Literal["full", "keep_attention", "keep_projections", "none"]
 Implementation = Literal["xla", "pallas"]
 
 
@@ -149,7 +149,9 @@ class TrainConfig:
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text in a row.")
     remat: Remat = _option(
-        "full", "What the backward pass recomputes: every layer (full), or attention and loss alone (none)."
+        "full",
+        "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "
+        "projections, or nothing (none). Each takes less time and more memory than the one before.",
     )
     implementation: Implementation | None = _option(
         None, "Of all kernels: xla, or pallas (interpreted without a GPU). None takes the faster on each device."

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
@@ -16,6 +17,7 @@ from jaxpack.config import Implementation, ModelConfig
 from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.lora_linear import lora_linear
+from jaxpack.kernels.rms_norm import rms_norm
 from jaxpack.kernels.rope import Angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 
@@ -90,10 +92,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (normed * scale).astype(x.dtype)
+        return rms_norm(x, self.scale[...], eps=self.eps)
 
 
 class Attention(nnx.Module):
@@ -138,7 +137,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | None
     ) -> Float[Array, "B T D"]:
-        gate_up = self.gate_up(x, None if keys is None else keys[0])
+        gate_up = checkpoint_name(self.gate_up(x, None if keys is None else keys[0]), "gate_up")
         product = gated_activation(gate_up, implementation=context.implementation)
         return self.down(product, None if keys is None else keys[1])
 
@@ -156,5 +155,5 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], context: RowContext, dropout_key: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
-        x = x + self.attention(self.attention_norm(x), context, keys[0])
+        x = checkpoint_name(x + self.attention(self.attention_norm(x), context, keys[0]), "residual")
         return x + self.feed_forward(self.feed_forward_norm(x), context, keys[1])

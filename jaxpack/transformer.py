@@ -13,6 +13,7 @@ from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat, RopeC
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.rope import rotary_angles
 from jaxpack.layers import Block, RMSNorm, RowContext
+from jaxpack.memory import recompute
 
 
 class Transformer(nnx.Module):
@@ -60,7 +61,7 @@ class Transformer(nnx.Module):
         """Hidden states after the last norm, in `dtype`. See `PackedBatch` for what the arguments hold.
 
         Args:
-          remat: "full" recomputes each block in the backward pass and keeps only its input; "none" keeps everything.
+          remat: what the backward pass computes again, see `memory`.
           max_segments: what no row has more documents than, where that is known; see `kernels.attention`.
           implementation: of all kernels; None takes the faster on each device.
           dropout_key: turns the dropout of LoRA adapters on.
@@ -75,10 +76,8 @@ class Transformer(nnx.Module):
             parameters, key = scanned
             return nnx.merge(graph, parameters)(x, context, key), None
 
-        if remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)  # within a scan there is nothing to share
         x = self.embedding[...][tokens].astype(self.dtype)
-        x, _ = jax.lax.scan(layer, x, (layers, keys))
+        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys))
         return self.norm(x)
 
     @property

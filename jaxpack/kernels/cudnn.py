@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxpack.kernels._launch import launch, pl, plt, power_of_two_divisor, powers_of_two
@@ -109,6 +110,7 @@ def _forward(q, k, v, first, last, scale, max_segments):
     # `pull` holds the output, too: with the blanked one in its place nothing has to be copied.
     residuals, structure = jax.tree.flatten(pull)
     pull = jax.tree.unflatten(structure, [blanked if x is out else x for x in residuals])
+    pull = jax.tree.map(lambda x: x if any(x is y for y in (q, k, v)) else checkpoint_name(x, "attention"), pull)
     return blanked, (pull, first, covered)
 
 

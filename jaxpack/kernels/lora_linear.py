@@ -12,6 +12,7 @@ and on the other side, the sum is of arrays of the narrow size. Both sums are fl
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpack.errors import InputError
@@ -65,7 +66,7 @@ def _lora_linear(x, weight, lora_a, lora_b, adapted):
 
 def _forward(x, weight, lora_a, lora_b, adapted):
     a, b, w = (matrix.astype(x.dtype) for matrix in (lora_a, lora_b, weight))
-    narrow = (x if adapted is None else adapted) @ a.T
+    narrow = checkpoint_name((x if adapted is None else adapted) @ a.T, "lora")
     if _is_wide(weight):
         out = jnp.concatenate([x, narrow], axis=-1) @ jnp.concatenate([w, b], axis=1).T
     else:

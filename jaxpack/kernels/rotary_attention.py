@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpack.errors import InputError
@@ -140,6 +141,8 @@ def _forward(qkv, angles, bounds, norms, sinks, N, eps, options):
         return out, no_lse(qkv[:, :, :N], K), qkv
 
     out, lse, qkv = dispatch(options.implementation, xla=xla, pallas=pallas)(qkv, angles, bounds, norms, sinks)
+    qkv = checkpoint_name(qkv, "qkv")
+    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return out, (qkv, angles, bounds, norms, sinks, out, lse)
 
 

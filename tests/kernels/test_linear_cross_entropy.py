@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from programs import equations
 
 from jaxpack.errors import InputError
 from jaxpack.kernels import linear_cross_entropy as module
@@ -107,17 +108,6 @@ def test_a_float32_head_collects_its_gradient_in_float32(monkeypatch):
 
 
 # What is computed, and what is held: read off the program.
-
-
-def equations(jaxpr) -> list:
-    """All of a program, inner ones once."""
-    found = []
-    for equation in jaxpr.eqns:
-        found.append(equation)
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
-            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                found += equations(getattr(inner, "jaxpr", inner))
-    return found
 
 
 @pytest.mark.parametrize(("argnums", "matmuls"), [((), 1), ((0,), 2), ((0, 1), 3)])

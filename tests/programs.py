@@ -1,0 +1,16 @@
+"""Reads what a traced program does."""
+
+from typing import Any
+
+import jax
+
+
+def equations(jaxpr: Any) -> list[Any]:
+    """All equations of a jaxpr, those of inner ones once each."""
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                found += equations(getattr(inner, "jaxpr", inner))
+    return found

@@ -1,0 +1,84 @@
+"""What the backward pass keeps: the same gradients whatever it is, and nothing dear computed twice that was kept."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels.cuda_lowering import lower_for_cuda, triton_modules
+from models import random_documents, small_config, small_model
+from programs import equations
+
+from jaxpack.batching import Batches
+from jaxpack.config import LoraConfig, Remat, TrainConfig
+from jaxpack.memory import KEPT, NAMES
+from jaxpack.training import loss_and_gradients, split_trainable
+
+CHOICES = get_args(Remat)
+LENGTHS = [17, 2, 40, 3, 22, 31, 9, 28, 5, 64]
+
+
+@functools.cache
+def parts(family: str, lora: bool, dtype=jnp.float32):
+    return split_trainable(small_model(family, lora=LoraConfig(r=4) if lora else None, dtype=dtype))
+
+
+@functools.cache
+def batch():
+    config = TrainConfig(max_length=128, per_device_train_batch_size=2, max_steps=1)
+    return jax.tree.map(jnp.asarray, Batches(random_documents(LENGTHS), config)[0])
+
+
+@functools.cache
+def results(family: str, lora: bool, remat: Remat):
+    graph, trainable, frozen = parts(family, lora)
+    return jax.jit(functools.partial(loss_and_gradients, graph, remat=remat))(trainable, frozen, batch())
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("remat", CHOICES[:-1])
+def test_loss_and_gradients_are_the_same(family, lora, remat):
+    (loss, gradients), (want, want_gradients) = results(family, lora, remat), results(family, lora, "none")
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_every_name_is_one_that_the_model_gives(family):
+    graph, trainable, frozen = parts(family, True)
+    program = jax.make_jaxpr(functools.partial(loss_and_gradients, graph, remat="none"))(trainable, frozen, batch())
+    given = {equation.params["name"] for equation in equations(program.jaxpr) if equation.primitive.name == "name"}
+    assert given == set(NAMES)
+    assert all(set(names) <= given for names in KEPT.values() if names is not None)
+
+
+# In the step as a GPU gets it: how often it is that these run for a layer.
+RUNS = {
+    "full": {"attention": 2, "qkv": 2, "gate_up": 2},
+    "keep_attention": {"attention": 1, "qkv": 2, "gate_up": 2},
+    "keep_projections": {"attention": 1, "qkv": 1, "gate_up": 1},
+    "none": {"attention": 1, "qkv": 1, "gate_up": 1},
+}
+
+
+@pytest.mark.parametrize("remat", CHOICES)
+def test_what_is_kept_is_not_computed_again(family, remat):
+    graph, trainable, frozen = parts(family, True, jnp.bfloat16)
+    step = functools.partial(loss_and_gradients, graph, remat=remat)
+    lowered = lower_for_cuda(step, trainable, frozen, batch())
+    kernels = [module.name for module in triton_modules(lowered)]
+    assert kernels.count("jaxpack_attention") == RUNS[remat]["attention"]
+    assert kernels.count("jaxpack_attention_backward_kv") == 1
+    config = small_config(family)
+    heads = config.num_heads + 2 * config.num_kv_heads
+    # By the matrix: the adapters' factors, of rank 4, ride along with those of three projections or of two.
+    matrices = {
+        "qkv": (config.hidden_size + 3 * 4, heads * config.head_dim),
+        "gate_up": (config.hidden_size + 2 * 4, 2 * config.intermediate_size),
+    }
+    for name, (rows, columns) in matrices.items():
+        matrix = f"tensor<{rows}x{columns}xbf16>) ->"
+        matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
+        assert len(matmuls) == RUNS[remat][name], name
