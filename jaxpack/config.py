@@ -8,7 +8,7 @@ from jaxpack.errors import InputError
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Remat = Literal["full", "keep_attention", "keep_projections", "none"]
+Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]
 Implementation = Literal["xla", "pallas"]
 
 
@@ -151,7 +151,8 @@ class TrainConfig:
     remat: Remat = _option(
         "full",
         "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "
-        "projections, or nothing (none). Each takes less time and more memory than the one before.",
+        "projections, or nothing (none): each takes less time and more memory than the one before. With offload, every "
+        "layer, from inputs that wait in the host's memory.",
     )
     implementation: Implementation | None = _option(
         None, "Of all kernels: xla, or pallas (interpreted without a GPU). None takes the faster on each device."

@@ -1,21 +1,26 @@
-"""What the backward pass keeps of each layer, and what it computes again.
+"""What the backward pass keeps of each layer, where, and what it computes again.
 
 The model names what is dear to compute (`jax.ad_checkpoint.checkpoint_name`), and each choice of `remat` is a list of
-those names: what is named is kept, the rest is computed again from the layer's input, which is kept always.
+those names: what is named is kept, the rest is computed again from the layer's input. That is kept always: in the
+device's memory, or, offloaded, in pinned memory of the host, from where it is fetched while the layer after it runs.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxpack.config import Remat
+from jaxpack.config import ModelConfig, Remat
+from jaxpack.errors import InputError
 
 # Names, in the order of a layer. "attention" is the output and the log-sum-exp of the attention kernel, which is not
 # run again where both are kept; "lora" what adapters pass between their factors, small.
 NAMES = ("qkv", "attention", "residual", "gate_up", "lora")
 
 KEPT: dict[Remat, tuple[str, ...] | None] = {
+    "offload": (),
     "full": (),
     "keep_attention": ("attention", "lora"),
     "keep_projections": NAMES,
@@ -23,11 +28,56 @@ KEPT: dict[Remat, tuple[str, ...] | None] = {
 }
 assert set(KEPT) == set(get_args(Remat))
 
+_INPUT = "layer_input"
+
 
 def recompute(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`layer`, for use in a scan, keeping what the choice says."""
+    """`layer(x, ...)`, for use in a scan, keeping what the choice says."""
     names = KEPT[remat]
     if names is None:
         return layer
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # within a scan there is nothing to share
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+
+        def named(x: jax.Array, *rest: Any) -> Any:
+            return layer(checkpoint_name(x, _INPUT), *rest)
+
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(names),
+            names_which_can_be_offloaded=[_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        named, policy = layer, policies.save_only_these_names(*names)
+    return jax.checkpoint(named, policy=policy, prevent_cse=False)  # within a scan there is nothing to share
+
+
+def check_host_memory(remat: Remat, config: ModelConfig, tokens: int, itemsize: int) -> None:
+    """Refuses to offload what the host has no room for.
+
+    Args:
+      tokens: of a micro-batch, with its padding.
+      itemsize: bytes of an activation.
+    """
+    needed = config.num_layers * tokens * config.hidden_size * itemsize
+    if remat == "offload" and (available := available_host_bytes()) is not None and needed > available:
+        raise InputError(
+            f'`remat` "offload" needs {needed / 2**30:.1f} GiB of host memory for the inputs of {config.num_layers} '
+            f'layers, got {available / 2**30:.1f} GiB available. "full" keeps them on the device.'
+        )
+
+
+def available_host_bytes(root: Path = Path("/")) -> int | None:
+    """What Linux says can be allocated without swapping, within the limit of a container; None elsewhere."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return None
+    try:
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        return max(0, min(available, limit - used))
+    except (OSError, ValueError):  # no container, or no limit: "max"
+        return available

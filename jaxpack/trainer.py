@@ -19,6 +19,7 @@ from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, reason
 from jaxpack.lora import adapters
+from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
 from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 from jaxpack.transformer import Transformer
@@ -82,6 +83,8 @@ class Trainer:
             dropout_seed=config.seed if has_dropout else None,
         )
         state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+        for _, B, T in batches.shapes:
+            check_host_memory(config.remat, self.model.config, B * T, self.model.dtype.itemsize)
         self._print_plan(trainable, frozen)
 
         begin = time.perf_counter()

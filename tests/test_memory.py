@@ -13,7 +13,8 @@ from programs import equations
 
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, Remat, TrainConfig
-from jaxpack.memory import KEPT, NAMES
+from jaxpack.errors import InputError
+from jaxpack.memory import KEPT, NAMES, available_host_bytes, check_host_memory
 from jaxpack.training import loss_and_gradients, split_trainable
 
 CHOICES = get_args(Remat)
@@ -56,6 +57,7 @@ def test_every_name_is_one_that_the_model_gives(family):
 
 # In the step as a GPU gets it: how often it is that these run for a layer.
 RUNS = {
+    "offload": {"attention": 2, "qkv": 2, "gate_up": 2},
     "full": {"attention": 2, "qkv": 2, "gate_up": 2},
     "keep_attention": {"attention": 1, "qkv": 2, "gate_up": 2},
     "keep_projections": {"attention": 1, "qkv": 1, "gate_up": 1},
@@ -82,3 +84,49 @@ def test_what_is_kept_is_not_computed_again(family, remat):
         matrix = f"tensor<{rows}x{columns}xbf16>) ->"
         matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
         assert len(matmuls) == RUNS[remat][name], name
+
+
+# Offloading.
+
+
+@pytest.mark.parametrize("remat", CHOICES)
+def test_only_layer_inputs_go_to_the_host_and_come_back(family, remat):
+    graph, trainable, frozen = parts(family, True, jnp.bfloat16)
+    text = lower_for_cuda(
+        functools.partial(loss_and_gradients, graph, remat=remat), trainable, frozen, batch()
+    ).as_text()
+    there = [line for line in text.splitlines() if "annotate_device_placement" in line and '"pinned_host"' in line]
+    assert len(there) == (remat == "offload")
+    assert all("tensor<1x128x48xbf16>" in line for line in there)
+
+
+def host(root, available: int, limit: str | None = None, used: int = 0):
+    """A file system that says how much memory there is, in GiB."""
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available * 2**20} kB\n")
+    if limit is not None:
+        group = root / "sys/fs/cgroup"
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(f"{used * 2**30}\n")
+    return root
+
+
+def test_available_memory_is_that_of_the_container(tmp_path):
+    assert available_host_bytes(tmp_path) is None  # not Linux
+    for i, (limit, used, expected) in enumerate(
+        [(None, 0, 8), ("max", 1, 8), (str(5 * 2**30), 2, 3), (str(50 * 2**30), 2, 8), (str(2**30), 2, 0)]
+    ):
+        (root := tmp_path / str(i)).mkdir()
+        assert available_host_bytes(host(root, 8, limit, used)) == expected * 2**30
+
+
+def test_too_little_host_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("jaxpack.memory.available_host_bytes", lambda: 3 * 2**30)
+    config = small_config("qwen3", num_layers=32, hidden_size=2048)  # 128 KiB a token in bfloat16
+    check_host_memory("offload", config, 24 * 1024, itemsize=2)
+    with pytest.raises(InputError, match=r'`remat` "offload" needs 3.1 GiB .* of 32 layers, got 3.0 GiB available'):
+        check_host_memory("offload", config, 25 * 1024, itemsize=2)
+    check_host_memory("full", config, 25 * 1024, itemsize=2)
+    monkeypatch.setattr("jaxpack.memory.available_host_bytes", lambda: None)
+    check_host_memory("offload", config, 25 * 1024, itemsize=2)
