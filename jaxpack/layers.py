@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from jaxpack.config import Implementation, ModelConfig
 from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.gated_linear import gated_linear
 from jaxpack.kernels.lora_linear import lora_linear
 from jaxpack.kernels.rms_norm import rms_norm
 from jaxpack.kernels.rope import Angles
@@ -58,10 +59,9 @@ class Linear(nnx.Module):
         """All projections of `x`, side by side. Dropout acts on the input of the adapters, where there is a key."""
         if not self.lora:
             return jnp.einsum("BTI,OI->BTO", x, self.weight[...].astype(x.dtype))
-        lora_a, lora_b = self._factors()
-        return lora_linear(x, self.weight[...], lora_a, lora_b, self._dropped(x, dropout_key))
+        return lora_linear(x, self.weight[...], *self.factors(), self._dropped(x, dropout_key))
 
-    def _factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]]:
+    def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]]:
         """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""
         adapters = [(size, self.lora.get(name)) for name, size in self.projections]
         lora_a = jnp.concatenate([adapter.lora_a[...] for _, adapter in adapters if adapter is not None])
@@ -137,9 +137,12 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | None
     ) -> Float[Array, "B T D"]:
-        gate_up = checkpoint_name(self.gate_up(x, None if keys is None else keys[0]), "gate_up")
-        product = gated_activation(gate_up, implementation=context.implementation)
-        return self.down(product, None if keys is None else keys[1])
+        gate_up = self.gate_up(x, None if keys is None else keys[0])
+        if keys is not None and self.down.lora:  # dropout comes between the product and the adapter
+            gate_up = checkpoint_name(gate_up, "gate_up")
+            return self.down(gated_activation(gate_up, implementation=context.implementation), keys[1])
+        factors = self.down.factors() if self.down.lora else ()
+        return gated_linear(gate_up, self.down.weight[...], *factors, implementation=context.implementation)
 
 
 class Block(nnx.Module):

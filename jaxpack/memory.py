@@ -16,12 +16,12 @@ from jaxpack.config import ModelConfig, Remat
 from jaxpack.errors import InputError
 
 # Names, in the order of a layer. "attention" is the output and the log-sum-exp of the attention kernel, which is not
-# run again where both are kept; "lora" what adapters pass between their factors, small.
+# run again where both are kept; "lora" what adapters pass between their factors: so small that it is kept always.
 NAMES = ("qkv", "attention", "residual", "gate_up", "lora")
 
 KEPT: dict[Remat, tuple[str, ...] | None] = {
-    "offload": (),
-    "full": (),
+    "offload": ("lora",),
+    "full": ("lora",),
     "keep_attention": ("attention", "lora"),
     "keep_projections": NAMES,
     "none": None,  # all that the derivatives read, named or not

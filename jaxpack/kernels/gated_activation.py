@@ -47,11 +47,16 @@ def gated_activation_backward(
     *,
     activation: Activation = "silu",
     with_product: bool = False,
+    in_place: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"] | None, Float[Array, "*B F_out"] | None]:
     """Gradients of `gate` and `up`, in one array where those were, and on request `act(gate) * up` once more.
 
     The product is what the gradient of the projection behind it needs: computed again here, it need not be kept.
+
+    Args:
+      in_place: the gradients take the memory of `gate` and `up`. Where XLA does not see that these are read no more, it
+        copies them first.
 
     Returns:
       `(d_gate, d_up, product)`; without `up`, `d_gate` holds both and `d_up` is None.
@@ -60,7 +65,7 @@ def gated_activation_backward(
     features = gate.shape[-1] // (2 if up is None else 1)
     if d_out.shape != (*gate.shape[:-1], features):
         raise InputError(f"`d_out` must have shape {[*gate.shape[:-1], features]}, got {list(d_out.shape)}.")
-    return _backward(gate, up, d_out, activation, with_product, implementation)
+    return _backward(gate, up, d_out, activation, with_product, in_place, implementation)
 
 
 def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activation:
@@ -208,7 +213,7 @@ def _forward_kernel(gate: jax.Array, up: jax.Array | None, activation: Activatio
 
 
 def _backward_kernel(
-    gate: jax.Array, up: jax.Array | None, d_out: jax.Array, activation: Activation, with_product: bool
+    gate: jax.Array, up: jax.Array | None, d_out: jax.Array, activation: Activation, with_product: bool, in_place: bool
 ) -> list[jax.Array]:
     features = d_out.shape[-1]
     arrays = [_flat(x) for x in (gate, up) if x is not None]
@@ -238,6 +243,7 @@ def _backward_kernel(
         grid=blocks.grid,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *([d_out] if with_product else []))],
         num_warps=tile.num_warps,
+        input_output_aliases={i: i for i in range(count)} if in_place else None,
     )
     return [x.reshape(*gate.shape[:-1], x.shape[-1]) for x in outputs]
 
@@ -252,14 +258,14 @@ def _gated_activation(gate, up, activation, implementation):
     return dispatch(implementation, xla=xla, pallas=pallas)(gate, up)
 
 
-def _backward(gate, up, d_out, activation, with_product, implementation):
+def _backward(gate, up, d_out, activation, with_product, in_place, implementation):
     def xla(gate, up, d_out):
         product, pull = jax.vjp(functools.partial(gated_activation_reference, activation=activation), gate, up)
         gradients = [d for d in pull(d_out) if d is not None]
         return [*gradients, product] if with_product else gradients
 
     def pallas(gate, up, d_out):
-        return _backward_kernel(gate, up, d_out, activation, with_product)
+        return _backward_kernel(gate, up, d_out, activation, with_product, in_place)
 
     outputs = dispatch(implementation, xla=xla, pallas=pallas)(gate, up, d_out)
     product = outputs.pop() if with_product else None
@@ -271,5 +277,5 @@ _gated_activation.defvjp(
         _gated_activation(gate, up, activation, implementation),
         (gate, up),
     ),
-    lambda activation, implementation, kept, d: _backward(*kept, d, activation, False, implementation)[:2],
+    lambda activation, implementation, kept, d: _backward(*kept, d, activation, False, False, implementation)[:2],
 )

@@ -92,8 +92,8 @@ def test_no_sum_on_the_wide_side(shape):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"weight": (5, 7)}, r"`weight` and `lora_a` must have 8 columns, as `x` has channels, got 7 and 8"),
-        ({"lora_a": (2, 9)}, r"`weight` and `lora_a` must have 8 columns, as `x` has channels, got 8 and 9"),
+        ({"weight": (5, 7)}, r"`weight` must have 8 columns, as `x` has channels, got 7"),
+        ({"lora_a": (2, 9)}, r"`lora_a` must have 8 columns, as `weight` has, got 9"),
         ({"lora_b": (5, 3)}, r"`lora_b` must have shape \(5, 2\): rows of `weight`, rows of `lora_a`, got \(5, 3\)"),
         ({"adapted": (4, 8)}, r"`adapted` must have the shape of `x`, \[3, 8\], got \[4, 8\]"),
     ],
