@@ -3,6 +3,7 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV := .venv
 RUN := $(VENV)/bin/python
+PARALLEL := -n 2 --dist loadfile  # a file stays in one process, whose compiled programs its tests share
 
 # One constraints file for each jax that is tested. Python 3.11 has jax 0.10.2 as its last.
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
@@ -15,7 +16,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/jaxpack demo --output build/demo
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -25,7 +26,7 @@ lint: $(VENV)/installed
 test-jax: $(OTHER_JAX:%=test-jax-%)
 
 test-jax-%: .venv-jax-%/installed
-	.venv-jax-$*/bin/python -m pytest --ignore-glob='*_vs_torch.py'
+	.venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py'
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and every kernel's tests compiled.
 # File by file, side by side: nearly all of the time goes into compiling.
