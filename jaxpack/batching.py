@@ -12,7 +12,7 @@ import numpy as np
 from jaxpack.config import TrainConfig
 from jaxpack.data import Documents
 from jaxpack.errors import InputError
-from jaxpack.packing import IGNORE, BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
+from jaxpack.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
 
 MAX_SHAPES = 4
 _LANES = 128  # T is a multiple of this
@@ -124,11 +124,9 @@ class Batches:
         return A * B * self.row_lengths
 
     def _row_targets(self) -> np.ndarray:
-        """Targets in each row of the plan, int64 `[num_rows]`. The first token of a piece is none."""
+        """Targets in each row of the plan, int64 `[num_rows]`."""
         rows, documents = self._rows, self.documents
-        trained = np.concatenate([[0], np.cumsum(documents.labels != IGNORE)])
-        begin = documents.starts[rows.document] + rows.start
-        of_piece = trained[begin + rows.length] - trained[np.minimum(begin + 1, begin + rows.length)]
+        of_piece = documents.targets_within(documents.starts[rows.document] + rows.start, rows.length)
         before = np.concatenate([[0], np.cumsum(of_piece)])
         return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
 

@@ -57,9 +57,13 @@ class Documents:
     @functools.cached_property
     def num_targets(self) -> np.ndarray:
         """Tokens that each document trains on, int64 `[documents]`. Its first token is none: nothing predicts it."""
+        return self.targets_within(self.starts, self.lengths)
+
+    def targets_within(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Tokens that pieces of documents train on, int64: all but the first of each that have a label."""
         trained = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
-        first = np.minimum(self.starts + 1, self.starts + self.lengths)
-        return trained[self.starts + self.lengths] - trained[first]
+        ends = starts + lengths
+        return trained[ends] - trained[np.minimum(starts + 1, ends)]
 
     def truncate(self, max_length: int) -> "Documents":
         """The same documents, without what they have beyond `max_length` tokens. Copies no token."""
