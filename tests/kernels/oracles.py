@@ -44,6 +44,26 @@ def assert_as_good_as_plain_bfloat16(
     assert error <= 2 * allowed + 1e-6, f"{name}: off by {error:.2e}, plain bfloat16 by {allowed:.2e}"
 
 
+# Root mean square norm, over the last axis.
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+    """`x / sqrt(mean(x^2) + eps) * scale`."""
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def rms_norm_gradients(
+    x: np.ndarray, scale: np.ndarray, eps: float, d_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of `rms_norm` with respect to `x` and `scale`, by the Jacobian of every row."""
+    D = x.shape[-1]
+    size = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    # d(x_i / size) / d x_j = delta_ij / size - x_i x_j / (D size^3)
+    jacobian = np.eye(D) / size[..., None] - x[..., :, None] * x[..., None, :] / (D * size[..., None] ** 3)
+    d_scale = (d_out * x / size).reshape(-1, D).sum(axis=0)
+    return np.einsum("...i,...ij->...j", d_out * scale, jacobian), d_scale
+
+
 # Rotary embedding. Channels i and i + half are the real and imaginary part of a number that is turned.
 
 
@@ -61,19 +81,14 @@ def rope_gradient(d_out: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.nda
 
 def norm_rope(x: np.ndarray, scale: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float) -> np.ndarray:
     """RMSNorm of every head, then `rope`."""
-    return rope(x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale, cos, sin)
+    return rope(rms_norm(x, scale, eps), cos, sin)
 
 
 def norm_rope_gradients(
     x: np.ndarray, scale: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float, d_out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of `norm_rope` with respect to `x` and `scale`, by the Jacobian of every head's norm."""
-    d_scaled = rope_gradient(d_out, cos, sin)
-    size = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
-    # d(x_i / size) / d x_j = delta_ij / size - x_i x_j / (H size^3)
-    H = x.shape[-1]
-    jacobian = np.eye(H) / size[..., None] - x[..., :, None] * x[..., None, :] / (H * size[..., None] ** 3)
-    return np.einsum("btai,btaij->btaj", d_scaled * scale, jacobian), np.sum(d_scaled * x / size, axis=(0, 1, 2))
+    """Gradients of `norm_rope` with respect to `x` and `scale`."""
+    return rms_norm_gradients(x, scale, eps, rope_gradient(d_out, cos, sin))
 
 
 # Attention.
