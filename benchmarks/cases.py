@@ -57,6 +57,8 @@ class KernelShape:
     num_kv_heads: int = 8
     head_dim: int = 128
     intermediate_size: int = 9728
+    hidden_size: int = 2560
+    rank: int = 16
 
 
 KERNEL_TOKENS = (16_384, 2_048, 65_536)  # the first is what bars are set for

@@ -24,7 +24,7 @@ import numpy as np
 from cases import KernelShape, document_lengths
 from timing import jax_kernel_events, time_jax
 
-from jaxpack.kernels import attention, gated_activation, rope
+from jaxpack.kernels import attention, extended, gated_activation, rope
 from jaxpack.kernels.attention import Heads, Plan, Tiles, make_options, segment_bounds
 
 ROUNDS = 12
@@ -140,6 +140,32 @@ def elementwise_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidat
         )  # fmt: skip
 
 
+def extended_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidate]:
+    """Norms, adapters' narrow products and residual connections."""
+    D, R = shape.hidden_size, 2 * shape.rank  # of gate and up
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, d = (jax.random.normal(key, (tokens, D), jnp.bfloat16) for key in keys[:2])
+    e, a = (
+        jax.random.normal(key, size, jnp.bfloat16)
+        for key, size in zip(keys[2:], ((tokens, D + R), (R, D)), strict=True)
+    )
+    scale, eps = jnp.ones(D, jnp.bfloat16), {"eps": 1e-6, "implementation": "pallas"}
+    backward = functools.partial(extended.extend_normed_backward, with_scale=False, **eps)
+    kernels = {
+        "extend": ("_EXTEND", functools.partial(extended.extend, implementation="pallas"), (x, a)),
+        "extend_normed": ("_EXTEND", functools.partial(extended.extend_normed, **eps), (x, scale, a)),
+        "extend_normed_backward": ("_BACKWARD", lambda *inputs: backward(*inputs)[0], (e, e, x, scale, a, d)),
+        "add_extended": ("_ADD", functools.partial(extended.add_extended, implementation="pallas"), (e, a.T, x)),
+    }
+    for rows, channels, warps in itertools.product((16, 32, 64, 128), (32, 64, 128, 256, 512), (2, 4, 8)):
+        if not 8 * 32 * warps <= rows * channels <= 32 * 32 * warps:
+            continue  # between 8 and 32 elements a thread
+        tile = extended._Tile(rows, channels, warps)
+        for name, (constant, function, arguments) in kernels.items():
+            lower = functools.partial(_lowered, function, arguments, _patch=(extended, constant, tile))
+            yield Candidate(name, str(tuple(tile)), f"jaxpack_{name}", lower)
+
+
 def _lowered(
     function: Callable, arguments: tuple, *, _patch: tuple[ModuleType, str, Any]
 ) -> tuple[jax.stages.Lowered, tuple]:
@@ -214,6 +240,7 @@ def main() -> None:
             *(attention_candidates(m, options.tokens, options.lengths, shape) for m in ("alpaca", "long"))
         ),
         *elementwise_candidates(options.tokens, shape),
+        *extended_candidates(options.tokens, shape),
     ]
     candidates = [candidate for candidate in candidates if options.only in candidate.group]
     results: dict[str, list[tuple[float, str]]] = collections.defaultdict(list)

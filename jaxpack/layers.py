@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Key
 from jaxpack.config import Implementation, ModelConfig
 from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.gated_activation import gated_activation
-from jaxpack.kernels.gated_linear import gated_linear
-from jaxpack.kernels.lora_linear import lora_linear
+from jaxpack.kernels.normed_linear import normed_linear
+from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.kernels.rms_norm import rms_norm
 from jaxpack.kernels.rope import Angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
@@ -30,6 +30,9 @@ class RowContext(NamedTuple):
     angles: Angles
     max_segments: int | None
     implementation: Implementation | None
+
+
+_NoKeys = tuple[None, None]  # no dropout
 
 
 class LoraAdapter(nnx.Module):
@@ -56,13 +59,42 @@ class Linear(nnx.Module):
         self.lora = nnx.Dict()
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
-        """All projections of `x`, side by side. Dropout acts on the input of the adapters, where there is a key."""
+        """All projections of `x`, side by side, in plain jnp. Dropout acts on what the adapters read, with a key."""
+        out = x @ self.weight[...].astype(x.dtype).T
         if not self.lora:
-            return jnp.einsum("BTI,OI->BTO", x, self.weight[...].astype(x.dtype))
-        return lora_linear(x, self.weight[...], *self.factors(), self._dropped(x, dropout_key))
+            return out
+        if self.drops(dropout_key):
+            keep = jax.random.bernoulli(dropout_key, 1 - self._dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self._dropout), 0).astype(x.dtype)
+        lora_a, lora_b = (factor.astype(x.dtype) for factor in self.factors())
+        return out + x @ lora_a.T @ lora_b.T
 
-    def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]]:
+    def after_norm(
+        self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "B T I"], Float[Array, "B T O"]]:
+        """`x` for the residual connection, and all projections of the normed `x`, side by side."""
+        if self.drops(dropout_key):
+            return x, self(norm(x), dropout_key)
+        weights = norm.scale[...], self.weight[...], *self.factors()
+        return normed_linear(x, *weights, eps=norm.eps, implementation=context.implementation)
+
+    def onto(
+        self,
+        residual: Float[Array, "B T O"],
+        x: Float[Array, "B T I"],
+        context: RowContext,
+        dropout_key: Key[Array, ""] | None,
+    ) -> Float[Array, "B T O"]:
+        """`residual` and the projection of `x`, added."""
+        if self.drops(dropout_key):
+            return residual + self(x, dropout_key)
+        factors = self.factors()
+        return residual_linear(residual, x, self.weight[...], *factors, implementation=context.implementation)
+
+    def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]] | tuple[None, None]:
         """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""
+        if not self.lora:
+            return None, None
         adapters = [(size, self.lora.get(name)) for name, size in self.projections]
         lora_a = jnp.concatenate([adapter.lora_a[...] for _, adapter in adapters if adapter is not None])
         lora_b = jnp.zeros((self.weight.shape[-2], lora_a.shape[0]), lora_a.dtype)
@@ -75,13 +107,13 @@ class Linear(nnx.Module):
             row += size
         return lora_a, lora_b
 
-    def _dropped(self, x: Float[Array, "B T I"], key: Key[Array, ""] | None) -> Float[Array, "B T I"] | None:
-        """What the adapters read where that is not `x`."""
-        dropout = next(iter(self.lora.values())).dropout
-        if not dropout or key is None:
-            return None
-        keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
-        return jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
+    def drops(self, dropout_key: Key[Array, ""] | None) -> bool:
+        """Whether the adapters read something else than the projection: their input after dropout."""
+        return bool(self.lora) and dropout_key is not None and self._dropout > 0
+
+    @property
+    def _dropout(self) -> float:
+        return next(iter(self.lora.values())).dropout
 
 
 class RMSNorm(nnx.Module):
@@ -109,12 +141,13 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | None
+        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
     ) -> Float[Array, "B T D"]:
+        """`x + attention(norm(x))`."""
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = self.qkv(x, None if keys is None else keys[0]).reshape(*x.shape[:2], N + 2 * K, H)
+        x, heads = self.qkv.after_norm(norm, x, context, keys[0])
         mixed = rotary_attention(
-            heads,
+            heads.reshape(*x.shape[:2], N + 2 * K, H),
             context.angles,
             context.bounds,
             num_heads=N,
@@ -123,11 +156,11 @@ class Attention(nnx.Module):
             max_segments=context.max_segments,
             implementation=context.implementation,
         )
-        return self.out(mixed.reshape(*x.shape[:2], N * H), None if keys is None else keys[1])
+        return self.out.onto(x, mixed.reshape(*x.shape[:2], N * H), context, keys[1])
 
 
 class FeedForward(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
@@ -135,18 +168,21 @@ class FeedForward(nnx.Module):
         self.down = Linear(F, {"down_proj": D}, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | None
+        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
     ) -> Float[Array, "B T D"]:
-        gate_up = self.gate_up(x, None if keys is None else keys[0])
-        if keys is not None and self.down.lora:  # dropout comes between the product and the adapter
+        """`x + down(silu(gate(n)) * up(n))` with `n = norm(x)`."""
+        x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
+        if self.down.drops(keys[1]):  # dropout comes between the product and the adapter
             gate_up = checkpoint_name(gate_up, "gate_up")
-            return self.down(gated_activation(gate_up, implementation=context.implementation), keys[1])
-        factors = self.down.factors() if self.down.lora else ()
-        return gated_linear(gate_up, self.down.weight[...], *factors, implementation=context.implementation)
+            product = gated_activation(gate_up, implementation=context.implementation)
+            return self.down.onto(x, product, context, keys[1])
+        factors = self.down.factors()
+        weight = self.down.weight[...]
+        return gated_residual_linear(x, gate_up, weight, *factors, implementation=context.implementation)
 
 
 class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: norms and sums are part of their projections."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -157,6 +193,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: RowContext, dropout_key: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
-        x = checkpoint_name(x + self.attention(self.attention_norm(x), context, keys[0]), "residual")
-        return x + self.feed_forward(self.feed_forward_norm(x), context, keys[1])
+        none = (None, None)
+        keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
+        x = checkpoint_name(self.attention(self.attention_norm, x, context, keys[0]), "residual")
+        return self.feed_forward(self.feed_forward_norm, x, context, keys[1])

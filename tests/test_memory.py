@@ -23,7 +23,7 @@ LENGTHS = [17, 2, 40, 3, 22, 31, 9, 28, 5, 64]
 
 @functools.cache
 def parts(family: str, lora: bool, dtype=jnp.float32):
-    return split_trainable(small_model(family, lora=LoraConfig(r=4) if lora else None, dtype=dtype))
+    return split_trainable(small_model(family, lora=LoraConfig(r=8) if lora else None, dtype=dtype))
 
 
 @functools.cache
@@ -75,10 +75,10 @@ def test_what_is_kept_is_not_computed_again(family, remat):
     assert kernels.count("jaxpack_attention_backward_kv") == 1
     config = small_config(family)
     heads = config.num_heads + 2 * config.num_kv_heads
-    # By the matrix: the adapters' factors, of rank 4, ride along with those of three projections or of two.
+    # By the matrix: the adapters' factors ride along, their ranks of 3 times 8 made up to 32.
     matrices = {
-        "qkv": (config.hidden_size + 3 * 4, heads * config.head_dim),
-        "gate_up": (config.hidden_size + 2 * 4, 2 * config.intermediate_size),
+        "qkv": (config.hidden_size + 32, heads * config.head_dim),
+        "gate_up": (config.hidden_size + 16, 2 * config.intermediate_size),
     }
     for name, (rows, columns) in matrices.items():
         matrix = f"tensor<{rows}x{columns}xbf16>) ->"

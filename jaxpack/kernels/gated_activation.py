@@ -55,8 +55,8 @@ def gated_activation_backward(
     The product is what the gradient of the projection behind it needs: computed again here, it need not be kept.
 
     Args:
-      in_place: the gradients take the memory of `gate` and `up`. Where XLA does not see that these are read no more, it
-        copies them first.
+      in_place: the gradients take the memory of `gate` and `up`, the product that of `d_out`. Where XLA does not see
+        that these are read no more, it copies them first.
 
     Returns:
       `(d_gate, d_up, product)`; without `up`, `d_gate` holds both and `d_up` is None.
@@ -243,7 +243,7 @@ def _backward_kernel(
         grid=blocks.grid,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *([d_out] if with_product else []))],
         num_warps=tile.num_warps,
-        input_output_aliases={i: i for i in range(count)} if in_place else None,
+        input_output_aliases={i: i for i in range(count + with_product)} if in_place else None,
     )
     return [x.reshape(*gate.shape[:-1], x.shape[-1]) for x in outputs]
 

@@ -39,13 +39,20 @@ def _rms_norm(x, scale, eps):
     return rms_norm_reference(x, scale, eps=eps)
 
 
-def _backward(eps, kept, d_out):
-    x, scale = kept
+def rms_norm_backward(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], d_out: Float[Array, "*B D"], *, eps: float
+) -> tuple[Float[Array, "*B D"], Float[Array, " D"]]:
+    """The gradients of `x` and `scale`, float32."""
     n, inverse = _normed(x, eps)
     d_out = d_out.astype(jnp.float32)
     g = d_out * _wide(scale, x.ndim)
     d_x = inverse * (g - n * jnp.mean(g * n, axis=-1, keepdims=True))
-    d_scale = jnp.sum(d_out * n, axis=tuple(range(x.ndim - 1)))
+    return d_x, jnp.sum(d_out * n, axis=tuple(range(x.ndim - 1)))
+
+
+def _backward(eps, kept, d_out):
+    x, scale = kept
+    d_x, d_scale = rms_norm_backward(x, scale, d_out, eps=eps)
     return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
 
 

@@ -9,6 +9,7 @@ from kernels.guards import guard_launches
 from kernels.oracles import rows_of
 
 from jaxpack.kernels import attention as attention_module
+from jaxpack.kernels import extended as extended_module
 from jaxpack.kernels import gated_activation as gated_module
 from jaxpack.kernels import rope as rope_module
 from jaxpack.kernels.attention import attention, segment_bounds
@@ -47,6 +48,23 @@ def test_gated_activation(activation, shape, dtype, monkeypatch):
         op = functools.partial(gated_activation_backward, *inputs, d_out, activation=activation, with_product=True)
         op(implementation="pallas")
     assert names == 2 * [f"gated_{activation}", f"gated_{activation}_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "channels", "rank"), [(16, 16, 16), (48, 400, 64), (64, 256, 0)])
+def test_extended(tokens, channels, rank, dtype, monkeypatch):
+    names = guard_launches(monkeypatch, extended_module)
+    x, scale, a = (normal(shape, dtype) for shape in ((tokens, channels), (channels,), (rank, channels)))
+    a *= 0.01  # no sum is a guard's value by chance
+    options = {"implementation": "pallas"}
+    extended = extended_module.extend_normed(x, scale, a, eps=1e-6, **options)
+    for with_scale in (False, True):
+        inputs = extended, extended, x, scale, a, x
+        extended_module.extend_normed_backward(*inputs, eps=1e-6, with_scale=with_scale, **options)
+    extended_module.extend(x, a, **options)
+    extended_module.add_extended(extended, a.T, 0.1 * x, **options)
+    backward = 2 * ["extend_normed_backward"]
+    assert names == ["extend_normed", *backward, "extend", *["add_extended"] * (rank > 0)]
 
 
 @pytest.mark.parametrize(

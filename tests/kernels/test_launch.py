@@ -12,6 +12,8 @@ from jaxpack.errors import InputError
 from jaxpack.kernels._launch import check_no_byte_arrays, dispatch, power_of_two_divisor, powers_of_two
 from jaxpack.kernels.attention import attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.normed_linear import normed_linear
+from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 
@@ -88,6 +90,18 @@ def fused(implementation, qkv, q_scale=None, k_scale=None, *, num_heads):
     return rotary_attention(qkv, angles, bounds, num_heads=num_heads, norms=norms, implementation=implementation)
 
 
+def normed(implementation, *arrays):
+    return normed_linear(*arrays, eps=1e-6, implementation=implementation)
+
+
+def residual(implementation, *arrays):
+    return residual_linear(*arrays, implementation=implementation)
+
+
+def gated_residual(implementation, *arrays):
+    return gated_residual_linear(*arrays, implementation=implementation)
+
+
 class Case(NamedTuple):
     """A public function of `(implementation, *arrays, **options)`, the shapes for T tokens, and its launches."""
 
@@ -126,6 +140,21 @@ def fused_case(num_heads: int, kv_heads: int, head_dim: int, *, normed: bool) ->
     return Case(fused, shapes, {"num_heads": num_heads}, ["norm_rope" if normed else "rope", "attention"], backward)
 
 
+def normed_linear_case(channels: int, rank: int | None) -> Case:
+    out = 2 * channels
+    factors = [] if rank is None else [(rank, channels), (out, rank)]
+    shapes = lambda T: [(1, T, channels), (channels,), (out, channels), *factors]  # noqa: E731
+    return Case(normed, shapes, {}, ["extend_normed"], ["extend_normed_backward"])
+
+
+def residual_linear_case(channels: int, rank: int, *, activation: bool = False) -> Case:
+    out, wide = channels // 2, channels * (2 if activation else 1)
+    shapes = lambda T: [(1, T, out), (1, T, wide), (out, channels), (rank, channels), (out, rank)]  # noqa: E731
+    if not activation:
+        return Case(residual, shapes, {}, ["add_extended"], ["extend"])
+    return Case(gated_residual, shapes, {}, ["gated_silu", "add_extended"], ["extend", "gated_silu_backward"])
+
+
 CASES = {
     "silu": gated_case("silu", 9728),
     "gelu_tanh, two arrays": gated_case("gelu_tanh", 384, two_arrays=True),
@@ -138,6 +167,10 @@ CASES = {
     "norm_rope": norm_rope_case(8, 2, 128, 128),
     "norm_rope, partial, head_dim 96": norm_rope_case(6, 3, 96, 24),
     "norm_rope, head_dim 256": norm_rope_case(4, 1, 256, 256),
+    "normed_linear": normed_linear_case(2560, 48),
+    "normed_linear, no adapter": normed_linear_case(2304, None),
+    "residual_linear": residual_linear_case(4096, 16),
+    "gated_residual_linear, rank 256": residual_linear_case(1792, 256, activation=True),
     "attention, one head": attention_case(1, 1, 64),
     "attention, head_dim 64": attention_case(4, 4, 64),
     "attention, head_dim 80": attention_case(6, 2, 80),

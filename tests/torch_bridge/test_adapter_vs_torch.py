@@ -206,10 +206,12 @@ def test_the_seed_decides_the_start(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_new_adapters_change_no_bit_of_the_logits(checkpoint: str, dtype: str, tmp_path: Path):
+def test_new_adapters_change_no_more_of_the_logits_than_rounding(checkpoint: str, dtype: str, tmp_path: Path):
     _, folder = hf.save_model(tmp_path / "model", checkpoint)
     model, _ = torch_bridge.from_pretrained(folder, dtype=dtype)
     tokens = jnp.asarray(hf.random_tokens(2, 40))
     before = np.asarray(model.logits(tokens))
     add_lora(model, _WIDE)
-    np.testing.assert_array_equal(model.logits(tokens), before)
+    # Their factors are channels of the same matmuls, which then add up in another order.
+    atol = {"float32": 1e-6, "bfloat16": 2**-7}[dtype] * np.abs(before).max()
+    np.testing.assert_allclose(model.logits(tokens), before, rtol=0, atol=atol)

@@ -1,0 +1,48 @@
+"""The factors of a LoRA adapter (https://arxiv.org/abs/2106.09685): `x W^T + (x A^T) B^T`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxpack.errors import InputError
+
+
+def check_factors(weight: jax.Array, lora_a: jax.Array | None, lora_b: jax.Array | None) -> None:
+    """Refuses factors that do not fit the weight, or each other."""
+    if (lora_a is None) != (lora_b is None):
+        raise InputError("`lora_a` and `lora_b` must be given both or neither, got one.")
+    if lora_a is None:
+        return
+    if lora_a.shape[1] != weight.shape[1]:
+        raise InputError(f"`lora_a` must have {weight.shape[1]} columns, as `weight` has, got {lora_a.shape[1]}.")
+    if lora_b.shape != (weight.shape[0], lora_a.shape[0]):
+        raise InputError(
+            f"`lora_b` must have shape {(weight.shape[0], lora_a.shape[0])}: rows of `weight`, rows of `lora_a`, got "
+            f"{lora_b.shape}."
+        )
+
+
+def padded(
+    lora_a: Float[Array, "R I"] | None,
+    lora_b: Float[Array, "O R"] | None,
+    weight: Float[Array, "O I"],
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "P I"], Float[Array, "O P"]]:
+    """Both factors in `dtype`, with zeros up to the next rank P that is a block of a kernel, 16 or 32 or 64 and so on.
+
+    Of no factors, rank 0.
+    """
+    if lora_a is None:
+        return jnp.zeros((0, weight.shape[1]), dtype), jnp.zeros((weight.shape[0], 0), dtype)
+    missing = max(16, 1 << (len(lora_a) - 1).bit_length()) - len(lora_a)
+    lora_a, lora_b = lora_a.astype(dtype), lora_b.astype(dtype)
+    return jnp.pad(lora_a, ((0, missing), (0, 0))), jnp.pad(lora_b, ((0, 0), (0, missing)))
+
+
+def outer(d: Float[Array, "*B O"], x: Float[Array, "*B I"]) -> Float[Array, "O I"]:
+    """Sum over tokens of `d x^T`, float32."""
+    d, x = (array.reshape(math.prod(array.shape[:-1]), array.shape[-1]) for array in (d, x))
+    return jnp.einsum("TO,TI->OI", d, x, preferred_element_type=jnp.float32)

@@ -1,0 +1,299 @@
+"""Tokens extended by what adapters pass between their factors: `[x, x A^T]`, R channels behind the D of `x`.
+
+In that form an adapter rides in its projection's own matmul, as a few more channels that it sums over or yields:
+
+    [x, x A^T] [W, B]^T = x W^T + (x A^T) B^T        x [W; A]^T = [x W^T, x A^T]
+
+and the gradients alike. Shapes call D + R channels E; R is a power of two from 16, or 0. What is left is done here,
+each in one pass over the residual stream where its parts would take five: the norm that makes `x`, the narrow products,
+the residual connection.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxpack.kernels._launch import Implementation, dispatch, launch, pl, plt, power_of_two_divisor
+from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
+
+
+def extend(
+    x: Float[Array, "*B D"], a: Float[Array, "R D"], implementation: Implementation | None = None
+) -> Float[Array, "*B E"]:
+    """`[x, x A^T]`."""
+    return _by_token(_extend_reference, _extend_kernel, implementation, x)(a)
+
+
+def extend_normed(
+    x: Float[Array, "*B D"],
+    scale: Float[Array, " D"],
+    a: Float[Array, "R D"],
+    *,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B E"]:
+    """`[n, n A^T]`, n the RMS norm of `x`: see `rms_norm`."""
+    xla, pallas = (functools.partial(f, eps=eps) for f in (_extend_normed_reference, _extend_normed_kernel))
+    return _by_token(xla, pallas, implementation, x)(scale, a)
+
+
+def extend_normed_backward(
+    d_extended: Float[Array, "*B E"],
+    extended: Float[Array, "*B E"],
+    x: Float[Array, "*B D"],
+    scale: Float[Array, " D"],
+    a: Float[Array, "R D"],
+    d_residual: Float[Array, "*B D"],
+    *,
+    eps: float,
+    with_scale: bool,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "*B D"], Float[Array, " D"] | None]:
+    """From the gradient of `extend_normed` that of `x`, with `d_residual` added, and on request that of `scale`."""
+    settings = {"eps": eps, "with_scale": with_scale}
+    xla, pallas = (functools.partial(f, **settings) for f in (_backward_reference, _backward_kernel))
+    return _by_token(xla, pallas, implementation, x, d_residual, d_extended, extended)(scale, a)
+
+
+def add_extended(
+    extended: Float[Array, "*B E"],
+    b: Float[Array, "D R"],
+    residual: Float[Array, "*B D"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B D"]:
+    """Of `[y, z]`: `residual + y + z B^T`, rounded once."""
+    if not b.shape[1]:
+        return residual + extended
+    return _by_token(_add_reference, _add_kernel, implementation, residual, extended)(b)
+
+
+def _by_token(xla: Callable, pallas: Callable, implementation: Implementation | None, *arrays: jax.Array) -> Callable:
+    """The implementation, to be called with what is not by token; before it come `arrays` as `[tokens, channels]`.
+
+    Where those have no blocks of 16 by 16, as a kernel's matmuls need, or the rank is beyond its registers: XLA.
+    """
+    batch = arrays[0].shape[:-1]
+    flat = [array.reshape(math.prod(batch), -1) for array in arrays]
+
+    def run(*rest: jax.Array) -> Any:
+        fits = power_of_two_divisor(*flat[0].shape, limit=16) == 16 and min(rest[-1].shape) <= _MAX_RANK
+        chosen = dispatch(implementation, xla=xla, pallas=pallas if fits else xla)
+        return jax.tree.map(lambda y: y.reshape(*batch, -1) if y.ndim == 2 else y, chosen(*flat, *rest))
+
+    return run
+
+
+# The references.
+
+
+def _extend_reference(x, a):
+    return jnp.concatenate([x, x @ a.T], axis=-1)
+
+
+def _extend_normed_reference(x, scale, a, *, eps):
+    return _extend_reference(rms_norm_reference(x, scale, eps=eps), a)
+
+
+def _backward_reference(x, d_residual, d_extended, extended, scale, a, *, eps, with_scale):
+    del extended
+    d, d_narrow = jnp.split(d_extended, [x.shape[1]], axis=1)
+    d = d.astype(jnp.float32) + jnp.matmul(d_narrow, a, preferred_element_type=jnp.float32)
+    d_x, d_scale = rms_norm_backward(x, scale, d, eps=eps)
+    return (d_residual + d_x).astype(x.dtype), d_scale if with_scale else None
+
+
+def _add_reference(residual, extended, b):
+    y, z = jnp.split(extended, [residual.shape[1]], axis=1)
+    adapted = jnp.matmul(z, b.T, preferred_element_type=jnp.float32)
+    return (residual.astype(jnp.float32) + y + adapted).astype(residual.dtype)
+
+
+# The kernels, on `[tokens, channels]`. A program takes a block of tokens; of the channels one piece after another, and
+# where a sum over all of them must come first, twice: the second time they are in the cache.
+
+
+class _Tile(NamedTuple):
+    """What one program takes at most: measured on an H200 (`benchmarks/tune_kernels.py`)."""
+
+    tokens: int
+    channels: int  # at a time
+    num_warps: int
+
+
+_EXTEND = _Tile(64, 128, 8)
+_BACKWARD = _Tile(32, 256, 8)
+_ADD = _Tile(64, 128, 8)
+_MAX_RANK = 256
+
+
+class _Blocks:
+    """Cuts tokens and channels without a remainder."""
+
+    def __init__(self, x: jax.Array, rank: int, tile: _Tile):
+        self.shape = x.shape
+        self.tokens = power_of_two_divisor(self.shape[0], limit=tile.tokens)
+        self.channels = power_of_two_divisor(self.shape[1], limit=tile.channels)
+        self.count = self.shape[0] // self.tokens
+        self.rank = rank
+
+    def here(self) -> Any:
+        """In a kernel: the index of the program's tokens."""
+        return pl.ds(pl.program_id(0) * self.tokens, self.tokens)
+
+    def for_each_piece(self, body: Callable, init: Any) -> Any:
+        """Runs `value = body(index, value)` for one piece of the channels after another."""
+
+        def step(i: Any, value: Any) -> Any:
+            return body(pl.ds(i * self.channels, self.channels), value)
+
+        return jax.lax.fori_loop(0, self.shape[1] // self.channels, step, init)
+
+    def zeros(self) -> jax.Array:
+        """To add pieces up in, across which a sum over the channels comes only once, at the end."""
+        return jnp.zeros((self.tokens, self.channels), jnp.float32)
+
+    @property
+    def ranks(self) -> Any:
+        """The index of all rows of A, or columns of B."""
+        return pl.ds(0, self.rank)
+
+    @property
+    def behind(self) -> Any:
+        """The index of the channels behind."""
+        return pl.ds(self.shape[1], self.rank)
+
+
+def _load(ref: Any, *at: Any) -> jax.Array:
+    return ref[at].astype(jnp.float32)
+
+
+def _inverse_norm(squares: jax.Array, D: int, eps: float) -> jax.Array:
+    return jax.lax.rsqrt(jnp.sum(squares, axis=1)[:, None] / D + eps)
+
+
+def _extend_kernel(x, a):
+    return _extend_launch(x, None, a, 0.0)
+
+
+def _extend_normed_kernel(x, scale, a, *, eps):
+    return _extend_launch(x, scale, a, eps)
+
+
+def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: float) -> jax.Array:
+    blocks = _Blocks(x, len(a), _EXTEND)
+    T, D = blocks.shape
+    scales, factors = [] if scale is None else [scale], [a] if len(a) else []
+
+    def kernel(x_ref: Any, *refs: Any) -> None:
+        scale_refs, a_refs, out_ref = refs[: len(scales)], refs[len(scales) : -1], refs[-1]
+        here = blocks.here()
+        if scale_refs:
+            squares = blocks.for_each_piece(
+                lambda at, total: total + jnp.square(_load(x_ref, here, at)), blocks.zeros()
+            )
+            inverse = _inverse_norm(squares, D, eps)
+
+        def step(at: Any, narrow: jax.Array | None) -> jax.Array | None:
+            n = x_ref[here, at]
+            for scale_ref in scale_refs:
+                n = (n.astype(jnp.float32) * inverse * _load(scale_ref, at)[None, :]).astype(out_ref.dtype)
+            out_ref[here, at] = n
+            for a_ref in a_refs:
+                narrow += plt.dot(n, a_ref[blocks.ranks, at].T)
+            return narrow
+
+        narrow = blocks.for_each_piece(step, jnp.zeros((blocks.tokens, blocks.rank), jnp.float32) if a_refs else None)
+        if a_refs:
+            out_ref[here, blocks.behind] = narrow.astype(out_ref.dtype)
+
+    return launch(
+        kernel,
+        x,
+        *scales,
+        *factors,
+        name="extend_normed" if scales else "extend",
+        grid=(blocks.count,),
+        out_shape=jax.ShapeDtypeStruct((T, D + len(a)), x.dtype),
+        num_warps=_EXTEND.num_warps,
+    )
+
+
+def _backward_kernel(x, d_residual, d_extended, extended, scale, a, *, eps, with_scale):
+    blocks = _Blocks(x, len(a), _BACKWARD)
+    T, D = blocks.shape
+    factors = [a] if len(a) else []
+
+    def kernel(x_ref: Any, residual_ref: Any, d_ref: Any, z_ref: Any, scale_ref: Any, *refs: Any) -> None:
+        a_refs, (out_ref, *sum_refs) = refs[: len(factors)], refs[len(factors) :]
+        here, program = blocks.here(), pl.program_id(0)
+
+        def sums(at: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x = _load(x_ref, here, at)
+            return totals[0] + x * x, totals[1] + _load(d_ref, here, at) * x * _load(scale_ref, at)[None, :]
+
+        squares, products = blocks.for_each_piece(sums, (blocks.zeros(), blocks.zeros()))
+        inverse = _inverse_norm(squares, D, eps)
+        # The mean of g n, with g = scale * (d + d_z A): the adapter's share of it is the sum of d_z z, as z = n A^T.
+        mean = jnp.sum(products, axis=1)[:, None] * inverse
+        if a_refs:
+            mean += jnp.sum(_load(d_ref, here, blocks.behind) * _load(z_ref, here, blocks.behind), axis=1)[:, None]
+        mean /= D
+
+        def write(at: Any, _: None) -> None:
+            d = _load(d_ref, here, at)
+            for a_ref in a_refs:
+                d += plt.dot(d_ref[here, blocks.behind], a_ref[blocks.ranks, at])
+            n = _load(x_ref, here, at) * inverse
+            g = d * _load(scale_ref, at)[None, :]
+            out = _load(residual_ref, here, at) + inverse * (g - n * mean)
+            out_ref[here, at] = out.astype(out_ref.dtype)
+            if sum_refs:
+                sum_refs[0][program, at] = jnp.sum(d * n, axis=0)
+
+        blocks.for_each_piece(write, None)
+
+    outputs = launch(
+        kernel,
+        x,
+        d_residual,
+        d_extended,
+        extended,
+        scale,
+        *factors,
+        name="extend_normed_backward",
+        grid=(blocks.count,),
+        out_shape=[
+            jax.ShapeDtypeStruct((T, D), x.dtype),
+            *([jax.ShapeDtypeStruct((blocks.count, D), jnp.float32)] if with_scale else []),
+        ],
+        num_warps=_BACKWARD.num_warps,
+    )
+    return outputs[0], jnp.sum(outputs[1], axis=0) if with_scale else None
+
+
+def _add_kernel(residual, extended, b):
+    blocks = _Blocks(residual, b.shape[1], _ADD)
+    T, D = blocks.shape
+
+    def kernel(residual_ref: Any, extended_ref: Any, b_ref: Any, out_ref: Any) -> None:
+        here, piece = blocks.here(), pl.ds(pl.program_id(1) * blocks.channels, blocks.channels)
+        total = _load(residual_ref, here, piece) + _load(extended_ref, here, piece)
+        total += plt.dot(extended_ref[here, blocks.behind], b_ref[piece, blocks.ranks].T)
+        out_ref[here, piece] = total.astype(out_ref.dtype)
+
+    return launch(
+        kernel,
+        residual,
+        extended,
+        b,
+        name="add_extended",
+        grid=(blocks.count, D // blocks.channels),
+        out_shape=jax.ShapeDtypeStruct((T, D), residual.dtype),
+        num_warps=_ADD.num_warps,
+    )

@@ -1,0 +1,80 @@
+"""The projection behind a norm, with or without a LoRA adapter, at the start of a branch of the residual stream.
+
+One kernel norms the tokens and makes what the adapter reads of them; one more turns all gradients that arrive at the
+residual stream here, through the projection, through its adapter and past both, into one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxpack.errors import InputError
+from jaxpack.kernels._launch import Implementation
+from jaxpack.kernels.adapter import check_factors, outer, padded
+from jaxpack.kernels.extended import extend_normed, extend_normed_backward
+
+
+def normed_linear(
+    x: Float[Array, "*B I"],
+    scale: Float[Array, " I"],
+    weight: Float[Array, "O I"],
+    lora_a: Float[Array, "R I"] | None = None,
+    lora_b: Float[Array, "O R"] | None = None,
+    *,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "*B I"], Float[Array, "*B O"]]:
+    """`x` itself, and `n W^T + (n A^T) B^T` with `n = rms_norm(x, scale)`, in the dtype of `x`.
+
+    Who goes on with the `x` that is returned has its gradient added in the norm's own backward kernel.
+
+    Args:
+      weight: frozen, or not; its gradient is computed where it is asked for.
+      lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
+      implementation: see `jaxpack.kernels`.
+    """
+    if scale.shape != x.shape[-1:]:
+        raise InputError(f"`scale` must have shape {x.shape[-1:]}, got {scale.shape}.")
+    if weight.shape[1] != x.shape[-1]:
+        raise InputError(f"`weight` must have {x.shape[-1]} columns, as `x` has channels, got {weight.shape[1]}.")
+    check_factors(weight, lora_a, lora_b)
+    return _normed_linear(x, scale, weight, *padded(lora_a, lora_b, weight, x.dtype), eps, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _normed_linear(x, scale, weight, a, b, eps, implementation):
+    return _primal(x, scale, weight, a, b, eps, implementation)[0]
+
+
+def _primal(x, scale, weight, a, b, eps, implementation):
+    rows = extend_normed(x, scale, a, eps=eps, implementation=implementation)
+    rows, b = jax.lax.optimization_barrier((rows, b))  # not before its turn would the next line's copy be made
+    whole = jnp.concatenate([weight.astype(b.dtype), b], axis=1)
+    return (x, rows @ whole.T), (x, scale, weight, a, b, whole, rows)
+
+
+def _forward(x, scale, weight, a, b, eps, implementation):
+    arguments = [argument.value for argument in (x, scale, weight, a, b)]
+    out, kept = _primal(*arguments, eps, implementation)
+    # A norm that is frozen has no gradient to compute: said by what is kept, as only its structure is known later.
+    return out, (*kept, jnp.zeros(()) if scale.perturbed else None)
+
+
+def _backward(eps, implementation, kept, d):
+    x, scale, weight, a, b, whole, rows, trained = kept
+    d_x, d_out = (y if isinstance(y, jax.Array) else jnp.zeros(y.shape, y.dtype) for y in d)
+    I = x.shape[-1]  # noqa: E741
+    d_rows = d_out @ whole
+    # The few columns too many cost less than to copy the others together.
+    d_weight = outer(d_out, rows)[:, :I].astype(weight.dtype)  # never computed where nothing asks for it
+    d_a = outer(d_rows[..., I:], rows)[:, :I].astype(a.dtype)
+    d_b = outer(d_out, rows[..., I:]).astype(b.dtype)
+    d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # lets go of `d_out`
+    options = {"eps": eps, "with_scale": trained is not None, "implementation": implementation}
+    d_x, d_scale = extend_normed_backward(d_rows, rows, x, scale, a, d_x, **options)
+    return d_x, None if d_scale is None else d_scale.astype(scale.dtype), d_weight, d_a, d_b
+
+
+_normed_linear.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,139 @@
+"""The projection at the end of a branch of the residual stream, with or without a LoRA adapter: added in the same pass.
+
+Apart, a gated activation and the projection behind it would keep the product between them, or compute it in the
+backward pass by a kernel of its own. Together, only gate and up are kept: the kernel that turns the product's gradient
+into theirs, in their place, writes the product again on its way, as the gradients of the weights read it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jaxpack.errors import InputError
+from jaxpack.kernels._launch import Implementation
+from jaxpack.kernels.adapter import check_factors, outer, padded
+from jaxpack.kernels.extended import add_extended, extend
+from jaxpack.kernels.gated_activation import Activation, gated_activation, gated_activation_backward
+
+
+def residual_linear(
+    residual: Float[Array, "*B O"],
+    x: Float[Array, "*B I"],
+    weight: Float[Array, "O I"],
+    lora_a: Float[Array, "R I"] | None = None,
+    lora_b: Float[Array, "O R"] | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B O"]:
+    """`residual + x W^T + (x A^T) B^T`, in the dtype of `x`.
+
+    Args:
+      weight: frozen, or not; its gradient is computed where it is asked for.
+      lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
+      implementation: see `jaxpack.kernels`.
+    """
+    if weight.shape[1] != x.shape[-1]:
+        raise InputError(f"`weight` must have {x.shape[-1]} columns, as `x` has channels, got {weight.shape[1]}.")
+    factors = _factors(residual, x, weight, lora_a, lora_b)
+    return _residual_linear(residual, x, weight, *factors, implementation)
+
+
+def gated_residual_linear(
+    residual: Float[Array, "*B O"],
+    gate_up: Float[Array, "*B FF"],
+    weight: Float[Array, "O F"],
+    lora_a: Float[Array, "R F"] | None = None,
+    lora_b: Float[Array, "O R"] | None = None,
+    *,
+    activation: Activation = "silu",
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B O"]:
+    """`residual_linear` of `gated_activation(gate_up)`.
+
+    Args:
+      gate_up: gate and up side by side on the last axis.
+    """
+    if gate_up.shape[-1] != 2 * weight.shape[1]:
+        raise InputError(
+            f"`gate_up` must have twice as many channels as `weight` has columns, {2 * weight.shape[1]}, got "
+            f"{gate_up.shape[-1]}."
+        )
+    factors = _factors(residual, gate_up, weight, lora_a, lora_b)
+    return _gated_residual_linear(residual, gate_up, weight, *factors, activation, implementation)
+
+
+def _factors(residual, x, weight, lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
+    if residual.shape != (*x.shape[:-1], len(weight)):
+        raise InputError(f"`residual` must have shape {[*x.shape[:-1], len(weight)]}, got {list(residual.shape)}.")
+    check_factors(weight, lora_a, lora_b)
+    return padded(lora_a, lora_b, weight, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _residual_linear(residual, x, weight, a, b, implementation):
+    return _add_projected(residual, x, weight, a, b, implementation)[0]
+
+
+def _forward(residual, x, weight, a, b, implementation):
+    out, narrow = _add_projected(residual, x, weight, a, b, implementation)
+    return out, (x, weight, a, b, narrow)
+
+
+def _backward(implementation, kept, d):
+    x, weight, a, b, narrow = kept
+    d_x, d_narrow = _input_gradients(d, weight, a, b, implementation)
+    return d, d_x, *_weight_gradients(d, d_narrow, x, weight, a, b, narrow)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _gated_residual_linear(residual, gate_up, weight, a, b, activation, implementation):
+    return _gated_forward(residual, gate_up, weight, a, b, activation, implementation)[0]
+
+
+def _gated_forward(residual, gate_up, weight, a, b, activation, implementation):
+    gate_up = checkpoint_name(gate_up, "gate_up")
+    product = gated_activation(gate_up, activation=activation, implementation=implementation)
+    out, narrow = _add_projected(residual, product, weight, a, b, implementation)
+    return out, (gate_up, weight, a, b, narrow)
+
+
+def _gated_backward(activation, implementation, kept, d):
+    gate_up, weight, a, b, narrow = kept
+    d_product, d_narrow = _input_gradients(d, weight, a, b, implementation)
+    d_gate_up, _, product = gated_activation_backward(
+        gate_up, None, d_product, activation=activation, with_product=True, in_place=True, implementation=implementation
+    )
+    d_weight, d_a, d_b = _weight_gradients(d, d_narrow, product, weight, a, b, narrow)
+    d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # lets go of the product
+    return d, d_gate_up, d_weight, d_a, d_b
+
+
+def _add_projected(residual, x, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
+    """The output, and what is between the factors, `[*B, R]`."""
+    x, a = jax.lax.optimization_barrier((x, a))
+    rows = x @ _above(weight, a).T
+    narrow = checkpoint_name(rows[..., len(weight) :], "lora")
+    return add_extended(rows, b, residual, implementation=implementation), narrow
+
+
+def _input_gradients(d, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
+    """Of `x`, and of what is between the factors."""
+    d_rows = extend(d, b.T, implementation) if len(a) else d
+    d_rows, a = jax.lax.optimization_barrier((d_rows, a))
+    return d_rows @ _above(weight, a), d_rows[..., len(weight) :]
+
+
+def _weight_gradients(d, d_narrow, x, weight, a, b, narrow) -> tuple[jax.Array, jax.Array, jax.Array]:
+    d_weight = outer(d, x).astype(weight.dtype)  # never computed where nothing asks for it
+    return d_weight, outer(d_narrow, x).astype(a.dtype), outer(d, narrow).astype(b.dtype)
+
+
+def _above(weight, a) -> jax.Array:
+    return jnp.concatenate([weight.astype(a.dtype), a])
+
+
+_residual_linear.defvjp(_forward, _backward)
+_gated_residual_linear.defvjp(_gated_forward, _gated_backward)
