@@ -13,7 +13,7 @@ from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat, RopeC
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.rope import rotary_angles
 from jaxpack.layers import Block, RMSNorm, RowContext
-from jaxpack.memory import recompute
+from jaxpack.memory import recompute, unrolls
 
 
 class Transformer(nnx.Module):
@@ -77,7 +77,7 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, parameters)(x, context, key), None
 
         x = self.embedding[...][tokens].astype(self.dtype)
-        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys))
+        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys), unroll=unrolls(remat))
         return self.norm(x)
 
     @property
