@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpack.config import Implementation, Remat, TrainConfig
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxpack.lora import adapters
+from jaxpack.memory import compiler_options
 from jaxpack.packing import IGNORE, BatchLimits, PackedBatch
 from jaxpack.transformer import Transformer
 
@@ -162,4 +163,5 @@ def make_train_step(
         metrics = Metrics(loss, optax.tree.norm(gradients))
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, static_argnames="limits")
+    options = compiler_options(remat)
+    return jax.jit(step, donate_argnums=0, static_argnames="limits", compiler_options=options)
