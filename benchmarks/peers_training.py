@@ -1,0 +1,477 @@
+"""The opponents of `bench_training.py`: the same step in Unsloth, in TRL, and in TRL with Liger's kernels.
+
+    PYTHONPATH=. python benchmarks/peers_training.py --system unsloth --site SITE --lengths LENGTHS.csv --rows 16
+
+SITE is a folder of their packages (and of a `libcudart.so` that one of them wants), before everything else on the path.
+Each configuration runs in a process of its own, on random weights, over the documents of `bench_training.py`, with the
+same optimizer. Real tokens are counted of the batches that the step receives, after the warm-up; peak memory is the
+allocator's own, of the whole process. A checkpoint of the model's shape is written to --checkpoint where there is none:
+2 bytes a parameter. A layout or an attention that was not asked for is an error. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SYSTEMS = {"unsloth": ("unsloth", "unsloth_zoo", "xformers"), "trl": (), "trl-liger": ("liger_kernel",)}
+RECOMPUTE = {"unsloth": "unsloth", "full": True, "none": False}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")  # below the ids of the documents
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# A checkpoint that nobody trained.
+
+
+def write_checkpoint(folder: Path, config: Any) -> None:
+    """Writes a Qwen3 of `config`'s shape (a `ModelConfig`), and a tokenizer of bytes."""
+    from torch_bridge.names import config_to_hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder)
+    write_tensors(folder / "model.safetensors", tensor_shapes(config))
+    eos, pad = SPECIAL_TOKENS.index("<|im_end|>"), SPECIAL_TOKENS.index("<|pad|>")
+    fields = {"max_position_embeddings": 40_960, "dtype": "bfloat16", "eos_token_id": eos, "pad_token_id": pad}
+    # Last: a folder with a config is whole.
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config) | fields, indent=1))
+
+
+def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Qwen3 checkpoint, by its Hugging Face name."""
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    N, K = config.num_heads, config.num_kv_heads
+    layer = {
+        "input_layernorm": (D,),
+        "self_attn.q_proj": (N * H, D),
+        "self_attn.k_proj": (K * H, D),
+        "self_attn.v_proj": (K * H, D),
+        "self_attn.o_proj": (D, N * H),
+        "self_attn.q_norm": (H,),
+        "self_attn.k_norm": (H,),
+        "post_attention_layernorm": (D,),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    names = {"model.embed_tokens": (config.vocab_size, D)}
+    names |= {f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
+    names |= {"model.norm": (D,)}
+    if not config.tie_word_embeddings:
+        names |= {"lm_head": (config.vocab_size, D)}
+    return {f"{name}.weight": shape for name, shape in names.items()}
+
+
+def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file in bfloat16: norm scales are 1, all else repeats one block of normal numbers of width 0.02."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    # Tensors go on where the last one stopped, and a prime is no multiple of a row: gate and up differ, and so do rows.
+    block = 0.02 * np.random.default_rng(0).standard_normal(16_777_213, dtype=np.float32)
+    block, at = (block.view(np.uint32) >> 16).astype(np.uint16), 0
+    one = np.uint16(0x3F80)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for shape in shapes.values():
+            left = int(np.prod(shape))
+            if len(shape) == 1:
+                file.write(memoryview(np.full(left, one)))
+                continue
+            while left:
+                part = block[at : at + left]
+                file.write(memoryview(part))
+                left, at = left - len(part), (at + len(part)) % len(block)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a byte: nobody tokenizes here, but loading asks for a tokenizer with a pad token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|pad|>",
+        "model_max_length": 40_960,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
+
+
+# One configuration, in a process that imports one system.
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Trains and counts. Unsloth replaces parts of the other packages, so it is imported before them."""
+    begin = time.perf_counter()
+    unsloth = request["system"] == "unsloth"
+    if unsloth:
+        import unsloth as _  # noqa: F401
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer, peft_config = (load_with_unsloth if unsloth else load)(request)
+    packed, padding_free = (request["layout"] == name for name in ("packed", "padding-free"))
+    settings: dict[str, Any] = {
+        "output_dir": "output",
+        "max_steps": request["warm_up"] + request["steps"],
+        "per_device_train_batch_size": request["rows"],
+        "gradient_accumulation_steps": 1,
+        "packing": packed,
+        "max_length": request["max_length"],
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": True,
+        "dataloader_drop_last": True,
+        "dataloader_num_workers": request["workers"],
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,  # reads every loss
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    if unsloth:
+        # It lays documents end to end where nothing is said, and its model remembers what to recompute.
+        settings |= {"padding_free": False} if request["layout"] == "padded" else {}
+    else:
+        settings |= {
+            "padding_free": padding_free or packed,
+            "max_length": None if padding_free else request["max_length"],  # refused; the documents are cut already
+            "gradient_checkpointing": RECOMPUTE[request["recompute"]],
+            "use_liger_kernel": request["system"] == "trl-liger",
+        }
+        settings |= {"use_cpu": True} if not torch.cuda.is_available() else {}
+    clock = make_clock(request)
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=SFTConfig(**settings),
+        train_dataset=Dataset.from_dict({"input_ids": request["documents"]}),
+        callbacks=[clock],
+        **({} if peft_config is None else {"peft_config": peft_config}),
+    )
+    clock.watch(trainer)
+    loaded = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    clock.begin = time.perf_counter()
+    trainer.train()
+    if unsloth:
+        check_unsloth_attention(request)
+    states = [x for state in trainer.optimizer.state_dict()["state"].values() for x in state.values()]
+    return {
+        **clock.result(),
+        "load_seconds": clock.begin - begin,
+        "loaded_memory_bytes": loaded,
+        "attention": trainer.model.config._attn_implementation if not unsloth else unsloth_attention(),
+        "trainable_parameters": sum(x.numel() for x in trainer.model.parameters() if x.requires_grad),
+        "trainable_dtypes": sorted({str(x.dtype) for x in trainer.model.parameters() if x.requires_grad}),
+        "optimizer_dtypes": sorted({str(x.dtype) for x in states if getattr(x, "ndim", 0)}),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {
+            name: version_of(name)
+            for name in ("torch", "triton", "transformers", "peft", "trl", "datasets", *SYSTEMS[request["system"]])
+        },
+    }
+
+
+def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer and a LoRA configuration, as TRL takes them."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        request["checkpoint"],
+        dtype=torch.bfloat16,
+        attn_implementation=request["attention"],
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
+    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
+    return model, tokenizer, None if request["full_finetuning"] else lora
+
+
+def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
+    """The model, with its adapters, and its tokenizer."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    recompute = RECOMPUTE[request["recompute"]]
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        request["checkpoint"],
+        max_seq_length=request["max_length"],
+        dtype=torch.bfloat16,
+        load_in_4bit=False,
+        full_finetuning=request["full_finetuning"],
+        use_gradient_checkpointing=recompute,
+    )
+    check_unsloth_attention(request)
+    if not request["full_finetuning"]:
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=16,
+            lora_alpha=16,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=PROJECTIONS,
+            use_gradient_checkpointing=recompute,
+        )
+    return model, tokenizer, None
+
+
+def unsloth_attention() -> dict[str, Any]:
+    """What Unsloth says of its attention: its banner's version of xformers, its backend, and its varlen counters."""
+    from unsloth.models._utils import xformers_version
+    from unsloth.utils.attention_dispatch import select_attention_backend
+    from unsloth.utils.hf_packed_attention import HF_PACKED_ATTENTION_STATS
+
+    return {
+        "xformers": xformers_version,
+        "backend": select_attention_backend(use_varlen=True),
+        "through_transformers": dict(HF_PACKED_ATTENTION_STATS),
+    }
+
+
+def check_unsloth_attention(request: dict[str, Any]) -> None:
+    """Raises where Unsloth's attention is a dense mask: it then runs at half its speed, and nobody would use it so."""
+    found = unsloth_attention()
+    if found["xformers"] is None or found["backend"] not in ("xformers", "flash_varlen"):
+        raise RuntimeError(f"Unsloth fell back to PyTorch's attention, is libcudart.so.12 on the path? {found}")
+    ran = found["through_transformers"]
+    if ran["fallback"] > ran["fast"] + ran["compiled"]:
+        raise RuntimeError(f"Unsloth ran packed rows through a dense mask: {found}")
+
+    from unsloth.utils import attention_dispatch
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Unsloth builds a dense mask of packed rows.")
+
+    if request["layout"] != "padded":
+        attention_dispatch.build_sdpa_packed_attention_mask = refuse
+
+
+def make_clock(request: dict[str, Any]) -> Any:
+    """A `TrainerCallback` that counts what the step receives and takes the time of the steps after the warm-up."""
+    import torch
+    from transformers import TrainerCallback
+
+    cuda = torch.cuda.is_available()
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark() -> Any:
+        # An event, not a synchronization: the host may run ahead between the first and the last timed step.
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    class Clock(TrainerCallback):
+        begin = start = stop = 0.0
+
+        def __init__(self) -> None:
+            self.tokens, self.slots, self.documents, self.losses, self.marks = [], [], [], [], []
+
+        def watch(self, trainer: Any) -> None:
+            """Counts what every `training_step` receives. No value is read from the device before the end."""
+            step = trainer.training_step
+
+            def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+                self.count(inputs)
+                loss = step(model, inputs, *args, **kwargs)
+                self.losses.append(loss.detach())
+                return loss
+
+            trainer.training_step = counted
+
+        def count(self, inputs: dict[str, Any]) -> None:
+            ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+            shapes = {name: getattr(value, "shape", value) for name, value in inputs.items()}
+            if request["layout"] == "padded":
+                if mask is None or ids.shape[0] != request["rows"]:
+                    raise RuntimeError(f"`--layout padded` was not followed, the step got {shapes}.")
+                self.documents.append(ids.shape[0])
+                self.tokens.append(mask.sum())
+            else:
+                if mask is not None or positions is None or ids.shape[0] != 1:
+                    raise RuntimeError(f"`--layout {request['layout']}` was not followed, the step got {shapes}.")
+                self.documents.append((positions == 0).sum())
+                self.tokens.append(ids.numel())
+            self.slots.append(request["rows"] * request["max_length"] if request["layout"] == "packed" else ids.numel())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == request["warm_up"]:
+                self.start = now()
+            if state.global_step >= request["warm_up"]:
+                self.marks.append(mark())
+            if state.global_step == request["warm_up"] + request["steps"]:
+                self.stop = now()
+
+        def result(self) -> dict[str, Any]:
+            """The figures, under the names of `bench_training.py`."""
+            tokens, documents, losses = ([float(x) for x in xs] for xs in (self.tokens, self.documents, self.losses))
+            assert len(tokens) == request["warm_up"] + request["steps"], f"{len(tokens)} batches were seen"
+            seconds = self.stop - self.start
+            pairs = zip(self.marks, self.marks[1:], strict=False)
+            return {
+                "tokens_per_second": sum(tokens[request["warm_up"] :]) / seconds,
+                "step_seconds": seconds / request["steps"],
+                "each_step_seconds": [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairs],
+                "warm_up_seconds": self.start - self.begin,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
+                "tokens": tokens,
+                "documents_in_step": documents,
+                "padding_share": 1 - sum(tokens) / sum(self.slots),
+                "losses": losses,
+            }
+
+    return Clock()
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# All configurations.
+
+
+def main() -> None:
+    """Writes the checkpoint and the documents, then runs one process for each configuration."""
+    if sys.argv[1:2] == ["--here"]:
+        request, output = map(Path, sys.argv[2:])
+        output.write_text(json.dumps(measure(json.loads(request.read_text()))))
+        return
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process takes no memory of the device
+    import dataclasses
+
+    from cases import MODELS, documents
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", choices=SYSTEMS, required=True)
+    parser.add_argument("--site", type=Path, help="a folder of the systems' packages")
+    parser.add_argument("--lengths", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, default="Qwen3-4B")
+    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, help="default: unsloth, or full for TRL")
+    parser.add_argument("--layout", choices=("packed", "padding-free", "padded"), default="packed")
+    parser.add_argument("--attention", help="of TRL: default sdpa for padded rows, else flex_attention")
+    parser.add_argument("--rows", type=int, default=16, help="of a step; documents unless packed")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--documents", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--warm-up", type=int, help="steps before: default 8, or 50 for Unsloth's full fine-tuning")
+    parser.add_argument("--workers", type=int, default=0, help="that load data")
+    parser.add_argument("--full-finetuning", action="store_true")
+    parser.add_argument("--layers", type=int, help="a model of fewer layers")
+    parser.add_argument("--checkpoint", type=Path, help="default: in the folder for temporary files")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    unsloth = options.system == "unsloth"
+    recompute = options.recompute or ["unsloth" if unsloth else "full"]
+    if "unsloth" in recompute and not unsloth:
+        parser.error(f"--recompute unsloth is Unsloth's, {options.system} has full and none")
+
+    config = MODELS[options.model]
+    if options.layers:
+        config = dataclasses.replace(config, num_layers=options.layers)
+    name = f"{options.model}-{config.num_layers}-layers"
+    checkpoint = (options.checkpoint or Path(tempfile.gettempdir(), "jaxpack-peers", name)).resolve()
+    if not (checkpoint / "config.json").exists():
+        begin = time.perf_counter()
+        write_checkpoint(checkpoint, config)
+        print(f"wrote {checkpoint} in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    written = json.loads((checkpoint / "config.json").read_text())
+    if (written["hidden_size"], written["num_hidden_layers"]) != (config.hidden_size, config.num_layers):
+        raise ValueError(f"`--checkpoint` must hold {name}, got another shape in {checkpoint}.")
+    warm_up = 50 if unsloth and options.full_finetuning else 8
+    rows = documents(options.lengths, options.documents)
+    request = {
+        **{key: getattr(options, key) for key in ("system", "layout", "rows", "max_length", "steps", "workers")},
+        "full_finetuning": options.full_finetuning,
+        "warm_up": warm_up if options.warm_up is None else options.warm_up,
+        "attention": options.attention or ("sdpa" if options.layout == "padded" else "flex_attention"),
+        "checkpoint": str(checkpoint),
+        "documents": [row["input_ids"][: options.max_length] for row in rows],
+    }
+    results = []
+    for choice in recompute:
+        result = run(request | {"recompute": choice}, options.site)
+        about = {key: getattr(options, key) for key in ("system", "model", "layout", "rows", "full_finetuning")}
+        results.append({**about, "layers": config.num_layers, "recompute": choice, **result})
+        print(line_of(results[-1]), flush=True)
+        print(json.dumps(results[-1]), flush=True)
+    if options.output:
+        options.output.write_text(json.dumps({"benchmark": "peers_training", "results": results}, indent=1) + "\n")
+    if any("failed" in result for result in results):
+        sys.exit(1)
+
+
+def run(request: dict[str, Any], site: Path | None) -> dict[str, Any]:
+    """One configuration in a process of its own, in a folder of its own; what it prints goes to stderr."""
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        asked, answered = Path(folder, "request.json"), Path(folder, "result.json")
+        asked.write_text(json.dumps(request))
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {**OFFLINE, "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "unsloth_compiled_cache"))}
+        environment |= {"HF_HOME": str(Path(folder, "huggingface"))}
+        if site is not None:
+            for key in ("PYTHONPATH", "LD_LIBRARY_PATH"):
+                environment[key] = os.pathsep.join(filter(None, [str(site.resolve()), environment.get(key)]))
+        command = [sys.executable, str(Path(__file__).resolve()), "--here", str(asked), str(answered)]
+        process = subprocess.run(command, env=environment, cwd=folder, stdout=sys.stderr)
+        if process.returncode and not answered.exists():
+            return {"failed": process.returncode}
+        return json.loads(answered.read_text())
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """A configuration and its figures."""
+    name = f"{result['model']:12} {result['system']:9} {result['layout']:12} {result['recompute']:8}"
+    if "failed" in result:
+        return f"{name} failed with exit code {result['failed']}"
+    return (
+        f"{name} {result['tokens_per_second']:>9,.0f} tokens/s {result['step_seconds']:.3f} s"
+        f" {result['peak_memory_bytes'] / 2**30:6.2f} GiB, warm after {result['warm_up_seconds']:.0f} s,"
+        f" padding {result['padding_share']:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

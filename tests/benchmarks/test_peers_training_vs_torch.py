@@ -1,0 +1,71 @@
+"""The checkpoint of the opponents is whole, and where TRL and a GPU are, its step runs."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.peers_training import SPECIAL_TOKENS, write_checkpoint
+from jaxpack.config import ModelConfig, RopeConfig
+
+LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
+TINY = ModelConfig(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=1e6),
+    qk_norm=True,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoint_is_whole(tied, tmp_path):
+    write_checkpoint(tmp_path, dataclasses.replace(TINY, tie_word_embeddings=tied))
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(report.values())
+    weights = dict(model.named_parameters())
+    assert weights["model.norm.weight"].eq(1).all()
+    projections = [weights[f"model.layers.0.mlp.{name}_proj.weight"].float() for name in ("gate", "up")]
+    assert not torch.equal(*projections)
+    assert all(0.015 < x.std() < 0.025 for x in projections)
+    assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer("a b").input_ids) == "a b"
+    assert tokenizer.pad_token_id == model.config.pad_token_id == SPECIAL_TOKENS.index("<|pad|>") < 10
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None or not torch.cuda.is_available(), reason="needs TRL and a GPU"
+)
+@pytest.mark.parametrize("layout", ["padded", "padding-free"])
+def test_smoke(layout, tmp_path):
+    lengths, output = tmp_path / "lengths.csv", tmp_path / "result.json"
+    lengths.write_text(LENGTHS)
+    command = f"benchmarks/peers_training.py --system trl --layout {layout} --attention sdpa --lengths {lengths}"
+    command += f" --model Qwen3-0.6B --layers 1 --rows 2 --steps 2 --warm-up 1 --documents 60 --output {output}"
+    command += f" --recompute full none --checkpoint {tmp_path / 'checkpoint'}"
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    shown = subprocess.run(
+        [sys.executable, *command.split()], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    results = json.loads(output.read_text())["results"]
+    assert json.loads(shown.stdout.splitlines()[-1]) == results[-1]
+    assert all(result["documents_in_step"] == [2, 2, 2] for result in results)
+    assert (results[0]["padding_share"] > 0) == (layout == "padded")
