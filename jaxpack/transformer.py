@@ -53,7 +53,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         *,
-        remat: Remat = "none",
+        remat: Remat = "full",
         max_segments: int | None = None,
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
