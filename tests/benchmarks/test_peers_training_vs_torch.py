@@ -1,6 +1,5 @@
 """The checkpoint of the opponents is whole, and where TRL and a GPU are, its step runs."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -10,30 +9,16 @@ import sys
 import pytest
 import torch
 import transformers
+from models import small_config
 
 from benchmarks.peers_training import SPECIAL_TOKENS, write_checkpoint
-from jaxpack.config import ModelConfig, RopeConfig
 
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
-TINY = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=300,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    rms_norm_eps=1e-6,
-    rope=RopeConfig(theta=1e6),
-    qk_norm=True,
-    tie_word_embeddings=True,
-)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_checkpoint_is_whole(tied, tmp_path):
-    write_checkpoint(tmp_path, dataclasses.replace(TINY, tie_word_embeddings=tied))
+    write_checkpoint(tmp_path, small_config("qwen3", vocab_size=300, tie_word_embeddings=tied))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, output_loading_info=True
     )
