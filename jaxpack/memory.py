@@ -70,10 +70,14 @@ def compiler_options(remat: Remat) -> dict[str, Any]:
     it holds back copies between device and host until its kernels are done: without, a layer's input is fetched while
     the layer after it is at work.
     """
+    options: dict[str, Any] = {}
     if jax.default_backend() != "gpu":
-        return {}
-    options: dict[str, Any] = {"xla_gpu_enable_command_buffer": ""} if unrolls(remat) or remat == "offload" else {}
-    return options | ({"xla_gpu_enable_pipelined_host_offloading": True} if remat == "offload" else {})
+        return options
+    if unrolls(remat) or remat == "offload":
+        options["xla_gpu_enable_command_buffer"] = ""
+    if remat == "offload":
+        options["xla_gpu_enable_pipelined_host_offloading"] = True
+    return options
 
 
 def check_host_memory(remat: Remat, config: ModelConfig, tokens: int, itemsize: int) -> None:
