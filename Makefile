@@ -29,9 +29,9 @@ test-jax-%: .venv-jax-%/installed
 	.venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py'
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and every kernel's tests compiled.
-# File by file, side by side: nearly all of the time goes into compiling.
+# Side by side, since nearly all of the time goes into compiling.
 test-gpu:
-	ls tests/kernels/test_*.py | XLA_PYTHON_CLIENT_PREALLOCATE=false xargs -P 8 -n 1 $(PYTHON) -m pytest -q -m ""
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark -n 12 --dist worksteal -m "" tests/kernels
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	$(PYTHON) -m venv $(VENV)
