@@ -284,7 +284,7 @@ class _Tile(NamedTuple):
 
 
 _ROTATE = _Tile(1, 8, 4)
-_NORM_ROTATE = _Tile(16, 2, 8)
+_NORM_ROTATE = _Tile(1, 8, 4)
 _NORM_ROTATE_BACKWARD = _Tile(1, 2, 1, steps=16)
 
 
