@@ -342,6 +342,7 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
     one_array = "q, k and v are heads of one array"
     for direction in ("forward", "forward_backward"):
         both = direction == "forward_backward"
+        here = {column: with_backward(f) if both else f for column, f in functions.items()}
         yield Case(
             "attention",
             direction,
@@ -352,20 +353,17 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
             attention_oracle if both else lambda **inputs: attention_oracle(**inputs, d_out=None)[0],
             [
                 # XLA tunes a matmul of its own for every chunk of queries.
-                *(
-                    Variant(column, with_backward(f) if both else f, slow=column == XLA)
-                    for column, f in functions.items()
-                ),
+                *(Variant(column, f, slow=column == XLA) for column, f in here.items()),
                 # In layers a GPU at its power limit runs at a lower clock: two columns to be compared with each other.
                 *(
                     Variant(
                         column + IN_LAYERS,
-                        in_layers(with_backward(f) if both else f),
+                        in_layers(f),
                         arrange=lambda outputs: outputs[-1],
                         layers=LAYERS,
                         note=f"one of {LAYERS} layers, which share what is computed once per batch",
                     )
-                    for column, f in functions.items()
+                    for column, f in here.items()
                     if column in (CHOSEN, CUDNN)
                 ),
                 Variant(OWN_USE, own_both, prepare=joined, arrange=apart, note=one_array)
