@@ -29,7 +29,7 @@ test-jax-%: .venv-jax-%/installed
 	.venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py'
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and every kernel's tests compiled.
-# Side by side, since nearly all of the time goes into compiling.
+# Side by side, since nearly all of the time goes into compiling; pytest-benchmark would warn of that, which is an error.
 test-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark -n 12 --dist worksteal -m "" tests/kernels
 
