@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -34,6 +34,7 @@ from rich.table import Table
 from timing import num_sets, time_jax
 
 from jaxpack.kernels import attention, gated_activation, rope
+from jaxpack.kernels import cudnn as cudnn_limits
 
 BYTES_PER_SECOND = 4.3e12  # what the best device copy on an H200 reads and writes
 OPERATIONS = ("rope", "norm_rope", "swiglu", "geglu_tanh", "geglu_exact", "attention")
@@ -45,9 +46,11 @@ LAYERS = 4  # of a program that stands for a model's
 IN_LAYERS = ", in layers"
 _XLA_ATTENTION_LIMIT = 16_384  # tokens; at 65,536 its float32 scores are 34 GB at a time
 
-COPY, XLA, OURS, OWN_USE, CHOSEN, CUDNN = "copy", "XLA", "ours", "ours, own use", "ours, None", "cuDNN (JAX)"
-COLUMNS = (COPY, "copy (torch)", XLA, OURS, OWN_USE, "ours, two arrays", CHOSEN, CUDNN, "Unsloth", "Liger")
-COLUMNS += (CHOSEN + IN_LAYERS, CUDNN + IN_LAYERS, "torch flex", "torch varlen", "cuDNN (torch)")
+COPY, XLA, OURS, OWN_USE, CHOSEN = "copy", "XLA", "ours", "ours, own use", "ours, None"
+CUDNN, CUDNN_PACKED = "cuDNN (JAX)", "cuDNN packed (JAX)"  # for rows of equal length, and for segments
+COLUMNS = (COPY, "copy (torch)", XLA, OURS, OWN_USE, "ours, two arrays", CHOSEN, CUDNN_PACKED, CUDNN)
+COLUMNS += ("Unsloth", "Liger", CHOSEN + IN_LAYERS, CUDNN_PACKED + IN_LAYERS, CUDNN + IN_LAYERS)
+COLUMNS += ("torch flex", "torch varlen", "cuDNN (torch)")
 
 
 @dataclass
@@ -293,6 +296,18 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.reshape(1, tokens, N, H)
 
+    def cudnn_packed(q, k, v, bounds):
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+        del bounds
+        sizes = jnp.array([lengths], jnp.int32)
+        offsets = jnp.array([[*np.cumsum([0, *lengths[:-1]]), -1]], jnp.int32)
+        return dot_product_attention(
+            q, k, v,
+            q_seqlen=sizes, kv_seqlen=sizes, q_offsets=offsets, kv_offsets=offsets,
+            scale=H**-0.5, mask_type=MaskType.PADDING_CAUSAL,
+        )  # fmt: skip
+
     def with_backward(function):
         def run(q, k, v, d_out, bounds):
             out, pull = jax.vjp(lambda q, k, v: function(q, k, v, bounds=bounds), q, k, v)
@@ -335,9 +350,11 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
         missing[XLA] = "its float32 scores do not fit"
     if len(set(lengths)) > 1:
         missing[CUDNN] = "documents of different lengths"
-    elif jax.default_backend() != "gpu":
-        missing[CUDNN] = "no GPU"
-    functions = {XLA: plain, OURS: ours("pallas"), CHOSEN: ours(None), CUDNN: cudnn}
+    if len(lengths) > cudnn_limits.MAX_SEGMENTS:
+        missing[CUDNN_PACKED] = "its scratch memory grows with the number of documents"
+    if jax.default_backend() != "gpu":
+        missing |= dict.fromkeys((CUDNN, CUDNN_PACKED), "no GPU")
+    functions = {XLA: plain, OURS: ours("pallas"), CHOSEN: ours(None), CUDNN: cudnn, CUDNN_PACKED: cudnn_packed}
     functions = {column: function for column, function in functions.items() if column not in missing}
     one_array = "q, k and v are heads of one array"
     for direction in ("forward", "forward_backward"):
@@ -364,7 +381,7 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
                         note=f"one of {LAYERS} layers, which share what is computed once per batch",
                     )
                     for column, f in here.items()
-                    if column in (CHOSEN, CUDNN)
+                    if column in (CHOSEN, CUDNN, CUDNN_PACKED)
                 ),
                 Variant(OWN_USE, own_both, prepare=joined, arrange=apart, note=one_array)
                 if both
@@ -602,14 +619,25 @@ def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[
 
 
 class Results:
-    """Rows by what they measure, written to the JSON file after each."""
+    """Rows by what they measure, written to the JSON file after each.
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    Of the operations that are measured now nothing is taken over from a file of an earlier run; all others stay.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], operations: Sequence[str]) -> None:
         self.path, self.header = path, header
         self.rows: dict[tuple, dict[str, Any]] = {}
+        if path.exists():
+            before = json.loads(path.read_text())
+            for kept in ("versions", "peers", "documents"):
+                header[kept] = before[kept] | header[kept]
+            for row in before["rows"]:
+                if row["operation"] not in operations:
+                    self.add(row)
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row, or columns to it."""
+        row.setdefault("time", datetime.datetime.now().isoformat(timespec="minutes"))
         key = tuple(row[name] for name in _KEY)
         known = self.rows.setdefault(key, {**row, "columns": {}})
         columns = {**known["columns"], **row["columns"]}
@@ -666,8 +694,15 @@ def bars(results: Results, tokens: int) -> list[dict[str, Any]]:
         seconds = results.seconds("attention", direction, "alpaca", tokens, *own)
         bar(f"attention alpaca {direction}, ms", seconds and 1e3 * seconds, limit)
     for direction, limit, rate in (("forward", 0.99, 350), ("forward_backward", 4.60, 300)):
-        seconds = results.seconds("attention", direction, "long", tokens, CHOSEN)
-        bar(f"attention long {direction}, implementation=None, ms", seconds and 1e3 * seconds, limit)
+        for where in ("", IN_LAYERS):
+            seconds, packed = (
+                results.seconds("attention", direction, "long", tokens, column + where)
+                for column in (CHOSEN, CUDNN_PACKED)
+            )
+            if not where:
+                bar(f"attention long {direction}, implementation=None, ms", seconds and 1e3 * seconds, limit)
+            share = seconds and packed and seconds / packed
+            bar(f"attention long {direction}{where}, implementation=None / cuDNN packed", share, 1.01)
         row = results.rows.get(("attention", direction, "long", tokens))
         seconds = results.seconds("attention", direction, "long", tokens, *own)
         bar(
@@ -762,7 +797,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--peers-site", type=Path, help="folder of packages with Unsloth and Liger")
     parser.add_argument("--no-peers", action="store_true", help="JAX alone")
-    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OPERATION")
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="the others keep their rows")
     parser.add_argument("--tokens", type=int, nargs="+", default=KERNEL_TOKENS)
     parser.add_argument("--seconds", type=float, default=540, help="after which nothing more is measured")
     parser.add_argument("--compile-threads", type=int, default=8)
@@ -807,7 +842,7 @@ def main() -> None:
     header["device"] = jax.devices()[0].device_kind
     where = "smoke" if options.smoke else header["device"].lower().removeprefix("nvidia ").replace(" ", "-")
     name = f"{date}_{where}_kernels"
-    results = Results(options.output_dir / f"{name}.json", header)
+    results = Results(options.output_dir / f"{name}.json", header, options.only)
     measured = partial(measure, main_tokens=tokens[0], threads=options.compile_threads, record=results.add)
     by_tokens: dict[int, list[Case]] = {}
     for t in tokens:
