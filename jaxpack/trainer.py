@@ -1,5 +1,6 @@
 """The loop around the step: data, progress, metrics."""
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -21,6 +22,7 @@ from jaxpack.errors import InputError, reason
 from jaxpack.lora import adapters
 from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
+from jaxpack.prefetch import prefetched
 from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 from jaxpack.transformer import Transformer
 
@@ -94,11 +96,13 @@ class Trainer:
             lowered = step_function.lower(state, frozen, batch, limits=batches.limits[shape[-1]])
             programs[shape[-1]] = lowered.compile()
         log = _Log(config, batches, schedule, compile_seconds=time.perf_counter() - begin)
+        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
+        on_device = state.step.sharding
+        prefetch = prefetched(lambda step: jax.device_put(batches[step], on_device), len(batches))
         try:
-            with log:
+            with log, contextlib.closing(prefetch) as batches_on_device:
                 waiting: Metrics | None = None  # of the step before, so that the device always has a next step to run
-                for step in range(batches.num_steps):
-                    batch = jax.device_put(batches[step])
+                for batch in batches_on_device:
                     state, metrics = programs[batch.tokens.shape[-1]](state, frozen, batch)
                     if waiting is not None:
                         log.step(waiting)

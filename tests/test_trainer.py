@@ -1,6 +1,8 @@
 """The loop: what it reports is what it did, and the model it leaves is the one it trained."""
 
+import itertools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,50 @@ def test_the_shapes_of_a_run_are_compiled_before_it_and_no_other(monkeypatch):
     assert len(compiled) == result.compiled_shapes == len(trainer.batches.shapes)
 
 
+def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(monkeypatch):
+    """A read waits for the step that makes what is read. So each step is started before the one ahead of it is read."""
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, logging_steps=1))
+    events: list[tuple[str, object]] = []
+    metrics_of: dict[int, int] = {}  # by id of the array; `started` keeps them alive, so that no id is used again
+    started = []
+    run = jax.stages.Compiled.__call__
+
+    def start(program, *args):
+        state, metrics = run(program, *args)
+        metrics_of.update((id(leaf), len(started)) for leaf in metrics)
+        events.append(("start", len(started)))
+        started.append((state, metrics))
+        return state, metrics
+
+    def reading(read):
+        def spy(x, *args, **options):
+            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
+                events.append(("read", metrics_of.get(id(x), "something else")))
+            return read(x, *args, **options)
+
+        return spy
+
+    monkeypatch.setattr(jax.stages.Compiled, "__call__", start)
+    kind = type(jnp.zeros(()))
+    monkeypatch.setattr(kind, "_value", property(reading(kind._value.fget)))  # float(x), x.item(), device_get
+    for owner, name in (
+        (kind, "block_until_ready"),
+        (jax, "block_until_ready"),  # of several arrays, it does not call theirs
+        (np, "asarray"),  # on a CPU, it takes a buffer
+        (np, "array"),
+    ):
+        monkeypatch.setattr(owner, name, reading(getattr(owner, name)))
+    trainer.train()
+    monkeypatch.undo()
+
+    loop = events[events.index(("start", 0)) :]
+    steps = trainer.batches.num_steps
+    expected = [("start", 0)]
+    for step in range(1, steps + 1):
+        expected += [("start", step)] * (step < steps) + [("read", step - 1)]
+    assert [event for event, _ in itertools.groupby(loop)] == expected
+
+
 def test_an_interrupted_run_leaves_what_it_has_learned(monkeypatch):
     model = small_model("qwen3", lora=LORA)
     whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)
@@ -87,6 +133,17 @@ def test_an_interrupted_run_leaves_what_it_has_learned(monkeypatch):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in after_four)
     start = jax.tree.leaves(nnx.state(small_model("qwen3", lora=LORA), nnx.LoRAParam))
     assert any((a != b).any() for a, b in zip(after_four, start, strict=True))
+
+
+def test_an_error_in_the_loop_ends_the_thread_that_makes_batches(monkeypatch):
+    def interrupt(log, metrics):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxpack.trainer._Log.step", interrupt)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as raised:
+        Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT).train()
+    assert threading.active_count() == before, raised  # while the traceback holds the loop's variables
 
 
 def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
