@@ -157,6 +157,11 @@ class TrainConfig:
     implementation: Implementation | None = _option(
         None, "Of all kernels: xla, or pallas (interpreted without a GPU). None takes the faster on each device."
     )
+    compilation_cache_dir: str = _option(
+        "auto",
+        "Folder that keeps compiled programs for the next run, or none. auto: the one that JAX is set to "
+        "(JAX_COMPILATION_CACHE_DIR), else ~/.cache/jaxpack/programs (within XDG_CACHE_HOME, where that is set).",
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -188,6 +193,10 @@ class TrainConfig:
                 "must be 0 with 'constant' (see 'constant_with_warmup')",
                 self.warmup_steps,
             )
+        folder = self.compilation_cache_dir
+        _check(
+            isinstance(folder, str) and folder, "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder
+        )
         choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": Remat}
         if self.implementation is not None:
             choices["implementation"] = Implementation

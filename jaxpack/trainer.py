@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from jaxpack.batching import Batches
+from jaxpack.compilation_cache import ProgramCache, size_of
 from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
@@ -37,6 +38,7 @@ class TrainResult:
     tokens_per_second: float  # real tokens
     padding_share: float
     compiled_shapes: int
+    found_programs: int  # of them, found compiled, by an earlier run
     compile_seconds: float
     peak_memory_bytes: int
 
@@ -72,6 +74,7 @@ class Trainer:
     def train(self) -> TrainResult:
         """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress."""
         config, batches = self.config, self.batches
+        cache = ProgramCache(config.compilation_cache_dir)
         graph, trainable, frozen = split_trainable(self.model)
         nnx.update(self.model, trainable)  # lets go of the arrays that were copied
         schedule = make_schedule(config, batches.num_steps)
@@ -88,14 +91,22 @@ class Trainer:
         for _, B, T in batches.shapes:
             check_host_memory(config.remat, self.model.config, B * T, self.model.dtype.itemsize)
         self._print_plan(trainable, frozen)
+        if cache.folder is not None:
+            size = size_of(cache.folder) / 2**20
+            console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")
 
-        begin = time.perf_counter()
+        begin_compiling = time.perf_counter()
         programs = {}
-        for shape in batches.shapes:  # all of them here, so that none holds up the run
-            batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-            lowered = step_function.lower(state, frozen, batch, limits=batches.limits[shape[-1]])
-            programs[shape[-1]] = lowered.compile()
-        log = _Log(config, batches, schedule, compile_seconds=time.perf_counter() - begin)
+        with cache.in_use():
+            for shape in batches.shapes:  # all of them here, so that none holds up the run
+                batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
+                lowered = step_function.lower(state, frozen, batch, limits=batches.limits[shape[-1]])
+                programs[shape[-1]] = cache.compile(lowered)
+        start = _Start(time.perf_counter() - begin_compiling, cache.found)
+        console.print(
+            f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {len(programs)} found compiled"
+        )
+        log = _Log(config, batches, schedule, start)
         # Named, for a thread does not inherit a `jax.default_device` of its caller's.
         on_device = state.step.sharding
         prefetch = prefetched(lambda step: jax.device_put(batches[step], on_device), len(batches))
@@ -153,11 +164,19 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
     return lines
 
 
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What came before a run's first step."""
+
+    compile_seconds: float
+    found_programs: int
+
+
 class _Log:
     """Keeps a run's metrics: a progress bar, a line every `logging_steps`, and the same in `metrics.jsonl`."""
 
-    def __init__(self, config: TrainConfig, batches: Batches, schedule: optax.Schedule, compile_seconds: float):
-        self._config, self._batches, self._compile_seconds = config, batches, compile_seconds
+    def __init__(self, config: TrainConfig, batches: Batches, schedule: optax.Schedule, start: _Start):
+        self._config, self._batches, self._start = config, batches, start
         steps = np.arange(batches.num_steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
         _, first = np.unique(batches.row_lengths, return_index=True)
@@ -201,7 +220,7 @@ class _Log:
             ),
             "peak_memory_bytes": peak_memory_bytes(),
             "compiled_shapes": len(self._batches.shapes),
-            "compile_seconds": self._compile_seconds,
+            "compile_seconds": self._start.compile_seconds,
         }
         self._file.write(record)
         self._progress.console.print(
@@ -217,7 +236,8 @@ class _Log:
             tokens_per_second=self._rate(0),
             padding_share=self._batches.padding_share,
             compiled_shapes=len(self._batches.shapes),
-            compile_seconds=self._compile_seconds,
+            found_programs=self._start.found_programs,
+            compile_seconds=self._start.compile_seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
 

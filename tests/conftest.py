@@ -1,6 +1,8 @@
 """What all tests share: strict jax, shapes checked at every call, and small models of both families."""
 
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,3 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=["qwen3", "llama"])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's cache home for these tests alone: runs keep their programs there."""
+    home = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        jax.config.update("jax_compilation_cache_dir", None)
+        yield home

@@ -23,6 +23,8 @@ from jaxpack.errors import InputError
         (TrainConfig, "learning_rate", "2e-4", "a number"),
         (TrainConfig, "adam_beta2", 1.0, r"in \[0, 1\)"),
         (TrainConfig, "warmup_steps", -1, "0 or a positive number"),
+        (TrainConfig, "compilation_cache_dir", None, "a folder, 'auto' or 'none'"),
+        (TrainConfig, "compilation_cache_dir", "", "a folder, 'auto' or 'none'"),
         (LoraConfig, "r", 8.5, "a whole number"),
         (LoraConfig, "lora_alpha", 0, "a positive number"),
         (LoraConfig, "lora_dropout", 1.0, r"in \[0, 1\)"),

@@ -113,6 +113,24 @@ def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(m
     assert [event for event, _ in itertools.groupby(loop)] == expected
 
 
+def test_a_second_start_finds_its_programs_and_does_the_same(tmp_path, capsys):
+    config = changed(SHORT, max_steps=3, compilation_cache_dir=str(tmp_path))
+    first, second = (Trainer(small_model("qwen3", lora=LORA), None, ROWS, config).train() for _ in range(2))
+    assert (first.found_programs, second.found_programs) == (0, second.compiled_shapes)
+    np.testing.assert_array_equal(first.losses, second.losses)
+    shown = capsys.readouterr().err
+    assert shown.count(f"compiled programs are kept in {tmp_path} (") == 2
+    assert "0 of 1 found compiled" in shown and "1 of 1 found compiled" in shown
+
+
+def test_a_run_goes_on_where_programs_cannot_be_kept(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    config = changed(SHORT, max_steps=2, compilation_cache_dir=str(tmp_path / "file"))
+    result = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config).train()
+    assert len(result.losses) == 2
+    assert f"compiled programs cannot be kept in {tmp_path}/file: File exists" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_leaves_what_it_has_learned(monkeypatch):
     model = small_model("qwen3", lora=LORA)
     whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)

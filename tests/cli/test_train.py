@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,7 +131,10 @@ def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_
 def test_a_seed_fixes_every_byte_of_the_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
     # In a process of its own: nothing is remembered, and strings have other hashes.
     flags = [*inputs.flags(tmp_path / "again"), *SETTINGS, *STEPS, *ADAPTER]
-    subprocess.run([sys.executable, "-m", "jaxpack", "train", *map(str, flags)], check=True, timeout=120)
+    command = [sys.executable, "-m", "jaxpack", "train", *map(str, flags)]
+    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py has it: the same program
+    done = subprocess.run(command, check=True, timeout=120, env=environment, stderr=subprocess.PIPE, text=True)
+    assert "1 of 1 found compiled" in done.stderr
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / "adapter" / name).read_bytes() == (adapter_run / "adapter" / name).read_bytes()
 
@@ -181,6 +185,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
         "implementation": "xla",
+        "compilation_cache_dir": "programs",
     }
     if field.name in special:
         return special[field.name]
