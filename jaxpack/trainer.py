@@ -40,6 +40,7 @@ class TrainResult:
     compiled_shapes: int
     found_programs: int  # of them, found compiled, by an earlier run
     compile_seconds: float
+    first_step_seconds: float  # from the start of `train()` to the first step's metrics, compilation included
     peak_memory_bytes: int
 
 
@@ -73,6 +74,7 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress."""
+        begin = time.perf_counter()
         config, batches = self.config, self.batches
         cache = ProgramCache(config.compilation_cache_dir)
         graph, trainable, frozen = split_trainable(self.model)
@@ -102,7 +104,7 @@ class Trainer:
                 batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
                 lowered = step_function.lower(state, frozen, batch, limits=batches.limits[shape[-1]])
                 programs[shape[-1]] = cache.compile(lowered)
-        start = _Start(time.perf_counter() - begin_compiling, cache.found)
+        start = _Start(begin, time.perf_counter() - begin_compiling, cache.found)
         console.print(
             f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {len(programs)} found compiled"
         )
@@ -168,6 +170,7 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
 class _Start:
     """What came before a run's first step."""
 
+    begin: float  # when it was, by `time.perf_counter`
     compile_seconds: float
     found_programs: int
 
@@ -204,6 +207,11 @@ class _Log:
         self._last = now
         self._losses.append(loss)
         done = len(self._losses)
+        if done == 1:
+            self._first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds
+            self._progress.console.print(
+                f"first step after {self._first_step_seconds:.1f} s, {compiling:.1f} s of them for programs"
+            )
         self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}")
         if done % self._config.logging_steps and done != self._batches.num_steps:
             return
@@ -238,6 +246,7 @@ class _Log:
             compiled_shapes=len(self._batches.shapes),
             found_programs=self._start.found_programs,
             compile_seconds=self._start.compile_seconds,
+            first_step_seconds=self._first_step_seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -115,12 +116,18 @@ def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(m
 
 def test_a_second_start_finds_its_programs_and_does_the_same(tmp_path, capsys):
     config = changed(SHORT, max_steps=3, compilation_cache_dir=str(tmp_path))
+    begin = time.perf_counter()
     first, second = (Trainer(small_model("qwen3", lora=LORA), None, ROWS, config).train() for _ in range(2))
+    both = time.perf_counter() - begin
     assert (first.found_programs, second.found_programs) == (0, second.compiled_shapes)
     np.testing.assert_array_equal(first.losses, second.losses)
+    for result in (first, second):
+        assert 0 < result.compile_seconds < result.first_step_seconds
+    assert first.first_step_seconds + second.first_step_seconds < both
     shown = capsys.readouterr().err
     assert shown.count(f"compiled programs are kept in {tmp_path} (") == 2
     assert "0 of 1 found compiled" in shown and "1 of 1 found compiled" in shown
+    assert f"first step after {second.first_step_seconds:.1f} s, {second.compile_seconds:.1f} s of them" in shown
 
 
 def test_a_run_goes_on_where_programs_cannot_be_kept(tmp_path, capsys):
