@@ -6,7 +6,7 @@ there are at most 8.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,10 +104,12 @@ def segment_table(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(q, k, v, first, last, scale, max_segments):
-    return _forward(q, k, v, first, last, scale, max_segments)[0]
+    attend, covered = _attend(first, last, scale, max_segments)
+    return _blank([attend(q, k, v)], first, covered)[0]  # not `_forward`, which has the log-sum-exp written, too
 
 
-def _forward(q, k, v, first, last, scale, max_segments):
+def _attend(first, last, scale, max_segments) -> tuple[Callable, jax.Array]:
+    """cuDNN's function of q, k and v, which writes the segments' tokens alone; where in a row the last of them ends."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     offsets, lengths, covered = segment_table(first, last, max_segments)
@@ -119,6 +121,11 @@ def _forward(q, k, v, first, last, scale, max_segments):
             scale=scale, mask_type=MaskType.PADDING_CAUSAL,
         )  # fmt: skip
 
+    return attend, covered
+
+
+def _forward(q, k, v, first, last, scale, max_segments):
+    attend, covered = _attend(first, last, scale, max_segments)
     out, pull = jax.vjp(attend, q, k, v)
     (blanked,) = _blank([out], first, covered)
     # `pull` holds the output, too: with the blanked one in its place nothing has to be copied.
