@@ -588,6 +588,8 @@ def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[
     """What the opponents print, one after another, each group in a process of its own."""
     script = Path(__file__).resolve().with_name("peers_kernels.py")
     for peer, limit in PEERS.items():
+        if peer != "torch" and set(options.only) == {"attention"}:  # the others have none
+            continue
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
         if options.peers_site and peer != "torch":
@@ -621,10 +623,10 @@ def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[
 class Results:
     """Rows by what they measure, written to the JSON file after each.
 
-    Of the operations that are measured now nothing is taken over from a file of an earlier run; all others stay.
+    A file of an earlier run keeps its rows, but for those of the operations and tokens that are measured now.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], operations: Sequence[str]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], operations: Sequence[str], tokens: Sequence[int]) -> None:
         self.path, self.header = path, header
         self.rows: dict[tuple, dict[str, Any]] = {}
         if path.exists():
@@ -632,8 +634,8 @@ class Results:
             for kept in ("versions", "peers", "documents"):
                 header[kept] = before[kept] | header[kept]
             for row in before["rows"]:
-                if row["operation"] not in operations:
-                    self.add(row)
+                if row["operation"] not in operations or row["tokens"] not in tokens:
+                    self.rows[tuple(row[name] for name in _KEY)] = row
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row, or columns to it."""
@@ -842,7 +844,7 @@ def main() -> None:
     header["device"] = jax.devices()[0].device_kind
     where = "smoke" if options.smoke else header["device"].lower().removeprefix("nvidia ").replace(" ", "-")
     name = f"{date}_{where}_kernels"
-    results = Results(options.output_dir / f"{name}.json", header, options.only)
+    results = Results(options.output_dir / f"{name}.json", header, options.only, tokens)
     measured = partial(measure, main_tokens=tokens[0], threads=options.compile_threads, record=results.add)
     by_tokens: dict[int, list[Case]] = {}
     for t in tokens:
