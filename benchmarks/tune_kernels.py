@@ -153,14 +153,15 @@ def extended_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidate]:
     backward = functools.partial(extended.extend_normed_backward, with_scale=False, **eps)
     kernels = {
         "extend": ("_EXTEND", functools.partial(extended.extend, implementation="pallas"), (x, a)),
-        "extend_normed": ("_EXTEND", functools.partial(extended.extend_normed, **eps), (x, scale, a)),
+        "extend_normed": ("_EXTEND_NORMED", functools.partial(extended.extend_normed, **eps), (x, scale, a)),
         "extend_normed_backward": ("_BACKWARD", lambda *inputs: backward(*inputs)[0], (e, e, x, scale, a, d)),
         "add_extended": ("_ADD", functools.partial(extended.add_extended, implementation="pallas"), (e, a.T, x)),
     }
-    for rows, channels, warps in itertools.product((16, 32, 64, 128), (32, 64, 128, 256, 512), (2, 4, 8)):
+    sizes = (16, 32, 64, 128), (32, 64, 128, 256, 512)
+    for rows, channels, warps, stages in itertools.product(*sizes, (2, 4, 8), (1, 3)):
         if not 8 * 32 * warps <= rows * channels <= 32 * 32 * warps:
             continue  # between 8 and 32 elements a thread
-        tile = extended._Tile(rows, channels, warps)
+        tile = extended._Tile(rows, channels, warps, stages)
         for name, (constant, function, arguments) in kernels.items():
             lower = functools.partial(_lowered, function, arguments, _patch=(extended, constant, tile))
             yield Candidate(name, str(tuple(tile)), f"jaxpack_{name}", lower)

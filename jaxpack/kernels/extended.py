@@ -124,11 +124,14 @@ class _Tile(NamedTuple):
     tokens: int
     channels: int  # at a time
     num_warps: int
+    num_stages: int  # what feeds a matmul is loaded so many pieces ahead, of factors of a low rank
 
 
-_EXTEND = _Tile(64, 128, 8)
-_BACKWARD = _Tile(32, 256, 8)
-_ADD = _Tile(64, 128, 8)
+_EXTEND = _Tile(64, 128, 8, 3)
+_EXTEND_NORMED = _Tile(32, 256, 4, 3)
+_BACKWARD = _Tile(32, 128, 4, 3)
+_ADD = _Tile(32, 256, 8, 1)
+_LOW_RANK = 64  # beyond, three pieces of a factor are more than the shared memory holds
 _MAX_RANK = 256
 
 
@@ -141,6 +144,8 @@ class _Blocks:
         self.channels = power_of_two_divisor(self.shape[1], limit=tile.channels)
         self.count = self.shape[0] // self.tokens
         self.rank = rank
+        self.num_warps = tile.num_warps
+        self.num_stages = tile.num_stages if rank <= _LOW_RANK else 1
 
     def here(self) -> Any:
         """In a kernel: the index of the program's tokens."""
@@ -186,7 +191,7 @@ def _extend_normed_kernel(x, scale, a, *, eps):
 
 
 def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: float) -> jax.Array:
-    blocks = _Blocks(x, len(a), _EXTEND)
+    blocks = _Blocks(x, len(a), _EXTEND if scale is None else _EXTEND_NORMED)
     T, D = blocks.shape
     scales, factors = [] if scale is None else [scale], [a] if len(a) else []
 
@@ -220,7 +225,8 @@ def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: flo
         name="extend_normed" if scales else "extend",
         grid=(blocks.count,),
         out_shape=jax.ShapeDtypeStruct((T, D + len(a)), x.dtype),
-        num_warps=_EXTEND.num_warps,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )
 
 
@@ -272,7 +278,8 @@ def _backward_kernel(x, d_residual, d_extended, extended, scale, a, *, eps, with
             jax.ShapeDtypeStruct((T, D), x.dtype),
             *([jax.ShapeDtypeStruct((blocks.count, D), jnp.float32)] if with_scale else []),
         ],
-        num_warps=_BACKWARD.num_warps,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )
     return outputs[0], jnp.sum(outputs[1], axis=0) if with_scale else None
 
@@ -295,5 +302,6 @@ def _add_kernel(residual, extended, b):
         name="add_extended",
         grid=(blocks.count, D // blocks.channels),
         out_shape=jax.ShapeDtypeStruct((T, D), residual.dtype),
-        num_warps=_ADD.num_warps,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )
