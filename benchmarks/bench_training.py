@@ -30,6 +30,7 @@ from jaxpack.batching import Batches
 from jaxpack.config import ModelConfig, Remat
 from jaxpack.data import load_documents
 from jaxpack.packing import PackedBatch
+from jaxpack.predictions import Job, predict, rates_of
 from jaxpack.trainer import peak_memory_bytes
 from jaxpack.training import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 
@@ -108,10 +109,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     state, losses, _ = run(state, 0, WARM_UP)
     state, more, seconds = run(state, WARM_UP, batches.num_steps)
     tokens = int(batches.tokens_per_step[WARM_UP:].sum())
+    predicted = predict(Job.of_run(model, batches), rates_of(jax.devices()[0].device_kind))[options.here]
     result = {
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds / options.steps,
         "peak_memory_bytes": peak_memory_bytes(),
+        "predicted_peak_bytes": predicted.peak_bytes,
+        "predicted_step_seconds": predicted.seconds,
         "argument_bytes": analysis.argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
         "host_temporary_bytes": analysis.host_temp_size_in_bytes,
@@ -192,7 +196,8 @@ def line_of(result: dict[str, Any]) -> str:
         return f"{name} failed with exit code {result['failed']}"
     lines = [
         f"{name} {result['tokens_per_second']:>9,.0f} tokens/s {result['step_seconds']:.3f} s"
-        f" {result['peak_memory_bytes'] / 2**30:6.2f} GiB, compiled in {result['compile_seconds']:.0f} s"
+        f" {result['peak_memory_bytes'] / 2**30:6.2f} GiB, predicted {result['predicted_step_seconds']:.3f} s"
+        f" {result['predicted_peak_bytes'] / 2**30:.2f} GiB, compiled in {result['compile_seconds']:.0f} s"
     ]
     for kernel in result.get("kernels", [])[:40]:
         lines.append(f"  {1e3 * kernel['seconds']:8.2f} ms {kernel['count']:5} x {kernel['name']}")

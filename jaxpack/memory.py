@@ -3,11 +3,12 @@
 The model names what is dear to compute (`jax.ad_checkpoint.checkpoint_name`), and each choice of `remat` is a list of
 those names: what is named is kept, the rest is computed again from the layer's input. That is kept always: in the
 device's memory, or, offloaded, in pinned memory of the host, from where it is fetched while the layer after it runs.
+What that comes to for a whole step, and which choice is best, is in `predictions.py`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -15,9 +16,49 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpack.config import ModelConfig, Remat
 from jaxpack.errors import InputError
 
-# Names, in the order of a layer. "attention" is the output and the log-sum-exp of the attention kernel, which is not
-# run again where both are kept; "lora" what adapters pass between their factors: so small that it is kept always.
-NAMES = ("qkv", "attention", "residual", "gate_up", "lora")
+
+class Ranks(NamedTuple):
+    """Of the adapters of each projection together, made up to what kernels take; 0 without."""
+
+    qkv: int = 0
+    out: int = 0
+    gate_up: int = 0
+    down: int = 0
+
+
+class Layer(NamedTuple):
+    """The sizes of one layer that its bytes and its work follow from."""
+
+    config: ModelConfig
+    ranks: Ranks
+    itemsize: int  # of activations
+    drops: bool = False  # adapters read their input after dropout
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Channels of all query heads, and of all key heads: as many as value heads have."""
+        return self.config.num_heads * self.config.head_dim, self.config.num_kv_heads * self.config.head_dim
+
+    @property
+    def projections(self) -> Ranks:
+        """Weights of each projection, with the factor of its adapters that rides along in its matmul."""
+        (q, kv), D, F, ranks = self.heads, self.config.hidden_size, self.config.intermediate_size, self.ranks
+        return Ranks(
+            (D + ranks.qkv) * (q + 2 * kv), q * (D + ranks.out), (D + ranks.gate_up) * 2 * F, F * (D + ranks.down)
+        )
+
+
+# What has a name, in the order of a layer, and its bytes for each token. "attention" is the output and the float32
+# log-sum-exp of the attention kernel, which is not run again where both are kept; "lora" what adapters pass between
+# their factors: so small that it is kept always.
+NAMED: dict[str, Callable[[Layer], int]] = {
+    "qkv": lambda layer: (layer.heads[0] + 2 * layer.heads[1]) * layer.itemsize,
+    "attention": lambda layer: layer.heads[0] * layer.itemsize + 4 * layer.config.num_heads,
+    "residual": lambda layer: layer.config.hidden_size * layer.itemsize,
+    "gate_up": lambda layer: 2 * layer.config.intermediate_size * layer.itemsize,
+    "lora": lambda layer: (layer.ranks.out + layer.ranks.down) * layer.itemsize,
+}
+NAMES = tuple(NAMED)
 
 KEPT: dict[Remat, tuple[str, ...] | None] = {
     "offload": ("lora",),
@@ -27,6 +68,28 @@ KEPT: dict[Remat, tuple[str, ...] | None] = {
     "none": None,  # all that the derivatives read, named or not
 }
 assert set(KEPT) == set(get_args(Remat))
+
+
+def input_bytes(layer: Layer) -> int:
+    """A token's input of a layer, which every choice keeps: offloaded, in the host's memory."""
+    return layer.config.hidden_size * layer.itemsize
+
+
+def unnamed_bytes(layer: Layer) -> int:
+    """What derivatives read of a token besides its input and what has a name.
+
+    That is what the two norms make, extended; or, of what all four projections read, what dropout leaves and its mask.
+    """
+    D, F = layer.config.hidden_size, layer.config.intermediate_size
+    if layer.drops:
+        return (2 * D + layer.heads[0] + F) * (layer.itemsize + 1) + sum(layer.ranks) * layer.itemsize
+    return (2 * D + layer.ranks.qkv + layer.ranks.gate_up) * layer.itemsize
+
+
+def extended_weight_bytes(layer: Layer) -> int:
+    """The matrices that are read with those: the projections behind the norms, side by side with their adapters'."""
+    return (layer.projections.qkv + layer.projections.gate_up) * layer.itemsize
+
 
 _INPUT = "layer_input"
 

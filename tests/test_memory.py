@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
@@ -14,7 +15,8 @@ from programs import equations
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, Remat, TrainConfig
 from jaxpack.errors import InputError
-from jaxpack.memory import KEPT, NAMES, available_host_bytes, check_host_memory
+from jaxpack.memory import KEPT, NAMES, Layer, available_host_bytes, check_host_memory, extended_weight_bytes
+from jaxpack.predictions import Job, host_bytes, layer_bytes
 from jaxpack.training import loss_and_gradients, split_trainable
 
 CHOICES = get_args(Remat)
@@ -85,6 +87,69 @@ def test_what_is_kept_is_not_computed_again(family, remat, monkeypatch):
         matrix = f"tensor<{rows}x{columns}xbf16>) ->"
         matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
         assert len(matmuls) == RUNS[remat][name], name
+
+
+# How many bytes that is.
+
+
+def kept_arrays(parts, remat: Remat, dropout: bool = False):
+    """Shapes and dtypes of what a row of 128 tokens leaves for the backward pass, with the kernels of a GPU."""
+    graph, trainable, frozen = parts
+
+    def kept(trainable, frozen, *row):
+        def hidden(trainable):
+            key = jax.random.key(0) if dropout else None
+            model = nnx.merge(graph, trainable, frozen)
+            return model(*row, remat=remat, implementation="pallas", dropout_key=key)
+
+        return jax.tree.leaves(jax.vjp(hidden, trainable)[1])
+
+    row = 3 * [jax.ShapeDtypeStruct((1, 128), jnp.int32)]
+    return jax.eval_shape(kept, trainable, frozen, *row)
+
+
+def kept_bytes(arrays, layer: Layer) -> int:
+    """Of those, what layers keep of tokens, and matrices that no argument of the step is."""
+    config = layer.config
+    (q, kv), D, F = layer.heads, config.hidden_size, config.intermediate_size
+    matrices = {(q + 2 * kv, D + layer.ranks.qkv), (2 * F, D + layer.ranks.gate_up)}
+
+    def counts(x) -> bool:
+        if x.ndim < 3 or x.shape[0] != config.num_layers:
+            return False
+        per_layer = x.shape[1:]
+        of_tokens = per_layer[:2] == (1, 128) or per_layer == (1, config.num_kv_heads, 128 * q // kv)
+        return of_tokens or (per_layer in matrices and x.dtype == jnp.bfloat16)
+
+    return sum(x.size * x.dtype.itemsize for x in arrays if counts(x))
+
+
+ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), None]
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "few", "full"])
+@pytest.mark.parametrize("remat", CHOICES)
+def test_what_is_kept_has_the_bytes_that_are_predicted(family, lora, remat):
+    model = small_model(family, lora=lora, dtype=jnp.bfloat16)
+    job = Job.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat), job.layer)
+    if remat == "none":
+        got -= 2 * 128 * job.layer.heads[0] * 2  # the output of attention, once as heads and once as channels
+        if family == "qwen3":
+            got += 2 * 128 * sum(job.layer.heads) * 2  # turned heads, which XLA shares between the passes
+    assert got == job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
+
+
+@pytest.mark.parametrize("remat", CHOICES)
+def test_dropout_keeps_what_it_lets_through(remat):
+    model = small_model("llama", lora=LoraConfig(r=8, lora_dropout=0.1), dtype=jnp.bfloat16)
+    job = Job.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat, dropout=True), job.layer)
+    predicted = job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
+    # Made up ranks, and matrices that are not laid side by side with anything.
+    assert (
+        0 <= predicted - got <= job.num_layers * (128 * 2 * sum(job.layer.ranks) * 2 + extended_weight_bytes(job.layer))
+    )
 
 
 # Offloading.

@@ -1,0 +1,292 @@
+"""What each choice of `remat` costs: the predicted memory and time of a step.
+
+The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more of both. For
+Qwen3-4B on an H200 it is within 10 % of what was measured (`benchmarks/results/`, and the tests).
+"""
+
+import dataclasses
+from typing import NamedTuple, get_args
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxpack.batching import Batches
+from jaxpack.config import Remat
+from jaxpack.kernels.linear_cross_entropy import _CHUNK as LOSS_CHUNK
+from jaxpack.layers import Linear
+from jaxpack.lora import adapters
+from jaxpack.memory import (
+    KEPT,
+    NAMED,
+    Layer,
+    Ranks,
+    extended_weight_bytes,
+    input_bytes,
+    unnamed_bytes,
+    unrolls,
+)
+from jaxpack.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the memory and time of a step follow from."""
+
+    layer: Layer
+    num_layers: int
+    trained: int  # parameters, float32
+    frozen_bytes: int
+    full: bool  # all weights are trained, the head too
+    shape: tuple[int, int, int]  # A micro-batches of B rows of T tokens
+    max_targets: int  # in a micro-batch
+    keys_per_token: float  # that a token attends to, on average
+
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        shape: tuple[int, int, int],
+        *,
+        max_targets: int | None = None,
+        keys_per_token: float | None = None,
+    ) -> "Job":
+        """A step of this model, whose arrays may be abstract. Without the last two, every row is one document."""
+        full = not adapters(model)
+        drops = any(adapter.dropout for adapter in adapters(model).values())
+        _, trained, frozen = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
+        block = model.blocks
+        linears = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
+        return cls(
+            layer=Layer(model.config, Ranks(*map(_rank, linears)), model.dtype.itemsize, drops),
+            num_layers=model.config.num_layers,
+            trained=sum(x.size for x in jax.tree.leaves(trained)),
+            frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
+            full=full,
+            shape=shape,
+            max_targets=max_targets or shape[1] * shape[2],
+            keys_per_token=keys_per_token or (shape[2] + 1) / 2,
+        )
+
+    @classmethod
+    def of_run(cls, model: Transformer, batches: Batches) -> "Job":
+        """The largest step of a run."""
+        shape = max(batches.shapes)
+        lengths = np.minimum(batches.documents.lengths, shape[2]).astype(np.float64)
+        pairs = np.sum(lengths * (lengths + 1)) / 2
+        return cls.of(
+            model,
+            shape,
+            max_targets=batches.limits[shape[2]].max_targets,
+            keys_per_token=float(pairs / lengths.sum()),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, with its padding."""
+        return self.shape[1] * self.shape[2]
+
+    @property
+    def head(self) -> int:
+        """Elements of the matrix that makes logits."""
+        return self.layer.config.vocab_size * self.layer.config.hidden_size
+
+
+def _rank(linear: Linear) -> int:
+    """Of its adapters together, as `kernels.adapter.padded` makes it up."""
+    rank = sum(adapter.lora_a.shape[-2] for adapter in linear.lora.values())
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+# Memory.
+
+
+def argument_bytes(job: Job) -> int:
+    """What a step is given: weights, trained ones in float32 with AdamW's two moments, and the batch, four int32."""
+    A, B, T = job.shape
+    return job.frozen_bytes + 3 * 4 * job.trained + 4 * 4 * A * B * T
+
+
+def layer_bytes(job: Job, remat: Remat) -> int:
+    """What the device keeps of one layer for its backward pass."""
+    names, layer = KEPT[remat], job.layer
+    if names is not None:
+        named = sum(NAMED[name](layer) for name in names)
+        return job.tokens * (named + (input_bytes(layer) if remat != "offload" else 0))
+    # With nothing computed again XLA sees that the backward pass norms and turns the heads as the forward pass did.
+    turned = sum(layer.heads) * layer.itemsize if layer.config.qk_norm else 0
+    return _whole_layer_bytes(job) + job.tokens * turned
+
+
+def _whole_layer_bytes(job: Job) -> int:
+    """All that the derivatives of a layer read."""
+    layer = job.layer
+    by_token = input_bytes(layer) + unnamed_bytes(layer) + sum(size(layer) for size in NAMED.values())
+    return job.tokens * by_token + extended_weight_bytes(layer)
+
+
+def loss_bytes(job: Job) -> int:
+    """The most that loss and its gradient hold: a chunk of logits in float32 and their gradient; hidden states before
+    and after the last norm, those with a target, and their gradient; a trained head's gradient, and its cast."""
+    layer = job.layer
+    chunk = min(LOSS_CHUNK, job.max_targets) * layer.config.vocab_size * (4 + layer.itemsize)
+    return chunk + 4 * job.tokens * input_bytes(layer) + (job.head * (4 + layer.itemsize) if job.full else 0)
+
+
+def backward_bytes(job: Job, remat: Remat) -> int:
+    """The most that the backward pass of one layer holds beside what is kept, at its gated activation.
+
+    By then all of the layer was computed again; a loop over layers has copied out what was kept, too. Beside it there
+    are the gradient of the product, of the layer's output, the same extended, and the matrix behind the product.
+    """
+    layer, D = job.layer, job.layer.config.hidden_size
+    again = 0 if KEPT[remat] is None else _whole_layer_bytes(job) - unrolls(remat) * layer_bytes(job, remat)
+    gradients = job.tokens * (layer.config.intermediate_size + 2 * D + layer.ranks.down) * layer.itemsize
+    fetched = job.tokens * input_bytes(layer) if remat == "offload" else 0  # the next input, while this one is in use
+    return again + gradients + layer.projections.down * layer.itemsize + fetched
+
+
+def peak_bytes(job: Job, remat: Remat) -> int:
+    """The most that a step holds on the device: at the loss, in the first layer that goes backward, or at the end.
+
+    Gradients of the trained parameters are float32. A loop over layers has a place for all of them from its start;
+    without one they are stacked after the last, and for that moment there twice, as they are when they are divided by
+    the number of targets. Micro-batches add theirs to another copy.
+    """
+    kept = job.num_layers * layer_bytes(job, remat)
+    gradients = 4 * job.trained
+    head = 4 * job.head if job.full else 0
+    stacked = 0 if unrolls(remat) else gradients
+    at_end = gradients * (2 if unrolls(remat) else 1) + (head if job.layer.config.tie_word_embeddings else 0)
+    micro = max(kept + loss_bytes(job), kept + max(stacked, head) + backward_bytes(job, remat), at_end)
+    accumulated = gradients if job.shape[0] > 1 else 0
+    return argument_bytes(job) + max(accumulated + micro, 2 * gradients)
+
+
+def host_bytes(job: Job, remat: Remat) -> int:
+    """What waits in the host's memory."""
+    return job.num_layers * job.tokens * input_bytes(job.layer) if remat == "offload" else 0
+
+
+# Time.
+
+
+class Rates(NamedTuple):
+    """What a device sustains in the middle of a step, per second: less than its best in a benchmark of one kernel."""
+
+    matmul: float  # floating-point operations, bfloat16
+    attention: float  # the same, within the attention kernels
+    memory: float  # bytes
+    link: float  # bytes to the host, and as many back
+
+
+# The H200's, from the kernels of its steps (2026-11-24); the H100 has its arithmetic, and 0.7 of its bandwidth.
+RATES = {"H200": Rates(740e12, 500e12, 3.0e12, 50e9), "H100": Rates(740e12, 500e12, 2.1e12, 50e9)}
+_UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
+_TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
+
+
+def rates_of(device_kind: str) -> Rates:
+    """By the name that jax has for a device; low ones for those that were not measured."""
+    return next((rates for name, rates in RATES.items() if name in device_kind), _UNKNOWN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Operations of matmuls and of attention, and the bytes that all other kernels move."""
+
+    matmul: float = 0
+    attention: float = 0
+    bytes: float = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.matmul + other.matmul, self.attention + other.attention, self.bytes + other.bytes)
+
+    def seconds(self, rates: Rates) -> float:
+        """One kernel after another."""
+        return self.matmul / rates.matmul + self.attention / rates.attention + self.bytes / rates.memory
+
+
+def forward_work(job: Job) -> dict[str, Work]:
+    """Of one layer and micro-batch: what it takes to compute what has a name, the norms, and the output."""
+    layer, ranks, projections = job.layer, job.layer.ranks, job.layer.projections
+    (q, kv), D, F = layer.heads, layer.config.hidden_size, layer.config.intermediate_size
+    keys = job.keys_per_token + _TILE_KEYS
+
+    def work(*, matmul: int = 0, attention: float = 0, channels: int = 0, copied: int = 0) -> Work:
+        """`channels` of each token are read or written; `copied` weights laid side by side with an adapter's."""
+        moved = (job.tokens * channels + 2 * copied) * layer.itemsize
+        return Work(job.tokens * 2 * matmul, job.tokens * attention, moved)
+
+    turn = work(channels=2 * (q + kv))
+    norms = work(channels=4 * D + ranks.qkv + ranks.gate_up, copied=projections.qkv + projections.gate_up)
+    qkv = work(matmul=projections.qkv)
+    # Turned heads are normed first and not kept; without a norm they are turned in place, and kept so.
+    return {
+        "norms": norms + turn if layer.config.qk_norm else norms,
+        "qkv": qkv if layer.config.qk_norm else qkv + turn,
+        "attention": work(attention=4 * q * keys, channels=2 * q + 2 * kv),
+        "residual": work(matmul=projections.out, channels=3 * D + ranks.out, copied=projections.out),
+        "gate_up": work(matmul=projections.gate_up),
+        "output": work(matmul=projections.down, channels=3 * F + 3 * D + ranks.down, copied=projections.down),
+    }
+
+
+def recomputed(remat: Remat) -> set[str]:
+    """What the backward pass computes again of `forward_work`; nothing of it reads a layer's output."""
+    names = KEPT[remat]
+    return set() if names is None else {"norms", *NAMED} - {*names, "lora"}
+
+
+def backward_work(job: Job) -> Work:
+    """Of one layer and micro-batch, all but what is computed again."""
+    layer, projections = job.layer, job.layer.projections
+    (q, kv), D, F = layer.heads, layer.config.hidden_size, layer.config.intermediate_size
+    matmul = 2 * sum(projections) * (2 if job.full else 1)  # gradients of inputs; of weights
+    attention = 3.5 * 4 * q * (job.keys_per_token + _TILE_KEYS)  # seven products for the forward pass's two
+    channels = 4 * D  # extends the gradients of both branches' outputs
+    channels += 6 * F  # the gated activation, its product again
+    channels += 10 * D + 2 * (layer.ranks.qkv + layer.ranks.gate_up)  # both norms, with the residual connections
+    channels += 6 * q + 4 * kv + 3 * (q + kv)  # attention in two kernels; norm and rotation of its heads
+    if any(layer.ranks):
+        channels += 4 * D + 2 * q + 2 * kv + 3 * F  # gradients of the factors, from inputs and outputs
+    copied = 2 * (projections.out + projections.down)
+    return Work(job.tokens * matmul, job.tokens * attention, (job.tokens * channels + copied) * layer.itemsize)
+
+
+def loss_work(job: Job) -> Work:
+    """Logits and the gradients that come from them; what is read and written of float32 logits."""
+    matmuls = 3 if job.full else 2
+    moved = job.max_targets * job.layer.config.vocab_size * (2 * 4 + job.layer.itemsize)
+    return Work(2 * matmuls * job.max_targets * job.head, 0, moved)
+
+
+def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
+    """One kernel after another. Copies to the host and back run beside them, but for the first of each: they take
+    longer where the link is slower than the computation."""
+    work = forward_work(job)
+    again = sum((work[name] for name in sorted(recomputed(remat))), start=Work())
+    forward = job.num_layers * sum(work.values(), start=Work()).seconds(rates)
+    backward = job.num_layers * (backward_work(job) + again).seconds(rates)
+    copy = host_bytes(job, remat) / rates.link
+    exposed = 2 * copy / job.num_layers
+    micro = max(forward, copy) + max(backward, copy) + exposed + loss_work(job).seconds(rates)
+    update = Work(bytes=9 * 4 * job.trained)  # reads gradients twice; reads and writes parameters and both moments
+    return job.shape[0] * micro + update.seconds(rates)
+
+
+class Prediction(NamedTuple):
+    """What a step takes with one choice."""
+
+    remat: Remat
+    peak_bytes: int
+    seconds: float
+    host_bytes: int
+
+
+def predict(job: Job, rates: Rates) -> dict[Remat, Prediction]:
+    """For every choice, from the one that keeps least on the device to the one that keeps most."""
+    return {
+        remat: Prediction(remat, peak_bytes(job, remat), step_seconds(job, remat, rates), host_bytes(job, remat))
+        for remat in get_args(Remat)
+    }
