@@ -8,7 +8,8 @@ from jaxpack.errors import InputError
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]
+Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
+RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made with one of the others
 Implementation = Literal["xla", "pallas"]
 
 
@@ -148,11 +149,15 @@ class TrainConfig:
     logging_steps: int = _option(10, "Steps between two lines of metrics.")
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text in a row.")
-    remat: Remat = _option(
-        "full",
+    remat: RematSetting = _option(
+        "auto",
         "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "
         "projections, or nothing (none): each takes less time and more memory than the one before. With offload, every "
-        "layer, from inputs that wait in the host's memory.",
+        "layer, from inputs that wait in the host's memory. With auto, the fastest that is predicted to fit on a GPU, "
+        "and full on a CPU without a memory_limit.",
+    )
+    memory_limit: float | None = _option(
+        None, "GiB of the device's memory that remat auto may fill; None for what is free, less 9 % for safety."
     )
     implementation: Implementation | None = _option(
         None, "Of all kernels: xla, or pallas (interpreted without a GPU). None takes the faster on each device."
@@ -197,7 +202,10 @@ class TrainConfig:
         _check(
             isinstance(folder, str) and folder, "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder
         )
-        choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": Remat}
+        if self.memory_limit is not None:
+            _check(_is_positive(self.memory_limit), "memory_limit", "must be a positive number", self.memory_limit)
+            _check(self.remat == "auto", "memory_limit", "must be None unless `remat` is 'auto'", self.memory_limit)
+        choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": RematSetting}
         if self.implementation is not None:
             choices["implementation"] = Implementation
         for name, values in choices.items():

@@ -1,10 +1,12 @@
-"""What each choice of `remat` costs: the predicted memory and time of a step.
+"""What each choice of `remat` costs: the predicted memory and time of a step, and the fastest choice that fits.
 
 The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more of both. For
 Qwen3-4B on an H200 it is within 10 % of what was measured (`benchmarks/results/`, and the tests).
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import NamedTuple, get_args
 
 import jax
@@ -12,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jaxpack.batching import Batches
-from jaxpack.config import Remat
+from jaxpack.config import Remat, TrainConfig
+from jaxpack.errors import InputError
 from jaxpack.kernels.linear_cross_entropy import _CHUNK as LOSS_CHUNK
 from jaxpack.layers import Linear
 from jaxpack.lora import adapters
@@ -21,12 +24,16 @@ from jaxpack.memory import (
     NAMED,
     Layer,
     Ranks,
+    available_host_bytes,
     extended_weight_bytes,
     input_bytes,
     unnamed_bytes,
     unrolls,
 )
 from jaxpack.transformer import Transformer
+
+_GIB = 2**30
+_ACCURACY = 0.1  # what is measured may be that much more than was predicted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,6 +282,9 @@ def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     return job.shape[0] * micro + update.seconds(rates)
 
 
+# The choice.
+
+
 class Prediction(NamedTuple):
     """What a step takes with one choice."""
 
@@ -290,3 +300,68 @@ def predict(job: Job, rates: Rates) -> dict[Remat, Prediction]:
         remat: Prediction(remat, peak_bytes(job, remat), step_seconds(job, remat, rates), host_bytes(job, remat))
         for remat in get_args(Remat)
     }
+
+
+def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
+    """Those that do, fastest first, within `memory` bytes of the device and what the host has to spare."""
+    host = available_host_bytes()
+    room = [p for p in predictions if p.peak_bytes <= memory and (host is None or p.host_bytes <= host)]
+    return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
+
+
+def resolve(config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int) -> tuple[Remat, str | None]:
+    """A run's choice; and, where `remat` left it open, a line that says what was chosen and why.
+
+    Args:
+      held_bytes: of the device's memory, what the run's own weights and optimizer state take already.
+
+    Raises:
+      InputError: a step fits with no choice.
+    """
+    if config.remat != "auto":
+        return config.remat, None
+    device = jax.local_devices()[0]
+    memory = _free_bytes(device, held_bytes) if config.memory_limit is None else config.memory_limit * _GIB
+    if memory is None:
+        return "full", 'remat "full": how much memory there is, this device does not say; `memory_limit` may'
+    job = Job.of_run(model, batches)
+    predictions = list(predict(job, rates_of(device.device_kind)).values())
+    if device.platform == "cpu":  # has no memory but the host's
+        predictions = [p for p in predictions if not p.host_bytes]
+    if not (fitting := fits(predictions, memory)):
+        raise InputError(_refusal(config, job, fits(predictions, math.inf), memory))
+    return fitting[0].remat, _explanation(fitting[0], predictions, memory)
+
+
+def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:
+    """What a run may take in all: what is free and what it holds already, less what a prediction may be off by."""
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" not in statistics:
+        return None
+    return (statistics["bytes_limit"] - statistics["bytes_in_use"] + held_bytes) / (1 + _ACCURACY)
+
+
+def _explanation(chosen: Prediction, predictions: list[Prediction], memory: float) -> str:
+    step = f"{chosen.seconds:.3g} s a step"
+    line = f'remat "{chosen.remat}": predicted {_gib(chosen.peak_bytes)} of {_gib(memory)} and {step}'
+    faster = [p for p in predictions if p.seconds < chosen.seconds]
+    if not faster:
+        return line
+    following = max(faster, key=lambda p: p.seconds)
+    return f'{line}; "{following.remat}" would take {_gib(following.peak_bytes)} and {following.seconds:.3g} s'
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.1f} GiB"
+
+
+def _refusal(config: TrainConfig, job: Job, choices: list[Prediction], memory: float) -> str:
+    frugal = min(choices, key=lambda p: p.peak_bytes)
+    step = f"a step of {' x '.join(map(str, job.shape))} tokens"
+    need, room = f'{_gib(frugal.peak_bytes)} (remat "{frugal.remat}")', _gib(memory)
+    if config.memory_limit is not None:
+        return f"`memory_limit` must be at least {need} for {step}, got {room}; a smaller batch needs less."
+    return (
+        f"`per_device_train_batch_size` or `max_length` must be smaller: {step} needs {need}, got {room} that are free"
+        f" with {config.per_device_train_batch_size} and {config.max_length}."
+    )

@@ -23,6 +23,7 @@ from jaxpack.errors import InputError, reason
 from jaxpack.lora import adapters
 from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
+from jaxpack.predictions import resolve
 from jaxpack.prefetch import prefetched
 from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 from jaxpack.transformer import Transformer
@@ -82,17 +83,21 @@ class Trainer:
         schedule = make_schedule(config, batches.num_steps)
         optimizer = make_optimizer(config, schedule)
         has_dropout = any(adapter.dropout for adapter in adapters(self.model).values())
+        state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+        held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
+        remat, explanation = resolve(config, self.model, batches, held_bytes)
         step_function = make_train_step(
             graph,
             optimizer,
-            remat=config.remat,
+            remat=remat,
             implementation=config.implementation,
             dropout_seed=config.seed if has_dropout else None,
         )
-        state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         for _, B, T in batches.shapes:
-            check_host_memory(config.remat, self.model.config, B * T, self.model.dtype.itemsize)
+            check_host_memory(remat, self.model.config, B * T, self.model.dtype.itemsize)
         self._print_plan(trainable, frozen)
+        if explanation is not None:
+            console.print(explanation)
         if cache.folder is not None:
             size = size_of(cache.folder) / 2**20
             console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")

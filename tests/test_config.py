@@ -22,6 +22,9 @@ from jaxpack.errors import InputError
         (TrainConfig, "learning_rate", float("nan"), "a positive number"),
         (TrainConfig, "learning_rate", "2e-4", "a number"),
         (TrainConfig, "adam_beta2", 1.0, r"in \[0, 1\)"),
+        (TrainConfig, "memory_limit", 0, "a positive number"),
+        (TrainConfig, "memory_limit", "40", "a positive number"),
+        (TrainConfig, "remat", "some", "one of"),
         (TrainConfig, "warmup_steps", -1, "0 or a positive number"),
         (TrainConfig, "compilation_cache_dir", None, "a folder, 'auto' or 'none'"),
         (TrainConfig, "compilation_cache_dir", "", "a folder, 'auto' or 'none'"),
@@ -40,6 +43,11 @@ def test_a_wrong_value_is_refused_by_name(config, field, value, rule):
 def test_a_schedule_that_would_ignore_its_warm_up_is_refused():
     with pytest.raises(InputError, match="`warmup_steps` must be 0 with 'constant'"):
         TrainConfig(lr_scheduler_type="constant", warmup_steps=3)
+
+
+def test_a_memory_limit_that_nothing_would_read_is_refused():
+    with pytest.raises(InputError, match="`memory_limit` must be None unless `remat` is 'auto', got 40"):
+        TrainConfig(memory_limit=40, remat="full")
 
 
 def test_names_of_modules_come_as_a_list_or_as_a_string():

@@ -1,27 +1,31 @@
-"""Predictions agree with what was measured and with the model's own arrays."""
+"""Predictions agree with what was measured and with the model's own arrays, and `remat="auto"` follows them."""
 
 import functools
 import itertools
 import json
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from models import small_config, small_model
+from models import random_documents, small_config, small_model
 
 from benchmarks.cases import MODELS
 from jaxpack import LoraConfig, TrainConfig, Transformer, add_lora
+from jaxpack.batching import Batches
 from jaxpack.config import Remat
+from jaxpack.errors import InputError
 from jaxpack.packing import PackedBatch
-from jaxpack.predictions import RATES, Job, argument_bytes, peak_bytes, predict, rates_of
+from jaxpack.predictions import RATES, Job, argument_bytes, peak_bytes, predict, rates_of, resolve
+from jaxpack.trainer import Trainer
 from jaxpack.training import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 
 H200 = RATES["H200"]
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
+GIB = 2**30
 
 
 @functools.cache
@@ -109,3 +113,109 @@ def test_a_slow_link_is_waited_for():
 def test_rates_go_by_the_device():
     assert rates_of("NVIDIA H200") == H200 != rates_of("NVIDIA H100 80GB HBM3")
     assert all(a <= b for a, b in zip(rates_of("NVIDIA X1"), RATES["H100"], strict=True))
+
+
+# The choice.
+
+
+class FakeGpu(NamedTuple):
+    """As much of a device as is asked for its memory."""
+
+    limit: int
+    in_use: int
+    device_kind: str = "NVIDIA H200"
+    platform: str = "gpu"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use}
+
+
+PACKED = TrainConfig(packing=True, per_device_train_batch_size=16, max_steps=1)
+
+
+@functools.cache
+def batches() -> Batches:
+    return Batches(random_documents(200 * [120]), PACKED)
+
+
+@pytest.fixture
+def predictions() -> dict:
+    return predict(Job.of_run(abstract_model("Qwen3-4B", LORA), batches()), H200)
+
+
+@pytest.fixture
+def resolved(monkeypatch):
+    """`resolve` of Qwen3-4B on a GPU with so many bytes free, beside the 8 GiB that it holds and 3 of someone else."""
+
+    def resolved(free: float, host: float | None = None, platform: str = "gpu", **changes):
+        held, others = 8 * GIB, 3 * GIB
+        device = FakeGpu(limit=held + others + int(free), in_use=held + others, platform=platform)
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        monkeypatch.setattr("jaxpack.predictions.available_host_bytes", lambda: host)
+        config = TrainConfig(**(vars(PACKED) | changes))
+        return resolve(config, abstract_model("Qwen3-4B", LORA), batches(), held)
+
+    return resolved
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_auto_takes_the_fastest_that_fits(resolved, predictions, remat):
+    needed = predictions[remat].peak_bytes
+    assert resolved(1e6, memory_limit=(needed + 1) / GIB)[0] == remat
+    assert resolved(1.1 * needed + 100 - 8 * GIB)[0] == remat  # a tenth more than predicted
+    if remat != "offload":
+        assert resolved(1.09 * needed - 8 * GIB)[0] != remat
+        assert resolved(1e6, memory_limit=(needed - 1) / GIB)[0] != remat
+
+
+def test_what_is_asked_for_by_name_is_taken(resolved):
+    assert resolved(0, remat="none") == ("none", None)
+
+
+def test_auto_leaves_a_host_alone_that_has_no_room(resolved, predictions):
+    limit = (predictions["offload"].peak_bytes + GIB) / GIB
+    needed = predictions["offload"].host_bytes
+    assert resolved(0, host=needed, memory_limit=limit)[0] == "offload"
+    with pytest.raises(InputError, match=r'`memory_limit` must be at least 12.7 GiB \(remat "full"\)'):
+        resolved(0, host=needed - 1, memory_limit=limit)
+
+
+def test_nothing_is_offloaded_from_a_host_to_itself(resolved):
+    assert resolved(0, memory_limit=12)[0] == "offload"
+    with pytest.raises(InputError, match=r'at least 12.7 GiB \(remat "full"\)'):
+        resolved(0, memory_limit=12, platform="cpu")
+
+
+def test_the_choice_is_explained(resolved):
+    assert resolved(0, memory_limit=60)[1] == (
+        'remat "keep_projections": predicted 47.4 GiB of 60.0 GiB and 0.486 s a step; '
+        '"none" would take 63.2 GiB and 0.475 s'
+    )
+    following = resolved(0, memory_limit=14)[1].partition("; ")[2]
+    assert following == '"keep_attention" would take 17.3 GiB and 0.613 s'
+    assert resolved(0, memory_limit=100)[1] == 'remat "none": predicted 63.2 GiB of 100.0 GiB and 0.475 s a step'
+
+
+def test_a_step_that_fits_nowhere_is_refused(resolved):
+    step, need = "a step of 1 x 16 x 1024 tokens", r'9.9 GiB \(remat "offload"\)'
+    with pytest.raises(InputError, match=f"`memory_limit` must be at least {need} for {step}, got 9.0 GiB"):
+        resolved(0, memory_limit=9)
+    message = f"`per_device_train_batch_size` or `max_length` must be smaller: {step} needs {need}, got 8.2 GiB"
+    with pytest.raises(InputError, match=message):
+        resolved(GIB)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, "full"), (10, "none")])
+def test_a_run_prints_and_takes_the_choice(limit, expected, monkeypatch, capsys):
+    given = []
+
+    def recording(*args, remat: Remat, **options):
+        given.append(remat)
+        return make_train_step(*args, remat=remat, **options)
+
+    monkeypatch.setattr("jaxpack.trainer.make_train_step", recording)
+    rows = [{"input_ids": list(range(20))} for _ in range(4)]
+    config = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=1, memory_limit=limit)
+    Trainer(small_model("qwen3", lora=LORA), None, rows, config).train()
+    assert given == [expected]
+    assert capsys.readouterr().err.count(f'remat "{expected}": ') == 1

@@ -182,6 +182,7 @@ def another_value(field: dataclasses.Field) -> Any:
     """A value that is valid and not the default."""
     special = {
         "max_steps": 7,
+        "memory_limit": 40.5,
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
         "implementation": "xla",
