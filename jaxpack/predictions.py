@@ -16,7 +16,7 @@ from flax import nnx
 from jaxpack.batching import Batches
 from jaxpack.config import Remat, TrainConfig
 from jaxpack.errors import InputError
-from jaxpack.kernels.linear_cross_entropy import _CHUNK as LOSS_CHUNK
+from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
 from jaxpack.layers import Linear
 from jaxpack.lora import adapters
 from jaxpack.memory import (

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpack.errors import InputError
 from jaxpack.packing import IGNORE
 
-_CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k
+CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k
 
 
 def linear_cross_entropy(
@@ -80,7 +80,7 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> _Chunks:
-    count, unit = -(-len(targets) // _CHUNK), min(128, _CHUNK, len(targets))  # matmuls like multiples of 128
+    count, unit = -(-len(targets) // CHUNK), min(128, CHUNK, len(targets))  # matmuls like multiples of 128
     size = -(-len(targets) // (count * unit)) * unit
     missing = count * size - len(targets)
     return _Chunks(

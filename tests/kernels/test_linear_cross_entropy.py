@@ -51,7 +51,7 @@ SHAPES = [(1, 1), (2, 9), (3, 16), (130,)]
 @pytest.mark.parametrize("chunk", [4, 7, 2048])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients(shape, chunk, softcap, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     hidden, head, targets = some(shape)
     losses, dhidden, dhead = oracle(hidden, head, targets, softcap)
     for max_targets in (None, max(1, int((targets != -100).sum())), targets.size):
@@ -68,7 +68,7 @@ def test_loss_and_gradients(shape, chunk, softcap, monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_losses_of_tokens(shape, softcap, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    monkeypatch.setattr(module, "CHUNK", 7)
     hidden, head, targets = some(shape)
     losses, dhidden, dhead = oracle(hidden, head, targets, softcap)
     got, pull = jax.vjp(lambda *args: token_losses(*args, targets, softcap=softcap), hidden, head)
@@ -98,7 +98,7 @@ def test_more_targets_than_promised_make_the_loss_nan():
 
 def test_a_float32_head_collects_its_gradient_in_float32(monkeypatch):
     # 64 chunks of bfloat16 hidden states: a sum carried in bfloat16 would be off by about sqrt(64) / 2^9 = 1.6 %.
-    monkeypatch.setattr(module, "_CHUNK", 16)
+    monkeypatch.setattr(module, "CHUNK", 16)
     hidden, head, targets = some((1, 1024))
     gradient = jax.grad(linear_cross_entropy, argnums=1)(hidden.astype(jnp.bfloat16), head, targets)
     exact = jax.grad(linear_cross_entropy, argnums=1)(
