@@ -52,7 +52,8 @@ def apply_rope(
 
     Args:
       angles: those of `rotary_angles`; `rotary_dim` is twice their width, at most H.
-      implementation: see `jaxpack.kernels`.
+      implementation: see `jaxpack.kernels`. The kernel takes the place of `q` and `k`, as fast as a copy of them; if
+        they are needed afterwards, XLA copies them first, and "xla" is the faster one.
     """
     _check(q, k, angles)
     return _rope(q, k, angles, implementation)
