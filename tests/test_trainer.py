@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 from models import small_model
 
+import jaxpack.trainer as trainer_module
+from jaxpack.cli.demo import sample
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.errors import InputError
 from jaxpack.trainer import Trainer
@@ -68,6 +70,32 @@ def test_the_shapes_of_a_run_are_compiled_before_it_and_no_other(monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *args: compiled.append(args) or lower(*args))
     result = trainer.train()
     assert len(compiled) == result.compiled_shapes == len(trainer.batches.shapes)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"packing": True}, {"packing": False}, {"packing": False, "padding_free": False}], ids=str
+)
+def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monkeypatch):
+    rows = [{"input_ids": [1 + i % 96 for i in range(len("".join(row.values())) // 16)]} for row in sample()]
+    config = TrainConfig(max_length=128, per_device_train_batch_size=12, num_train_epochs=1, logging_steps=1, **layout)
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, rows, config)
+    compiled: list[str] = []  # by XLA, the small programs between the steps, too
+    by_step: list[int] = []
+
+    def count(event: str, _: float, **__: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    log_step = trainer_module._Log.step
+    monkeypatch.setattr(trainer_module._Log, "step", lambda *args: (log_step(*args), by_step.append(len(compiled)))[0])
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        trainer.train()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len(by_step) == trainer.batches.steps_per_epoch > 5
+    assert by_step[0] >= len(trainer.batches.shapes)
+    assert by_step[-1] == len(compiled) == by_step[0]
 
 
 def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(monkeypatch):
