@@ -16,6 +16,7 @@ from flax import nnx
 from jaxpack.batching import Batches
 from jaxpack.config import Remat, TrainConfig
 from jaxpack.errors import InputError
+from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
 from jaxpack.layers import Linear
 from jaxpack.lora import adapters
@@ -100,9 +101,9 @@ class Job:
 
 
 def _rank(linear: Linear) -> int:
-    """Of its adapters together, as `kernels.adapter.padded` makes it up."""
+    """Of its adapters together, made up to what kernels take."""
     rank = sum(adapter.lora_a.shape[-2] for adapter in linear.lora.values())
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+    return padded_rank(rank) if rank else 0
 
 
 # Memory.

@@ -25,19 +25,21 @@ def check_factors(weight: jax.Array, lora_a: jax.Array | None, lora_b: jax.Array
         )
 
 
+def padded_rank(rank: int) -> int:
+    """The next rank that is a block of a kernel: 16 or 32 or 64 and so on."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 def padded(
     lora_a: Float[Array, "R I"] | None,
     lora_b: Float[Array, "O R"] | None,
     weight: Float[Array, "O I"],
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "P I"], Float[Array, "O P"]]:
-    """Both factors in `dtype`, with zeros up to the next rank P that is a block of a kernel, 16 or 32 or 64 and so on.
-
-    Of no factors, rank 0.
-    """
+    """Both factors in `dtype`, with zeros up to rank P, see `padded_rank`; of no factors, rank 0."""
     if lora_a is None:
         return jnp.zeros((0, weight.shape[1]), dtype), jnp.zeros((weight.shape[0], 0), dtype)
-    missing = max(16, 1 << (len(lora_a) - 1).bit_length()) - len(lora_a)
+    missing = padded_rank(len(lora_a)) - len(lora_a)
     lora_a, lora_b = lora_a.astype(dtype), lora_b.astype(dtype)
     return jnp.pad(lora_a, ((0, missing), (0, 0))), jnp.pad(lora_b, ((0, 0), (0, missing)))
 
