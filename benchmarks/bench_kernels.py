@@ -704,7 +704,7 @@ def bars(results: Results, tokens: int) -> list[dict[str, Any]]:
             if not where:
                 bar(f"attention long {direction}, implementation=None, ms", seconds and 1e3 * seconds, limit)
             share = seconds and packed and seconds / packed
-            bar(f"attention long {direction}{where}, implementation=None / cuDNN packed", share, 1.01)
+            bar(f"attention long {direction}{where}, implementation=None / cuDNN packed", share, 1.0)
         row = results.rows.get(("attention", direction, "long", tokens))
         seconds = results.seconds("attention", direction, "long", tokens, *own)
         bar(
