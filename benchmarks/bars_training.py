@@ -39,18 +39,18 @@ class Work:
     memory: float | None = 1.0
 
 
-def low_and_free(model: str, speed: float) -> tuple[Work, Work]:
+def low_and_free(model: str) -> tuple[Work, Work]:
     """Both ends of the memory scale, beside Unsloth: 16 packed rows of 1,024."""
     unsloth = f"--system unsloth --model {model} --recompute"
     return (
-        Work(f"{model}, low memory", f"--model {model} --remat offload", (f"{unsloth} unsloth",), speed),
-        Work(f"{model}, memory free", f"--model {model} --remat none", (f"{unsloth} none",), speed),
+        Work(f"{model}, low memory", f"--model {model} --remat offload", (f"{unsloth} unsloth",), 1.3),
+        Work(f"{model}, memory free", f"--model {model} --remat none", (f"{unsloth} none",), 1.3),
     )
 
 
 WORK = (
-    *low_and_free("Qwen3-4B", 1.3),
-    *low_and_free("Qwen3-8B", 1.3),
+    *low_and_free("Qwen3-4B"),
+    *low_and_free("Qwen3-8B"),
     Work(
         "Qwen3-4B, padding-free, 32 documents",
         "--model Qwen3-4B --layout padding-free --rows 32 --remat offload",

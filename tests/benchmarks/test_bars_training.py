@@ -34,7 +34,7 @@ def test_speed_and_memory_both_count(ours, passed):
     assert verdict.passed is passed
 
 
-def test_every_flag_is_one_of_the_scripts(monkeypatch):
+def test_every_flag_is_one_of_the_scripts():
     for script in {command.split()[0] for work in WORK for command in commands_of(work)}:
         usage = subprocess.run(
             [sys.executable, f"benchmarks/{script}", "--help"],
