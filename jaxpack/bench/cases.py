@@ -8,6 +8,7 @@ from jaxpack.errors import InputError
 
 Layout = Literal["padded", "padding-free", "packed"]
 
+REMAT = ("auto", *get_args(Remat))
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 ABLATION = ("padded", "padding-free", "packed", "with kernels", "keeping all")  # each adds to the one before
 OFFLOADED = "with kernels, offloading"  # the other end of the memory choices: from "with kernels", too
@@ -45,8 +46,8 @@ class Case:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.layout not in get_args(Layout):
             raise InputError(f"`layout` must be one of {get_args(Layout)}, got {self.layout!r}.")
-        if self.system == "jaxpack" and self.remat not in get_args(Remat):
-            raise InputError(f"`remat` must be one of {get_args(Remat)}, got {self.remat!r}.")
+        if self.system == "jaxpack" and self.remat not in REMAT:
+            raise InputError(f"`remat` must be one of {REMAT}, got {self.remat!r}.")
 
     def __str__(self) -> str:
         what = "rows" if self.layout == "packed" else "documents"

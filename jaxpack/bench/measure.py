@@ -16,7 +16,7 @@ from jaxpack.config import TrainConfig
 from jaxpack.data import Documents
 from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
-from jaxpack.predictions import Job, predict, rates_of
+from jaxpack.predictions import Job, predict, rates_of, resolve
 from jaxpack.trainer import peak_memory_bytes
 from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 from jaxpack.transformer import Transformer
@@ -60,11 +60,13 @@ def measure(
     graph, trainable, frozen = split_trainable(model)
     nnx.update(model, trainable)  # lets go of the arrays that were copied
     optimizer = make_optimizer(config, make_schedule(config, batches.num_steps))
-    step = make_train_step(graph, optimizer, remat=config.remat, implementation=config.implementation)
     state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+    held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
+    remat, _ = resolve(config, model, batches, held_bytes)
+    step = make_train_step(graph, optimizer, remat=remat, implementation=config.implementation)
     job = Job.of_run(model, batches)
     for _, B, T in batches.shapes:
-        check_host_memory(config.remat, model.config, B * T, model.dtype.itemsize)
+        check_host_memory(remat, model.config, B * T, model.dtype.itemsize)
 
     begin = time.perf_counter()
     programs = {}
@@ -94,7 +96,7 @@ def measure(
     read(waiting)
 
     seconds, timed = np.diff(ends), timed_steps(batches)
-    predicted = predict(job, rates_of(jax.devices()[0].device_kind))[config.remat]
+    predicted = predict(job, rates_of(jax.devices()[0].device_kind))[remat]
     memory = programs[max(programs)].memory_analysis()
     figures = {
         "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),
@@ -108,6 +110,7 @@ def measure(
         "tokens": batches.tokens_per_step.tolist(),
         "losses": losses,
         "shapes": batches.shapes,
+        "chosen_remat": remat,
         "predicted_step_seconds": predicted.seconds,
         "predicted_peak_bytes": predicted.peak_bytes,
         "argument_bytes": memory.argument_size_in_bytes,

@@ -33,7 +33,8 @@ def results_table(records: list[Record]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         model = record["model"] + (", all weights" if record["full_finetuning"] else "")
-        about = [record["plan"], record["system"], model, record["layout"], str(record["rows"]), record["remat"]]
+        remat = record["remat"] + (f": {record.get('chosen_remat', '?')}" if record["remat"] == "auto" else "")
+        about = [record["plan"], record["system"], model, record["layout"], str(record["rows"]), remat]
         about.append((record["implementation"] or "fastest") if record["system"] == "jaxpack" else "-")
         if "failed" in record:
             table.add_row(*about, "failed")
@@ -84,10 +85,12 @@ def ablation_stages(records: list[Record]) -> list[dict[str, Any]]:
         kernels = ABLATION[: ABLATION.index("keeping all")]
         before[OFFLOADED] = next((found[label] for label in reversed(kernels) if label in found), chain[0])
         chain.append(found[OFFLOADED])
-    rate = "tokens_per_second"
+
+    def ratio(record: Record, other: Record) -> float:
+        return record["tokens_per_second"] / other["tokens_per_second"]
+
     return [
-        record
-        | {"factor": record[rate] / before.get(record["label"], record)[rate], "total": record[rate] / chain[0][rate]}
+        record | {"factor": ratio(record, before.get(record["label"], record)), "total": ratio(record, chain[0])}
         for record in chain
     ]
 
@@ -124,7 +127,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
     """Tokens a second, memory and the valid tokens' share against the batch size, a line for each series."""
     figure = _figure(15, 5.4)
     panels = figure.subplots(1, 3)
-    titles = ("How many real tokens a second?", "How much memory?", "What share of the positions is tokens?")
+    titles = ("How many real tokens a second?", "How much memory?", "How much is not padding?")
     units = ("real tokens/s", "peak memory, GiB", "valid tokens, %")
     figures = (
         lambda record: record["tokens_per_second"],
@@ -133,19 +136,21 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
     )
     for panel, title, unit, figure_of in zip(panels, titles, units, figures, strict=True):
         lines = []
-        for label in dict.fromkeys(record["label"] for record in records):
-            series = sorted((r for r in records if r["label"] == label), key=lambda record: record["rows"])
+        # Rows are filled alike by all: the share of tokens is drawn of one system, and is in the table of all.
+        shown = [r for r in records if unit != units[2] or r["system"] == records[0]["system"]]
+        for label in dict.fromkeys(record["label"] for record in shown):
+            series = sorted((r for r in shown if r["label"] == label), key=lambda record: record["rows"])
             rows, values = [r["rows"] for r in series], [figure_of(r) for r in series]
             lines.append((label, series[0], rows, values))
             panel.plot(rows, values, markersize=5, linewidth=1.8, **_style(series[0]))
         panel.set_xscale("log", base=2)
         sizes = sorted({record["rows"] for record in records})
         panel.set_xticks(sizes, list(map(str, sizes)))
-        if unit != units[2]:
+        if unit == units[0]:
             panel.set_yscale("log")
             _plain_ticks(panel)
         else:
-            panel.set_ylim(0, 105)
+            panel.set_ylim(bottom=0)
         _frame(panel, title, f"batch size: documents, or packed rows of {records[0]['max_length']:,}", unit)
         _label_ends(panel, lines)
     _head(figure, records)
@@ -166,10 +171,10 @@ def draw_ablation(records: list[Record]) -> "Figure":
     _bars(memory, places, gigabytes, shades, [f"{x:.1f}" for x in gigabytes])
     speed.set_yticks(places, [_stage_name(stage) for stage in stages])
     chain = [stage for stage in stages if stage["label"] in ABLATION]
-    total = f": x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
-    _frame(speed, f"What does each choice bring{total}?", "real tokens/s (x: to the one before)", "")
+    total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
+    _frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: of the one before)", "")
     _frame(memory, "And what does it hold?", "peak memory, GiB", "")
-    _head(figure, records, " Pale: XLA's operations; offloading starts from “with kernels”.")
+    _head(figure, records, " Pale: XLA's operations. Offloading is beside keeping all, not after it.")
     return figure
 
 
@@ -177,21 +182,16 @@ def draw_losses(records: list[Record]) -> "Figure":
     """The loss of each layout against steps, and against seconds."""
     figure = _figure(13, 5.2)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    lines: list[list[tuple]] = [[], []]
     for record in records:
         window = max(1, len(record["losses"]) // 30)
         smooth = np.convolve(record["losses"], np.ones(window) / window, "valid")
-        steps = np.arange(window, len(record["losses"]) + 1)
-        seconds = np.array(record["loss_seconds"])[window - 1 :]
-        for panel, along, known in ((by_step, steps, lines[0]), (by_time, seconds, lines[1])):
-            style = _style(record) | {"marker": ""}
-            panel.plot(along, smooth, linewidth=1.8, **style)
-            known.append((record["label"], record, along, smooth))
+        style = _style(record) | {"marker": "", "linewidth": 1.8}
+        by_step.plot(np.arange(window, len(record["losses"]) + 1), smooth, label=record["label"], **style)
+        by_time.plot(record["loss_seconds"][window - 1 :], smooth, **style)
     smoothed = f"training loss (mean of {window} steps)" if window > 1 else "training loss"
     _frame(by_step, "Does the layout change what is learned?", "step", smoothed)
-    _frame(by_time, "How soon is it learned?", "seconds of training, compilation apart", "")
-    for panel, known in ((by_step, lines[0]), (by_time, lines[1])):
-        _legend(panel, known)
+    _frame(by_time, "How soon is it learned?", "seconds of training, without compilation", "")
+    by_step.legend(frameon=False)
     _head(figure, records)
     return figure
 
@@ -256,6 +256,7 @@ def _bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, 
     for place, value, text in zip(places, values, texts, strict=True):
         panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
     panel.set_xlim(0, 1.3 * max(values))
+    panel.xaxis.set_major_formatter("{x:,.10g}")
 
 
 def _label_ends(panel: "Axes", lines: list[tuple]) -> None:
@@ -274,10 +275,6 @@ def _label_ends(panel: "Axes", lines: list[tuple]) -> None:
         height = from_pixels.transform((0, at - excess))[1]
         panel.annotate(_name(label), (right, height), (7, 0), textcoords="offset points", va="center", fontsize=9,
                        color=_style(record)["color"], annotation_clip=False)  # fmt: skip
-
-
-def _legend(panel: "Axes", lines: list[tuple]) -> None:
-    panel.legend([_name(label) for label, *_ in lines], frameon=False)
 
 
 def _head(figure: "Figure", records: list[Record], more: str = "") -> None:
