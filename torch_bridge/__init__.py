@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_bridge.adapter import save_adapter as save_adapter
 from torch_bridge.pretrained import from_pretrained as from_pretrained
+from torch_bridge.pretrained import read_config as read_config
 from torch_bridge.pretrained import save_pretrained as save_pretrained
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from jaxpack.config import ModelConfig
 from jaxpack.console import console
 from jaxpack.data import Tokenizer
 from jaxpack.errors import InputError, reason
@@ -35,15 +36,18 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     Raises:
       InputError: what is there is not supported or not whole.
     """
-    folder = _folder(str(name_or_path))
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
-    config = config_from_hf(read_json(folder / CONFIG_FILE), str(name_or_path))
+    folder, config = _config(str(name_or_path))
     model = build_model(config, SafetensorsFolder(folder), dtype)
     model.source_files = tuple(
         (name, (folder / name).read_text()) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()
     )
     return model, _tokenizer(folder)
+
+
+def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
+    """What `from_pretrained` reads, without the weights."""
+    folder, config = _config(str(name_or_path))
+    return config, _tokenizer(folder)
 
 
 def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None = None) -> None:
@@ -68,6 +72,13 @@ def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None =
                 tokenizer.save_pretrained(folder)
             except Exception as error:  # a full disk is a plain `Exception` in tokenizers
                 raise OSError(reason(error)) from error
+
+
+def _config(name_or_path: str) -> tuple[Path, ModelConfig]:
+    folder = _folder(name_or_path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
+    return folder, config_from_hf(read_json(folder / CONFIG_FILE), name_or_path)
 
 
 def _folder(name_or_path: str) -> Path:

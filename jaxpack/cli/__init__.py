@@ -1,9 +1,10 @@
-"""The front door: `jaxpack train` and `jaxpack demo`. The one place here that may import torch_bridge."""
+"""The front door: `jaxpack train`, `bench` and `demo`. The one place here that may import torch_bridge."""
 
 import sys
 
 import typer
 
+from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
 from jaxpack.cli.train import train
 from jaxpack.console import console
@@ -17,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's tables cut the names of long flags
 )
 app.command()(train)
+app.command()(bench)
 app.command()(demo)
 
 
