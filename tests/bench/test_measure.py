@@ -1,5 +1,6 @@
 """What one case of ours is found to cost is of the steps that the trainer takes, and counts what they really hold."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,6 +42,17 @@ def test_figures_are_of_what_the_batches_hold(layout):
     rate = held[WARM_UP:][timed].sum() / seconds[timed].sum()
     assert figures["tokens_per_second"] == pytest.approx(rate)
     assert figures["warm_up_seconds"] == pytest.approx(figures["loss_seconds"][WARM_UP - 1])
+
+
+def test_a_case_is_trained_as_it_says():
+    assert {layout: {(A, B) for A, B, _ in figures_of(layout)["shapes"]} for layout in ROWS} == {
+        "padded": {(1, 4)},
+        "padding-free": {(1, 1)},
+        "packed": {(1, 1)},
+    }
+    config = train_config(dataclasses.replace(case("packed"), remat="none", implementation="xla"))
+    assert (config.packing, config.remat, config.implementation) == (True, "none", "xla")
+    assert (config.learning_rate, config.lr_scheduler_type, config.max_length) == (1e-2, "constant", 128)
 
 
 def test_the_steps_are_those_of_the_trainer():

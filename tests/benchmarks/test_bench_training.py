@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 
@@ -37,3 +39,17 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
     again = run("--remat", "none", "--missing")
     assert again.returncode == 0 and "tokens/s," not in again.stderr
     assert json.loads(output.read_text())["results"] == [kept, ours]
+
+
+@pytest.mark.parametrize(("plan", "cases"), [("bars", 16), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)])
+def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, cases, tmp_path):
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text(LENGTHS)
+    command = f"benchmarks/bench_training.py --plan {plan} --lengths {lengths} --seconds 0"
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    shown = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, env=environment, check=False
+    )
+    assert shown.returncode == 1
+    assert len(set(shown.stderr.splitlines())) == shown.stderr.count(f"{plan}: ") == cases
+    assert shown.stderr.count("no time left") == cases
