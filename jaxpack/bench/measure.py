@@ -1,4 +1,4 @@
-"""One case of ours, in this process: the trainer's own batches and step, timed one step after another."""
+"""One case of ours, in this process: the trainer's own run, timed one step after another."""
 
 import time
 from collections.abc import Callable
@@ -6,19 +6,15 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxpack.batching import Batches
 from jaxpack.bench.cases import Case
+from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import TrainConfig
 from jaxpack.data import Documents
-from jaxpack.memory import check_host_memory
-from jaxpack.packing import PackedBatch
-from jaxpack.predictions import Job, predict, rates_of, resolve
-from jaxpack.trainer import peak_memory_bytes
-from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
+from jaxpack.predictions import Job, predict, rates_of
+from jaxpack.trainer import Run, peak_memory_bytes
 from jaxpack.transformer import Transformer
 
 WARM_UP = 3  # steps that are not timed
@@ -57,70 +53,45 @@ def measure(
     """
     config = train_config(case)
     batches = Batches(documents, config)
-    graph, trainable, frozen = split_trainable(model)
-    nnx.update(model, trainable)  # lets go of the arrays that were copied
-    optimizer = make_optimizer(config, make_schedule(config, batches.num_steps))
-    state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
-    held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
-    remat, _ = resolve(config, model, batches, held_bytes)
-    step = make_train_step(graph, optimizer, remat=remat, implementation=config.implementation)
+    run = Run(model, batches, config)
     job = Job.of_run(model, batches)
-    for _, B, T in batches.shapes:
-        check_host_memory(remat, model.config, B * T, model.dtype.itemsize)
-
-    begin = time.perf_counter()
-    programs = {}
-    for shape in batches.shapes:
-        batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-        programs[shape[-1]] = step.lower(state, frozen, batch, limits=batches.limits[shape[-1]]).compile()
-    compile_seconds = time.perf_counter() - begin
+    cache = ProgramCache(config.compilation_cache_dir)
+    compile_seconds = run.compile(cache)
 
     losses: list[float] = []
     ends = [time.perf_counter()]
-
-    def run(index: int) -> Metrics:
-        nonlocal state
-        batch = jax.device_put(batches[index])
-        state, metrics = programs[batch.tokens.shape[-1]](state, frozen, batch)
-        return metrics
-
-    def read(metrics: Metrics) -> None:
+    for metrics in run.steps():
         losses.append(float(metrics.loss))
         ends.append(time.perf_counter())
 
-    waiting = run(0)
-    for index in range(1, batches.num_steps):
-        metrics = run(index)
-        read(waiting)
-        waiting = metrics
-    read(waiting)
-
     seconds, timed = np.diff(ends), timed_steps(batches)
-    predicted = predict(job, rates_of(jax.devices()[0].device_kind))[remat]
-    memory = programs[max(programs)].memory_analysis()
+    predicted = predict(job, rates_of(jax.devices()[0].device_kind))[run.remat]
+    memory = run.programs[max(run.programs)].memory_analysis()
     figures = {
         "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),
         "step_seconds": float(seconds[timed].mean()),
         "peak_memory_bytes": peak_memory_bytes(),
         "padding_share": batches.padding_share,
         "compile_seconds": compile_seconds,
+        "found_programs": cache.found,  # that an earlier process compiled
         "warm_up_seconds": float(ends[WARM_UP] - ends[0]),
         "each_step_seconds": seconds[WARM_UP:].tolist(),
         "loss_seconds": (np.array(ends[1:]) - ends[0]).tolist(),  # from the first step's start to each loss
         "tokens": batches.tokens_per_step.tolist(),
         "losses": losses,
         "shapes": batches.shapes,
-        "chosen_remat": remat,
+        "chosen_remat": run.remat,
         "predicted_step_seconds": predicted.seconds,
         "predicted_peak_bytes": predicted.peak_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "host_temporary_bytes": memory.host_temp_size_in_bytes,
         "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "jaxpack")},
+        "versions": {name: version(name) for name in ("jax", "jaxlib")},
     }
     if profiled is not None:
-        figures["kernels"] = profiled(lambda: float(run(batches.num_steps - 1).loss))
+        batch = jax.device_put(batches[len(batches) - 1])
+        figures["kernels"] = profiled(lambda: float(run.step(batch).loss))
     return figures
 
 
