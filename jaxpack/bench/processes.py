@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -26,31 +27,38 @@ class OutOfTime(Exception):
 class Results:
     """Records by what they are of, in a JSON file (or None) that is written anew after each.
 
-    A file that is there is read, and its records kept, but for those that are measured again.
+    A file that is there is read, and its records kept, but for those that are measured again; else its folder is made.
     """
 
     def __init__(self, path: Path | None):
         self._path = path
-        self.records: list[Record] = []
+        self._records: dict[tuple, Record] = {}
         if path is not None and path.exists():
-            self.records = read_records(path)
+            self._records = {_key(record): record for record in read_records(path)}
+        elif path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def records(self) -> list[Record]:
+        """All of them, in the order in which their cases came first."""
+        return list(self._records.values())
 
     def add(self, record: Record) -> None:
         """Adds a record, in the place of one of the same case in the same plan on the same data."""
-        for place, known in enumerate(self.records):
-            if _key(known) == _key(record):
-                self.records[place] = record
-                break
-        else:
-            self.records.append(record)
+        self._records[_key(record)] = record
         if self._path is not None:
             partial = self._path.with_name(f".{self._path.name}")
             partial.write_text(json.dumps({"benchmark": "training", "results": self.records}, indent=1) + "\n")
             partial.replace(self._path)
 
-    def has(self, record: Record) -> bool:
-        """Whether the same was measured before, and did not fail."""
-        return any(_key(known) == _key(record) and "failed" not in known for known in self.records)
+    def of(self, planned: Planned, data: str) -> Record | None:
+        """What is known of a case on such data: figures or a failure."""
+        return self._records.get(_key(planned.record(data=data)))
+
+    def longest(self, planned: Planned) -> float:
+        """The seconds that a case of the same system and model took at most, as far as is known."""
+        alike = planned.case.system, planned.case.model
+        return max((r["process_seconds"] for r in self.records if (r["system"], r["model"]) == alike), default=0.0)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -58,7 +66,7 @@ def read_records(path: Path) -> list[Record]:
     try:
         records = json.loads(path.read_text())["results"]
         for record in records:
-            _key(record)
+            _key(record), record["process_seconds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"`output` must be a file of results or not exist yet, got {str(path)!r}: {error!r}."
@@ -83,23 +91,24 @@ def run_all(
 
     Args:
       data: what the documents are called in the records.
-      seconds: after which nothing more is started, and what runs is stopped, unrecorded; None is no end.
+      seconds: a case that would take longer, going by `Results.longest`, is not started, and one that does is stopped
+        and not recorded; None is no end.
       only_missing: leaves out what `results` has.
     """
-    end = None if seconds is None else time.monotonic() + seconds
+    end = math.inf if seconds is None else time.monotonic() + seconds
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     for planned in plan:
-        record = planned.record(data=data, date=today)
-        if only_missing and results.has(record):
+        if only_missing and results.of(planned, data):
             continue
-        left = None if end is None else end - time.monotonic()
+        begin = time.monotonic()
         try:
-            if left is not None and left <= 0:
+            if end - begin <= results.longest(planned):
                 raise OutOfTime
-            record |= measure(planned, left)
+            figures = measure(planned, None if seconds is None else end - begin)
         except OutOfTime:
             console.print(f"{planned}: no time left")
             continue
+        record = planned.record(data=data, date=today, process_seconds=time.monotonic() - begin, **figures)
         results.add(record)
         console.print(f"{planned}: {line_of(record)}")
 
@@ -108,11 +117,10 @@ def line_of(record: Record) -> str:
     """The figures of a record in a few words."""
     if "failed" in record:
         return f"failed: {record['failed']}"
-    before = record.get("compile_seconds", record["warm_up_seconds"])
     return (
         f"{record['tokens_per_second']:,.0f} tokens/s, {record['step_seconds']:.3f} s a step,"
         f" {record['peak_memory_bytes'] / 2**30:.2f} GiB, {record['padding_share']:.1%} padding,"
-        f" ready after {before:.0f} s"
+        f" {record['process_seconds']:.0f} s in all"
     )
 
 

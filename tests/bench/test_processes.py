@@ -1,12 +1,14 @@
 """A process for each case: what it answers is kept at once, and what fails does not stop the rest."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from models import random_documents
 
-from jaxpack.bench.cases import Case, Planned, ablation, losses
+from jaxpack.bench.cases import Case, Planned, ablation, batch_sizes, losses
 from jaxpack.bench.processes import OutOfTime, Results, answer, in_own_process, read_records, run_all
 from jaxpack.errors import InputError
 
@@ -15,7 +17,6 @@ FIGURES = {
     "step_seconds": 0.1,
     "peak_memory_bytes": 2**30,
     "padding_share": 0.25,
-    "warm_up_seconds": 1.0,
 }
 PLAN = [Planned("cases", "packed", Case(model="small", rows=rows)) for rows in (1, 2, 3)]
 
@@ -47,21 +48,32 @@ def test_results_are_added_to_a_file_and_replace_those_of_the_same_case(tmp_path
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_missing_cases_are_those_without_figures_and_none_starts_out_of_time(tmp_path):
+def test_missing_cases_are_those_that_are_not_recorded(tmp_path):
     results = Results(tmp_path / "results.json")
-    results.add(PLAN[0].record(data="lengths", **FIGURES))
-    results.add(PLAN[1].record(data="lengths", failed="no memory"))
+    results.add(PLAN[0].record(data="lengths", process_seconds=1.0, **FIGURES))
+    results.add(PLAN[1].record(data="lengths", process_seconds=1.0, failed="no memory"))
     asked = []
 
     def measure(planned: Planned, left: float | None) -> dict:
         asked.append(planned.case.rows)
         raise OutOfTime
 
-    run_all(PLAN, results, measure, data="lengths", only_missing=True)
-    assert asked == [2, 3]
-    run_all(PLAN, results, measure, data="lengths", seconds=0)
-    assert asked == [2, 3]
+    for data, expected in (("lengths", [3]), ("other lengths", [1, 2, 3])):
+        asked.clear()
+        run_all(PLAN, results, measure, data=data, only_missing=True)
+        assert asked == expected
     assert len(results.records) == 2  # nothing is known of what had no time
+
+
+@pytest.mark.parametrize(("took", "left", "asked"), [(50.0, 100.0, True), (100.0, 50.0, False), (0.0, 0.0, False)])
+def test_a_case_starts_where_one_like_it_would_end_in_time(took, left, asked):
+    other = Planned("cases", "packed", Case(model="small", system="trl"))
+    results = Results(None)
+    results.add(PLAN[0].record(data="lengths", process_seconds=took, **FIGURES))
+    results.add(other.record(data="lengths", process_seconds=1000.0, **FIGURES))
+    given = []
+    run_all(PLAN[1:2], results, lambda _, seconds: given.append(seconds) or FIGURES, data="lengths", seconds=left)
+    assert [seconds == pytest.approx(left, abs=1) for seconds in given] == [True] * asked
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path):
@@ -100,15 +112,25 @@ def test_an_error_is_an_answer(tmp_path: Path):
 
 def test_plans_vary_one_thing_at_a_time():
     """So that a factor of the ablation is of what its name says; and losses are of the same work."""
-    padded, free, packed, kernels, everything, offloaded = (x.case for x in ablation(Case(model="small"), 32, 4))
+    documents = random_documents([100, 200, 300])
+    base = Case(model="small", max_length=250)
+    padded, free, packed, kernels, everything, offloaded = (x.case for x in ablation(base, 8, documents))
     changed = [
         {name for name, value in vars(a).items() if vars(b)[name] != value}
         for a, b in ((padded, free), (free, packed), (packed, kernels), (kernels, everything), (kernels, offloaded))
     ]
     assert changed == [{"layout"}, {"layout", "rows"}, {"implementation"}, {"remat"}, {"remat"}]
     assert padded.implementation == "xla"
-    layouts = [(x.case.layout, x.case.rows) for x in losses(Case(model="small"), 32, 4)]
+    layouts = [(x.case.layout, x.case.rows) for x in losses(base, 8, documents)]
     assert layouts == [(case.layout, case.rows) for case in (padded, free, packed)]
+    assert (free.rows, packed.rows) == (8, 6)  # 183.3 tokens of a document are kept
+
+
+def test_small_batches_of_documents_are_timed_for_longer():
+    base = Case(model="small", steps=10)
+    for layout, steps in (("padded", [128, 16, 10]), ("padding-free", [128, 16, 10]), ("packed", [10, 10, 10])):
+        plan = batch_sizes(dataclasses.replace(base, layout=layout), (1, 8, 32))
+        assert [planned.case.steps for planned in plan] == steps
 
 
 @pytest.mark.parametrize("field", [{"rows": 0}, {"steps": 0}, {"layout": "loose"}, {"remat": "some"}], ids=str)
