@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from jaxpack.config import Implementation, Remat
+from jaxpack.data import Documents
 from jaxpack.errors import InputError
 
 Layout = Literal["padded", "padding-free", "packed"]
@@ -11,6 +14,7 @@ Layout = Literal["padded", "padding-free", "packed"]
 REMAT = ("auto", *get_args(Remat))
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 ABLATION = ("padded", "padding-free", "packed", "with kernels", "keeping all")  # each adds to the one before
+_LEAST_DOCUMENTS = 128  # to time, where rows are not full: the mean length of fewer says little of that of all
 OFFLOADED = "with kernels, offloading"  # the other end of the memory choices: from "with kernels", too
 
 
@@ -24,7 +28,6 @@ class Case:
       rows: of a step: rows of `max_length` where packed, else documents.
       remat: what the backward pass recomputes; an opponent has words of its own for it.
       implementation: of our kernels.
-      num_layers: of a named shape, fewer than it has; None is all.
       steps: that are timed, after the warm-up.
     """
 
@@ -36,7 +39,6 @@ class Case:
     remat: str = "full"
     implementation: Implementation | None = None
     full_finetuning: bool = False
-    num_layers: int | None = None
     steps: int = 10
     learning_rate: float = 1e-4
 
@@ -52,7 +54,6 @@ class Case:
     def __str__(self) -> str:
         what = "rows" if self.layout == "packed" else "documents"
         parts = [self.system, self.model, self.layout, f"{self.rows} {what}", f"remat {self.remat}"]
-        parts += [f"{self.num_layers} layers"] if self.num_layers else []
         parts += [self.implementation] if self.implementation else []
         parts += ["full fine-tuning"] if self.full_finetuning else []
         return " ".join(parts)
@@ -79,31 +80,36 @@ def case_of(record: dict[str, Any]) -> Case:
     return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case) if field.name in record})
 
 
-def packed_rows(documents: int, mean_length: float, max_length: int) -> int:
-    """The packed rows that hold about as many tokens as `documents` do."""
-    return max(1, round(documents * mean_length / max_length))
+def packed_rows(count: int, documents: Documents, max_length: int) -> int:
+    """The packed rows that hold about as many tokens as `count` of the documents do."""
+    mean = np.minimum(documents.lengths, max_length).mean()
+    return max(1, round(count * mean / max_length))
 
 
 def batch_sizes(base: Case, sizes: tuple[int, ...] = BATCH_SIZES) -> list[Planned]:
-    """Each layout at each batch size; labelled by the series that a picture connects."""
+    """The layout of `base` at each batch size, labelled by the line that a picture draws of them."""
+    least = 0 if base.layout == "packed" else _LEAST_DOCUMENTS
     return [
-        Planned("batch_sizes", f"{base.system} {layout}", dataclasses.replace(base, layout=layout, rows=rows))
-        for layout in get_args(Layout)
+        Planned(
+            "batch_sizes",
+            f"{base.system} {base.layout}",
+            dataclasses.replace(base, rows=rows, steps=max(base.steps, -(-least // rows))),
+        )
         for rows in sizes
     ]
 
 
-def ablation(base: Case, documents: int, rows: int) -> list[Planned]:
-    """What each of our choices adds, at about the same tokens a step: `documents` of them, or `rows` packed rows.
+def ablation(base: Case, count: int, documents: Documents) -> list[Planned]:
+    """What each of our choices adds, at about the same tokens a step: those of `count` documents.
 
     The first three run XLA's operations and recompute every layer, as a plain JAX program does.
     """
-    plain = dataclasses.replace(base, implementation="xla", remat="full", rows=documents)
-    packed = dataclasses.replace(plain, layout="packed", rows=rows)
+    plain = dataclasses.replace(base, implementation="xla", remat="full")
+    padded, free, packed = _layouts(plain, count, documents)
     kernels = dataclasses.replace(packed, implementation=None)
     cases = {
-        "padded": dataclasses.replace(plain, layout="padded"),
-        "padding-free": dataclasses.replace(plain, layout="padding-free"),
+        "padded": padded,
+        "padding-free": free,
         "packed": packed,
         "with kernels": kernels,
         "keeping all": dataclasses.replace(kernels, remat="none"),
@@ -112,10 +118,15 @@ def ablation(base: Case, documents: int, rows: int) -> list[Planned]:
     return [Planned("ablation", label, case) for label, case in cases.items()]
 
 
-def losses(base: Case, documents: int, rows: int) -> list[Planned]:
-    """The loss of a run in each layout, over the same documents with about the same tokens a step."""
-    rows_of: dict[Layout, int] = {"padded": documents, "padding-free": documents, "packed": rows}
+def losses(base: Case, count: int, documents: Documents) -> list[Planned]:
+    """The loss of a run in each layout, over the same documents with about the tokens of `count` of them a step."""
+    return [Planned("losses", case.layout, case) for case in _layouts(base, count, documents)]
+
+
+def _layouts(base: Case, count: int, documents: Documents) -> list[Case]:
+    """Padded, padding-free and packed, at about the same tokens a step."""
+    rows = packed_rows(count, documents, base.max_length)
     return [
-        Planned("losses", layout, dataclasses.replace(base, layout=layout, rows=count))
-        for layout, count in rows_of.items()
+        dataclasses.replace(base, layout=layout, rows=rows if layout == "packed" else count)
+        for layout in get_args(Layout)
     ]

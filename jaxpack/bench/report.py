@@ -1,5 +1,6 @@
 """Records as a table and as pictures. Needs no device, and matplotlib for the pictures alone."""
 
+import importlib.util
 import itertools
 import sys
 from pathlib import Path
@@ -39,14 +40,16 @@ def results_table(records: list[Record]) -> Table:
         if "failed" in record:
             table.add_row(*about, "failed")
             continue
-        compiled = record.get("compile_seconds")  # an opponent compiles within its warm-up
+        compiled = "-"  # an opponent compiles within its warm-up
+        if "compile_seconds" in record:
+            compiled = "found" if record["found_programs"] else f"{record['compile_seconds']:.1f}"
         table.add_row(
             *about,
             f"{record['tokens_per_second']:,.0f}",
             f"{1e3 * record['step_seconds']:,.1f}",
             f"{record['peak_memory_bytes'] / GIB:.2f}",
             f"{valid_share(record):.1%}",
-            "-" if compiled is None else f"{compiled:.1f}",
+            compiled,
             f"{record['warm_up_seconds']:.1f}",
         )
     return table
@@ -100,9 +103,10 @@ def of_plan(records: list[Record], plan: str) -> list[Record]:
     return [record for record in records if record["plan"] == plan and "failed" not in record]
 
 
-def print_table(table: Table) -> None:
-    """To stdout, at its own width where that is no terminal's."""
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+def print_tables(records: list[Record], *more: Table) -> None:
+    """What was measured, the ablation where there is one, and `more`: to stdout, wide where that is no terminal."""
+    tables = [results_table(records), *([ablation_table(records)] if of_plan(records, "ablation") else []), *more]
+    Console(width=None if sys.stdout.isatty() else 240).print(*tables)
 
 
 def draw_all(records: list[Record], results: Path) -> list[Path]:
@@ -116,11 +120,9 @@ def draw_all(records: list[Record], results: Path) -> list[Path]:
 
 
 def require_matplotlib() -> None:
-    """Raises where pictures cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError("`output` must come with `pip install jaxpack[bench]`, got no matplotlib.") from error
+    """Raises where no picture can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("pictures need `pip install jaxpack[bench]`, got no matplotlib.")
 
 
 def draw_batch_sizes(records: list[Record]) -> "Figure":
@@ -185,7 +187,8 @@ def draw_losses(records: list[Record]) -> "Figure":
     for record in records:
         window = max(1, len(record["losses"]) // 30)
         smooth = np.convolve(record["losses"], np.ones(window) / window, "valid")
-        style = _style(record) | {"marker": "", "linewidth": 1.8}
+        width = {"padded": 3.6, "padding-free": 2.4, "packed": 1.4}[record["layout"]]  # the same losses hide none
+        style = _style(record) | {"marker": "", "linewidth": width}
         by_step.plot(np.arange(window, len(record["losses"]) + 1), smooth, label=record["label"], **style)
         by_time.plot(record["loss_seconds"][window - 1 :], smooth, **style)
     smoothed = f"training loss (mean of {window} steps)" if window > 1 else "training loss"
@@ -211,7 +214,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _style(record: Record) -> dict[str, Any]:
     line, marker = LINES[record["layout"]]
-    strength = {"packed": 1.0, "padding-free": 0.75, "padded": 0.5}[record["layout"]]
+    strength = {"packed": 1.0, "padding-free": 0.75, "padded": 0.6}[record["layout"]]
     color = _shade(record["system"], strength if record["system"] == "jaxpack" else max(strength, 0.75))
     return {"linestyle": line, "marker": marker, "color": color}
 
@@ -230,8 +233,8 @@ def _name(label: str) -> str:
 
 
 def _stage_name(stage: Record) -> str:
-    rows = f"{stage['rows']} rows" if stage["layout"] == "packed" else f"{stage['rows']} documents"
-    return f"{stage['label']}\n{rows}, remat {stage['remat']}"
+    rows = f"rows of {stage['max_length']:,}" if stage["layout"] == "packed" else "documents"
+    return f"{stage['label']}\n{stage['rows']} {rows}, remat {stage['remat']}"
 
 
 def _frame(panel: "Axes", title: str, along: str, up: str) -> None:
@@ -259,26 +262,34 @@ def _bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, 
     panel.xaxis.set_major_formatter("{x:,.10g}")
 
 
-def _label_ends(panel: "Axes", lines: list[tuple]) -> None:
-    """Names each line at its right end, moved apart where ends are close."""
+def _label_ends(panel: "Axes", lines: list[tuple[str, Record, list[int], list[float]]]) -> None:
+    """Names each line at the panel's right, at the height of its end, moved apart where ends are close."""
     panel.figure.canvas.draw()
-    to_pixels, from_pixels = panel.transData, panel.transData.inverted()
-    ends = [(to_pixels.transform((xs[-1], ys[-1]))[1], label, record) for label, record, xs, ys in lines]
-    ends.sort(key=lambda end: end[0])
-    right = max(xs[-1] for _, _, xs, _ in lines)
-    least = 13 * panel.figure.dpi / 72
-    placed: list[float] = []
-    for wanted, _, _ in ends:
-        placed.append(max(wanted, placed[-1] + least) if placed else wanted)
-    excess = max(0.0, placed[-1] - panel.bbox.ymax)
-    for at, (_, label, record) in zip(placed, ends, strict=True):
-        height = from_pixels.transform((0, at - excess))[1]
-        panel.annotate(_name(label), (right, height), (7, 0), textcoords="offset points", va="center", fontsize=9,
-                       color=_style(record)["color"], annotation_clip=False)  # fmt: skip
+    last = max(xs[-1] for _, _, xs, _ in lines)
+    lines = sorted(lines, key=lambda line: line[3][-1])
+    ends = panel.transData.transform([(last, ys[-1]) for *_, ys in lines])[:, 1]
+    heights = _apart(ends, 13 * panel.figure.dpi / 72)
+    heights -= max(0.0, heights[-1] - panel.bbox.ymax)
+    for (label, record, xs, _), height in zip(lines, heights, strict=True):
+        at = panel.transData.inverted().transform((0, height))[1]
+        text = _name(label) + (f" (to {xs[-1]})" if xs[-1] < last else "")
+        panel.annotate(text, (last, at), (7, 0), textcoords="offset points", va="center", fontsize=9,
+                       color=_shade(record["system"], 1.0), annotation_clip=False)  # fmt: skip
+
+
+def _apart(wanted: np.ndarray, least: float) -> np.ndarray:
+    """The places nearest to `wanted`, which ascends, that are at least so far apart: groups about their mean."""
+    groups: list[list[float]] = []
+    for offset in wanted - least * np.arange(len(wanted)):
+        groups.append([offset])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return np.concatenate([np.full(len(group), np.mean(group)) for group in groups]) + least * np.arange(len(wanted))
 
 
 def _head(figure: "Figure", records: list[Record], more: str = "") -> None:
     first = records[0]
     what = "all weights trained" if first["full_finetuning"] else "LoRA r=16"
-    about = f"{first['model']}, {what}, documents: {first['data']}. {first['device']}, {first['date']}.{more}"
+    devices = " and ".join(dict.fromkeys(record["device"] for record in records))
+    about = f"{first['model']}, {what}, documents: {first['data']}. {devices}, {first['date']}.{more}"
     figure.suptitle(about, x=0.01, ha="left", fontsize=10, color="#555555")

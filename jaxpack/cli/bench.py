@@ -1,19 +1,17 @@
 """`jaxpack bench`: what a step costs on this device, by layout, batch size and what is kept, on a model and data."""
 
 import dataclasses
-import importlib.util
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
-import numpy as np
 import typer
 
 import torch_bridge
-from jaxpack.bench.cases import Case, ablation, batch_sizes, losses, packed_rows
+from jaxpack.bench.cases import Case, Layout, ablation, batch_sizes, losses
 from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Results, run_all
-from jaxpack.bench.report import ablation_table, draw_all, print_table, results_table
+from jaxpack.bench.report import draw_all, print_tables, require_matplotlib
 from jaxpack.cli.measure import measure_elsewhere
 from jaxpack.console import console
 from jaxpack.data import Documents, load_documents
@@ -47,14 +45,14 @@ def bench(
     sizes: Annotated[str, typer.Option(help="Batch sizes: documents, or packed rows.")] = "1,2,4,8,16,32",
     documents: Annotated[int, typer.Option(help="In a step of ablation and losses; packed rows hold as much.")] = 32,
     max_length: Annotated[int, typer.Option(help="Of a document, and of a packed row.")] = 1024,
-    steps: Annotated[int, typer.Option(help="That are timed, of each case.")] = 10,
+    steps: Annotated[int, typer.Option(help="That are timed, of each case; more where they hold few documents.")] = 10,
     loss_steps: Annotated[int, typer.Option(help="That are timed, of losses.")] = 100,
     remat: Annotated[str, typer.Option(help="What batch_sizes and losses keep, as for train.")] = "auto",
     learning_rate: Annotated[float, typer.Option(help="Of losses.")] = 2e-4,
     full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter of rank 16.")] = False,
 ) -> None:
     """Measure tokens a second and memory: each case in a process of its own, then a table and pictures."""
-    _require_matplotlib()
+    require_matplotlib()
     require_free_folder(output, "output")
     if (data is None) == (lengths is None):
         given = "none" if data is None else "both"
@@ -68,31 +66,27 @@ def bench(
         learning_rate=learning_rate,
     )
     batches = _sizes(sizes)
-    if documents < 1:
-        raise InputError(f"`documents` must be at least 1, got {documents}.")
-    if loss_steps < 1:
-        raise InputError(f"`loss_steps` must be at least 1, got {loss_steps}.")
+    for name, value in (("documents", documents), ("loss_steps", loss_steps)):
+        if value < 1:
+            raise InputError(f"`{name}` must be at least 1, got {value}.")
     corpus = _read(model, data, lengths)
-    rows = packed_rows(documents, float(np.minimum(corpus.lengths, max_length).mean()), max_length)
+    of_layouts = [dataclasses.replace(base, layout=layout) for layout in get_args(Layout)]
     cases_of = {
-        "ablation": ablation(base, documents, rows),
-        "batch_sizes": batch_sizes(base, batches),
-        "losses": losses(dataclasses.replace(base, steps=loss_steps), documents, rows),
+        "ablation": ablation(base, documents, corpus),
+        "batch_sizes": [planned for of_layout in of_layouts for planned in batch_sizes(of_layout, batches)],
+        "losses": losses(dataclasses.replace(base, steps=loss_steps), documents, corpus),
     }
     names = [name.strip() for name in plans.split(",")]
     if unknown := [name for name in names if name not in cases_of]:
         raise InputError(f"`plans` must be among {', '.join(cases_of)}, got {unknown[0]!r}.")
     planned = [case for name in dict.fromkeys(names) for case in cases_of[name]]
 
-    output.mkdir(parents=True, exist_ok=True)
     results = Results(output / _RESULTS)
     console.print(f"{len(planned)} cases, each in a process of its own; {output / _RESULTS} is written after each")
     with tempfile.TemporaryDirectory() as folder:
         save_documents(path := Path(folder, "documents.npz"), corpus)
         run_all(planned, results, lambda case, left: measure_elsewhere(case, path, left), data=(data or lengths).stem)
-    print_table(results_table(results.records))
-    if "ablation" in names:
-        print_table(ablation_table(results.records))
+    print_tables(results.records)
     for picture in draw_all(results.records, output / _RESULTS):
         console.print(f"drew {picture}")
     if all("failed" in record for record in results.records):
@@ -117,9 +111,3 @@ def _read(model: str, data: Path | None, lengths: Path | None) -> Documents:
     if lengths is not None:
         return drawn_documents(lengths, _DRAWN, vocab_size=config.vocab_size)
     return load_documents(data, tokenizer, vocab_size=config.vocab_size)
-
-
-def _require_matplotlib() -> None:
-    """Before anything is measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("`jaxpack bench` needs `pip install jaxpack[bench]`, got no matplotlib.")

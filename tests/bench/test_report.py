@@ -1,15 +1,18 @@
 """Tables and pictures say what the records say."""
 
+import dataclasses
 import io
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
+from models import random_documents
 from rich.console import Console
 from rich.table import Table
 
 from jaxpack.bench import report
-from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Layout, Planned, ablation, batch_sizes, losses
 
 GIB = 2**30
 
@@ -25,6 +28,7 @@ def records(plan: list[Planned]) -> list[dict]:
             peak_memory_bytes=(3 + number) * GIB,
             padding_share=0.01 * number,
             compile_seconds=5.0,
+            found_programs=0,
             warm_up_seconds=1.0,
             losses=[9.0 - 0.1 * step for step in range(20)],
             loss_seconds=[0.5 * (step + 1) for step in range(20)],
@@ -34,7 +38,13 @@ def records(plan: list[Planned]) -> list[dict]:
 
 
 BASE = Case(model="small")
-ABLATED = records(ablation(BASE, 32, 4))
+DOCUMENTS = random_documents([100, 200])
+ABLATED = records(ablation(BASE, 32, DOCUMENTS))
+
+
+def every_layout(sizes: tuple[int, ...]) -> list[Planned]:
+    bases = [dataclasses.replace(BASE, layout=layout) for layout in get_args(Layout)]
+    return [planned for base in bases for planned in batch_sizes(base, sizes)]
 
 
 def shown(table: Table) -> str:
@@ -74,7 +84,7 @@ def test_tables_hold_the_figures_and_what_failed():
 
 def test_batch_sizes_are_drawn_as_measured_and_a_system_has_its_color():
     peers = [Planned("batch_sizes", "unsloth packed", Case(model="small", system="unsloth", remat="unsloth", rows=2))]
-    drawn = records([*batch_sizes(BASE, (1, 4, 2)), *peers])
+    drawn = records([*every_layout((1, 4, 2)), *peers])
     speed, memory, valid = report.draw_batch_sizes(drawn).axes
     packed = sorted((r for r in drawn if r["label"] == "jaxpack packed"), key=lambda record: record["rows"])
     expected = (
@@ -91,6 +101,12 @@ def test_batch_sizes_are_drawn_as_measured_and_a_system_has_its_color():
     assert found == [int(report.COLORS["unsloth"][i : i + 2], 16) for i in (1, 3, 5)]
 
 
+def test_names_stay_near_the_ends_of_their_lines_and_apart():
+    ends = np.array([0.0, 1.0, 2.0, 50.0, 100.0])
+    placed = report._apart(ends, 10.0)
+    np.testing.assert_allclose(placed, [-9.0, 1.0, 11.0, 50.0, 100.0])
+
+
 def test_the_ablation_is_drawn_as_measured():
     speed, memory = report.draw_ablation(ABLATED).axes
     widths = [[bar.get_width() for bar in panel.patches] for panel in (speed, memory)]
@@ -102,7 +118,7 @@ def test_the_ablation_is_drawn_as_measured():
 
 
 def test_losses_are_drawn_against_steps_and_seconds():
-    by_step, by_time = report.draw_losses(records(losses(BASE, 32, 4))).axes
+    by_step, by_time = report.draw_losses(records(losses(BASE, 32, DOCUMENTS))).axes
     for panel, along in ((by_step, np.arange(1, 21)), (by_time, 0.5 * np.arange(1, 21))):
         assert len(panel.lines) == 3
         np.testing.assert_allclose(panel.lines[0].get_xdata(), along)
