@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from jaxpack.bench.cases import Case, Planned, case_of
+from jaxpack.bench.report import of_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,10 @@ def bars() -> list[Planned]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A bar and what was reached: the records, None where one is missing or failed."""
+    """A bar and what was reached on a device: the records, None where one is missing or failed."""
 
     bar: Bar
+    device: str
     ours: dict[str, Any] | None
     peer: dict[str, Any] | None
 
@@ -99,26 +101,30 @@ class Verdict:
 
 
 def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
-    """Every bar that was measured, beside the fastest of its opponents, where all of them were."""
+    """Ours beside the fastest of a bar's opponents, where all were measured, on one device and the same data."""
     found = []
-    for bar in BARS:
-        of_work = {case_of(r): r for r in records if r["plan"] == "bars" and r["label"] == bar.work}
-        whole = {case: record for case, record in of_work.items() if "failed" not in record}
-        peers = [whole.get(case) for case in bar.peers]
-        fastest = None if None in peers else max(peers, key=lambda peer: peer["tokens_per_second"])
-        if of_work:
-            found.append(Verdict(bar, whole.get(bar.ours), fastest))
+    measured = of_plan(records, "bars")
+    for device, data in dict.fromkeys((record["device"], record["data"]) for record in measured):
+        of_case = {(r["label"], case_of(r)): r for r in measured if (r["device"], r["data"]) == (device, data)}
+        for bar in BARS:
+            ours, *peers = (of_case.get((bar.work, case)) for case in (bar.ours, *bar.peers))
+            fastest = None if None in peers else max(peers, key=lambda peer: peer["tokens_per_second"])
+            if ours or any(peers):
+                found.append(Verdict(bar, device, ours, fastest))
     return found
 
 
 def bars_table(records: list[dict[str, Any]]) -> Table:
     """One line for each bar."""
     table = Table(title="the bars: ours and the fastest opponent's")
-    for heading in ("work", "tokens/s", "GiB", "opponent", "tokens/s", "GiB", "speed", "bar", "memory", "bar", ""):
-        table.add_column(heading, justify="left" if heading in ("work", "opponent") else "right")
+    for heading in ("work", "on"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tokens/s", "GiB", "opponent", "tokens/s", "GiB", "speed", "bar", "memory", "bar", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
     for verdict in verdicts(records):
         table.add_row(
             verdict.bar.work,
+            verdict.device,
             *_figures(verdict.ours),
             verdict.peer["system"] if verdict.peer else "-",
             *_figures(verdict.peer),

@@ -11,7 +11,7 @@ from jaxpack.bench.cases import Case, Planned
 
 def measured(work: str, case: Case, tokens_per_second: float, peak: float) -> dict:
     figures = {"tokens_per_second": tokens_per_second, "peak_memory_bytes": peak}
-    return Planned("bars", work, case).record(**figures)
+    return Planned("bars", work, case).record(data="lengths", device="a card", **figures)
 
 
 def test_the_fastest_opponent_counts_and_only_when_all_are_measured():
@@ -24,6 +24,13 @@ def test_the_fastest_opponent_counts_and_only_when_all_are_measured():
     records[1] = Planned("bars", bar.work, slow).record(failed="it did")
     (verdict,) = verdicts(records)
     assert (verdict.speed, verdict.passed) == (None, None)
+
+
+@pytest.mark.parametrize("other", [{"device": "another card"}, {"data": "other lengths"}], ids=str)
+def test_nothing_is_compared_with_what_ran_elsewhere(other):
+    bar = BARS[0]
+    records = [measured(bar.work, bar.ours, 130, 1), measured(bar.work, bar.peers[0], 100, 1) | other]
+    assert [verdict.passed for verdict in verdicts(records)] == [None, None]
 
 
 @pytest.mark.parametrize(("ours", "passed"), [((1.3, 1.0), True), ((1.29, 1.0), False), ((1.3, 1.01), False)])
