@@ -11,8 +11,9 @@ lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token
 are counted, of steps after the warm-up; peak memory is the allocator's own.
 
 RESULTS.json is written after each case, and what it holds is kept: a plan can be run in parts, by --only (a part of a
-line as it is printed), --missing and --seconds. --draw makes the table and the pictures beside it, on any machine.
-SITE is a folder with the opponents' packages (and a `libcudart.so` that one of them wants).
+line as it is printed), --missing (failures are held, too) and --seconds. Without matplotlib there are no pictures:
+--draw makes the tables and the pictures beside RESULTS.json, on any machine. SITE is a folder with the opponents'
+packages (and a `libcudart.so` that one of them wants).
 """
 
 import argparse
@@ -24,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from bars import bars, bars_table
@@ -32,10 +33,10 @@ from peers_training import SYSTEMS, write_checkpoint
 from timing import Event, jax_kernel_events
 
 from jaxpack.bench import cases
-from jaxpack.bench.cases import BATCH_SIZES, Case, Planned, packed_rows
-from jaxpack.bench.models import SHAPES, drawn_documents, save_documents, shape_of
+from jaxpack.bench.cases import Case, Layout, Planned
+from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Results, in_own_process, read_records, request_of, run_all
-from jaxpack.bench.report import ablation_table, draw_all, print_table, results_table
+from jaxpack.bench.report import draw_all, of_plan, print_tables
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.cli.measure import measure_elsewhere, measure_here
 from jaxpack.data import Documents, load_documents
@@ -48,43 +49,34 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 # Plans.
 
 
-def batch_sizes(base: Case, documents: Documents) -> list[Planned]:
+def batch_sizes(base: Case) -> list[Planned]:
     """Ours in every layout; Unsloth as it comes and packed, TRL padded. All with the least memory that they know."""
-    plan = cases.batch_sizes(dataclasses.replace(base, remat="offload"))
-    opponents = (
+    lines = (
+        ("jaxpack", "padded", "offload"),
+        ("jaxpack", "padding-free", "offload"),
+        ("jaxpack", "packed", "offload"),
         ("unsloth", "padding-free", "unsloth"),
         ("unsloth", "packed", "unsloth"),
         ("trl", "padded", "full"),
         ("trl-liger", "padded", "full"),
     )
-    for system, layout, remat in opponents:
-        case = dataclasses.replace(base, system=system, layout=layout, remat=remat)
-        plan += [
-            Planned("batch_sizes", f"{system} {layout}", dataclasses.replace(case, rows=rows)) for rows in BATCH_SIZES
-        ]
-    return plan
-
-
-def ablation(base: Case, documents: Documents) -> list[Planned]:
-    """At 32 documents a step."""
-    mean = np.minimum(documents.lengths, base.max_length).mean()
-    return cases.ablation(base, 32, packed_rows(32, mean, base.max_length))
+    return [
+        planned
+        for system, layout, remat in lines
+        for planned in cases.batch_sizes(dataclasses.replace(base, system=system, layout=layout, remat=remat))
+    ]
 
 
 def losses(base: Case, documents: Documents) -> list[Planned]:
     """150 steps of 32 documents, all weights trained: adapters of a random model have little to work with."""
-    mean = np.minimum(documents.lengths, base.max_length).mean()
     base = dataclasses.replace(base, full_finetuning=True, steps=150, learning_rate=3e-4)
-    return cases.losses(base, 32, packed_rows(32, mean, base.max_length))
+    return cases.losses(base, 32, documents)
 
 
 PLANS: dict[str, Callable[[Case, Documents], list[Planned]]] = {
-    "bars": lambda base, _: [
-        dataclasses.replace(planned, case=dataclasses.replace(planned.case, num_layers=base.num_layers))
-        for planned in bars()
-    ],
-    "batch_sizes": batch_sizes,
-    "ablation": ablation,
+    "bars": lambda base, documents: bars(),
+    "batch_sizes": lambda base, documents: batch_sizes(base),
+    "ablation": lambda base, documents: cases.ablation(base, 32, documents),
     "losses": losses,
 }
 
@@ -98,7 +90,10 @@ def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
     else:
         choices = options.remat or DEFAULT_REMAT[base.system]
         plan = [Planned("cases", base.layout, dataclasses.replace(base, remat=remat)) for remat in choices]
-    return [planned for planned in plan if any(part in str(planned) for part in options.only)]
+    chosen = [planned for planned in plan if any(part in str(planned) for part in options.only)]
+    if not chosen:
+        raise InputError(f"`only` must be parts of a case's line, such as {str(plan[0])!r}, got {options.only}.")
+    return chosen
 
 
 def text_documents(data: Path | None) -> Documents:
@@ -114,10 +109,9 @@ def text_documents(data: Path | None) -> Documents:
 def measure_peer(planned: Planned, documents: Path, seconds: float | None, site: Path | None) -> dict[str, Any]:
     """One case of an opponent, in a process that sees its packages first and no others of ours."""
     case = planned.case
-    config = shape_of(case.model, case.num_layers)
-    checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", f"{case.model}-{config.num_layers}-layers")
+    checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", case.model)
     if not (checkpoint / "config.json").exists():
-        write_checkpoint(checkpoint, config)
+        write_checkpoint(checkpoint, SHAPES[case.model])
     warm_up = 50 if case.system == "unsloth" and case.full_finetuning else 8  # it compiles for each new token count
     request = request_of(planned, documents=str(documents), checkpoint=str(checkpoint), warm_up=warm_up)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
@@ -179,20 +173,19 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="a folder of the opponents' packages")
     parser.add_argument("--output", type=Path, help="results, added to what it holds")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose line contains one of these")
-    parser.add_argument("--missing", action="store_true", help="cases that --output does not hold")
-    parser.add_argument("--seconds", type=float, help="after which nothing more is started")
+    parser.add_argument("--missing", action="store_true", help="leave out what --output holds")
+    parser.add_argument("--seconds", type=float, help="for all: no case starts whose like took longer than is left")
     parser.add_argument("--profile", action="store_true", help="the kernels of one of our steps")
     parser.add_argument("--draw", type=Path, metavar="RESULTS", help="table and pictures of these alone")
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-4B")
     parser.add_argument("--system", choices=("jaxpack", *SYSTEMS))
-    parser.add_argument("--layout", choices=("packed", "padding-free", "padded"))
+    parser.add_argument("--layout", choices=get_args(Layout))
     parser.add_argument("--rows", type=int, help="of a step; documents unless packed (16)")
     parser.add_argument("--max-length", type=int, help="(1024)")
     parser.add_argument("--remat", nargs="+", help="of ours: offload to none; of Unsloth: unsloth, full, none")
     parser.add_argument("--implementation", choices=("xla", "pallas"))
     parser.add_argument("--full-finetuning", action="store_true")
     parser.add_argument("--steps", type=int, help="that are timed (10)")
-    parser.add_argument("--layers", type=int, dest="num_layers", help="a model of fewer layers")
     options = parser.parse_args()
     if options.draw is None and options.lengths is None and options.plan != "losses":
         parser.error("--lengths is needed")
@@ -216,25 +209,26 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
             if planned.case.system != "jaxpack":
                 return measure_peer(planned, path, seconds, options.site)
             figures = measure_elsewhere(planned, path, seconds, ours)
-            print(*profile_lines(figures), sep="\n", end="" if "kernels" not in figures else "\n", flush=True)
+            for line in profile_lines(figures):
+                print(line, flush=True)
             return figures
 
         results = Results(options.output)
         data = lengths.stem if lengths else (options.data.stem if options.data else "gsm8k sample")
         plan = plan_of(options, documents)
         run_all(plan, results, measure, data=data, seconds=options.seconds, only_missing=options.missing)
-    return results.records, all(results.has(planned.record(data=data)) for planned in plan)
+    known = [results.of(planned, data) for planned in plan]
+    return results.records, all(record and "failed" not in record for record in known)
 
 
 def report(records: list[dict[str, Any]], path: Path | None) -> None:
-    """The tables, and the pictures beside a file of results."""
-    print_table(results_table(records))
-    if any(record["plan"] == "ablation" for record in records):
-        print_table(ablation_table(records))
-    if any(record["plan"] == "bars" for record in records):
-        print_table(bars_table(records))
-    for picture in draw_all(records, path) if path else []:
-        print(picture, flush=True)
+    """The tables, and the pictures beside a file of results, where they can be drawn."""
+    print_tables(records, *([bars_table(records)] if of_plan(records, "bars") else []))
+    try:
+        for picture in draw_all(records, path) if path else []:
+            print(picture, flush=True)
+    except InputError as error:  # there is no matplotlib
+        print(error, flush=True)
 
 
 if __name__ == "__main__":

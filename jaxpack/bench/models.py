@@ -40,16 +40,11 @@ def qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: 
 
 
 SHAPES = {
+    "tiny": qwen3(64, 128, 2, 8, tied=True),  # to try things on a CPU
     "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, tied=True),
     "Qwen3-4B": qwen3(2560, 9728, 36, 32, tied=True),
     "Qwen3-8B": qwen3(4096, 12288, 36, 32, tied=False),
 }
-
-
-def shape_of(name: str, num_layers: int | None = None) -> ModelConfig:
-    """A named shape, of fewer layers where `num_layers` says so."""
-    config = SHAPES[name]
-    return config if num_layers is None else dataclasses.replace(config, num_layers=num_layers)
 
 
 def random_model(config: ModelConfig, lora: LoraConfig | None, dtype: DTypeLike = jnp.bfloat16) -> Transformer:

@@ -8,7 +8,7 @@ from typing import Any
 import torch_bridge
 from jaxpack.bench.cases import Case, Planned
 from jaxpack.bench.measure import measure
-from jaxpack.bench.models import SHAPES, random_model, read_documents, shape_of
+from jaxpack.bench.models import SHAPES, random_model, read_documents
 from jaxpack.bench.processes import Record, answer, in_own_process, request_of
 from jaxpack.config import LoraConfig
 from jaxpack.lora import add_lora
@@ -36,7 +36,7 @@ def measure_here(request: Path, result: Path, **options: Any) -> None:
 def _model(case: Case) -> Transformer:
     lora = None if case.full_finetuning else LoraConfig(r=16)
     if case.model in SHAPES:
-        return random_model(shape_of(case.model, case.num_layers), lora)
+        return random_model(SHAPES[case.model], lora)
     model, _ = torch_bridge.from_pretrained(case.model)
     return model if lora is None else add_lora(model, lora)
 

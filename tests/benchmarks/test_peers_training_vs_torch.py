@@ -43,8 +43,8 @@ def test_checkpoint_is_whole(tied, tmp_path):
 def test_smoke(layout, tmp_path):
     lengths, output = tmp_path / "lengths.csv", tmp_path / "result.json"
     lengths.write_text(LENGTHS)
-    command = f"benchmarks/bench_training.py --system trl --layout {layout} --lengths {lengths} --model Qwen3-0.6B"
-    command += f" --layers 1 --rows 2 --steps 2 --documents 60 --output {output} --remat full none"
+    command = f"benchmarks/bench_training.py --system trl --layout {layout} --lengths {lengths} --model tiny"
+    command += f" --rows 2 --steps 2 --documents 60 --output {output} --remat full none"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     subprocess.run([sys.executable, *command.split()], check=True, env=environment)
     results = json.loads(output.read_text())["results"]

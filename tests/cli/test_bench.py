@@ -33,16 +33,16 @@ def bench(*arguments: object) -> int:
 
 def test_a_users_model_and_data_are_measured_in_every_layout(base, data, tmp_path, capfd):
     output = tmp_path / "out"
-    flags = ["--plans", "batch_sizes", "--sizes", "2", "--steps", "2", "--max-length", "64"]
+    flags = ["--plans", "losses", "--documents", "2", "--loss-steps", "2", "--max-length", "64"]
     assert bench("--model", base, "--data", data, "--output", output, *flags) == 0
     records = json.loads((output / "results.json").read_text())["results"]
     assert [record["layout"] for record in records] == ["padded", "padding-free", "packed"]
     for record in records:
-        assert record["tokens_per_second"] > 0 and len(record["losses"]) == 5 and record["rows"] == 2
+        assert record["tokens_per_second"] > 0 and len(record["losses"]) == 5
         assert (record["model"], record["data"], record["chosen_remat"]) == (str(base), "rows", "full")
-    assert {path.name for path in output.iterdir()} == {"results.json", "results_batch_sizes.png"}
+    assert {path.name for path in output.iterdir()} == {"results.json", "results_losses.png"}
     out, err = capfd.readouterr()
-    assert out.count("batch_sizes") == 3 and "real tokens/s" in out
+    assert out.count("losses") == 3 and "real tokens/s" in out
     assert err.count(" tokens/s") == 3
 
 
