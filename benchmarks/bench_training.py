@@ -37,8 +37,9 @@ from jaxpack.bench.cases import Case, Layout, Planned
 from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Results, in_own_process, read_records, request_of, run_all
 from jaxpack.bench.report import draw_all, of_plan, print_tables
+from jaxpack.cli.bench import measure_elsewhere
 from jaxpack.cli.demo import sample, train_tokenizer
-from jaxpack.cli.measure import measure_elsewhere, measure_here
+from jaxpack.cli.measure import measure_here
 from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError
 

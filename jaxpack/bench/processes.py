@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -147,12 +148,15 @@ def in_own_process(command: list[str], request: Any, *, seconds: float | None = 
                 )
             except subprocess.TimeoutExpired:
                 raise OutOfTime from None
-        if answered.exists():  # one may crash at its very end, when it has answered
-            return json.loads(answered.read_text())
         lines = log.read_text(errors="replace").splitlines()
-        print(*lines[-20:], sep="\n", file=sys.stderr, flush=True)
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return {"failed": f"exit code {process.returncode}: {last[:300]}"}
+        if answered.exists():  # one may crash at its very end, when it has answered
+            record = json.loads(answered.read_text())
+        else:
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+            record = {"failed": f"exit code {process.returncode}: {last[:300]}"}
+        if "failed" in record:
+            print(*lines[-20:], sep="\n", file=sys.stderr, flush=True)
+        return record
 
 
 def answer(result: Path, measure: Callable[[], Record]) -> None:
@@ -162,7 +166,7 @@ def answer(result: Path, measure: Callable[[], Record]) -> None:
     except Exception as error:
         record = {"failed": f"{type(error).__name__}: {reason(error)[:300]}"}
         if not isinstance(error, InputError):
-            console.print_exception(max_frames=8)
+            traceback.print_exc()
     result.write_text(json.dumps(record))
 
 

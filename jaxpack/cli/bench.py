@@ -1,6 +1,7 @@
 """`jaxpack bench`: what a step costs on this device, by layout, batch size and what is kept, on a model and data."""
 
 import dataclasses
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, get_args
@@ -8,11 +9,10 @@ from typing import Annotated, get_args
 import typer
 
 import torch_bridge
-from jaxpack.bench.cases import Case, Layout, ablation, batch_sizes, losses
+from jaxpack.bench.cases import Case, Layout, Planned, ablation, batch_sizes, losses
 from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
-from jaxpack.bench.processes import Results, run_all
+from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
 from jaxpack.bench.report import draw_all, print_tables, require_matplotlib
-from jaxpack.cli.measure import measure_elsewhere
 from jaxpack.console import console
 from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError
@@ -91,6 +91,13 @@ def bench(
         console.print(f"drew {picture}")
     if all("failed" in record for record in results.records):
         raise InputError(f"`model` must be one that trains here, got {model!r}: {results.records[0]['failed']}.")
+
+
+def measure_elsewhere(
+    planned: Planned, documents: Path, seconds: float | None, command: tuple[str, ...] = ("-m", "jaxpack.cli.measure")
+) -> Record:
+    """The figures of a case of ours, on the documents that `save_documents` wrote, from a process of its own."""
+    return in_own_process([sys.executable, *command], request_of(planned, documents=str(documents)), seconds=seconds)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

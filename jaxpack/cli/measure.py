@@ -6,24 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch_bridge
-from jaxpack.bench.cases import Case, Planned
+from jaxpack.bench.cases import Case
 from jaxpack.bench.measure import measure
 from jaxpack.bench.models import SHAPES, random_model, read_documents
-from jaxpack.bench.processes import Record, answer, in_own_process, request_of
+from jaxpack.bench.processes import Record, answer
 from jaxpack.config import LoraConfig
 from jaxpack.lora import add_lora
 from jaxpack.transformer import Transformer
 
 
-def measure_elsewhere(
-    planned: Planned, documents: Path, seconds: float | None, command: tuple[str, ...] = ("-m", "jaxpack.cli.measure")
-) -> Record:
-    """The figures of a case of ours on the documents that `save_documents` wrote."""
-    return in_own_process([sys.executable, *command], request_of(planned, documents=str(documents)), seconds=seconds)
-
-
 def measure_here(request: Path, result: Path, **options: Any) -> None:
-    """Answers such a request in this process; `options` are those of `measure`."""
+    """Answers a request of `bench.measure_elsewhere` in this process; `options` are those of `measure`."""
 
     def figures() -> Record:
         asked = json.loads(request.read_text())

@@ -96,6 +96,8 @@ def test_a_process_is_asked_and_answers():
 def test_a_process_that_dies_says_why(capfd):
     assert run("print('more', flush=True); sys.exit('no memory')") == {"failed": "exit code 1: no memory"}
     assert "more" in capfd.readouterr().err
+    assert run("print('more', flush=True); open(answered, 'w').write('{\"failed\": \"why\"}')") == {"failed": "why"}
+    assert "more" in capfd.readouterr().err
     assert run("sys.exit(3)") == {"failed": "exit code 3: it said nothing"}
     with pytest.raises(OutOfTime):
         run("time.sleep(60)", seconds=0.5)
