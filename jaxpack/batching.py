@@ -40,6 +40,7 @@ class Batches:
       truncation: what that cost.
       num_rows, rows_per_step: rows an epoch is made of, and a step; a document is one without packing.
       steps_per_epoch, num_steps: optimizer steps.
+      targets_per_epoch: tokens that an epoch trains on.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: real tokens in each step, int64 `[num_steps]`.
       limits: by T, what no batch has more of.
@@ -60,6 +61,7 @@ class Batches:
 
         lengths = self._rows.row_lengths
         row_targets = self._row_targets()
+        self.targets_per_epoch = int(row_targets.sum())
         used, segments, targets = [], [], []
         for which in map(self._which, range(self.num_steps)):
             used.append(np.where(which >= 0, lengths[which], 0))
