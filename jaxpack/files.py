@@ -4,21 +4,28 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxpack.errors import InputError, reason
 
+_NEW = ".new"  # how the name of a folder ends that is about to replace another
+
 
 def require_free_folder(path: Path, name: str) -> None:
     """Refuses a path that holds something: nothing of a user's is ever overwritten."""
+    require_folder(path, name)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"`{name}` must be empty or not exist yet, got {str(path)!r}, which holds files.")
+
+
+def require_folder(path: Path, name: str) -> None:
+    """Refuses a path that is no folder to write to, and cannot become one."""
     existing = _existing(path)
     if not existing.is_dir():
         raise InputError(f"`{name}` must be a folder, got {str(path)!r}, where the file {existing} is.")
     if not os.access(existing, os.W_OK):
         raise InputError(f"`{name}` must be writable, got {str(path)!r}, where {existing} is not.")
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"`{name}` must be empty or not exist yet, got {str(path)!r}, which holds files.")
 
 
 def require_room(path: Path, name: str, needed: int) -> None:
@@ -55,6 +62,23 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(write: Callable[[Path], None], path: Path) -> None:
+    """Lets `write` make a folder, and puts it in the place of the one that is there, if any."""
+    if not path.exists():
+        write(path)
+        return
+    new = path.with_name(f"{path.name}{_NEW}")
+    write(new)
+    shutil.rmtree(path, ignore_errors=True)
+    new.rename(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes what a process that was killed has left beside `path`, of `whole_folder` or `replace_folder`."""
+    for leftover in (*path.parent.glob(f".{path.name}-*"), path.with_name(f"{path.name}{_NEW}")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _existing(path: Path) -> Path:

@@ -296,6 +296,19 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "target_modules": (["--target-modules", "q_proj,query"], ["target_modules", "'v_proj'", "['query']"]),
     "no_target_modules": (["--target-modules", ","], ["target_modules", "at least one"]),
     "dtype": (["--dtype", "int8"], ["dtype", "'bfloat16'", "got 'int8'"]),
+    "save_steps": (["--save-steps", "-1"], ["save_steps", "0 or a positive number", "got -1"]),
+    "save_total_limit": (["--save-total-limit", "0"], ["save_total_limit", "at least 1", "got 0"]),
+    "eval_steps": (["--eval-steps", "0"], ["eval_steps", "at least 1", "got 0"]),
+    "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_dataset`", "got 5"]),
+    "eval_data": (["--eval-data", "nowhere.jsonl"], ["eval_data", "existing file", "got 'nowhere.jsonl'"]),
+    "eval_steps_between_saves": (
+        ["--eval-data", "/proc/version", "--eval-steps", "3"],
+        ["`save_steps` must be a multiple of `eval_steps` (3)", "got 500"],
+    ),
+    "resume_from_no_checkpoint": (
+        ["--resume-from-checkpoint", "/proc"],
+        ["`resume_from_checkpoint` must be the folder of a checkpoint", "got '/proc'"],
+    ),
     "text_field": (["--dataset-text-field", "body"], ["`body`", "['text']"]),
 }
 
