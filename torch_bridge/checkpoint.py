@@ -1,74 +1,81 @@
 """Reads and writes folders of safetensors files, one tensor at a time. Needs no torch."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxpack.errors import InputError, reason
+from torch_bridge.safetensors_file import Tensor, read_header
 
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "BF16", "F16")
+WEIGHTS = "model.safetensors"
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}")  # no folder, above or below
 _SHARD_BYTES = 2 << 30
+_SHOWN = 4  # names in one message
 
 
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
     Raises:
-      InputError: no such file, a missing shard, a file that is cut off or no safetensors, a dtype that is not float.
+      InputError: no such file, a missing shard, a tensor in two of them, what `read_header` refuses.
     """
 
     def __init__(self, folder: Path):
         self.description = str(folder)
-        self._files = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, str] = {}
-        for name in _file_names(folder):
-            path = folder / name
-            if not path.is_file():
-                raise InputError(f"{folder} must hold every shard that its index lists, got none named {name!r}.")
-            try:
-                self._files[name] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{path} must be a whole safetensors file, got one that is not: {reason(error)}."
-                ) from error
-            for tensor in self._files[name].keys():  # noqa: SIM118 - no mapping
-                described = self._files[name].get_slice(tensor)
-                if described.get_dtype() not in _DTYPES:
-                    raise InputError(
-                        f"{tensor} of {path} must be of dtype {', '.join(_DTYPES)}, got {described.get_dtype()}."
-                    )
-                self._shapes[tensor] = tuple(described.get_shape())
-                self._file_of[tensor] = name
+        self._tensors: dict[str, Tensor] = {}
+        for path, listed in weight_files(folder, WEIGHTS).items():
+            found = read_header(path)
+            require_listed(path, listed, found)
+            for name, tensor in found.items():
+                if name in self._tensors:
+                    raise InputError(f"{folder} must hold each tensor once, got {name:.80} in two files.")
+                self._tensors[name] = tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        return self._files[self._file_of[name]].get_tensor(name)
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        return self._tensors[name].read(first, last, buffer)
 
 
-def _file_names(folder: Path) -> list[str]:
-    if (folder / _ONE_FILE).is_file():
-        return [_ONE_FILE]
-    index = folder / _INDEX
+def weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
+    """The files of a folder's weights, and the tensors that its index lists in each: `one_file`, or its shards."""
+    if (folder / one_file).is_file():
+        return {folder / one_file: []}
+    index = folder / f"{one_file}.index.json"
     if not index.is_file():
-        raise InputError(f"{folder} must hold {_ONE_FILE} or {_INDEX}, got neither.")
+        raise InputError(f"{folder} must hold {one_file} or {index.name}, got neither.")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} must have a `weight_map` from tensors to files, got {weight_map!r:.80}.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{index} must list files of its own folder, got {name!r}.")
-    return names
+    files: dict[Path, list[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise InputError(f"{index} must list files of its own folder, got {name!r:.80}.")
+        files.setdefault(folder / name, []).append(tensor)
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{folder} must hold every shard that its index lists, got none named {path.name!r}.")
+    return dict(sorted(files.items()))
+
+
+def require_listed(path: Path, listed: Iterable[str], found: Mapping[str, object]) -> None:
+    """Refuses a shard that has not what the index says of it."""
+    missing = [name for name in listed if name not in found]
+    if missing:
+        raise InputError(
+            f"{path} must hold the {len(missing)} tensors that the index says ({some(missing)}), got none of that name."
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(f"{name:.80}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def read_json(path: Path) -> dict:
@@ -100,10 +107,10 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, jax.Array]]) ->
     # How many there are is known only now, and their names say it.
     names = [f"model-{i + 1:05}-of-{num_shards + 1:05}.safetensors" for i in range(num_shards + 1)]
     if num_shards == 0:
-        names = [_ONE_FILE]
+        names = [WEIGHTS]
     else:
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in shard_of.items()}}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2))
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2))
     for i, name in enumerate(names):
         (folder / f"{i}.part").rename(folder / name)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 from jaxpack.errors import InputError
@@ -38,5 +39,5 @@ class _ModuleTensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> jax.Array:
-        return jax.dlpack.from_dlpack(self._tensors[name].detach().contiguous())
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array:
+        return jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
