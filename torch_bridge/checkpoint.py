@@ -14,6 +14,7 @@ from torch_bridge.safetensors_file import Tensor, read_header
 
 WEIGHTS = "model.safetensors"
 _FILE_NAME = re.compile(r"\w[\w.-]{0,200}")  # no folder, above or below
+_MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has a tenth
 _SHARD_BYTES = 2 << 30
 _SHOWN = 4  # names in one message
 
@@ -81,6 +82,8 @@ def some(names: Sequence[str]) -> str:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; what is none is an `InputError`."""
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} must be a readable JSON file: {reason(error)}.") from error

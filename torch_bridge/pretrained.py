@@ -3,9 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
+from jaxpack.config import ModelConfig
 from jaxpack.console import console
 from jaxpack.data import Tokenizer
 from jaxpack.errors import InputError, reason
@@ -38,11 +40,9 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     folder = _folder(str(name_or_path))
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
-    config = config_from_hf(read_json(folder / CONFIG_FILE), str(name_or_path))
-    model = build_model(config, SafetensorsFolder(folder), dtype)
-    model.source_files = tuple(
-        (name, (folder / name).read_text()) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()
-    )
+    described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
+    model = build_model(_config(folder, described[CONFIG_FILE], str(name_or_path)), SafetensorsFolder(folder), dtype)
+    model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
     return model, _tokenizer(folder)
 
 
@@ -89,6 +89,18 @@ def _folder(name_or_path: str) -> Path:
         raise InputError(
             f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"
             f" {reason(error)}."
+        ) from error
+
+
+def _config(folder: Path, content: dict[str, Any], name_or_path: str) -> ModelConfig:
+    try:
+        return config_from_hf(content, name_or_path)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Of a field that is of a type that no such model has: a list for a number, say.
+        raise InputError(
+            f"{folder / CONFIG_FILE} must describe a model, got one that cannot be read: {reason(error)}."
         ) from error
 
 
