@@ -2,17 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
 from safetensors.numpy import save
 
 from jaxpack.errors import InputError, reason
-from torch_bridge.safetensors_file import Tensor, read_header
+from torch_bridge.safetensors_file import read_header
 
-WEIGHTS = "model.safetensors"
+Found = TypeVar("Found")
+
+WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 _FILE_NAME = re.compile(r"\w[\w.-]{0,200}")  # no folder, above or below
 _MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has a tenth
 _SHARD_BYTES = 2 << 30
@@ -23,19 +26,12 @@ class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
     Raises:
-      InputError: no such file, a missing shard, a tensor in two of them, what `read_header` refuses.
+      InputError: what `tensors_of` or `read_header` refuses.
     """
 
     def __init__(self, folder: Path):
         self.description = str(folder)
-        self._tensors: dict[str, Tensor] = {}
-        for path, listed in weight_files(folder, WEIGHTS).items():
-            found = read_header(path)
-            require_listed(path, listed, found)
-            for name, tensor in found.items():
-                if name in self._tensors:
-                    raise InputError(f"{folder} must hold each tensor once, got {name:.80} in two files.")
-                self._tensors[name] = tensor
+        self._tensors = tensors_of(folder, WEIGHTS, read_header)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
@@ -44,11 +40,40 @@ class SafetensorsFolder:
         return self._tensors[name].read(first, last, buffer)
 
 
-def weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
-    """The files of a folder's weights, and the tensors that its index lists in each: `one_file`, or its shards."""
+def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Found]]) -> dict[str, Found]:
+    """What `read` finds in the files of a folder's weights: in `one_file`, or in the shards that its index lists.
+
+    Raises:
+      InputError: no such file, a missing shard, one that has not what the index says of it, a tensor in two of them.
+    """
+    tensors: dict[str, Found] = {}
+    for path, listed in _weight_files(folder, one_file).items():
+        found = read(path)
+        if missing := [name for name in listed if name not in found]:
+            raise InputError(
+                f"{path} must hold the tensors that its index lists, got none of {len(missing)} ({some(missing)})."
+            )
+        for name, tensor in found.items():
+            if name in tensors:
+                raise InputError(f"{folder} must hold each tensor once, got {name:.80} in two files.")
+            tensors[name] = tensor
+    return tensors
+
+
+def has_weights(folder: Path, one_file: str) -> bool:
+    """Whether a folder has this file of weights, or an index of its shards."""
+    return any((folder / name).is_file() for name in (one_file, _index_of(one_file)))
+
+
+def _index_of(one_file: str) -> str:
+    return f"{one_file}.index.json"
+
+
+def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
+    """The files, and the tensors that an index lists in each."""
     if (folder / one_file).is_file():
         return {folder / one_file: []}
-    index = folder / f"{one_file}.index.json"
+    index = folder / _index_of(one_file)
     if not index.is_file():
         raise InputError(f"{folder} must hold {one_file} or {index.name}, got neither.")
     weight_map = read_json(index).get("weight_map")
@@ -63,15 +88,6 @@ def weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
         if not path.is_file():
             raise InputError(f"{folder} must hold every shard that its index lists, got none named {path.name!r}.")
     return dict(sorted(files.items()))
-
-
-def require_listed(path: Path, listed: Iterable[str], found: Mapping[str, object]) -> None:
-    """Refuses a shard that has not what the index says of it."""
-    missing = [name for name in listed if name not in found]
-    if missing:
-        raise InputError(
-            f"{path} must hold the {len(missing)} tensors that the index says ({some(missing)}), got none of that name."
-        )
 
 
 def some(names: Sequence[str]) -> str:
@@ -113,7 +129,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, jax.Array]]) ->
         names = [WEIGHTS]
     else:
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in shard_of.items()}}
-        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2))
+        (folder / _index_of(WEIGHTS)).write_text(json.dumps(index, indent=2))
     for i, name in enumerate(names):
         (folder / f"{i}.part").rename(folder / name)
 

@@ -14,8 +14,15 @@ from jaxpack.errors import InputError, reason
 from jaxpack.files import whole_folder
 from jaxpack.lora import adapters
 from jaxpack.transformer import Transformer
-from torch_bridge.checkpoint import SafetensorsFolder, read_json, write_safetensors
-from torch_bridge.convert import build_model, model_tensors
+from torch_bridge.checkpoint import (
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    SafetensorsFolder,
+    has_weights,
+    read_json,
+    write_safetensors,
+)
+from torch_bridge.convert import TensorSource, build_model, model_tensors
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -24,10 +31,11 @@ _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
 def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer | None]:
-    """Reads a model and its tokenizer from a Hugging Face folder, or from the hub. Needs no torch.
+    """Reads a model and its tokenizer from a Hugging Face folder, or from the hub.
 
     Args:
-      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub.
+      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. Where there is
+        only `pytorch_model.bin`, or its shards, torch's weights-only loader reads them.
       dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
         float32 on a CPU, where bfloat16 is slow.
 
@@ -41,7 +49,7 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
-    model = build_model(_config(folder, described[CONFIG_FILE], str(name_or_path)), SafetensorsFolder(folder), dtype)
+    model = build_model(_config(folder, described[CONFIG_FILE], str(name_or_path)), _weights(folder), dtype)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
     return model, _tokenizer(folder)
 
@@ -84,12 +92,28 @@ def _folder(name_or_path: str) -> Path:
             f"`model` {name_or_path!r} is no folder here; the hub needs `pip install jaxpack[hf]`."
         ) from error
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
+        folder = Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
+        if not has_weights(folder, WEIGHTS):
+            folder = Path(snapshot_download(name_or_path, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
         raise InputError(
             f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"
             f" {reason(error)}."
         ) from error
+
+
+def _weights(folder: Path) -> TensorSource:
+    if has_weights(folder, WEIGHTS) or not has_weights(folder, TORCH_WEIGHTS):
+        return SafetensorsFolder(folder)
+    try:
+        from torch_bridge.live import TorchFolder
+    except ImportError as error:
+        raise InputError(
+            f"{folder} must hold {WEIGHTS}, or torch be installed (`pip install jaxpack[torch]`), got"
+            f" {TORCH_WEIGHTS} without torch."
+        ) from error
+    return TorchFolder(folder)
 
 
 def _config(folder: Path, content: dict[str, Any], name_or_path: str) -> ModelConfig:
