@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from jaxpack.errors import InputError
@@ -11,6 +12,7 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
 RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made with one of the others
 Implementation = Literal["xla", "pallas"]
+WHOLE_MODULES = ("embed_tokens", "lm_head")  # that may be trained whole beside adapters, by their Hugging Face names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,25 +98,41 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = _option(
         "all-linear", "Projections with an adapter, such as 'q_proj,v_proj', or 'all-linear': all but the head."
     )
+    rank_pattern: str | tuple[tuple[str, int], ...] = _option("", "Other ranks, of projections: 'q_proj=8,v_proj=4'.")
+    alpha_pattern: str | tuple[tuple[str, float], ...] = _option("", "Other alphas, of projections, in the same way.")
+    modules_to_save: str | tuple[str, ...] = _option(
+        "", "Matrices to train whole, beside the adapters: 'lm_head', 'embed_tokens'; both of them where they are tied."
+    )
     seed: int = _option(42, "Of lora_A. lora_B starts at zero, so step 0 equals the base model.")
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check(self.r >= 1, "r", "must be at least 1", self.r)
         _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
+        for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
+            object.__setattr__(self, name, _pattern(name, getattr(self, name), rule, int if "whole" in rule else float))
+        object.__setattr__(self, "modules_to_save", _names(self.modules_to_save))
+        unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
+        _check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
         if self.target_modules != "all-linear":
-            names = self.target_modules
-            if isinstance(names, str):
-                names = [name.strip() for name in names.split(",") if name.strip()]
-            names = tuple(names)
+            names = _names(self.target_modules)
             _check(names != (), "target_modules", "must name at least one module", names)
             object.__setattr__(self, "target_modules", names)
 
     @property
     def scaling(self) -> float:
-        """What `lora_B @ lora_A @ x` is multiplied by."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """What `lora_B @ lora_A @ x` is multiplied by, where no pattern says otherwise."""
+        return self.scaling_of("")
+
+    def rank_of(self, projection: str) -> int:
+        """The rank of a projection's adapter."""
+        return dict(self.rank_pattern).get(projection, self.r)
+
+    def scaling_of(self, projection: str) -> float:
+        """What a projection's `lora_B @ lora_A @ x` is multiplied by."""
+        rank, alpha = self.rank_of(projection), dict(self.alpha_pattern).get(projection, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +229,27 @@ class TrainConfig:
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+
+
+def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Names in a list, or in a string with commas."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else tuple(value)
+
+
+def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, Any], ...]:
+    """Numbers by name, of a mapping, of pairs, or of a string such as 'q_proj=8,v_proj=4'."""
+    try:
+        if isinstance(value, str):
+            pairs = [one.split("=") for one in _names(value)]
+            pairs = [(key.strip(), kind(number)) for key, number in pairs]
+        else:
+            pairs = [(key, number) for key, number in (value.items() if isinstance(value, Mapping) else value)]
+        allowed = (int,) if kind is int else (int, float)
+        whole = all(isinstance(key, str) and type(number) in allowed and _is_positive(number) for key, number in pairs)
+    except (TypeError, ValueError):
+        whole = False
+    _check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)
+    return tuple(pairs)
 
 
 def _check_types(config: Any) -> None:

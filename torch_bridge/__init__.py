@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints in, PEFT adapters out."""
+"""Hugging Face checkpoints and PEFT adapters, in and out."""
 
 from typing import TYPE_CHECKING, Any
 
+from torch_bridge.adapter import load_adapter as load_adapter
 from torch_bridge.adapter import save_adapter as save_adapter
 from torch_bridge.pretrained import from_pretrained as from_pretrained
 from torch_bridge.pretrained import save_pretrained as save_pretrained

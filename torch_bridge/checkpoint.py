@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,9 +90,22 @@ def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
     return dict(sorted(files.items()))
 
 
+def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing and what has another shape, in two phrases at most."""
+    missing = [name for name in expected if name not in found]
+    wrong = [
+        f"{name} is {list(found[name])} and must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return ([f"{len(missing)} missing ({some(missing)})"] if missing else []) + (
+        [f"{len(wrong)} of the wrong shape ({some(wrong)})"] if wrong else []
+    )
+
+
 def some(names: Sequence[str]) -> str:
     """The first few of many names."""
-    return ", ".join(f"{name:.80}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return ", ".join(f"{name:.120}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def read_json(path: Path) -> dict:

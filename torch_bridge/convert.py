@@ -17,7 +17,7 @@ from jaxpack.console import console, progress_bar
 from jaxpack.errors import InputError
 from jaxpack.prefetch import prefetched
 from jaxpack.transformer import Transformer
-from torch_bridge.checkpoint import some
+from torch_bridge.checkpoint import mismatches, some
 from torch_bridge.names import Entry, tensor_table
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -178,18 +178,7 @@ def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
 
 def _check_shapes(model: Transformer, source: TensorSource) -> None:
     found, expected = source.shapes(), tensor_shapes(model)
-    problems = []
-    missing = [name for name in expected if name not in found]
-    if missing:
-        problems.append(f"{len(missing)} missing ({some(missing)})")
-    wrong = [
-        f"{name} is {list(found[name])} and must be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if wrong:
-        problems.append(f"{len(wrong)} of the wrong shape ({some(wrong)})")
-    if problems:
+    if problems := mismatches(found, expected):
         raise InputError(f"{source.description} must hold the tensors of its `config.json`, got {'; '.join(problems)}.")
     known = {*expected, _HEAD}  # a tied head may be there or not
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
