@@ -93,7 +93,7 @@ def test_matrices_are_trained_whole_beside_adapters(family):
     _, trainable, _ = split_trainable(model)
     assert len(jax.tree.leaves(trainable)) == (3 if tied else 4)
     if tied:
-        with pytest.raises(InputError, match="must be both of .* where they are tied"):
+        with pytest.raises(InputError, match=r"must be both of .* where they are tied"):
             add_lora(small_model(family), LoraConfig(modules_to_save="lm_head"))
     with pytest.raises(InputError, match="`modules_to_save` must be among"):
         LoraConfig(modules_to_save="norm")

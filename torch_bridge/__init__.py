@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_bridge.adapter import load_adapter as load_adapter
 from torch_bridge.adapter import save_adapter as save_adapter
+from torch_bridge.merged import save_merged as save_merged
 from torch_bridge.pretrained import from_pretrained as from_pretrained
 from torch_bridge.pretrained import save_pretrained as save_pretrained
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxpack.config import ModelConfig
@@ -62,20 +64,36 @@ def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None =
     """
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
+    tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
+    with whole_folder(Path(path), "path") as folder:
+        write_folder(folder, model, tensors, jnp.dtype(model.dtype).name, tokenizer)
+
+
+def write_folder(
+    folder: Path,
+    model: Transformer,
+    tensors: Iterable[tuple[str, jax.Array]],
+    dtype: str,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a checkpoint of the model's kind: config, generation config, weights of `dtype`, tokenizer.
+
+    Raises:
+      OSError: the disk refused a write.
+    """
     source = dict(model.source_files)
     hf = json.loads(source.get(CONFIG_FILE, "{}"))
     hf = {name: value for name, value in hf.items() if name not in _REPLACED}
-    hf |= config_to_hf(model.config) | {"dtype": jnp.dtype(model.dtype).name}
-    with whole_folder(Path(path), "path") as folder:
-        (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-        if GENERATION_FILE in source:
-            (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
-        write_safetensors(folder, ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model)))
-        if tokenizer is not None:
-            try:
-                tokenizer.save_pretrained(folder)
-            except Exception as error:  # a full disk is a plain `Exception` in tokenizers
-                raise OSError(reason(error)) from error
+    hf |= config_to_hf(model.config) | {"dtype": dtype}
+    (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+    if GENERATION_FILE in source:
+        (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
+    write_safetensors(folder, tensors)
+    if tokenizer is not None:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # a full disk is a plain `Exception` in tokenizers
+            raise OSError(reason(error)) from error
 
 
 def _folder(name_or_path: str) -> Path:
