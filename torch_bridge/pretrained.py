@@ -39,7 +39,7 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
       name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. Where there is
         only `pytorch_model.bin`, or its shards, torch's weights-only loader reads them.
       dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
-        float32 on a CPU, where bfloat16 is slow.
+        float32 on a CPU, where bfloat16 is slow; "auto" is what `config.json` says of the weights, else float32.
 
     Returns:
       The model, and its tokenizer; None where the folder has none.
@@ -51,7 +51,11 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
-    model = build_model(_config(folder, described[CONFIG_FILE], str(name_or_path)), _weights(folder), dtype)
+    config = described[CONFIG_FILE]
+    if dtype == "auto":
+        stored = config.get("dtype") or config.get("torch_dtype")
+        dtype = stored if stored in ("bfloat16", "float16") else "float32"
+    model = build_model(_config(folder, config, str(name_or_path)), _weights(folder), dtype)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
     return model, _tokenizer(folder)
 

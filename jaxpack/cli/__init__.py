@@ -1,10 +1,11 @@
-"""The front door: `jaxpack train` and `jaxpack demo`. The one place here that may import torch_bridge."""
+"""The front door: `jaxpack train`, `export` and `demo`. The one place here that may import torch_bridge."""
 
 import sys
 
 import typer
 
 from jaxpack.cli.demo import demo
+from jaxpack.cli.export import export
 from jaxpack.cli.train import train
 from jaxpack.console import console
 from jaxpack.errors import InputError
@@ -17,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's tables cut the names of long flags
 )
 app.command()(train)
+app.command()(export)
 app.command()(demo)
 
 
