@@ -109,3 +109,22 @@ def test_shards_are_read_in_the_order_in_which_they_lie(tmp_path: Path, monkeypa
     assert source.shapes().keys() == dict(model_tensors(model)).keys()
     index = json.loads((tmp_path / "model" / f"{WEIGHTS}.index.json").read_text())
     assert index["weight_map"] == {name: tensor.path.name for name, tensor in source._tensors.items()}
+
+
+def test_of_the_hub_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pickles are, where there is nothing else."""
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError, match=r"must hold a config.json"):
+        torch_bridge.from_pretrained("owner/name")
+    assert len(asked) == 2 and "pytorch_model*.bin" not in asked[0] and "pytorch_model*.bin" in asked[1]
+    asked.clear()
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    with pytest.raises(InputError, match=r"must hold a config.json"):
+        torch_bridge.from_pretrained("owner/name")
+    assert len(asked) == 1
