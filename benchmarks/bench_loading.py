@@ -79,7 +79,8 @@ def _write_folder(config: ModelConfig, folder: Path) -> None:
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     noise = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(jnp.bfloat16)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
-    write_safetensors(folder, ((name, np.resize(noise, shape)) for name, shape in tensor_shapes(model).items()))
+    shapes = tensor_shapes(model)
+    write_safetensors(folder, shapes, "bfloat16", ((name, np.resize(noise, shape)) for name, shape in shapes.items()))
     for path in _files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())  # only what is on the disk can be dropped from the page cache

@@ -1,17 +1,19 @@
 """Reads and writes folders of safetensors files, one tensor at a time. Needs no torch."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
 from jaxpack.errors import InputError, reason
-from torch_bridge.safetensors_file import read_header
+from torch_bridge.safetensors_file import header_bytes, read_header
 
 Found = TypeVar("Found")
 
@@ -121,30 +123,36 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, jax.Array]]) -> None:
-    """Writes tensors as they come, in files of about 2 GiB, and an index where there is more than one."""
-    shard: dict[str, np.ndarray] = {}
-    shard_of: dict[str, int] = {}
-    num_shards = total = held = 0
-    for name, tensor in tensors:
-        array = np.asarray(tensor)
-        if shard and held + array.nbytes > _SHARD_BYTES:
-            write_tensors(folder / f"{num_shards}.part", shard)
-            shard, held, num_shards = {}, 0, num_shards + 1
-        shard[name], shard_of[name] = array, num_shards
-        held += array.nbytes
-        total += array.nbytes
-    write_tensors(folder / f"{num_shards}.part", shard)
+def write_safetensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, jax.Array]]
+) -> None:
+    """Writes tensors as they come, in files of about 2 GiB, and an index where there is more than one.
 
-    # How many there are is known only now, and their names say it.
-    names = [f"model-{i + 1:05}-of-{num_shards + 1:05}.safetensors" for i in range(num_shards + 1)]
-    if num_shards == 0:
-        names = [WEIGHTS]
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in shard_of.items()}}
+    Holds one tensor at a time, for the headers are written before: `tensors` are those of `shapes`, in that order, and
+    of `dtype`.
+    """
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = jnp.dtype(dtype).itemsize * math.prod(shape)
+        if shards[-1] and sum(shards[-1].values()) + size > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(size for shard in shards for size in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _index_of(WEIGHTS)).write_text(json.dumps(index, indent=2))
-    for i, name in enumerate(names):
-        (folder / f"{i}.part").rename(folder / name)
+    coming = iter(tensors)
+    for file, shard in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as written:
+            written.write(header_bytes({name: shapes[name] for name in shard}, dtype))
+            for name in shard:
+                given, tensor = next(coming)
+                array = np.ascontiguousarray(tensor)
+                assert (given, array.shape, array.dtype) == (name, shapes[name], jnp.dtype(dtype)), name
+                written.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -24,7 +24,7 @@ from torch_bridge.checkpoint import (
     read_json,
     write_safetensors,
 )
-from torch_bridge.convert import TensorSource, build_model, model_tensors
+from torch_bridge.convert import TensorSource, build_model, model_tensors, tensor_shapes
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -92,7 +92,7 @@ def write_folder(
     (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
     if GENERATION_FILE in source:
         (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
-    write_safetensors(folder, tensors)
+    write_safetensors(folder, tensor_shapes(model), dtype, tensors)
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)

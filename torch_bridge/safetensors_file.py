@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if end != status.st_size:
         raise _broken(path, f"its tensors end at byte {end:,} and it at {status.st_size:,}")
     return tensors
+
+
+def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    """What a file of these tensors begins with, in the order in which their bytes follow; marked as others expect."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    code = next(code for code, kind in DTYPES.items() if kind == dtype)
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + DTYPES[code].itemsize * math.prod(shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers begin at a multiple of their size
+    return len(text).to_bytes(8, "little") + text
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import small_config, small_model
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import torch_bridge
@@ -63,6 +64,33 @@ def test_the_host_holds_a_few_pieces_and_not_the_largest_tensor(tmp_path: Path, 
     tracemalloc.stop()
     largest = 4 * config.vocab_size * config.hidden_size
     assert 4 * 4 * piece < peak < 4 * 4 * piece + (1 << 20) < largest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_written_is_what_safetensors_reads(dtype: str, tmp_path: Path):
+    model = small_model("qwen3", dtype=jnp.dtype(dtype))
+    torch_bridge.save_pretrained(model, str(tmp_path / "model"))
+    read = load_file(tmp_path / "model" / WEIGHTS)
+    expected = dict(model_tensors(model))
+    assert list(SafetensorsFolder(tmp_path / "model").shapes()) == list(expected)
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert read[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(read[name], tensor)
+    with safe_open(tmp_path / "model" / WEIGHTS, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_host_holds_one_tensor_while_it_writes(tmp_path: Path):
+    config = small_config("llama", vocab_size=10_000, hidden_size=64, num_layers=12)
+    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # which NumPy must copy to write it
+    torch_bridge.save_pretrained(model, str(tmp_path / "first"))
+    tracemalloc.start()
+    torch_bridge.save_pretrained(model, str(tmp_path / "model"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "model" / WEIGHTS).stat().st_size > 2 * 2 * 10_000 * 64
+    assert peak < 2 * 10_000 * 64 + (1 << 20)
 
 
 def test_a_file_cut_after_it_was_checked_gives_no_model(tmp_path: Path):
