@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/bench_kernels.py --lengths LENGTHS.csv --peers-site FOLDER
 
 First the opponents run, each group in a process of its own (`peers_kernels.py`), then JAX in this one. `timing.py` says
-what is timed. LENGTHS.csv is a histogram of document lengths as in `bench_main_job.py`; FOLDER holds Unsloth and Liger.
+what is timed. LENGTHS.csv is a histogram of document lengths as in `bench_training.py`; FOLDER holds Unsloth and Liger.
 Prints a table and the bars, and writes a JSON file and a picture.
 """
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import MODELS
 from flax import nnx
 
 import torch_bridge
+from jaxpack.bench.models import SHAPES
 from jaxpack.config import ModelConfig
 from jaxpack.transformer import Transformer
 from torch_bridge.checkpoint import write_safetensors
@@ -38,7 +38,7 @@ _PIECE = 64 << 20
 def main() -> None:
     """Makes the folder, measures each way in a process, prints what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="Qwen3-8B")
+    parser.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
     parser.add_argument("--layers", type=int, help="fewer of them, for a smaller folder")
     parser.add_argument("--vocab", type=int, help="a smaller one")
     parser.add_argument("--folder", type=Path, help="where to make it; a temporary one by default")
@@ -50,7 +50,7 @@ def main() -> None:
         print(json.dumps(_measure(_WAYS[options.measure], options.folder, options.cold)))
         return
 
-    config = MODELS[options.model]
+    config = SHAPES[options.model]
     config = dataclasses.replace(
         config, num_layers=options.layers or config.num_layers, vocab_size=options.vocab or config.vocab_size
     )

@@ -1,134 +1,130 @@
-"""One training step at a model's real size: tokens a second, memory, compile time, and what its time goes into.
+"""The training step beside its opponents: tokens a second, memory, and what each of our choices brings.
 
-    PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --model Qwen3-4B --remat offload none
+    PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --plan bars --site SITE --output RESULTS.json
+    PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --model Qwen3-4B --remat offload --profile
+    PYTHONPATH=. python benchmarks/bench_training.py --draw RESULTS.json
 
-Each configuration runs in a process of its own, on random weights and documents of the lengths in LENGTHS.csv
-(as in `bench_main_job.py`), through the trainer's own batches and step. Real tokens are counted, of steps after the
-program is warm; peak memory is the allocator's own. With --profile, the kernels of one step by their share of it.
+Plans: `bars` (every bar, with its opponents), `batch_sizes` (1 to 32, every layout and system), `ablation` (padded to
+packed to kernels to memory choices), `losses` (of runs over the same text in every layout), and `cases`, the default:
+what the flags say, one for each --remat. Each case runs in a process of its own, on random weights and documents of the
+lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token_length_to` and `documents`. Real tokens
+are counted, of steps after the warm-up; peak memory is the allocator's own.
+
+RESULTS.json is written after each case, and what it holds is kept: a plan can be run in parts, by --only (a part of a
+line as it is printed), --missing (failures are held, too) and --seconds. Without matplotlib there are no pictures:
+--draw makes the tables and the pictures beside RESULTS.json, on any machine. SITE is a folder with the opponents'
+packages (and a `libcudart.so` that one of them wants).
 """
 
 import argparse
 import collections
 import dataclasses
 import json
-import math
-import subprocess
+import os
 import sys
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from cases import MODELS, documents
-from flax import nnx
+from bars import bars, bars_table
+from peers_training import SYSTEMS, write_checkpoint
 from timing import Event, jax_kernel_events
 
-from jaxpack import LoraConfig, TrainConfig, Transformer, add_lora
-from jaxpack.batching import Batches
-from jaxpack.config import ModelConfig, Remat
-from jaxpack.data import load_documents
-from jaxpack.packing import PackedBatch
-from jaxpack.predictions import Job, predict, rates_of
-from jaxpack.trainer import peak_memory_bytes
-from jaxpack.training import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
+from jaxpack.bench import cases
+from jaxpack.bench.cases import Case, Layout, Planned
+from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
+from jaxpack.bench.processes import Results, in_own_process, read_records, request_of, run_all
+from jaxpack.bench.report import draw_all, of_plan, print_tables
+from jaxpack.cli.bench import measure_elsewhere
+from jaxpack.cli.demo import sample, train_tokenizer
+from jaxpack.cli.measure import measure_here
+from jaxpack.data import Documents, load_documents
+from jaxpack.errors import InputError
 
-WARM_UP = 3
 COPIES = ("MemcpyD2H", "MemcpyH2D")  # between device and host: on streams of their own
+DEFAULT_REMAT = {"jaxpack": ["offload", "none"], "unsloth": ["unsloth", "none"], "trl": ["full"], "trl-liger": ["full"]}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+# Plans.
 
 
-def noise(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Uniform, of standard deviation 0.02: a hash of each index, in one pass that needs no memory but the result's."""
-    x = jax.lax.iota(jnp.uint32, math.prod(like.shape)) * jnp.uint32(2654435761)
-    for _ in range(2):
-        x = (x ^ (x >> 16)) * jnp.uint32(73244475)
-    return ((x.astype(jnp.float32) * 2.0**-32 - 0.5) * (0.02 * 12**0.5)).astype(like.dtype).reshape(like.shape)
-
-
-def random_model(config: ModelConfig, lora: LoraConfig | None) -> Transformer:
-    """A model of the right shapes with weights of the right size, made without holding any of them twice."""
-
-    def make() -> Transformer:
-        model = Transformer(config, rngs=nnx.Rngs(0))
-        return model if lora is None else add_lora(model, lora)
-
-    graph, state = nnx.split(nnx.eval_shape(make))
-
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if any(getattr(key, "key", None) == "scale" for key in path):
-            return jnp.ones(leaf.shape, leaf.dtype)
-        return jax.jit(noise, static_argnums=0)(leaf)
-
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one configuration here."""
-    train = TrainConfig(
-        packing=options.layout == "packed",
-        padding_free=options.layout == "padding-free",
-        max_length=options.max_length,
-        per_device_train_batch_size=options.rows,
-        max_steps=WARM_UP + options.steps,
-        remat=options.here,
-        implementation=options.implementation,
-        learning_rate=1e-4,
+def batch_sizes(base: Case) -> list[Planned]:
+    """Ours in every layout; Unsloth as it comes and packed, TRL padded. All with the least memory that they know."""
+    lines = (
+        ("jaxpack", "padded", "offload"),
+        ("jaxpack", "padding-free", "offload"),
+        ("jaxpack", "packed", "offload"),
+        ("unsloth", "padding-free", "unsloth"),
+        ("unsloth", "packed", "unsloth"),
+        ("trl", "padded", "full"),
+        ("trl-liger", "padded", "full"),
     )
-    config = MODELS[options.model]
-    if options.layers:
-        config = dataclasses.replace(config, num_layers=options.layers)
-    model = random_model(config, None if options.full_finetuning else LoraConfig(r=16))
-    rows = documents(options.lengths, options.documents)
-    batches = Batches(load_documents(rows, None, vocab_size=model.config.vocab_size), train)
-    graph, trainable, frozen = split_trainable(model)
-    nnx.update(model, trainable)  # lets go of the arrays that were copied
-    schedule = make_schedule(train, batches.num_steps)
-    optimizer = make_optimizer(train, schedule)
-    step = make_train_step(graph, optimizer, remat=train.remat, implementation=train.implementation)
-    state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+    return [
+        planned
+        for system, layout, remat in lines
+        for planned in cases.batch_sizes(dataclasses.replace(base, system=system, layout=layout, remat=remat))
+    ]
 
-    begin = time.perf_counter()
-    programs = {}
-    for shape in batches.shapes:
-        batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-        programs[shape[-1]] = step.lower(state, frozen, batch, limits=batches.limits[shape[-1]]).compile()
-    compile_seconds = time.perf_counter() - begin
-    analysis = programs[batches.shapes[0][-1]].memory_analysis()
 
-    def run(state: TrainState, first: int, last: int) -> tuple[TrainState, list[float], float]:
-        losses = []
-        begin = time.perf_counter()
-        for i in range(first, last):
-            batch = jax.device_put(batches[i])
-            state, metrics = programs[batch.tokens.shape[-1]](state, frozen, batch)
-            losses.append(metrics.loss)
-        losses = [float(loss) for loss in losses]
-        return state, losses, time.perf_counter() - begin
+def losses(base: Case, documents: Documents) -> list[Planned]:
+    """150 steps of 32 documents, all weights trained: adapters of a random model have little to work with."""
+    base = dataclasses.replace(base, full_finetuning=True, steps=150, learning_rate=3e-4)
+    return cases.losses(base, 32, documents)
 
-    state, losses, _ = run(state, 0, WARM_UP)
-    state, more, seconds = run(state, WARM_UP, batches.num_steps)
-    tokens = int(batches.tokens_per_step[WARM_UP:].sum())
-    predicted = predict(Job.of_run(model, batches), rates_of(jax.devices()[0].device_kind))[options.here]
-    result = {
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds / options.steps,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "predicted_peak_bytes": predicted.peak_bytes,
-        "predicted_step_seconds": predicted.seconds,
-        "argument_bytes": analysis.argument_size_in_bytes,
-        "temporary_bytes": analysis.temp_size_in_bytes,
-        "host_temporary_bytes": analysis.host_temp_size_in_bytes,
-        "compile_seconds": compile_seconds,
-        "shapes": batches.shapes,
-        "padding_share": batches.padding_share,
-        "losses": losses + more,
-    }
-    if options.profile:
-        final = batches.num_steps
-        events = jax_kernel_events(lambda: jax.block_until_ready(run(state, final - 1, final)[0]))
-        result["kernels"] = by_name(events)
-    return result
+
+PLANS: dict[str, Callable[[Case, Documents], list[Planned]]] = {
+    "bars": lambda base, documents: bars(),
+    "batch_sizes": lambda base, documents: batch_sizes(base),
+    "ablation": lambda base, documents: cases.ablation(base, 32, documents),
+    "losses": losses,
+}
+
+
+def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
+    """The plan that the flags name, or the cases that they describe."""
+    fields = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Case)}
+    base = Case(**{name: value for name, value in fields.items() if value is not None and name != "remat"})
+    if options.plan != "cases":
+        plan = PLANS[options.plan](base, documents)
+    else:
+        choices = options.remat or DEFAULT_REMAT[base.system]
+        plan = [Planned("cases", base.layout, dataclasses.replace(base, remat=remat)) for remat in choices]
+    chosen = [planned for planned in plan if any(part in str(planned) for part in options.only)]
+    if not chosen:
+        raise InputError(f"`only` must be parts of a case's line, such as {str(plan[0])!r}, got {options.only}.")
+    return chosen
+
+
+def text_documents(data: Path | None) -> Documents:
+    """Rows of text (without a file, the bundled questions), through a tokenizer that is trained on them."""
+    rows = sample() if data is None else [json.loads(line) for line in data.read_text().splitlines()]
+    tokenizer = train_tokenizer(rows)
+    return load_documents(rows, tokenizer, vocab_size=len(tokenizer))
+
+
+# Measuring.
+
+
+def measure_peer(planned: Planned, documents: Path, seconds: float | None, site: Path | None) -> dict[str, Any]:
+    """One case of an opponent, in a process that sees its packages first and no others of ours."""
+    case = planned.case
+    checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", case.model)
+    if not (checkpoint / "config.json").exists():
+        write_checkpoint(checkpoint, SHAPES[case.model])
+    warm_up = 50 if case.system == "unsloth" and case.full_finetuning else 8  # it compiles for each new token count
+    request = request_of(planned, documents=str(documents), checkpoint=str(checkpoint), warm_up=warm_up)
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {**OFFLINE, "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "unsloth_compiled_cache"))}
+        environment |= {"HF_HOME": str(Path(folder, "huggingface"))}
+        if site is not None:
+            for key in ("PYTHONPATH", "LD_LIBRARY_PATH"):
+                environment[key] = os.pathsep.join(filter(None, [str(site.resolve()), environment.get(key)]))
+        command = [sys.executable, str(Path(__file__).resolve().with_name("peers_training.py"))]
+        return in_own_process(command, request, seconds=seconds, env=environment, cwd=folder)
 
 
 def by_name(events: list[Event]) -> list[dict[str, Any]]:
@@ -137,7 +133,7 @@ def by_name(events: list[Event]) -> list[dict[str, Any]]:
     for event in events:
         found[event.name].append(event)
     computing = sorted((e.start, e.start + e.seconds) for e in events if not e.name.startswith(COPIES))
-    begins, ends = np.array(computing).T
+    begins, ends = np.array(computing).reshape(-1, 2).T
 
     def hidden(copy: Event) -> float:
         """Kernels run one after another on their stream, so their time within the copy's adds up."""
@@ -156,54 +152,84 @@ def by_name(events: list[Event]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
+def profile_lines(record: dict[str, Any]) -> list[str]:
+    """The forty longest kernels of a step."""
+    lines = []
+    for kernel in record.get("kernels", [])[:40]:
+        hidden = f", {1e3 * kernel['hidden_seconds']:.2f} ms of it beside kernels" if "hidden_seconds" in kernel else ""
+        lines.append(f"  {1e3 * kernel['seconds']:8.2f} ms {kernel['count']:5} x {kernel['name']}{hidden}")
+    return lines
+
+
 def main() -> None:
-    """One process for each configuration, then a table."""
+    """Measures what the flags say, then prints and draws."""
+    if sys.argv[1:2] == ["--here"]:
+        measure_here(*map(Path, sys.argv[2:]), profiled=lambda run: by_name(jax_kernel_events(run)))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=Path, required=True)
-    parser.add_argument("--model", choices=MODELS, default="Qwen3-4B")
-    parser.add_argument("--remat", nargs="+", choices=get_args(Remat), default=["offload", "keep_projections"])
-    parser.add_argument("--layout", choices=("packed", "padding-free", "padded"), default="packed")
-    parser.add_argument("--rows", type=int, default=16, help="of a step; documents unless packed")
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--plan", choices=("cases", *PLANS), default="cases")
+    parser.add_argument("--lengths", type=Path, help="histogram of document lengths; `losses` needs none")
+    parser.add_argument("--data", type=Path, help="JSONL of text for `losses`; default: the bundled questions")
+    parser.add_argument("--documents", type=int, default=4000, help="to draw")
+    parser.add_argument("--site", type=Path, help="a folder of the opponents' packages")
+    parser.add_argument("--output", type=Path, help="results, added to what it holds")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose line contains one of these")
+    parser.add_argument("--missing", action="store_true", help="leave out what --output holds")
+    parser.add_argument("--seconds", type=float, help="for all: no case starts whose like took longer than is left")
+    parser.add_argument("--profile", action="store_true", help="the kernels of one of our steps")
+    parser.add_argument("--draw", type=Path, metavar="RESULTS", help="table and pictures of these alone")
+    parser.add_argument("--model", choices=SHAPES, default="Qwen3-4B")
+    parser.add_argument("--system", choices=("jaxpack", *SYSTEMS))
+    parser.add_argument("--layout", choices=get_args(Layout))
+    parser.add_argument("--rows", type=int, help="of a step; documents unless packed (16)")
+    parser.add_argument("--max-length", type=int, help="(1024)")
+    parser.add_argument("--remat", nargs="+", help="of ours: offload to none; of Unsloth: unsloth, full, none")
     parser.add_argument("--implementation", choices=("xla", "pallas"))
     parser.add_argument("--full-finetuning", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--layers", type=int, help="a model of fewer layers")
-    parser.add_argument("--here", choices=get_args(Remat), help="this choice alone, in this process: a line of JSON")
+    parser.add_argument("--steps", type=int, help="that are timed (10)")
     options = parser.parse_args()
-    if options.here:
-        print(json.dumps(measure(options)), flush=True)
-        return
-    results = []
-    for remat in options.remat:
-        command = [sys.executable, __file__, *sys.argv[1:], "--here", remat]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        failed = {"failed": process.returncode}
-        result = failed if process.returncode else json.loads(process.stdout.splitlines()[-1])
-        results.append({"model": options.model, "layout": options.layout, "remat": remat, **result})
-        print(line_of(results[-1]), flush=True)
-    if options.output:
-        options.output.write_text(json.dumps({"benchmark": "training", "results": results}, indent=1) + "\n")
+    if options.draw is None and options.lengths is None and options.plan != "losses":
+        parser.error("--lengths is needed")
+    try:
+        records, whole = (read_records(options.draw), True) if options.draw else run(options)
+        report(records, options.draw or options.output)
+    except InputError as error:
+        parser.error(str(error))
+    sys.exit(not whole)
 
 
-def line_of(result: dict[str, Any]) -> str:
-    """A configuration and its figures."""
-    name = f"{result['model']:12} {result['layout']:12} {result['remat']:17}"
-    if "failed" in result:
-        return f"{name} failed with exit code {result['failed']}"
-    lines = [
-        f"{name} {result['tokens_per_second']:>9,.0f} tokens/s {result['step_seconds']:.3f} s"
-        f" {result['peak_memory_bytes'] / 2**30:6.2f} GiB, predicted {result['predicted_step_seconds']:.3f} s"
-        f" {result['predicted_peak_bytes'] / 2**30:.2f} GiB, compiled in {result['compile_seconds']:.0f} s"
-    ]
-    for kernel in result.get("kernels", [])[:40]:
-        lines.append(f"  {1e3 * kernel['seconds']:8.2f} ms {kernel['count']:5} x {kernel['name']}")
-        if "hidden_seconds" in kernel:
-            lines[-1] += f", {1e3 * kernel['hidden_seconds']:.2f} ms of it beside kernels"
-    return "\n".join(lines)
+def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """Measures; all records that there are now, and whether they have all that was asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        lengths = options.lengths if options.plan != "losses" else None
+        documents = drawn_documents(lengths, options.documents) if lengths else text_documents(options.data)
+        save_documents(path := Path(folder, "documents.npz"), documents)
+        ours = (str(Path(__file__).resolve()), "--here") if options.profile else ("-m", "jaxpack.cli.measure")
+
+        def measure(planned: Planned, seconds: float | None) -> dict[str, Any]:
+            if planned.case.system != "jaxpack":
+                return measure_peer(planned, path, seconds, options.site)
+            figures = measure_elsewhere(planned, path, seconds, ours)
+            for line in profile_lines(figures):
+                print(line, flush=True)
+            return figures
+
+        results = Results(options.output)
+        data = lengths.stem if lengths else (options.data.stem if options.data else "gsm8k sample")
+        plan = plan_of(options, documents)
+        run_all(plan, results, measure, data=data, seconds=options.seconds, only_missing=options.missing)
+    known = [results.of(planned, data) for planned in plan]
+    return results.records, all(record and "failed" not in record for record in known)
+
+
+def report(records: list[dict[str, Any]], path: Path | None) -> None:
+    """The tables, and the pictures beside a file of results, where they can be drawn."""
+    print_tables(records, *([bars_table(records)] if of_plan(records, "bars") else []))
+    try:
+        for picture in draw_all(records, path) if path else []:
+            print(picture, flush=True)
+    except InputError as error:  # there is no matplotlib
+        print(error, flush=True)
 
 
 if __name__ == "__main__":

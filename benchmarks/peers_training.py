@@ -1,20 +1,15 @@
 """The opponents of `bench_training.py`: the same step in Unsloth, in TRL, and in TRL with Liger's kernels.
 
-    PYTHONPATH=. python benchmarks/peers_training.py --system unsloth --site SITE --lengths LENGTHS.csv --rows 16
+    python benchmarks/peers_training.py REQUEST RESULT
 
-SITE is a folder of their packages (and of a `libcudart.so` that one of them wants), before everything else on the path.
-Each configuration runs in a process of its own, on random weights, over the documents of `bench_training.py`, with the
-same optimizer. Real tokens are counted of the batches that the step receives, after the warm-up; peak memory is the
-allocator's own, of the whole process. A checkpoint of the model's shape is written to --checkpoint where there is none:
-2 bytes a parameter. A layout or an attention that was not asked for is an error. The last line is JSON.
+is what `bench_training.py` starts for one case, with the opponents' packages on the path and without ours: on random
+weights, over its documents, with the same optimizer. Real tokens are counted of the batches that the step receives,
+after the warm-up; peak memory is the allocator's own, of the whole process. A layout or an attention that was not asked
+for is an error.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +20,6 @@ import numpy as np
 SYSTEMS = {"unsloth": ("unsloth", "unsloth_zoo", "xformers"), "trl": (), "trl-liger": ("liger_kernel",)}
 RECOMPUTE = {"unsloth": "unsloth", "full": True, "none": False}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")  # below the ids of the documents
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -126,6 +120,9 @@ def write_tokenizer(folder: Path) -> None:
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Trains and counts. Unsloth replaces parts of the other packages, so it is imported before them."""
     begin = time.perf_counter()
+    request = request | request["case"]
+    if request["remat"] == "unsloth" and request["system"] != "unsloth":
+        raise ValueError(f"`remat` must be full or none for {request['system']}, got 'unsloth'.")
     unsloth = request["system"] == "unsloth"
     if unsloth:
         import unsloth as _  # noqa: F401
@@ -142,7 +139,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "packing": packed,
         "max_length": request["max_length"],
-        "learning_rate": 1e-4,
+        "learning_rate": request["learning_rate"],
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "weight_decay": 0.0,
@@ -150,7 +147,6 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "optim": "adamw_torch_fused",
         "bf16": True,
         "dataloader_drop_last": True,
-        "dataloader_num_workers": request["workers"],
         "logging_strategy": "no",
         "logging_nan_inf_filter": False,  # reads every loss
         "save_strategy": "no",
@@ -165,7 +161,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         settings |= {
             "padding_free": padding_free or packed,
             "max_length": None if padding_free else request["max_length"],  # refused; the documents are cut already
-            "gradient_checkpointing": RECOMPUTE[request["recompute"]],
+            "gradient_checkpointing": RECOMPUTE[request["remat"]],
             "use_liger_kernel": request["system"] == "trl-liger",
         }
         settings |= {"use_cpu": True} if not torch.cuda.is_available() else {}
@@ -174,7 +170,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         model=model,
         processing_class=tokenizer,
         args=SFTConfig(**settings),
-        train_dataset=Dataset.from_dict({"input_ids": request["documents"]}),
+        train_dataset=Dataset.from_dict({"input_ids": read_documents(request)}),
         callbacks=[clock],
         **({} if peft_config is None else {"peft_config": peft_config}),
     )
@@ -201,6 +197,14 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_documents(request: dict[str, Any]) -> list[list[int]]:
+    """What `jaxpack.bench.models.save_documents` wrote, cut to the length that ours are cut to."""
+    with np.load(request["documents"]) as arrays:
+        tokens, starts, lengths = (arrays[name] for name in ("tokens", "starts", "lengths"))
+    ends = starts + np.minimum(lengths, request["max_length"])
+    return [tokens[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+
+
 def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The model, its tokenizer and a LoRA configuration, as TRL takes them."""
     import torch
@@ -210,7 +214,7 @@ def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         request["checkpoint"],
         dtype=torch.bfloat16,
-        attn_implementation=request["attention"],
+        attn_implementation="sdpa" if request["layout"] == "padded" else "flex_attention",
         device_map={"": 0} if torch.cuda.is_available() else None,
     )
     lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
@@ -223,7 +227,7 @@ def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
     import torch
     from unsloth import FastLanguageModel
 
-    recompute = RECOMPUTE[request["recompute"]]
+    recompute = RECOMPUTE[request["remat"]]
     model, tokenizer = FastLanguageModel.from_pretrained(
         request["checkpoint"],
         max_seq_length=request["max_length"],
@@ -320,12 +324,12 @@ def make_clock(request: dict[str, Any]) -> Any:
             shapes = {name: getattr(value, "shape", value) for name, value in inputs.items()}
             if request["layout"] == "padded":
                 if mask is None or ids.shape[0] != request["rows"]:
-                    raise RuntimeError(f"`--layout padded` was not followed, the step got {shapes}.")
+                    raise RuntimeError(f"`layout` 'padded' was not followed, the step got {shapes}.")
                 self.documents.append(ids.shape[0])
                 self.tokens.append(mask.sum())
             else:
                 if mask is not None or positions is None or ids.shape[0] != 1:
-                    raise RuntimeError(f"`--layout {request['layout']}` was not followed, the step got {shapes}.")
+                    raise RuntimeError(f"`layout` {request['layout']!r} was not followed, the step got {shapes}.")
                 self.documents.append((positions == 0).sum())
                 self.tokens.append(ids.numel())
             self.slots.append(request["rows"] * request["max_length"] if request["layout"] == "packed" else ids.numel())
@@ -368,110 +372,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-# All configurations.
-
-
-def main() -> None:
-    """Writes the checkpoint and the documents, then runs one process for each configuration."""
-    if sys.argv[1:2] == ["--here"]:
-        request, output = map(Path, sys.argv[2:])
-        output.write_text(json.dumps(measure(json.loads(request.read_text()))))
-        return
-
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process takes no memory of the device
-    import dataclasses
-
-    from cases import MODELS, documents
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", choices=SYSTEMS, required=True)
-    parser.add_argument("--site", type=Path, help="a folder of the systems' packages")
-    parser.add_argument("--lengths", type=Path, required=True)
-    parser.add_argument("--model", choices=MODELS, default="Qwen3-4B")
-    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, help="default: unsloth, or full for TRL")
-    parser.add_argument("--layout", choices=("packed", "padding-free", "padded"), default="packed")
-    parser.add_argument("--attention", help="of TRL: default sdpa for padded rows, else flex_attention")
-    parser.add_argument("--rows", type=int, default=16, help="of a step; documents unless packed")
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=10, help="that are timed")
-    parser.add_argument("--warm-up", type=int, help="steps before: default 8, or 50 for Unsloth's full fine-tuning")
-    parser.add_argument("--workers", type=int, default=0, help="that load data")
-    parser.add_argument("--full-finetuning", action="store_true")
-    parser.add_argument("--layers", type=int, help="a model of fewer layers")
-    parser.add_argument("--checkpoint", type=Path, help="default: in the folder for temporary files")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    unsloth = options.system == "unsloth"
-    recompute = options.recompute or ["unsloth" if unsloth else "full"]
-    if "unsloth" in recompute and not unsloth:
-        parser.error(f"--recompute unsloth is Unsloth's, {options.system} has full and none")
-
-    config = MODELS[options.model]
-    if options.layers:
-        config = dataclasses.replace(config, num_layers=options.layers)
-    name = f"{options.model}-{config.num_layers}-layers"
-    checkpoint = (options.checkpoint or Path(tempfile.gettempdir(), "jaxpack-peers", name)).resolve()
-    if not (checkpoint / "config.json").exists():
-        begin = time.perf_counter()
-        write_checkpoint(checkpoint, config)
-        print(f"wrote {checkpoint} in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
-    written = json.loads((checkpoint / "config.json").read_text())
-    if (written["hidden_size"], written["num_hidden_layers"]) != (config.hidden_size, config.num_layers):
-        raise ValueError(f"`--checkpoint` must hold {name}, got another shape in {checkpoint}.")
-    warm_up = 50 if unsloth and options.full_finetuning else 8
-    rows = documents(options.lengths, options.documents)
-    request = {
-        **{key: getattr(options, key) for key in ("system", "layout", "rows", "max_length", "steps", "workers")},
-        "full_finetuning": options.full_finetuning,
-        "warm_up": warm_up if options.warm_up is None else options.warm_up,
-        "attention": options.attention or ("sdpa" if options.layout == "padded" else "flex_attention"),
-        "checkpoint": str(checkpoint),
-        "documents": [row["input_ids"][: options.max_length] for row in rows],
-    }
-    results = []
-    for choice in recompute:
-        result = run(request | {"recompute": choice}, options.site)
-        about = {key: getattr(options, key) for key in ("system", "model", "layout", "rows", "full_finetuning")}
-        results.append({**about, "layers": config.num_layers, "recompute": choice, **result})
-        print(line_of(results[-1]), flush=True)
-        print(json.dumps(results[-1]), flush=True)
-    if options.output:
-        options.output.write_text(json.dumps({"benchmark": "peers_training", "results": results}, indent=1) + "\n")
-    if any("failed" in result for result in results):
-        sys.exit(1)
-
-
-def run(request: dict[str, Any], site: Path | None) -> dict[str, Any]:
-    """One configuration in a process of its own, in a folder of its own; what it prints goes to stderr."""
-    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "result.json")
-        asked.write_text(json.dumps(request))
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {**OFFLINE, "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment |= {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "unsloth_compiled_cache"))}
-        environment |= {"HF_HOME": str(Path(folder, "huggingface"))}
-        if site is not None:
-            for key in ("PYTHONPATH", "LD_LIBRARY_PATH"):
-                environment[key] = os.pathsep.join(filter(None, [str(site.resolve()), environment.get(key)]))
-        command = [sys.executable, str(Path(__file__).resolve()), "--here", str(asked), str(answered)]
-        process = subprocess.run(command, env=environment, cwd=folder, stdout=sys.stderr)
-        if process.returncode and not answered.exists():
-            return {"failed": process.returncode}
-        return json.loads(answered.read_text())
-
-
-def line_of(result: dict[str, Any]) -> str:
-    """A configuration and its figures."""
-    name = f"{result['model']:12} {result['system']:9} {result['layout']:12} {result['recompute']:8}"
-    if "failed" in result:
-        return f"{name} failed with exit code {result['failed']}"
-    return (
-        f"{name} {result['tokens_per_second']:>9,.0f} tokens/s {result['step_seconds']:.3f} s"
-        f" {result['peak_memory_bytes'] / 2**30:6.2f} GiB, warm after {result['warm_up_seconds']:.0f} s,"
-        f" padding {result['padding_share']:.0%}"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    asked, answered = map(Path, sys.argv[1:])
+    answered.write_text(json.dumps(measure(json.loads(asked.read_text()))))

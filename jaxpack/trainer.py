@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -45,6 +46,67 @@ class TrainResult:
     peak_memory_bytes: int
 
 
+class Run:
+    """A model's way through its batches: what is trained, and a program for each length of rows.
+
+    Attributes:
+      state, frozen: what a step changes, and what it does not. The model's trained parameters are set to those of the
+        former, which the first step donates.
+      remat, explanation: see `predictions.resolve`.
+      programs: by T, once they are compiled.
+    """
+
+    def __init__(self, model: Transformer, batches: Batches, config: TrainConfig):
+        self._batches = batches
+        graph, trainable, self.frozen = split_trainable(model)
+        nnx.update(model, trainable)  # lets go of the arrays that were copied
+        self.schedule = make_schedule(config, batches.num_steps)
+        optimizer = make_optimizer(config, self.schedule)
+        self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+        held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
+        self.remat, self.explanation = resolve(config, model, batches, held_bytes)
+        for _, B, T in batches.shapes:
+            check_host_memory(self.remat, model.config, B * T, model.dtype.itemsize)
+        has_dropout = any(adapter.dropout for adapter in adapters(model).values())
+        self._step = make_train_step(
+            graph,
+            optimizer,
+            remat=self.remat,
+            implementation=config.implementation,
+            dropout_seed=config.seed if has_dropout else None,
+        )
+        self.programs: dict[int, jax.stages.Compiled] = {}
+
+    def compile(self, cache: ProgramCache) -> float:
+        """Compiles the programs, all of them so that none holds up the run, or finds them: in so many seconds."""
+        begin = time.perf_counter()
+        with cache.in_use():
+            for shape in self._batches.shapes:
+                batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
+                lowered = self._step.lower(self.state, self.frozen, batch, limits=self._batches.limits[shape[-1]])
+                self.programs[shape[-1]] = cache.compile(lowered)
+        return time.perf_counter() - begin
+
+    def step(self, batch: PackedBatch) -> Metrics:
+        """Starts one step, of a batch on the device."""
+        self.state, metrics = self.programs[batch.tokens.shape[-1]](self.state, self.frozen, batch)
+        return metrics
+
+    def steps(self) -> Iterator[Metrics]:
+        """Takes all steps. A step's metrics come when the next is started, so that the device always has one to run."""
+        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
+        on_device = self.state.step.sharding
+        prefetch = prefetched(lambda step: jax.device_put(self._batches[step], on_device), len(self._batches))
+        with contextlib.closing(prefetch) as batches_on_device:
+            waiting = None
+            for batch in batches_on_device:
+                metrics = self.step(batch)
+                if waiting is not None:
+                    yield waiting
+                waiting = metrics
+            yield waiting
+
+
 class Trainer:
     """Fine-tunes a model: its adapters where it has any (`add_lora`), else all of it.
 
@@ -78,57 +140,26 @@ class Trainer:
         begin = time.perf_counter()
         config, batches = self.config, self.batches
         cache = ProgramCache(config.compilation_cache_dir)
-        graph, trainable, frozen = split_trainable(self.model)
-        nnx.update(self.model, trainable)  # lets go of the arrays that were copied
-        schedule = make_schedule(config, batches.num_steps)
-        optimizer = make_optimizer(config, schedule)
-        has_dropout = any(adapter.dropout for adapter in adapters(self.model).values())
-        state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
-        held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
-        remat, explanation = resolve(config, self.model, batches, held_bytes)
-        step_function = make_train_step(
-            graph,
-            optimizer,
-            remat=remat,
-            implementation=config.implementation,
-            dropout_seed=config.seed if has_dropout else None,
-        )
-        for _, B, T in batches.shapes:
-            check_host_memory(remat, self.model.config, B * T, self.model.dtype.itemsize)
-        self._print_plan(trainable, frozen)
-        if explanation is not None:
-            console.print(explanation)
+        run = Run(self.model, batches, config)
+        self._print_plan(run.state.trainable, run.frozen)
+        if run.explanation is not None:
+            console.print(run.explanation)
         if cache.folder is not None:
             size = size_of(cache.folder) / 2**20
             console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")
-
-        begin_compiling = time.perf_counter()
-        programs = {}
-        with cache.in_use():
-            for shape in batches.shapes:  # all of them here, so that none holds up the run
-                batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-                lowered = step_function.lower(state, frozen, batch, limits=batches.limits[shape[-1]])
-                programs[shape[-1]] = cache.compile(lowered)
-        start = _Start(begin, time.perf_counter() - begin_compiling, cache.found)
+        start = _Start(begin, run.compile(cache), cache.found)
         console.print(
-            f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {len(programs)} found compiled"
+            f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {len(run.programs)} found compiled"
         )
-        log = _Log(config, batches, schedule, start)
-        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
-        on_device = state.step.sharding
-        prefetch = prefetched(lambda step: jax.device_put(batches[step], on_device), len(batches))
+        log = _Log(config, batches, run.schedule, start)
         try:
-            with log, contextlib.closing(prefetch) as batches_on_device:
-                waiting: Metrics | None = None  # of the step before, so that the device always has a next step to run
-                for batch in batches_on_device:
-                    state, metrics = programs[batch.tokens.shape[-1]](state, frozen, batch)
-                    if waiting is not None:
-                        log.step(waiting)
-                    waiting = metrics
-                log.step(waiting)
+            with log, contextlib.closing(run.steps()) as steps:
+                for metrics in steps:
+                    log.step(metrics)
         finally:
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable)):  # a step that failed took them
-                nnx.update(self.model, state.trainable)
+            trainable = run.state.trainable
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a step that failed took them
+                nnx.update(self.model, trainable)
         return log.result()
 
     def _print_plan(self, trainable: nnx.State, frozen: nnx.State) -> None:

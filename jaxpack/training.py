@@ -109,7 +109,9 @@ def loss_and_gradients(
             implementation=implementation,
             dropout_key=key,
         )
-        return linear_cross_entropy(hidden, model.head, micro.targets, max_targets=limits.max_targets)
+        return linear_cross_entropy(
+            hidden, model.head, micro.targets, max_targets=limits.max_targets, implementation=implementation
+        )
 
     gradient_of = jax.value_and_grad(micro_loss)
     num_micro = batch.tokens.shape[0]

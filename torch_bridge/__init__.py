@@ -6,6 +6,7 @@ from torch_bridge.adapter import load_adapter as load_adapter
 from torch_bridge.adapter import save_adapter as save_adapter
 from torch_bridge.merged import save_merged as save_merged
 from torch_bridge.pretrained import from_pretrained as from_pretrained
+from torch_bridge.pretrained import read_config as read_config
 from torch_bridge.pretrained import save_pretrained as save_pretrained
 from torch_bridge.verification import base_of as base_of
 from torch_bridge.verification import verify as verify

@@ -47,17 +47,19 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     Raises:
       InputError: what is there is not supported or not whole.
     """
-    folder = _folder(str(name_or_path))
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
-    described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
-    config = described[CONFIG_FILE]
+    folder, described, config = _read(str(name_or_path))
     if dtype == "auto":
-        stored = config.get("dtype") or config.get("torch_dtype")
+        stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
-    model = build_model(_config(folder, config, str(name_or_path)), _weights(folder), dtype)
+    model = build_model(config, _weights(folder), dtype)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
     return model, _tokenizer(folder)
+
+
+def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
+    """What `from_pretrained` reads, without the weights."""
+    folder, _, config = _read(str(name_or_path))
+    return config, _tokenizer(folder)
 
 
 def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None = None) -> None:
@@ -100,6 +102,23 @@ def write_folder(
             raise OSError(reason(error)) from error
 
 
+def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
+    """The folder, the files that describe its model, and what they say."""
+    folder = _folder(name_or_path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
+    described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
+    try:
+        return folder, described, config_from_hf(described[CONFIG_FILE], name_or_path)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Of a field that is of a type that no such model has: a list for a number, say.
+        raise InputError(
+            f"{folder / CONFIG_FILE} must describe a model, got one that cannot be read: {reason(error)}."
+        ) from error
+
+
 def _folder(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -136,18 +155,6 @@ def _weights(folder: Path) -> TensorSource:
             f" {TORCH_WEIGHTS} without torch."
         ) from error
     return TorchFolder(folder)
-
-
-def _config(folder: Path, content: dict[str, Any], name_or_path: str) -> ModelConfig:
-    try:
-        return config_from_hf(content, name_or_path)
-    except InputError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Of a field that is of a type that no such model has: a list for a number, say.
-        raise InputError(
-            f"{folder / CONFIG_FILE} must describe a model, got one that cannot be read: {reason(error)}."
-        ) from error
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -1,9 +1,10 @@
-"""The front door: `jaxpack train`, `export` and `demo`. The one place here that may import torch_bridge."""
+"""The front door: `jaxpack train`, `bench`, `export` and `demo`. The one place here that may import torch_bridge."""
 
 import sys
 
 import typer
 
+from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
 from jaxpack.cli.export import export
 from jaxpack.cli.train import train
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(export)
+app.command()(bench)
 app.command()(demo)
 
 

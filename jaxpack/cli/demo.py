@@ -16,6 +16,7 @@ import torch_bridge
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
+from jaxpack.data import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.files import require_free_folder, whole_folder
 from jaxpack.lora import add_lora
@@ -84,16 +85,9 @@ def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
     """
     _require_torch()
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    end = "<|endoftext|>"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((text for row in rows for text in row.values()), trainer)
+    tokenizer = train_tokenizer(rows)
     config = Qwen3Config(
         vocab_size=2048,
         hidden_size=256,
@@ -109,7 +103,23 @@ def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
     model = Qwen3ForCausalLM(config)
     with whole_folder(path, "output") as folder:
         model.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(rows: list[dict[str, str]]) -> Tokenizer:
+    """A BPE tokenizer of bytes with 2,048 tokens, trained on `rows`, as transformers has it."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((text for row in rows for text in row.values()), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
 
 
 def peft_difference(trainer: Trainer, base: Path, adapter: Path) -> float:

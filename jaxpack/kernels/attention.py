@@ -102,7 +102,7 @@ def takes_cudnn(x: Float[Array, "B T A H"], sinks: jax.Array | None, options: "O
     if options.implementation not in (None, "cudnn"):
         return False
     refusal = cudnn.refusal(
-        H, x.dtype, window=options.window, softcap=options.softcap, sinks=sinks, max_segments=options.max_segments
+        x.shape, x.dtype, window=options.window, softcap=options.softcap, sinks=sinks, max_segments=options.max_segments
     )
     if options.implementation == "cudnn":
         if refusal is not None:

@@ -2,12 +2,15 @@
 
 cuDNN takes packed rows by the offset and length of each segment. It keeps a log-sum-exp for every one of the
 `max_segments` that a row may have, `[B * max_segments, N, T]` in float32, and its backward pass is slow with many: so
-there are at most 8.
+there are at most 8. XLA's own custom calls are called, not jax's function of them, which computes the offsets anew for
+every layer and pass: in ten small kernels, 1 % of the time.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,11 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from jaxpack.kernels._launch import launch, pl, plt, power_of_two_divisor, powers_of_two
 
 MAX_SEGMENTS = 8
-_FIRST_JAX = (0, 11)  # before, jax multiplied the offsets of grouped keys by the number of query heads
+_FIRST_JAX = (0, 11)  # the first whose XLA was measured and compared
 
 
 def refusal(
-    head_dim: int,
+    shape: Sequence[int],
     dtype: DTypeLike,
     *,
     window: int | None,
@@ -29,7 +32,8 @@ def refusal(
     sinks: jax.Array | None,
     max_segments: int | None,
 ) -> str | None:
-    """Why cuDNN cannot compute that here, as what it needs; None where it can."""
+    """Why cuDNN cannot compute that of heads `[B, T, A, H]` here, as what it needs; None where it can."""
+    head_dim = shape[3]
     if window is not None or softcap is not None or sinks is not None:
         return "no `window`, `softcap` or `sinks`"
     if jnp.dtype(dtype).itemsize != 2 or not jnp.issubdtype(dtype, jnp.floating):
@@ -38,6 +42,8 @@ def refusal(
         return f"a head_dim of at most 256 and a multiple of 8, got {head_dim}"
     if max_segments is None or max_segments > MAX_SEGMENTS:
         return f"`max_segments` of at most {MAX_SEGMENTS}, got {max_segments}"
+    if math.prod(shape) >= 2**31:  # its offsets are int32
+        return f"fewer than 2^31 elements, got {list(shape)}"
     if jax.__version_info__ < _FIRST_JAX:
         return f"jax {'.'.join(map(str, _FIRST_JAX))} or newer, got {jax.__version__}"
     return _device_refusal()
@@ -64,84 +70,155 @@ def attention(
     max_segments: int,
 ) -> Float[Array, "B T N H"]:
     """`attention.attention` of what has no `refusal`. A row of more than `max_segments` segments yields NaN."""
-    return _attention(q, k, v, first, last, scale, max(2, max_segments))  # of one segment jax takes no offset
+    return _attention(q, k, v, first, last, scale, max(2, max_segments))  # of one segment XLA takes no offset
+
+
+class SegmentTable(NamedTuple):
+    """Up to S segments of each row, as cuDNN takes them; those that a row lacks are empty.
+
+    Attributes:
+      lengths: `[B * S]` int32, in tokens.
+      q_offsets, kv_offsets: `[B * S + 1]` int32, in elements of q, and of k or v; the last is their size.
+      covered: `[B]` int32, where in a row the segment after the S-th begins, or T.
+    """
+
+    lengths: jax.Array
+    q_offsets: jax.Array
+    kv_offsets: jax.Array
+    covered: jax.Array
 
 
 def segment_table(
-    first: Int[Array, "B T"], last: Int[Array, "B T"], count: int
-) -> tuple[Int[Array, "B {count+1}"], Int[Array, "B {count}"], Int[Array, " B"]]:
-    """Where the first `count` segments begin, -1 behind the last; how long they are, -1 where there are fewer; where
-    the next begins.
+    first: Int[Array, "B T"], last: Int[Array, "B T"], count: int, q_stride: int, kv_stride: int
+) -> SegmentTable:
+    """The first `count` segments of each row; a stride is the elements of one token.
 
     The first token after a segment knows where the next one begins, so this is a walk of `count` steps: in one kernel,
     since as many small ones would take 4 % of the time of the attention.
     """
     B, T = first.shape
 
-    def kernel(first_ref: Any, last_ref: Any, starts_ref: Any, lengths_ref: Any, covered_ref: Any) -> None:
+    def kernel(
+        first_ref: Any, last_ref: Any, lengths_ref: Any, q_offsets_ref: Any, kv_offsets_ref: Any, covered_ref: Any
+    ) -> None:
         row = pl.program_id(0)
+
+        def put(index: Any, token: Any) -> None:
+            q_offsets_ref[index] = token * q_stride
+            kv_offsets_ref[index] = token * kv_stride
+
         start = first_ref[row, 0]
         for segment in range(count):
             real = start < T
             end = last_ref[row, jnp.minimum(start, T - 1)]
-            starts_ref[row, segment] = jnp.where(real, start, -1)
-            lengths_ref[row, segment] = jnp.where(real, end - start, -1)
+            lengths_ref[row * count + segment] = jnp.where(real, end - start, 0)
+            put(row * count + segment, row * T + start)
             following = first_ref[row, jnp.minimum(end, T - 1)]
             start = jnp.where(real & (end < T), following, T)
-        starts_ref[row, count] = jnp.int32(-1)
+        put(B * count, jnp.int32(B * T))  # by every row, the same
         covered_ref[row] = start
 
-    return launch(
-        kernel,
-        first,
-        last,
-        name="segment_table",
-        grid=(B,),
-        out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, count + 1), (B, count), (B,))),
-        num_warps=1,
+    shapes = SegmentTable((B * count,), (B * count + 1,), (B * count + 1,), (B,))
+    return SegmentTable(
+        *launch(
+            kernel,
+            first,
+            last,
+            name="segment_table",
+            grid=(B,),
+            out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
+            num_warps=1,
+        )
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(q, k, v, first, last, scale, max_segments):
-    attend, covered = _attend(first, last, scale, max_segments)
-    return _blank([attend(q, k, v)], first, covered)[0]  # not `_forward`, which has the log-sum-exp written, too
-
-
-def _attend(first, last, scale, max_segments) -> tuple[Callable, jax.Array]:
-    """cuDNN's function of q, k and v, which writes the segments' tokens alone; where in a row the last of them ends."""
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-    offsets, lengths, covered = segment_table(first, last, max_segments)
-
-    def attend(q, k, v):
-        return dot_product_attention(
-            q, k, v,
-            q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets, kv_offsets=offsets,
-            scale=scale, mask_type=MaskType.PADDING_CAUSAL,
-        )  # fmt: skip
-
-    return attend, covered
+    return _attend(q, k, v, first, last, scale, max_segments, keep_lse=False)[0]
 
 
 def _forward(q, k, v, first, last, scale, max_segments):
-    attend, covered = _attend(first, last, scale, max_segments)
-    out, pull = jax.vjp(attend, q, k, v)
-    (blanked,) = _blank([out], first, covered)
-    # `pull` holds the output, too: with the blanked one in its place nothing has to be copied.
-    residuals, structure = jax.tree.flatten(pull)
-    pull = jax.tree.unflatten(structure, [blanked if x is out else x for x in residuals])
-    pull = jax.tree.map(lambda x: x if any(x is y for y in (q, k, v)) else checkpoint_name(x, "attention"), pull)
-    return blanked, (pull, first, covered)
+    out, lse, table = _attend(q, k, v, first, last, scale, max_segments, keep_lse=True)
+    q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
+    return out, (q, k, v, out, lse, first, table)
+
+
+def _attend(q, k, v, first, last, scale, max_segments, *, keep_lse):
+    B, T, N, H = q.shape
+    table = segment_table(first, last, max_segments, N * H, k.shape[2] * H)
+    results = [q]
+    if keep_lse:
+        results.append(jax.ShapeDtypeStruct((B * max_segments, N, T), jnp.float32))
+    out, *lse = _custom_call("__cudnn$fmhaSoftmax", _FORWARD, q, k, v, table=table, results=results, scale=scale)
+    (out,) = _blank([out], first, table.covered)
+    return out, lse[0] if keep_lse else None, table
 
 
 def _backward(scale, max_segments, residuals, d_out):
-    del scale, max_segments
-    pull, first, covered = residuals
-    return *_blank(pull(d_out), first, covered), None, None
+    del max_segments
+    q, k, v, out, lse, first, table = residuals
+    operands = (q, k, v, lse, d_out, out)
+    target = "__cudnn$fmhaSoftmaxBackward"
+    d_qkv = _custom_call(target, _BACKWARD, *operands, table=table, results=[q, k, v], scale=scale)
+    return *_blank(d_qkv, first, table.covered), None, None
 
 
 _attention.defvjp(_forward, _backward)
+
+# XLA wants each matmul of the attention described, of arrays [B, T, N, H] and [B, N, T, S]: the axis of each operand
+# that is summed over, and the axis of each that holds the heads.
+_FORWARD = {"bmm1": ((3, 3), (2, 2)), "bmm2": ((3, 1), (1, 2))}
+_BACKWARD = {
+    "bmm1_grad_gemm1": ((2, 1), (1, 2)),
+    "bmm1_grad_gemm2": ((3, 1), (1, 2)),
+    "bmm2_grad_gemm1": ((2, 1), (1, 2)),
+    "bmm2_grad_gemm2": ((3, 3), (2, 2)),
+}
+
+
+def _custom_call(target, matmuls, q, k, v, *operands, table: SegmentTable, results, scale) -> list[jax.Array]:
+    """XLA's call of cuDNN. Of `results`, which are like them, those of four axes are `[B, T, A, H]`."""
+    B, T, N, _ = q.shape
+    config = {
+        "algorithm": {"algo_id": "0", "math_type": "TENSOR_OP_MATH", "is_cudnn_frontend": True, "workspace_size": "0"},
+        "fmha_scale": scale,
+        "intermediate_tensor_shape": {
+            "element_type": {"bfloat16": "BF16", "float16": "F16"}[q.dtype.name],
+            "dimensions": [str(size) for size in (B, N, T, T)],
+            "is_dynamic_dimension": [False] * 4,
+            "layout": {"minor_to_major": ["3", "2", "1", "0"]},
+        },
+        "is_flash_attention": True,
+        "mask_type": "PADDING_CAUSAL",
+        "dropout_rate": 0.0,
+        "seed": 0,
+        "sliding_window_length": 0,
+        "max_seg_per_batch": len(table.lengths) // B,
+        "is_paged_attention": False,
+    }
+    for name, ((left, right), (left_heads, right_heads)) in matmuls.items():
+        config[f"{name}_dot_dimension_numbers"] = {
+            "lhs_contracting_dimensions": [str(left)],
+            "rhs_contracting_dimensions": [str(right)],
+            "lhs_batch_dimensions": ["0", str(left_heads)],
+            "rhs_batch_dimensions": ["0", str(right_heads)],
+        }
+
+    def is_heads(x: Any) -> bool:
+        return x.ndim == 4
+
+    # Such a result is [B, A, T, H] to XLA, in the memory of [B, T, A, H].
+    shapes = [tuple(x.shape[i] for i in (0, 2, 1, 3)) if is_heads(x) else x.shape for x in results]
+    found = jax.ffi.ffi_call(
+        target,
+        [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, results, strict=True)]
+        + [jax.ShapeDtypeStruct((0,), jnp.uint8)],  # the workspace, whose size XLA fills in
+        output_layouts=[(0, 2, 1, 3) if is_heads(x) else None for x in results] + [None],
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": config}),
+    )(q, k, v, *operands, table.lengths, table.lengths, table.q_offsets, table.kv_offsets)
+    return [jnp.swapaxes(x, 1, 2) if is_heads(x) else x for x in found[:-1]]
 
 
 _TOKENS, _CHANNELS = 16, 1024  # of a program, and of one of its stores

@@ -14,6 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpack.errors import InputError
+from jaxpack.kernels._launch import Implementation
+from jaxpack.kernels.logsumexp import logsumexp
 from jaxpack.packing import IGNORE
 
 CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k
@@ -26,6 +28,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     max_targets: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
     """Sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
 
@@ -36,11 +39,12 @@ def linear_cross_entropy(
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
       max_targets: what there are no more targets than, where that is known: nothing is computed for other tokens. More
         make the loss NaN.
+      implementation: of the log-sum-exp, see `jaxpack.kernels`; the rest is XLA's.
     """
     _check(hidden, head, targets, softcap)
     if max_targets is not None and max_targets < 1:
         raise InputError(f"`max_targets` must be positive, got {max_targets}.")
-    return _summed(hidden, head, targets, softcap, max_targets)
+    return _summed(hidden, head, targets, softcap, max_targets, implementation)
 
 
 def token_losses(
@@ -57,7 +61,7 @@ def token_losses(
     @jax.checkpoint
     def losses_of(_: None, chunk: _Chunks) -> tuple[None, Float[Array, " C"]]:
         logits, _ = _logits(chunk.hidden, head, softcap)
-        return None, _losses(logits, chunk.targets, _logsumexp(logits))
+        return None, _losses(logits, chunk.targets, jax.nn.logsumexp(logits, axis=-1))
 
     _, losses = jax.lax.scan(losses_of, None, chunks)
     return losses.reshape(-1)[: targets.size].reshape(targets.shape)
@@ -105,41 +109,23 @@ def _losses(logits: Float[Array, "C V"], targets: Int[Array, " C"], lse: Float[A
     return jnp.where(targets == IGNORE, 0.0, lse - picked)
 
 
-def _logsumexp(logits: Float[Array, "C V"]) -> Float[Array, " C"]:
-    return jax.nn.logsumexp(logits, axis=-1)
-
-
-def one_pass_logsumexp(logits: Float[Array, "C V"]) -> Float[Array, " C"]:
-    """`jax.nn.logsumexp` over the last axis, reading all logits once and not for their maximum before.
-
-    For GPUs, where that is what takes the time; it has no derivative.
-    """
-
-    def combine(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        top = jnp.maximum(a[0], b[0])
-        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
-
-    lowest = jnp.float32(jnp.finfo(jnp.float32).min)  # -inf - -inf would be NaN
-    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), (lowest, jnp.float32(0)), combine, (1,))
-    return top + jnp.log(total)
-
-
 # The sum, and its gradients beside it.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _summed(hidden, head, targets, softcap, max_targets):
-    return _loss_and_gradients(hidden, head, targets, softcap, max_targets, wanted=(False, False))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _summed(hidden, head, targets, softcap, max_targets, implementation):
+    settings = softcap, max_targets, implementation
+    return _loss_and_gradients(hidden, head, targets, *settings, wanted=(False, False))[0]
 
 
-def _forward(hidden, head, targets, softcap, max_targets):
-    wanted = hidden.perturbed, head.perturbed
-    loss, *gradients = _loss_and_gradients(hidden.value, head.value, targets.value, softcap, max_targets, wanted=wanted)
+def _forward(hidden, head, targets, softcap, max_targets, implementation):
+    arguments = hidden.value, head.value, targets.value, softcap, max_targets, implementation
+    loss, *gradients = _loss_and_gradients(*arguments, wanted=(hidden.perturbed, head.perturbed))
     return loss, gradients
 
 
-def _backward(softcap, max_targets, gradients, d_loss):
-    del softcap, max_targets
+def _backward(softcap, max_targets, implementation, gradients, d_loss):
+    del softcap, max_targets, implementation
     if isinstance(d_loss, SymbolicZero):
         d_loss = jnp.zeros(d_loss.shape, d_loss.dtype)
     scaled = (x if x is None else (d_loss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
@@ -155,6 +141,7 @@ def _loss_and_gradients(
     targets: Int[Array, "*B"],
     softcap: float | None,
     max_targets: int | None,
+    implementation: Implementation | None,
     *,
     wanted: tuple[bool, bool],
 ) -> tuple[Float[Array, ""], Float[Array, "*B D"] | None, Float[Array, "V D"] | None]:
@@ -172,7 +159,7 @@ def _loss_and_gradients(
     def step(carry, chunk: _Chunks):
         total, d_head = carry
         logits, tanh = _logits(chunk.hidden, weights, softcap)
-        lse = jax.lax.platform_dependent(logits, cuda=one_pass_logsumexp, default=_logsumexp)
+        lse = logsumexp(logits, implementation=implementation)
         total = total + jnp.sum(_losses(logits, chunk.targets, lse))
         if not any(wanted):
             return (total, None), None

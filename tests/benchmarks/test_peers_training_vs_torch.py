@@ -43,14 +43,10 @@ def test_checkpoint_is_whole(tied, tmp_path):
 def test_smoke(layout, tmp_path):
     lengths, output = tmp_path / "lengths.csv", tmp_path / "result.json"
     lengths.write_text(LENGTHS)
-    command = f"benchmarks/peers_training.py --system trl --layout {layout} --attention sdpa --lengths {lengths}"
-    command += f" --model Qwen3-0.6B --layers 1 --rows 2 --steps 2 --warm-up 1 --documents 60 --output {output}"
-    command += f" --recompute full none --checkpoint {tmp_path / 'checkpoint'}"
+    command = f"benchmarks/bench_training.py --system trl --layout {layout} --lengths {lengths} --model tiny"
+    command += f" --rows 2 --steps 2 --documents 60 --output {output} --remat full none"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    shown = subprocess.run(
-        [sys.executable, *command.split()], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    subprocess.run([sys.executable, *command.split()], check=True, env=environment)
     results = json.loads(output.read_text())["results"]
-    assert json.loads(shown.stdout.splitlines()[-1]) == results[-1]
-    assert all(result["documents_in_step"] == [2, 2, 2] for result in results)
+    assert all(result["documents_in_step"] == 10 * [2] for result in results)
     assert (results[0]["padding_share"] > 0) == (layout == "padded")

@@ -26,20 +26,28 @@ all_rows = pytest.mark.parametrize("ids", [pytest.param(ids, id=name) for name, 
 @all_rows
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_the_table_of_segments(ids, count):
-    starts, lengths, covered = cudnn.segment_table(*segment_bounds(jnp.asarray(ids)), count)
+    T = ids.shape[1]
+    table = cudnn.segment_table(*segment_bounds(jnp.asarray(ids)), count, 6, 2)
+    starts, lengths, covered = [], [], []
     for row in range(len(ids)):
-        tokens = [here for b, here in documents(ids) if b == row]
-        missing = [-1] * max(0, count - len(tokens))
-        assert starts[row].tolist() == [int(here[0]) for here in tokens[:count]] + [*missing, -1]
-        assert lengths[row].tolist() == [len(here) for here in tokens[:count]] + missing
-        assert covered[row] == (tokens[count][0] if len(tokens) > count else ids.shape[1])
+        segments = [here for b, here in documents(ids) if b == row]
+        missing = [T] * (count + 1 - len(segments))
+        begins = [int(here[0]) for here in segments] + missing
+        starts += [row * T + begin for begin in begins[:count]]
+        lengths += [len(here) for here in segments[:count]] + [0] * len(missing[1:])
+        covered.append(begins[count])
+    starts.append(ids.size)
+    assert table.lengths.tolist() == lengths
+    assert table.q_offsets.tolist() == [6 * start for start in starts]
+    assert table.kv_offsets.tolist() == [2 * start for start in starts]
+    assert table.covered.tolist() == covered
 
 
 @all_rows
 @pytest.mark.parametrize("heads", [1, 3])
 def test_what_is_not_written_is_filled_in(ids, heads):
     first, last = segment_bounds(jnp.asarray(ids))
-    covered = cudnn.segment_table(first, last, 2)[2]
+    covered = cudnn.segment_table(first, last, 2, 1, 1).covered
     x = jnp.full((*ids.shape, heads, 40), 3.0)
     filled, more = quick_jit(cudnn._blank)([x, 2 * x[:, :, :1]], first, covered)
     third = (np.arange(ids.shape[1]) >= np.asarray(covered)[:, None])[..., None, None]
@@ -54,11 +62,7 @@ def test_what_is_not_written_is_filled_in(ids, heads):
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As where there is such a GPU: programs can be lowered for it."""
-    from jax._src.cudnn import fused_attention_stablehlo as private
-
     monkeypatch.setattr(cudnn, "_device_refusal", lambda: None)
-    monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91900)
 
 
 def call(T=16, H=64, dtype=jnp.bfloat16, max_segments=2, implementation="cudnn", **options):
@@ -87,6 +91,7 @@ needs_new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0
         ({"H": 60}, r"a head_dim of at most 256 and a multiple of 8, got 60"),
         ({"max_segments": None}, r"`max_segments` of at most 8, got None"),
         ({"max_segments": 9}, r"`max_segments` of at most 8, got 9"),
+        ({"T": 2**23}, r"fewer than 2\^31 elements, got \[1, 8388608, 4, 64\]"),
     ],
 )
 @pytest.mark.usefixtures("on_hopper")

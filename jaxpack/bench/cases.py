@@ -1,0 +1,132 @@
+"""What is measured: one case, and the plans that vary it."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from jaxpack.config import Implementation, Remat
+from jaxpack.data import Documents
+from jaxpack.errors import InputError
+
+Layout = Literal["padded", "padding-free", "packed"]
+
+REMAT = ("auto", *get_args(Remat))
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+ABLATION = ("padded", "padding-free", "packed", "with kernels", "keeping all")  # each adds to the one before
+_LEAST_DOCUMENTS = 128  # to time, where rows are not full: the mean length of fewer says little of that of all
+OFFLOADED = "with kernels, offloading"  # the other end of the memory choices: from "with kernels", too
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration of one system: what a process measures.
+
+    Attributes:
+      model: a name of `models.SHAPES`, for random weights, or a Hugging Face folder.
+      system: "jaxpack", or an opponent.
+      rows: of a step: rows of `max_length` where packed, else documents.
+      remat: what the backward pass recomputes; an opponent has words of its own for it.
+      implementation: of our kernels.
+      steps: that are timed, after the warm-up.
+    """
+
+    model: str
+    system: str = "jaxpack"
+    layout: Layout = "packed"
+    rows: int = 16
+    max_length: int = 1024
+    remat: str = "full"
+    implementation: Implementation | None = None
+    full_finetuning: bool = False
+    steps: int = 10
+    learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.layout not in get_args(Layout):
+            raise InputError(f"`layout` must be one of {get_args(Layout)}, got {self.layout!r}.")
+        if self.system == "jaxpack" and self.remat not in REMAT:
+            raise InputError(f"`remat` must be one of {REMAT}, got {self.remat!r}.")
+
+    def __str__(self) -> str:
+        what = "rows" if self.layout == "packed" else "documents"
+        parts = [self.system, self.model, self.layout, f"{self.rows} {what}", f"remat {self.remat}"]
+        parts += [self.implementation] if self.implementation else []
+        parts += ["full fine-tuning"] if self.full_finetuning else []
+        return " ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A case within a plan; `label` is what it is there."""
+
+    plan: str
+    label: str
+    case: Case
+
+    def __str__(self) -> str:
+        return f"{self.plan}: {self.label}: {self.case}"
+
+    def record(self, **figures: Any) -> dict[str, Any]:
+        """What is kept of a measurement: the case, and its figures beside it."""
+        return {"plan": self.plan, "label": self.label, **dataclasses.asdict(self.case), **figures}
+
+
+def case_of(record: dict[str, Any]) -> Case:
+    """The case that a record is of."""
+    return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case) if field.name in record})
+
+
+def packed_rows(count: int, documents: Documents, max_length: int) -> int:
+    """The packed rows that hold about as many tokens as `count` of the documents do."""
+    mean = np.minimum(documents.lengths, max_length).mean()
+    return max(1, round(count * mean / max_length))
+
+
+def batch_sizes(base: Case, sizes: tuple[int, ...] = BATCH_SIZES) -> list[Planned]:
+    """The layout of `base` at each batch size, labelled by the line that a picture draws of them."""
+    least = 0 if base.layout == "packed" else _LEAST_DOCUMENTS
+    return [
+        Planned(
+            "batch_sizes",
+            f"{base.system} {base.layout}",
+            dataclasses.replace(base, rows=rows, steps=max(base.steps, -(-least // rows))),
+        )
+        for rows in sizes
+    ]
+
+
+def ablation(base: Case, count: int, documents: Documents) -> list[Planned]:
+    """What each of our choices adds, at about the same tokens a step: those of `count` documents.
+
+    The first three run XLA's operations and recompute every layer, as a plain JAX program does.
+    """
+    plain = dataclasses.replace(base, implementation="xla", remat="full")
+    padded, free, packed = _layouts(plain, count, documents)
+    kernels = dataclasses.replace(packed, implementation=None)
+    cases = {
+        "padded": padded,
+        "padding-free": free,
+        "packed": packed,
+        "with kernels": kernels,
+        "keeping all": dataclasses.replace(kernels, remat="none"),
+        OFFLOADED: dataclasses.replace(kernels, remat="offload"),
+    }
+    return [Planned("ablation", label, case) for label, case in cases.items()]
+
+
+def losses(base: Case, count: int, documents: Documents) -> list[Planned]:
+    """The loss of a run in each layout, over the same documents with about the tokens of `count` of them a step."""
+    return [Planned("losses", case.layout, case) for case in _layouts(base, count, documents)]
+
+
+def _layouts(base: Case, count: int, documents: Documents) -> list[Case]:
+    """Padded, padding-free and packed, at about the same tokens a step."""
+    rows = packed_rows(count, documents, base.max_length)
+    return [
+        dataclasses.replace(base, layout=layout, rows=rows if layout == "packed" else count)
+        for layout in get_args(Layout)
+    ]

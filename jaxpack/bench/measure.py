@@ -1,0 +1,104 @@
+"""One case of ours, in this process: the trainer's own run, timed one step after another."""
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpack.batching import Batches
+from jaxpack.bench.cases import Case
+from jaxpack.compilation_cache import ProgramCache
+from jaxpack.config import TrainConfig
+from jaxpack.data import Documents
+from jaxpack.predictions import Job, predict, rates_of
+from jaxpack.trainer import Run, peak_memory_bytes
+from jaxpack.transformer import Transformer
+
+WARM_UP = 3  # steps that are not timed
+
+
+def train_config(case: Case) -> TrainConfig:
+    """How the run of a case trains."""
+    return TrainConfig(
+        packing=case.layout == "packed",
+        padding_free=case.layout == "padding-free",
+        max_length=case.max_length,
+        per_device_train_batch_size=case.rows,
+        max_steps=WARM_UP + case.steps,
+        remat=case.remat,
+        implementation=case.implementation,
+        learning_rate=case.learning_rate,
+        lr_scheduler_type="constant",
+    )
+
+
+def measure(
+    case: Case,
+    model: Transformer,
+    documents: Documents,
+    *,
+    profiled: Callable[[Callable[[], None]], list[dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Trains for a few steps, which uses the model up, and gives the figures of `case` (`cases.case_of`).
+
+    Rates are of real tokens, over the steps after the warm-up whose program has run before. A step's time is from the
+    loss before its own to its own, each read while the next step runs, as the trainer does. Compilation comes before
+    them all, and is given apart. Peak memory is the allocator's, of the whole process.
+
+    Args:
+      profiled: where given, is called with what runs one more step and waits for it; its result is "kernels".
+    """
+    config = train_config(case)
+    batches = Batches(documents, config)
+    run = Run(model, batches, config)
+    job = Job.of_run(model, batches)
+    cache = ProgramCache(config.compilation_cache_dir)
+    compile_seconds = run.compile(cache)
+
+    losses: list[float] = []
+    ends = [time.perf_counter()]
+    for metrics in run.steps():
+        losses.append(float(metrics.loss))
+        ends.append(time.perf_counter())
+
+    seconds, timed = np.diff(ends), timed_steps(batches)
+    predicted = predict(job, rates_of(jax.devices()[0].device_kind))[run.remat]
+    memory = run.programs[max(run.programs)].memory_analysis()
+    figures = {
+        "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),
+        "step_seconds": float(seconds[timed].mean()),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "padding_share": batches.padding_share,
+        "compile_seconds": compile_seconds,
+        "found_programs": cache.found,  # that an earlier process compiled
+        "warm_up_seconds": float(ends[WARM_UP] - ends[0]),
+        "each_step_seconds": seconds[WARM_UP:].tolist(),
+        "loss_seconds": (np.array(ends[1:]) - ends[0]).tolist(),  # from the first step's start to each loss
+        "tokens": batches.tokens_per_step.tolist(),
+        "losses": losses,
+        "shapes": batches.shapes,
+        "chosen_remat": run.remat,
+        "predicted_step_seconds": predicted.seconds,
+        "predicted_peak_bytes": predicted.peak_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "host_temporary_bytes": memory.host_temp_size_in_bytes,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "jaxlib")},
+    }
+    if profiled is not None:
+        batch = jax.device_put(batches[len(batches) - 1])
+        figures["kernels"] = profiled(lambda: float(run.step(batch).loss))
+    return figures
+
+
+def timed_steps(batches: Batches) -> np.ndarray:
+    """Which steps count, bool `[num_steps]`: after the warm-up, those whose shape came before."""
+    steps = np.arange(batches.num_steps)
+    _, first = np.unique(batches.row_lengths, return_index=True)
+    after = steps >= WARM_UP
+    warm = after & ~np.isin(steps, first)
+    return warm if warm.any() else after

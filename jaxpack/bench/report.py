@@ -1,0 +1,295 @@
+"""Records as a table and as pictures. Needs no device, and matplotlib for the pictures alone."""
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxpack.bench.cases import ABLATION, OFFLOADED
+from jaxpack.bench.processes import Record
+from jaxpack.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Of Okabe and Ito, who made them for all kinds of eyes; one for each system, wherever it is drawn.
+COLORS = {"jaxpack": "#0072B2", "unsloth": "#D55E00", "trl": "#4D4D4D", "trl-liger": "#CC79A7"}
+NAMES = {"unsloth": "Unsloth", "trl": "TRL", "trl-liger": "TRL + Liger"}
+LINES = {"packed": ("-", "o"), "padding-free": ("--", "s"), "padded": (":", "^")}
+GIB = 2**30
+
+
+def results_table(records: list[Record]) -> Table:
+    """One line for each record, as they come."""
+    table = Table(title="real tokens a second and the allocator's peak, one process a line")
+    for heading in ("plan", "system", "model", "layout", "rows", "remat", "kernels"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("real tokens/s", "step, ms", "peak, GiB", "valid tokens", "compile, s", "warm-up, s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in records:
+        model = record["model"] + (", all weights" if record["full_finetuning"] else "")
+        remat = record["remat"] + (f": {record.get('chosen_remat', '?')}" if record["remat"] == "auto" else "")
+        about = [record["plan"], record["system"], model, record["layout"], str(record["rows"]), remat]
+        about.append((record["implementation"] or "fastest") if record["system"] == "jaxpack" else "-")
+        if "failed" in record:
+            table.add_row(*about, "failed")
+            continue
+        compiled = "-"  # an opponent compiles within its warm-up
+        if "compile_seconds" in record:
+            compiled = "found" if record["found_programs"] else f"{record['compile_seconds']:.1f}"
+        table.add_row(
+            *about,
+            f"{record['tokens_per_second']:,.0f}",
+            f"{1e3 * record['step_seconds']:,.1f}",
+            f"{record['peak_memory_bytes'] / GIB:.2f}",
+            f"{valid_share(record):.1%}",
+            compiled,
+            f"{record['warm_up_seconds']:.1f}",
+        )
+    return table
+
+
+def ablation_table(records: list[Record]) -> Table:
+    """What each choice multiplies the tokens a second by."""
+    table = Table(title="ablation: each step adds to the one before; the factors multiply out")
+    for heading in ("", "real tokens/s", "factor", "since padded", "peak, GiB"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for stage in ablation_stages(records):
+        table.add_row(
+            stage["label"],
+            f"{stage['tokens_per_second']:,.0f}",
+            f"x {stage['factor']:.2f}",
+            f"x {stage['total']:.2f}",
+            f"{stage['peak_memory_bytes'] / GIB:.2f}",
+        )
+    return table
+
+
+def valid_share(record: Record) -> float:
+    """The share of a run's positions that hold a token."""
+    return 1 - record["padding_share"]
+
+
+def ablation_stages(records: list[Record]) -> list[dict[str, Any]]:
+    """The stages in their order: `factor` is to the stage before (which offloading shares), `total` to the first.
+
+    Stages that are missing or failed are left out, and the next one's factor is then to what came before them.
+    """
+    found = {record["label"]: record for record in of_plan(records, "ablation")}
+    chain = [found[label] for label in ABLATION if label in found]
+    before = {record["label"]: previous for previous, record in itertools.pairwise(chain)}
+    if OFFLOADED in found and chain:
+        kernels = ABLATION[: ABLATION.index("keeping all")]
+        before[OFFLOADED] = next((found[label] for label in reversed(kernels) if label in found), chain[0])
+        chain.append(found[OFFLOADED])
+
+    def ratio(record: Record, other: Record) -> float:
+        return record["tokens_per_second"] / other["tokens_per_second"]
+
+    return [
+        record | {"factor": ratio(record, before.get(record["label"], record)), "total": ratio(record, chain[0])}
+        for record in chain
+    ]
+
+
+def of_plan(records: list[Record], plan: str) -> list[Record]:
+    """The records of a plan that have figures."""
+    return [record for record in records if record["plan"] == plan and "failed" not in record]
+
+
+def print_tables(records: list[Record], *more: Table) -> None:
+    """What was measured, the ablation where there is one, and `more`: to stdout, wide where that is no terminal."""
+    tables = [results_table(records), *([ablation_table(records)] if of_plan(records, "ablation") else []), *more]
+    Console(width=None if sys.stdout.isatty() else 240).print(*tables)
+
+
+def draw_all(records: list[Record], results: Path) -> list[Path]:
+    """A picture for each plan that has one, beside the file of results."""
+    drawn = []
+    for plan, draw in (("batch_sizes", draw_batch_sizes), ("ablation", draw_ablation), ("losses", draw_losses)):
+        if chosen := of_plan(records, plan):
+            drawn.append(results.with_name(f"{results.stem}_{plan}.png"))
+            draw(chosen).savefig(drawn[-1], dpi=130)
+    return drawn
+
+
+def require_matplotlib() -> None:
+    """Raises where no picture can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("pictures need `pip install jaxpack[bench]`, got no matplotlib.")
+
+
+def draw_batch_sizes(records: list[Record]) -> "Figure":
+    """Tokens a second, memory and the valid tokens' share against the batch size, a line for each series."""
+    figure = _figure(15, 5.4)
+    panels = figure.subplots(1, 3)
+    titles = ("How many real tokens a second?", "How much memory?", "How much is not padding?")
+    units = ("real tokens/s", "peak memory, GiB", "valid tokens, %")
+    figures = (
+        lambda record: record["tokens_per_second"],
+        lambda record: record["peak_memory_bytes"] / GIB,
+        lambda record: 100 * valid_share(record),
+    )
+    for panel, title, unit, figure_of in zip(panels, titles, units, figures, strict=True):
+        lines = []
+        # Rows are filled alike by all: the share of tokens is drawn of one system, and is in the table of all.
+        shown = [r for r in records if unit != units[2] or r["system"] == records[0]["system"]]
+        for label in dict.fromkeys(record["label"] for record in shown):
+            series = sorted((r for r in shown if r["label"] == label), key=lambda record: record["rows"])
+            rows, values = [r["rows"] for r in series], [figure_of(r) for r in series]
+            lines.append((label, series[0], rows, values))
+            panel.plot(rows, values, markersize=5, linewidth=1.8, **_style(series[0]))
+        panel.set_xscale("log", base=2)
+        sizes = sorted({record["rows"] for record in records})
+        panel.set_xticks(sizes, list(map(str, sizes)))
+        if unit == units[0]:
+            panel.set_yscale("log")
+            _plain_ticks(panel)
+        else:
+            panel.set_ylim(bottom=0)
+        _frame(panel, title, f"batch size: documents, or packed rows of {records[0]['max_length']:,}", unit)
+        _label_ends(panel, lines)
+    _head(figure, records)
+    return figure
+
+
+def draw_ablation(records: list[Record]) -> "Figure":
+    """Bars of tokens a second and of memory, stage by stage, with the factor of each."""
+    stages = ablation_stages(records)
+    figure = _figure(12, 0.75 * len(stages) + 2.2)
+    speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = -np.arange(len(stages))
+    shades = [_shade("jaxpack", 0.35 if stage["implementation"] == "xla" else 1.0) for stage in stages]
+    speeds = [stage["tokens_per_second"] for stage in stages]
+    gigabytes = [stage["peak_memory_bytes"] / GIB for stage in stages]
+    factors = ["", *(f"   x {stage['factor']:.2f}" for stage in stages[1:])]
+    _bars(speed, places, speeds, shades, [f"{x:,.0f}{factor}" for x, factor in zip(speeds, factors, strict=True)])
+    _bars(memory, places, gigabytes, shades, [f"{x:.1f}" for x in gigabytes])
+    speed.set_yticks(places, [_stage_name(stage) for stage in stages])
+    chain = [stage for stage in stages if stage["label"] in ABLATION]
+    total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
+    _frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: of the one before)", "")
+    _frame(memory, "And what does it hold?", "peak memory, GiB", "")
+    _head(figure, records, " Pale: XLA's operations. Offloading is beside keeping all, not after it.")
+    return figure
+
+
+def draw_losses(records: list[Record]) -> "Figure":
+    """The loss of each layout against steps, and against seconds."""
+    figure = _figure(13, 5.2)
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for record in records:
+        window = max(1, len(record["losses"]) // 30)
+        smooth = np.convolve(record["losses"], np.ones(window) / window, "valid")
+        width = {"padded": 3.6, "padding-free": 2.4, "packed": 1.4}[record["layout"]]  # the same losses hide none
+        style = _style(record) | {"marker": "", "linewidth": width}
+        by_step.plot(np.arange(window, len(record["losses"]) + 1), smooth, label=record["label"], **style)
+        by_time.plot(record["loss_seconds"][window - 1 :], smooth, **style)
+    smoothed = f"training loss (mean of {window} steps)" if window > 1 else "training loss"
+    _frame(by_step, "Does the layout change what is learned?", "step", smoothed)
+    _frame(by_time, "How soon is it learned?", "seconds of training, without compilation", "")
+    by_step.legend(frameon=False)
+    _head(figure, records)
+    return figure
+
+
+# What the pictures share.
+
+
+def _figure(width: float, height: float) -> "Figure":
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the user's settings say
+    return figure
+
+
+def _style(record: Record) -> dict[str, Any]:
+    line, marker = LINES[record["layout"]]
+    strength = {"packed": 1.0, "padding-free": 0.75, "padded": 0.6}[record["layout"]]
+    color = _shade(record["system"], strength if record["system"] == "jaxpack" else max(strength, 0.75))
+    return {"linestyle": line, "marker": marker, "color": color}
+
+
+def _shade(system: str, strength: float) -> tuple[float, ...]:
+    """The color of a system, mixed with white."""
+    color = COLORS.get(system, "#009E73")
+    return tuple(1 - strength * (1 - int(color[i : i + 2], 16) / 255) for i in (1, 3, 5))
+
+
+def _name(label: str) -> str:
+    for system, name in NAMES.items():
+        if label.startswith(f"{system} "):
+            return name + label.removeprefix(system)
+    return label
+
+
+def _stage_name(stage: Record) -> str:
+    rows = f"rows of {stage['max_length']:,}" if stage["layout"] == "packed" else "documents"
+    return f"{stage['label']}\n{stage['rows']} {rows}, remat {stage['remat']}"
+
+
+def _frame(panel: "Axes", title: str, along: str, up: str) -> None:
+    panel.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    panel.set_xlabel(along)
+    panel.set_ylabel(up)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="both", color="#E5E5E5", linewidth=0.7)
+    panel.set_axisbelow(True)
+
+
+def _plain_ticks(panel: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, texts: list[str]) -> None:
+    panel.barh(places, values, 0.62, color=colors)
+    for place, value, text in zip(places, values, texts, strict=True):
+        panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
+    panel.set_xlim(0, 1.3 * max(values))
+    panel.xaxis.set_major_formatter("{x:,.10g}")
+
+
+def _label_ends(panel: "Axes", lines: list[tuple[str, Record, list[int], list[float]]]) -> None:
+    """Names each line at the panel's right, at the height of its end, moved apart where ends are close."""
+    panel.figure.canvas.draw()
+    last = max(xs[-1] for _, _, xs, _ in lines)
+    lines = sorted(lines, key=lambda line: line[3][-1])
+    ends = panel.transData.transform([(last, ys[-1]) for *_, ys in lines])[:, 1]
+    heights = _apart(ends, 13 * panel.figure.dpi / 72)
+    heights -= max(0.0, heights[-1] - panel.bbox.ymax)
+    for (label, record, xs, _), height in zip(lines, heights, strict=True):
+        at = panel.transData.inverted().transform((0, height))[1]
+        text = _name(label) + (f" (to {xs[-1]})" if xs[-1] < last else "")
+        panel.annotate(text, (last, at), (7, 0), textcoords="offset points", va="center", fontsize=9,
+                       color=_shade(record["system"], 1.0), annotation_clip=False)  # fmt: skip
+
+
+def _apart(wanted: np.ndarray, least: float) -> np.ndarray:
+    """The places nearest to `wanted`, which ascends, that are at least so far apart: groups about their mean."""
+    groups: list[list[float]] = []
+    for offset in wanted - least * np.arange(len(wanted)):
+        groups.append([offset])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return np.concatenate([np.full(len(group), np.mean(group)) for group in groups]) + least * np.arange(len(wanted))
+
+
+def _head(figure: "Figure", records: list[Record], more: str = "") -> None:
+    first = records[0]
+    what = "all weights trained" if first["full_finetuning"] else "LoRA r=16"
+    devices = " and ".join(dict.fromkeys(record["device"] for record in records))
+    about = f"{first['model']}, {what}, documents: {first['data']}. {devices}, {first['date']}.{more}"
+    figure.suptitle(about, x=0.01, ha="left", fontsize=10, color="#555555")

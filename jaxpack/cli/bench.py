@@ -1,0 +1,120 @@
+"""`jaxpack bench`: what a step costs on this device, by layout, batch size and what is kept, on a model and data."""
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+import torch_bridge
+from jaxpack.bench.cases import Case, Layout, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
+from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
+from jaxpack.bench.report import draw_all, print_tables, require_matplotlib
+from jaxpack.console import console
+from jaxpack.data import Documents, load_documents
+from jaxpack.errors import InputError
+from jaxpack.files import require_free_folder
+
+_DRAWN = 4000  # documents, where their lengths are all that is known
+_RESULTS = "results.json"
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option(help=f"A Hugging Face folder, or the shape of {', '.join(SHAPES)}, with random weights.")
+    ],
+    output: Annotated[Path, typer.Option(help="A new folder, for results.json and the pictures.")],
+    data: Annotated[Path | None, typer.Option(help="A JSONL or Parquet file, as for train.")] = None,
+    lengths: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of data: a CSV with the columns token_length_from, token_length_to and documents, from which"
+            " lengths are drawn."
+        ),
+    ] = None,
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="With commas between them. ablation: padded, padding-free, packed, with kernels, and the memory"
+            " choices; batch_sizes: every layout at each; losses: of a run in every layout."
+        ),
+    ] = "ablation,batch_sizes",
+    sizes: Annotated[str, typer.Option(help="Batch sizes: documents, or packed rows.")] = "1,2,4,8,16,32",
+    documents: Annotated[int, typer.Option(help="In a step of ablation and losses; packed rows hold as much.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Of a document, and of a packed row.")] = 1024,
+    steps: Annotated[int, typer.Option(help="That are timed, of each case; more where they hold few documents.")] = 10,
+    loss_steps: Annotated[int, typer.Option(help="That are timed, of losses.")] = 100,
+    remat: Annotated[str, typer.Option(help="What batch_sizes and losses keep, as for train.")] = "auto",
+    learning_rate: Annotated[float, typer.Option(help="Of losses.")] = 2e-4,
+    full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter of rank 16.")] = False,
+) -> None:
+    """Measure tokens a second and memory: each case in a process of its own, then a table and pictures."""
+    require_matplotlib()
+    require_free_folder(output, "output")
+    if (data is None) == (lengths is None):
+        given = "none" if data is None else "both"
+        raise InputError(f"`data` or `lengths` must be given, and not both, got {given}.")
+    base = Case(
+        model=model,
+        max_length=max_length,
+        remat=remat,
+        full_finetuning=full_finetuning,
+        steps=steps,
+        learning_rate=learning_rate,
+    )
+    batches = _sizes(sizes)
+    for name, value in (("documents", documents), ("loss_steps", loss_steps)):
+        if value < 1:
+            raise InputError(f"`{name}` must be at least 1, got {value}.")
+    corpus = _read(model, data, lengths)
+    of_layouts = [dataclasses.replace(base, layout=layout) for layout in get_args(Layout)]
+    cases_of = {
+        "ablation": ablation(base, documents, corpus),
+        "batch_sizes": [planned for of_layout in of_layouts for planned in batch_sizes(of_layout, batches)],
+        "losses": losses(dataclasses.replace(base, steps=loss_steps), documents, corpus),
+    }
+    names = [name.strip() for name in plans.split(",")]
+    if unknown := [name for name in names if name not in cases_of]:
+        raise InputError(f"`plans` must be among {', '.join(cases_of)}, got {unknown[0]!r}.")
+    planned = [case for name in dict.fromkeys(names) for case in cases_of[name]]
+
+    results = Results(output / _RESULTS)
+    console.print(f"{len(planned)} cases, each in a process of its own; {output / _RESULTS} is written after each")
+    with tempfile.TemporaryDirectory() as folder:
+        save_documents(path := Path(folder, "documents.npz"), corpus)
+        run_all(planned, results, lambda case, left: measure_elsewhere(case, path, left), data=(data or lengths).stem)
+    print_tables(results.records)
+    for picture in draw_all(results.records, output / _RESULTS):
+        console.print(f"drew {picture}")
+    if all("failed" in record for record in results.records):
+        raise InputError(f"`model` must be one that trains here, got {model!r}: {results.records[0]['failed']}.")
+
+
+def measure_elsewhere(
+    planned: Planned, documents: Path, seconds: float | None, command: tuple[str, ...] = ("-m", "jaxpack.cli.measure")
+) -> Record:
+    """The figures of a case of ours, on the documents that `save_documents` wrote, from a process of its own."""
+    return in_own_process([sys.executable, *command], request_of(planned, documents=str(documents)), seconds=seconds)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(sorted({int(size) for size in text.split(",")}))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1:
+        raise InputError(f"`sizes` must be whole numbers of at least 1 with commas between them, got {text!r}.")
+    return sizes
+
+
+def _read(model: str, data: Path | None, lengths: Path | None) -> Documents:
+    """Tokenised once, here, for all processes. Of a folder, config and tokenizer are read: the weights are for them."""
+    if data is not None and not data.is_file():
+        raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
+    config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
+    if lengths is not None:
+        return drawn_documents(lengths, _DRAWN, vocab_size=config.vocab_size)
+    return load_documents(data, tokenizer, vocab_size=config.vocab_size)

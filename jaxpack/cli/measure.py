@@ -1,0 +1,38 @@
+"""`python -m jaxpack.cli.measure REQUEST RESULT`: the process that `jaxpack bench` starts for each case."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch_bridge
+from jaxpack.bench.cases import Case
+from jaxpack.bench.measure import measure
+from jaxpack.bench.models import SHAPES, random_model, read_documents
+from jaxpack.bench.processes import Record, answer
+from jaxpack.config import LoraConfig
+from jaxpack.lora import add_lora
+from jaxpack.transformer import Transformer
+
+
+def measure_here(request: Path, result: Path, **options: Any) -> None:
+    """Answers a request of `bench.measure_elsewhere` in this process; `options` are those of `measure`."""
+
+    def figures() -> Record:
+        asked = json.loads(request.read_text())
+        case = Case(**asked["case"])
+        return measure(case, _model(case), read_documents(Path(asked["documents"])), **options)
+
+    answer(result, figures)
+
+
+def _model(case: Case) -> Transformer:
+    lora = None if case.full_finetuning else LoraConfig(r=16)
+    if case.model in SHAPES:
+        return random_model(SHAPES[case.model], lora)
+    model, _ = torch_bridge.from_pretrained(case.model)
+    return model if lora is None else add_lora(model, lora)
+
+
+if __name__ == "__main__":
+    measure_here(*map(Path, sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""What one case of ours is found to cost is of the steps that the trainer takes, and counts what they really hold."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from models import random_documents, small_model
+
+from jaxpack.batching import Batches
+from jaxpack.bench.cases import Case
+from jaxpack.bench.measure import WARM_UP, measure, timed_steps, train_config
+from jaxpack.config import LoraConfig
+from jaxpack.trainer import Trainer
+
+LENGTHS = [5, 60, 33, 90, 12, 47, 71, 20] * 6
+DOCUMENTS = random_documents(LENGTHS, masked=0.0)
+ROWS = {"padded": 4, "padding-free": 4, "packed": 1}
+
+
+def case(layout: str) -> Case:
+    return Case(model="small", layout=layout, rows=ROWS[layout], max_length=128, steps=4, learning_rate=1e-2)
+
+
+@functools.cache
+def figures_of(layout: str) -> dict[str, Any]:
+    return measure(case(layout), small_model("qwen3", lora=LoraConfig(r=4)), DOCUMENTS)
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_figures_are_of_what_the_batches_hold(layout):
+    figures, batches = figures_of(layout), Batches(DOCUMENTS, train_config(case(layout)))
+    filled = [batches[step] for step in range(len(batches))]
+    held = np.array([(batch.segment_ids > 0).sum() for batch in filled])
+    assert figures["tokens"] == held.tolist() and len(held) == WARM_UP + 4
+    assert 1 - figures["padding_share"] == pytest.approx(held.sum() / sum(batch.tokens.size for batch in filled))
+
+    timed = timed_steps(batches)[WARM_UP:]
+    seconds = np.array(figures["each_step_seconds"])
+    np.testing.assert_allclose(seconds, np.diff(figures["loss_seconds"])[WARM_UP - 1 :], rtol=1e-6)
+    rate = held[WARM_UP:][timed].sum() / seconds[timed].sum()
+    assert figures["tokens_per_second"] == pytest.approx(rate)
+    assert figures["warm_up_seconds"] == pytest.approx(figures["loss_seconds"][WARM_UP - 1])
+
+
+def test_a_case_is_trained_as_it_says():
+    assert {layout: {(A, B) for A, B, _ in figures_of(layout)["shapes"]} for layout in ROWS} == {
+        "padded": {(1, 4)},
+        "padding-free": {(1, 1)},
+        "packed": {(1, 1)},
+    }
+    config = train_config(dataclasses.replace(case("packed"), remat="none", implementation="xla"))
+    assert (config.packing, config.remat, config.implementation) == (True, "none", "xla")
+    assert (config.learning_rate, config.lr_scheduler_type, config.max_length) == (1e-2, "constant", 128)
+
+
+def test_the_steps_are_those_of_the_trainer():
+    pieces = zip(DOCUMENTS.starts, LENGTHS, strict=True)
+    rows = [{"input_ids": DOCUMENTS.tokens[start : start + length].tolist()} for start, length in pieces]
+    trainer = Trainer(small_model("qwen3", lora=LoraConfig(r=4)), None, rows, train_config(case("packed")))
+    np.testing.assert_array_equal(figures_of("packed")["losses"], trainer.train().losses)
+
+
+def test_neither_the_warm_up_nor_the_first_step_of_a_shape_is_timed():
+    documents = random_documents([10] * 54 + [400])
+    batches = Batches(documents, train_config(Case(model="small", layout="padding-free", rows=1, steps=52)))
+    timed, shapes = timed_steps(batches), batches.row_lengths
+    firsts = {int(np.flatnonzero(shapes == shape)[0]) for shape in shapes}
+    assert len(firsts) == 2 and max(firsts) >= WARM_UP
+    assert {step for step, counts in enumerate(timed) if not counts} == {*range(WARM_UP), *firsts}

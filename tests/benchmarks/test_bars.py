@@ -1,0 +1,51 @@
+"""The bars of the step: who is compared with whom, and what passes."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.bars import BARS, bars, bars_table, verdicts
+from benchmarks.peers_training import RECOMPUTE, SYSTEMS
+from jaxpack.bench.cases import Case, Planned
+
+
+def measured(work: str, case: Case, tokens_per_second: float, peak: float) -> dict:
+    figures = {"tokens_per_second": tokens_per_second, "peak_memory_bytes": peak}
+    return Planned("bars", work, case).record(data="lengths", device="a card", **figures)
+
+
+def test_the_fastest_opponent_counts_and_only_when_all_are_measured():
+    bar = next(bar for bar in BARS if len(bar.peers) == 2 and bar.speed == 1.3)
+    slow, fast = bar.peers
+    ours = measured(bar.work, bar.ours, 130, 5)
+    records = [ours, measured(bar.work, slow, 50, 1), measured(bar.work, fast, 100, 10)]
+    (verdict,) = verdicts(records)
+    assert (verdict.bar, verdict.speed, verdict.memory, verdict.passed) == (bar, 1.3, 0.5, True)
+    records[1] = Planned("bars", bar.work, slow).record(failed="it did")
+    (verdict,) = verdicts(records)
+    assert (verdict.speed, verdict.passed) == (None, None)
+
+
+@pytest.mark.parametrize("other", [{"device": "another card"}, {"data": "other lengths"}], ids=str)
+def test_nothing_is_compared_with_what_ran_elsewhere(other):
+    bar = BARS[0]
+    records = [measured(bar.work, bar.ours, 130, 1), measured(bar.work, bar.peers[0], 100, 1) | other]
+    assert [verdict.passed for verdict in verdicts(records)] == [None, None]
+
+
+@pytest.mark.parametrize(("ours", "passed"), [((1.3, 1.0), True), ((1.29, 1.0), False), ((1.3, 1.01), False)])
+def test_speed_and_memory_both_count(ours, passed):
+    bar = BARS[0]
+    records = [measured(bar.work, bar.ours, *ours), measured(bar.work, bar.peers[0], 1.0, 1.0)]
+    assert verdicts(records)[0].passed is passed
+    assert list(bars_table(records).columns[-1].cells) == ["pass" if passed else "FAIL"]
+
+
+def test_opponents_do_the_same_work():
+    for bar in BARS:
+        for peer in bar.peers:
+            assert peer.system in SYSTEMS and peer.remat in RECOMPUTE
+            if peer.layout == bar.ours.layout:
+                same = {"system": "jaxpack", "remat": bar.ours.remat}
+                assert dataclasses.replace(peer, **same) == bar.ours
+    assert len({(planned.label, planned.case) for planned in bars()}) == len(bars())
