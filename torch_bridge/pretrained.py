@@ -29,6 +29,7 @@ from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, con
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
+_MAX_LAYERS = 10_000  # of which a config may be read into a list
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -108,6 +109,8 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
+    if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
+        raise InputError(f"`num_hidden_layers` of {CONFIG_FILE} must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
     try:
         return folder, described, config_from_hf(described[CONFIG_FILE], name_or_path)
     except InputError:
