@@ -253,10 +253,10 @@ def config_option(rng: random.Random, folder: Path) -> None:
         {"layer_types": rng.choice([7, [{}], ["x"], [None], {"a": 1}])},
         {
             "rope_parameters": rng.choice(
-                [7, "x", [1], {"rope_type": []}, {"rope_type": "yarn"}, {"rope_type": "llama3"}]
+                [7, "x", [1], {"rope_type": 7}, {"rope_type": "yarn"}, {"rope_type": "llama3"}]
             )
         },
-        {"hidden_act": rng.choice(["gelu", [], 7, {}])},
+        {"hidden_act": rng.choice(["relu", ["silu"], 7])},
         {"attention_bias": rng.choice([True, "no", [1], 7])},
         {"quantization_config": rng.choice([{"quant_method": "fp8"}, 7, [1]])},
         {"num_key_value_heads": rng.choice([3, "2", 0, 2.5, [], 10**30, 4])},
