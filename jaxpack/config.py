@@ -14,17 +14,6 @@ Implementation = Literal["xla", "pallas"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: the base, and Llama 3's rescaling of long wavelengths where `llama3` is set."""
-
-    theta: float
-    llama3: "Llama3RopeScaling | None" = None
-
-    def __post_init__(self) -> None:
-        _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
     """Llama 3.1's frequency scaling, with the names that `config.json` uses."""
 
@@ -37,6 +26,17 @@ class Llama3RopeScaling:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             _check(_is_positive(value), field.name, "must be a positive number", value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: the base, and how its frequencies are rescaled for longer contexts."""
+
+    theta: float
+    scaling: Llama3RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,13 @@ class ModelConfig:
     head_dim: int  # not always hidden_size / num_heads
     rms_norm_eps: float
     rope: RopeConfig
-    qk_norm: bool  # RMSNorm of each query and key head before the rotation (Qwen3)
     tie_word_embeddings: bool
+    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False  # of all three projections of the feed-forward
+    sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
+    local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
     name_or_path: str = ""  # where the weights came from; adapters name it as their base model
 
     def __post_init__(self) -> None:
@@ -78,6 +83,25 @@ class ModelConfig:
             f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
             self.num_heads,
         )
+        window, local = self.sliding_window, self.local_layers
+        _check(
+            window is None or (isinstance(window, int) and window >= 1),
+            "sliding_window",
+            "must be None or a whole number of at least 1",
+            window,
+        )
+        _check(
+            local is None or len(local) == self.num_layers,
+            "local_layers",
+            f"must say it of each of `num_layers` ({self.num_layers})",
+            local,
+        )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        local = self.local_layers or self.num_layers * (True,)
+        return tuple(self.sliding_window if is_local else None for is_local in local)
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -141,7 +165,7 @@ class TrainConfig:
     learning_rate: float = _option(2e-5, "Peak of the schedule; LoRA wants about ten times the default.")
     lr_scheduler_type: Schedule = _option("linear", "After warm-up: linear or cosine decay to 0, or none.")
     warmup_steps: float = _option(0, "Steps of linear warm-up from 0; below 1, a share of all steps.")
-    weight_decay: float = _option(0.0, "AdamW's; norm scales do not decay.")
+    weight_decay: float = _option(0.0, "AdamW's; norm scales and biases do not decay.")
     adam_beta1: float = _option(0.9, "AdamW's.")
     adam_beta2: float = _option(0.999, "AdamW's.")
     adam_epsilon: float = _option(1e-8, "AdamW's.")

@@ -24,7 +24,7 @@ from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 
 
 class RowContext(NamedTuple):
-    """What every layer needs to know of the batch, computed once; and which kernels it runs."""
+    """What a layer needs to know of the batch, computed once for all that need the same; and which kernels it runs."""
 
     bounds: SegmentBounds
     angles: Angles
@@ -46,21 +46,24 @@ class LoraAdapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """One or more projections of the same input, side by side in one `weight` `[sum(out), in]`, no bias.
+    """One or more projections of the same input, side by side in one `weight` `[sum(out), in]`, with a bias or not.
 
     `projections` names them, with their output sizes, in the order of the rows. `lora` holds an adapter for each
     that has one.
     """
 
-    def __init__(self, in_features: int, projections: dict[str, int], *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, projections: dict[str, int], *, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         shape = (sum(projections.values()), in_features)
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[0], dtype)) if bias else None
         self.projections = tuple(projections.items())
         self.lora = nnx.Dict()
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
         """All projections of `x`, side by side, in plain jnp. Dropout acts on what the adapters read, with a key."""
-        out = x @ self.weight[...].astype(x.dtype).T
+        out = self._biased(x @ self.weight[...].astype(x.dtype).T)
         if not self.lora:
             return out
         if self.drops(dropout_key):
@@ -76,7 +79,8 @@ class Linear(nnx.Module):
         if self.drops(dropout_key):
             return x, self(norm(x), dropout_key)
         weights = norm.scale[...], self.weight[...], *self.factors()
-        return normed_linear(x, *weights, eps=norm.eps, implementation=context.implementation)
+        x, out = normed_linear(x, *weights, eps=norm.eps, implementation=context.implementation)
+        return x, self._biased(out)
 
     def onto(
         self,
@@ -88,8 +92,23 @@ class Linear(nnx.Module):
         """`residual` and the projection of `x`, added."""
         if self.drops(dropout_key):
             return residual + self(x, dropout_key)
-        factors = self.factors()
-        return residual_linear(residual, x, self.weight[...], *factors, implementation=context.implementation)
+        weights = self.weight[...], *self.factors()
+        return self._biased(residual_linear(residual, x, *weights, implementation=context.implementation))
+
+    def gated_onto(
+        self,
+        residual: Float[Array, "B T O"],
+        gate_up: Float[Array, "B T FF"],
+        context: RowContext,
+        dropout_key: Key[Array, ""] | None,
+    ) -> Float[Array, "B T O"]:
+        """`residual` and the projection of `silu(gate) * up`, added."""
+        if self.drops(dropout_key):  # dropout comes between the product and the adapter
+            gate_up = checkpoint_name(gate_up, "gate_up")
+            product = gated_activation(gate_up, implementation=context.implementation)
+            return self.onto(residual, product, context, dropout_key)
+        weights = self.weight[...], *self.factors()
+        return self._biased(gated_residual_linear(residual, gate_up, *weights, implementation=context.implementation))
 
     def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]] | tuple[None, None]:
         """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""
@@ -110,6 +129,9 @@ class Linear(nnx.Module):
     def drops(self, dropout_key: Key[Array, ""] | None) -> bool:
         """Whether the adapters read something else than the projection: their input after dropout."""
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
+
+    def _biased(self, out: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
+        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
 
     @property
     def _dropout(self) -> float:
@@ -133,8 +155,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         sizes = {"q_proj": N * H, "k_proj": K * H, "v_proj": K * H}
-        self.qkv = Linear(config.hidden_size, sizes, dtype=dtype, rngs=rngs)
-        self.out = Linear(N * H, {"o_proj": config.hidden_size}, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.out = Linear(N * H, {"o_proj": config.hidden_size}, bias=config.out_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
             self.q_norm = RMSNorm(H, config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(H, config.rms_norm_eps, dtype=dtype)
@@ -164,21 +186,15 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up = Linear(D, {"gate_proj": F, "up_proj": F}, dtype=dtype, rngs=rngs)
-        self.down = Linear(F, {"down_proj": D}, dtype=dtype, rngs=rngs)
+        self.gate_up = Linear(D, {"gate_proj": F, "up_proj": F}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
     ) -> Float[Array, "B T D"]:
         """`x + down(silu(gate(n)) * up(n))` with `n = norm(x)`."""
         x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
-        if self.down.drops(keys[1]):  # dropout comes between the product and the adapter
-            gate_up = checkpoint_name(gate_up, "gate_up")
-            product = gated_activation(gate_up, implementation=context.implementation)
-            return self.down.onto(x, product, context, keys[1])
-        factors = self.down.factors()
-        weight = self.down.weight[...]
-        return gated_residual_linear(x, gate_up, weight, *factors, implementation=context.implementation)
+        return self.down.gated_onto(x, gate_up, context, keys[1])
 
 
 class Block(nnx.Module):

@@ -79,11 +79,13 @@ def unnamed_bytes(layer: Layer) -> int:
     """What derivatives read of a token besides its input and what has a name.
 
     That is what the two norms make, extended; or, of what all four projections read, what dropout leaves and its mask.
+    And the bounds of attention, where layers differ in them.
     """
     D, F = layer.config.hidden_size, layer.config.intermediate_size
+    chosen = 2 * 4 if len(set(layer.config.windows)) > 1 else 0
     if layer.drops:
-        return (2 * D + layer.heads[0] + F) * (layer.itemsize + 1) + sum(layer.ranks) * layer.itemsize
-    return (2 * D + layer.ranks.qkv + layer.ranks.gate_up) * layer.itemsize
+        return chosen + (2 * D + layer.heads[0] + F) * (layer.itemsize + 1) + sum(layer.ranks) * layer.itemsize
+    return chosen + (2 * D + layer.ranks.qkv + layer.ranks.gate_up) * layer.itemsize
 
 
 def extended_weight_bytes(layer: Layer) -> int:

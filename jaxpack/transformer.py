@@ -1,6 +1,8 @@
 """The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
 
 import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +68,26 @@ class Transformer(nnx.Module):
           implementation: of all kernels; None takes the faster on each device.
           dropout_key: turns the dropout of LoRA adapters on.
         """
+        segments = segment_bounds(segment_ids)
+        # In rows that it spans, a window is none.
+        windows = [
+            window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
+        ]
+        bounds = _Shared.of(windows, lambda window: segments if window is None else segments.within(window))
         frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.config.head_dim))
         angles = rotary_angles(positions, frequencies)
-        context = RowContext(segment_bounds(segment_ids), angles, max_segments, implementation)
+        if any(windows):
+            max_segments = None  # see `SegmentBounds.within`
         graph, layers = nnx.split(self.blocks)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def layer(x, scanned):
-            parameters, key = scanned
+            parameters, key, place = scanned
+            context = RowContext(bounds.at(place), angles, max_segments, implementation)
             return nnx.merge(graph, parameters)(x, context, key), None
 
         x = self.embedding[...][tokens].astype(self.dtype)
-        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys), unroll=unrolls(remat))
+        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys, bounds.places), unroll=unrolls(remat))
         return self.norm(x)
 
     @property
@@ -90,6 +100,28 @@ class Transformer(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         return _logits(*nnx.split(self), tokens, segment_ids)
+
+
+class _Shared(NamedTuple):
+    """Arrays made of the batch, once for all layers with the same setting: a table of them where there are several."""
+
+    table: Any
+    places: Int[np.ndarray, " L"] | None  # in the table, of each layer; None where all layers share one
+
+    @classmethod
+    def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "_Shared":
+        distinct = list(dict.fromkeys(settings))
+        made = [make(setting) for setting in distinct]
+        if len(made) == 1:
+            return cls(made[0], None)
+        places = np.array([distinct.index(setting) for setting in settings], np.int32)
+        return cls(jax.tree.map(lambda *arrays: jnp.stack(arrays), *made), places)
+
+    def at(self, place: Int[Array, ""] | None) -> Any:
+        """Those of the layer, whose place a scan over `places` gives."""
+        if place is None:
+            return self.table
+        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), self.table)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,9 +148,9 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " hal
     """
     channels = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = 1.0 / np.power(np.float32(rope.theta), channels)
-    if rope.llama3 is None:
+    if rope.scaling is None:
         return frequencies.astype(np.float32)
-    scaling = rope.llama3
+    scaling = rope.scaling
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # over the original context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0, 1)

@@ -35,7 +35,7 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
     for name, (entry, layer) in tensor_table(model.config).items():
-        if entry.projection in found:
+        if entry.projection in found and entry.path.endswith(".weight"):
             adapter, module = found[entry.projection], f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_A.weight"] = np.asarray(adapter.lora_a[layer], np.float32)
             tensors[f"{module}.lora_B.weight"] = np.asarray(adapter.lora_b[layer], np.float32)

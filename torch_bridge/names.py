@@ -27,48 +27,97 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture: `tensors` by Hugging Face name, and `read`, from `config.json` to what is special about it."""
+    """One architecture.
+
+    Attributes:
+      tensors: by Hugging Face name; those of parameters that a model may lack are left out where it does.
+      read: from `config.json` to what is special about it.
+      defaults: what transformers takes for fields that a `config.json` does not have.
+    """
 
     tensors: Mapping[str, Entry]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_LLAMA_TENSORS = {
+_EMBEDDING_AND_HEAD = {
     "model.embed_tokens.weight": Entry("embedding"),
-    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
-    "model.layers.{i}.self_attn.q_proj.weight": Entry("blocks.attention.qkv.weight", "q_proj"),
-    "model.layers.{i}.self_attn.k_proj.weight": Entry("blocks.attention.qkv.weight", "k_proj"),
-    "model.layers.{i}.self_attn.v_proj.weight": Entry("blocks.attention.qkv.weight", "v_proj"),
-    "model.layers.{i}.self_attn.o_proj.weight": Entry("blocks.attention.out.weight", "o_proj"),
-    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
-    "model.layers.{i}.mlp.gate_proj.weight": Entry("blocks.feed_forward.gate_up.weight", "gate_proj"),
-    "model.layers.{i}.mlp.up_proj.weight": Entry("blocks.feed_forward.gate_up.weight", "up_proj"),
-    "model.layers.{i}.mlp.down_proj.weight": Entry("blocks.feed_forward.down.weight", "down_proj"),
     "model.norm.weight": Entry("norm.scale"),
     "lm_head.weight": Entry("lm_head"),
 }
 
-_QWEN3_TENSORS = _LLAMA_TENSORS | {
+_NORMS = {
+    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
+    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
+}
+
+_QK_NORMS = {
     "model.layers.{i}.self_attn.q_norm.weight": Entry("blocks.attention.q_norm.scale"),
     "model.layers.{i}.self_attn.k_norm.weight": Entry("blocks.attention.k_norm.scale"),
 }
 
 
+def _projections(kind: str) -> dict[str, Entry]:
+    """The "weight" or "bias" of each."""
+    return {
+        f"model.layers.{{i}}.{module}.{projection}.{kind}": Entry(f"blocks.{linear}.{kind}", projection)
+        for module, linear, projections in (
+            ("self_attn", "attention.qkv", ("q_proj", "k_proj", "v_proj")),
+            ("self_attn", "attention.out", ("o_proj",)),
+            ("mlp", "feed_forward.gate_up", ("gate_proj", "up_proj")),
+            ("mlp", "feed_forward.down", ("down_proj",)),
+        )
+        for projection in projections
+    }
+
+
+_LLAMA = _EMBEDDING_AND_HEAD | _NORMS | _projections("weight") | _projections("bias")
+
+
 def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _require(hf, "mlp_bias", False)
-    return {"qk_norm": False}
+    return _attention_bias(hf) | {"mlp_bias": _flag(hf, "mlp_bias")}
+
+
+def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _require(hf, "attention_bias", False)
+    return {"sliding_window": hf["sliding_window"]}
+
+
+def _read_qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": True} | _local_layers(hf)
 
 
 def _read_qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _require(hf, "use_sliding_window", False)
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-        raise InputError(f"`layer_types` must all be 'full_attention', got {sorted(set(hf['layer_types']))}.")
-    return {"qk_norm": True}
+    return {"qk_norm": True} | _attention_bias(hf) | _local_layers(hf)
 
+
+def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
+    bias = _flag(hf, "attention_bias")
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
+def _local_layers(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen's window: off, whatever `sliding_window` says, or on in the layers from `max_window_layers` on."""
+    window = hf.get("sliding_window") if _flag(hf, "use_sliding_window") else None
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        first, count = hf["max_window_layers"], _whole(hf, "num_hidden_layers")
+        kinds = [_LOCAL if window is not None and i >= first else _GLOBAL for i in range(count)]
+    allowed = (_GLOBAL,) if window is None else (_GLOBAL, _LOCAL)
+    if any(kind not in allowed for kind in kinds):
+        allowed = " or ".join(map(repr, allowed))
+        raise InputError(f"`layer_types` must all be {allowed}, got {sorted(set(kinds))}.")
+    return {"sliding_window": window, "local_layers": None if window is None else tuple(k == _LOCAL for k in kinds)}
+
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_QWEN_DEFAULTS = {"max_window_layers": 28, "sliding_window": 4096}
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(_LLAMA_TENSORS, _read_llama),
-    "Qwen3ForCausalLM": Family(_QWEN3_TENSORS, _read_qwen3),
+    "LlamaForCausalLM": Family(_LLAMA, _read_llama),
+    "MistralForCausalLM": Family(_LLAMA, _read_mistral, {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "Qwen2ForCausalLM": Family(_LLAMA, _read_qwen2, _QWEN_DEFAULTS),
+    "Qwen3ForCausalLM": Family(_LLAMA | _QK_NORMS, _read_qwen3, _QWEN_DEFAULTS),
 }
 
 
@@ -81,8 +130,9 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
         raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
+    family = FAMILIES[architectures[0]]
+    hf = {**family.defaults, **hf}
     _require(hf, "hidden_act", "silu")
-    _require(hf, "attention_bias", False)
     _require(hf, "quantization_config", None)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
     return ModelConfig(
@@ -98,7 +148,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         rope=_read_rope(hf),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         name_or_path=name_or_path,
-        **FAMILIES[architectures[0]].read(hf),
+        **family.read(hf),
     )
 
 
@@ -124,16 +174,16 @@ def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
         missing = [name for name in fields if name not in rope]
         if missing:
             raise InputError(f"`rope_parameters` of type 'llama3' must have {fields}, got none of {missing}.")
-        return RopeConfig(theta=theta, llama3=Llama3RopeScaling(**{name: rope[name] for name in fields}))
+        return RopeConfig(theta=theta, scaling=Llama3RopeScaling(**{name: rope[name] for name in fields}))
     raise InputError(f"`rope_type` must be 'default' or 'llama3', got {kind!r}.")
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The part of a `config.json` that a `ModelConfig` says; `config_from_hf` reads it back."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
-    if config.rope.llama3 is not None:
-        rope |= {"rope_type": "llama3"} | dataclasses.asdict(config.rope.llama3)
-    return {
+    if config.rope.scaling is not None:
+        rope |= {"rope_type": "llama3"} | dataclasses.asdict(config.rope.scaling)
+    hf = {
         "architectures": [config.architecture],
         "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": config.vocab_size,
@@ -147,18 +197,41 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.out_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
     }
+    if config.local_layers is not None:
+        hf["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
+    return hf
 
 
 def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
     """Every tensor of a checkpoint: its name, where it goes, and the layer; None outside the layers."""
+    has = {
+        "lm_head": not config.tie_word_embeddings,
+        "blocks.attention.qkv.bias": config.qkv_bias,
+        "blocks.attention.out.bias": config.out_bias,
+        "blocks.feed_forward.gate_up.bias": config.mlp_bias,
+        "blocks.feed_forward.down.bias": config.mlp_bias,
+    }
     table: dict[str, tuple[Entry, int | None]] = {}
     for name, entry in FAMILIES[config.architecture].tensors.items():
+        if not has.get(entry.path, True):
+            continue
         if "{i}" in name:
             table |= {name.format(i=layer): (entry, layer) for layer in range(config.num_layers)}
-        elif not (entry.path == "lm_head" and config.tie_word_embeddings):
+        else:
             table[name] = (entry, None)
     return table
+
+
+def _flag(hf: Mapping[str, Any], field: str) -> bool:
+    value = hf.get(field) or False
+    if not isinstance(value, bool):
+        raise InputError(f"`{field}` of `config.json` must be true or false, got {value!r}.")
+    return value
 
 
 def _require(hf: Mapping[str, Any], field: str, expected: Any) -> None:

@@ -1,63 +1,90 @@
 """The other side of every comparison: small random checkpoints that transformers makes, and its logits and losses."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import PreTrainedModel
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 VOCAB_SIZE = 97
-ORIGINAL_CONTEXT = 64  # of the llama3 scaling: wavelengths from 16 to 64 positions on are rescaled
+ORIGINAL_CONTEXT = 64  # of the rope scalings: documents are longer
+WINDOW = 24  # of sliding windows: documents are longer by far
 
-# Family and rope, and whether the head is the embedding.
-CHECKPOINTS = ("qwen3-tied", "qwen3-untied", "llama-tied", "llama-untied", "llama3-tied", "llama3-untied")
-
-_ROPES = {
-    "qwen3": {"rope_type": "default", "rope_theta": 1e6},
-    "llama": {"rope_type": "default", "rope_theta": 1e4},
-    # Of ten wavelengths, two stay (6 and 16 positions), one is in between (40) and the others are stretched.
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": ORIGINAL_CONTEXT,
-    },
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+# Of ten wavelengths, two stay (6 and 16 positions), one is in between (40) and the others are stretched.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
 
+# By name: the prefix of the transformers classes, and what the model has that the others have not.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
+    "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mistral_v3": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"rope_parameters": _ROPE | {"rope_theta": 1e6}}),
+}
 
-def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+# What has a form of its own in a folder: family, and whether the head is the embedding.
+CHECKPOINTS = (
+    "qwen3-tied",
+    "qwen3-untied",
+    "llama-tied",
+    "llama-untied",
+    "llama3-tied",
+    "llama3-untied",
+    "llama_biases-untied",
+    "mistral-untied",
+    "qwen2-tied",
+    "qwen2_window-untied",
+)
+
+
+def make_model(checkpoint: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A random model. Grouped heads, a head_dim that is not hidden / heads, and nothing near zero or one.
 
-    Weights have standard deviation 0.1 and norms scatter around one, so that each changes the logits; so does the
-    epsilon of the norms, which is a tenth of the embedding's variance.
+    Weights have standard deviation 0.1, biases three times that, and norms scatter around what does nothing, so that
+    each changes the logits; so does the epsilon of the norms, which is a tenth of the embedding's variance.
     """
     family, head = checkpoint.split("-")
-    make_config, make = (Qwen3Config, Qwen3ForCausalLM) if family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
-    config = make_config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=20,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-3,
-        rope_parameters=_ROPES[family],
-        tie_word_embeddings=head == "tied",
-    )
-    model = make(config).eval()
+    prefix, own = FAMILIES[family]
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": _ROPE,
+        "tie_word_embeddings": head == "tied",
+    }
+    config = getattr(transformers, f"{prefix}Config")(**copy.deepcopy(settings | own | changes))
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.1 * noise)
+            if parameter.ndim == 1 and not name.endswith(".bias"):
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_((0.3 if parameter.ndim == 1 else 0.1) * noise)
             parameter.data = parameter.data.to(dtype)  # not `model.to`: that would round RoPE's frequencies, too
     return model
 

@@ -72,7 +72,7 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 @TIED
 @pytest.mark.parametrize(
-    "rope", [RopeConfig(theta=1e4), RopeConfig(theta=5e5, llama3=LLAMA3)], ids=["default", "llama3"]
+    "rope", [RopeConfig(theta=1e4), RopeConfig(theta=5e5, scaling=LLAMA3)], ids=["default", "llama3"]
 )
 def test_config_round_trip(family: str, rope: RopeConfig, tied: bool):
     config = small_config(family, rope=rope, tie_word_embeddings=tied, name_or_path="where it came from")
@@ -88,7 +88,7 @@ def test_published_configs_are_read(family: str):
     # Qwen3 says its head_dim, which is not 1024 / 16; Llama leaves it out.
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == ((16, 8, 128) if qwen3 else (24, 8, 128))
     assert config.rms_norm_eps == (1e-6 if qwen3 else 1e-5)
-    assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, llama3=LLAMA3))
+    assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, scaling=LLAMA3))
     assert config.qk_norm == config.tie_word_embeddings == qwen3
     assert config.name_or_path == "a/model"
 
@@ -118,11 +118,11 @@ def test_options_that_are_null_are_off(family: str, option: str):
 
 
 UNSUPPORTED = [
-    ("architectures", {"architectures": ["MistralForCausalLM"]}),
+    ("architectures", {"architectures": ["GPT2LMHeadModel"]}),
     ("architectures", {"architectures": []}),
     ("architectures", {"architectures": None}),
     ("hidden_act", {"hidden_act": "gelu"}),
-    ("attention_bias", {"attention_bias": True}),
+    ("attention_bias", {"attention_bias": "all"}),
     ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
     ("rope_type", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     ("rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}),
@@ -130,10 +130,10 @@ UNSUPPORTED = [
 ]
 UNSUPPORTED_BY = {
     "qwen3": [
-        ("use_sliding_window", {"use_sliding_window": True}),
+        ("use_sliding_window", {"use_sliding_window": 4096}),
         ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
     ],
-    "llama": [("mlp_bias", {"mlp_bias": True})],
+    "llama": [("mlp_bias", {"mlp_bias": 1})],
 }
 
 
@@ -149,6 +149,37 @@ def test_unsupported_options_are_refused_by_name(family: str, option: str, chang
     shown = value if not isinstance(value, dict) else value.get("rope_type", value.get("type", value))
     shown = shown[-1] if isinstance(shown, list) and shown else shown
     assert str(shown) in str(refused.value), "the value received is missing"
+
+
+# What is special about others, as they are published, and what is read of it.
+QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
+MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+SPECIAL = {
+    "qwen2": (QWEN2, {"qkv_bias": True, "out_bias": False, "mlp_bias": False, "sliding_window": None}),
+    "qwen2-window": (
+        QWEN2 | {"use_sliding_window": True, "max_window_layers": 21},
+        {"sliding_window": 131072, "local_layers": 21 * (False,) + 7 * (True,)},
+    ),
+    "qwen2-layer-types": (
+        QWEN2 | {"use_sliding_window": True, "layer_types": 14 * ["sliding_attention", "full_attention"]},
+        {"local_layers": 14 * (True, False)},
+    ),
+    "mistral": (MISTRAL | {"sliding_window": 4096}, {"sliding_window": 4096, "local_layers": None}),
+    "mistral-silent": (MISTRAL, {"sliding_window": 4096}),  # as transformers takes it
+    "mistral-v0.3": (MISTRAL | {"sliding_window": None}, {"sliding_window": None}),
+    "llama-biases": (
+        PUBLISHED["llama"] | {"attention_bias": True, "mlp_bias": True},
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_is_special_about_a_family_is_read_and_written(name: str):
+    hf, expected = SPECIAL[name]
+    config = config_from_hf(hf)
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
