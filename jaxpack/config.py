@@ -14,26 +14,79 @@ Implementation = Literal["xla", "pallas"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Llama 3.1's frequency scaling, with the names that `config.json` uses."""
+class RopeScaling:
+    """How rotary frequencies are rescaled for longer contexts, with the names that `config.json` uses.
+
+    One of the classes below; `rotary.py` says what each does.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                _check(isinstance(value, bool), field.name, "must be true or false", value)
+            elif isinstance(value, tuple):
+                _check(all(map(_is_positive, value)), field.name, "must be positive numbers", value)
+            elif value is not None:
+                _check(_is_positive(value), field.name, "must be a positive number", value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRopeScaling(RopeScaling):
+    """Positions count as if divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicRopeScaling(RopeScaling):
+    """Dynamic NTK: does nothing up to `max_position_embeddings`, and beyond it more the longer the document."""
+
+    factor: float
+    max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling(RopeScaling):
+    """Llama 3.1's: only long wavelengths are stretched."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check(_is_positive(value), field.name, "must be a positive number", value)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRopeScaling(RopeScaling):
+    """YaRN: only long wavelengths are stretched, and cosine and sine multiplied by `attention_factor`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None  # None: follows from the factor and these:
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling(RopeScaling):
+    """LongRoPE: each wavelength is stretched by a factor of its own, by another in documents beyond the original."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float
+    attention_factor: float | None = None  # None: follows from the factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: the base, and how its frequencies are rescaled for longer contexts."""
+    """Rotary position embedding: the base, and how its frequencies are rescaled."""
 
     theta: float
-    scaling: Llama3RopeScaling | None = None
+    scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
@@ -83,6 +136,10 @@ class ModelConfig:
             f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
             self.num_heads,
         )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope.scaling, name, None)
+            half = self.head_dim // 2
+            _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
         window, local = self.sliding_window, self.local_layers
         _check(
             window is None or (isinstance(window, int) and window >= 1),

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat, RopeConfig
+from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
 from jaxpack.kernels.attention import segment_bounds
-from jaxpack.kernels.rope import rotary_angles
 from jaxpack.layers import Block, RMSNorm, RowContext
 from jaxpack.memory import recompute, unrolls
+from jaxpack.rotary import document_angles
 
 
 class Transformer(nnx.Module):
@@ -74,8 +74,7 @@ class Transformer(nnx.Module):
             window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
         ]
         bounds = _Shared.of(windows, lambda window: segments if window is None else segments.within(window))
-        frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.config.head_dim))
-        angles = rotary_angles(positions, frequencies)
+        angles = document_angles(self.config.rope, self.config.head_dim, positions, segments.last - segments.first)
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
         graph, layers = nnx.split(self.blocks)
@@ -138,20 +137,3 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
-    """Radians per position of each channel pair, float32: `theta^(-2i / H)`, rescaled where Llama 3.1 does.
-
-    Llama 3.1 keeps wavelengths up to L / high_freq_factor, divides the frequency by `factor` for those beyond
-    L / low_freq_factor, and goes from one to the other linearly in L / wavelength; L is the original context length.
-    """
-    channels = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = 1.0 / np.power(np.float32(rope.theta), channels)
-    if rope.scaling is None:
-        return frequencies.astype(np.float32)
-    scaling = rope.scaling
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # over the original context
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
-    return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)

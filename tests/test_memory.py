@@ -135,9 +135,8 @@ def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):
     job = Job.of(model, (1, 1, 128))
     got = kept_bytes(kept_arrays(split_trainable(model), remat), job.layer)
     if remat == "none":
-        got -= (
-            job.num_layers * 128 * job.layer.heads[0] * 2
-        )  # the output of attention, once as heads and once as channels
+        heads = job.num_layers * 128 * job.layer.heads[0] * 2
+        got -= heads  # the output of attention, once as heads and once as channels
         if model.config.qk_norm:
             got += job.num_layers * 128 * sum(job.layer.heads) * 2  # turned heads, which XLA shares between the passes
     assert got == job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)

@@ -8,9 +8,9 @@ from flax import nnx
 from models import random_documents, small_config, small_model
 from programs import equations
 
-from jaxpack.config import Llama3RopeScaling, LoraConfig, RopeConfig
+from jaxpack.config import LoraConfig
 from jaxpack.packing import Rows, fill_batch
-from jaxpack.transformer import Transformer, rope_frequencies, segment_positions
+from jaxpack.transformer import Transformer, segment_positions
 
 LENGTHS = [17, 1, 40, 3, 22]
 
@@ -95,21 +95,3 @@ def test_compile_time_does_not_grow_with_depth(any_family):
         return len(list(equations(jax.make_jaxpr(lambda t: model(t, t + 1, t))(tokens).jaxpr)))
 
     assert program_size(2) == program_size(12)
-
-
-def test_frequencies_fall_geometrically():
-    frequencies = rope_frequencies(RopeConfig(theta=10_000.0), 64)
-    assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, 10_000.0 ** (-np.arange(32) / 32), rtol=1e-6)
-
-
-def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
-    scaling = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192)
-    plain = rope_frequencies(RopeConfig(theta=500_000.0), 128)
-    scaled = rope_frequencies(RopeConfig(theta=500_000.0, scaling=scaling), 128)
-    wavelengths = 2 * np.pi / plain
-    np.testing.assert_array_equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
-    np.testing.assert_allclose(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 8, rtol=1e-6)
-    between = (wavelengths > 8192 / 4) & (wavelengths < 8192)
-    assert between.any()
-    assert ((scaled < plain) & (scaled > plain / 8))[between].all()

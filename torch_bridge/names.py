@@ -8,7 +8,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxpack.config import Llama3RopeScaling, ModelConfig, RopeConfig
+from jaxpack.config import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 from jaxpack.errors import InputError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -32,12 +41,12 @@ class Family:
     Attributes:
       tensors: by Hugging Face name; those of parameters that a model may lack are left out where it does.
       read: from `config.json` to what is special about it.
-      defaults: what transformers takes for fields that a `config.json` does not have.
+      fields: of a `config.json`, what `read` reads, with what transformers takes where it is not there.
     """
 
     tensors: Mapping[str, Entry]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any]
 
 
 _EMBEDDING_AND_HEAD = {
@@ -84,11 +93,11 @@ def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {"qkv_bias": True} | _local_layers(hf)
+    return {"qkv_bias": True} | _qwen_window(hf)
 
 
 def _read_qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {"qk_norm": True} | _attention_bias(hf) | _local_layers(hf)
+    return {"qk_norm": True} | _attention_bias(hf) | _qwen_window(hf)
 
 
 def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,13 +105,18 @@ def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bias, "out_bias": bias}
 
 
-def _local_layers(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen's window: off, whatever `sliding_window` says, or on in the layers from `max_window_layers` on."""
-    window = hf.get("sliding_window") if _flag(hf, "use_sliding_window") else None
-    kinds = hf.get("layer_types")
-    if kinds is None:
-        first, count = hf["max_window_layers"], _whole(hf, "num_hidden_layers")
-        kinds = [_LOCAL if window is not None and i >= first else _GLOBAL for i in range(count)]
+def _qwen_window(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Off, whatever `sliding_window` says, or on in the layers from `max_window_layers` on."""
+    window = hf["sliding_window"] if _flag(hf, "use_sliding_window") else None
+    first, layers = hf["max_window_layers"], range(_whole(hf, "num_hidden_layers"))
+    return _local_layers(hf, window, [_LOCAL if window is not None and i >= first else _GLOBAL for i in layers])
+
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+def _local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
+    kinds = hf.get("layer_types") or default
     allowed = (_GLOBAL,) if window is None else (_GLOBAL, _LOCAL)
     if any(kind not in allowed for kind in kinds):
         allowed = " or ".join(map(repr, allowed))
@@ -110,14 +124,13 @@ def _local_layers(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": window, "local_layers": None if window is None else tuple(k == _LOCAL for k in kinds)}
 
 
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-_QWEN_DEFAULTS = {"max_window_layers": 28, "sliding_window": 4096}
+_QWEN2 = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(_LLAMA, _read_llama),
+    "LlamaForCausalLM": Family(_LLAMA, _read_llama, {"attention_bias": False, "mlp_bias": False}),
     "MistralForCausalLM": Family(_LLAMA, _read_mistral, {"sliding_window": 4096, "num_key_value_heads": 8}),
-    "Qwen2ForCausalLM": Family(_LLAMA, _read_qwen2, _QWEN_DEFAULTS),
-    "Qwen3ForCausalLM": Family(_LLAMA | _QK_NORMS, _read_qwen3, _QWEN_DEFAULTS),
+    "Qwen2ForCausalLM": Family(_LLAMA, _read_qwen2, _QWEN2),
+    "Qwen3ForCausalLM": Family(_LLAMA | _QK_NORMS, _read_qwen3, _QWEN2 | {"attention_bias": False}),
 }
 
 
@@ -131,7 +144,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
         raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
     family = FAMILIES[architectures[0]]
-    hf = {**family.defaults, **hf}
+    hf = {**family.fields, **hf}
     _require(hf, "hidden_act", "silu")
     _require(hf, "quantization_config", None)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
@@ -160,6 +173,15 @@ def _whole(hf: Mapping[str, Any], field: str, default: int | None = None) -> int
     return value
 
 
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    "linear": LinearRopeScaling,
+    "dynamic": DynamicRopeScaling,
+    "llama3": Llama3RopeScaling,
+    "yarn": YarnRopeScaling,
+    "longrope": LongRopeScaling,
+}
+
+
 def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 has one `rope_parameters`; before, there was `rope_theta` beside an optional `rope_scaling`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -169,21 +191,47 @@ def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta=theta)
-    if kind == "llama3":
-        fields = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
-        missing = [name for name in fields if name not in rope]
-        if missing:
-            raise InputError(f"`rope_parameters` of type 'llama3' must have {fields}, got none of {missing}.")
-        return RopeConfig(theta=theta, scaling=Llama3RopeScaling(**{name: rope[name] for name in fields}))
-    raise InputError(f"`rope_type` must be 'default' or 'llama3', got {kind!r}.")
+    if kind not in _SCALINGS:
+        raise InputError(f"`rope_type` must be 'default' or one of {sorted(_SCALINGS)}, got {kind!r}.")
+    original, longest = "original_max_position_embeddings", "max_position_embeddings"
+    given = {**rope, longest: hf.get(longest)}
+    if hf.get(original) is not None:  # transformers goes by the one that is not among the others
+        given[original] = hf[original]
+    if kind == "longrope" and given.get("factor") is None and given.get(original) and given[longest]:
+        given["factor"] = given[longest] / given[original]
+    fields = dataclasses.fields(_SCALINGS[kind])
+    values = {field.name: given[field.name] for field in fields if given.get(field.name) is not None}
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InputError(f"`rope_parameters` of type {kind!r} must have {required}, got none of {missing}.")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return RopeConfig(theta=theta, scaling=_SCALINGS[kind](**values))
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters`, and what goes with them."""
+    if rope.scaling is None:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": rope.theta}}
+    (kind,) = (kind for kind, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
+    values = {name: value for name, value in dataclasses.asdict(rope.scaling).items() if value is not None}
+    beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
+    if "max_position_embeddings" in values:
+        beside["max_position_embeddings"] = values.pop("max_position_embeddings")
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": rope.theta} | values} | beside
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The part of a `config.json` that a `ModelConfig` says; `config_from_hf` reads it back."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
-    if config.rope.scaling is not None:
-        rope |= {"rope_type": "llama3"} | dataclasses.asdict(config.rope.scaling)
-    hf = {
+    special = {
+        "attention_bias": config.out_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+    }
+    if config.local_layers is not None:
+        special["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
+    return {
         "architectures": [config.architecture],
         "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": config.vocab_size,
@@ -195,16 +243,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.out_bias,
-        "mlp_bias": config.mlp_bias,
-        "sliding_window": config.sliding_window,
-        "use_sliding_window": config.sliding_window is not None,
+        **_rope_to_hf(config.rope),
+        **{name: value for name, value in special.items() if name in FAMILIES[config.architecture].fields},
     }
-    if config.local_layers is not None:
-        hf["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
-    return hf
 
 
 def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:

@@ -26,6 +26,21 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
+_LONG = {"original_max_position_embeddings": ORIGINAL_CONTEXT}
+_SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": _LONG | {"factor": 4.0, "beta_fast": 8.0},
+    "longrope": _LONG
+    | {"factor": 4.0, "short_factor": [1 + i / 20 for i in range(10)], "long_factor": [1 + i / 2 for i in range(10)]},
+}
+
+
+def scaled(kind: str) -> dict[str, Any]:
+    """The settings of a rope that is rescaled."""
+    settings = {"rope_parameters": _ROPE | {"rope_type": kind} | _SCALINGS[kind]}
+    return settings | ({"max_position_embeddings": ORIGINAL_CONTEXT} if kind == "dynamic" else {})
+
 
 # By name: the prefix of the transformers classes, and what the model has that the others have not.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,6 +51,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_v3": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    **{f"llama_{kind}": ("Llama", scaled(kind)) for kind in _SCALINGS},
     "qwen3": ("Qwen3", {"rope_parameters": _ROPE | {"rope_theta": 1e6}}),
 }
 
@@ -48,6 +64,7 @@ CHECKPOINTS = (
     "llama3-tied",
     "llama3-untied",
     "llama_biases-untied",
+    "llama_longrope-untied",
     "mistral-untied",
     "qwen2-tied",
     "qwen2_window-untied",

@@ -12,7 +12,15 @@ import pytest
 from flax import nnx
 from models import small_config
 
-from jaxpack.config import Llama3RopeScaling, RopeConfig
+from jaxpack.config import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 from jaxpack.errors import InputError
 from torch_bridge.convert import build_model, model_tensors
 from torch_bridge.names import config_from_hf, config_to_hf, tensor_table
@@ -64,6 +72,24 @@ PUBLISHED = {  # as the models of transformers 4 have it
         "vocab_size": 128256,
     },
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": 64 * [1.0],
+    "long_factor": 64 * [2.5],
+    "original_max_position_embeddings": 8192,
+}
+SCALINGS = {
+    "llama3": LLAMA3,
+    "linear": LinearRopeScaling(factor=2.0),
+    "dynamic": DynamicRopeScaling(factor=2.0, max_position_embeddings=4096),
+    "yarn": YarnRopeScaling(factor=4.0, original_max_position_embeddings=32768, beta_fast=16.0),
+    "yarn-mscale": YarnRopeScaling(
+        factor=4.0, original_max_position_embeddings=32768, mscale=0.7, mscale_all_dim=1.0, truncate=False
+    ),
+    "longrope": LongRopeScaling(
+        short_factor=10 * (1.0,), long_factor=10 * (2.5,), original_max_position_embeddings=4096, factor=32.0
+    ),
+}
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
@@ -71,10 +97,9 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 @TIED
-@pytest.mark.parametrize(
-    "rope", [RopeConfig(theta=1e4), RopeConfig(theta=5e5, scaling=LLAMA3)], ids=["default", "llama3"]
-)
-def test_config_round_trip(family: str, rope: RopeConfig, tied: bool):
+@pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["default", *SCALINGS])
+def test_config_round_trip(family: str, scaling: RopeScaling | None, tied: bool):
+    rope = RopeConfig(theta=5e5, scaling=scaling)
     config = small_config(family, rope=rope, tie_word_embeddings=tied, name_or_path="where it came from")
     assert config_from_hf(config_to_hf(config), "where it came from") == config
 
@@ -123,9 +148,10 @@ UNSUPPORTED = [
     ("architectures", {"architectures": None}),
     ("hidden_act", {"hidden_act": "gelu"}),
     ("attention_bias", {"attention_bias": "all"}),
-    ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
-    ("rope_type", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
-    ("rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}),
+    ("rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),
+    ("rope_type", {"rope_scaling": {"type": "mrope", "factor": 4.0}}),
+    ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
+    ("rope_parameters", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
 ]
 UNSUPPORTED_BY = {
@@ -197,6 +223,16 @@ def test_missing_fields_of_the_scaling_are_named(field: str):
     scaling = {name: value for name, value in hf["rope_scaling"].items() if name != field}
     with pytest.raises(InputError, match=field):
         config_from_hf(hf | {"rope_scaling": scaling})
+
+
+def test_longrope_reads_what_is_beside_it():
+    """The original context of Phi-3 is not among the rope's parameters, and its factor is said by no one."""
+    hf = PUBLISHED["llama"] | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 4096}
+    scaling = config_from_hf(hf).rope.scaling
+    assert (scaling.original_max_position_embeddings, scaling.factor) == (4096, 131072 / 4096)
+    assert scaling.long_factor == 64 * (2.5,)
+    with pytest.raises(InputError, match="`short_factor` must be a list of 64 numbers, got"):
+        config_from_hf(hf | {"rope_scaling": LONGROPE | {"short_factor": [1.0, 2.0]}})
 
 
 # --- Tensor names ---
