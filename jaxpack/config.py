@@ -87,9 +87,14 @@ class RopeConfig:
 
     theta: float
     scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # share of a head's channels that are rotated: the first
 
     def __post_init__(self) -> None:
         _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False  # of all three projections of the feed-forward
+    fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
     sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
     local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
     name_or_path: str = ""  # where the weights came from; adapters name it as their base model
@@ -136,9 +142,16 @@ class ModelConfig:
             f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
             self.num_heads,
         )
+        partial, rotary_dim = self.rope.partial_rotary_factor, self.rope.rotary_dim(self.head_dim)
+        _check(
+            _is_positive(partial) and 0 < rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
+            "partial_rotary_factor",
+            f"must rotate an even number of the {self.head_dim} channels of a head",
+            partial,
+        )
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope.scaling, name, None)
-            half = self.head_dim // 2
+            half = rotary_dim // 2
             _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
         window, local = self.sliding_window, self.local_layers
         _check(

@@ -155,6 +155,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         sizes = {"q_proj": N * H, "k_proj": K * H, "v_proj": K * H}
+        if config.fused_projections:
+            sizes = {"qkv_proj": sum(sizes.values())}
         self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(N * H, {"o_proj": config.hidden_size}, bias=config.out_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
@@ -186,7 +188,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up = Linear(D, {"gate_proj": F, "up_proj": F}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        sizes = {"gate_up_proj": 2 * F} if config.fused_projections else {"gate_proj": F, "up_proj": F}
+        self.gate_up = Linear(D, sizes, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
 
     def __call__(

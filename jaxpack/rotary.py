@@ -35,16 +35,21 @@ def document_angles(
         long = jnp.asarray(rope_frequencies(rope, head_dim, is_long=True))
         frequencies = jnp.where(is_long, long[None, None, :], frequencies[None, None, :])
     elif isinstance(scaling, DynamicRopeScaling) and row > (usual := scaling.max_position_embeddings):
-        # The base times s^(H / (H - 2)): the longest wavelength is stretched by s, 1 + factor * excess / usual.
+        # The base times s^(R / (R - 2)): the longest wavelength is stretched by s, 1 + factor * excess / usual.
         stretch = 1 + scaling.factor * (jnp.maximum(lengths, usual) / usual - 1)
-        powers = jnp.asarray(np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim - 2))
+        R = rope.rotary_dim(head_dim)
+        powers = jnp.asarray(np.arange(0, R, 2, dtype=np.float32) / np.float32(R - 2))
         frequencies = frequencies[None, None, :] * stretch[:, :, None] ** -powers[None, None, :]
     return rotary_angles(positions, frequencies, factor)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, *, is_long: bool = False) -> Float[np.ndarray, " half"]:
-    """Radians per position of each channel pair, float32: `theta^(-2i / H)`, rescaled; of long documents, or others."""
-    channels = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """Radians per position of each channel pair, float32: `theta^(-2i / R)`, rescaled; of long documents, or others.
+
+    R is the number of channels that are rotated.
+    """
+    R = rope.rotary_dim(head_dim)
+    channels = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
     frequencies = 1.0 / np.power(np.float32(rope.theta), channels)
     match rope.scaling:
         case LinearRopeScaling() as scaling:

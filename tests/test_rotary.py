@@ -14,6 +14,11 @@ def test_frequencies_fall_geometrically():
     np.testing.assert_allclose(frequencies, 10_000.0 ** (-np.arange(32) / 32), rtol=1e-6)
 
 
+def test_only_some_channels_may_be_rotated():
+    some = rope_frequencies(RopeConfig(theta=1e4, partial_rotary_factor=0.75), 128)
+    np.testing.assert_array_equal(some, rope_frequencies(RopeConfig(theta=1e4), 96))
+
+
 def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
     scaling = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192)
     plain = rope_frequencies(RopeConfig(theta=500_000.0), 128)

@@ -83,6 +83,14 @@ def _projections(kind: str) -> dict[str, Entry]:
 _LLAMA = _EMBEDDING_AND_HEAD | _NORMS | _projections("weight") | _projections("bias")
 
 
+_PHI3_PROJECTIONS = {
+    "model.layers.{i}.self_attn.qkv_proj.weight": Entry("blocks.attention.qkv.weight", "qkv_proj"),
+    "model.layers.{i}.self_attn.o_proj.weight": Entry("blocks.attention.out.weight", "o_proj"),
+    "model.layers.{i}.mlp.gate_up_proj.weight": Entry("blocks.feed_forward.gate_up.weight", "gate_up_proj"),
+    "model.layers.{i}.mlp.down_proj.weight": Entry("blocks.feed_forward.down.weight", "down_proj"),
+}
+
+
 def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
     return _attention_bias(hf) | {"mlp_bias": _flag(hf, "mlp_bias")}
 
@@ -98,6 +106,11 @@ def _read_qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"qk_norm": True} | _attention_bias(hf) | _qwen_window(hf)
+
+
+def _read_phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _require(hf, "attention_bias", False)
+    return {"fused_projections": True, "sliding_window": hf["sliding_window"]}
 
 
 def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +138,17 @@ def _local_layers(hf: Mapping[str, Any], window: int | None, default: list[str])
 
 
 _QWEN2 = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_PHI3 = {
+    "sliding_window": None,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(_LLAMA, _read_llama, {"attention_bias": False, "mlp_bias": False}),
     "MistralForCausalLM": Family(_LLAMA, _read_mistral, {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "Phi3ForCausalLM": Family(_EMBEDDING_AND_HEAD | _NORMS | _PHI3_PROJECTIONS, _read_phi3, _PHI3),
     "Qwen2ForCausalLM": Family(_LLAMA, _read_qwen2, _QWEN2),
     "Qwen3ForCausalLM": Family(_LLAMA | _QK_NORMS, _read_qwen3, _QWEN2 | {"attention_bias": False}),
 }
@@ -189,8 +209,13 @@ def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
         raise InputError(f"`rope_parameters` must be an object, got {rope!r}.")
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    if partial != 1 and "partial_rotary_factor" not in FAMILIES[hf["architectures"][0]].fields:
+        raise InputError(f"`partial_rotary_factor` of {hf['architectures'][0]} must be 1, got {partial!r}.")
+    if kind == "su" or (kind == "yarn" and "short_factor" in rope):
+        kind = "longrope"  # which Phi-3 has called so
     if kind == "default":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta, partial_rotary_factor=partial)
     if kind not in _SCALINGS:
         raise InputError(f"`rope_type` must be 'default' or one of {sorted(_SCALINGS)}, got {kind!r}.")
     original, longest = "original_max_position_embeddings", "max_position_embeddings"
@@ -206,19 +231,22 @@ def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     if missing:
         raise InputError(f"`rope_parameters` of type {kind!r} must have {required}, got none of {missing}.")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return RopeConfig(theta=theta, scaling=_SCALINGS[kind](**values))
+    return RopeConfig(theta=theta, scaling=_SCALINGS[kind](**values), partial_rotary_factor=partial)
 
 
 def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """`rope_parameters`, and what goes with them."""
+    parameters = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.partial_rotary_factor != 1:
+        parameters["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.scaling is None:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": rope.theta}}
+        return {"rope_parameters": parameters}
     (kind,) = (kind for kind, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
     values = {name: value for name, value in dataclasses.asdict(rope.scaling).items() if value is not None}
     beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
     if "max_position_embeddings" in values:
         beside["max_position_embeddings"] = values.pop("max_position_embeddings")
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": rope.theta} | values} | beside
+    return {"rope_parameters": parameters | {"rope_type": kind} | values} | beside
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -35,6 +35,17 @@ _SCALINGS: dict[str, dict[str, Any]] = {
     | {"factor": 4.0, "short_factor": [1 + i / 20 for i in range(10)], "long_factor": [1 + i / 2 for i in range(10)]},
 }
 
+_PHI4_MINI_ROPE = _LONG | {
+    "max_position_embeddings": 4 * ORIGINAL_CONTEXT,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1 + i / 20 for i in range(6)],
+        "long_factor": [1 + i for i in range(6)],
+    },
+}
+
 
 def scaled(kind: str) -> dict[str, Any]:
     """The settings of a rope that is rescaled."""
@@ -49,6 +60,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral_v3": ("Mistral", {"sliding_window": None}),
+    "phi3": ("Phi3", {"pad_token_id": None, "sliding_window": WINDOW}),
+    "phi4_mini": ("Phi3", {"pad_token_id": None, "hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
     "qwen2": ("Qwen2", {}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     **{f"llama_{kind}": ("Llama", scaled(kind)) for kind in _SCALINGS},
@@ -66,6 +79,8 @@ CHECKPOINTS = (
     "llama_biases-untied",
     "llama_longrope-untied",
     "mistral-untied",
+    "phi3-untied",
+    "phi4_mini-tied",
     "qwen2-tied",
     "qwen2_window-untied",
 )

@@ -152,6 +152,7 @@ UNSUPPORTED = [
     ("rope_type", {"rope_scaling": {"type": "mrope", "factor": 4.0}}),
     ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
     ("rope_parameters", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
 ]
 UNSUPPORTED_BY = {
@@ -180,6 +181,22 @@ def test_unsupported_options_are_refused_by_name(family: str, option: str, chang
 # What is special about others, as they are published, and what is read of it.
 QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
 MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": False,
+    "vocab_size": 32064,
+}
 SPECIAL = {
     "qwen2": (QWEN2, {"qkv_bias": True, "out_bias": False, "mlp_bias": False, "sliding_window": None}),
     "qwen2-window": (
@@ -193,6 +210,30 @@ SPECIAL = {
     "mistral": (MISTRAL | {"sliding_window": 4096}, {"sliding_window": 4096, "local_layers": None}),
     "mistral-silent": (MISTRAL, {"sliding_window": 4096}),  # as transformers takes it
     "mistral-v0.3": (MISTRAL | {"sliding_window": None}, {"sliding_window": None}),
+    "phi3-mini-128k": (
+        PHI3
+        | {
+            "rope_scaling": {"type": "su", "short_factor": 48 * [1.05], "long_factor": 48 * [2.5]},
+            "original_max_position_embeddings": 4096,
+        },
+        {
+            "fused_projections": True,
+            "sliding_window": 262144,
+            "rope": RopeConfig(
+                theta=1e4,
+                scaling=LongRopeScaling(
+                    short_factor=48 * (1.05,),
+                    long_factor=48 * (2.5,),
+                    original_max_position_embeddings=4096,
+                    factor=131072 / 4096,
+                ),
+            ),
+        },
+    ),
+    "phi4-mini": (
+        PHI3 | {"head_dim": 128, "partial_rotary_factor": 0.75, "rope_scaling": None},
+        {"rope": RopeConfig(theta=1e4, partial_rotary_factor=0.75)},
+    ),
     "llama-biases": (
         PUBLISHED["llama"] | {"attention_bias": True, "mlp_bias": True},
         {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
