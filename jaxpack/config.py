@@ -11,6 +11,7 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
 RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made with one of the others
 Implementation = Literal["xla", "pallas"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
+    activation: Activation = "silu"  # of the feed-forward's gate
     qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
     qkv_bias: bool = False
     out_bias: bool = False  # of attention's output projection
@@ -119,6 +121,13 @@ class ModelConfig:
     fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
     sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
     local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
+    local_rope: RopeConfig | None = None  # of those layers, where they have another
+    attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(scores / cap)
+    final_logit_softcapping: float | None = None  # and logits
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: `head_dim`
+    scale_embeddings: bool = False  # by the root of `hidden_size`
+    unit_offset_norms: bool = False  # norms multiply by 1 + weight
+    post_norms: bool = False  # what each branch adds to the residual stream is normed before, as what it reads is
     name_or_path: str = ""  # where the weights came from; adapters name it as their base model
 
     def __post_init__(self) -> None:
@@ -142,17 +151,13 @@ class ModelConfig:
             f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
             self.num_heads,
         )
-        partial, rotary_dim = self.rope.partial_rotary_factor, self.rope.rotary_dim(self.head_dim)
-        _check(
-            _is_positive(partial) and 0 < rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
-            "partial_rotary_factor",
-            f"must rotate an even number of the {self.head_dim} channels of a head",
-            partial,
-        )
-        for name in ("short_factor", "long_factor"):
-            factors = getattr(self.rope.scaling, name, None)
-            half = rotary_dim // 2
-            _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
+        for rope in {self.rope, self.local_rope} - {None}:
+            self._check_rope(rope)
+        activations = get_args(Activation)
+        _check(self.activation in activations, "activation", f"must be one of {activations}", self.activation)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
+            value = getattr(self, name)
+            _check(value is None or _is_positive(value), name, "must be None or a positive number", value)
         window, local = self.sliding_window, self.local_layers
         _check(
             window is None or (isinstance(window, int) and window >= 1),
@@ -167,11 +172,32 @@ class ModelConfig:
             local,
         )
 
+    def _check_rope(self, rope: RopeConfig) -> None:
+        partial, rotary_dim = rope.partial_rotary_factor, rope.rotary_dim(self.head_dim)
+        _check(
+            _is_positive(partial) and 0 < rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
+            "partial_rotary_factor",
+            f"must rotate an even number of the {self.head_dim} channels of a head",
+            partial,
+        )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(rope.scaling, name, None)
+            half = rotary_dim // 2
+            _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer."""
-        local = self.local_layers or self.num_layers * (True,)
-        return tuple(self.sliding_window if is_local else None for is_local in local)
+        return tuple(self.sliding_window if is_local else None for is_local in self._local)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rope of each layer."""
+        return tuple(self.local_rope if is_local and self.local_rope else self.rope for is_local in self._local)
+
+    @property
+    def _local(self) -> tuple[bool, ...]:
+        return self.local_layers or self.num_layers * (True,)
 
 
 def _option(default: Any, meaning: str) -> Any:

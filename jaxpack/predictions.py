@@ -242,14 +242,21 @@ def forward_work(job: Job) -> dict[str, Work]:
     turn = work(channels=2 * (q + kv))
     norms = work(channels=4 * D + ranks.qkv + ranks.gate_up, copied=projections.qkv + projections.gate_up)
     qkv = work(matmul=projections.qkv)
+    out = work(matmul=projections.out, channels=3 * D + ranks.out, copied=projections.out)
+    down = work(matmul=projections.down, channels=3 * F + 3 * D + ranks.down, copied=projections.down)
+    if layer.config.post_norms:  # normed and added after the projection, in a pass of their own
+        branch, out, down = out + down, work(channels=3 * D), work(channels=3 * D)
+    else:
+        branch = Work()
     # Turned heads are normed first and not kept; without a norm they are turned in place, and kept so.
     return {
         "norms": norms + turn if layer.config.qk_norm else norms,
         "qkv": qkv if layer.config.qk_norm else qkv + turn,
         "attention": work(attention=4 * q * keys, channels=2 * q + 2 * kv),
-        "residual": work(matmul=projections.out, channels=3 * D + ranks.out, copied=projections.out),
+        "branch": branch,
+        "residual": out,
         "gate_up": work(matmul=projections.gate_up),
-        "output": work(matmul=projections.down, channels=3 * F + 3 * D + ranks.down, copied=projections.down),
+        "output": down,
     }
 
 
@@ -269,6 +276,8 @@ def backward_work(job: Job) -> Work:
     channels += 6 * F  # the gated activation, its product again
     channels += 10 * D + 2 * (layer.ranks.qkv + layer.ranks.gate_up)  # both norms, with the residual connections
     channels += 6 * q + 4 * kv + 3 * (q + kv)  # attention in two kernels; norm and rotation of its heads
+    if layer.config.post_norms:
+        channels += 8 * D
     if any(layer.ranks):
         channels += 4 * D + 2 * q + 2 * kv + 3 * F  # gradients of the factors, from inputs and outputs
     copied = 2 * (projections.out + projections.down)

@@ -110,7 +110,12 @@ def loss_and_gradients(
             dropout_key=key,
         )
         return linear_cross_entropy(
-            hidden, model.head, micro.targets, max_targets=limits.max_targets, implementation=implementation
+            hidden,
+            model.head,
+            micro.targets,
+            softcap=model.config.final_logit_softcapping,
+            max_targets=limits.max_targets,
+            implementation=implementation,
         )
 
     gradient_of = jax.value_and_grad(micro_loss)

@@ -41,7 +41,8 @@ class Transformer(nnx.Module):
             return Block(config, dtype=dtype, rngs=rngs)
 
         self.blocks = stacked(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        unit_offset = config.unit_offset_norms
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, unit_offset=unit_offset, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         self.config = config
@@ -74,19 +75,23 @@ class Transformer(nnx.Module):
             window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
         ]
         bounds = _Shared.of(windows, lambda window: segments if window is None else segments.within(window))
-        angles = document_angles(self.config.rope, self.config.head_dim, positions, segments.last - segments.first)
+        lengths, H = segments.last - segments.first, self.config.head_dim
+        angles = _Shared.of(self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths))
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
         graph, layers = nnx.split(self.blocks)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def layer(x, scanned):
-            parameters, key, place = scanned
-            context = RowContext(bounds.at(place), angles, max_segments, implementation)
+            parameters, key, bound, angle = scanned
+            context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
             return nnx.merge(graph, parameters)(x, context, key), None
 
         x = self.embedding[...][tokens].astype(self.dtype)
-        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys, bounds.places), unroll=unrolls(remat))
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
+        scanned = layers, keys, bounds.places, angles.places
+        x, _ = jax.lax.scan(recompute(layer, remat), x, scanned, unroll=unrolls(remat))
         return self.norm(x)
 
     @property
@@ -129,7 +134,9 @@ def _logits(
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, state)
     hidden = model(tokens, segment_ids, segment_positions(segment_ids))
-    return jnp.einsum("BTD,VD->BTV", hidden, model.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BTD,VD->BTV", hidden, model.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    cap = model.config.final_logit_softcapping
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -22,6 +22,22 @@ _FAMILIES = {
         "tie_word_embeddings": True,
     },
     "llama": {"architecture": "LlamaForCausalLM", "rope": RopeConfig(theta=5e5, scaling=_LLAMA3)},
+    # All that Gemma 2 and 3 have.
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "num_layers": 3,
+        "activation": "gelu_tanh",
+        "qk_norm": True,
+        "sliding_window": 7,
+        "local_rope": RopeConfig(theta=1e2),
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 7.0,
+        "scale_embeddings": True,
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "tie_word_embeddings": True,
+    },
     # With biases, and a window in every other layer.
     "qwen2": {"architecture": "Qwen2ForCausalLM", "num_layers": 3, "qkv_bias": True, "sliding_window": 7},
 }
@@ -42,7 +58,7 @@ def small_config(family: str, **changes: object) -> ModelConfig:
         "tie_word_embeddings": False,
     }
     settings |= _FAMILIES[family] | changes
-    if settings.get("sliding_window") is not None:
+    if "sliding_window" in _FAMILIES[family]:
         settings.setdefault("local_layers", tuple(i % 2 == 1 for i in range(settings["num_layers"])))
     return ModelConfig(**settings)
 

@@ -39,11 +39,13 @@ class Family:
     """One architecture.
 
     Attributes:
+      model_type: what transformers calls it.
       tensors: by Hugging Face name; those of parameters that a model may lack are left out where it does.
       read: from `config.json` to what is special about it.
       fields: of a `config.json`, what `read` reads, with what transformers takes where it is not there.
     """
 
+    model_type: str
     tensors: Mapping[str, Entry]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     fields: Mapping[str, Any]
@@ -58,6 +60,13 @@ _EMBEDDING_AND_HEAD = {
 _NORMS = {
     "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
     "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
+}
+
+_GEMMA_NORMS = {
+    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
+    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.attention.post_norm.scale"),
+    "model.layers.{i}.pre_feedforward_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
+    "model.layers.{i}.post_feedforward_layernorm.weight": Entry("blocks.feed_forward.post_norm.scale"),
 }
 
 _QK_NORMS = {
@@ -80,7 +89,9 @@ def _projections(kind: str) -> dict[str, Entry]:
     }
 
 
-_LLAMA = _EMBEDDING_AND_HEAD | _NORMS | _projections("weight") | _projections("bias")
+_PROJECTIONS = _projections("weight") | _projections("bias")
+_LLAMA = _EMBEDDING_AND_HEAD | _NORMS | _PROJECTIONS
+_GEMMA = _EMBEDDING_AND_HEAD | _GEMMA_NORMS | _PROJECTIONS
 
 
 _PHI3_PROJECTIONS = {
@@ -111,6 +122,37 @@ def _read_qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _read_phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
     _require(hf, "attention_bias", False)
     return {"fused_projections": True, "sliding_window": hf["sliding_window"]}
+
+
+def _read_gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attn_logit_softcapping": hf["attn_logit_softcapping"]} | _gemma(hf, every=2)
+
+
+def _read_gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _require(hf, "attn_logit_softcapping", None)  # which transformers reads and does not use
+    ropes = hf.get("rope_parameters") or {}
+    full = ropes.get(_GLOBAL) or hf.get("rope_scaling")
+    local = {"rope_parameters": ropes.get(_LOCAL), "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]}
+    return {
+        "qk_norm": True,
+        "rope": _read_rope({**hf, "rope_parameters": full}),
+        "local_rope": _read_rope({**hf, **local}),
+    } | _gemma(hf, every=hf["sliding_window_pattern"])
+
+
+def _gemma(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 share; one layer in `every` attends to whole documents."""
+    _require(hf, "use_bidirectional_attention", False)
+    kinds = [_LOCAL if (i + 1) % every else _GLOBAL for i in range(_whole(hf, "num_hidden_layers"))]
+    return {
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "scale_embeddings": True,
+        "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
+        "final_logit_softcapping": hf["final_logit_softcapping"],
+        **_attention_bias(hf),
+        **_local_layers(hf, hf["sliding_window"], kinds),
+    }
 
 
 def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,13 +187,41 @@ _PHI3 = {
     "rms_norm_eps": 1e-5,
 }
 
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(_LLAMA, _read_llama, {"attention_bias": False, "mlp_bias": False}),
-    "MistralForCausalLM": Family(_LLAMA, _read_mistral, {"sliding_window": 4096, "num_key_value_heads": 8}),
-    "Phi3ForCausalLM": Family(_EMBEDDING_AND_HEAD | _NORMS | _PHI3_PROJECTIONS, _read_phi3, _PHI3),
-    "Qwen2ForCausalLM": Family(_LLAMA, _read_qwen2, _QWEN2),
-    "Qwen3ForCausalLM": Family(_LLAMA | _QK_NORMS, _read_qwen3, _QWEN2 | {"attention_bias": False}),
+_GEMMA2 = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
 }
+_GEMMA3 = _GEMMA2 | {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
+
+FAMILIES: dict[str, Family] = {
+    "Gemma2ForCausalLM": Family("gemma2", _GEMMA, _read_gemma2, _GEMMA2),
+    "Gemma3ForCausalLM": Family("gemma3_text", _GEMMA | _QK_NORMS, _read_gemma3, _GEMMA3),
+    "LlamaForCausalLM": Family("llama", _LLAMA, _read_llama, {"attention_bias": False, "mlp_bias": False}),
+    "MistralForCausalLM": Family("mistral", _LLAMA, _read_mistral, {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "Phi3ForCausalLM": Family("phi3", _EMBEDDING_AND_HEAD | _NORMS | _PHI3_PROJECTIONS, _read_phi3, _PHI3),
+    "Qwen2ForCausalLM": Family("qwen2", _LLAMA, _read_qwen2, _QWEN2),
+    "Qwen3ForCausalLM": Family("qwen3", _LLAMA | _QK_NORMS, _read_qwen3, _QWEN2 | {"attention_bias": False}),
+}
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def _activation_field(family: Family) -> str:
+    return "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
 
 
 def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig:
@@ -165,8 +235,11 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
     family = FAMILIES[architectures[0]]
     hf = {**family.fields, **hf}
-    _require(hf, "hidden_act", "silu")
     _require(hf, "quantization_config", None)
+    activation = hf.get(field := _activation_field(family)) or "silu"
+    if activation not in _ACTIVATIONS:
+        raise InputError(f"`{field}` of `config.json` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
+    special = family.read(hf)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
     return ModelConfig(
         architecture=architectures[0],
@@ -178,10 +251,11 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         num_kv_heads=_whole(hf, "num_key_value_heads", default=num_heads),
         head_dim=_whole(hf, "head_dim", default=hidden_size // num_heads),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope=_read_rope(hf),
+        rope=special.pop("rope", None) or _read_rope(hf),
+        activation=_ACTIVATIONS[activation],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         name_or_path=name_or_path,
-        **family.read(hf),
+        **special,
     )
 
 
@@ -205,8 +279,8 @@ _SCALINGS: dict[str, type[RopeScaling]] = {
 def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 has one `rope_parameters`; before, there was `rope_theta` beside an optional `rope_scaling`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"`rope_parameters` must be an object, got {rope!r}.")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"`rope_parameters` must be an object, those of one rope, got {rope!r}.")
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
@@ -251,17 +325,26 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The part of a `config.json` that a `ModelConfig` says; `config_from_hf` reads it back."""
+    family = FAMILIES[config.architecture]
+    (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == config.activation)
+    rope = _rope_to_hf(config.rope)
+    if config.local_rope is not None:
+        local = _rope_to_hf(config.local_rope)["rope_parameters"]
+        rope["rope_parameters"] = {_GLOBAL: rope["rope_parameters"], _LOCAL: local}
     special = {
         "attention_bias": config.out_bias,
         "mlp_bias": config.mlp_bias,
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
     }
     if config.local_layers is not None:
         special["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
     return {
         "architectures": [config.architecture],
-        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -269,11 +352,11 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        _activation_field(family): activation,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        **_rope_to_hf(config.rope),
-        **{name: value for name, value in special.items() if name in FAMILIES[config.architecture].fields},
+        **rope,
+        **{name: value for name, value in special.items() if name in family.fields},
     }
 
 

@@ -46,6 +46,17 @@ _PHI4_MINI_ROPE = _LONG | {
     },
 }
 
+_GEMMA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 7,
+}
+_GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": _ROPE,
+}
+
 
 def scaled(kind: str) -> dict[str, Any]:
     """The settings of a rope that is rescaled."""
@@ -55,13 +66,15 @@ def scaled(kind: str) -> dict[str, Any]:
 
 # By name: the prefix of the transformers classes, and what the model has that the others have not.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", _GEMMA | {"rope_parameters": _GEMMA3_ROPES}),
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral_v3": ("Mistral", {"sliding_window": None}),
-    "phi3": ("Phi3", {"pad_token_id": None, "sliding_window": WINDOW}),
-    "phi4_mini": ("Phi3", {"pad_token_id": None, "hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi4_mini": ("Phi3", {"hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
     "qwen2": ("Qwen2", {}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     **{f"llama_{kind}": ("Llama", scaled(kind)) for kind in _SCALINGS},
@@ -70,6 +83,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # What has a form of its own in a folder: family, and whether the head is the embedding.
 CHECKPOINTS = (
+    "gemma2-tied",
+    "gemma3-tied",
     "qwen3-tied",
     "qwen3-untied",
     "llama-tied",
@@ -106,9 +121,10 @@ def make_model(checkpoint: str, dtype: torch.dtype = torch.float32, **changes: A
         "rms_norm_eps": 1e-3,
         "rope_parameters": _ROPE,
         "tie_word_embeddings": head == "tied",
+        "pad_token_id": None,  # its embedding would have no gradient
     }
-    config = getattr(transformers, f"{prefix}Config")(**copy.deepcopy(settings | own | changes))
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    make = getattr(transformers, f"{prefix}ForCausalLM")
+    model = make(make.config_class(**copy.deepcopy(settings | own | changes))).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -146,12 +146,13 @@ UNSUPPORTED = [
     ("architectures", {"architectures": ["GPT2LMHeadModel"]}),
     ("architectures", {"architectures": []}),
     ("architectures", {"architectures": None}),
-    ("hidden_act", {"hidden_act": "gelu"}),
+    ("hidden_act", {"hidden_act": "relu2"}),
     ("attention_bias", {"attention_bias": "all"}),
     ("rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),
     ("rope_type", {"rope_scaling": {"type": "mrope", "factor": 4.0}}),
     ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
     ("rope_parameters", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
 ]
@@ -197,7 +198,77 @@ PHI3 = {
     "tie_word_embeddings": False,
     "vocab_size": 32064,
 }
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 256000,
+}
+GEMMA3 = GEMMA2 | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+}
+GEMMA3_ROPES = {
+    "rope": RopeConfig(theta=1e6, scaling=LinearRopeScaling(factor=8.0)),
+    "local_rope": RopeConfig(theta=1e4),
+}
 SPECIAL = {
+    "gemma2": (
+        GEMMA2,
+        {
+            "activation": "gelu_tanh",
+            "unit_offset_norms": True,
+            "post_norms": True,
+            "scale_embeddings": True,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+            "local_layers": 13 * (True, False),
+            "local_rope": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        GEMMA3,
+        {
+            "qk_norm": True,
+            "final_logit_softcapping": None,
+            "sliding_window": 512,
+            "local_layers": 4 * (*5 * (True,), False) + 2 * (True,),
+            **GEMMA3_ROPES,
+        },
+    ),
+    "gemma3-transformers-5": (
+        {name: value for name, value in GEMMA3.items() if not name.startswith("rope")}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        GEMMA3_ROPES,
+    ),
     "qwen2": (QWEN2, {"qkv_bias": True, "out_bias": False, "mlp_bias": False, "sliding_window": None}),
     "qwen2-window": (
         QWEN2 | {"use_sliding_window": True, "max_window_layers": 21},
