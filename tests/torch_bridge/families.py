@@ -16,6 +16,7 @@ import torch_bridge
 from jaxpack import Batches, Documents, LoraConfig, TrainConfig, Transformer, add_lora
 from jaxpack.lora import adapters
 from jaxpack.training import loss_and_gradients
+from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
 from torch_bridge.convert import model_tensors
@@ -86,7 +87,7 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
     batches = Batches(Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths), config)
     assert len(batches) == 1
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    loss, gradients = jax.jit(functools.partial(loss_and_gradients, graph))(parameters, rest, batches[0])
+    loss, gradients = quick_jit(functools.partial(loss_and_gradients, graph))(parameters, rest, batches[0])
     model = nnx.merge(graph, gradients, rest)
     ours = adapter_tensors(model) | {name: np.asarray(x) for name, x in model_tensors(model)}
 

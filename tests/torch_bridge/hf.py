@@ -101,12 +101,8 @@ CHECKPOINTS = (
 )
 
 
-def make_model(checkpoint: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A random model. Grouped heads, a head_dim that is not hidden / heads, and nothing near zero or one.
-
-    Weights have standard deviation 0.1, biases three times that, and norms scatter around what does nothing, so that
-    each changes the logits; so does the epsilon of the norms, which is a tenth of the embedding's variance.
-    """
+def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """One of `FAMILIES`, with grouped heads, and a head_dim that is not hidden / heads."""
     family, head = checkpoint.split("-")
     prefix, own = FAMILIES[family]
     settings = {
@@ -121,10 +117,19 @@ def make_model(checkpoint: str, dtype: torch.dtype = torch.float32, **changes: A
         "rms_norm_eps": 1e-3,
         "rope_parameters": _ROPE,
         "tie_word_embeddings": head == "tied",
-        "pad_token_id": None,  # its embedding would have no gradient
     }
+    return random_model(prefix, settings | own, dtype)
+
+
+def random_model(prefix: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights, nothing near zero or one.
+
+    Weights have standard deviation 0.1, biases three times that, and norms scatter around what does nothing, so that
+    each changes the logits; so does an epsilon of 1e-3 of the norms, a tenth of the embedding's variance.
+    """
     make = getattr(transformers, f"{prefix}ForCausalLM")
-    model = make(make.config_class(**copy.deepcopy(settings | own | changes))).eval()
+    padding = {"pad_token_id": None}  # its embedding would have no gradient
+    model = make(make.config_class(**copy.deepcopy(settings | padding))).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
