@@ -66,19 +66,19 @@ def scaled(kind: str) -> dict[str, Any]:
 
 # By name: the prefix of the transformers classes, and what the model has that the others have not.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3", _GEMMA | {"rope_parameters": _GEMMA3_ROPES}),
     "llama": ("Llama", {}),
-    "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
+    **{f"llama_{kind}": ("Llama", scaled(kind)) for kind in _SCALINGS},
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral_v3": ("Mistral", {"sliding_window": None}),
-    "phi3": ("Phi3", {"sliding_window": WINDOW}),
-    "phi4_mini": ("Phi3", {"hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
     "qwen2": ("Qwen2", {}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    **{f"llama_{kind}": ("Llama", scaled(kind)) for kind in _SCALINGS},
     "qwen3": ("Qwen3", {"rope_parameters": _ROPE | {"rope_theta": 1e6}}),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi4_mini": ("Phi3", {"hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
+    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", _GEMMA | {"rope_parameters": _GEMMA3_ROPES}),
 }
 
 # What has a form of its own in a folder: family, and whether the head is the embedding.
