@@ -26,8 +26,9 @@ class RopeScaling:
             value = getattr(self, field.name)
             if field.type is bool:
                 _check(isinstance(value, bool), field.name, "must be true or false", value)
-            elif isinstance(value, tuple):
-                _check(all(map(_is_positive, value)), field.name, "must be positive numbers", value)
+            elif field.type == tuple[float, ...]:
+                is_list = isinstance(value, tuple) and all(map(_is_positive, value))
+                _check(is_list, field.name, "must be a list of positive numbers", value)
             elif value is not None:
                 _check(_is_positive(value), field.name, "must be a positive number", value)
 
@@ -92,6 +93,8 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
+        partial = self.partial_rotary_factor
+        _check(_is_positive(partial) and partial <= 1, "partial_rotary_factor", "must be in (0, 1]", partial)
 
     def rotary_dim(self, head_dim: int) -> int:
         """How many channels of a head are rotated."""
@@ -175,7 +178,7 @@ class ModelConfig:
     def _check_rope(self, rope: RopeConfig) -> None:
         partial, rotary_dim = rope.partial_rotary_factor, rope.rotary_dim(self.head_dim)
         _check(
-            _is_positive(partial) and 0 < rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
+            rotary_dim > 0 and rotary_dim % 2 == 0,
             "partial_rotary_factor",
             f"must rotate an even number of the {self.head_dim} channels of a head",
             partial,

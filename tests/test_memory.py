@@ -1,6 +1,7 @@
 """What the backward pass keeps: the same gradients whatever it is, and nothing dear computed twice that was kept."""
 
 import functools
+import itertools
 from typing import get_args
 
 import jax
@@ -49,8 +50,13 @@ def results(family: str, lora: bool, remat: Remat):
     return jax.jit(functools.partial(loss_and_gradients, graph, remat=remat))(trainable, frozen, batch())
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("remat", CHOICES[:-1])
+@pytest.mark.parametrize(
+    ("family", "lora", "remat"),
+    [
+        *itertools.product(["qwen3", "llama"], [True, False], CHOICES[:-1]),
+        ("gemma3", True, "keep_projections"),
+    ],
+)
 def test_loss_and_gradients_are_the_same(family, lora, remat):
     (loss, gradients), (want, want_gradients) = results(family, lora, remat), results(family, lora, "none")
     np.testing.assert_allclose(loss, want, rtol=1e-6)

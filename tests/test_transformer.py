@@ -9,6 +9,7 @@ from models import random_documents, small_config, small_model
 from programs import equations
 
 from jaxpack.config import LoraConfig
+from jaxpack.layers import RowContext
 from jaxpack.packing import Rows, fill_batch
 from jaxpack.transformer import Transformer, segment_positions
 
@@ -78,6 +79,23 @@ def test_a_window_that_spans_the_rows_costs_nothing(any_family):
         return str(jax.make_jaxpr(lambda t: model(t, t + 1, t, max_segments=1))(tokens))
 
     assert program(128) == program(None) != program(127)
+
+
+def test_bounds_that_a_window_narrows_are_never_taken_for_segments(monkeypatch):
+    """As cuDNN would, by the number of them."""
+    given = []
+
+    def recorded(*context):
+        given.append(context[2])
+        return RowContext(*context)
+
+    monkeypatch.setattr("jaxpack.transformer.RowContext", recorded)
+    model = small_model("qwen2")
+    for T, expected in ((128, None), (7, 1)):
+        tokens = jnp.zeros((1, T), jnp.int32)
+        jax.eval_shape(lambda tokens: model(tokens, tokens + 1, tokens, max_segments=1), tokens)
+        assert set(given) == {expected}
+        given.clear()
 
 
 def test_positions_restart_where_the_segment_changes():

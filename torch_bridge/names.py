@@ -131,13 +131,15 @@ def _read_gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _read_gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
     _require(hf, "attn_logit_softcapping", None)  # which transformers reads and does not use
     ropes = hf.get("rope_parameters") or {}
+    if not isinstance(ropes, dict) or not ropes.keys() <= {_GLOBAL, _LOCAL}:
+        raise InputError(f"`rope_parameters` must be an object of {_GLOBAL!r} and {_LOCAL!r}, got {ropes!r}.")
     full = ropes.get(_GLOBAL) or hf.get("rope_scaling")
     local = {"rope_parameters": ropes.get(_LOCAL), "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]}
     return {
         "qk_norm": True,
         "rope": _read_rope({**hf, "rope_parameters": full}),
         "local_rope": _read_rope({**hf, **local}),
-    } | _gemma(hf, every=hf["sliding_window_pattern"])
+    } | _gemma(hf, every=_whole(hf, "sliding_window_pattern"))
 
 
 def _gemma(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _qwen_window(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Off, whatever `sliding_window` says, or on in the layers from `max_window_layers` on."""
     window = hf["sliding_window"] if _flag(hf, "use_sliding_window") else None
-    first, layers = hf["max_window_layers"], range(_whole(hf, "num_hidden_layers"))
+    first, layers = _whole(hf, "max_window_layers", least=0), range(_whole(hf, "num_hidden_layers"))
     return _local_layers(hf, window, [_LOCAL if window is not None and i >= first else _GLOBAL for i in layers])
 
 
@@ -173,9 +175,10 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 def _local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
     kinds = hf.get("layer_types") or default
     allowed = (_GLOBAL,) if window is None else (_GLOBAL, _LOCAL)
-    if any(kind not in allowed for kind in kinds):
+    count = _whole(hf, "num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in allowed for kind in kinds):
         allowed = " or ".join(map(repr, allowed))
-        raise InputError(f"`layer_types` must all be {allowed}, got {sorted(set(kinds))}.")
+        raise InputError(f"`layer_types` must be a list of {count} that are {allowed}, got {kinds!r}.")
     return {"sliding_window": window, "local_layers": None if window is None else tuple(k == _LOCAL for k in kinds)}
 
 
@@ -237,7 +240,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     hf = {**family.fields, **hf}
     _require(hf, "quantization_config", None)
     activation = hf.get(field := _activation_field(family)) or "silu"
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise InputError(f"`{field}` of `config.json` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
     special = family.read(hf)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
@@ -259,11 +262,11 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     )
 
 
-def _whole(hf: Mapping[str, Any], field: str, default: int | None = None) -> int:
+def _whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: int = 1) -> int:
     value = hf.get(field)
     value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"`{field}` of `config.json` must be a whole number of at least 1, got {value!r}.")
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"`{field}` of `config.json` must be a whole number of at least {least}, got {value!r}.")
     return value
 
 
@@ -283,21 +286,21 @@ def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
         raise InputError(f"`rope_parameters` must be an object, those of one rope, got {rope!r}.")
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if partial != 1 and "partial_rotary_factor" not in FAMILIES[hf["architectures"][0]].fields:
         raise InputError(f"`partial_rotary_factor` of {hf['architectures'][0]} must be 1, got {partial!r}.")
     if kind == "su" or (kind == "yarn" and "short_factor" in rope):
         kind = "longrope"  # which Phi-3 has called so
     if kind == "default":
         return RopeConfig(theta=theta, partial_rotary_factor=partial)
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise InputError(f"`rope_type` must be 'default' or one of {sorted(_SCALINGS)}, got {kind!r}.")
     original, longest = "original_max_position_embeddings", "max_position_embeddings"
     given = {**rope, longest: hf.get(longest)}
     if hf.get(original) is not None:  # transformers goes by the one that is not among the others
         given[original] = hf[original]
-    if kind == "longrope" and given.get("factor") is None and given.get(original) and given[longest]:
-        given["factor"] = given[longest] / given[original]
+    if kind == "longrope" and given.get("factor") is None:
+        given["factor"] = _whole(given, longest) / _whole(given, original)
     fields = dataclasses.fields(_SCALINGS[kind])
     values = {field.name: given[field.name] for field in fields if given.get(field.name) is not None}
     required = [field.name for field in fields if field.default is dataclasses.MISSING]

@@ -320,6 +320,38 @@ def test_what_is_special_about_a_family_is_read_and_written(name: str):
     assert config_from_hf(config_to_hf(config)) == config
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("qwen2-window", "max_window_layers", None),
+        ("qwen2-window", "sliding_window", 0),
+        ("qwen2-window", "layer_types", ["full_attention"]),
+        ("qwen2-window", "layer_types", 28 * ["chunked_attention"]),
+        ("qwen2-window", "layer_types", "full_attention"),
+        ("mistral", "sliding_window", "4096"),
+        ("mistral", "attention_bias", True),
+        ("phi3-mini-128k", "partial_rotary_factor", 1.5),
+        ("phi3-mini-128k", "partial_rotary_factor", 0.01),
+        ("phi3-mini-128k", "original_max_position_embeddings", "4096"),
+        ("phi3-mini-128k", "rope_type", {"rope_type": ["su"]}),
+        ("phi3-mini-128k", "factor", {"type": "linear", "factor": [2.0]}),
+        ("gemma2", "hidden_activation", ["gelu"]),
+        ("gemma2", "use_bidirectional_attention", True),
+        ("gemma2", "final_logit_softcapping", 0),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "sliding_window_pattern", 0),
+        ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
+        ("gemma3", "query_pre_attn_scalar", "256"),
+    ],
+    ids=str,
+)
+def test_what_no_family_has_is_refused_by_name(name: str, option: str, value: Any):
+    hf, _ = SPECIAL[name]
+    field = "rope_scaling" if isinstance(value, dict) and option != "rope_parameters" else option
+    with pytest.raises(InputError, match=f"`{option}`"):
+        config_from_hf(hf | {field: value})
+
+
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
