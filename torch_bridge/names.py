@@ -21,6 +21,7 @@ from jaxpack.config import (
 from jaxpack.errors import InputError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"  # of `layer_types`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +168,6 @@ def _qwen_window(hf: Mapping[str, Any]) -> dict[str, Any]:
     window = hf["sliding_window"] if _flag(hf, "use_sliding_window") else None
     first, layers = _whole(hf, "max_window_layers", least=0), range(_whole(hf, "num_hidden_layers"))
     return _local_layers(hf, window, [_LOCAL if window is not None and i >= first else _GLOBAL for i in layers])
-
-
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
 def _local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
