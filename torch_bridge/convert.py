@@ -151,7 +151,7 @@ def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:
     if entry.projection is None:
         return 0, parameter.shape[1 if entry.path.startswith("blocks.") else 0]
     first = 0
-    for name, size in operator.attrgetter(entry.path.removesuffix(".weight"))(model).projections:
+    for name, size in operator.attrgetter(entry.path.rpartition(".")[0])(model).projections:
         if name == entry.projection:
             return first, size
         first += size

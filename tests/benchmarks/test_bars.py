@@ -48,4 +48,13 @@ def test_opponents_do_the_same_work():
             if peer.layout == bar.ours.layout:
                 same = {"system": "jaxpack", "remat": bar.ours.remat}
                 assert dataclasses.replace(peer, **same) == bar.ours
-    assert len({(planned.label, planned.case) for planned in bars()}) == len(bars())
+
+
+def test_what_two_bars_ask_of_is_measured_once():
+    shared = Case(model="Qwen3-4B", remat="none")
+    asking = [bar for bar in BARS if bar.ours == shared]
+    assert len(asking) == 2
+    cases = [planned.case for planned in bars()]
+    assert len(set(cases)) == len(cases) and cases.count(shared) == 1
+    (record,) = (measured(planned.label, shared, 1.0, 1.0) for planned in bars() if planned.case == shared)
+    assert [verdict.bar for verdict in verdicts([record])] == asking

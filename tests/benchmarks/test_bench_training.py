@@ -41,7 +41,7 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
     assert json.loads(output.read_text())["results"] == [kept, ours]
 
 
-@pytest.mark.parametrize(("plan", "cases"), [("bars", 16), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)])
+@pytest.mark.parametrize(("plan", "cases"), [("bars", 14), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)])
 def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, cases, tmp_path):
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)

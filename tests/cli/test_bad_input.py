@@ -212,7 +212,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         with_config(architectures="Qwen3ForCausalLM"),
         ["`architectures`", "got 'Qwen3ForCausalLM'"],
     ),
-    "unsupported_option": (with_config(attention_bias=True), ["`attention_bias`", "False", "True"]),
+    "unsupported_option": (with_config(hidden_act="relu"), ["`hidden_act`", "'silu'", "'relu'"]),
     "config_without_a_number": (with_config(vocab_size=None), ["vocab_size", "None"]),
     "config_with_text_for_a_number": (with_config(hidden_size="48"), ["hidden_size", "'48'"]),
     "config_with_a_float_for_a_number": (with_config(num_hidden_layers=2.5), ["num_hidden_layers", "2.5"]),
