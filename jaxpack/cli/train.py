@@ -16,7 +16,7 @@ from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
 from jaxpack.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
-from jaxpack.lora import adapters, add_lora
+from jaxpack.lora import add_lora
 from jaxpack.trainer import Trainer
 
 _LORA_FLAGS = [
@@ -44,14 +44,19 @@ def train(
         str | None,
         typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter folder to go on from, in place of a new adapter.")
+    ] = None,
     full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter.")] = False,
     **flags: object,
 ) -> None:
     """Fine-tune a model on a dataset."""
     config = from_flags(TrainConfig, flags, output_dir=str(output))
     lora = from_flags(LoraConfig, flags)
-    if full_finetuning and any(flags[name] is not None for name in _LORA_FLAGS):
+    if full_finetuning and (adapter is not None or any(flags[name] is not None for name in _LORA_FLAGS)):
         raise InputError("`full_finetuning` must be without flags of adapters, got both.")
+    if adapter is not None and any(flags[name] is not None for name in _LORA_FLAGS):
+        raise InputError("`adapter` must be without flags of a new adapter, got both.")
     trained = output / ("model" if full_finetuning else "adapter")
     if config.resume_from_checkpoint is None:
         require_free_folder(output, "output")
@@ -62,13 +67,22 @@ def train(
         if file is not None and not file.is_file():
             raise InputError(f"`{name}` must be an existing file, got {str(file)!r}.")
     network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype)
-    if not full_finetuning:
+    if adapter is not None:
+        torch_bridge.load_adapter(network, str(adapter))
+    elif not full_finetuning:
         add_lora(network, lora)
     saved = jax.tree.leaves(nnx.state(network, nnx.Param if full_finetuning else nnx.LoRAParam))
     require_room(output, "output", sum(leaf.nbytes for leaf in saved))
     trainer = Trainer(network, tokenizer, data, config, eval_data)
     if trainer.checkpoint is None or not trainer.in_place:
         require_free_folder(trained, "output")
+
+    def write(path: Path) -> None:
+        if full_finetuning:
+            torch_bridge.save_pretrained(trainer.model, path, tokenizer)
+        else:
+            torch_bridge.save_adapter(trainer.model, path)
+
     stopped = None
     try:
         result = trainer.train()
@@ -81,16 +95,9 @@ def train(
     except (KeyboardInterrupt, SystemExit) as error:
         console.print("interrupted: what is trained so far is saved")
         stopped = error
-    _save(lambda path: replace_folder(lambda new: _write(trainer, new), path), trained)
+    _save(lambda path: replace_folder(write, path), trained)
     if stopped is not None:
         raise stopped
-
-
-def _write(trainer: Trainer, path: Path) -> None:
-    if adapters(trainer.model):
-        torch_bridge.save_adapter(trainer.model, path)
-    else:
-        torch_bridge.save_pretrained(trainer.model, path, trainer.tokenizer)
 
 
 def _save(write: Callable[[Path], None], path: Path) -> None:
