@@ -15,6 +15,8 @@ import math
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -207,7 +209,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
     import orbax.checkpoint as ocp  # here, for it takes half a second
 
     parts = {_STATE: ocp.args.StandardSave(arrays), _RUN: ocp.args.JsonSave(about)}
-    with _quiet_logs(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(*parts)) as checkpointer:
+    with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(*parts)) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.Composite(**parts))
 
 
@@ -253,7 +255,7 @@ def load_checkpoint(
 
     def part(name: str, args: Any) -> Any:
         try:
-            with _quiet_logs(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(name)) as checkpointer:
+            with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(name)) as checkpointer:
                 return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{name: args}))[name]
         except Exception as error:  # of what orbax reads with, which raises what it likes
             raise InputError(
@@ -302,11 +304,21 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Keeps back what orbax logs of an error that it raises, too."""
-    logger = logging.getLogger("absl")
+def _quiet() -> Iterator[None]:
+    """Keeps back what orbax logs of an error that it raises, too, and that its other tasks then find no event loop."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     disabled, logger.disabled = logger.disabled, True
+    sys.unraisablehook = filtered
     try:
         yield
+    except Exception:
+        time.sleep(0.5)  # until they have
+        raise
     finally:
+        sys.unraisablehook = hook
         logger.disabled = disabled

@@ -247,7 +247,7 @@ class Trainer:
         self._print_plan(run.state.trainable, run.frozen)
         if run.explanation is not None:
             console.print(run.explanation)
-        progress, checkpoints = self._resume(run, cache)
+        progress, checkpoints = self._resume(run)
         if cache.folder is not None:
             size = size_of(cache.folder) / 2**20
             console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")
@@ -298,14 +298,13 @@ class Trainer:
         every = self.config.save_steps if self.config.eval_steps is None else self.config.eval_steps
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
 
-    def _resume(self, run: Run, cache: ProgramCache) -> tuple[Progress, Checkpoints | None]:
+    def _resume(self, run: Run) -> tuple[Progress, Checkpoints | None]:
         """What the run has behind it, and where it is saved."""
         config, progress, checkpoints = self.config, Progress(), None
         if config.output_dir is None and self.checkpoint is None:
             return progress, None
-        with cache.in_use():
-            datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
-            identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
+        datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
+        identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
         notes = notes_of(run.remat, config.implementation)
         if self.checkpoint is not None:
             progress = run.resume(self.checkpoint, identity, notes)
