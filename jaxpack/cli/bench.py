@@ -12,11 +12,12 @@ import torch_bridge
 from jaxpack.bench.cases import Case, Layout, Planned, ablation, batch_sizes, losses
 from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
-from jaxpack.bench.report import draw_all, print_tables, require_matplotlib
+from jaxpack.bench.report import draw_all, print_tables
 from jaxpack.console import console
 from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError
 from jaxpack.files import require_free_folder
+from jaxpack.pictures import require_matplotlib
 
 _DRAWN = 4000  # documents, where their lengths are all that is known
 _RESULTS = "results.json"
