@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from jaxpack.errors import InputError
 
+Layout = Literal["padded", "padding-free", "packed"]  # of the documents of a step
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
@@ -211,6 +212,22 @@ class TrainConfig:
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+
+    @property
+    def layout(self) -> Layout:
+        """What `packing` and `padding_free` come to."""
+        if self.packing:
+            return "packed"
+        return "padding-free" if self.padding_free else "padded"
+
+    def in_layout(self, layout: Layout, rows: int) -> "TrainConfig":
+        """The same run in another layout, with micro-batches of so many packed rows or documents."""
+        return dataclasses.replace(
+            self,
+            packing=layout == "packed",
+            padding_free=layout != "padded",
+            per_device_train_batch_size=rows,
+        )
 
 
 def _check_types(config: Any) -> None:

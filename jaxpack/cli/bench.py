@@ -9,10 +9,11 @@ from typing import Annotated, get_args
 import typer
 
 import torch_bridge
-from jaxpack.bench.cases import Case, Layout, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.cases import Case, Planned, ablation, batch_sizes, losses
 from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
 from jaxpack.bench.report import draw_all, print_tables
+from jaxpack.config import Layout
 from jaxpack.console import console
 from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpack.bench import report
-from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Layout, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Planned, ablation, batch_sizes, losses
+from jaxpack.config import Layout
 
 GIB = 2**30
 
