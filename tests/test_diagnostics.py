@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,17 @@ def test_padding_by_batch_size_is_that_of_an_epoch():
     assert all(share < found.padding["padded"][size] for size, share in found.padding[ORDINARY].items())
 
 
+def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
+    documents = skewed(4000)
+    whole = jaxpack.inspect(documents, TrainConfig(max_length=256)).padding
+    monkeypatch.setattr("jaxpack.diagnostics._SAMPLE", 2000)
+    sampled = jaxpack.inspect(documents, TrainConfig(max_length=256)).padding
+    assert sampled[ORDINARY] == whole[ORDINARY]
+    for layout in LAYOUTS:
+        assert sampled[layout] != whole[layout]
+        np.testing.assert_allclose(list(sampled[layout].values()), list(whole[layout].values()), atol=0.04)
+
+
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +180,20 @@ def test_times_are_those_of_the_steps():
     assert run.tokens_per_second * run.hours_per_epoch * 3600 == pytest.approx(batches.documents.num_tokens)
     assert run.speedup == run.tokens_per_second / padded.tokens_per_second and padded.speedup == 1
     assert (run.remat, found.device) == ("none", "H200")
+
+
+def test_the_gpu_that_is_here_says_how_much_fits(monkeypatch):
+    class Gpu(NamedTuple):
+        device_kind: str = "NVIDIA H200"
+        platform: str = "gpu"
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 130 * 2**30, "bytes_in_use": 0}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
+    found = jaxpack.inspect(skewed(), TrainConfig(packing=True, max_length=256), model=qwen())
+    assert (found.device, found.run.remat) == ("NVIDIA H200", "none")
+    assert found.run.tokens_per_second > 0
 
 
 def test_a_device_without_rates_has_speed_ups_of_positions():
