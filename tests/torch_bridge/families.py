@@ -23,6 +23,7 @@ from torch_bridge.adapter import adapter_tensors
 from torch_bridge.convert import model_tensors
 
 LORA = LoraConfig(r=4, lora_alpha=8)
+_LONGEST = 150
 LENGTHS = [90, 61, 33, 17, 5, 2, 100]  # past every window and every original context, and far below
 
 
@@ -67,7 +68,7 @@ def _round_trip(path: str, theirs: peft.PeftModel, folder: Path) -> tuple[float,
     torch_bridge.save_adapter(model, str(folder / "back"))
     read = [(folder / name / "adapter_model.safetensors").read_bytes() for name in ("theirs", "back")]
     torch_bridge.save_merged(model, str(folder / "merged"), dtype="float32")
-    tokens = hf.random_tokens(2, 64)  # as many as `save_merged` looks at
+    tokens = hf.random_tokens(2, _LONGEST)  # torch's dynamic NTK keeps the frequencies of the longest row that it saw
     expected = hf.logits(theirs, tokens)
     ours = np.asarray(model.logits(jnp.asarray(tokens)))
     merged = hf.logits(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged"), tokens)
@@ -76,7 +77,7 @@ def _round_trip(path: str, theirs: peft.PeftModel, folder: Path) -> tuple[float,
 
 def _logits(model: Transformer, reference) -> tuple[float, float]:
     """Two whole rows, then one with documents packed, then each of those alone: one program for all."""
-    lengths, T = [70, 1, 33, 46], 150
+    lengths, T = [70, 1, 33, 46], _LONGEST
     assert sum(lengths) == T
     rows = hf.random_tokens(3, T)
     segments = np.ones_like(rows)
