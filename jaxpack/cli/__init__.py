@@ -1,4 +1,4 @@
-"""The front door: `jaxpack train`, `inspect`, `bench` and `demo`. The one place here that may import torch_bridge."""
+"""The front door: `jaxpack train`, `inspect`, `bench`, `export` and `demo`. The one place that may import torch_bridge."""
 
 import sys
 
@@ -6,6 +6,7 @@ import typer
 
 from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
+from jaxpack.cli.export import export
 from jaxpack.cli.inspect import inspect
 from jaxpack.cli.train import train
 from jaxpack.console import console
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(inspect)
+app.command()(export)
 app.command()(bench)
 app.command()(demo)
 
