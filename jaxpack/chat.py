@@ -36,7 +36,7 @@ _MARK = "\ufdd0{}\ufdd1"  # Unicode keeps these two from text
 _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _QUESTION = {"role": "user", "content": _MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MAX_FORMS = 1024
+_MAX_KNOWN = 1024
 
 
 class ChatTokenizer(Protocol):
@@ -272,16 +272,13 @@ class ChatTemplate:
         if any(messages[i].get("tool_calls") for i in assistants):
             return self._one_by_one(conversation, text, self._form(conversation, where))
         key = self._key(conversation)
-        for fresh in (False, True):
-            if fresh or key not in self._forms:
-                if len(self._forms) >= _MAX_FORMS:
-                    self._forms.clear()
-                self._forms[key] = self._form(conversation, where)
-                fresh = True
-            spans = _matched(text, self._forms[key], messages)
-            if spans is not None or fresh:
-                break
-        return self._one_by_one(conversation, text, self._forms[key]) if spans is None else spans
+        form = self._forms.get(key)
+        spans = _matched(text, form, messages) if form is not None else None
+        if spans is None:
+            form = self._form(conversation, where)
+            _keep(self._forms, key, form)
+            spans = _matched(text, form, messages)
+        return self._one_by_one(conversation, text, form) if spans is None else spans
 
     def _key(self, conversation: Conversation) -> Any:
         kinds = tuple((message.get("role"), *sorted(message)) for message in conversation.messages)
@@ -302,10 +299,8 @@ class ChatTemplate:
             previous = slots[slot - 1] if slot else None
             key = between[slot], between[slot + 1], previous is None, i + 1 == len(marked), repr(conversation.options)
             if key not in self._edges:
-                if len(self._edges) >= _MAX_FORMS:
-                    self._edges.clear()
                 lead = self._lead(conversation, marked[:i], between[slot], previous)
-                self._edges[key] = _Edges(lead, *self._tail(conversation, marked, i, between[slot + 1]))
+                _keep(self._edges, key, _Edges(lead, *self._tail(conversation, marked, i, between[slot + 1])))
             edges[slot] = self._edges[key]
         return _Form(between, slots, edges)
 
@@ -434,6 +429,13 @@ class ChatTemplate:
         return spans
 
 
+def _keep(known: dict, key: Any, value: Any) -> None:
+    """Adds to what is known, of which there may be as much as there are rows."""
+    if len(known) >= _MAX_KNOWN:
+        known.clear()
+    known[key] = value
+
+
 def _refused(error: Exception, where: str) -> InputError:
     return InputError(f"The chat template must accept every row, refused {where}: {reason(error)}.")
 
@@ -497,14 +499,10 @@ def _matched(text: str, form: _Form, messages: Sequence[Message]) -> list[Span] 
     return spans if at == len(text) else None
 
 
-def _trimmed(content: Any) -> Iterator[str]:
+def _trimmed(content: Any) -> tuple[str, str]:
     """What templates make of a content: nothing of one that is no text."""
-    if not isinstance(content, str):
-        content = ""
-    yield content
-    if content != content.strip():
-        for characters in (None, "\n"):
-            yield from (content.strip(characters), content.lstrip(characters), content.rstrip(characters))
+    content = content if isinstance(content, str) else ""
+    return content, content.strip()
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:

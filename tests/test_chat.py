@@ -172,6 +172,15 @@ def test_thoughts_that_a_template_writes_are_trained_on(name: str, tags: bool) -
     assert trained(documents, tokenizer) == expected
 
 
+def test_rows_have_thoughts_of_their_own() -> None:
+    tokenizer = of_template(QWEN3, *CHATML_TOKENS)
+    thoughts = ["hm", "oh", "the cab"]
+    rows = [{"messages": [turn("user", "a"), turn("assistant", "b", reasoning_content=one)]} for one in thoughts]
+    documents = load(rows, tokenizer)
+    for which, one in enumerate(thoughts):
+        assert trained(documents, tokenizer, which) == [f"<think>\n{one}\n</think>\n\nb<|im_end|>"]
+
+
 def test_an_empty_thought_is_not_trained_on_where_the_generation_prompt_writes_it() -> None:
     tokenizer = of_template(QWEN3, *CHATML_TOKENS)
     rows = [
@@ -283,6 +292,11 @@ FORMS = {
         "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a><r>final' }}{{ m.content + '<e>' }}{% endfor %}"
         "{% if add_generation_prompt %}<a>{% endif %}",
         ["<r>finalb<e>", "<r>finald<e>"],
+    ),
+    "two_tokens_for_an_end": (
+        "{% for m in messages %}{{ '<u>' + m.content + '<e>' if m.role == 'user' else '<a>' + m.content + '<r><e>' }}"
+        "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
+        ["b<r><e>", "d<r><e>"],
     ),
     "words_for_an_end": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + ' END\n' }}{% endfor %}"
@@ -493,6 +507,13 @@ UNDECIDED = {
         "{% if add_generation_prompt %}{{ '<u>assistant:\n' }}{% endif %}",
         chat("a", "b"),
         ["'<e>\\n<u>assistant says\\n'", "'<e>\\n<u>assistant:\\n'"],
+    ),
+    "the_header_depends_on_the_question": (
+        "{% for m in messages %}{{ '<u>' + m.content if m.role == 'user' else '<e><a>' }}"
+        "{% if m.role == 'assistant' %}{{ messages[loop.index0 - 1].content | length | string + m.content + '<e>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<e><a>{% endif %}",
+        chat("twelve words", "b"),
+        ["what surrounds message 1 depends on its content"],
     ),
     "the_answer_is_changed_elsewhere": (
         "{{ messages | length }}{% for m in messages %}{% if m.content == 'b' %}!{% endif %}{% endfor %}"
