@@ -36,7 +36,7 @@ _MARK = "\ufdd0{}\ufdd1"  # Unicode keeps these two from text
 _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _QUESTION = {"role": "user", "content": _MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MAX_KNOWN = 1024
+_MAX_KNOWN = 1024  # forms of conversations, and edges of turns, to keep
 
 
 class ChatTokenizer(Protocol):
@@ -102,9 +102,9 @@ def alpaca_prompt(instruction: str, given: str) -> str:
 
 
 def _message(message: Any, where: str) -> Message:
-    if isinstance(message, Mapping) and "role" in message:
+    if isinstance(message, Mapping) and isinstance(message.get("role"), str):
         message = {key: value for key, value in message.items() if value is not None}
-    elif isinstance(message, Mapping) and "from" in message and "value" in message:
+    elif isinstance(message, Mapping) and isinstance(message.get("from"), str) and "value" in message:
         if message["from"] not in _ROLES:
             raise InputError(f"`from` must be one of {sorted(_ROLES)}, got {message['from']!r:.80} in {where}.")
         message = {"role": _ROLES[message["from"]], "content": message["value"]}
@@ -112,6 +112,9 @@ def _message(message: Any, where: str) -> Message:
         raise InputError(
             f"A message must have `role` and `content`, or `from` and `value`, got {message!r:.80} in {where}."
         )
+    calls = message.get("tool_calls", [])
+    if not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise InputError(f"`tool_calls` must be a list of mappings, got {calls!r:.80} in {where}.")
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
@@ -430,7 +433,7 @@ class ChatTemplate:
 
 
 def _keep(known: dict, key: Any, value: Any) -> None:
-    """Adds to what is known, of which there may be as much as there are rows."""
+    """Adds to what is known; where each row has a form of its own, that is soon too much."""
     if len(known) >= _MAX_KNOWN:
         known.clear()
     known[key] = value
@@ -459,9 +462,7 @@ def _marked(message: Message, i: int) -> Message:
     return {**message, **content, "tool_calls": [_marked_call(call, mark) for call in calls]}
 
 
-def _marked_call(call: Any, mark: str) -> Any:
-    if not isinstance(call, Mapping):
-        return call
+def _marked_call(call: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _marked_call(call["function"], mark)}
     arguments = json.dumps({mark: mark}, ensure_ascii=False) if isinstance(call.get("arguments"), str) else {mark: mark}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tokenizers_for_tests import small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from jaxpack.config import TrainConfig
 from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError
+from jaxpack.trainer import Trainer
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
@@ -456,6 +459,15 @@ def test_every_token_of_messages_is_trained_on_where_that_is_asked() -> None:
     np.testing.assert_array_equal(documents.tokens, load(rows, tokenizer).tokens)
 
 
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_the_trainer_trains_on_what_its_configuration_says(assistant_only: bool) -> None:
+    tokenizer = STYLES["chatml"].tokenizer()
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=len(tokenizer)))
+    trainer = Trainer(model, tokenizer, [{"messages": chat("a", "b")}], TrainConfig(assistant_only_loss=assistant_only))
+    labels = trainer.documents.labels
+    assert (labels == -100).any() == assistant_only
+
+
 # --- Nothing to learn -------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +568,16 @@ def test_what_the_template_leaves_out_is_refused() -> None:
 BAD_ROWS = {
     "message_is_text": ({"messages": ["hi"]}, ["A message must have `role` and `content`", "got 'hi'"]),
     "message_without_role": ({"messages": [{"content": "hi"}]}, ["`from` and `value`", "got {'content': 'hi'}"]),
+    "speaker_is_a_list": (
+        {"messages": [{"from": ["gpt"], "value": "hi"}]},
+        ["`from` and `value`", "got {'from': ['gpt']"],
+    ),
+    "role_is_a_list": ({"messages": [turn(["user"], "hi")]}, ["A message must have `role`", "got {'role': ['user']"]),
+    "calls_are_text": (
+        {"messages": [*chat("a"), turn("assistant", "b", tool_calls="cabs()")]},
+        ["`tool_calls` must be a list of mappings", "got 'cabs()'"],
+    ),
+    "half_a_character": ({"messages": chat("a", "half an emoji: \ud83d")}, ["valid Unicode", "half an emoji"]),
     "unknown_speaker": (
         {"messages": [{"from": "bob", "value": "hi"}]},
         ["`from` must be one of", "'gpt'", "got 'bob'"],
