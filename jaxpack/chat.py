@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxpack.errors import InputError, reason
@@ -115,12 +115,33 @@ def _message(message: Any, where: str) -> Message:
     calls = message.get("tool_calls", [])
     if not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise InputError(f"`tool_calls` must be a list of mappings, got {calls!r:.80} in {where}.")
+    if calls:
+        message["tool_calls"] = [_with_arguments(call, _from_json) for call in calls]
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise InputError(f"The parts of a message must be text, got {content!r:.80} in {where}.")
         message["content"] = "".join(part["text"] for part in content)
     return message
+
+
+def _with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> Mapping[str, Any]:
+    """A tool call with other arguments, whether it is a `function` or has one."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], change)}
+    return {**call, "arguments": change(call.get("arguments", {}))}
+
+
+def _from_json(arguments: Any) -> Any:
+    """Arguments as most templates take them. OpenAI's are JSON, which those would quote once more."""
+    with contextlib.suppress(TypeError, ValueError):
+        found = json.loads(arguments)
+        return found if isinstance(found, Mapping) else arguments
+    return arguments
+
+
+def _to_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def without_none(value: Any) -> Any:
@@ -186,10 +207,7 @@ class ChatTemplate:
 
     def write(self, conversation: Conversation, where: str) -> str:
         """The text of a conversation. `where` names its row in errors."""
-        try:
-            return self._apply(conversation, conversation.messages)
-        except Exception as error:  # a template raises what it likes
-            raise _refused(error, where) from error
+        return self._write(self._with_readable_calls(conversation), where)
 
     def write_with_spans(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
         """The text, and which parts of it are trained on: ascending, apart.
@@ -197,6 +215,7 @@ class ChatTemplate:
         Raises:
           InputError: the template refuses the conversation, or leaves it undecided which parts are the assistant's.
         """
+        conversation = self._with_readable_calls(conversation)
         try:
             template = self._tokenizer.get_chat_template(tools=conversation.tools)
         except ValueError as error:  # several, and none of them the default
@@ -208,7 +227,7 @@ class ChatTemplate:
                 if any(message.get("role") == "assistant" for message in conversation.messages[: conversation.prompt]):
                     spans = list(_overlaps(spans, self._compared(conversation, text, where)))
             else:
-                text = self.write(conversation, where)
+                text = self._write(conversation, where)
                 spans = self._compared(conversation, text, where)
         except _Undecided as why:
             tags = "its {% generation %} tags" if tagged else "{% generation %} and {% endgeneration %}"
@@ -220,10 +239,32 @@ class ChatTemplate:
             self.endless += not text[: spans[-1][1]].rstrip().endswith(self._tokens)
         return text, spans
 
+    def _write(self, conversation: Conversation, where: str) -> str:
+        try:
+            return self._apply(conversation, conversation.messages)
+        except Exception as error:  # a template raises what it likes
+            raise _refused(error, where) from error
+
     def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
         return self._tokenizer.apply_chat_template(
             list(messages), tools=conversation.tools, tokenize=False, **{**conversation.options, **options}
         )
+
+    def _with_readable_calls(self, conversation: Conversation) -> Conversation:
+        """The conversation, with arguments of calls as JSON where the template takes nothing else (DeepSeek's)."""
+        if not any(message.get("tool_calls") for message in conversation.messages):
+            return conversation
+        messages = [
+            {**message, "tool_calls": [_with_arguments(call, _to_json) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in conversation.messages
+        ]
+        for candidate in (conversation, dataclasses.replace(conversation, messages=messages)):
+            with contextlib.suppress(Exception):
+                self._apply(candidate, candidate.messages)
+                return candidate
+        return conversation
 
     # By the template's tags.
 
@@ -459,14 +500,12 @@ def _marked(message: Message, i: int) -> Message:
     if not calls:
         return {**message, "content": mark}
     content = {"content": mark} if message.get("content") else {}
-    return {**message, **content, "tool_calls": [_marked_call(call, mark) for call in calls]}
+    arguments = {mark: mark}
 
+    def mark_arguments(given: Any) -> Any:
+        return _to_json(arguments) if isinstance(given, str) else arguments
 
-def _marked_call(call: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _marked_call(call["function"], mark)}
-    arguments = json.dumps({mark: mark}, ensure_ascii=False) if isinstance(call.get("arguments"), str) else {mark: mark}
-    return {**call, "arguments": arguments}
+    return {**message, **content, "tool_calls": [_with_arguments(call, mark_arguments) for call in calls]}
 
 
 def _split(text: str) -> tuple[list[str], list[int]]:

@@ -118,6 +118,20 @@ def test_tool_calls_are_trained_on_and_their_results_are_not(name: str, tags: bo
         assert whole(documents, tokenizer) == tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
 
 
+@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
+def test_arguments_may_be_json_and_are_written_as_the_template_takes_them(tags: bool) -> None:
+    style = STYLES["chatml"]
+    joined = style.template.replace("call.function.arguments | tojson", "call.function.arguments + ' '")
+    as_json = json.loads(json.dumps(CALLING[:2]))
+    function = as_json[1]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    for template, end in ((style.template, "}\n"), (joined, " }\n")):
+        tokenizer = of_template(template, *style.specials, tags=tags)
+        for messages in (CALLING[:2], as_json):
+            documents = load([{"messages": messages}], tokenizer)
+            assert trained(documents, tokenizer) == [CALLED["chatml"].replace("}\n", end)]
+
+
 def test_several_calls_beside_a_content_are_one_turn() -> None:
     style = STYLES["chatml"]
     tokenizer = style.tokenizer()
