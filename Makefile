@@ -9,7 +9,7 @@ PARALLEL := -n 2 --dist loadfile  # a file stays in one process, whose compiled 
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.PHONY: demo test lint test-jax test-gpu clean
+.PHONY: demo test test-slow lint test-jax test-gpu clean
 
 demo: $(VENV)/installed
 	rm -rf build/demo
@@ -17,6 +17,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest $(PARALLEL)
+
+test-slow: $(VENV)/installed
+	$(RUN) -m pytest $(PARALLEL) -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

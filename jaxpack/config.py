@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from jaxpack.errors import InputError
@@ -11,32 +12,95 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
 RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made with one of the others
 Implementation = Literal["xla", "pallas"]
+WHOLE_MODULES = ("embed_tokens", "lm_head")  # that may be trained whole beside adapters, by their Hugging Face names
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: the base, and Llama 3's rescaling of long wavelengths where `llama3` is set."""
+class RopeScaling:
+    """How rotary frequencies are rescaled for longer contexts, with the names that `config.json` uses.
 
-    theta: float
-    llama3: "Llama3RopeScaling | None" = None
+    One of the classes below; `rotary.py` says what each does.
+    """
 
     def __post_init__(self) -> None:
-        _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                _check(isinstance(value, bool), field.name, "must be true or false", value)
+            elif field.type == tuple[float, ...]:
+                is_list = isinstance(value, tuple) and all(map(_is_positive, value))
+                _check(is_list, field.name, "must be a list of positive numbers", value)
+            elif value is not None:
+                _check(_is_positive(value), field.name, "must be a positive number", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Llama 3.1's frequency scaling, with the names that `config.json` uses."""
+class LinearRopeScaling(RopeScaling):
+    """Positions count as if divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicRopeScaling(RopeScaling):
+    """Dynamic NTK: does nothing up to `max_position_embeddings`, and beyond it more the longer the document."""
+
+    factor: float
+    max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling(RopeScaling):
+    """Llama 3.1's: only long wavelengths are stretched."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRopeScaling(RopeScaling):
+    """YaRN: only long wavelengths are stretched, and cosine and sine multiplied by `attention_factor`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None  # None: follows from the factor and these:
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling(RopeScaling):
+    """LongRoPE: each wavelength is stretched by a factor of its own, by another in documents beyond the original."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float
+    attention_factor: float | None = None  # None: follows from the factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: the base, and how its frequencies are rescaled."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # share of a head's channels that are rotated: the first
+
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check(_is_positive(value), field.name, "must be a positive number", value)
+        _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
+        partial = self.partial_rotary_factor
+        _check(_is_positive(partial) and partial <= 1, "partial_rotary_factor", "must be in (0, 1]", partial)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +117,22 @@ class ModelConfig:
     head_dim: int  # not always hidden_size / num_heads
     rms_norm_eps: float
     rope: RopeConfig
-    qk_norm: bool  # RMSNorm of each query and key head before the rotation (Qwen3)
     tie_word_embeddings: bool
+    activation: Activation = "silu"  # of the feed-forward's gate
+    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False  # of all three projections of the feed-forward
+    fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
+    sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
+    local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
+    local_rope: RopeConfig | None = None  # of those layers, where they have another
+    attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(scores / cap)
+    final_logit_softcapping: float | None = None  # and logits
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: `head_dim`
+    scale_embeddings: bool = False  # by the root of `hidden_size`
+    unit_offset_norms: bool = False  # norms multiply by 1 + weight
+    post_norms: bool = False  # what each branch adds to the residual stream is normed before, as what it reads is
     name_or_path: str = ""  # where the weights came from; adapters name it as their base model
 
     def __post_init__(self) -> None:
@@ -78,6 +156,53 @@ class ModelConfig:
             f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
             self.num_heads,
         )
+        for rope in {self.rope, self.local_rope} - {None}:
+            self._check_rope(rope)
+        activations = get_args(Activation)
+        _check(self.activation in activations, "activation", f"must be one of {activations}", self.activation)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
+            value = getattr(self, name)
+            _check(value is None or _is_positive(value), name, "must be None or a positive number", value)
+        window, local = self.sliding_window, self.local_layers
+        _check(
+            window is None or (isinstance(window, int) and window >= 1),
+            "sliding_window",
+            "must be None or a whole number of at least 1",
+            window,
+        )
+        _check(
+            local is None or len(local) == self.num_layers,
+            "local_layers",
+            f"must say it of each of `num_layers` ({self.num_layers})",
+            local,
+        )
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        partial, rotary_dim = rope.partial_rotary_factor, rope.rotary_dim(self.head_dim)
+        _check(
+            rotary_dim > 0 and rotary_dim % 2 == 0,
+            "partial_rotary_factor",
+            f"must rotate an even number of the {self.head_dim} channels of a head",
+            partial,
+        )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(rope.scaling, name, None)
+            half = rotary_dim // 2
+            _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        return tuple(self.sliding_window if is_local else None for is_local in self._local)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rope of each layer."""
+        return tuple(self.local_rope if is_local and self.local_rope else self.rope for is_local in self._local)
+
+    @property
+    def _local(self) -> tuple[bool, ...]:
+        return self.local_layers or self.num_layers * (True,)
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -96,25 +221,41 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = _option(
         "all-linear", "Projections with an adapter, such as 'q_proj,v_proj', or 'all-linear': all but the head."
     )
+    rank_pattern: str | tuple[tuple[str, int], ...] = _option("", "Other ranks, of projections: 'q_proj=8,v_proj=4'.")
+    alpha_pattern: str | tuple[tuple[str, float], ...] = _option("", "Other alphas, of projections, in the same way.")
+    modules_to_save: str | tuple[str, ...] = _option(
+        "", "Matrices to train whole, beside the adapters: 'lm_head', 'embed_tokens'; both of them where they are tied."
+    )
     seed: int = _option(42, "Of lora_A. lora_B starts at zero, so step 0 equals the base model.")
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check(self.r >= 1, "r", "must be at least 1", self.r)
         _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
+        for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
+            object.__setattr__(self, name, _pattern(name, getattr(self, name), rule, int if "whole" in rule else float))
+        object.__setattr__(self, "modules_to_save", _names(self.modules_to_save))
+        unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
+        _check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
         if self.target_modules != "all-linear":
-            names = self.target_modules
-            if isinstance(names, str):
-                names = [name.strip() for name in names.split(",") if name.strip()]
-            names = tuple(names)
+            names = _names(self.target_modules)
             _check(names != (), "target_modules", "must name at least one module", names)
             object.__setattr__(self, "target_modules", names)
 
     @property
     def scaling(self) -> float:
-        """What `lora_B @ lora_A @ x` is multiplied by."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """What `lora_B @ lora_A @ x` is multiplied by, where no pattern says otherwise."""
+        return self.scaling_of("")
+
+    def rank_of(self, projection: str) -> int:
+        """The rank of a projection's adapter."""
+        return dict(self.rank_pattern).get(projection, self.r)
+
+    def scaling_of(self, projection: str) -> float:
+        """What a projection's `lora_B @ lora_A @ x` is multiplied by."""
+        rank, alpha = self.rank_of(projection), dict(self.alpha_pattern).get(projection, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +282,7 @@ class TrainConfig:
     learning_rate: float = _option(2e-5, "Peak of the schedule; LoRA wants about ten times the default.")
     lr_scheduler_type: Schedule = _option("linear", "After warm-up: linear or cosine decay to 0, or none.")
     warmup_steps: float = _option(0, "Steps of linear warm-up from 0; below 1, a share of all steps.")
-    weight_decay: float = _option(0.0, "AdamW's; norm scales do not decay.")
+    weight_decay: float = _option(0.0, "AdamW's; norm scales and biases do not decay.")
     adam_beta1: float = _option(0.9, "AdamW's.")
     adam_beta2: float = _option(0.999, "AdamW's.")
     adam_epsilon: float = _option(1e-8, "AdamW's.")
@@ -212,6 +353,27 @@ class TrainConfig:
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+
+
+def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Names in a list, or in a string with commas."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else tuple(value)
+
+
+def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, Any], ...]:
+    """Numbers by name, of a mapping, of pairs, or of a string such as 'q_proj=8,v_proj=4'."""
+    try:
+        if isinstance(value, str):
+            pairs = [one.split("=") for one in _names(value)]
+            pairs = [(key.strip(), kind(number)) for key, number in pairs]
+        else:
+            pairs = [(key, number) for key, number in (value.items() if isinstance(value, Mapping) else value)]
+        allowed = (int,) if kind is int else (int, float)
+        whole = all(isinstance(key, str) and type(number) in allowed and _is_positive(number) for key, number in pairs)
+    except (TypeError, ValueError):
+        whole = False
+    _check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)
+    return tuple(pairs)
 
 
 def _check_types(config: Any) -> None:

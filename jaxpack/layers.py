@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from jaxpack.config import Implementation, ModelConfig
+from jaxpack.config import Activation, Implementation, ModelConfig
 from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.normed_linear import normed_linear
@@ -24,7 +24,7 @@ from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 
 
 class RowContext(NamedTuple):
-    """What every layer needs to know of the batch, computed once; and which kernels it runs."""
+    """What a layer needs to know of the batch, computed once for all that need the same; and which kernels it runs."""
 
     bounds: SegmentBounds
     angles: Angles
@@ -46,21 +46,24 @@ class LoraAdapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """One or more projections of the same input, side by side in one `weight` `[sum(out), in]`, no bias.
+    """One or more projections of the same input, side by side in one `weight` `[sum(out), in]`, with a bias or not.
 
     `projections` names them, with their output sizes, in the order of the rows. `lora` holds an adapter for each
     that has one.
     """
 
-    def __init__(self, in_features: int, projections: dict[str, int], *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, projections: dict[str, int], *, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         shape = (sum(projections.values()), in_features)
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[0], dtype)) if bias else None
         self.projections = tuple(projections.items())
         self.lora = nnx.Dict()
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
         """All projections of `x`, side by side, in plain jnp. Dropout acts on what the adapters read, with a key."""
-        out = x @ self.weight[...].astype(x.dtype).T
+        out = self._biased(x @ self.weight[...].astype(x.dtype).T)
         if not self.lora:
             return out
         if self.drops(dropout_key):
@@ -75,8 +78,9 @@ class Linear(nnx.Module):
         """`x` for the residual connection, and all projections of the normed `x`, side by side."""
         if self.drops(dropout_key):
             return x, self(norm(x), dropout_key)
-        weights = norm.scale[...], self.weight[...], *self.factors()
-        return normed_linear(x, *weights, eps=norm.eps, implementation=context.implementation)
+        weights = norm.weight, self.weight[...], *self.factors()
+        x, out = normed_linear(x, *weights, eps=norm.eps, implementation=context.implementation)
+        return x, self._biased(out)
 
     def onto(
         self,
@@ -84,12 +88,29 @@ class Linear(nnx.Module):
         x: Float[Array, "B T I"],
         context: RowContext,
         dropout_key: Key[Array, ""] | None,
+        *,
+        gated: Activation | None = None,
+        post_norm: "RMSNorm | None" = None,
     ) -> Float[Array, "B T O"]:
-        """`residual` and the projection of `x`, added."""
+        """`residual` and the projection of `x`, added; normed before that where there is a `post_norm`.
+
+        What is projected is `x`, or, with `gated`, `act(gate) * up` of the two that `x` holds side by side.
+        """
+        implementation = context.implementation
+        base = residual if post_norm is None else None
         if self.drops(dropout_key):
-            return residual + self(x, dropout_key)
-        factors = self.factors()
-        return residual_linear(residual, x, self.weight[...], *factors, implementation=context.implementation)
+            if gated is not None:  # dropout comes between the product and the adapter
+                x = gated_activation(checkpoint_name(x, "gate_up"), activation=gated, implementation=implementation)
+            out = self(x, dropout_key)
+            out = out if base is None else base + out
+        else:
+            weights = self.weight[...], *self.factors()
+            if gated is None:
+                out = residual_linear(base, x, *weights, implementation=implementation)
+            else:
+                out = gated_residual_linear(base, x, *weights, activation=gated, implementation=implementation)
+            out = self._biased(out)
+        return out if post_norm is None else residual + post_norm(checkpoint_name(out, "branch"))
 
     def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]] | tuple[None, None]:
         """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""
@@ -111,83 +132,106 @@ class Linear(nnx.Module):
         """Whether the adapters read something else than the projection: their input after dropout."""
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
 
+    def _biased(self, out: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
+        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
+
     @property
     def _dropout(self) -> float:
         return next(iter(self.lora.values())).dropout
 
 
 class RMSNorm(nnx.Module):
-    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, returned in the dtype of `x`."""
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, returned in the dtype of `x`.
 
-    def __init__(self, features: int, eps: float, *, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones(features, dtype))
+    Trained, and in a checkpoint, is `scale`: the weight itself or, with `unit_offset`, what it is above 1.
+    """
+
+    def __init__(self, features: int, eps: float, *, unit_offset: bool = False, dtype: DTypeLike):
+        self.scale = nnx.Param((jnp.zeros if unit_offset else jnp.ones)(features, dtype))
         self.eps = eps
+        self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.scale[...], eps=self.eps)
+        return rms_norm(x, self.weight, eps=self.eps)
+
+    @property
+    def weight(self) -> Float[Array, " D"]:
+        """In the dtype of the parameter; offset, in float32, as bfloat16 has a hundredth between 1 and the next."""
+        scale = self.scale[...]
+        return 1 + scale.astype(jnp.float32) if self.unit_offset else scale
+
+
+def _norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:
+    features = config.hidden_size if features is None else features
+    return RMSNorm(features, config.rms_norm_eps, unit_offset=config.unit_offset_norms, dtype=dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and, in Qwen3, a norm of every query and key head."""
+    """Grouped-query attention with rotary positions and, in some families, a norm of every query and key head."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         sizes = {"q_proj": N * H, "k_proj": K * H, "v_proj": K * H}
-        self.qkv = Linear(config.hidden_size, sizes, dtype=dtype, rngs=rngs)
-        self.out = Linear(N * H, {"o_proj": config.hidden_size}, dtype=dtype, rngs=rngs)
+        if config.fused_projections:
+            sizes = {"qkv_proj": sum(sizes.values())}
+        self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.out = Linear(N * H, {"o_proj": config.hidden_size}, bias=config.out_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm = RMSNorm(H, config.rms_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(H, config.rms_norm_eps, dtype=dtype)
+            self.q_norm, self.k_norm = _norm(config, dtype, H), _norm(config, dtype, H)
+        self.post_norm = _norm(config, dtype) if config.post_norms else None
         self.config = config
 
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
     ) -> Float[Array, "B T D"]:
         """`x + attention(norm(x))`."""
-        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        config = self.config
+        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         x, heads = self.qkv.after_norm(norm, x, context, keys[0])
         mixed = rotary_attention(
             heads.reshape(*x.shape[:2], N + 2 * K, H),
             context.angles,
             context.bounds,
             num_heads=N,
-            norms=HeadNorms(self.q_norm.scale[...], self.k_norm.scale[...]) if self.config.qk_norm else None,
-            eps=self.config.rms_norm_eps,
+            norms=HeadNorms(self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None,
+            eps=config.rms_norm_eps,
+            scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+            softcap=config.attn_logit_softcapping,
             max_segments=context.max_segments,
             implementation=context.implementation,
         )
-        return self.out.onto(x, mixed.reshape(*x.shape[:2], N * H), context, keys[1])
+        return self.out.onto(x, mixed.reshape(*x.shape[:2], N * H), context, keys[1], post_norm=self.post_norm)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """A gated one: `down(act(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up = Linear(D, {"gate_proj": F, "up_proj": F}, dtype=dtype, rngs=rngs)
-        self.down = Linear(F, {"down_proj": D}, dtype=dtype, rngs=rngs)
+        sizes = {"gate_up_proj": 2 * F} if config.fused_projections else {"gate_proj": F, "up_proj": F}
+        self.gate_up = Linear(D, sizes, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.post_norm = _norm(config, dtype) if config.post_norms else None
+        self.activation = config.activation
 
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
     ) -> Float[Array, "B T D"]:
-        """`x + down(silu(gate(n)) * up(n))` with `n = norm(x)`."""
+        """`x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
         x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
-        if self.down.drops(keys[1]):  # dropout comes between the product and the adapter
-            gate_up = checkpoint_name(gate_up, "gate_up")
-            product = gated_activation(gate_up, implementation=context.implementation)
-            return self.down.onto(x, product, context, keys[1])
-        factors = self.down.factors()
-        weight = self.down.weight[...]
-        return gated_residual_linear(x, gate_up, weight, *factors, implementation=context.implementation)
+        return self.down.onto(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
 
 
 class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: norms and sums are part of their projections."""
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: norms and sums are part of their projections.
+
+    With `post_norms` each branch's output is normed before it is added.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention_norm = _norm(config, dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.feed_forward_norm = _norm(config, dtype)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(

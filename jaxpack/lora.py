@@ -6,19 +6,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpack.config import LoraConfig
+from jaxpack.config import WHOLE_MODULES, LoraConfig
 from jaxpack.errors import InputError
 from jaxpack.layers import Linear, LoraAdapter
 from jaxpack.transformer import Transformer
 
 
 def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
-    """Adds adapters to a model, in place, and returns it; from then on only they are trained.
+    """Adds adapters to a model, in place, and returns it; from then on only they, and `modules_to_save`, are trained.
 
     Initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32.
 
     Raises:
-      InputError: a name in `target_modules` is no projection of this model, or the model has adapters already.
+      InputError: a name in `target_modules` is no projection of this model, one in a pattern has no adapter, only one
+        of two tied matrices is in `modules_to_save`, or the model has adapters already.
     """
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
@@ -28,15 +29,26 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise InputError(f"`target_modules` must be 'all-linear' or among {sorted(known)}, got {unknown}.")
+    without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - set(wanted))
+    if without:
+        raise InputError(f"`rank_pattern` and `alpha_pattern` must be of projections with an adapter, got {without}.")
+    whole = set(config.modules_to_save)
+    if model.config.tie_word_embeddings and len(whole) == 1:
+        raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
+    if "embed_tokens" in whole:
+        model.embedding = nnx.LoRAParam(model.embedding[...])
+    if "lm_head" in whole and not model.config.tie_word_embeddings:
+        model.lm_head = nnx.LoRAParam(model.lm_head[...])
     rngs = nnx.Rngs(config.seed)
     for linear in linears:
         *layers, _, in_features = linear.weight.shape
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5))
         for name, size in linear.projections:
             if name in wanted:
-                lora_a = jax.random.uniform(rngs.params(), (*layers, config.r, in_features), jnp.float32, -bound, bound)
-                lora_b = jnp.zeros((*layers, size, config.r), jnp.float32)
-                linear.lora[name] = LoraAdapter(lora_a, lora_b, config.scaling, config.lora_dropout)
+                rank = config.rank_of(name)
+                lora_a = jax.random.uniform(rngs.params(), (*layers, rank, in_features), jnp.float32, -bound, bound)
+                lora_b = jnp.zeros((*layers, size, rank), jnp.float32)
+                linear.lora[name] = LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout)
     model.lora_config = config
     return model
 

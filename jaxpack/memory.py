@@ -50,12 +50,13 @@ class Layer(NamedTuple):
 
 # What has a name, in the order of a layer, and its bytes for each token. "attention" is the output and the float32
 # log-sum-exp of the attention kernel, which is not run again where both are kept; "lora" what adapters pass between
-# their factors: so small that it is kept always.
+# their factors: so small that it is kept always; "branch" what branches add to the residual stream, before its norm.
 NAMED: dict[str, Callable[[Layer], int]] = {
     "qkv": lambda layer: (layer.heads[0] + 2 * layer.heads[1]) * layer.itemsize,
     "attention": lambda layer: layer.heads[0] * layer.itemsize + 4 * layer.config.num_heads,
     "residual": lambda layer: layer.config.hidden_size * layer.itemsize,
     "gate_up": lambda layer: 2 * layer.config.intermediate_size * layer.itemsize,
+    "branch": lambda layer: 2 * layer.config.hidden_size * layer.itemsize if layer.config.post_norms else 0,
     "lora": lambda layer: (layer.ranks.out + layer.ranks.down) * layer.itemsize,
 }
 NAMES = tuple(NAMED)
@@ -79,11 +80,15 @@ def unnamed_bytes(layer: Layer) -> int:
     """What derivatives read of a token besides its input and what has a name.
 
     That is what the two norms make, extended; or, of what all four projections read, what dropout leaves and its mask.
+    And the bounds of attention and the angles of heads, float32, where layers differ in them.
     """
     D, F = layer.config.hidden_size, layer.config.intermediate_size
+    chosen = 2 * 4 if len(set(layer.config.windows)) > 1 else 0
+    if len(set(layer.config.ropes)) > 1:
+        chosen += 4 * layer.config.rope.rotary_dim(layer.config.head_dim)
     if layer.drops:
-        return (2 * D + layer.heads[0] + F) * (layer.itemsize + 1) + sum(layer.ranks) * layer.itemsize
-    return (2 * D + layer.ranks.qkv + layer.ranks.gate_up) * layer.itemsize
+        return chosen + (2 * D + layer.heads[0] + F) * (layer.itemsize + 1) + sum(layer.ranks) * layer.itemsize
+    return chosen + (2 * D + layer.ranks.qkv + layer.ranks.gate_up) * layer.itemsize
 
 
 def extended_weight_bytes(layer: Layer) -> int:

@@ -12,9 +12,10 @@ from typing import NamedTuple, get_args
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from jaxpack.batching import Batches
-from jaxpack.config import Remat, TrainConfig
+from jaxpack.config import ModelConfig, Remat, TrainConfig
 from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
@@ -48,7 +49,7 @@ class Job:
     full: bool  # all weights are trained, the head too
     shape: tuple[int, int, int]  # A micro-batches of B rows of T tokens
     max_targets: int  # in a micro-batch
-    keys_per_token: float  # that a token attends to, on average
+    keys_per_token: float  # that a token attends to, on average, over layers too
 
     @classmethod
     def of(
@@ -60,6 +61,8 @@ class Job:
         keys_per_token: float | None = None,
     ) -> "Job":
         """A step of this model, whose arrays may be abstract. Without the last two, every row is one document."""
+        if keys_per_token is None:
+            keys_per_token = _keys_per_token(model.config, np.array([shape[2]]))
         full = not adapters(model)
         drops = any(adapter.dropout for adapter in adapters(model).values())
         _, trained, frozen = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
@@ -73,20 +76,18 @@ class Job:
             full=full,
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
-            keys_per_token=keys_per_token or (shape[2] + 1) / 2,
+            keys_per_token=keys_per_token,
         )
 
     @classmethod
     def of_run(cls, model: Transformer, batches: Batches) -> "Job":
         """The largest step of a run."""
         shape = max(batches.shapes)
-        lengths = np.minimum(batches.documents.lengths, shape[2]).astype(np.float64)
-        pairs = np.sum(lengths * (lengths + 1)) / 2
         return cls.of(
             model,
             shape,
             max_targets=batches.limits[shape[2]].max_targets,
-            keys_per_token=float(pairs / lengths.sum()),
+            keys_per_token=_keys_per_token(model.config, np.minimum(batches.documents.lengths, shape[2])),
         )
 
     @property
@@ -98,6 +99,18 @@ class Job:
     def head(self) -> int:
         """Elements of the matrix that makes logits."""
         return self.layer.config.vocab_size * self.layer.config.hidden_size
+
+
+def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"]) -> float:
+    """The average over layers, and over the tokens of documents of these lengths."""
+    lengths = lengths.astype(np.float64)
+
+    def pairs(window: int | None) -> float:
+        """Of tokens and those that they attend to: all before them, and from the window's length on as many as that."""
+        within = lengths if window is None else np.minimum(lengths, window)
+        return float(np.sum(within * (within + 1) / 2 + (lengths - within) * within))
+
+    return float(np.mean([pairs(window) for window in config.windows]) / lengths.sum())
 
 
 def _rank(linear: Linear) -> int:
@@ -229,14 +242,21 @@ def forward_work(job: Job) -> dict[str, Work]:
     turn = work(channels=2 * (q + kv))
     norms = work(channels=4 * D + ranks.qkv + ranks.gate_up, copied=projections.qkv + projections.gate_up)
     qkv = work(matmul=projections.qkv)
+    out = work(matmul=projections.out, channels=3 * D + ranks.out, copied=projections.out)
+    down = work(matmul=projections.down, channels=3 * F + 3 * D + ranks.down, copied=projections.down)
+    if layer.config.post_norms:  # normed and added after the projection, in a pass of their own
+        branch, out, down = out + down, work(channels=3 * D), work(channels=3 * D)
+    else:
+        branch = Work()
     # Turned heads are normed first and not kept; without a norm they are turned in place, and kept so.
     return {
         "norms": norms + turn if layer.config.qk_norm else norms,
         "qkv": qkv if layer.config.qk_norm else qkv + turn,
         "attention": work(attention=4 * q * keys, channels=2 * q + 2 * kv),
-        "residual": work(matmul=projections.out, channels=3 * D + ranks.out, copied=projections.out),
+        "branch": branch,
+        "residual": out,
         "gate_up": work(matmul=projections.gate_up),
-        "output": work(matmul=projections.down, channels=3 * F + 3 * D + ranks.down, copied=projections.down),
+        "output": down,
     }
 
 
@@ -256,6 +276,8 @@ def backward_work(job: Job) -> Work:
     channels += 6 * F  # the gated activation, its product again
     channels += 10 * D + 2 * (layer.ranks.qkv + layer.ranks.gate_up)  # both norms, with the residual connections
     channels += 6 * q + 4 * kv + 3 * (q + kv)  # attention in two kernels; norm and rotation of its heads
+    if layer.config.post_norms:
+        channels += 8 * D
     if any(layer.ranks):
         channels += 4 * D + 2 * q + 2 * kv + 3 * F  # gradients of the factors, from inputs and outputs
     copied = 2 * (projections.out + projections.down)

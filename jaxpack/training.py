@@ -59,11 +59,11 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm. Norm scales do not decay."""
+    """AdamW after clipping by the global norm. Norm scales and biases do not decay."""
 
     def decays(parameters: nnx.State) -> nnx.State:
         def is_matrix(path: tuple, _: jax.Array) -> bool:
-            return all(getattr(key, "key", None) != "scale" for key in path)
+            return all(getattr(key, "key", None) not in ("scale", "bias") for key in path)
 
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
@@ -110,7 +110,12 @@ def loss_and_gradients(
             dropout_key=key,
         )
         return linear_cross_entropy(
-            hidden, model.head, micro.targets, max_targets=limits.max_targets, implementation=implementation
+            hidden,
+            model.head,
+            micro.targets,
+            softcap=model.config.final_logit_softcapping,
+            max_targets=limits.max_targets,
+            implementation=implementation,
         )
 
     gradient_of = jax.value_and_grad(micro_loss)

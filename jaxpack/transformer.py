@@ -1,6 +1,8 @@
 """The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
 
 import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat, RopeConfig
+from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
 from jaxpack.kernels.attention import segment_bounds
-from jaxpack.kernels.rope import rotary_angles
 from jaxpack.layers import Block, RMSNorm, RowContext
 from jaxpack.memory import recompute, unrolls
+from jaxpack.rotary import document_angles
 
 
 class Transformer(nnx.Module):
@@ -39,7 +41,8 @@ class Transformer(nnx.Module):
             return Block(config, dtype=dtype, rngs=rngs)
 
         self.blocks = stacked(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        unit_offset = config.unit_offset_norms
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, unit_offset=unit_offset, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         self.config = config
@@ -66,18 +69,29 @@ class Transformer(nnx.Module):
           implementation: of all kernels; None takes the faster on each device.
           dropout_key: turns the dropout of LoRA adapters on.
         """
-        frequencies = jnp.asarray(rope_frequencies(self.config.rope, self.config.head_dim))
-        angles = rotary_angles(positions, frequencies)
-        context = RowContext(segment_bounds(segment_ids), angles, max_segments, implementation)
+        segments = segment_bounds(segment_ids)
+        # In rows that it spans, a window is none.
+        windows = [
+            window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
+        ]
+        bounds = _Shared.of(windows, lambda window: segments if window is None else segments.within(window))
+        lengths, H = segments.last - segments.first, self.config.head_dim
+        angles = _Shared.of(self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths))
+        if any(windows):
+            max_segments = None  # see `SegmentBounds.within`
         graph, layers = nnx.split(self.blocks)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def layer(x, scanned):
-            parameters, key = scanned
+            parameters, key, bound, angle = scanned
+            context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
             return nnx.merge(graph, parameters)(x, context, key), None
 
         x = self.embedding[...][tokens].astype(self.dtype)
-        x, _ = jax.lax.scan(recompute(layer, remat), x, (layers, keys), unroll=unrolls(remat))
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
+        scanned = layers, keys, bounds.places, angles.places
+        x, _ = jax.lax.scan(recompute(layer, remat), x, scanned, unroll=unrolls(remat))
         return self.norm(x)
 
     @property
@@ -92,13 +106,37 @@ class Transformer(nnx.Module):
         return _logits(*nnx.split(self), tokens, segment_ids)
 
 
+class _Shared(NamedTuple):
+    """Arrays made of the batch, once for all layers with the same setting: a table of them where there are several."""
+
+    table: Any
+    places: Int[np.ndarray, " L"] | None  # in the table, of each layer; None where all layers share one
+
+    @classmethod
+    def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "_Shared":
+        distinct = list(dict.fromkeys(settings))
+        made = [make(setting) for setting in distinct]
+        if len(made) == 1:
+            return cls(made[0], None)
+        places = np.array([distinct.index(setting) for setting in settings], np.int32)
+        return cls(jax.tree.map(lambda *arrays: jnp.stack(arrays), *made), places)
+
+    def at(self, place: Int[Array, ""] | None) -> Any:
+        """Those of the layer, whose place a scan over `places` gives."""
+        if place is None:
+            return self.table
+        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), self.table)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(
     graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, state)
     hidden = model(tokens, segment_ids, segment_positions(segment_ids))
-    return jnp.einsum("BTD,VD->BTV", hidden, model.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BTD,VD->BTV", hidden, model.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    cap = model.config.final_logit_softcapping
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -106,20 +144,3 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
-    """Radians per position of each channel pair, float32: `theta^(-2i / H)`, rescaled where Llama 3.1 does.
-
-    Llama 3.1 keeps wavelengths up to L / high_freq_factor, divides the frequency by `factor` for those beyond
-    L / low_freq_factor, and goes from one to the other linearly in L / wavelength; L is the original context length.
-    """
-    channels = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = 1.0 / np.power(np.float32(rope.theta), channels)
-    if rope.llama3 is None:
-        return frequencies.astype(np.float32)
-    scaling = rope.llama3
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # over the original context
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
-    return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)

@@ -14,11 +14,38 @@ from jaxpack.transformer import Transformer
 _LLAMA3 = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
 
 
+_FAMILIES = {
+    "qwen3": {
+        "architecture": "Qwen3ForCausalLM",
+        "rope": RopeConfig(theta=1e6),
+        "qk_norm": True,
+        "tie_word_embeddings": True,
+    },
+    "llama": {"architecture": "LlamaForCausalLM", "rope": RopeConfig(theta=5e5, scaling=_LLAMA3)},
+    # All that Gemma 2 and 3 have.
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "num_layers": 3,
+        "activation": "gelu_tanh",
+        "qk_norm": True,
+        "sliding_window": 7,
+        "local_rope": RopeConfig(theta=1e2),
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 7.0,
+        "scale_embeddings": True,
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "tie_word_embeddings": True,
+    },
+    # With biases, and a window in every other layer.
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "num_layers": 3, "qkv_bias": True, "sliding_window": 7},
+}
+
+
 def small_config(family: str, **changes: object) -> ModelConfig:
     """Grouped heads, a head_dim that is not hidden / heads, and both kinds of head and rope between the families."""
-    qwen3 = family == "qwen3"
     settings = {
-        "architecture": "Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM",
         "vocab_size": 97,
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -27,11 +54,13 @@ def small_config(family: str, **changes: object) -> ModelConfig:
         "num_kv_heads": 2,
         "head_dim": 20,
         "rms_norm_eps": 1e-6,
-        "rope": RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, llama3=_LLAMA3),
-        "qk_norm": qwen3,
-        "tie_word_embeddings": qwen3,
+        "rope": RopeConfig(theta=1e4),
+        "tie_word_embeddings": False,
     }
-    return ModelConfig(**(settings | changes))
+    settings |= _FAMILIES[family] | changes
+    if "sliding_window" in _FAMILIES[family]:
+        settings.setdefault("local_layers", tuple(i % 2 == 1 for i in range(settings["num_layers"])))
+    return ModelConfig(**settings)
 
 
 def small_model(family: str, *, lora: LoraConfig | None = None, dtype: DTypeLike = jnp.float32) -> Transformer:
@@ -43,8 +72,8 @@ def small_model(family: str, *, lora: LoraConfig | None = None, dtype: DTypeLike
     for i, (_, parameter) in enumerate(nnx.iter_graph(model)):
         if isinstance(parameter, nnx.Param):
             noise = 0.05 * jax.random.normal(jax.random.fold_in(key, i), parameter.shape, jnp.float32)
-            is_scale = parameter.ndim == 1 or parameter.shape[-1] == parameter.size // model.config.num_layers
-            parameter.set_value((noise + is_scale).astype(parameter.dtype))
+            is_vector = parameter.ndim == 1 or parameter.shape[-1] == parameter.size // model.config.num_layers
+            parameter.set_value((noise + (parameter[...] if is_vector else 0)).astype(parameter.dtype))
     if lora is not None:
         add_lora(model, lora)
         for i, adapter in enumerate(adapters(model).values()):

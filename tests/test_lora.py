@@ -11,6 +11,7 @@ from jaxpack.config import LoraConfig
 from jaxpack.errors import InputError
 from jaxpack.layers import Linear, LoraAdapter
 from jaxpack.lora import adapters, add_lora
+from jaxpack.training import split_trainable
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -70,6 +71,32 @@ def test_targets(family):
 def test_scaling():
     assert LoraConfig(r=4, lora_alpha=8).scaling == 2
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scaling == 4
+
+
+def test_ranks_and_alphas_by_projection(family):
+    lora = LoraConfig(r=4, lora_alpha=8, rank_pattern="q_proj=2, up_proj=6", alpha_pattern={"up_proj": 3})
+    assert lora == LoraConfig(r=4, lora_alpha=8, rank_pattern={"q_proj": 2, "up_proj": 6}, alpha_pattern="up_proj=3")
+    found = adapters(add_lora(small_model(family), lora))
+    for name, (rank, scaling) in {"q_proj": (2, 4), "up_proj": (6, 0.5), "k_proj": (4, 2)}.items():
+        assert found[name].lora_a.shape[-2] == found[name].lora_b.shape[-1] == rank
+        assert found[name].scaling == scaling
+    with pytest.raises(InputError, match=r"must be of projections with an adapter, got \['k_proj'\]"):
+        add_lora(small_model(family), LoraConfig(target_modules="q_proj", rank_pattern="k_proj=2"))
+    for wrong in ("q_proj", "q_proj=", "q_proj=2.5", "q_proj=0", {"q_proj": True}, {"q_proj": "2"}, [7]):
+        with pytest.raises(InputError, match="`rank_pattern` must be whole numbers of at least 1 by projection"):
+            LoraConfig(rank_pattern=wrong)
+
+
+def test_matrices_are_trained_whole_beside_adapters(family):
+    tied = small_model(family).config.tie_word_embeddings
+    model = add_lora(small_model(family), LoraConfig(target_modules="q_proj", modules_to_save="lm_head,embed_tokens"))
+    _, trainable, _ = split_trainable(model)
+    assert len(jax.tree.leaves(trainable)) == (3 if tied else 4)
+    if tied:
+        with pytest.raises(InputError, match=r"must be both of .* where they are tied"):
+            add_lora(small_model(family), LoraConfig(modules_to_save="lm_head"))
+    with pytest.raises(InputError, match="`modules_to_save` must be among"):
+        LoraConfig(modules_to_save="norm")
 
 
 def test_the_start_follows_from_the_seed(family):

@@ -1,6 +1,7 @@
 """What the backward pass keeps: the same gradients whatever it is, and nothing dear computed twice that was kept."""
 
 import functools
+import itertools
 from typing import get_args
 
 import jax
@@ -15,7 +16,16 @@ from programs import equations
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, Remat, TrainConfig
 from jaxpack.errors import InputError
-from jaxpack.memory import KEPT, NAMES, Layer, available_host_bytes, check_host_memory, extended_weight_bytes
+from jaxpack.memory import (
+    KEPT,
+    NAMED,
+    NAMES,
+    Layer,
+    Ranks,
+    available_host_bytes,
+    check_host_memory,
+    extended_weight_bytes,
+)
 from jaxpack.predictions import Job, host_bytes, layer_bytes
 from jaxpack.training import loss_and_gradients, split_trainable
 
@@ -40,8 +50,13 @@ def results(family: str, lora: bool, remat: Remat):
     return jax.jit(functools.partial(loss_and_gradients, graph, remat=remat))(trainable, frozen, batch())
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("remat", CHOICES[:-1])
+@pytest.mark.parametrize(
+    ("family", "lora", "remat"),
+    [
+        *itertools.product(["qwen3", "llama"], [True, False], CHOICES[:-1]),
+        ("gemma3", True, "keep_projections"),
+    ],
+)
 def test_loss_and_gradients_are_the_same(family, lora, remat):
     (loss, gradients), (want, want_gradients) = results(family, lora, remat), results(family, lora, "none")
     np.testing.assert_allclose(loss, want, rtol=1e-6)
@@ -49,44 +64,54 @@ def test_loss_and_gradients_are_the_same(family, lora, remat):
         np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
 
 
-def test_every_name_is_one_that_the_model_gives(family):
-    graph, trainable, frozen = parts(family, True)
+@pytest.fixture(params=["qwen3", "llama", "gemma3"])
+def any_family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_name_is_one_that_the_model_gives(any_family):
+    graph, trainable, frozen = parts(any_family, True)
     program = jax.make_jaxpr(functools.partial(loss_and_gradients, graph, remat="none"))(trainable, frozen, batch())
     given = {equation.params["name"] for equation in equations(program.jaxpr) if equation.primitive.name == "name"}
-    assert given == set(NAMES)
-    assert all(set(names) <= given for names in KEPT.values() if names is not None)
+    layer = Layer(small_config(any_family), Ranks(), 4)
+    assert given == {name for name in NAMES if name == "lora" or NAMED[name](layer)}
+    assert all(set(names) <= set(NAMES) for names in KEPT.values() if names is not None)
 
 
 # In the step as a GPU gets it: how often it is that these run for a layer.
 RUNS = {
-    "offload": {"attention": 2, "qkv": 2, "gate_up": 2},
-    "full": {"attention": 2, "qkv": 2, "gate_up": 2},
-    "keep_attention": {"attention": 1, "qkv": 2, "gate_up": 2},
-    "keep_projections": {"attention": 1, "qkv": 1, "gate_up": 1},
-    "none": {"attention": 1, "qkv": 1, "gate_up": 1},
+    "offload": {"attention": 2, "qkv": 2, "gate_up": 2, "out": 2},
+    "full": {"attention": 2, "qkv": 2, "gate_up": 2, "out": 2},
+    "keep_attention": {"attention": 1, "qkv": 2, "gate_up": 2, "out": 2},
+    "keep_projections": {"attention": 1, "qkv": 1, "gate_up": 1, "out": 1},
+    "none": {"attention": 1, "qkv": 1, "gate_up": 1, "out": 1},
 }
 
 
 @pytest.mark.parametrize("remat", CHOICES)
-def test_what_is_kept_is_not_computed_again(family, remat, monkeypatch):
+def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
     monkeypatch.setattr("jaxpack.transformer.unrolls", lambda remat: False)  # a layer's program once
-    graph, trainable, frozen = parts(family, True, jnp.bfloat16)
+    graph, trainable, frozen = parts(any_family, True, jnp.bfloat16)
     step = functools.partial(loss_and_gradients, graph, remat=remat)
     lowered = lower_for_cuda(step, trainable, frozen, batch())
     kernels = [module.name for module in triton_modules(lowered)]
     assert kernels.count("jaxpack_attention") == RUNS[remat]["attention"]
     assert kernels.count("jaxpack_attention_backward_kv") == 1
-    config = small_config(family)
+    config = small_config(any_family)
     heads = config.num_heads + 2 * config.num_kv_heads
     # By the matrix: the adapters' factors ride along, their ranks of 3 times 8 made up to 32.
     matrices = {
         "qkv": (config.hidden_size + 32, heads * config.head_dim),
         "gate_up": (config.hidden_size + 16, 2 * config.intermediate_size),
+        "out": (config.num_heads * config.head_dim, config.hidden_size + 16),
     }
     for name, (rows, columns) in matrices.items():
         matrix = f"tensor<{rows}x{columns}xbf16>) ->"
         matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
-        assert len(matmuls) == RUNS[remat][name], name
+        # Attention's output and the product of the feed-forward have the same channels here. Without a norm after it,
+        # nothing needs the second projection again.
+        down = RUNS[remat][name] if config.post_norms else 1
+        assert len(matmuls) == RUNS[remat][name] + (down if name == "out" else 0), name
 
 
 # How many bytes that is.
@@ -129,14 +154,16 @@ ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), 
 
 @pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "few", "full"])
 @pytest.mark.parametrize("remat", CHOICES)
-def test_what_is_kept_has_the_bytes_that_are_predicted(family, lora, remat):
-    model = small_model(family, lora=lora, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("any_family", ["qwen3", "llama", "qwen2", "gemma3"])
+def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):
+    model = small_model(any_family, lora=lora, dtype=jnp.bfloat16)
     job = Job.of(model, (1, 1, 128))
     got = kept_bytes(kept_arrays(split_trainable(model), remat), job.layer)
     if remat == "none":
-        got -= 2 * 128 * job.layer.heads[0] * 2  # the output of attention, once as heads and once as channels
-        if family == "qwen3":
-            got += 2 * 128 * sum(job.layer.heads) * 2  # turned heads, which XLA shares between the passes
+        heads = job.num_layers * 128 * job.layer.heads[0] * 2
+        got -= heads  # the output of attention, once as heads and once as channels
+        if model.config.qk_norm:
+            got += job.num_layers * 128 * sum(job.layer.heads) * 2  # turned heads, which XLA shares between the passes
     assert got == job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
 
 

@@ -40,6 +40,10 @@ def abstract_model(name: str, lora: LoraConfig | None) -> Transformer:
     return nnx.eval_shape(make)
 
 
+def abstract_small(family: str, **changes) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(small_config(family, **changes), rngs=nnx.Rngs(0)))
+
+
 LORA = LoraConfig(r=16)
 
 
@@ -107,6 +111,14 @@ def test_to_keep_more_takes_more_memory_and_less_time(name, shape, lora):
     for less, more in itertools.pairwise(others):
         assert less.peak_bytes <= more.peak_bytes and less.seconds > more.seconds
     assert offload.peak_bytes <= others[0].peak_bytes and offload.seconds > others[0].seconds
+
+
+def test_a_window_bounds_the_keys_of_its_layers():
+    model, windowed = (abstract_small("qwen2", sliding_window=window) for window in (None, 7))
+    without, within = (Job.of(model, (1, 1, 128)).keys_per_token for model in (model, windowed))
+    assert without == 129 / 2
+    # One layer of three: 1 + ... + 7 keys of the first seven tokens, 7 of each after.
+    assert within == pytest.approx((2 * without + (28 + 121 * 7) / 128) / 3)
 
 
 def test_a_slow_link_is_waited_for():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_documents, small_config, small_model
+from programs import equations
 
-from jaxpack.config import Llama3RopeScaling, LoraConfig, RopeConfig
+from jaxpack.config import LoraConfig
+from jaxpack.layers import RowContext
 from jaxpack.packing import Rows, fill_batch
-from jaxpack.transformer import Transformer, rope_frequencies, segment_positions
+from jaxpack.transformer import Transformer, segment_positions
 
 LENGTHS = [17, 1, 40, 3, 22]
 
@@ -33,8 +35,13 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family, seed):
         np.testing.assert_allclose(logits[here], alone[0], atol=1e-5)
 
 
-def test_changing_a_document_changes_no_other_in_the_last_bit(family):
-    model = small_model(family, lora=LoraConfig(r=4))
+@pytest.fixture(params=["qwen3", "llama", "qwen2", "gemma3"])
+def any_family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_changing_a_document_changes_no_other_in_the_last_bit(any_family):
+    model = small_model(any_family, lora=LoraConfig(r=4))
     documents, batch = packed(LENGTHS)
     run = jax.jit(lambda tokens: model.logits(tokens, jnp.asarray(batch.segment_ids)))
     before = np.asarray(run(jnp.asarray(batch.tokens)))[0]
@@ -46,7 +53,49 @@ def test_changing_a_document_changes_no_other_in_the_last_bit(family):
             others = (batch.segment_ids[0] != d + 1) & (batch.segment_ids[0] > 0)
             np.testing.assert_array_equal(after[others], before[others])
             np.testing.assert_array_equal(after[start : start + place], before[start : start + place])  # causal
-            assert (after[start + place : start + length] != before[start + place : start + length]).all(axis=-1).all()
+            reached = [length if window is None else place + window for window in model.config.windows]
+            seen = slice(start + place, start + min(max(reached), length))
+            assert (after[seen] != before[seen]).all(axis=-1).all()
+
+
+def test_a_window_ends_what_a_layer_sees():
+    """With W in each of two layers a token sees 2 (W - 1) others before it, and none beyond."""
+    config = small_config("llama", sliding_window=7, local_layers=None)
+    model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    tokens = random_documents([40]).tokens[None]
+    before = np.asarray(model.logits(jnp.asarray(tokens)))[0]
+    tokens[0, 5] += 1
+    changed = (np.asarray(model.logits(jnp.asarray(tokens)))[0] != before).any(axis=-1)
+    assert np.flatnonzero(changed).tolist() == list(range(5, 5 + 13))
+
+
+def test_a_window_that_spans_the_rows_costs_nothing(any_family):
+    """Not in a layer's program, and not in what it chooses from: the same program as without."""
+
+    def program(window: int | None) -> str:
+        config = small_config(any_family, sliding_window=window)
+        model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        tokens = jnp.zeros((1, 128), jnp.int32)
+        return str(jax.make_jaxpr(lambda t: model(t, t + 1, t, max_segments=1))(tokens))
+
+    assert program(128) == program(None) != program(127)
+
+
+def test_bounds_that_a_window_narrows_are_never_taken_for_segments(monkeypatch):
+    """As cuDNN would, by the number of them."""
+    given = []
+
+    def recorded(*context):
+        given.append(context[2])
+        return RowContext(*context)
+
+    monkeypatch.setattr("jaxpack.transformer.RowContext", recorded)
+    model = small_model("qwen2")
+    for T, expected in ((128, None), (7, 1)):
+        tokens = jnp.zeros((1, T), jnp.int32)
+        jax.eval_shape(lambda tokens: model(tokens, tokens + 1, tokens, max_segments=1), tokens)
+        assert set(given) == {expected}
+        given.clear()
 
 
 def test_positions_restart_where_the_segment_changes():
@@ -55,30 +104,12 @@ def test_positions_restart_where_the_segment_changes():
     np.testing.assert_array_equal(segment_positions(segments), expected)
 
 
-def test_compile_time_does_not_grow_with_depth(family):
+def test_compile_time_does_not_grow_with_depth(any_family):
     """The program has one block in it, however many layers there are."""
 
     def program_size(num_layers: int) -> int:
-        model = Transformer(small_config(family, num_layers=num_layers), dtype=jnp.float32, rngs=nnx.Rngs(0))
+        model = Transformer(small_config(any_family, num_layers=num_layers), dtype=jnp.float32, rngs=nnx.Rngs(0))
         tokens = jnp.zeros((1, 128), jnp.int32)
-        return len(str(jax.make_jaxpr(lambda t: model(t, t + 1, t))(tokens)).splitlines())
+        return len(list(equations(jax.make_jaxpr(lambda t: model(t, t + 1, t))(tokens).jaxpr)))
 
     assert program_size(2) == program_size(12)
-
-
-def test_frequencies_fall_geometrically():
-    frequencies = rope_frequencies(RopeConfig(theta=10_000.0), 64)
-    assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, 10_000.0 ** (-np.arange(32) / 32), rtol=1e-6)
-
-
-def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
-    scaling = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192)
-    plain = rope_frequencies(RopeConfig(theta=500_000.0), 128)
-    scaled = rope_frequencies(RopeConfig(theta=500_000.0, llama3=scaling), 128)
-    wavelengths = 2 * np.pi / plain
-    np.testing.assert_array_equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
-    np.testing.assert_allclose(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 8, rtol=1e-6)
-    between = (wavelengths > 8192 / 4) & (wavelengths < 8192)
-    assert between.any()
-    assert ((scaled < plain) & (scaled > plain / 8))[between].all()

@@ -1,16 +1,37 @@
-"""PEFT adapter folders out: `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel` reads them."""
+"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel` has them."""
 
 import json
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from jaxpack.config import WHOLE_MODULES, LoraConfig
 from jaxpack.errors import InputError
 from jaxpack.files import whole_folder
-from jaxpack.lora import adapters
+from jaxpack.lora import adapters, add_lora
 from jaxpack.transformer import Transformer
-from torch_bridge.checkpoint import write_tensors
+from torch_bridge.checkpoint import mismatches, read_json, some, write_tensors
+from torch_bridge.convert import tensor_shapes
 from torch_bridge.names import tensor_table
+from torch_bridge.safetensors_file import Tensor, read_header
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
+_WHOLE = {"lm_head": _HEAD, "embed_tokens": _EMBEDDING, _EMBEDDING: _EMBEDDING}  # as `modules_to_save` may name them
+
+# What a PEFT config may say of its base, its writer or an earlier start: nothing that the adapter computes.
+_TOLD = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"}
+_TOLD |= {"megatron_core", "qalora_group_size", "runtime_config"}
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
+_READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
+# Others change the base weights when they start, and PEFT then does that again when it loads them.
+_STARTS = (True, False, None, "gaussian", "orthogonal")
 
 
 def save_adapter(model: Transformer, path: str) -> None:
@@ -26,27 +47,197 @@ def save_adapter(model: Transformer, path: str) -> None:
         raise InputError("`model` must have LoRA adapters (`add_lora`), got one without.")
     tensors = adapter_tensors(model)
     with whole_folder(Path(path), "path") as folder:
-        (folder / "adapter_config.json").write_text(json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n")
-        write_tensors(folder / "adapter_model.safetensors", tensors)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n")
+        write_tensors(folder / ADAPTER_WEIGHTS, tensors)
+
+
+def load_adapter(model: Transformer, adapter: str) -> Transformer:
+    """Adds the adapters of a PEFT folder to a model, in place, and returns it; training may go on from them.
+
+    LoRA and rsLoRA, with ranks and alphas by projection, and with a head and an embedding that were trained whole.
+    Nothing that PEFT wrote is left out: a setting that changes what an adapter computes and is not one of these is
+    refused by its name, and so is a tensor too few or too many.
+
+    Raises:
+      InputError: the folder is not whole, not of this model, or of another kind; the model has adapters already.
+    """
+    if adapters(model):
+        raise InputError("`model` must be without LoRA adapters, got one that has them.")
+    folder = Path(adapter)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r} without.")
+    lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+    tensors = read_header(folder / ADAPTER_WEIGHTS)
+    _check_keys(_expected_shapes(model, lora), tensors, folder / ADAPTER_WEIGHTS)
+    head, embedding = (_PREFIX + f"{name}.weight" for name in (_HEAD, _EMBEDDING))
+    whole = {name: _read(tensors[name]) for name in (head, embedding) if name in tensors}
+    if model.config.tie_word_embeddings and len(whole) == 2 and not np.array_equal(whole[head], whole[embedding]):
+        raise InputError(
+            f"{folder} must have one matrix for {_HEAD} and {_EMBEDDING}, which the model has tied, got two."
+        )
+    add_lora(model, lora)
+    if embedding in whole:
+        model.embedding.set_value(jnp.asarray(whole[embedding]))
+    if head in whole and not model.config.tie_word_embeddings:
+        model.lm_head.set_value(jnp.asarray(whole[head]))
+    for projection, factors in adapters(model).items():
+        modules = [f"{_PREFIX}{module}" for module, name, _ in _modules(model) if name == projection]
+        factors.lora_a.set_value(jnp.asarray(np.stack([_read(tensors[f"{name}.lora_A.weight"]) for name in modules])))
+        factors.lora_b.set_value(jnp.asarray(np.stack([_read(tensors[f"{name}.lora_B.weight"]) for name in modules])))
+    return model
 
 
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
-    """The adapters by PEFT's names: `lora_A` `[r, in]` and `lora_B` `[out, r]` of each layer's modules, float32."""
+    """What is trained beside a frozen model, by PEFT's names, float32.
+
+    `lora_A` `[r, in]` and `lora_B` `[out, r]` of each layer's modules; the head and the embedding where they are saved.
+    """
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
-    for name, (entry, layer) in tensor_table(model.config).items():
-        if entry.projection in found:
-            adapter, module = found[entry.projection], f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = np.asarray(adapter.lora_a[layer], np.float32)
-            tensors[f"{module}.lora_B.weight"] = np.asarray(adapter.lora_b[layer], np.float32)
+    for module, projection, layer in _modules(model):
+        if projection in found:
+            adapter = found[projection]
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.asarray(adapter.lora_a[layer], np.float32)
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.asarray(adapter.lora_b[layer], np.float32)
     assert len(tensors) == 2 * len(found) * model.config.num_layers, "an adapter is missing from the name table"
+    for name in model.lora_config.modules_to_save if model.lora_config else ():
+        matrix = model.head if name == "lm_head" else model.embedding[...]
+        tensors[f"{_PREFIX}{_WHOLE[name]}.weight"] = np.asarray(matrix, np.float32)
     return tensors
+
+
+def _modules(model: Transformer) -> Iterator[tuple[str, str, int]]:
+    """Each layer's projections: the module's Hugging Face name, the projection's, and the layer."""
+    for name, (entry, layer) in tensor_table(model.config).items():
+        if entry.projection is not None and layer is not None and entry.path.endswith(".weight"):
+            yield name.removesuffix(".weight"), entry.projection, layer
+
+
+def _read(tensor: Tensor) -> np.ndarray:
+    buffer = np.empty(tensor.dtype.itemsize * math.prod(tensor.shape), np.uint8)
+    return tensor.read(0, tensor.shape[0], buffer).astype(np.float32)
+
+
+def _expected_shapes(model: Transformer, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    shapes = tensor_shapes(model)
+    expected: dict[str, tuple[int, ...]] = {}
+    for module, projection, _ in _modules(model):
+        if projection in lora.target_modules:
+            (out_features, in_features), rank = shapes[f"{module}.weight"], lora.rank_of(projection)
+            expected[f"{_PREFIX}{module}.lora_A.weight"] = (rank, in_features)
+            expected[f"{_PREFIX}{module}.lora_B.weight"] = (out_features, rank)
+    for name in lora.modules_to_save:
+        expected[f"{_PREFIX}{_WHOLE[name]}.weight"] = (model.config.vocab_size, model.config.hidden_size)
+    return expected
+
+
+def _check_keys(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: Path) -> None:
+    problems = mismatches({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    if extra := [name for name in tensors if name not in expected]:
+        problems.append(f"{len(extra)} that its config does not say ({some(extra)})")
+    if problems:
+        raise InputError(f"{path} must hold the tensors of its {ADAPTER_CONFIG}, got {'; '.join(problems)}.")
+
+
+def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> LoraConfig:
+    """The configuration that a PEFT config says, for this model's modules."""
+
+    def require(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            raise InputError(f"`{name}` of {path} must be {rule}, got {peft.get(name)!r:.100}.")
+
+    require(peft.get("peft_type") == "LORA", "peft_type", "'LORA'")
+    require(peft.get("task_type") in ("CAUSAL_LM", None), "task_type", "'CAUSAL_LM'")
+    require(peft.get("bias", "none") == "none", "bias", "'none'")
+    starts = peft.get("init_lora_weights", True)
+    require(isinstance(starts, str | bool | None) and starts in _STARTS, "init_lora_weights", f"one of {_STARTS}")
+    for name in peft.keys() - _TOLD - _READ:
+        require(not peft[name], name, "off, for it is not supported")
+    require(type(peft.get("lora_dropout", 0.0)) in (int, float), "lora_dropout", "a number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        require(isinstance(peft.get(name) or {}, dict), name, "an object")
+    whole = peft.get("modules_to_save") or []
+    known = isinstance(whole, list) and all(isinstance(name, str) and name in _WHOLE for name in whole)
+    require(known, "modules_to_save", f"among {sorted(_WHOLE)}")
+    saved = {_WHOLE[name] for name in whole}
+    if model.config.tie_word_embeddings and saved and peft.get("ensure_weight_tying"):
+        saved = {_HEAD, _EMBEDDING}
+    try:
+        targets = _targets(model, peft.get("target_modules"), path)
+        ranks = _by_projection(model, targets, peft, "rank_pattern", "r", path)
+        alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
+    except (re.error, RecursionError) as error:
+        raise InputError(f"{path} must have regular expressions for patterns, got one that is not: {error}.") from error
+    return LoraConfig(
+        r=peft.get("r", 8),
+        lora_alpha=peft.get("lora_alpha", 8),
+        lora_dropout=peft.get("lora_dropout", 0.0),
+        use_rslora=peft.get("use_rslora", False),
+        target_modules=targets,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        modules_to_save=tuple(name for name in WHOLE_MODULES if _WHOLE[name] in saved),
+    )
+
+
+def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
+    """The projections that PEFT's `target_modules` mean: the ends of modules' names, or a pattern of whole names."""
+    named = isinstance(wanted, list) and all(isinstance(name, str) for name in wanted)
+    if not wanted or not (named or isinstance(wanted, str)):
+        raise InputError(f"`target_modules` of {path} must be names or a pattern, got {wanted!r:.100}.")
+
+    def is_target(module: str) -> bool:
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in wanted)
+
+    modules = list(_modules(model))
+    if wanted == "all-linear":
+        wanted = [module for module, _, _ in modules]
+    ends = {_HEAD, _EMBEDDING, *(module for module, _, _ in modules)}
+    unknown = [name for name in wanted if named and not any(f".{end}".endswith(f".{name}") for end in ends)]
+    outside = [name for name in (_HEAD, _EMBEDDING) if is_target(name)]
+    if unknown or outside:
+        raise InputError(
+            f"`target_modules` of {path} must be projections of the model's layers, got {some([*unknown, *outside])}."
+        )
+    layers: dict[str, int] = {}
+    for module, projection, _ in modules:
+        layers[projection] = layers.get(projection, 0) + is_target(module)
+    partial = [projection for projection, count in layers.items() if 0 < count < model.config.num_layers]
+    if partial:
+        raise InputError(f"`target_modules` of {path} must have each projection in all layers, got {partial} in some.")
+    targets = tuple(projection for projection, count in layers.items() if count)
+    if not targets:
+        raise InputError(f"`target_modules` of {path} must match modules of the model, got {wanted!r:.100}.")
+    return targets
+
+
+def _by_projection(
+    model: Transformer, targets: tuple[str, ...], peft: Mapping[str, Any], pattern: str, default: str, path: Path
+) -> dict[str, Any]:
+    """What a pattern says of each projection that is not the default: the first key that ends a module's name."""
+    values = peft.get(pattern) or {}
+    found: dict[str, list[Any]] = {projection: [] for projection in targets}
+    for module, projection, _ in _modules(model):
+        if projection in found:
+            key = next((key for key in values if re.match(rf"(.*\.)?({key})$", module)), None)
+            found[projection].append(peft.get(default, 8) if key is None else values[key])
+    for projection, those in found.items():
+        if any(value != those[0] for value in those):
+            raise InputError(
+                f"`{pattern}` of {path} must give a projection the same in all layers, got {those!r:.100} for"
+                f" {projection}."
+            )
+    return {projection: those[0] for projection, those in found.items() if those[0] != peft.get(default, 8)}
 
 
 def _peft_config(model: Transformer) -> dict:
     # The fields that PEFT has had for long: older versions warn of any that they do not know.
     config = model.lora_config
-    return {
+    tying = {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
+    return tying | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.config.name_or_path or None,
@@ -57,11 +248,11 @@ def _peft_config(model: Transformer) -> dict:
         "use_rslora": config.use_rslora,
         "use_dora": False,
         "target_modules": sorted(adapters(model)),
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

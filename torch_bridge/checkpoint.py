@@ -1,79 +1,120 @@
 """Reads and writes folders of safetensors files, one tensor at a time. Needs no torch."""
 
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxpack.errors import InputError, reason
+from torch_bridge.safetensors_file import header_bytes, read_header
 
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "BF16", "F16")
+Found = TypeVar("Found")
+
+WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}")  # no folder, above or below
+_MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has a tenth
 _SHARD_BYTES = 2 << 30
+_SHOWN = 4  # names in one message
 
 
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
     Raises:
-      InputError: no such file, a missing shard, a file that is cut off or no safetensors, a dtype that is not float.
+      InputError: what `tensors_of` or `read_header` refuses.
     """
 
     def __init__(self, folder: Path):
         self.description = str(folder)
-        self._files = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, str] = {}
-        for name in _file_names(folder):
-            path = folder / name
-            if not path.is_file():
-                raise InputError(f"{folder} must hold every shard that its index lists, got none named {name!r}.")
-            try:
-                self._files[name] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{path} must be a whole safetensors file, got one that is not: {reason(error)}."
-                ) from error
-            for tensor in self._files[name].keys():  # noqa: SIM118 - no mapping
-                described = self._files[name].get_slice(tensor)
-                if described.get_dtype() not in _DTYPES:
-                    raise InputError(
-                        f"{tensor} of {path} must be of dtype {', '.join(_DTYPES)}, got {described.get_dtype()}."
-                    )
-                self._shapes[tensor] = tuple(described.get_shape())
-                self._file_of[tensor] = name
+        self._tensors = tensors_of(folder, WEIGHTS, read_header)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        return self._files[self._file_of[name]].get_tensor(name)
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        return self._tensors[name].read(first, last, buffer)
 
 
-def _file_names(folder: Path) -> list[str]:
-    if (folder / _ONE_FILE).is_file():
-        return [_ONE_FILE]
-    index = folder / _INDEX
+def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Found]]) -> dict[str, Found]:
+    """What `read` finds in the files of a folder's weights: in `one_file`, or in the shards that its index lists.
+
+    Raises:
+      InputError: no such file, a missing shard, one that has not what the index says of it, a tensor in two of them.
+    """
+    tensors: dict[str, Found] = {}
+    for path, listed in _weight_files(folder, one_file).items():
+        found = read(path)
+        if missing := [name for name in listed if name not in found]:
+            raise InputError(
+                f"{path} must hold the tensors that its index lists, got none of {len(missing)} ({some(missing)})."
+            )
+        for name, tensor in found.items():
+            if name in tensors:
+                raise InputError(f"{folder} must hold each tensor once, got {name:.80} in two files.")
+            tensors[name] = tensor
+    return tensors
+
+
+def has_weights(folder: Path, one_file: str) -> bool:
+    """Whether a folder has this file of weights, or an index of its shards."""
+    return any((folder / name).is_file() for name in (one_file, _index_of(one_file)))
+
+
+def _index_of(one_file: str) -> str:
+    return f"{one_file}.index.json"
+
+
+def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
+    """The files, and the tensors that an index lists in each."""
+    if (folder / one_file).is_file():
+        return {folder / one_file: []}
+    index = folder / _index_of(one_file)
     if not index.is_file():
-        raise InputError(f"{folder} must hold {_ONE_FILE} or {_INDEX}, got neither.")
+        raise InputError(f"{folder} must hold {one_file} or {index.name}, got neither.")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} must have a `weight_map` from tensors to files, got {weight_map!r:.80}.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{index} must list files of its own folder, got {name!r}.")
-    return names
+    files: dict[Path, list[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise InputError(f"{index} must list files of its own folder, got {name!r:.80}.")
+        files.setdefault(folder / name, []).append(tensor)
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{folder} must hold every shard that its index lists, got none named {path.name!r}.")
+    return dict(sorted(files.items()))
+
+
+def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing and what has another shape, in two phrases at most."""
+    missing = [name for name in expected if name not in found]
+    wrong = [
+        f"{name} is {list(found[name])} and must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return ([f"{len(missing)} missing ({some(missing)})"] if missing else []) + (
+        [f"{len(wrong)} of the wrong shape ({some(wrong)})"] if wrong else []
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(f"{name:.120}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; what is none is an `InputError`."""
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} must be a readable JSON file: {reason(error)}.") from error
@@ -82,30 +123,36 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, jax.Array]]) -> None:
-    """Writes tensors as they come, in files of about 2 GiB, and an index where there is more than one."""
-    shard: dict[str, np.ndarray] = {}
-    shard_of: dict[str, int] = {}
-    num_shards = total = held = 0
-    for name, tensor in tensors:
-        array = np.asarray(tensor)
-        if shard and held + array.nbytes > _SHARD_BYTES:
-            write_tensors(folder / f"{num_shards}.part", shard)
-            shard, held, num_shards = {}, 0, num_shards + 1
-        shard[name], shard_of[name] = array, num_shards
-        held += array.nbytes
-        total += array.nbytes
-    write_tensors(folder / f"{num_shards}.part", shard)
+def write_safetensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, jax.Array]]
+) -> None:
+    """Writes tensors as they come, in files of about 2 GiB, and an index where there is more than one.
 
-    # How many there are is known only now, and their names say it.
-    names = [f"model-{i + 1:05}-of-{num_shards + 1:05}.safetensors" for i in range(num_shards + 1)]
-    if num_shards == 0:
-        names = [_ONE_FILE]
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in shard_of.items()}}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2))
-    for i, name in enumerate(names):
-        (folder / f"{i}.part").rename(folder / name)
+    Holds one tensor at a time, for the headers are written before: `tensors` are those of `shapes`, in that order, and
+    of `dtype`.
+    """
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = jnp.dtype(dtype).itemsize * math.prod(shape)
+        if shards[-1] and sum(shards[-1].values()) + size > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(size for shard in shards for size in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / _index_of(WEIGHTS)).write_text(json.dumps(index, indent=2))
+    coming = iter(tensors)
+    for file, shard in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as written:
+            written.write(header_bytes({name: shapes[name] for name in shard}, dtype))
+            for name in shard:
+                given, tensor = next(coming)
+                array = np.ascontiguousarray(tensor)
+                assert (given, array.shape, array.dtype) == (name, shapes[name], jnp.dtype(dtype)), name
+                written.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

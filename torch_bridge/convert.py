@@ -1,65 +1,121 @@
 """Applies a name table in either direction: tensors of a checkpoint to a model's stacked arrays, and back."""
 
+import contextlib
 import functools
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxpack.config import ModelConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.errors import InputError
+from jaxpack.prefetch import prefetched
 from jaxpack.transformer import Transformer
+from torch_bridge.checkpoint import mismatches, some
 from torch_bridge.names import Entry, tensor_table
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_SHOWN = 4  # tensors named per kind of mismatch
+_PIECE = 16 << 20  # elements: 32 MiB of bfloat16, enough for the full speed of a disk and of the link to a GPU
+_AHEAD = 2
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time."""
+    """Named tensors that are read a few rows at a time."""
 
     description: str  # what an error calls it
 
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def read(self, name: str) -> Any:
-        """The tensor, as anything `jnp.asarray` takes: float32, bfloat16 or float16."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors, in the order in which they are best read."""
+        ...
+
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> Any:
+        """Rows `first` to `last`, without the latter, as anything `jax.device_put` takes: float32, bfloat16 or float16.
+
+        May be called in a thread. What is returned may lie in `buffer`, uint8 with four bytes for each element.
+        """
+        ...
 
 
 def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) -> Transformer:
-    """A model with the tensors of `source`. Holds one tensor at a time besides the model.
+    """A model with the tensors of `source`.
 
     Args:
       dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
         float32 on a CPU, where bfloat16 is slow.
 
     Raises:
-      InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is read.
+      InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    table = tensor_table(config)
+    _check_sizes(config, source)
     model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    _check_shapes(model, table, source)
+    _check_shapes(model, source)
     _check_tied(config, source)
-    for _, parameter in nnx.iter_graph(model):
-        if isinstance(parameter, nnx.Param):
-            parameter.set_value(jnp.zeros(parameter.shape, parameter.dtype))
-    with progress_bar("loading") as progress:
-        bar = progress.add_task("", total=len(table), note="")
-        for name, (entry, layer) in table.items():
-            parameter = _parameter(model, entry)
-            first, _ = _rows(model, entry)
-            start = (first,) if layer is None else (layer, first)
-            start += (0,) * (len(parameter.shape) - len(start))
-            parameter.set_value(_place(parameter.get_value(), jnp.asarray(source.read(name)), start))
-            progress.advance(bar)
+    parameters = [parameter for _, parameter in nnx.iter_graph(model) if isinstance(parameter, nnx.Param)]
+    zeros = _zeros(tuple(jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) for parameter in parameters))
+    for parameter, value in zip(parameters, zeros, strict=True):
+        parameter.set_value(value)
+    fill(model, source)
     return model
+
+
+def fill(model: Transformer, source: TensorSource) -> None:
+    """Reads the tensors of `source`, which has them all, into the model's parameters, in place on the device.
+
+    They are read in a thread, in pieces of `_PIECE` elements, a few pieces ahead: that is all that the host holds.
+    """
+    table = tensor_table(model.config)
+    shapes = {name: shape for name, shape in source.shapes().items() if name in table}
+    pieces = [(name, first, last) for name, shape in shapes.items() for first, last in _pieces(shape)]
+    size = max((last - first) * math.prod(shapes[name][1:]) for name, first, last in pieces)
+    # What is waiting to be read: pieces ahead, the one in use, and the one before it, which the device may still read.
+    buffers = [np.empty(4 * size, np.uint8) for _ in range(_AHEAD + 2)]
+
+    def read(index: int) -> Any:
+        name, first, last = pieces[index]
+        return source.read(name, first, last, buffers[index % len(buffers)])
+
+    placed: jax.Array | None = None
+    with progress_bar("loading") as progress, contextlib.closing(prefetched(read, len(pieces), _AHEAD)) as parts:
+        bar = progress.add_task("", total=len(pieces), note="")
+        for (name, first, _), part in zip(pieces, parts, strict=True):
+            entry, layer = table[name]
+            parameter = _parameter(model, entry)
+            first += _rows(model, entry)[0]
+            start = np.zeros(len(parameter.shape), np.int32)
+            start[: 1 if layer is None else 2] = (first,) if layer is None else (layer, first)
+            before = placed
+            whole, placed = _place(parameter.get_value(), jax.device_put(part), start)
+            parameter.set_value(whole)
+            if before is not None:
+                before.block_until_ready()  # its buffer is written next
+            progress.advance(bar)
+        jax.block_until_ready(placed)
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The first and last rows of the pieces in which a tensor is read: where it can be of one size, as one program."""
+    least = max(1, math.ceil(math.prod(shape) / _PIECE))
+    count = next((count for count in range(least, 2 * least) if shape[0] % count == 0), least)
+    rows = max(1, math.ceil(shape[0] / count))
+    return ((first, min(first + rows, shape[0])) for first in range(0, shape[0], rows))
+
+
+def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors by name, for a model whose arrays may be abstract."""
+    return {
+        name: (_rows(model, entry)[1], *_parameter(model, entry).shape[1 if layer is None else 2 :])
+        for name, (entry, layer) in tensor_table(model.config).items()
+    }
 
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
@@ -70,10 +126,19 @@ def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
         yield name, jax.lax.slice_in_dim(array if layer is None else array[layer], first, first + size)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
+    return [jnp.zeros(one.shape, one.dtype) for one in shapes]
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> jax.Array:
+def _place(whole: jax.Array, part: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`whole` with `part` in it, and a number that is there when that is done: `whole` itself is donated next."""
     part = part.astype(whole.dtype).reshape((1,) * (whole.ndim - part.ndim) + part.shape)
-    return jax.lax.dynamic_update_slice(whole, part, start)
+    # As bits: for bfloat16 a CPU would turn all of `whole` to float32 and back.
+    bits = (jax.lax.bitcast_convert_type(x, f"uint{8 * whole.dtype.itemsize}") for x in (whole, part))
+    placed = jax.lax.dynamic_update_slice(*bits, list(start))
+    return jax.lax.bitcast_convert_type(placed, whole.dtype), start[0]
 
 
 def _parameter(model: Transformer, entry: Entry) -> nnx.Param:
@@ -86,48 +151,57 @@ def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:
     if entry.projection is None:
         return 0, parameter.shape[1 if entry.path.startswith("blocks.") else 0]
     first = 0
-    for name, size in operator.attrgetter(entry.path.removesuffix(".weight"))(model).projections:
+    for name, size in operator.attrgetter(entry.path.rpartition(".")[0])(model).projections:
         if name == entry.projection:
             return first, size
         first += size
     raise AssertionError(f"{entry} names no projection")
 
 
-def _check_shapes(model: Transformer, table: dict[str, tuple[Entry, int | None]], source: TensorSource) -> None:
-    found = source.shapes()
-    problems = []
-    missing = [name for name in table if name not in found]
-    if missing:
-        problems.append(f"{len(missing)} missing ({_some(missing)})")
-    wrong = []
-    for name, (entry, layer) in table.items():
-        _, rows = _rows(model, entry)
-        whole = _parameter(model, entry).shape
-        expected = (rows, *whole[1 if layer is None else 2 :])
-        if name in found and found[name] != expected:
-            wrong.append(f"{name} is {list(found[name])} and must be {list(expected)}")
-    if wrong:
-        problems.append(f"{len(wrong)} of the wrong shape ({_some(wrong)})")
-    if problems:
+def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
+    """Refuses sizes that no tensor of the source has, before anything is made of them, even a list of the layers."""
+    shapes = source.shapes()
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if config.num_layers > len(shapes):
+        raise InputError(
+            f"`num_hidden_layers` must be at most the number of tensors, {len(shapes)} in {source.description}, got"
+            f" {config.num_layers:.10g}."
+        )
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    for name, size in (sizes | {"num_attention_heads * head_dim": config.num_heads * config.head_dim}).items():
+        if size > largest:
+            raise InputError(
+                f"`{name}` must be at most the largest size of a tensor, {largest} in {source.description}, got"
+                f" {size:.10g}."
+            )
+
+
+def _check_shapes(model: Transformer, source: TensorSource) -> None:
+    found, expected = source.shapes(), tensor_shapes(model)
+    if problems := mismatches(found, expected):
         raise InputError(f"{source.description} must hold the tensors of its `config.json`, got {'; '.join(problems)}.")
-    known = {*table, _HEAD}  # a tied head may be there or not
+    known = {*expected, _HEAD}  # a tied head may be there or not
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         console.print(
-            f"{source.description}: {len(extra)} tensors are not part of the model and ignored ({_some(extra)})"
+            f"{source.description}: {len(extra)} tensors are not part of the model and ignored ({some(extra)})"
         )
 
 
 def _check_tied(config: ModelConfig, source: TensorSource) -> None:
     """A head that is there, and is not the embedding, belongs to another model than a tied one."""
-    if config.tie_word_embeddings and _HEAD in source.shapes():
-        head, embedding = (jnp.asarray(source.read(name)) for name in (_HEAD, _EMBEDDING))
-        if not jnp.array_equal(head, embedding):
-            raise InputError(
-                f"`tie_word_embeddings` of {source.description} must be false where {_HEAD} is not the embedding,"
-                " got true."
-            )
+    shapes = source.shapes()
+    if not config.tie_word_embeddings or _HEAD not in shapes:
+        return
+    pieces = list(_pieces(shapes[_EMBEDDING]))
+    size = pieces[0][1] * math.prod(shapes[_EMBEDDING][1:])
+    both = [(name, np.empty(4 * size, np.uint8)) for name in (_HEAD, _EMBEDDING)]
 
+    def same(piece: tuple[int, int]) -> bool:
+        head, embedding = (source.read(name, *piece, buffer) for name, buffer in both)
+        return np.array_equal(np.asarray(head), np.asarray(embedding))
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    if shapes[_HEAD] != shapes[_EMBEDDING] or not all(map(same, pieces)):
+        raise InputError(
+            f"`tie_word_embeddings` of {source.description} must be false where {_HEAD} is not the embedding, got true."
+        )

@@ -1,14 +1,20 @@
-"""Torch modules in memory, through DLPack: the one importer of torch."""
+"""Torch modules in memory, through DLPack, and the files that torch writes: the one importer of torch."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 from jaxpack.transformer import Transformer
+from torch_bridge.checkpoint import TORCH_WEIGHTS, tensors_of
 from torch_bridge.convert import build_model
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf
+
+_DTYPES = {getattr(torch, name): jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 
 
 def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transformer:
@@ -30,6 +36,29 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
     return model
 
 
+@torch.no_grad()
+def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndarray:
+    """Of rows of tokens, float32, on the CPU: what transformers reads of a folder, or PEFT with an adapter's.
+
+    Raises:
+      InputError: either package is missing, or does not read the folder whole.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+
+        module, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        if any(found.values()):
+            wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
+            raise InputError(f"{model} must be read whole by transformers, got {wrong}.")
+        if adapter is not None:
+            from peft import PeftModel
+
+            module = PeftModel.from_pretrained(module, adapter)
+    except ImportError as error:
+        raise InputError(f"`verify` needs `pip install jaxpack[hf,torch]`, got no {error.name}.") from error
+    return module.eval()(input_ids=torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
+
+
 class _ModuleTensors:
     def __init__(self, module: torch.nn.Module):
         self.description = type(module).__name__
@@ -38,5 +67,49 @@ class _ModuleTensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> jax.Array:
-        return jax.dlpack.from_dlpack(self._tensors[name].detach().contiguous())
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array:
+        return jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
+
+
+class TorchFolder:
+    """The tensors of `pytorch_model.bin`, or of the shards that its index lists, through a memory map.
+
+    They are pickles, which may run whatever code they like: only torch's weights-only loader ever reads them.
+
+    Raises:
+      InputError: what `tensors_of` refuses, and a file that this loader does not read or that holds something else.
+    """
+
+    def __init__(self, folder: Path):
+        self.description = str(folder)
+        self._tensors = tensors_of(folder, TORCH_WEIGHTS, _read_pickle)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        part = self._tensors[name][first:last]
+        held = buffer[: part.numel() * part.itemsize]
+        torch.from_numpy(held).view(part.dtype).view(part.shape).copy_(part)
+        return held.view(_DTYPES[part.dtype]).reshape(part.shape)
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken pickle ends in any of them
+        raise InputError(
+            f"{path} must be weights that `torch.load(weights_only=True, mmap=True)` reads, got a file that it does"
+            f" not: {reason(error):.200}."
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a dict of tensors, got {type(content).__name__}.")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{path} must hold tensors by name, got {type(tensor).__name__} at {name!r:.80}.")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise InputError(
+                f"{name:.80} of {path} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {tensor.layout} of"
+                f" {tensor.dtype} on {tensor.device}."
+            )
+    return content

@@ -8,10 +8,20 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxpack.config import Llama3RopeScaling, ModelConfig, RopeConfig
+from jaxpack.config import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 from jaxpack.errors import InputError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"  # of `layer_types`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,49 +37,192 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture: `tensors` by Hugging Face name, and `read`, from `config.json` to what is special about it."""
+    """One architecture.
 
+    Attributes:
+      model_type: what transformers calls it.
+      tensors: by Hugging Face name; those of parameters that a model may lack are left out where it does.
+      read: from `config.json` to what is special about it.
+      fields: of a `config.json`, what `read` reads, with what transformers takes where it is not there.
+    """
+
+    model_type: str
     tensors: Mapping[str, Entry]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    fields: Mapping[str, Any]
 
 
-_LLAMA_TENSORS = {
+_EMBEDDING_AND_HEAD = {
     "model.embed_tokens.weight": Entry("embedding"),
-    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
-    "model.layers.{i}.self_attn.q_proj.weight": Entry("blocks.attention.qkv.weight", "q_proj"),
-    "model.layers.{i}.self_attn.k_proj.weight": Entry("blocks.attention.qkv.weight", "k_proj"),
-    "model.layers.{i}.self_attn.v_proj.weight": Entry("blocks.attention.qkv.weight", "v_proj"),
-    "model.layers.{i}.self_attn.o_proj.weight": Entry("blocks.attention.out.weight", "o_proj"),
-    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
-    "model.layers.{i}.mlp.gate_proj.weight": Entry("blocks.feed_forward.gate_up.weight", "gate_proj"),
-    "model.layers.{i}.mlp.up_proj.weight": Entry("blocks.feed_forward.gate_up.weight", "up_proj"),
-    "model.layers.{i}.mlp.down_proj.weight": Entry("blocks.feed_forward.down.weight", "down_proj"),
     "model.norm.weight": Entry("norm.scale"),
     "lm_head.weight": Entry("lm_head"),
 }
 
-_QWEN3_TENSORS = _LLAMA_TENSORS | {
+_NORMS = {
+    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
+    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
+}
+
+_GEMMA_NORMS = {
+    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
+    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.attention.post_norm.scale"),
+    "model.layers.{i}.pre_feedforward_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
+    "model.layers.{i}.post_feedforward_layernorm.weight": Entry("blocks.feed_forward.post_norm.scale"),
+}
+
+_QK_NORMS = {
     "model.layers.{i}.self_attn.q_norm.weight": Entry("blocks.attention.q_norm.scale"),
     "model.layers.{i}.self_attn.k_norm.weight": Entry("blocks.attention.k_norm.scale"),
 }
 
 
+def _projections(kind: str) -> dict[str, Entry]:
+    """The "weight" or "bias" of each."""
+    return {
+        f"model.layers.{{i}}.{module}.{projection}.{kind}": Entry(f"blocks.{linear}.{kind}", projection)
+        for module, linear, projections in (
+            ("self_attn", "attention.qkv", ("q_proj", "k_proj", "v_proj")),
+            ("self_attn", "attention.out", ("o_proj",)),
+            ("mlp", "feed_forward.gate_up", ("gate_proj", "up_proj")),
+            ("mlp", "feed_forward.down", ("down_proj",)),
+        )
+        for projection in projections
+    }
+
+
+_PROJECTIONS = _projections("weight") | _projections("bias")
+_LLAMA = _EMBEDDING_AND_HEAD | _NORMS | _PROJECTIONS
+_GEMMA = _EMBEDDING_AND_HEAD | _GEMMA_NORMS | _PROJECTIONS
+
+
+_PHI3_PROJECTIONS = {
+    "model.layers.{i}.self_attn.qkv_proj.weight": Entry("blocks.attention.qkv.weight", "qkv_proj"),
+    "model.layers.{i}.self_attn.o_proj.weight": Entry("blocks.attention.out.weight", "o_proj"),
+    "model.layers.{i}.mlp.gate_up_proj.weight": Entry("blocks.feed_forward.gate_up.weight", "gate_up_proj"),
+    "model.layers.{i}.mlp.down_proj.weight": Entry("blocks.feed_forward.down.weight", "down_proj"),
+}
+
+
 def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _require(hf, "mlp_bias", False)
-    return {"qk_norm": False}
+    return _attention_bias(hf) | {"mlp_bias": _flag(hf, "mlp_bias")}
+
+
+def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _require(hf, "attention_bias", False)
+    return {"sliding_window": hf["sliding_window"]}
+
+
+def _read_qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": True} | _qwen_window(hf)
 
 
 def _read_qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _require(hf, "use_sliding_window", False)
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-        raise InputError(f"`layer_types` must all be 'full_attention', got {sorted(set(hf['layer_types']))}.")
-    return {"qk_norm": True}
+    return {"qk_norm": True} | _attention_bias(hf) | _qwen_window(hf)
 
+
+def _read_phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _require(hf, "attention_bias", False)
+    return {"fused_projections": True, "sliding_window": hf["sliding_window"]}
+
+
+def _read_gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attn_logit_softcapping": hf["attn_logit_softcapping"]} | _gemma(hf, every=2)
+
+
+def _read_gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _require(hf, "attn_logit_softcapping", None)  # which transformers reads and does not use
+    ropes = hf.get("rope_parameters") or {}
+    if not isinstance(ropes, dict) or not ropes.keys() <= {_GLOBAL, _LOCAL}:
+        raise InputError(f"`rope_parameters` must be an object of {_GLOBAL!r} and {_LOCAL!r}, got {ropes!r}.")
+    full = ropes.get(_GLOBAL) or hf.get("rope_scaling")
+    local = {"rope_parameters": ropes.get(_LOCAL), "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]}
+    return {
+        "qk_norm": True,
+        "rope": _read_rope({**hf, "rope_parameters": full}),
+        "local_rope": _read_rope({**hf, **local}),
+    } | _gemma(hf, every=_whole(hf, "sliding_window_pattern"))
+
+
+def _gemma(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 share; one layer in `every` attends to whole documents."""
+    _require(hf, "use_bidirectional_attention", False)
+    kinds = [_LOCAL if (i + 1) % every else _GLOBAL for i in range(_whole(hf, "num_hidden_layers"))]
+    return {
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "scale_embeddings": True,
+        "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
+        "final_logit_softcapping": hf["final_logit_softcapping"],
+        **_attention_bias(hf),
+        **_local_layers(hf, hf["sliding_window"], kinds),
+    }
+
+
+def _attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
+    bias = _flag(hf, "attention_bias")
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
+def _qwen_window(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Off, whatever `sliding_window` says, or on in the layers from `max_window_layers` on."""
+    window = hf["sliding_window"] if _flag(hf, "use_sliding_window") else None
+    first, layers = _whole(hf, "max_window_layers", least=0), range(_whole(hf, "num_hidden_layers"))
+    return _local_layers(hf, window, [_LOCAL if window is not None and i >= first else _GLOBAL for i in layers])
+
+
+def _local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
+    kinds = hf.get("layer_types") or default
+    allowed = (_GLOBAL,) if window is None else (_GLOBAL, _LOCAL)
+    count = _whole(hf, "num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in allowed for kind in kinds):
+        allowed = " or ".join(map(repr, allowed))
+        raise InputError(f"`layer_types` must be a list of {count} that are {allowed}, got {kinds!r}.")
+    return {"sliding_window": window, "local_layers": None if window is None else tuple(k == _LOCAL for k in kinds)}
+
+
+_QWEN2 = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_PHI3 = {
+    "sliding_window": None,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+_GEMMA2 = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+_GEMMA3 = _GEMMA2 | {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(_LLAMA_TENSORS, _read_llama),
-    "Qwen3ForCausalLM": Family(_QWEN3_TENSORS, _read_qwen3),
+    "Gemma2ForCausalLM": Family("gemma2", _GEMMA, _read_gemma2, _GEMMA2),
+    "Gemma3ForCausalLM": Family("gemma3_text", _GEMMA | _QK_NORMS, _read_gemma3, _GEMMA3),
+    "LlamaForCausalLM": Family("llama", _LLAMA, _read_llama, {"attention_bias": False, "mlp_bias": False}),
+    "MistralForCausalLM": Family("mistral", _LLAMA, _read_mistral, {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "Phi3ForCausalLM": Family("phi3", _EMBEDDING_AND_HEAD | _NORMS | _PHI3_PROJECTIONS, _read_phi3, _PHI3),
+    "Qwen2ForCausalLM": Family("qwen2", _LLAMA, _read_qwen2, _QWEN2),
+    "Qwen3ForCausalLM": Family("qwen3", _LLAMA | _QK_NORMS, _read_qwen3, _QWEN2 | {"attention_bias": False}),
 }
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def _activation_field(family: Family) -> str:
+    return "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
 
 
 def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig:
@@ -81,9 +234,13 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
         raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
-    _require(hf, "hidden_act", "silu")
-    _require(hf, "attention_bias", False)
+    family = FAMILIES[architectures[0]]
+    hf = {**family.fields, **hf}
     _require(hf, "quantization_config", None)
+    activation = hf.get(field := _activation_field(family)) or "silu"
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        raise InputError(f"`{field}` of `config.json` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
+    special = family.read(hf)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
     return ModelConfig(
         architecture=architectures[0],
@@ -95,47 +252,100 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         num_kv_heads=_whole(hf, "num_key_value_heads", default=num_heads),
         head_dim=_whole(hf, "head_dim", default=hidden_size // num_heads),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope=_read_rope(hf),
+        rope=special.pop("rope", None) or _read_rope(hf),
+        activation=_ACTIVATIONS[activation],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         name_or_path=name_or_path,
-        **FAMILIES[architectures[0]].read(hf),
+        **special,
     )
 
 
-def _whole(hf: Mapping[str, Any], field: str, default: int | None = None) -> int:
+def _whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: int = 1) -> int:
     value = hf.get(field)
     value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"`{field}` of `config.json` must be a whole number of at least 1, got {value!r}.")
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"`{field}` of `config.json` must be a whole number of at least {least}, got {value!r}.")
     return value
+
+
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    "linear": LinearRopeScaling,
+    "dynamic": DynamicRopeScaling,
+    "llama3": Llama3RopeScaling,
+    "yarn": YarnRopeScaling,
+    "longrope": LongRopeScaling,
+}
 
 
 def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 has one `rope_parameters`; before, there was `rope_theta` beside an optional `rope_scaling`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"`rope_parameters` must be an object, got {rope!r}.")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"`rope_parameters` must be an object, those of one rope, got {rope!r}.")
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if partial != 1 and "partial_rotary_factor" not in FAMILIES[hf["architectures"][0]].fields:
+        raise InputError(f"`partial_rotary_factor` of {hf['architectures'][0]} must be 1, got {partial!r}.")
+    if kind == "su" or (kind == "yarn" and "short_factor" in rope):
+        kind = "longrope"  # which Phi-3 has called so
     if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "llama3":
-        fields = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
-        missing = [name for name in fields if name not in rope]
-        if missing:
-            raise InputError(f"`rope_parameters` of type 'llama3' must have {fields}, got none of {missing}.")
-        return RopeConfig(theta=theta, llama3=Llama3RopeScaling(**{name: rope[name] for name in fields}))
-    raise InputError(f"`rope_type` must be 'default' or 'llama3', got {kind!r}.")
+        return RopeConfig(theta=theta, partial_rotary_factor=partial)
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise InputError(f"`rope_type` must be 'default' or one of {sorted(_SCALINGS)}, got {kind!r}.")
+    original, longest = "original_max_position_embeddings", "max_position_embeddings"
+    given = {**rope, longest: hf.get(longest)}
+    if hf.get(original) is not None:  # transformers goes by the one that is not among the others
+        given[original] = hf[original]
+    if kind == "longrope" and given.get("factor") is None:
+        given["factor"] = _whole(given, longest) / _whole(given, original)
+    fields = dataclasses.fields(_SCALINGS[kind])
+    values = {field.name: given[field.name] for field in fields if given.get(field.name) is not None}
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InputError(f"`rope_parameters` of type {kind!r} must have {required}, got none of {missing}.")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return RopeConfig(theta=theta, scaling=_SCALINGS[kind](**values), partial_rotary_factor=partial)
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters`, and what goes with them."""
+    parameters = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.partial_rotary_factor != 1:
+        parameters["partial_rotary_factor"] = rope.partial_rotary_factor
+    if rope.scaling is None:
+        return {"rope_parameters": parameters}
+    (kind,) = (kind for kind, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
+    values = {name: value for name, value in dataclasses.asdict(rope.scaling).items() if value is not None}
+    beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
+    if "max_position_embeddings" in values:
+        beside["max_position_embeddings"] = values.pop("max_position_embeddings")
+    return {"rope_parameters": parameters | {"rope_type": kind} | values} | beside
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The part of a `config.json` that a `ModelConfig` says; `config_from_hf` reads it back."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
-    if config.rope.llama3 is not None:
-        rope |= {"rope_type": "llama3"} | dataclasses.asdict(config.rope.llama3)
+    family = FAMILIES[config.architecture]
+    (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == config.activation)
+    rope = _rope_to_hf(config.rope)
+    if config.local_rope is not None:
+        local = _rope_to_hf(config.local_rope)["rope_parameters"]
+        rope["rope_parameters"] = {_GLOBAL: rope["rope_parameters"], _LOCAL: local}
+    special = {
+        "attention_bias": config.out_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    if config.local_layers is not None:
+        special["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
     return {
         "architectures": [config.architecture],
-        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -143,22 +353,39 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        _activation_field(family): activation,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
         "tie_word_embeddings": config.tie_word_embeddings,
+        **rope,
+        **{name: value for name, value in special.items() if name in family.fields},
     }
 
 
 def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
     """Every tensor of a checkpoint: its name, where it goes, and the layer; None outside the layers."""
+    has = {
+        "lm_head": not config.tie_word_embeddings,
+        "blocks.attention.qkv.bias": config.qkv_bias,
+        "blocks.attention.out.bias": config.out_bias,
+        "blocks.feed_forward.gate_up.bias": config.mlp_bias,
+        "blocks.feed_forward.down.bias": config.mlp_bias,
+    }
     table: dict[str, tuple[Entry, int | None]] = {}
     for name, entry in FAMILIES[config.architecture].tensors.items():
+        if not has.get(entry.path, True):
+            continue
         if "{i}" in name:
             table |= {name.format(i=layer): (entry, layer) for layer in range(config.num_layers)}
-        elif not (entry.path == "lm_head" and config.tie_word_embeddings):
+        else:
             table[name] = (entry, None)
     return table
+
+
+def _flag(hf: Mapping[str, Any], field: str) -> bool:
+    value = hf.get(field) or False
+    if not isinstance(value, bool):
+        raise InputError(f"`{field}` of `config.json` must be true or false, got {value!r}.")
+    return value
 
 
 def _require(hf: Mapping[str, Any], field: str, expected: Any) -> None:

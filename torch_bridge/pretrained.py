@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxpack.config import ModelConfig
@@ -13,22 +16,31 @@ from jaxpack.errors import InputError, reason
 from jaxpack.files import whole_folder
 from jaxpack.lora import adapters
 from jaxpack.transformer import Transformer
-from torch_bridge.checkpoint import SafetensorsFolder, read_json, write_safetensors
-from torch_bridge.convert import build_model, model_tensors
+from torch_bridge.checkpoint import (
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    SafetensorsFolder,
+    has_weights,
+    read_json,
+    write_safetensors,
+)
+from torch_bridge.convert import TensorSource, build_model, model_tensors, tensor_shapes
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
+_MAX_LAYERS = 10_000  # of which a config may be read into a list
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
 def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer | None]:
-    """Reads a model and its tokenizer from a Hugging Face folder, or from the hub. Needs no torch.
+    """Reads a model and its tokenizer from a Hugging Face folder, or from the hub.
 
     Args:
-      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub.
+      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. Where there is
+        only `pytorch_model.bin`, or its shards, torch's weights-only loader reads them.
       dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
-        float32 on a CPU, where bfloat16 is slow.
+        float32 on a CPU, where bfloat16 is slow; "auto" is what `config.json` says of the weights, else float32.
 
     Returns:
       The model, and its tokenizer; None where the folder has none.
@@ -36,17 +48,18 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     Raises:
       InputError: what is there is not supported or not whole.
     """
-    folder, config = _config(str(name_or_path))
-    model = build_model(config, SafetensorsFolder(folder), dtype)
-    model.source_files = tuple(
-        (name, (folder / name).read_text()) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()
-    )
+    folder, described, config = _read(str(name_or_path))
+    if dtype == "auto":
+        stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
+        dtype = stored if stored in ("bfloat16", "float16") else "float32"
+    model = build_model(config, _weights(folder), dtype)
+    model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
     return model, _tokenizer(folder)
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
     """What `from_pretrained` reads, without the weights."""
-    folder, config = _config(str(name_or_path))
+    folder, _, config = _read(str(name_or_path))
     return config, _tokenizer(folder)
 
 
@@ -58,27 +71,55 @@ def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None =
     """
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
+    tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
+    with whole_folder(Path(path), "path") as folder:
+        write_folder(folder, model, tensors, jnp.dtype(model.dtype).name, tokenizer)
+
+
+def write_folder(
+    folder: Path,
+    model: Transformer,
+    tensors: Iterable[tuple[str, jax.Array]],
+    dtype: str,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a checkpoint of the model's kind: config, generation config, weights of `dtype`, tokenizer.
+
+    Raises:
+      OSError: the disk refused a write.
+    """
     source = dict(model.source_files)
     hf = json.loads(source.get(CONFIG_FILE, "{}"))
     hf = {name: value for name, value in hf.items() if name not in _REPLACED}
-    hf |= config_to_hf(model.config) | {"dtype": jnp.dtype(model.dtype).name}
-    with whole_folder(Path(path), "path") as folder:
-        (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-        if GENERATION_FILE in source:
-            (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
-        write_safetensors(folder, ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model)))
-        if tokenizer is not None:
-            try:
-                tokenizer.save_pretrained(folder)
-            except Exception as error:  # a full disk is a plain `Exception` in tokenizers
-                raise OSError(reason(error)) from error
+    hf |= config_to_hf(model.config) | {"dtype": dtype}
+    (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+    if GENERATION_FILE in source:
+        (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
+    write_safetensors(folder, tensor_shapes(model), dtype, tensors)
+    if tokenizer is not None:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # a full disk is a plain `Exception` in tokenizers
+            raise OSError(reason(error)) from error
 
 
-def _config(name_or_path: str) -> tuple[Path, ModelConfig]:
+def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
+    """The folder, the files that describe its model, and what they say."""
     folder = _folder(name_or_path)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
-    return folder, config_from_hf(read_json(folder / CONFIG_FILE), name_or_path)
+    described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
+    if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
+        raise InputError(f"`num_hidden_layers` of {CONFIG_FILE} must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
+    try:
+        return folder, described, config_from_hf(described[CONFIG_FILE], name_or_path)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Of a field that is of a type that no such model has: a list for a number, say.
+        raise InputError(
+            f"{folder / CONFIG_FILE} must describe a model, got one that cannot be read: {reason(error)}."
+        ) from error
 
 
 def _folder(name_or_path: str) -> Path:
@@ -95,12 +136,28 @@ def _folder(name_or_path: str) -> Path:
             f"`model` {name_or_path!r} is no folder here; the hub needs `pip install jaxpack[hf]`."
         ) from error
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
+        folder = Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
+        if not has_weights(folder, WEIGHTS):
+            folder = Path(snapshot_download(name_or_path, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
         raise InputError(
             f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"
             f" {reason(error)}."
         ) from error
+
+
+def _weights(folder: Path) -> TensorSource:
+    if has_weights(folder, WEIGHTS) or not has_weights(folder, TORCH_WEIGHTS):
+        return SafetensorsFolder(folder)
+    try:
+        from torch_bridge.live import TorchFolder
+    except ImportError as error:
+        raise InputError(
+            f"{folder} must hold {WEIGHTS}, or torch be installed (`pip install jaxpack[torch]`), got"
+            f" {TORCH_WEIGHTS} without torch."
+        ) from error
+    return TorchFolder(folder)
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

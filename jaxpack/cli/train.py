@@ -39,19 +39,26 @@ def train(
         str | None,
         typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter folder to go on from, in place of a new adapter.")
+    ] = None,
     full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter.")] = False,
     **flags: object,
 ) -> None:
     """Fine-tune a model on a dataset."""
     config = from_flags(TrainConfig, flags, output_dir=str(output))
     lora = from_flags(LoraConfig, flags)
-    if full_finetuning and any(flags[name] is not None for name in _LORA_FLAGS):
+    if full_finetuning and (adapter is not None or any(flags[name] is not None for name in _LORA_FLAGS)):
         raise InputError("`full_finetuning` must be without flags of adapters, got both.")
+    if adapter is not None and any(flags[name] is not None for name in _LORA_FLAGS):
+        raise InputError("`adapter` must be without flags of a new adapter, got both.")
     require_free_folder(output, "output")
     if not data.is_file():
         raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
     network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype)
-    if not full_finetuning:
+    if adapter is not None:
+        torch_bridge.load_adapter(network, str(adapter))
+    elif not full_finetuning:
         add_lora(network, lora)
     saved = jax.tree.leaves(nnx.state(network, nnx.Param if full_finetuning else nnx.LoRAParam))
     require_room(output, "output", sum(leaf.nbytes for leaf in saved))

@@ -34,6 +34,17 @@ class SegmentBounds(NamedTuple):
     first: Int[Array, "B T"]
     last: Int[Array, "B T"]
 
+    def within(self, window: int) -> "SegmentBounds":
+        """The pattern of a sliding window: a token attends to itself and the `window - 1` tokens before it.
+
+        What `attention` computes of these and with its option `window` is the same; but these are data, which layers
+        that share a program can choose from. They are no segments any more, as cuDNN reads them: without a
+        `max_segments`, it is not asked.
+        """
+        token = jnp.arange(self.first.shape[1], dtype=jnp.int32)[None, :]
+        first, last = _lower(self.first, token, window), _upper(self.last, token, window)
+        return SegmentBounds(first, last)
+
 
 def segment_bounds(segment_ids: Int[Array, "B T"]) -> SegmentBounds:
     """Where each token's segment begins and ends. Ids never decrease within a row, but for 0: padding."""

@@ -63,14 +63,15 @@ def extend_normed_backward(
 def add_extended(
     extended: Float[Array, "*B E"],
     b: Float[Array, "D R"],
-    residual: Float[Array, "*B D"],
+    residual: Float[Array, "*B D"] | None,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B D"]:
-    """Of `[y, z]`: `residual + y + z B^T`, rounded once."""
+    """Of `[y, z]`: `residual + y + z B^T`, rounded once; without a residual, `y + z B^T`."""
     if not b.shape[1]:
-        return residual + extended
-    return _by_token(_add_reference, _add_kernel, implementation, residual, extended)(b)
+        return extended if residual is None else residual + extended
+    arrays = [extended] if residual is None else [residual, extended]
+    return _by_token(_add_reference, _add_kernel, implementation, *arrays)(b)
 
 
 def _by_token(xla: Callable, pallas: Callable, implementation: Implementation | None, *arrays: jax.Array) -> Callable:
@@ -108,10 +109,11 @@ def _backward_reference(x, d_residual, d_extended, extended, scale, a, *, eps, w
     return (d_residual + d_x).astype(x.dtype), d_scale if with_scale else None
 
 
-def _add_reference(residual, extended, b):
-    y, z = jnp.split(extended, [residual.shape[1]], axis=1)
-    adapted = jnp.matmul(z, b.T, preferred_element_type=jnp.float32)
-    return (residual.astype(jnp.float32) + y + adapted).astype(residual.dtype)
+def _add_reference(*arrays):
+    *residual, extended, b = arrays
+    y, z = jnp.split(extended, [len(b)], axis=1)
+    terms = [*(x.astype(jnp.float32) for x in residual), y, jnp.matmul(z, b.T, preferred_element_type=jnp.float32)]
+    return sum(terms[1:], start=terms[0]).astype(extended.dtype)
 
 
 # The kernels, on `[tokens, channels]`. A program takes a block of tokens; of the channels one piece after another, and
@@ -138,7 +140,7 @@ _MAX_RANK = 256
 class _Blocks:
     """Cuts tokens and channels without a remainder."""
 
-    def __init__(self, x: jax.Array, rank: int, tile: _Tile):
+    def __init__(self, x: jax.Array | jax.ShapeDtypeStruct, rank: int, tile: _Tile):
         self.shape = x.shape
         self.tokens = power_of_two_divisor(self.shape[0], limit=tile.tokens)
         self.channels = power_of_two_divisor(self.shape[1], limit=tile.channels)
@@ -284,24 +286,26 @@ def _backward_kernel(x, d_residual, d_extended, extended, scale, a, *, eps, with
     return outputs[0], jnp.sum(outputs[1], axis=0) if with_scale else None
 
 
-def _add_kernel(residual, extended, b):
-    blocks = _Blocks(residual, b.shape[1], _ADD)
-    T, D = blocks.shape
+def _add_kernel(*arrays):
+    *_, extended, b = arrays
+    out = jax.ShapeDtypeStruct((len(extended), len(b)), extended.dtype)
+    blocks = _Blocks(out, b.shape[1], _ADD)
 
-    def kernel(residual_ref: Any, extended_ref: Any, b_ref: Any, out_ref: Any) -> None:
+    def kernel(*refs: Any) -> None:
+        *residual_refs, extended_ref, b_ref, out_ref = refs
         here, piece = blocks.here(), pl.ds(pl.program_id(1) * blocks.channels, blocks.channels)
-        total = _load(residual_ref, here, piece) + _load(extended_ref, here, piece)
+        total = _load(extended_ref, here, piece)
+        for residual_ref in residual_refs:
+            total = _load(residual_ref, here, piece) + total
         total += plt.dot(extended_ref[here, blocks.behind], b_ref[piece, blocks.ranks].T)
         out_ref[here, piece] = total.astype(out_ref.dtype)
 
     return launch(
         kernel,
-        residual,
-        extended,
-        b,
+        *arrays,
         name="add_extended",
-        grid=(blocks.count, D // blocks.channels),
-        out_shape=jax.ShapeDtypeStruct((T, D), residual.dtype),
+        grid=(blocks.count, len(b) // blocks.channels),
+        out_shape=out,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )

@@ -20,7 +20,7 @@ from jaxpack.kernels.gated_activation import Activation, gated_activation, gated
 
 
 def residual_linear(
-    residual: Float[Array, "*B O"],
+    residual: Float[Array, "*B O"] | None,
     x: Float[Array, "*B I"],
     weight: Float[Array, "O I"],
     lora_a: Float[Array, "R I"] | None = None,
@@ -31,6 +31,7 @@ def residual_linear(
     """`residual + x W^T + (x A^T) B^T`, in the dtype of `x`.
 
     Args:
+      residual: None for the projection alone, as a norm of it wants it.
       weight: frozen, or not; its gradient is computed where it is asked for.
       lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
       implementation: see `jaxpack.kernels`.
@@ -38,11 +39,11 @@ def residual_linear(
     if weight.shape[1] != x.shape[-1]:
         raise InputError(f"`weight` must have {x.shape[-1]} columns, as `x` has channels, got {weight.shape[1]}.")
     factors = _factors(residual, x, weight, lora_a, lora_b)
-    return _residual_linear(residual, x, weight, *factors, implementation)
+    return _residual_linear(residual, x, weight, *factors, residual is not None, implementation)
 
 
 def gated_residual_linear(
-    residual: Float[Array, "*B O"],
+    residual: Float[Array, "*B O"] | None,
     gate_up: Float[Array, "*B FF"],
     weight: Float[Array, "O F"],
     lora_a: Float[Array, "R F"] | None = None,
@@ -62,45 +63,48 @@ def gated_residual_linear(
             f"{gate_up.shape[-1]}."
         )
     factors = _factors(residual, gate_up, weight, lora_a, lora_b)
-    return _gated_residual_linear(residual, gate_up, weight, *factors, activation, implementation)
+    return _gated_residual_linear(residual, gate_up, weight, *factors, residual is not None, activation, implementation)
 
 
 def _factors(residual, x, weight, lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
-    if residual.shape != (*x.shape[:-1], len(weight)):
+    if residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
         raise InputError(f"`residual` must have shape {[*x.shape[:-1], len(weight)]}, got {list(residual.shape)}.")
     check_factors(weight, lora_a, lora_b)
     return padded(lora_a, lora_b, weight, x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _residual_linear(residual, x, weight, a, b, implementation):
+# `adds` says whether there is a residual: the backward pass knows only what was kept.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _residual_linear(residual, x, weight, a, b, adds, implementation):
     return _add_projected(residual, x, weight, a, b, implementation)[0]
 
 
-def _forward(residual, x, weight, a, b, implementation):
+def _forward(residual, x, weight, a, b, adds, implementation):
     out, narrow = _add_projected(residual, x, weight, a, b, implementation)
     return out, (x, weight, a, b, narrow)
 
 
-def _backward(implementation, kept, d):
+def _backward(adds, implementation, kept, d):
     x, weight, a, b, narrow = kept
     d_x, d_narrow = _input_gradients(d, weight, a, b, implementation)
-    return d, d_x, *_weight_gradients(d, d_narrow, x, weight, a, b, narrow)
+    return d if adds else None, d_x, *_weight_gradients(d, d_narrow, x, weight, a, b, narrow)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _gated_residual_linear(residual, gate_up, weight, a, b, activation, implementation):
-    return _gated_forward(residual, gate_up, weight, a, b, activation, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _gated_residual_linear(residual, gate_up, weight, a, b, adds, activation, implementation):
+    return _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementation)[0]
 
 
-def _gated_forward(residual, gate_up, weight, a, b, activation, implementation):
+def _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementation):
     gate_up = checkpoint_name(gate_up, "gate_up")
     product = gated_activation(gate_up, activation=activation, implementation=implementation)
     out, narrow = _add_projected(residual, product, weight, a, b, implementation)
     return out, (gate_up, weight, a, b, narrow)
 
 
-def _gated_backward(activation, implementation, kept, d):
+def _gated_backward(adds, activation, implementation, kept, d):
     gate_up, weight, a, b, narrow = kept
     d_product, d_narrow = _input_gradients(d, weight, a, b, implementation)
     d_gate_up, _, product = gated_activation_backward(
@@ -108,7 +112,7 @@ def _gated_backward(activation, implementation, kept, d):
     )
     d_weight, d_a, d_b = _weight_gradients(d, d_narrow, product, weight, a, b, narrow)
     d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # lets go of the product
-    return d, d_gate_up, d_weight, d_a, d_b
+    return d if adds else None, d_gate_up, d_weight, d_a, d_b
 
 
 def _add_projected(residual, x, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:

@@ -30,14 +30,19 @@ class Angles(NamedTuple):
 
 
 def rotary_angles(
-    positions: Int[Array, "B T"], inverse_frequencies: Float[Array, " half"], scale: float = 1.0
+    positions: Int[Array, "B T"],
+    inverse_frequencies: Float[Array, " half"] | Float[Array, "B T half"],
+    scale: float = 1.0,
 ) -> Angles:
-    """The angles `position * inverse_frequency` of each token, whatever scaling the frequencies have had.
+    """The angles `position * inverse_frequency` of each token, whatever scaling the frequencies have had; they are the
+    same for all tokens, or each token's own.
 
     float32, because bfloat16 rounds position 257 to 256, and sin(257) is far from sin(256). `scale` multiplies both:
     YaRN's attention factor.
     """
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies[None, None, :].astype(jnp.float32)
+    if inverse_frequencies.ndim == 1:
+        inverse_frequencies = inverse_frequencies[None, None, :]
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies.astype(jnp.float32)
     return Angles(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 

@@ -87,6 +87,17 @@ def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_r
         assert np.abs(tensor).max() > 0  # lora_B began at zero: it was trained
 
 
+def test_training_goes_on_from_an_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
+    train(*inputs.flags(tmp_path / "more"), *SETTINGS, *STEPS, "--adapter", adapter_run / "adapter")
+    before, after = (run / "adapter" for run in (adapter_run, tmp_path / "more"))
+    assert (after / "adapter_config.json").read_text() == (before / "adapter_config.json").read_text()
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (before, after))
+    assert new.keys() == old.keys()
+    # Three steps of Adam move no number by much more than their learning rates.
+    for name, tensor in new.items():
+        assert 0 < np.abs(tensor - old[name]).max() < 3.1e-2
+
+
 def test_an_interrupt_saves_what_is_trained_so_far(
     inputs: Inputs, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -185,6 +196,9 @@ def another_value(field: dataclasses.Field) -> Any:
         "memory_limit": 40.5,
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
+        "rank_pattern": "q_proj=8,v_proj=4",
+        "alpha_pattern": "q_proj=2.5",
+        "modules_to_save": ("lm_head",),
         "implementation": "xla",
         "compilation_cache_dir": "programs",
     }

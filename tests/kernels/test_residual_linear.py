@@ -69,6 +69,18 @@ def test_equals_its_parts(activation, rank, implementation):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=2e-6 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"], ids=str)
+@pytest.mark.parametrize("rank", [None, 16], ids=lambda rank: f"rank {rank}")
+@both_implementations
+def test_without_a_residual_it_is_the_projection(activation, rank, implementation):
+    (zero, *given), d_out = inputs(activation, rank)[:-1], inputs(activation, rank)[-1]
+    got = results(functools.partial(fused(activation, implementation), None), *given, d_out=d_out)
+    want = results(functools.partial(parts(activation), jnp.zeros_like(zero)), *given, d_out=d_out)
+    for name in want:
+        scale = np.abs(want[name]).max()
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=2e-6 * scale, err_msg=name)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"], ids=str)
 @ranks
 @both_implementations

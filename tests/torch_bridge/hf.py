@@ -1,63 +1,143 @@
 """The other side of every comparison: small random checkpoints that transformers makes, and its logits and losses."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import PreTrainedModel
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 VOCAB_SIZE = 97
-ORIGINAL_CONTEXT = 64  # of the llama3 scaling: wavelengths from 16 to 64 positions on are rescaled
+ORIGINAL_CONTEXT = 64  # of the rope scalings: documents are longer
+WINDOW = 24  # of sliding windows: documents are longer by far
 
-# Family and rope, and whether the head is the embedding.
-CHECKPOINTS = ("qwen3-tied", "qwen3-untied", "llama-tied", "llama-untied", "llama3-tied", "llama3-untied")
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+# Of ten wavelengths, two stay (6 and 16 positions), one is in between (40) and the others are stretched.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
+}
+_LONG = {"original_max_position_embeddings": ORIGINAL_CONTEXT}
+_SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": _LONG | {"factor": 4.0, "beta_fast": 8.0},
+    "longrope": _LONG
+    | {"factor": 4.0, "short_factor": [1 + i / 20 for i in range(10)], "long_factor": [1 + i / 2 for i in range(10)]},
+}
 
-_ROPES = {
-    "qwen3": {"rope_type": "default", "rope_theta": 1e6},
-    "llama": {"rope_type": "default", "rope_theta": 1e4},
-    # Of ten wavelengths, two stay (6 and 16 positions), one is in between (40) and the others are stretched.
-    "llama3": {
-        "rope_type": "llama3",
+_PHI4_MINI_ROPE = _LONG | {
+    "max_position_embeddings": 4 * ORIGINAL_CONTEXT,
+    "rope_parameters": {
+        "rope_type": "longrope",
         "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": ORIGINAL_CONTEXT,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1 + i / 20 for i in range(6)],
+        "long_factor": [1 + i for i in range(6)],
     },
 }
 
+_GEMMA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 7,
+}
+_GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": _ROPE,
+}
+
+
+def scaled(kind: str) -> dict[str, Any]:
+    """The settings of a rope that is rescaled."""
+    settings = {"rope_parameters": _ROPE | {"rope_type": kind} | _SCALINGS[kind]}
+    return settings | ({"max_position_embeddings": ORIGINAL_CONTEXT} if kind == "dynamic" else {})
+
+
+# By name: the prefix of the transformers classes, and what the model has that the others have not.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
+    **{f"llama_{kind}": ("Llama", scaled(kind)) for kind in _SCALINGS},
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mistral_v3": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"rope_parameters": _ROPE | {"rope_theta": 1e6}}),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi4_mini": ("Phi3", {"hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
+    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", _GEMMA | {"rope_parameters": _GEMMA3_ROPES}),
+}
+
+# What has a form of its own in a folder: family, and whether the head is the embedding.
+CHECKPOINTS = (
+    "gemma2-tied",
+    "gemma3-tied",
+    "qwen3-tied",
+    "qwen3-untied",
+    "llama-tied",
+    "llama-untied",
+    "llama3-tied",
+    "llama3-untied",
+    "llama_biases-untied",
+    "llama_longrope-untied",
+    "mistral-untied",
+    "phi3-untied",
+    "phi4_mini-tied",
+    "qwen2-tied",
+    "qwen2_window-untied",
+)
+
 
 def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model. Grouped heads, a head_dim that is not hidden / heads, and nothing near zero or one.
-
-    Weights have standard deviation 0.1 and norms scatter around one, so that each changes the logits; so does the
-    epsilon of the norms, which is a tenth of the embedding's variance.
-    """
+    """One of `FAMILIES`, with grouped heads, and a head_dim that is not hidden / heads."""
     family, head = checkpoint.split("-")
-    make_config, make = (Qwen3Config, Qwen3ForCausalLM) if family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
-    config = make_config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=20,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-3,
-        rope_parameters=_ROPES[family],
-        tie_word_embeddings=head == "tied",
-    )
-    model = make(config).eval()
+    prefix, own = FAMILIES[family]
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": _ROPE,
+        "tie_word_embeddings": head == "tied",
+    }
+    return random_model(prefix, settings | own, dtype)
+
+
+def random_model(prefix: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights, nothing near zero or one.
+
+    Weights have standard deviation 0.1, biases three times that, and norms scatter around what does nothing, so that
+    each changes the logits; so does an epsilon of 1e-3 of the norms, a tenth of the embedding's variance.
+    """
+    make = getattr(transformers, f"{prefix}ForCausalLM")
+    padding = {"pad_token_id": None}  # its embedding would have no gradient
+    model = make(make.config_class(**copy.deepcopy(settings | padding))).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.1 * noise)
+            if parameter.ndim == 1 and not name.endswith(".bias"):
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_((0.3 if parameter.ndim == 1 else 0.1) * noise)
             parameter.data = parameter.data.to(dtype)  # not `model.to`: that would round RoPE's frequencies, too
     return model
 

@@ -12,7 +12,15 @@ import pytest
 from flax import nnx
 from models import small_config
 
-from jaxpack.config import Llama3RopeScaling, RopeConfig
+from jaxpack.config import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 from jaxpack.errors import InputError
 from torch_bridge.convert import build_model, model_tensors
 from torch_bridge.names import config_from_hf, config_to_hf, tensor_table
@@ -64,6 +72,24 @@ PUBLISHED = {  # as the models of transformers 4 have it
         "vocab_size": 128256,
     },
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": 64 * [1.0],
+    "long_factor": 64 * [2.5],
+    "original_max_position_embeddings": 8192,
+}
+SCALINGS = {
+    "llama3": LLAMA3,
+    "linear": LinearRopeScaling(factor=2.0),
+    "dynamic": DynamicRopeScaling(factor=2.0, max_position_embeddings=4096),
+    "yarn": YarnRopeScaling(factor=4.0, original_max_position_embeddings=32768, beta_fast=16.0),
+    "yarn-mscale": YarnRopeScaling(
+        factor=4.0, original_max_position_embeddings=32768, mscale=0.7, mscale_all_dim=1.0, truncate=False
+    ),
+    "longrope": LongRopeScaling(
+        short_factor=10 * (1.0,), long_factor=10 * (2.5,), original_max_position_embeddings=4096, factor=32.0
+    ),
+}
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
@@ -71,10 +97,9 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 @TIED
-@pytest.mark.parametrize(
-    "rope", [RopeConfig(theta=1e4), RopeConfig(theta=5e5, llama3=LLAMA3)], ids=["default", "llama3"]
-)
-def test_config_round_trip(family: str, rope: RopeConfig, tied: bool):
+@pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["default", *SCALINGS])
+def test_config_round_trip(family: str, scaling: RopeScaling | None, tied: bool):
+    rope = RopeConfig(theta=5e5, scaling=scaling)
     config = small_config(family, rope=rope, tie_word_embeddings=tied, name_or_path="where it came from")
     assert config_from_hf(config_to_hf(config), "where it came from") == config
 
@@ -88,7 +113,7 @@ def test_published_configs_are_read(family: str):
     # Qwen3 says its head_dim, which is not 1024 / 16; Llama leaves it out.
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == ((16, 8, 128) if qwen3 else (24, 8, 128))
     assert config.rms_norm_eps == (1e-6 if qwen3 else 1e-5)
-    assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, llama3=LLAMA3))
+    assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, scaling=LLAMA3))
     assert config.qk_norm == config.tie_word_embeddings == qwen3
     assert config.name_or_path == "a/model"
 
@@ -118,22 +143,25 @@ def test_options_that_are_null_are_off(family: str, option: str):
 
 
 UNSUPPORTED = [
-    ("architectures", {"architectures": ["MistralForCausalLM"]}),
+    ("architectures", {"architectures": ["GPT2LMHeadModel"]}),
     ("architectures", {"architectures": []}),
     ("architectures", {"architectures": None}),
-    ("hidden_act", {"hidden_act": "gelu"}),
-    ("attention_bias", {"attention_bias": True}),
-    ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
-    ("rope_type", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
-    ("rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}),
+    ("hidden_act", {"hidden_act": "relu2"}),
+    ("attention_bias", {"attention_bias": "all"}),
+    ("rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),
+    ("rope_type", {"rope_scaling": {"type": "mrope", "factor": 4.0}}),
+    ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
+    ("rope_parameters", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
 ]
 UNSUPPORTED_BY = {
     "qwen3": [
-        ("use_sliding_window", {"use_sliding_window": True}),
+        ("use_sliding_window", {"use_sliding_window": 4096}),
         ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
     ],
-    "llama": [("mlp_bias", {"mlp_bias": True})],
+    "llama": [("mlp_bias", {"mlp_bias": 1})],
 }
 
 
@@ -149,6 +177,179 @@ def test_unsupported_options_are_refused_by_name(family: str, option: str, chang
     shown = value if not isinstance(value, dict) else value.get("rope_type", value.get("type", value))
     shown = shown[-1] if isinstance(shown, list) and shown else shown
     assert str(shown) in str(refused.value), "the value received is missing"
+
+
+# What is special about others, as they are published, and what is read of it.
+QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
+MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": False,
+    "vocab_size": 32064,
+}
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 256000,
+}
+GEMMA3 = GEMMA2 | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+}
+GEMMA3_ROPES = {
+    "rope": RopeConfig(theta=1e6, scaling=LinearRopeScaling(factor=8.0)),
+    "local_rope": RopeConfig(theta=1e4),
+}
+SPECIAL = {
+    "gemma2": (
+        GEMMA2,
+        {
+            "activation": "gelu_tanh",
+            "unit_offset_norms": True,
+            "post_norms": True,
+            "scale_embeddings": True,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+            "local_layers": 13 * (True, False),
+            "local_rope": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        GEMMA3,
+        {
+            "qk_norm": True,
+            "final_logit_softcapping": None,
+            "sliding_window": 512,
+            "local_layers": 4 * (*5 * (True,), False) + 2 * (True,),
+            **GEMMA3_ROPES,
+        },
+    ),
+    "gemma3-transformers-5": (
+        {name: value for name, value in GEMMA3.items() if not name.startswith("rope")}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        GEMMA3_ROPES,
+    ),
+    "qwen2": (QWEN2, {"qkv_bias": True, "out_bias": False, "mlp_bias": False, "sliding_window": None}),
+    "qwen2-window": (
+        QWEN2 | {"use_sliding_window": True, "max_window_layers": 21},
+        {"sliding_window": 131072, "local_layers": 21 * (False,) + 7 * (True,)},
+    ),
+    "qwen2-layer-types": (
+        QWEN2 | {"use_sliding_window": True, "layer_types": 14 * ["sliding_attention", "full_attention"]},
+        {"local_layers": 14 * (True, False)},
+    ),
+    "mistral": (MISTRAL | {"sliding_window": 4096}, {"sliding_window": 4096, "local_layers": None}),
+    "mistral-silent": (MISTRAL, {"sliding_window": 4096}),  # as transformers takes it
+    "mistral-v0.3": (MISTRAL | {"sliding_window": None}, {"sliding_window": None}),
+    "phi3-mini-128k": (
+        PHI3
+        | {
+            "rope_scaling": {"type": "su", "short_factor": 48 * [1.05], "long_factor": 48 * [2.5]},
+            "original_max_position_embeddings": 4096,
+        },
+        {
+            "fused_projections": True,
+            "sliding_window": 262144,
+            "rope": RopeConfig(
+                theta=1e4,
+                scaling=LongRopeScaling(
+                    short_factor=48 * (1.05,),
+                    long_factor=48 * (2.5,),
+                    original_max_position_embeddings=4096,
+                    factor=131072 / 4096,
+                ),
+            ),
+        },
+    ),
+    "phi4-mini": (
+        PHI3 | {"head_dim": 128, "partial_rotary_factor": 0.75, "rope_scaling": None},
+        {"rope": RopeConfig(theta=1e4, partial_rotary_factor=0.75)},
+    ),
+    "llama-biases": (
+        PUBLISHED["llama"] | {"attention_bias": True, "mlp_bias": True},
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_is_special_about_a_family_is_read_and_written(name: str):
+    hf, expected = SPECIAL[name]
+    config = config_from_hf(hf)
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("qwen2-window", "max_window_layers", None),
+        ("qwen2-window", "sliding_window", 0),
+        ("qwen2-window", "layer_types", ["full_attention"]),
+        ("qwen2-window", "layer_types", 28 * ["chunked_attention"]),
+        ("qwen2-window", "layer_types", "full_attention"),
+        ("mistral", "sliding_window", "4096"),
+        ("mistral", "attention_bias", True),
+        ("phi3-mini-128k", "partial_rotary_factor", 1.5),
+        ("phi3-mini-128k", "partial_rotary_factor", 0.01),
+        ("phi3-mini-128k", "original_max_position_embeddings", "4096"),
+        ("phi3-mini-128k", "rope_type", {"rope_type": ["su"]}),
+        ("phi3-mini-128k", "factor", {"type": "linear", "factor": [2.0]}),
+        ("gemma2", "hidden_activation", ["gelu"]),
+        ("gemma2", "use_bidirectional_attention", True),
+        ("gemma2", "final_logit_softcapping", 0),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "sliding_window_pattern", 0),
+        ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
+        ("gemma3", "query_pre_attn_scalar", "256"),
+    ],
+    ids=str,
+)
+def test_what_no_family_has_is_refused_by_name(name: str, option: str, value: Any):
+    hf, _ = SPECIAL[name]
+    field = "rope_scaling" if isinstance(value, dict) and option != "rope_parameters" else option
+    with pytest.raises(InputError, match=f"`{option}`"):
+        config_from_hf(hf | {field: value})
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -168,6 +369,16 @@ def test_missing_fields_of_the_scaling_are_named(field: str):
         config_from_hf(hf | {"rope_scaling": scaling})
 
 
+def test_longrope_reads_what_is_beside_it():
+    """The original context of Phi-3 is not among the rope's parameters, and its factor is said by no one."""
+    hf = PUBLISHED["llama"] | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 4096}
+    scaling = config_from_hf(hf).rope.scaling
+    assert (scaling.original_max_position_embeddings, scaling.factor) == (4096, 131072 / 4096)
+    assert scaling.long_factor == 64 * (2.5,)
+    with pytest.raises(InputError, match="`short_factor` must be a list of 64 numbers, got"):
+        config_from_hf(hf | {"rope_scaling": LONGROPE | {"short_factor": [1.0, 2.0]}})
+
+
 # --- Tensor names ---
 
 
@@ -183,9 +394,9 @@ class FakeTensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
         self.read_names.append(name)
-        return self.tensors[name]
+        return self.tensors[name][first:last]
 
 
 def shapes_by_hand(family: str, tied: bool) -> dict[str, tuple[int, ...]]:

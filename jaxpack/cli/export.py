@@ -1,0 +1,52 @@
+"""`jaxpack export`: an adapter and its base in, one merged model out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import typer
+from flax import nnx
+
+import torch_bridge
+from jaxpack.console import console
+from jaxpack.errors import InputError
+from jaxpack.files import require_free_folder, require_room
+
+
+def export(
+    adapter: Annotated[Path, typer.Option(help="A PEFT adapter folder, such as the adapter/ that `train` writes.")],
+    merged: Annotated[Path, typer.Option(help="A new folder, for the model with the adapter merged into it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The adapter's base: a Hugging Face folder, or the id of a model on the hub.",
+            show_default="the one that the adapter names",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32, of the merged weights.",
+            show_default="float16 for a base in float16, else bfloat16",
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read the merged folder with torch, and compare logits.")] = False,
+) -> None:
+    """Merge an adapter into its base model."""
+    require_free_folder(merged, "merged")
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
+    if not adapter.is_dir():
+        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
+    base = torch_bridge.base_of(str(adapter)) if model is None else model
+    # As it is stored, so that each weight is rounded only once, when it is merged.
+    network, tokenizer = torch_bridge.from_pretrained(base, dtype="auto")
+    torch_bridge.load_adapter(network, str(adapter))
+    weights = nnx.state(network, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    written = sum(leaf.size for leaf in jax.tree.leaves(weights)) * jnp.dtype(dtype or "bfloat16").itemsize
+    require_room(merged, "merged", written)
+    torch_bridge.save_merged(network, str(merged), tokenizer, dtype=dtype)
+    console.print(f"saved {merged}")
+    if verify:
+        torch_bridge.verify(str(merged))

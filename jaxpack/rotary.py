@@ -1,0 +1,111 @@
+"""Rotary angles of a batch, by the frequencies that a checkpoint's rope has.
+
+Most scalings have the same frequencies for all documents. Two do not: LongRoPE has others for documents longer than
+the original context, and dynamic NTK stretches the base with each token beyond `max_position_embeddings`. Here the
+length of a token's own document decides, so that a packed document gets what it gets alone. transformers goes by the
+longest row of a batch, padding and neighbours included; on one document at a time the two agree. Rows that are no
+longer than either limit have one set of frequencies, known when the program is made.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxpack.config import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnRopeScaling,
+)
+from jaxpack.kernels.rope import Angles, rotary_angles
+
+
+def document_angles(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
+) -> Angles:
+    """The angles of tokens at `positions` of documents of `lengths`, once per batch, for all layers with that rope."""
+    scaling, row = rope.scaling, positions.shape[1]
+    frequencies, factor = jnp.asarray(rope_frequencies(rope, head_dim)), attention_factor(rope)
+    if isinstance(scaling, LongRopeScaling) and row > scaling.original_max_position_embeddings:
+        is_long = (lengths > scaling.original_max_position_embeddings)[:, :, None]
+        long = jnp.asarray(rope_frequencies(rope, head_dim, is_long=True))
+        frequencies = jnp.where(is_long, long[None, None, :], frequencies[None, None, :])
+    elif isinstance(scaling, DynamicRopeScaling) and row > (usual := scaling.max_position_embeddings):
+        # The base times s^(R / (R - 2)): the longest wavelength is stretched by s, 1 + factor * excess / usual.
+        stretch = 1 + scaling.factor * (jnp.maximum(lengths, usual) / usual - 1)
+        R = rope.rotary_dim(head_dim)
+        powers = jnp.asarray(np.arange(0, R, 2, dtype=np.float32) / np.float32(R - 2))
+        frequencies = frequencies[None, None, :] * stretch[:, :, None] ** -powers[None, None, :]
+    return rotary_angles(positions, frequencies, factor)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int, *, is_long: bool = False) -> Float[np.ndarray, " half"]:
+    """Radians per position of each channel pair, float32: `theta^(-2i / R)`, rescaled; of long documents, or others.
+
+    R is the number of channels that are rotated.
+    """
+    R = rope.rotary_dim(head_dim)
+    channels = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
+    frequencies = 1.0 / np.power(np.float32(rope.theta), channels)
+    match rope.scaling:
+        case LinearRopeScaling() as scaling:
+            frequencies = frequencies / scaling.factor
+        case Llama3RopeScaling() as scaling:
+            frequencies = _llama3(frequencies, scaling)
+        case YarnRopeScaling() as scaling:
+            frequencies = _yarn(frequencies, scaling, rope.theta)
+        case LongRopeScaling() as scaling:
+            frequencies = frequencies / np.array(scaling.long_factor if is_long else scaling.short_factor)
+    return frequencies.astype(np.float32)
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What cosine and sine are multiplied by: where the checkpoint does not say it, what its scaling's paper does."""
+    scaling = rope.scaling
+    if not isinstance(scaling, YarnRopeScaling | LongRopeScaling):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    growth = math.log(max(scaling.factor, 1))
+    if isinstance(scaling, LongRopeScaling):
+        return math.sqrt(1 + growth / math.log(scaling.original_max_position_embeddings))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (0.1 * scaling.mscale * growth + 1) / (0.1 * scaling.mscale_all_dim * growth + 1)
+    return 0.1 * growth + 1
+
+
+def _llama3(frequencies: Float[np.ndarray, " half"], scaling: Llama3RopeScaling) -> Float[np.ndarray, " half"]:
+    """Llama 3.1 keeps wavelengths up to L / high_freq_factor, divides the frequency by `factor` for those beyond
+    L / low_freq_factor, and goes from one to the other linearly in L / wavelength; L is the original context length.
+    """
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # over the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def _yarn(
+    frequencies: Float[np.ndarray, " half"], scaling: YarnRopeScaling, theta: float
+) -> Float[np.ndarray, " half"]:
+    """YaRN (https://arxiv.org/abs/2309.00071) keeps channels that turn more than `beta_fast` times over the original
+    context, divides the frequency by `factor` for those that turn less than `beta_slow` times, and goes from one to the
+    other linearly in the channel.
+    """
+    half = len(frequencies)
+
+    def channel(turns: float) -> float:
+        """The one that turns so often."""
+        return half * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    if first == last:
+        last += 0.001  # no division by zero
+    stretch = np.clip((np.arange(half, dtype=np.float32) - first) / (last - first), 0, 1)
+    return (1 - stretch) * frequencies + stretch * frequencies / scaling.factor

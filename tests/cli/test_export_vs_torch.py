@@ -1,0 +1,84 @@
+"""`jaxpack export`: an adapter of a run becomes part of its model."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers_for_tests import small_tokenizer, write_checkpoint
+from transformers import AutoTokenizer
+
+import torch_bridge
+from jaxpack import LoraConfig, add_lora, cli
+from jaxpack.lora import adapters
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and an adapter that changes it and names it."""
+    parent = tmp_path_factory.mktemp("export")
+    base = write_checkpoint(parent / "base")
+    model = add_lora(torch_bridge.from_pretrained(str(base))[0], LoraConfig(r=4))
+    rng = np.random.default_rng(0)
+    for factors in adapters(model).values():
+        factors.lora_b.set_value(rng.normal(0, 0.1, factors.lora_b.shape).astype(np.float32))
+    torch_bridge.save_adapter(model, str(parent / "adapter"))
+    return base, parent / "adapter"
+
+
+@pytest.fixture
+def export(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Runs the command in this process: its exit status and what it wrote to stderr."""
+
+    def export(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxpack", "export", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        return status, capfd.readouterr().err
+
+    return export
+
+
+def test_the_merged_model_is_written_and_verified(folders: tuple[Path, Path], tmp_path: Path, export: Callable):
+    base, adapter = folders
+    status, shown = export("--model", base, "--adapter", adapter, "--merged", tmp_path / "merged", "--verify")
+    assert status == 0
+    assert "14 of 14 adapted tensors changed" in shown and f"saved {tmp_path / 'merged'}" in shown
+    assert "logits of transformers and jaxpack differ by at most" in shown
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("the cab").input_ids == small_tokenizer()("the cab").input_ids
+
+
+def test_the_base_is_the_one_that_the_adapter_names(folders: tuple[Path, Path], tmp_path: Path, export: Callable):
+    status, _ = export("--adapter", folders[1], "--merged", tmp_path / "merged", "--dtype", "float32")
+    assert status == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ({"--adapter": "nowhere"}, "`adapter` must be an existing folder, got 'nowhere'"),
+        ({"--adapter": "."}, "adapter_config.json"),
+        ({"--model": "nowhere"}, "`model` must be an existing folder"),
+        ({"--dtype": "int8"}, "`dtype` must be"),
+        ({"--merged": "."}, "`merged` must be empty"),
+    ],
+    ids=str,
+)
+def test_bad_input(flags: dict[str, str], fragment: str, folders: tuple[Path, Path], tmp_path: Path, export: Callable):
+    good = {"--model": folders[0], "--adapter": folders[1], "--merged": tmp_path / "merged"}
+    status, shown = export(*(word for pair in (good | flags).items() for word in pair))
+    assert status == 2
+    lines = [line for line in shown.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and fragment in lines[0]
+    assert not (tmp_path / "merged").exists()

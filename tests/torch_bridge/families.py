@@ -1,0 +1,120 @@
+"""How near jaxpack is to transformers and PEFT, family by family: `python -m tests.torch_bridge.families` prints it."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+from flax import nnx
+from safetensors.numpy import load_file
+
+import torch_bridge
+from jaxpack import Batches, Documents, LoraConfig, TrainConfig, Transformer, add_lora
+from jaxpack.lora import adapters
+from jaxpack.training import loss_and_gradients
+from tests.kernels.oracles import quick_jit
+from tests.torch_bridge import hf
+from torch_bridge.adapter import adapter_tensors
+from torch_bridge.convert import model_tensors
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+LENGTHS = [90, 61, 33, 17, 5, 2, 100]  # past every window and every original context, and far below
+
+
+class Figures(NamedTuple):
+    """The largest differences of one family, float32."""
+
+    logits: float  # of whole rows, to transformers
+    loss: float  # with adapters, packed, to PEFT's of one document after another
+    gradients: float  # of all adapters and all weights, to PEFT's: |difference| / |value| of the worst tensor
+    packed: float  # logits of packed documents, to those of each alone
+    adapter_out: bool  # the adapter has the tensors that PEFT writes for all linear modules
+
+
+def measure(checkpoint: str, folder: Path) -> Figures:
+    """Of a random checkpoint, which is written to `folder`."""
+    reference, path = hf.save_model(folder / "model", checkpoint)
+    model, _ = torch_bridge.from_pretrained(path, dtype="float32")
+    logits, packed = _logits(model, reference)
+    add_lora(model, LORA)
+    for i, adapter in enumerate(adapters(model).values()):  # the gradient of A would be zero with B
+        adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.shape))
+    torch_bridge.save_adapter(model, str(folder / "adapter"))
+    theirs = peft.PeftModel.from_pretrained(reference, folder / "adapter")
+    loss, gradients = _step(model, theirs)
+    ours = {name: x.shape for name, x in load_file(folder / "adapter" / "adapter_model.safetensors").items()}
+    fresh = peft.get_peft_model(
+        hf.make_model(checkpoint),
+        peft.LoraConfig(r=LORA.r, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    expected = {name: tuple(x.shape) for name, x in peft.get_peft_model_state_dict(fresh).items()}
+    return Figures(logits, loss, gradients, packed, ours == expected)
+
+
+def _logits(model: Transformer, reference) -> tuple[float, float]:
+    """Two whole rows, then one with documents packed, then each of those alone: one program for all."""
+    lengths, T = [70, 1, 33, 46], 150
+    assert sum(lengths) == T
+    rows = hf.random_tokens(3, T)
+    segments = np.ones_like(rows)
+    segments[2] = np.repeat(np.arange(1, 5), lengths)
+    starts = np.cumsum([0, *lengths])[:-1]
+    alone = np.zeros((4, T), np.int32)
+    for row, start, length in zip(alone, starts, lengths, strict=True):
+        row[:length] = rows[2, start : start + length]
+    alone_segments = (np.arange(T)[None, :] < np.array(lengths)[:, None]).astype(np.int32)
+    tokens, segments = np.concatenate([rows, alone]), np.concatenate([segments, alone_segments])
+    ours = np.asarray(model.logits(jnp.asarray(tokens), jnp.asarray(segments)))
+    theirs = hf.logits(reference, rows[:2])
+    assert theirs.std() > 0.5, "a tolerance would say little"
+    packed = [
+        np.abs(ours[2, start : start + length] - ours[3 + i, :length]).max()
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    return float(np.abs(ours[:2] - theirs).max()), float(max(packed))
+
+
+def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
+    """The loss of one batch, and the gradients of everything there is."""
+    documents = hf.random_documents(LENGTHS)
+    tokens, labels = (np.concatenate(x).astype(np.int32) for x in zip(*documents, strict=True))
+    lengths = np.array(LENGTHS)
+    config = TrainConfig(max_length=128, packing=True, per_device_train_batch_size=3, num_train_epochs=1)
+    batches = Batches(Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths), config)
+    assert len(batches) == 1
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    loss, gradients = quick_jit(functools.partial(loss_and_gradients, graph))(parameters, rest, batches[0])
+    model = nnx.merge(graph, gradients, rest)
+    ours = adapter_tensors(model) | {name: np.asarray(x) for name, x in model_tensors(model)}
+
+    theirs.requires_grad_(True)
+    their_loss, count = 0.0, sum(label != -100 for document in documents for label in document.labels[1:])
+    for document in sorted(documents, key=lambda document: len(document.tokens)):  # alone, see `jaxpack.rotary`
+        part = theirs(**hf.padded([document]), num_items_in_batch=count).loss
+        part.backward()
+        their_loss += part.item()
+    expected = {}
+    for name, parameter in theirs.named_parameters():
+        name = name.replace(".default.", ".").replace(".base_layer.", ".")
+        expected[name if ".lora_" in name else name.removeprefix("base_model.model.")] = parameter.grad.numpy()
+    assert ours.keys() == expected.keys()
+    assert min(map(np.linalg.norm, expected.values())) > 1e-3, "a tensor with next to no gradient: no comparison"
+    errors = [np.linalg.norm(ours[name] - x) / np.linalg.norm(x) for name, x in expected.items()]
+    return abs(float(loss) - their_loss), float(max(errors))
+
+
+def main() -> None:
+    """The table, in Markdown."""
+    print("| family | logits | loss | gradients | packed | adapter out |\n|---|---|---|---|---|---|")
+    for name in hf.FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            *figures, adapter_out = measure(f"{name}-untied", Path(folder))
+        print("|", " | ".join([name, *(f"{x:.0e}" for x in figures), "equal" if adapter_out else "differs"]), "|")
+
+
+if __name__ == "__main__":
+    main()

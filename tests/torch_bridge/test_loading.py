@@ -1,0 +1,158 @@
+"""How a folder becomes a model: in pieces, of which the host holds a few. Needs no torch."""
+
+import dataclasses
+import itertools
+import json
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import small_config, small_model
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import torch_bridge
+from jaxpack.errors import InputError
+from jaxpack.transformer import Transformer
+from torch_bridge import convert
+from torch_bridge.checkpoint import SafetensorsFolder
+from torch_bridge.convert import model_tensors
+
+WEIGHTS = "model.safetensors"
+
+
+def parameters(model: Transformer) -> list[jax.Array]:
+    return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("piece", [7, 50 * 48, 1 << 30])
+def test_a_model_does_not_depend_on_its_pieces(
+    family: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of single rows, of rows that leave a rest, of whole tensors."""
+    expected = small_model(family)
+    torch_bridge.save_pretrained(expected, str(tmp_path / "model"))
+    monkeypatch.setattr(convert, "_PIECE", piece)
+    model, _ = torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")
+    for actual, wanted in zip(parameters(model), parameters(expected), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1,), (97,), (128, 48), (97, 48), (151936, 4096), (50257, 4096), (4096, 12288)])
+def test_pieces_are_all_rows_and_of_few_sizes(shape: tuple[int, ...]):
+    pieces = list(convert._pieces(shape))
+    assert pieces[0][0] == 0 and pieces[-1][1] == shape[0]
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
+    sizes = [last - first for first, last in pieces]
+    assert max(sizes) * np.prod(shape[1:]) <= convert._PIECE
+    assert len(set(sizes)) <= (2 if shape[0] == 50257 else 1)
+
+
+def test_the_host_holds_a_few_pieces_and_not_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = small_config("llama", vocab_size=40_000, hidden_size=64, num_layers=3)
+    torch_bridge.save_pretrained(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), str(tmp_path / "model"))
+    piece = 1 << 16
+    monkeypatch.setattr(convert, "_PIECE", piece)
+    torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")  # what is compiled is no part of this
+    tracemalloc.start()  # NumPy's arrays are in it, those of the device are not
+    torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = 4 * config.vocab_size * config.hidden_size
+    assert 4 * 4 * piece < peak < 4 * 4 * piece + (1 << 20) < largest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_written_is_what_safetensors_reads(dtype: str, tmp_path: Path):
+    model = small_model("qwen3", dtype=jnp.dtype(dtype))
+    torch_bridge.save_pretrained(model, str(tmp_path / "model"))
+    read = load_file(tmp_path / "model" / WEIGHTS)
+    expected = dict(model_tensors(model))
+    assert list(SafetensorsFolder(tmp_path / "model").shapes()) == list(expected)
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert read[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(read[name], tensor)
+    with safe_open(tmp_path / "model" / WEIGHTS, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_host_holds_one_tensor_while_it_writes(tmp_path: Path):
+    config = small_config("llama", vocab_size=10_000, hidden_size=64, num_layers=12)
+    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # which NumPy must copy to write it
+    torch_bridge.save_pretrained(model, str(tmp_path / "first"))
+    tracemalloc.start()
+    torch_bridge.save_pretrained(model, str(tmp_path / "model"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "model" / WEIGHTS).stat().st_size > 2 * 2 * 10_000 * 64
+    assert peak < 2 * 10_000 * 64 + (1 << 20)
+
+
+def test_a_file_cut_after_it_was_checked_gives_no_model(tmp_path: Path):
+    torch_bridge.save_pretrained(small_model("llama"), str(tmp_path / "model"))
+    source = SafetensorsFolder(tmp_path / "model")
+    file = tmp_path / "model" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="it ends before byte"):
+        convert.build_model(small_config("llama"), source, "float32")
+
+
+def test_a_large_tied_head_is_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A difference in the last number alone is found."""
+    torch_bridge.save_pretrained(small_model("qwen3"), str(tmp_path / "model"))
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model" / WEIGHTS)
+    monkeypatch.setattr(convert, "_PIECE", 10 * 48)
+    torch_bridge.from_pretrained(str(tmp_path / "model"))
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model" / WEIGHTS)
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        torch_bridge.from_pretrained(str(tmp_path / "model"))
+
+
+def test_sizes_that_the_files_do_not_have_are_refused_before_they_are_made(tmp_path: Path):
+    """A billion layers, or channels, are a number in a config of a few bytes."""
+    torch_bridge.save_pretrained(small_model("llama"), str(tmp_path / "model"))
+    source = SafetensorsFolder(tmp_path / "model")
+    fields = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"]
+    for field in fields:
+        with pytest.raises(InputError, match="must be at most"):
+            convert.build_model(dataclasses.replace(small_config("llama"), **{field: 10**9}), source, "float32")
+
+
+def test_shards_are_read_in_the_order_in_which_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch_bridge.checkpoint._SHARD_BYTES", 20_000)
+    model = small_model("qwen3")
+    torch_bridge.save_pretrained(model, str(tmp_path / "model"))
+    source = SafetensorsFolder(tmp_path / "model")
+    places = [(tensor.path.name, tensor.offset) for tensor in source._tensors.values()]
+    assert len({name for name, _ in places}) > 3
+    assert places == sorted(places)
+    assert source.shapes().keys() == dict(model_tensors(model)).keys()
+    index = json.loads((tmp_path / "model" / f"{WEIGHTS}.index.json").read_text())
+    assert index["weight_map"] == {name: tensor.path.name for name, tensor in source._tensors.items()}
+
+
+def test_of_the_hub_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pickles are, where there is nothing else."""
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError, match=r"must hold a config.json"):
+        torch_bridge.from_pretrained("owner/name")
+    assert len(asked) == 2 and "pytorch_model*.bin" not in asked[0] and "pytorch_model*.bin" in asked[1]
+    asked.clear()
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    with pytest.raises(InputError, match=r"must hold a config.json"):
+        torch_bridge.from_pretrained("owner/name")
+    assert len(asked) == 1

@@ -1,0 +1,144 @@
+"""One safetensors file: a header that is believed only after it was checked, and rows read at their place. No torch.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little endian; the header,
+a JSON object; then the tensors' bytes, one after another, without a gap. `safetensors` itself checks as much, but does
+not say where a tensor lies, and reads through a memory map.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpack.errors import InputError, reason
+
+DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
+_MAX_HEADER_BYTES = 16 << 20  # of 100,000 tensors; the format allows 100 MB, of which Python makes gigabytes
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: rows of `dtype` from byte `offset` of the file on."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    path: Path
+    offset: int
+
+    def read(self, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        """Rows `first` to `last`, without the latter, as a view of `buffer`, uint8 and large enough.
+
+        Raises:
+          InputError: the file has become shorter, or cannot be read.
+        """
+        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+        wanted = buffer[: (last - first) * row_bytes]
+        read_at(self.path, self.offset + first * row_bytes, wanted)
+        return wanted.view(self.dtype).reshape(last - first, *self.shape[1:])
+
+
+def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:
+    """Fills `buffer`, uint8, with the bytes of a file from `offset` on."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.fileno(), [memoryview(buffer)[done:]], offset + done)
+                if count == 0:
+                    raise OSError(f"it ends before byte {offset + len(buffer):,}")
+                done += count
+    except OSError as error:
+        raise InputError(f"{path} must be a whole safetensors file, got one that is not: {reason(error)}.") from error
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, in the order in which they lie there.
+
+    Reads the header alone, and allocates nothing that the file's size does not allow.
+
+    Raises:
+      InputError: no such file, one that is cut off or has tensors that overlap, leave gaps or lie beyond its end; a
+        dtype that is not float.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a readable file: {reason(error)}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} must be a file, got something else.")
+    if status.st_size < 8:
+        raise _broken(path, f"it has {status.st_size} bytes")
+    head = np.empty(8, np.uint8)
+    read_at(path, 0, head)
+    length = int(head.view("<u8")[0])
+    if length > min(_MAX_HEADER_BYTES, status.st_size - 8):
+        raise _broken(path, f"it has {status.st_size:,} bytes and says that its header has {length:,}")
+    header = np.empty(length, np.uint8)
+    read_at(path, 8, header)
+    try:
+        described = json.loads(header.tobytes(), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its header is no JSON object: {reason(error)}") from error
+    if not isinstance(described, dict):
+        raise _broken(path, "its header is no JSON object")
+    described.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in described.items()}
+    end = 8 + length
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))))
+    for name, tensor in tensors.items():
+        if tensor.offset != end:
+            raise _broken(path, f"{name:.80} begins at byte {tensor.offset:,} and must at {end:,}")
+        end += tensor.dtype.itemsize * math.prod(tensor.shape)
+    if end != status.st_size:
+        raise _broken(path, f"its tensors end at byte {end:,} and it at {status.st_size:,}")
+    return tensors
+
+
+def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    """What a file of these tensors begins with, in the order in which their bytes follow; marked as others expect."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    code = next(code for code, kind in DTYPES.items() if kind == dtype)
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + DTYPES[code].itemsize * math.prod(shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers begin at a multiple of their size
+    return len(text).to_bytes(8, "little") + text
+
+
+def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"{name:.80} is described by {entry!r:.80}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (_is_whole(shape) and _is_whole(offsets) and len(offsets) == 2):
+        raise _broken(path, f"{name:.80} is described by {entry!r:.80}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{name:.80} of {path} must be of dtype {', '.join(DTYPES)}, got {dtype!r:.20}.")
+    size = DTYPES[dtype].itemsize * math.prod(shape)
+    if offsets[1] - offsets[0] != size:
+        raise _broken(path, f"{name:.80} of shape {shape!r:.80} has {size:.10g} bytes and lies at {offsets!r:.80}")
+    return Tensor(tuple(shape), DTYPES[dtype], path, data + offsets[0])
+
+
+def _is_whole(values: Any) -> bool:
+    """Whether it is a list of whole numbers that a file can have; few, so that their product has an end."""
+    return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name:.80} is there twice")
+        result[name] = value
+    return result
+
+
+def _broken(path: Path, why: str) -> InputError:
+    return InputError(f"{path} must be a whole safetensors file, got one that is not: {why}.")

@@ -1,0 +1,73 @@
+"""Whether a folder means the same to torch: its logits by transformers, or PEFT for an adapter, beside jaxpack's."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpack.console import console
+from jaxpack.errors import InputError
+from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter
+from torch_bridge.checkpoint import read_json
+from torch_bridge.pretrained import from_pretrained
+
+_RANDOM_TOKENS = 64
+_TOLERANCE = 1e-3  # of the largest logit: ten times what the order of float32 sums does in 36 layers
+
+
+def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -> float:
+    """Reads a folder with torch and with jaxpack, in float32, and prints how far their logits on a prompt are apart.
+
+    Args:
+      folder: a model, or a PEFT adapter.
+      base: an adapter's model; None is the one that its config names.
+      prompt: for the folder's tokenizer; None is 64 random tokens.
+
+    Returns:
+      The largest difference of a logit.
+
+    Raises:
+      InputError: the folder cannot be read, torch's logits are others, or torch is missing.
+    """
+    try:
+        from torch_bridge.live import torch_logits
+    except ImportError as error:
+        raise InputError("`verify` needs `pip install jaxpack[hf,torch]`, got no torch.") from error
+    adapter = folder if (Path(folder) / ADAPTER_CONFIG).is_file() else None
+    if adapter is None and base is not None:
+        raise InputError(f"`base` must be None unless `folder` is an adapter, got {base!r}.")
+    model_folder = folder if adapter is None else (base_of(adapter) if base is None else base)
+    model, tokenizer = from_pretrained(model_folder, dtype="float32")
+    if adapter is not None:
+        load_adapter(model, adapter)
+    if prompt is None:
+        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, _RANDOM_TOKENS)
+    elif tokenizer is None:
+        raise InputError(f"`prompt` must be None where there is no tokenizer, got {prompt!r:.80}.")
+    else:
+        tokens = np.asarray(tokenizer(prompt).input_ids)
+        if not tokens.size:
+            raise InputError(f"`prompt` must have at least one token, got {prompt!r:.80}.")
+    tokens = tokens.astype(np.int32)[None]
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(model.logits(jnp.asarray(tokens)))
+    theirs = torch_logits(model_folder, adapter, tokens)
+    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    agree = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    line = (
+        f"logits of {'transformers' if adapter is None else 'PEFT'} and jaxpack differ by at most {difference:.1e} of"
+        f" {largest:.3g}; the likeliest token is the same at {agree:.0%} of {tokens.size} places"
+    )
+    if not difference <= _TOLERANCE * largest:
+        raise InputError(f"`folder` must mean the same to torch, got {folder!r}, where {line}.")
+    console.print(f"{folder}: {line}")
+    return difference
+
+
+def base_of(adapter: str) -> str:
+    """The model that an adapter's config names."""
+    name = read_json(Path(adapter) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"`base_model_name_or_path` of {adapter} must name a model, got {name!r:.80}.")
+    return name
