@@ -343,12 +343,16 @@ class ChatTemplate:
             previous = slots[slot - 1] if slot else None
             key = between[slot], between[slot + 1], previous is None, i + 1 == len(marked), repr(conversation.options)
             if key not in self._edges:
-                lead = self._lead(conversation, marked[:i], between[slot], previous)
+                lead = self._lead(
+                    conversation, marked[:i], between[slot], previous, plain=set(message) <= set(_QUESTION)
+                )
                 _keep(self._edges, key, _Edges(lead, *self._tail(conversation, marked, i, between[slot + 1])))
             edges[slot] = self._edges[key]
         return _Form(between, slots, edges)
 
-    def _lead(self, conversation: Conversation, before: list[Message], opening: str, previous: int | None) -> int:
+    def _lead(
+        self, conversation: Conversation, before: list[Message], opening: str, previous: int | None, *, plain: bool
+    ) -> int:
         """How much of the text before a content is the assistant's to write: what the generation prompt leaves."""
         given = self._given(conversation, before, previous)
         if given is None:
@@ -367,6 +371,9 @@ class ChatTemplate:
             shares = ((common_prefix(opening, other), min(len(opening), len(other))) for other in others)
             shared = next((share for share, least in shares if share == least), None)
             if shared is None:
+                for header in () if plain else self._headers(conversation, before, previous):
+                    if opening.startswith(header):
+                        return len(opening) - len(header)
                 raise _Undecided(f"a turn begins after {opening!r:.200}, its generation prompt is {given!r:.200}")
         if shared == len(opening):
             return 0
@@ -377,6 +384,17 @@ class ChatTemplate:
         if rest.strip() and not prompt and self._writes_headers(conversation):
             raise _Undecided(f"it has no generation prompt to set {rest!r:.200} apart from an answer")
         return len(rest)
+
+    def _headers(self, conversation: Conversation, before: list[Message], previous: int | None) -> Iterator[str]:
+        """What opens a plain answer in the place of one that calls tools or thinks, as the last turn and as another."""
+        i = len(before)
+        answer = {"role": "assistant", "content": _MARK.format(i)}
+        for after in ([], [{"role": "user", "content": _MARK.format(i + 1)}]):
+            with contextlib.suppress(_Undecided):
+                between, slots = _split(self._try(conversation, [*before, answer, *after]))
+                if slots.count(i) == 1:
+                    opening = between[slots.index(i)]
+                    yield opening[: len(opening) - self._lead(conversation, before, opening, previous, plain=True)]
 
     def _given(
         self, conversation: Conversation, before: list[Message], previous: int | None, **options: Any

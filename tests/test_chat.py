@@ -350,6 +350,21 @@ def test_a_conversation_may_begin_with_the_assistant() -> None:
         assert trained(documents, tokenizer) == [STYLES[name].trained(answer) for answer in ("hi", "b")]
 
 
+@pytest.mark.parametrize("asks", ["<think>\\n", "<think></think>"])
+def test_a_call_without_a_thought_where_the_generation_prompt_has_one(asks: str) -> None:
+    # DeepSeek's and Qwen3.5's: an earlier answer has none, either, so its header is that of the call.
+    template = (
+        "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<u>' + m.content + '<e>' }}{% else %}"
+        "{{ '<a>' }}{% if loop.last and not m.tool_calls %}{{ ASKS }}{% endif %}"
+        "{% if m.tool_calls %}{{ '<r>' }}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}"
+        "{{ m.content + '<e>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' + ASKS }}{% endif %}"
+    )
+    tokenizer = of_template(template.replace("ASKS", f"'{asks}'"), "<u>", "<a>", "<e>", "<r>", "<think>", "</think>")
+    messages = [turn("user", "a"), turn("assistant", "", tool_calls=[call("cabs", n=1)]), turn("tool", "1")]
+    documents = load([{"messages": [*messages, turn("assistant", "b")]}], tokenizer)
+    assert trained(documents, tokenizer) == ['<r>{"n": 1}<e>', "b<e>"]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_other_forms_of_turns(name: str, capsys: pytest.CaptureFixture) -> None:
     template, expected = FORMS[name]
