@@ -291,6 +291,7 @@ class TrainConfig:
     logging_steps: int = _option(10, "Steps between two lines of metrics.")
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text in a row.")
+    assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on every token.")
     remat: RematSetting = _option(
         "auto",
         "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "

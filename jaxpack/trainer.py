@@ -131,7 +131,11 @@ class Trainer:
         if self.config.output_dir is not None and Path(self.config.output_dir, _METRICS).exists():
             raise InputError(f"`output_dir` must be without {_METRICS}, got {self.config.output_dir!r} with one.")
         self.documents = load_documents(
-            train_dataset, tokenizer, vocab_size=model.config.vocab_size, text_field=self.config.dataset_text_field
+            train_dataset,
+            tokenizer,
+            vocab_size=model.config.vocab_size,
+            text_field=self.config.dataset_text_field,
+            assistant_only_loss=self.config.assistant_only_loss,
         )
         self.batches = Batches(self.documents, self.config)
 

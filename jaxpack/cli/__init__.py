@@ -1,4 +1,4 @@
-"""The front door: `jaxpack train`, `inspect`, `bench`, `export`, `demo`. The one place here that may import torch_bridge."""
+"""The front door: `jaxpack train`, `inspect`, `bench`, `export`, `demo`. The one that may import torch_bridge."""
 
 import sys
 
