@@ -33,13 +33,14 @@ from peers_training import SYSTEMS, write_checkpoint
 from timing import Event, jax_kernel_events
 
 from jaxpack.bench import cases
-from jaxpack.bench.cases import Case, Layout, Planned
+from jaxpack.bench.cases import Case, Planned
 from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Results, in_own_process, read_records, request_of, run_all
 from jaxpack.bench.report import draw_all, of_plan, print_tables
 from jaxpack.cli.bench import measure_elsewhere
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.cli.measure import measure_here
+from jaxpack.config import Layout
 from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError
 

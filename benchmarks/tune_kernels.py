@@ -232,10 +232,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--only", default="", help="groups whose name contains this; cudnn: Pallas against cuDNN")
+    parser.add_argument("--hidden-size", type=int, default=KernelShape.hidden_size)
+    parser.add_argument("--intermediate-size", type=int, default=KernelShape.intermediate_size)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
-    shape = KernelShape()
+    shape = KernelShape(hidden_size=options.hidden_size, intermediate_size=options.intermediate_size)
     candidates = [
         *itertools.chain(
             *(attention_candidates(m, options.tokens, options.lengths, shape) for m in ("alpaca", "long"))

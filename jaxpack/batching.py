@@ -60,12 +60,14 @@ class Batches:
         self.num_steps = config.max_steps if config.max_steps > 0 else whole_epochs
 
         lengths = self._rows.row_lengths
-        row_targets = self._row_targets()
+        row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
         self.targets_per_epoch = int(row_targets.sum())
         used, segments, targets = [], [], []
         for which in map(self._which, range(self.num_steps)):
             used.append(np.where(which >= 0, lengths[which], 0))
-            segments.append(self._segments(which))
+            # The most documents in a row.
+            real = which >= 0
+            segments.append(int(real.sum(axis=1).max() if self._end_to_end else row_segments[which[real]].max()))
             targets.append(np.where(which >= 0, row_targets[which], 0).sum(axis=1).max())
         self.tokens_per_step = np.array([step.sum() for step in used])
         if self._end_to_end:
@@ -131,12 +133,6 @@ class Batches:
         of_piece = documents.targets_within(documents.starts[rows.document] + rows.start, rows.length)
         before = np.concatenate([[0], np.cumsum(of_piece)])
         return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
-
-    def _segments(self, which: np.ndarray) -> int:
-        """The most documents in a row of a step."""
-        if self._end_to_end:
-            return int((which >= 0).sum(axis=1).max())
-        return int(np.diff(self._rows.offsets)[which[which >= 0]].max())
 
     def _which(self, step: int) -> np.ndarray:
         """The rows of a step, int64 `[A, ...]`; -1 fills up what lacks one, as in an epoch's last step."""

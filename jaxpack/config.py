@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from jaxpack.errors import InputError
 
+Layout = Literal["padded", "padding-free", "packed"]  # of the documents of a step
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
@@ -301,6 +302,7 @@ class TrainConfig:
     )
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text in a row.")
+    assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on every token.")
     remat: RematSetting = _option(
         "auto",
         "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "
@@ -375,6 +377,22 @@ class TrainConfig:
         for name, values in choices.items():
             allowed = get_args(values)
             _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+
+    @property
+    def layout(self) -> Layout:
+        """What `packing` and `padding_free` come to."""
+        if self.packing:
+            return "packed"
+        return "padding-free" if self.padding_free else "padded"
+
+    def in_layout(self, layout: Layout, rows: int) -> "TrainConfig":
+        """The same run in another layout, with micro-batches of so many packed rows or documents."""
+        return dataclasses.replace(
+            self,
+            packing=layout == "packed",
+            padding_free=layout != "padded",
+            per_device_train_batch_size=rows,
+        )
 
 
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:

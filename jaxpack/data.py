@@ -10,6 +10,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxpack.chat import (
+    ChatTemplate,
+    ChatTokenizer,
+    Conversation,
+    alpaca_prompt,
+    common_prefix,
+    read_conversation,
+    read_instruction,
+    without_none,
+)
 from jaxpack.console import console, progress_bar
 from jaxpack.errors import InputError, reason
 from jaxpack.packing import IGNORE
@@ -20,16 +30,12 @@ Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a lis
 _CHUNK = 1024  # rows handed to the tokenizer at a time; it spreads them over the cores
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """What is used of a Hugging Face fast tokenizer."""
 
     eos_token_id: int | None
-    chat_template: str | None
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> Mapping[str, list[list[int]]]: ...
-    def apply_chat_template(
-        self, conversation: list, *, tokenize: bool, add_generation_prompt: bool = False
-    ) -> Any: ...
+    def __call__(self, text: list[str], **options: bool) -> Mapping[str, list]: ...
     def decode(self, token_ids: list[int]) -> str: ...
     def save_pretrained(self, save_directory: str | os.PathLike) -> Any: ...
 
@@ -75,32 +81,46 @@ class Documents:
 
 
 def load_documents(
-    dataset: Dataset, tokenizer: Tokenizer | None, *, vocab_size: int, text_field: str = "text"
+    dataset: Dataset,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    text_field: str = "text",
+    assistant_only_loss: bool = True,
 ) -> Documents:
     """Reads and tokenises a dataset, with a progress bar.
 
-    Each row is in one of the formats of TRL's `SFTTrainer`; all rows are in the first row's:
+    Each row is in one of these formats; all rows are in the first row's:
 
     - `input_ids`, optionally `labels` (-100 where a token is not trained on): taken as they are.
-    - `messages`: through the tokenizer's chat template; every token is trained on.
-    - `prompt` and `completion`, two strings or two lists of messages: trained on the completion alone.
+    - `messages` (or `conversations`), of `role` and `content`, or of ShareGPT's `from` and `value`: through the
+      tokenizer's chat template, trained on what the assistant writes and on the token that ends its turn. `tools`, a
+      list or JSON of one, `system` and `chat_template_kwargs` of the row go with them.
+    - `prompt` and `completion`, two strings, trained on the completion alone, or two lists of messages, trained on the
+      assistant's turns in the completion.
     - `text` (or what `text_field` names): every token is trained on.
+    - `instruction`, optionally `input`, and `output`: a question and an answer through the chat template, as above,
+      or, where the tokenizer has none, prompt and completion in Alpaca's words.
 
-    Strings that do not end in the tokenizer's EOS token get one; a chat template sees to its own.
+    Strings that do not end in the tokenizer's EOS token get one; a chat template sees to its own. A token with any
+    character of what is trained on is trained on whole. Rows without a token to learn are left out and counted aloud.
 
     Args:
       dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
-      tokenizer: a Hugging Face tokenizer; None will do for rows of `input_ids`.
+      tokenizer: a fast Hugging Face tokenizer; None will do for rows of `input_ids`.
       vocab_size: token ids from here on are refused.
       text_field: the key of the plain-text format.
+      assistant_only_loss: False trains on every token of `messages`, `conversations` and questions and answers.
 
     Raises:
-      InputError: the dataset is empty or unreadable, or a row is; the message says which row, and what it needs.
+      InputError: the dataset is empty or unreadable, or a row is, or no row has a token to learn, or a chat template
+        does not show what the assistant writes; the message says which row, and what it needs.
     """
     records, where = _read(dataset)
     if not records:
         raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
-    encode = _encoder(records[0], tokenizer, text_field, where)
+    template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) is not None else None
+    encode = _encoder(records[0], tokenizer, template, text_field, assistant_only_loss, where)
     tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     with progress_bar("tokenising") as progress:
@@ -113,13 +133,17 @@ def load_documents(
             progress.advance(bar, len(chunk))
     lengths = np.array([len(document) for document in tokens], np.int64)
     documents = Documents(np.concatenate(tokens), np.concatenate(labels), np.cumsum(lengths) - lengths, lengths)
-    _require_targets(documents, tokenizer, where)
     if where.diverging:
         console.print(
             f"in {where.diverging:,} rows the prompt's tokens change when the completion follows:"
             " they are trained on from where they do"
         )
-    return documents
+    if template is not None and template.endless:
+        console.print(
+            f"in {template.endless:,} rows the assistant's last turn ends in no token of its own, so the model does not"
+            " learn to stop: the chat template writes none, or writes it outside of its generation tags"
+        )
+    return _with_targets(documents, tokenizer, where)
 
 
 def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row: int) -> np.ndarray:
@@ -132,24 +156,34 @@ def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row
     return array.astype(np.int32)
 
 
-def _require_targets(documents: Documents, tokenizer: Tokenizer | None, where: "_Where") -> None:
-    masked = np.flatnonzero(documents.num_targets == 0)
-    if len(masked) == 0:
-        return
-    row = int(masked[0])
+def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: "_Where") -> Documents:
+    """The documents with a token to learn; says how many have none, and shows the first."""
+    keep = documents.num_targets > 0
+    if keep.all():
+        return documents
+    row = int(np.argmin(keep))
     tokens = documents.tokens[documents.starts[row] :][: documents.lengths[row]].tolist()
     shown = repr(tokenizer.decode(tokens[:64])) if tokenizer is not None else str(tokens[:64])
-    raise InputError(
-        f"Every row must have at least one token to learn after its first, got {len(masked)} of {len(documents)} rows"
-        f" with none (every label masked, or fewer than two tokens); the first is {where(row)}: {shown}."
+    masked = "every label masked, no turn of the assistant's, or fewer than two tokens"
+    if not keep.any():
+        raise InputError(
+            f"At least one row must have a token to learn after its first, got {len(keep)} rows with none ({masked});"
+            f" the first is {where(row)}: {shown}."
+        )
+    console.print(
+        f"{int((~keep).sum()):,} of {len(keep):,} rows have nothing to learn ({masked}) and are left out;"
+        f" the first is {where(row)}: {shown}",
+        style="yellow",
     )
+    return documents[keep]
 
 
 class _Where:
     """Names a row as its user knows it: a line of a file, or an index. Counts what is told at the end."""
 
-    def __init__(self, source: str, lines: Sequence[int] | None = None):
+    def __init__(self, source: str, lines: Sequence[int] | None = None, *, of_arrow: bool = False):
         self.source, self.lines = source, lines
+        self.of_arrow = of_arrow  # every mapping has the keys of all, some with None
         self.diverging = 0  # rows whose prompt is no prefix of prompt and completion
 
     def __call__(self, row: int) -> str:
@@ -164,7 +198,7 @@ def _read(dataset: Dataset) -> tuple[Sequence[Record], _Where]:
         for row, record in enumerate(records):
             if not isinstance(record, Mapping):
                 raise InputError(f"Every row must be a mapping, got {record!r:.80} in row {row} of the dataset.")
-        return records, _Where("the dataset")
+        return records, _Where("the dataset", of_arrow=hasattr(dataset, "features"))  # a `datasets.Dataset`
     path = Path(dataset)
     if not path.is_file():
         raise InputError(f"`dataset` must be an existing file, got {str(path)!r}.")
@@ -174,7 +208,7 @@ def _read(dataset: Dataset) -> tuple[Sequence[Record], _Where]:
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.read_table(path).to_pylist(), _Where(str(path))
+            return pyarrow.parquet.read_table(path).to_pylist(), _Where(str(path), of_arrow=True)
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path} must be a readable Parquet file: {reason(error)}.") from error
     raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
@@ -206,7 +240,14 @@ Encoded = Iterator[tuple[Sequence[int], Sequence[int]]]  # ids and labels of eac
 Encoder = Callable[[Rows, int], Encoded]  # from rows, and the number of the first of them
 
 
-def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where: _Where) -> Encoder:
+def _encoder(
+    first: Record,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    text_field: str,
+    assistant_only: bool,
+    where: _Where,
+) -> Encoder:
     """Chooses the format by the first row: a function from rows, and the number of the first, to ids and labels."""
     if "input_ids" in first:
         return lambda rows, begin: _encode_ids(rows, begin, first.get("labels") is not None, where)
@@ -214,13 +255,38 @@ def _encoder(first: Record, tokenizer: Tokenizer | None, text_field: str, where:
         raise InputError(
             f"`tokenizer` must be given for rows without `input_ids`, got None and a row of {sorted(first)}."
         )
-    if "messages" in first:
-        return lambda rows, begin: _encode_messages(rows, begin, tokenizer, where)
+
+    def chats(read: Callable[[Rows, int], list[Conversation]], assistant_only: bool = True) -> Encoder:
+        def encode(rows: Rows, begin: int) -> Encoded:
+            if where.of_arrow:
+                rows = without_none(list(rows))
+            conversations = read(rows, begin)
+            if template is None:
+                raise InputError("`tokenizer` must have a chat template for rows of messages, got one without.")
+            return _encode_chats(conversations, begin, tokenizer, template, assistant_only, where)
+
+        return encode
+
+    key = "messages" if "messages" in first else "conversations"
+    if key in first:
+        return chats(lambda rows, begin: _read_messages(rows, begin, key, where), assistant_only)
     if "prompt" in first and "completion" in first:
-        return lambda rows, begin: _encode_prompts(rows, begin, type(first["prompt"]), tokenizer, where)
+        kind = type(first["prompt"])
+        if kind is list:
+            return chats(lambda rows, begin: _read_prompts(rows, begin, where))
+        return lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, where)
     if text_field in first:
         return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
-    formats = f"`input_ids`, `messages`, `prompt` and `completion`, or `{text_field}`"
+    if "instruction" in first and "output" in first:
+        asked = "in Alpaca's words, for the tokenizer has no chat template" if template is None else "as in a chat"
+        console.print(f"rows of instruction and output are asked {asked}")
+        if template is None:
+            return lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where)
+        return chats(lambda rows, begin: _read_instructions(rows, begin, where), assistant_only)
+    formats = (
+        f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{text_field}`, or `instruction` and"
+        " `output`"
+    )
     raise InputError(f"A row must have {formats}, got {sorted(first)} in {where(0)}.")
 
 
@@ -266,56 +332,95 @@ def _integers(column: list, begin: int, name: str, where: _Where) -> list[np.nda
 
 
 def _encode_text(rows: Rows, begin: int, tokenizer: Tokenizer, text_field: str, where: _Where) -> Encoded:
-    for ids in _tokenize(_column(rows, begin, text_field, (str,), where), begin, tokenizer, where):
+    for ids in _tokenize(_column(rows, begin, text_field, (str,), where), begin, tokenizer, where)["input_ids"]:
         ids = _with_eos(ids, tokenizer)
         yield ids, ids
 
 
-def _encode_messages(rows: Rows, begin: int, tokenizer: Tokenizer, where: _Where) -> Encoded:
-    conversations = _column(rows, begin, "messages", (list,), where)
-    for ids in _render(conversations, begin, tokenizer, where):
-        yield ids, ids
-
-
 def _encode_prompts(rows: Rows, begin: int, kind: type, tokenizer: Tokenizer, where: _Where) -> Encoded:
-    prompts = _column(rows, begin, "prompt", (str, list) if kind not in (str, list) else (kind,), where)
-    completions = _column(rows, begin, "completion", (kind,), where)
+    prompts = _column(rows, begin, "prompt", (str,) if kind is str else (str, list), where)
+    return _encode_completions(prompts, _column(rows, begin, "completion", (kind,), where), begin, tokenizer, where)
+
+
+def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: _Where) -> Encoded:
+    texts = [read_instruction(record, where(row)) for row, record in enumerate(rows, begin)]
+    prompts = [alpaca_prompt(instruction, given) for instruction, given, _ in texts]
+    return _encode_completions(prompts, [output for _, _, output in texts], begin, tokenizer, where)
+
+
+def _encode_completions(
+    prompts: list[str], completions: list[str], begin: int, tokenizer: Tokenizer, where: _Where
+) -> Encoded:
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    if kind is str:
-        prompt_ids = _tokenize(prompts, begin, tokenizer, where)
-        whole_ids = [_with_eos(ids, tokenizer) for ids in _tokenize(whole, begin, tokenizer, where)]
-    else:
-        prompt_ids = _render(prompts, begin, tokenizer, where, add_generation_prompt=True)
-        whole_ids = _render(whole, begin, tokenizer, where)
+    prompt_ids = _tokenize(prompts, begin, tokenizer, where)["input_ids"]
+    whole_ids = [_with_eos(ids, tokenizer) for ids in _tokenize(whole, begin, tokenizer, where)["input_ids"]]
     for prompt, ids in zip(prompt_ids, whole_ids, strict=True):
         # A token may straddle the border: then it is trained on, with the completion.
-        prefix = _common_prefix(prompt, ids)
+        prefix = common_prefix(prompt, ids)
         where.diverging += prefix + 1 < len(prompt)
         yield ids, [IGNORE] * prefix + list(ids[prefix:])
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    shared = min(len(a), len(b))
-    return next((i for i in range(shared) if a[i] != b[i]), shared)
+def _read_messages(rows: Rows, begin: int, key: str, where: _Where) -> list[Conversation]:
+    columns = enumerate(zip(rows, _column(rows, begin, key, (list,), where), strict=True), begin)
+    return [read_conversation(record, messages, where(row)) for row, (record, messages) in columns]
 
 
-def _render(conversations: list, begin: int, tokenizer: Tokenizer, where: _Where, **options) -> list[list[int]]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError("`tokenizer` must have a chat template for rows of messages, got one without.")
-    texts = []
-    for row, conversation in enumerate(conversations, begin):
-        try:
-            texts.append(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
-        except Exception as error:  # a template raises what it likes
-            raise InputError(
-                f"The chat template must accept every row, refused {where(row)}: {reason(error)}."
-            ) from error
-    return _tokenize(texts, begin, tokenizer, where, add_special_tokens=False)  # the template has written them
+def _read_prompts(rows: Rows, begin: int, where: _Where) -> list[Conversation]:
+    columns = [_column(rows, begin, key, (list,), where) for key in ("prompt", "completion")]
+    return [
+        read_conversation(record, prompt + completion, where(row), prompt=len(prompt))
+        for row, (record, prompt, completion) in enumerate(zip(rows, *columns, strict=True), begin)
+    ]
 
 
-def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: _Where, **options) -> list[list[int]]:
+def _read_instructions(rows: Rows, begin: int, where: _Where) -> list[Conversation]:
+    conversations = []
+    for row, record in enumerate(rows, begin):
+        instruction, given, output = read_instruction(record, where(row))
+        question = f"{instruction}\n\n{given}" if given else instruction
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        conversations.append(read_conversation(record, messages, where(row)))
+    return conversations
+
+
+def _encode_chats(
+    conversations: list[Conversation],
+    begin: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    assistant_only: bool,
+    where: _Where,
+) -> Encoded:
+    options = {"add_special_tokens": False}  # the template has written them
+    if not assistant_only:
+        texts = [template.write(conversation, where(row)) for row, conversation in enumerate(conversations, begin)]
+        for ids in _tokenize(texts, begin, tokenizer, where, **options)["input_ids"]:
+            yield ids, ids
+        return
+    if not getattr(tokenizer, "is_fast", True):
+        raise InputError(
+            "`tokenizer` must be a fast one for rows of messages, since others do not say which characters a token is"
+            f" made of, got a {type(tokenizer).__name__}."
+        )
+    written = [
+        template.write_with_spans(conversation, where(row)) for row, conversation in enumerate(conversations, begin)
+    ]
+    added = np.array(list(tokenizer.get_added_vocab().values()), np.int64)
+    encoded = _tokenize([text for text, _ in written], begin, tokenizer, where, return_offsets_mapping=True, **options)
+    for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True):
+        tokens, offsets = np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+        trained = np.zeros(len(tokens), bool)
+        for start, end in spans:
+            trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+            # The template's last token before that may take spaces that follow it (Phi-3's), the answer's own, too.
+            trained &= ~((offsets[:, 0] < start) & (offsets[:, 1] > start) & np.isin(tokens, added))
+        yield tokens, np.where(trained, tokens, IGNORE)
+
+
+def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: _Where, **options: bool) -> Mapping[str, list]:
     try:
-        return tokenizer(texts, **options)["input_ids"]
+        return tokenizer(texts, **options)
     except TypeError:
         for row, text in enumerate(texts, begin):
             if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell half of a character

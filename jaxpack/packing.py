@@ -70,6 +70,11 @@ class Rows:
         return cls(document, np.zeros_like(document), lengths[document], offsets)
 
 
+def packed_rows(count: int, lengths: np.ndarray, max_length: int) -> int:
+    """Packed rows that hold about as many tokens as `count` documents do, of lengths int `[documents]`."""
+    return max(1, round(count * np.minimum(lengths, max_length).mean() / max_length))
+
+
 def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = "bfd") -> Rows:
     """Plans rows of at most `max_length` tokens for documents of the given lengths, int `[documents]`.
 

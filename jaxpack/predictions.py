@@ -80,9 +80,10 @@ class Job:
         )
 
     @classmethod
-    def of_run(cls, model: Transformer, batches: Batches) -> "Job":
-        """The largest step of a run."""
-        shape = max(batches.shapes)
+    def of_run(cls, model: Transformer, batches: Batches, row_length: int | None = None) -> "Job":
+        """The largest step of a run, or one with rows of that length."""
+        A, B, longest = max(batches.shapes)
+        shape = (A, B, row_length or longest)
         return cls.of(
             model,
             shape,
@@ -207,9 +208,14 @@ _UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
 _TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
 
 
+def known_rates(device_kind: str) -> Rates | None:
+    """By the name that jax has for a device; None for those that were not measured."""
+    return next((rates for name, rates in RATES.items() if name in device_kind), None)
+
+
 def rates_of(device_kind: str) -> Rates:
-    """By the name that jax has for a device; low ones for those that were not measured."""
-    return next((rates for name, rates in RATES.items() if name in device_kind), _UNKNOWN)
+    """The same, and low ones for those that were not measured."""
+    return known_rates(device_kind) or _UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +311,13 @@ def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     return job.shape[0] * micro + update.seconds(rates)
 
 
+def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: Rates) -> float:
+    """All steps of a run. Those of few tokens take longer: what it takes to launch a kernel is not counted."""
+    lengths, steps = np.unique(batches.row_lengths, return_counts=True)
+    jobs = (Job.of_run(model, batches, int(length)) for length in lengths)
+    return sum(count * step_seconds(job, remat, rates) for job, count in zip(jobs, steps.tolist(), strict=True))
+
+
 # The choice.
 
 
@@ -332,11 +345,14 @@ def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
     return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
 
 
-def resolve(config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int) -> tuple[Remat, str | None]:
+def resolve(
+    config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int, gpu: str | None = None
+) -> tuple[Remat, str | None]:
     """A run's choice; and, where `remat` left it open, a line that says what was chosen and why.
 
     Args:
       held_bytes: of the device's memory, what the run's own weights and optimizer state take already.
+      gpu: of `RATES`, for a run that is not on this machine's device: of its memory nothing is known.
 
     Raises:
       InputError: a step fits with no choice.
@@ -344,12 +360,13 @@ def resolve(config: TrainConfig, model: Transformer, batches: Batches, held_byte
     if config.remat != "auto":
         return config.remat, None
     device = jax.local_devices()[0]
-    memory = _free_bytes(device, held_bytes) if config.memory_limit is None else config.memory_limit * _GIB
+    free = _free_bytes(device, held_bytes) if gpu is None else None
+    memory = free if config.memory_limit is None else config.memory_limit * _GIB
     if memory is None:
         return "full", 'remat "full": how much memory there is, this device does not say; `memory_limit` may'
     job = Job.of_run(model, batches)
-    predictions = list(predict(job, rates_of(device.device_kind)).values())
-    if device.platform == "cpu":  # has no memory but the host's
+    predictions = list(predict(job, rates_of(gpu or device.device_kind)).values())
+    if gpu is None and device.platform == "cpu":  # has no memory but the host's
         predictions = [p for p in predictions if not p.host_bytes]
     if not (fitting := fits(predictions, memory)):
         raise InputError(_refusal(config, job, fits(predictions, math.inf), memory))

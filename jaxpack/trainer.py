@@ -229,6 +229,7 @@ class Trainer:
             self.tokenizer,
             vocab_size=self.model.config.vocab_size,
             text_field=self.config.dataset_text_field,
+            assistant_only_loss=self.config.assistant_only_loss,
         )
 
     def train(self) -> TrainResult:

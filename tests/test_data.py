@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from tokenizers_for_tests import BOS, EOS, TURN_ENDS, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -90,13 +90,19 @@ FORMATS: dict[str, tuple[list[dict], list[tuple[str, str]]]] = {
             {"prompt": [turn("system", "be"), turn("user", "?")], "completion": [turn("assistant", "no")]},
         ],
         [
-            ("user\nhi<|im_end|>\nassistant\nyes<|im_end|>\n", "yes<|im_end|>\n"),
-            ("system\nbe<|im_end|>\nuser\n?<|im_end|>\nassistant\nno<|im_end|>\n", "no<|im_end|>\n"),
+            ("user\nhi<|im_end|>\nassistant\nyes<|im_end|>\n", "yes<|im_end|>"),
+            ("system\nbe<|im_end|>\nuser\n?<|im_end|>\nassistant\nno<|im_end|>\n", "no<|im_end|>"),
         ],
     ),
     "messages": (
-        [{"messages": [turn("user", "hi"), turn("assistant", "yes")]}, {"messages": [turn("user", "?")]}],
-        [("user\nhi<|im_end|>\nassistant\nyes<|im_end|>\n",) * 2, ("user\n?<|im_end|>\n",) * 2],
+        [
+            {"messages": [turn("user", "hi"), turn("assistant", "yes")]},
+            {"messages": [turn("user", "?"), turn("assistant", "no"), turn("user", "!")]},
+        ],
+        [
+            ("user\nhi<|im_end|>\nassistant\nyes<|im_end|>\n", "yes<|im_end|>"),
+            ("user\n?<|im_end|>\nassistant\nno<|im_end|>\nuser\n!<|im_end|>\n", "no<|im_end|>"),
+        ],
     ),
     "input_ids": (
         [{"input_ids": PLAIN("the cab").input_ids}, {"input_ids": PLAIN("ab.").input_ids}],
@@ -224,7 +230,7 @@ def test_a_chat_templates_own_bos_is_not_doubled(name: str) -> None:
 
 
 def test_special_tokens_of_a_chat_template_are_single_tokens() -> None:
-    assert pieces(load([{"messages": [turn("user", "ab")]}], CHAT)).count(TURN_ENDS) == 1
+    assert pieces(load([{"messages": [turn("user", "ab"), turn("assistant", "")]}], CHAT)).count(TURN_ENDS) == 2
 
 
 @pytest.mark.parametrize(
@@ -444,22 +450,6 @@ BAD_ROWS = {
         ["Labels", "[0, 263)", "got 263"],
     ),
     "negative_label": ([{"input_ids": [1, 2, 3], "labels": [-100, -1, 3]}], 0, ["Labels", "-100", "got -1"]),
-    "labels_masked": (
-        [
-            {"input_ids": [3, 4, 5]},
-            {"input_ids": PLAIN("the cab").input_ids, "labels": [-100] * 4},
-            {"input_ids": [3, 4, 5], "labels": [-100] * 3},
-        ],
-        1,
-        ["2 of 3 rows", "'the cab'"],
-    ),
-    "only_the_first_token_is_trained_on": (
-        [{"input_ids": [3, 4, 5], "labels": [3, -100, -100]}],
-        0,
-        ["1 of 1 rows", "'!\"#'"],
-    ),
-    "no_tokens": ([{"input_ids": [3, 4]}, {"input_ids": []}], 1, ["1 of 2 rows", "''"]),
-    "empty_text": ([{"text": "ab"}, {"text": ""}], 1, ["1 of 2 rows", "'<eos>'"]),
     "text_that_is_no_unicode": ([{"text": "ab"}, {"text": "half an emoji: \ud83d"}], 1, ["half an emoji"]),
 }
 
@@ -632,10 +622,35 @@ def test_a_long_value_is_not_printed_whole() -> None:
     assert len(refusal(masked)) < 600
 
 
-def test_prompts_that_a_template_renders_otherwise_are_counted_aloud(capsys: pytest.CaptureFixture) -> None:
-    tokenizer = small_tokenizer(chat=True)
-    tokenizer.chat_template = "{% if add_generation_prompt %}xyz{% else %}abc{% endif %}d"
-    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
-    documents = load(2 * rows, tokenizer)
+def test_prompts_whose_tokens_change_are_counted_aloud(capsys: pytest.CaptureFixture) -> None:
+    tokenizer = small_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("xyzthe", "the")
+    documents = load(2 * [{"prompt": "ab xyz", "completion": "the"}], tokenizer)
     assert (documents.labels[:3] != -100).any()
     assert "in 2 rows the prompt's tokens change when the completion follows" in capsys.readouterr().err
+
+
+# Rows of which one has nothing to learn, and how that one is shown.
+NOTHING_TO_LEARN = {
+    "labels_masked": ([{"input_ids": PLAIN("the cab").input_ids, "labels": [-100] * 4}], "'the cab'"),
+    "only_the_first_token": ([{"input_ids": [3, 4, 5], "labels": [3, -100, -100]}], "'!\"#'"),
+    "no_tokens": ([{"input_ids": [], "labels": []}], "''"),
+    "empty_text": ([{"text": ""}], "'<eos>'"),
+    "no_answer": ([{"messages": [turn("user", "hi")]}], "'user\\nhi"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_TO_LEARN)
+def test_rows_with_nothing_to_learn_are_left_out_and_counted_aloud(name: str, capsys: pytest.CaptureFixture) -> None:
+    empty, shown = NOTHING_TO_LEARN[name]
+    good = {
+        "text": {"text": "ab."},
+        "messages": {"messages": [turn("user", "hi"), turn("assistant", "yes")]},
+    }.get(next(iter(empty[0])), {"input_ids": [3, 4, 5], "labels": [3, 4, 5]})
+    documents = load([good, *empty, good, *empty], CHAT)
+    assert texts(documents) == texts(load([good, good], CHAT))
+    said = capsys.readouterr().err
+    assert "2 of 4 rows have nothing to learn" in said and "row 1 of the dataset" in said and shown in said
+    assert Batches(documents, TrainConfig()).documents.num_targets.all()
+    message = refusal(2 * empty, CHAT)
+    assert "got 2 rows with none" in message and "row 0 of the dataset" in message and shown in message

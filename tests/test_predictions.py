@@ -13,14 +13,26 @@ import pytest
 from flax import nnx
 from models import random_documents, small_config, small_model
 
-from jaxpack import LoraConfig, TrainConfig, Transformer, add_lora
+from jaxpack import LoraConfig, TrainConfig, Transformer
 from jaxpack.batching import Batches
+from jaxpack.bench import models
 from jaxpack.bench.models import SHAPES
 from jaxpack.config import Remat
 from jaxpack.errors import InputError
 from jaxpack.memory import unrolls
 from jaxpack.packing import PackedBatch
-from jaxpack.predictions import RATES, Job, argument_bytes, peak_bytes, predict, rates_of, resolve
+from jaxpack.predictions import (
+    RATES,
+    Job,
+    argument_bytes,
+    known_rates,
+    peak_bytes,
+    predict,
+    rates_of,
+    resolve,
+    run_seconds,
+    step_seconds,
+)
 from jaxpack.trainer import Trainer
 from jaxpack.training import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 
@@ -31,13 +43,7 @@ GIB = 2**30
 
 @functools.cache
 def abstract_model(name: str, lora: LoraConfig | None) -> Transformer:
-    """Of its real size, without arrays."""
-
-    def make() -> Transformer:
-        model = Transformer(SHAPES[name], rngs=nnx.Rngs(0))
-        return model if lora is None else add_lora(model, lora)
-
-    return nnx.eval_shape(make)
+    return models.abstract_model(SHAPES[name], lora)
 
 
 def abstract_small(family: str, **changes) -> Transformer:
@@ -130,6 +136,7 @@ def test_a_slow_link_is_waited_for():
 
 
 def test_rates_go_by_the_device():
+    assert known_rates("NVIDIA H200") == H200 and known_rates("cpu") is None
     assert rates_of("NVIDIA H200") == H200 != rates_of("NVIDIA H100 80GB HBM3")
     assert all(a <= b for a, b in zip(rates_of("NVIDIA X1"), RATES["H100"], strict=True))
 
@@ -185,6 +192,26 @@ def test_auto_takes_the_fastest_that_fits(resolved, predictions, remat):
     if remat != "offload":
         assert resolved(1.09 * needed - 8 * GIB)[0] != remat
         assert resolved(1e6, memory_limit=(needed - 1) / GIB)[0] != remat
+
+
+@pytest.mark.parametrize(("kind", "platform"), [("NVIDIA X1", "gpu"), ("cpu", "cpu")])
+def test_of_another_gpu_only_what_is_said_is_known(kind, platform, monkeypatch):
+    here = FakeGpu(limit=200 * GIB, in_use=0, device_kind=kind, platform=platform)
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    model = abstract_model("Qwen3-4B", LORA)
+    assert resolve(PACKED, model, batches(), 0, gpu="H200")[0] == "full"
+    limited = TrainConfig(**vars(PACKED) | {"memory_limit": 12.0})
+    assert resolve(limited, model, batches(), 0, gpu="H200")[0] == "offload"
+
+
+def test_a_run_takes_the_time_of_its_steps():
+    model = abstract_model("Qwen3-4B", LORA)
+    uneven = Batches(
+        random_documents([20, 500, 90, 260, 700, 40, 333]), TrainConfig(per_device_train_batch_size=3, max_steps=9)
+    )
+    each = [step_seconds(Job.of_run(model, uneven, int(T)), "full", H200) for T in uneven.row_lengths]
+    assert len(set(each)) > 1
+    assert run_seconds(model, uneven, "full", H200) == pytest.approx(sum(each))
 
 
 def test_what_is_asked_for_by_name_is_taken(resolved):

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,19 @@ def test_the_python_of_the_readme_runs(user_folder: Path):
     assert (user_folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_command_of_the_readme_runs(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    (command,) = (block for block in blocks("console") if block.startswith("jaxpack train"))
-    monkeypatch.setattr(sys, "argv", shlex.split(shortened(command).replace("\\\n", " ")))
+def run_command(start: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str] = str):
+    (command,) = (block for block in blocks("console") if block.startswith(start))
+    monkeypatch.setattr(sys, "argv", shlex.split(change(command).replace("\\\n", " ")))
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code in (0, None)
+
+
+def test_the_data_of_the_readme_is_inspected(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    run_command("jaxpack inspect", monkeypatch)
+    assert (user_folder / "lengths.png").is_file()
+
+
+def test_the_command_of_the_readme_runs(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    run_command("jaxpack train", monkeypatch, shortened)
     assert (user_folder / "out" / "adapter" / "adapter_model.safetensors").is_file()

@@ -24,14 +24,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def small_tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
+def small_tokenizer(
+    *, bos: bool = False, chat: bool = False, specials: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which "a" and "b" merge, and the letters of "the"; with `bos`, text begins with a BOS token."""
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in _MERGES)]
     vocabulary = {word: index for index, word in enumerate([EOS, BOS, TURN_ENDS, *words])}
     tokenizer = Tokenizer(models.BPE(vocabulary, _MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (EOS, BOS, TURN_ENDS)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (EOS, BOS, TURN_ENDS, *specials)])
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]

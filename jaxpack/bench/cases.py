@@ -1,15 +1,12 @@
 """What is measured: one case, and the plans that vary it."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
-
-from jaxpack.config import Implementation, Remat
+from jaxpack.config import Implementation, Layout, Remat
 from jaxpack.data import Documents
 from jaxpack.errors import InputError
-
-Layout = Literal["padded", "padding-free", "packed"]
+from jaxpack.packing import packed_rows
 
 REMAT = ("auto", *get_args(Remat))
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -80,12 +77,6 @@ def case_of(record: dict[str, Any]) -> Case:
     return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case) if field.name in record})
 
 
-def packed_rows(count: int, documents: Documents, max_length: int) -> int:
-    """The packed rows that hold about as many tokens as `count` of the documents do."""
-    mean = np.minimum(documents.lengths, max_length).mean()
-    return max(1, round(count * mean / max_length))
-
-
 def batch_sizes(base: Case, sizes: tuple[int, ...] = BATCH_SIZES) -> list[Planned]:
     """The layout of `base` at each batch size, labelled by the line that a picture draws of them."""
     least = 0 if base.layout == "packed" else _LEAST_DOCUMENTS
@@ -125,7 +116,7 @@ def losses(base: Case, count: int, documents: Documents) -> list[Planned]:
 
 def _layouts(base: Case, count: int, documents: Documents) -> list[Case]:
     """Padded, padding-free and packed, at about the same tokens a step."""
-    rows = packed_rows(count, documents, base.max_length)
+    rows = packed_rows(count, documents.lengths, base.max_length)
     return [
         dataclasses.replace(base, layout=layout, rows=rows if layout == "packed" else count)
         for layout in get_args(Layout)

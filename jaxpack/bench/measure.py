@@ -23,16 +23,13 @@ WARM_UP = 3  # steps that are not timed
 def train_config(case: Case) -> TrainConfig:
     """How the run of a case trains."""
     return TrainConfig(
-        packing=case.layout == "packed",
-        padding_free=case.layout == "padding-free",
         max_length=case.max_length,
-        per_device_train_batch_size=case.rows,
         max_steps=WARM_UP + case.steps,
         remat=case.remat,
         implementation=case.implementation,
         learning_rate=case.learning_rate,
         lr_scheduler_type="constant",
-    )
+    ).in_layout(case.layout, case.rows)
 
 
 def measure(

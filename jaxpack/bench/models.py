@@ -47,14 +47,19 @@ SHAPES = {
 }
 
 
-def random_model(config: ModelConfig, lora: LoraConfig | None, dtype: DTypeLike = jnp.bfloat16) -> Transformer:
-    """A model of the right shapes with weights of the right size, made without holding any of them twice."""
+def abstract_model(config: ModelConfig, lora: LoraConfig | None, dtype: DTypeLike = jnp.bfloat16) -> Transformer:
+    """A model of the right shapes without arrays, for predictions."""
 
     def make() -> Transformer:
         model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
         return model if lora is None else add_lora(model, lora)
 
-    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.eval_shape(make)
+
+
+def random_model(config: ModelConfig, lora: LoraConfig | None, dtype: DTypeLike = jnp.bfloat16) -> Transformer:
+    """A model of the right shapes with weights of the right size, made without holding any of them twice."""
+    graph, state = nnx.split(abstract_model(config, lora, dtype))
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         names = {getattr(key, "key", None) for key in path}
@@ -75,8 +80,8 @@ def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:
     return ((x.astype(jnp.float32) * 2.0**-32 - 0.5) * (0.02 * 12**0.5)).astype(like.dtype).reshape(like.shape)
 
 
-def drawn_lengths(histogram: Path, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of documents, int64 `[count]`, drawn from a histogram.
+def drawn_lengths(histogram: Path, count: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Lengths of documents, int64 `[count]`, drawn from a histogram; None draws as many as were counted for it.
 
     The file has the columns `token_length_from`, `token_length_to` and `documents`: a bin is drawn in proportion to
     its documents, then a length uniformly within it.
@@ -92,11 +97,11 @@ def drawn_lengths(histogram: Path, count: int, rng: np.random.Generator) -> np.n
     low, high, weight = np.array(bins or [[0, 0, 0]]).T
     if not (weight.min() >= 0 and weight.sum() > 0 and (low <= high).all()):
         raise InputError(f"`lengths` must have bins with documents in them, got none in {str(histogram)!r}.")
-    drawn = rng.choice(len(bins), count, p=weight / weight.sum())
+    drawn = rng.choice(len(bins), round(weight.sum()) if count is None else count, p=weight / weight.sum())
     return np.maximum(2, rng.uniform(low[drawn], high[drawn]).astype(int))
 
 
-def drawn_documents(histogram: Path, count: int, *, vocab_size: int = _IDS[1], seed: int = 0) -> Documents:
+def drawn_documents(histogram: Path, count: int | None, *, vocab_size: int = _IDS[1], seed: int = 0) -> Documents:
     """Documents of random ids with lengths drawn from a histogram, trained on whole."""
     rng = np.random.default_rng(seed)
     lengths = drawn_lengths(histogram, count, rng)

@@ -1,6 +1,5 @@
 """Records as a table and as pictures. Needs no device, and matplotlib for the pictures alone."""
 
-import importlib.util
 import itertools
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import ABLATION, OFFLOADED
 from jaxpack.bench.processes import Record
-from jaxpack.errors import InputError
+from jaxpack.pictures import Line, frame, label_ends, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,15 +118,9 @@ def draw_all(records: list[Record], results: Path) -> list[Path]:
     return drawn
 
 
-def require_matplotlib() -> None:
-    """Raises where no picture can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("pictures need `pip install jaxpack[bench]`, got no matplotlib.")
-
-
 def draw_batch_sizes(records: list[Record]) -> "Figure":
     """Tokens a second, memory and the valid tokens' share against the batch size, a line for each series."""
-    figure = _figure(15, 5.4)
+    figure = new_figure(15, 5.4)
     panels = figure.subplots(1, 3)
     titles = ("How many real tokens a second?", "How much memory?", "How much is not padding?")
     units = ("real tokens/s", "peak memory, GiB", "valid tokens, %")
@@ -143,7 +136,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
         for label in dict.fromkeys(record["label"] for record in shown):
             series = sorted((r for r in shown if r["label"] == label), key=lambda record: record["rows"])
             rows, values = [r["rows"] for r in series], [figure_of(r) for r in series]
-            lines.append((label, series[0], rows, values))
+            lines.append(Line(_name(label), _shade(series[0]["system"], 1.0), rows, values))
             panel.plot(rows, values, markersize=5, linewidth=1.8, **_style(series[0]))
         panel.set_xscale("log", base=2)
         sizes = sorted({record["rows"] for record in records})
@@ -153,8 +146,8 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
             _plain_ticks(panel)
         else:
             panel.set_ylim(bottom=0)
-        _frame(panel, title, f"batch size: documents, or packed rows of {records[0]['max_length']:,}", unit)
-        _label_ends(panel, lines)
+        frame(panel, title, f"batch size: documents, or packed rows of {records[0]['max_length']:,}", unit)
+        label_ends(panel, lines)
     _head(figure, records)
     return figure
 
@@ -162,7 +155,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
 def draw_ablation(records: list[Record]) -> "Figure":
     """Bars of tokens a second and of memory, stage by stage, with the factor of each."""
     stages = ablation_stages(records)
-    figure = _figure(12, 0.75 * len(stages) + 2.2)
+    figure = new_figure(12, 0.75 * len(stages) + 2.2)
     speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = -np.arange(len(stages))
     shades = [_shade("jaxpack", 0.35 if stage["implementation"] == "xla" else 1.0) for stage in stages]
@@ -174,15 +167,15 @@ def draw_ablation(records: list[Record]) -> "Figure":
     speed.set_yticks(places, [_stage_name(stage) for stage in stages])
     chain = [stage for stage in stages if stage["label"] in ABLATION]
     total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
-    _frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: of the one before)", "")
-    _frame(memory, "And what does it hold?", "peak memory, GiB", "")
+    frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: of the one before)", "")
+    frame(memory, "And what does it hold?", "peak memory, GiB", "")
     _head(figure, records, " Pale: XLA's operations. Offloading is beside keeping all, not after it.")
     return figure
 
 
 def draw_losses(records: list[Record]) -> "Figure":
     """The loss of each layout against steps, and against seconds."""
-    figure = _figure(13, 5.2)
+    figure = new_figure(13, 5.2)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for record in records:
         window = max(1, len(record["losses"]) // 30)
@@ -192,24 +185,14 @@ def draw_losses(records: list[Record]) -> "Figure":
         by_step.plot(np.arange(window, len(record["losses"]) + 1), smooth, label=record["label"], **style)
         by_time.plot(record["loss_seconds"][window - 1 :], smooth, **style)
     smoothed = f"training loss (mean of {window} steps)" if window > 1 else "training loss"
-    _frame(by_step, "Does the layout change what is learned?", "step", smoothed)
-    _frame(by_time, "How soon is it learned?", "seconds of training, without compilation", "")
+    frame(by_step, "Does the layout change what is learned?", "step", smoothed)
+    frame(by_time, "How soon is it learned?", "seconds of training, without compilation", "")
     by_step.legend(frameon=False)
     _head(figure, records)
     return figure
 
 
-# What the pictures share.
-
-
-def _figure(width: float, height: float) -> "Figure":
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's settings say
-    return figure
+# What these pictures share.
 
 
 def _style(record: Record) -> dict[str, Any]:
@@ -237,15 +220,6 @@ def _stage_name(stage: Record) -> str:
     return f"{stage['label']}\n{stage['rows']} {rows}, remat {stage['remat']}"
 
 
-def _frame(panel: "Axes", title: str, along: str, up: str) -> None:
-    panel.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    panel.set_xlabel(along)
-    panel.set_ylabel(up)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="both", color="#E5E5E5", linewidth=0.7)
-    panel.set_axisbelow(True)
-
-
 def _plain_ticks(panel: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -260,31 +234,6 @@ def _bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, 
         panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
     panel.set_xlim(0, 1.3 * max(values))
     panel.xaxis.set_major_formatter("{x:,.10g}")
-
-
-def _label_ends(panel: "Axes", lines: list[tuple[str, Record, list[int], list[float]]]) -> None:
-    """Names each line at the panel's right, at the height of its end, moved apart where ends are close."""
-    panel.figure.canvas.draw()
-    last = max(xs[-1] for _, _, xs, _ in lines)
-    lines = sorted(lines, key=lambda line: line[3][-1])
-    ends = panel.transData.transform([(last, ys[-1]) for *_, ys in lines])[:, 1]
-    heights = _apart(ends, 13 * panel.figure.dpi / 72)
-    heights -= max(0.0, heights[-1] - panel.bbox.ymax)
-    for (label, record, xs, _), height in zip(lines, heights, strict=True):
-        at = panel.transData.inverted().transform((0, height))[1]
-        text = _name(label) + (f" (to {xs[-1]})" if xs[-1] < last else "")
-        panel.annotate(text, (last, at), (7, 0), textcoords="offset points", va="center", fontsize=9,
-                       color=_shade(record["system"], 1.0), annotation_clip=False)  # fmt: skip
-
-
-def _apart(wanted: np.ndarray, least: float) -> np.ndarray:
-    """The places nearest to `wanted`, which ascends, that are at least so far apart: groups about their mean."""
-    groups: list[list[float]] = []
-    for offset in wanted - least * np.arange(len(wanted)):
-        groups.append([offset])
-        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return np.concatenate([np.full(len(group), np.mean(group)) for group in groups]) + least * np.arange(len(wanted))
 
 
 def _head(figure: "Figure", records: list[Record], more: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The front door: `jaxpack train`, `bench`, `export` and `demo`. The one place here that may import torch_bridge."""
+"""The front door: `jaxpack train`, `inspect`, `bench`, `export`, `demo`. The one that may import torch_bridge."""
 
 import sys
 
@@ -7,6 +7,7 @@ import typer
 from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
 from jaxpack.cli.export import export
+from jaxpack.cli.inspect import inspect
 from jaxpack.cli.train import train
 from jaxpack.console import console
 from jaxpack.errors import InputError
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's tables cut the names of long flags
 )
 app.command()(train)
+app.command()(inspect)
 app.command()(export)
 app.command()(bench)
 app.command()(demo)

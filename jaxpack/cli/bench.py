@@ -8,33 +8,26 @@ from typing import Annotated, get_args
 
 import typer
 
-import torch_bridge
-from jaxpack.bench.cases import Case, Layout, Planned, ablation, batch_sizes, losses
-from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
+from jaxpack.bench.cases import Case, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.models import save_documents
 from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
-from jaxpack.bench.report import draw_all, print_tables, require_matplotlib
+from jaxpack.bench.report import draw_all, print_tables
+from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
+from jaxpack.config import Layout
 from jaxpack.console import console
-from jaxpack.data import Documents, load_documents
 from jaxpack.errors import InputError
 from jaxpack.files import require_free_folder
+from jaxpack.pictures import require_matplotlib
 
 _DRAWN = 4000  # documents, where their lengths are all that is known
 _RESULTS = "results.json"
 
 
 def bench(
-    model: Annotated[
-        str, typer.Option(help=f"A Hugging Face folder, or the shape of {', '.join(SHAPES)}, with random weights.")
-    ],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option(help="A new folder, for results.json and the pictures.")],
-    data: Annotated[Path | None, typer.Option(help="A JSONL or Parquet file, as for train.")] = None,
-    lengths: Annotated[
-        Path | None,
-        typer.Option(
-            help="Instead of data: a CSV with the columns token_length_from, token_length_to and documents, from which"
-            " lengths are drawn."
-        ),
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
     plans: Annotated[
         str,
         typer.Option(
@@ -54,9 +47,7 @@ def bench(
     """Measure tokens a second and memory: each case in a process of its own, then a table and pictures."""
     require_matplotlib()
     require_free_folder(output, "output")
-    if (data is None) == (lengths is None):
-        given = "none" if data is None else "both"
-        raise InputError(f"`data` or `lengths` must be given, and not both, got {given}.")
+    require_one(data, lengths)
     base = Case(
         model=model,
         max_length=max_length,
@@ -69,7 +60,7 @@ def bench(
     for name, value in (("documents", documents), ("loss_steps", loss_steps)):
         if value < 1:
             raise InputError(f"`{name}` must be at least 1, got {value}.")
-    corpus = _read(model, data, lengths)
+    _, _, corpus = read_documents(model, data, lengths, drawn=_DRAWN)
     of_layouts = [dataclasses.replace(base, layout=layout) for layout in get_args(Layout)]
     cases_of = {
         "ablation": ablation(base, documents, corpus),
@@ -108,13 +99,3 @@ def _sizes(text: str) -> tuple[int, ...]:
     if not sizes or sizes[0] < 1:
         raise InputError(f"`sizes` must be whole numbers of at least 1 with commas between them, got {text!r}.")
     return sizes
-
-
-def _read(model: str, data: Path | None, lengths: Path | None) -> Documents:
-    """Tokenised once, here, for all processes. Of a folder, config and tokenizer are read: the weights are for them."""
-    if data is not None and not data.is_file():
-        raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
-    config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
-    if lengths is not None:
-        return drawn_documents(lengths, _DRAWN, vocab_size=config.vocab_size)
-    return load_documents(data, tokenizer, vocab_size=config.vocab_size)

@@ -28,7 +28,11 @@ _LORA_FLAGS = [
 def train(
     model: Annotated[str, typer.Option(help="A Hugging Face folder, or the id of a model on the hub.")],
     data: Annotated[
-        Path, typer.Option(help="A JSONL or Parquet file of text, prompt and completion, messages or input_ids.")
+        Path,
+        typer.Option(
+            help="A JSONL or Parquet file of text, prompt and completion, messages, conversations, instruction and "
+            "output, or input_ids."
+        ),
     ],
     output: Annotated[
         Path,

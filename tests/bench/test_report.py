@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpack.bench import report
-from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Layout, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Planned, ablation, batch_sizes, losses
+from jaxpack.config import Layout
 
 GIB = 2**30
 
@@ -99,12 +100,6 @@ def test_batch_sizes_are_drawn_as_measured_and_a_system_has_its_color():
         assert "jaxpack packed" in [text.get_text() for text in panel.texts]
     found = [round(255 * part) for part in speed.lines[3].get_color()]
     assert found == [int(report.COLORS["unsloth"][i : i + 2], 16) for i in (1, 3, 5)]
-
-
-def test_names_stay_near_the_ends_of_their_lines_and_apart():
-    ends = np.array([0.0, 1.0, 2.0, 50.0, 100.0])
-    placed = report._apart(ends, 10.0)
-    np.testing.assert_allclose(placed, [-9.0, 1.0, 11.0, 50.0, 100.0])
 
 
 def test_the_ablation_is_drawn_as_measured():

@@ -105,11 +105,10 @@ BAD_DATA: dict[str, tuple[bytes | None, list[str]]] = {
     "field_missing": (jsonl(GOOD[0], {"txt": "the"}), ["line 2 of", "`text`", "'txt'"]),
     "labels_masked": (
         jsonl(
-            {"input_ids": [3, 4, 5]},
             {"input_ids": small_tokenizer()("the cab").input_ids, "labels": [-100] * 4},
             {"input_ids": [3, 4], "labels": [-100] * 2},
         ),
-        ["2 of 3 rows", "line 2 of", "'the cab'"],
+        ["2 rows with none", "line 1 of", "'the cab'"],
     ),
     "ids_past_the_vocabulary": (
         jsonl({"input_ids": [1, 2]}, {"input_ids": [1, 263]}),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
+import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -22,6 +23,7 @@ from torch_bridge.adapter import adapter_tensors
 from torch_bridge.convert import model_tensors
 
 LORA = LoraConfig(r=4, lora_alpha=8)
+_LONGEST = 150
 LENGTHS = [90, 61, 33, 17, 5, 2, 100]  # past every window and every original context, and far below
 
 
@@ -32,7 +34,9 @@ class Figures(NamedTuple):
     loss: float  # with adapters, packed, to PEFT's of one document after another
     gradients: float  # of all adapters and all weights, to PEFT's: |difference| / |value| of the worst tensor
     packed: float  # logits of packed documents, to those of each alone
-    adapter_out: bool  # the adapter has the tensors that PEFT writes for all linear modules
+    adapter_out: bool  # has the tensors that PEFT writes for all linear modules, and PEFT's own come out byte for byte
+    adapter_in: float  # logits with an adapter of PEFT's, to PEFT's
+    merged: float  # logits of the merged folder in transformers, to those of PEFT with the adapter beside
 
 
 def measure(checkpoint: str, folder: Path) -> Figures:
@@ -52,12 +56,28 @@ def measure(checkpoint: str, folder: Path) -> Figures:
         peft.LoraConfig(r=LORA.r, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     expected = {name: tuple(x.shape) for name, x in peft.get_peft_model_state_dict(fresh).items()}
-    return Figures(logits, loss, gradients, packed, ours == expected)
+    adapter_in, merged, same_bytes = _round_trip(path, theirs, folder)
+    return Figures(logits, loss, gradients, packed, ours == expected and same_bytes, adapter_in, merged)
+
+
+def _round_trip(path: str, theirs: peft.PeftModel, folder: Path) -> tuple[float, float, bool]:
+    """PEFT's adapter in, and merged, and out again: the differences in logits, and whether it is the same file."""
+    theirs.save_pretrained(folder / "theirs")
+    model, _ = torch_bridge.from_pretrained(path, dtype="float32")
+    torch_bridge.load_adapter(model, str(folder / "theirs"))
+    torch_bridge.save_adapter(model, str(folder / "back"))
+    read = [(folder / name / "adapter_model.safetensors").read_bytes() for name in ("theirs", "back")]
+    torch_bridge.save_merged(model, str(folder / "merged"), dtype="float32")
+    tokens = hf.random_tokens(2, _LONGEST)  # torch's dynamic NTK keeps the frequencies of the longest row that it saw
+    expected = hf.logits(theirs, tokens)
+    ours = np.asarray(model.logits(jnp.asarray(tokens)))
+    merged = hf.logits(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged"), tokens)
+    return float(np.abs(ours - expected).max()), float(np.abs(merged - expected).max()), read[0] == read[1]
 
 
 def _logits(model: Transformer, reference) -> tuple[float, float]:
     """Two whole rows, then one with documents packed, then each of those alone: one program for all."""
-    lengths, T = [70, 1, 33, 46], 150
+    lengths, T = [70, 1, 33, 46], _LONGEST
     assert sum(lengths) == T
     rows = hf.random_tokens(3, T)
     segments = np.ones_like(rows)
@@ -109,11 +129,13 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
 
 def main() -> None:
     """The table, in Markdown."""
-    print("| family | logits | loss | gradients | packed | adapter out |\n|---|---|---|---|---|---|")
+    print("| family | logits | loss | gradients | packed | adapter out | adapter in | merged out |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in hf.FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            *figures, adapter_out = measure(f"{name}-untied", Path(folder))
-        print("|", " | ".join([name, *(f"{x:.0e}" for x in figures), "equal" if adapter_out else "differs"]), "|")
+            figures = measure(f"{name}-untied", Path(folder))
+        cells = [("differs", "equal")[x] if isinstance(x, bool) else f"{x:.0e}" for x in figures]
+        print("|", " | ".join([name, *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":

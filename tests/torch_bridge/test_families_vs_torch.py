@@ -44,6 +44,14 @@ def test_an_adapter_has_the_tensors_that_peft_writes(figures: families.Figures):
     assert figures.adapter_out
 
 
+def test_an_adapter_of_peft_has_its_logits(figures: families.Figures):
+    assert figures.adapter_in <= 1e-4
+
+
+def test_a_merged_folder_has_the_logits_of_the_adapter_beside(figures: families.Figures):
+    assert figures.merged <= 1e-4
+
+
 # --- Random configs ---
 
 _LENGTH = 70  # of the rows: most windows and original contexts are shorter

@@ -1,0 +1,576 @@
+"""Conversations: what a chat template writes of a row, and which characters of it the assistant has to learn.
+
+Those are what it would generate: from where the generation prompt ends to the token that ends its turn. A template
+with `{% generation %}` tags says where they are. With any other, a like conversation is written, with marks for
+contents: around them is the template's own text. The row is then found to be that text, to the letter, with its
+contents in the place of the marks. Where it is not (thoughts that are dropped, tool calls), each turn is replaced
+alone, and the row must begin and end as that does. What neither decides is refused.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from jaxpack.errors import InputError, reason
+
+Span = tuple[int, int]  # of characters, the second one past the end
+Message = dict[str, Any]
+
+_ROLES = {  # of ShareGPT's `from`
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_MARK = "\ufdd0{}\ufdd1"  # Unicode keeps these two from text
+_MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
+_QUESTION = {"role": "user", "content": _MARK.format(0)}
+_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_MAX_KNOWN = 1024  # forms of conversations, and edges of turns, to keep
+
+
+class ChatTokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer to write conversations."""
+
+    chat_template: Any
+    special_tokens_map: Mapping[str, Any]
+
+    def apply_chat_template(self, conversation: list, *, tokenize: bool, **options: Any) -> Any: ...
+    def get_chat_template(self, chat_template: str | None = None, tools: list | None = None) -> str: ...
+    def get_added_vocab(self) -> dict[str, int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given of a row. The first `prompt` messages are not trained on."""
+
+    messages: list[Message]
+    tools: list | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: int = 0
+
+
+# Rows to conversations.
+
+
+def read_conversation(row: Mapping[str, Any], messages: list, where: str, *, prompt: int = 0) -> Conversation:
+    """A conversation of `role` and `content`, or of ShareGPT's `from` and `value`, with the row's `system` and `tools`.
+
+    `where` names the row in errors.
+    """
+    turns = [_message(message, where) for message in messages]
+    system = row.get("system")
+    if system and (not turns or turns[0].get("role") != "system"):
+        if not isinstance(system, str):
+            raise InputError(f"`system` must be a str, got {system!r:.80} in {where}.")
+        turns.insert(0, {"role": "system", "content": system})
+        prompt += prompt > 0
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"`chat_template_kwargs` must be a mapping, got {options!r:.80} in {where}.")
+    return Conversation(turns, _tools(row.get("tools"), where), options, prompt)
+
+
+def read_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
+    """Alpaca's instruction, input (empty where there is none) and output."""
+    texts = row.get("instruction"), row.get("input") or "", row.get("output")
+    for key, text in zip(("instruction", "input", "output"), texts, strict=True):
+        if not isinstance(text, str):
+            raise InputError(f"`{key}` must be a str, got {text!r:.80} in {where}.")
+    return texts
+
+
+def alpaca_prompt(instruction: str, given: str) -> str:
+    """The words in which Alpaca asks, for tokenizers without a chat template (Stanford Alpaca, Taori et al. 2023)."""
+    paired = ", paired with an input that provides further context" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"
+        f" request.\n\n### Instruction:\n{instruction}\n\n"
+        + (f"### Input:\n{given}\n\n" if given else "")
+        + "### Response:\n"
+    )
+
+
+def _message(message: Any, where: str) -> Message:
+    if isinstance(message, Mapping) and isinstance(message.get("role"), str):
+        message = {key: value for key, value in message.items() if value is not None}
+    elif isinstance(message, Mapping) and isinstance(message.get("from"), str) and "value" in message:
+        if message["from"] not in _ROLES:
+            raise InputError(f"`from` must be one of {sorted(_ROLES)}, got {message['from']!r:.80} in {where}.")
+        message = {"role": _ROLES[message["from"]], "content": message["value"]}
+    else:
+        raise InputError(
+            f"A message must have `role` and `content`, or `from` and `value`, got {message!r:.80} in {where}."
+        )
+    calls = message.get("tool_calls", [])
+    if not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise InputError(f"`tool_calls` must be a list of mappings, got {calls!r:.80} in {where}.")
+    if calls:
+        message["tool_calls"] = [_with_arguments(call, _from_json) for call in calls]
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise InputError(f"The parts of a message must be text, got {content!r:.80} in {where}.")
+        message["content"] = "".join(part["text"] for part in content)
+    return message
+
+
+def _with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> Mapping[str, Any]:
+    """A tool call with other arguments, whether it is a `function` or has one."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], change)}
+    return {**call, "arguments": change(call.get("arguments", {}))}
+
+
+def _from_json(arguments: Any) -> Any:
+    """Arguments as most templates take them. OpenAI's are JSON, which those would quote once more."""
+    with contextlib.suppress(TypeError, ValueError):
+        found = json.loads(arguments)
+        return found if isinstance(found, Mapping) else arguments
+    return arguments
+
+
+def _to_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def without_none(value: Any) -> Any:
+    """A row of Arrow's as it was: there, every mapping has the keys of all, some of them without a value."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _tools(tools: Any, where: str) -> list | None:
+    """A row's tools: a list, or JSON of one; each of them may be JSON, too."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+        if isinstance(found, list):
+            found = [json.loads(tool) if isinstance(tool, str) else tool for tool in found]
+    except ValueError:
+        found = tools
+    if found is not None and not (isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found)):
+        raise InputError(f"`tools` must be a list of mappings, or JSON of one, got {tools!r:.80} in {where}.")
+    return found or None
+
+
+# Conversations to text.
+
+
+class _Undecided(Exception):
+    """Why the assistant's part of a text cannot be told from the template's."""
+
+
+class _Edges(NamedTuple):
+    """Characters around an assistant's content that it learns, too, and how many of those after it must end a turn."""
+
+    lead: int
+    tail: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Conversations of the same roles: the template's text around contents, and which message's content is between."""
+
+    between: list[str]  # one more than there are slots
+    slots: list[int]
+    edges: dict[int, _Edges]  # by slot, of the assistant's that are trained on
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer that has one.
+
+    Attributes:
+      endless: conversations so far whose last turn to learn ends in no token, so that no end is learned.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer):
+        self.endless = 0
+        self._tokenizer = tokenizer
+        self._tokens = tuple(token for token in tokenizer.get_added_vocab() if token.strip())
+        longest_first = sorted(self._tokens, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._forms: dict[Any, _Form] = {}
+        self._edges: dict[Any, _Edges] = {}
+        self._checked: set[tuple[str, bool]] = set()
+
+    def write(self, conversation: Conversation, where: str) -> str:
+        """The text of a conversation. `where` names its row in errors."""
+        return self._write(self._with_readable_calls(conversation), where)
+
+    def write_with_spans(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
+        """The text, and which parts of it are trained on: ascending, apart.
+
+        Raises:
+          InputError: the template refuses the conversation, or leaves it undecided which parts are the assistant's.
+        """
+        conversation = self._with_readable_calls(conversation)
+        try:
+            template = self._tokenizer.get_chat_template(tools=conversation.tools)
+        except ValueError as error:  # several, and none of them the default
+            raise _refused(error, where) from error
+        tagged = _TAG.search(template) is not None
+        try:
+            if tagged:
+                text, spans = self._tagged(conversation, template, where)
+                if any(message.get("role") == "assistant" for message in conversation.messages[: conversation.prompt]):
+                    spans = list(_overlaps(spans, self._compared(conversation, text, where)))
+            else:
+                text = self._write(conversation, where)
+                spans = self._compared(conversation, text, where)
+        except _Undecided as why:
+            tags = "its {% generation %} tags" if tagged else "{% generation %} and {% endgeneration %}"
+            raise InputError(
+                f"The chat template must show what of its text the assistant writes, but {why}, in {where}: put {tags}"
+                " around that in the template, or train `messages` on every token with `assistant_only_loss` off."
+            ) from None
+        if spans:
+            self.endless += not text[: spans[-1][1]].rstrip().endswith(self._tokens)
+        return text, spans
+
+    def _write(self, conversation: Conversation, where: str) -> str:
+        try:
+            return self._apply(conversation, conversation.messages)
+        except Exception as error:  # a template raises what it likes
+            raise _refused(error, where) from error
+
+    def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
+        return self._tokenizer.apply_chat_template(
+            list(messages), tools=conversation.tools, tokenize=False, **{**conversation.options, **options}
+        )
+
+    def _with_readable_calls(self, conversation: Conversation) -> Conversation:
+        """The conversation, with arguments of calls as JSON where the template takes nothing else (DeepSeek's)."""
+        if not any(message.get("tool_calls") for message in conversation.messages):
+            return conversation
+        messages = [
+            {**message, "tool_calls": [_with_arguments(call, _to_json) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in conversation.messages
+        ]
+        for candidate in (conversation, dataclasses.replace(conversation, messages=messages)):
+            with contextlib.suppress(Exception):
+                self._apply(candidate, candidate.messages)
+                return candidate
+        return conversation
+
+    # By the template's tags.
+
+    def _tagged(self, conversation: Conversation, template: str, where: str) -> tuple[str, list[Span]]:
+        try:
+            text, spans = self._track(conversation, template, conversation.messages)
+        except Exception as error:
+            raise _refused(error, where) from error
+        calls = [i for i, message in enumerate(conversation.messages) if message.get("tool_calls")]
+        if (template, bool(calls)) not in self._checked:
+            marked = [_marked(message, i) for i, message in enumerate(conversation.messages)]
+            try:
+                trial, trial_spans = self._track(conversation, template, marked)
+            except Exception as error:
+                raise _Undecided(f"it refuses a like conversation ({reason(error)})") from None
+            slots = _split(trial)[1]
+            for i in set(calls) - set(slots):
+                raise _unwritten(conversation, i, where)
+            tagged = [trial[begin:end] for begin, end in trial_spans]
+            answers = any(marked[i].get("role") == "assistant" for i in slots)
+            if answers and any(tagged) and not any(map(_MARKS.search, tagged)):
+                # Within a macro, transformers takes the tags to be where the macro's text begins.
+                raise _Undecided("its tags are not where they seem, as within a macro")
+            if answers:
+                self._checked.add((template, bool(calls)))
+        return text, [span for span in sorted(spans) if span[0] < span[1]]
+
+    def _track(self, conversation: Conversation, template: str, messages: list[Message]) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            tools=conversation.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **conversation.options},
+        )
+        return texts[0], spans[0]
+
+    # By comparing what it writes.
+
+    def _compared(self, conversation: Conversation, text: str, where: str) -> list[Span]:
+        messages = conversation.messages
+        assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        if not any(i >= conversation.prompt for i in assistants):
+            return []
+        if "\ufdd0" in text:
+            raise _Undecided("the row holds U+FDD0, which is no character")
+        if any(messages[i].get("tool_calls") for i in assistants):
+            return self._one_by_one(conversation, text, self._form(conversation, where))
+        key = self._key(conversation)
+        form = self._forms.get(key)
+        spans = _matched(text, form, messages) if form is not None else None
+        if spans is None:
+            form = self._form(conversation, where)
+            _keep(self._forms, key, form)
+            spans = _matched(text, form, messages)
+        return self._one_by_one(conversation, text, form) if spans is None else spans
+
+    def _key(self, conversation: Conversation) -> Any:
+        kinds = tuple((message.get("role"), *sorted(message)) for message in conversation.messages)
+        return kinds, conversation.prompt, repr(conversation.tools), repr(conversation.options)
+
+    def _form(self, conversation: Conversation, where: str) -> _Form:
+        marked = [_marked(message, i) for i, message in enumerate(conversation.messages)]
+        between, slots = _split(self._try(conversation, marked))
+        edges = {}
+        for i, message in enumerate(marked):
+            if message.get("role") != "assistant" or i < conversation.prompt:
+                continue
+            if i not in slots:
+                raise _unwritten(conversation, i, where)
+            if slots.count(i) > 1:
+                raise _Undecided(f"it writes message {i} more than once")
+            slot = slots.index(i)
+            previous = slots[slot - 1] if slot else None
+            key = between[slot], between[slot + 1], previous is None, i + 1 == len(marked), repr(conversation.options)
+            if key not in self._edges:
+                lead = self._lead(
+                    conversation, marked[:i], between[slot], previous, plain=set(message) <= set(_QUESTION)
+                )
+                _keep(self._edges, key, _Edges(lead, *self._tail(conversation, marked, i, between[slot + 1])))
+            edges[slot] = self._edges[key]
+        return _Form(between, slots, edges)
+
+    def _lead(
+        self, conversation: Conversation, before: list[Message], opening: str, previous: int | None, *, plain: bool
+    ) -> int:
+        """How much of the text before a content is the assistant's to write: what the generation prompt leaves."""
+        given = self._given(conversation, before, previous)
+        if given is None:
+            prompt = self._generation_prompt(conversation)
+            if not prompt or opening.count(prompt) != 1:
+                raise _Undecided(
+                    f"its generation prompt {prompt!r} is not found in what precedes a turn, {opening!r:.200}"
+                )
+            return len(opening) - opening.index(prompt) - len(prompt)
+        shared = common_prefix(opening, given)
+        if shared < min(len(opening), len(given)):  # it may ask for a thought where the turn has none, or the reverse
+            others = (
+                self._given(conversation, before, previous, enable_thinking=thinking) or given
+                for thinking in (False, True)
+            )
+            shares = ((common_prefix(opening, other), min(len(opening), len(other))) for other in others)
+            shared = next((share for share, least in shares if share == least), None)
+            if shared is None:
+                for header in () if plain else self._headers(conversation, before, previous):
+                    if opening.startswith(header):
+                        return len(opening) - len(header)
+                raise _Undecided(f"a turn begins after {opening!r:.200}, its generation prompt is {given!r:.200}")
+        if shared == len(opening):
+            return 0
+        rest = opening[shared:]
+        prompt = self._generation_prompt(conversation) if rest.strip() else ""
+        if prompt and rest.lstrip().startswith(prompt.lstrip()):  # which it leaves out after this message alone
+            return len(rest.lstrip()) - len(prompt.lstrip())
+        if rest.strip() and not prompt and self._writes_headers(conversation):
+            raise _Undecided(f"it has no generation prompt to set {rest!r:.200} apart from an answer")
+        return len(rest)
+
+    def _headers(self, conversation: Conversation, before: list[Message], previous: int | None) -> Iterator[str]:
+        """What opens a plain answer in the place of one that calls tools or thinks, as the last turn and as another."""
+        i = len(before)
+        answer = {"role": "assistant", "content": _MARK.format(i)}
+        for after in ([], [{"role": "user", "content": _MARK.format(i + 1)}]):
+            with contextlib.suppress(_Undecided):
+                between, slots = _split(self._try(conversation, [*before, answer, *after]))
+                if slots.count(i) == 1:
+                    opening = between[slots.index(i)]
+                    yield opening[: len(opening) - self._lead(conversation, before, opening, previous, plain=True)]
+
+    def _given(
+        self, conversation: Conversation, before: list[Message], previous: int | None, **options: Any
+    ) -> str | None:
+        """What an answer after those messages follows, from the content of the `previous` one on; None if unknown."""
+        try:
+            text = self._apply(conversation, before, add_generation_prompt=True, **options)
+        except Exception:  # no template begins with nothing
+            return None
+        between, slots = _split(text)
+        return between[-1] if slots and slots[-1] == previous else None
+
+    def _generation_prompt(self, conversation: Conversation) -> str:
+        """What the template adds to a question for an answer to follow; nothing where it knows of no such thing."""
+        without, prompted = (self._try(conversation, [_QUESTION], add_generation_prompt=add) for add in (False, True))
+        return prompted[common_prefix(without, prompted) :]
+
+    def _writes_headers(self, conversation: Conversation) -> bool:
+        """Whether more than space opens a plain answer after what precedes it."""
+        answer = {"role": "assistant", "content": _MARK.format(1)}
+        alone, answered = (self._after(conversation, messages, 0) for messages in ([_QUESTION], [_QUESTION, answer]))
+        return bool(answered[common_prefix(answered, alone) :].strip())
+
+    def _tail(self, conversation: Conversation, marked: list[Message], i: int, after: str) -> tuple[int, int]:
+        """How much of the text after a content ends the turn, and how much of that is a token, or words, for it."""
+        alone = followed = after
+        if i + 1 < len(marked):
+            alone = self._after(conversation, marked[: i + 1], i)
+        else:
+            with contextlib.suppress(_Undecided):  # it may take no user's message here
+                followed = self._after(conversation, [*marked, {"role": "user", "content": _MARK.format(i + 1)}], i)
+        # What both share is neither the end of the text nor the beginning of the next message.
+        shared = alone[: common_prefix(alone, followed)]
+        for token in itertools.chain(self._added.finditer(alone), self._added.finditer(followed)):
+            if token.start() < len(shared) < token.end():
+                shared = shared[: token.start()]
+        tokens = list(self._added.finditer(shared))
+        if tokens:
+            # After that, a text may end in EOS; anything else would be a message that the template adds.
+            rest = shared[tokens[-1].end() :].strip() or alone[len(shared) :].strip()
+            if rest and rest != self._tokenizer.special_tokens_map.get("eos_token"):
+                raise _Undecided(f"a turn ends in {followed!r:.200}, the last one in {alone!r:.200}")
+            return tokens[-1].end(), len(tokens[-1].group())
+        first = self._first_token(after)
+        if first and after != alone:  # the last turn may have another token than those before
+            first = first if self._first_token(alone) and self._ends_questions(conversation, first.group()) else None
+        if first:
+            return first.end(), len(first.group())
+        words = shared.rstrip()
+        if not words:
+            return 0, 0
+        if shared != alone:
+            raise _Undecided(f"a turn ends in {followed!r:.200}, the last one in {alone!r:.200}")
+        return len(words), len(words.lstrip())
+
+    def _first_token(self, text: str) -> re.Match | None:
+        return self._added.match(text, len(text) - len(text.lstrip()))
+
+    def _ends_questions(self, conversation: Conversation, token: str) -> bool:
+        """Whether a token is no header of a user's message, for it comes before an answer as well."""
+        after = _split(self._try(conversation, [_QUESTION], add_generation_prompt=True))[0][-1]
+        first = self._first_token(after)
+        return first is not None and first.group() == token
+
+    def _after(self, conversation: Conversation, messages: list[Message], i: int) -> str:
+        between, slots = _split(self._try(conversation, messages))
+        if slots.count(i) != 1:
+            raise _Undecided(f"it writes message {i} otherwise where it is the last")
+        return between[slots.index(i) + 1]
+
+    def _try(self, conversation: Conversation, messages: list[Message], **options: Any) -> str:
+        try:
+            return self._apply(conversation, messages, **options)
+        except Exception as error:
+            raise _Undecided(f"it refuses a like conversation ({reason(error)})") from None
+
+    def _one_by_one(self, conversation: Conversation, text: str, form: _Form) -> list[Span]:
+        """Finds each turn as what changes when a mark takes its place."""
+        spans = []
+        for slot, (lead, tail, end) in form.edges.items():
+            i = form.slots[slot]
+            messages = list(conversation.messages)
+            messages[i] = _marked(messages[i], i)
+            between, slots = _split(self._try(conversation, messages))
+            before, after = between[0], between[-1]
+            unlike = slots != [i] or not before.endswith(form.between[slot])
+            unlike |= not after.startswith(form.between[slot + 1][:tail])
+            head, rest = before[: len(before) - lead], after[tail - end :]
+            if unlike or not (text.startswith(head) and text.endswith(rest)) or len(head) + len(rest) > len(text):
+                raise _Undecided(f"what surrounds message {i} depends on its content")
+            spans.append((len(head), len(text) - len(rest) + end))
+        if any(begin < end for (_, end), (begin, _) in itertools.pairwise(spans)):
+            raise _Undecided("the assistant's turns overlap")
+        return spans
+
+
+def _keep(known: dict, key: Any, value: Any) -> None:
+    """Adds to what is known; where each row has a form of its own, that is soon too much."""
+    if len(known) >= _MAX_KNOWN:
+        known.clear()
+    known[key] = value
+
+
+def _refused(error: Exception, where: str) -> InputError:
+    return InputError(f"The chat template must accept every row, refused {where}: {reason(error)}.")
+
+
+def _unwritten(conversation: Conversation, i: int, where: str) -> InputError:
+    what = "tool calls" if conversation.messages[i].get("tool_calls") else "content"
+    return InputError(
+        f"The chat template must write all that the assistant says, leaves out the {what} of message {i} in {where}."
+    )
+
+
+def _marked(message: Message, i: int) -> Message:
+    """The message with a mark for its content, and for the arguments of its calls."""
+    mark = _MARK.format(i)
+    calls = message.get("tool_calls")
+    if message.get("role") != "assistant":
+        return {**message, "content": mark} if isinstance(message.get("content"), str) else message
+    if not calls:
+        return {**message, "content": mark}
+    content = {"content": mark} if message.get("content") else {}
+    arguments = {mark: mark}
+
+    def mark_arguments(given: Any) -> Any:
+        return _to_json(arguments) if isinstance(given, str) else arguments
+
+    return {**message, **content, "tool_calls": [_with_arguments(call, mark_arguments) for call in calls]}
+
+
+def _split(text: str) -> tuple[list[str], list[int]]:
+    """The text around marks, and whose they are. What is between marks of one message is taken for a part of it."""
+    between, slots, end = [], [], 0
+    for match in _MARKS.finditer(text):
+        i = int(match[1])
+        if slots[-1:] != [i]:
+            between.append(text[end : match.start()])
+            slots.append(i)
+        end = match.end()
+    return [*between, text[end:]], slots
+
+
+def _matched(text: str, form: _Form, messages: Sequence[Message]) -> list[Span] | None:
+    """The spans of a text that is the form's with the messages' contents, trimmed or not; None where it is another."""
+    if not text.startswith(form.between[0]):
+        return None
+    spans, at = [], len(form.between[0])
+    for slot, (i, after) in enumerate(zip(form.slots, form.between[1:], strict=True)):
+        for content in _trimmed(messages[i].get("content")):
+            end = at + len(content)
+            if text.startswith(content, at) and text.startswith(after, end):
+                break
+        else:
+            return None
+        if slot in form.edges:
+            edges = form.edges[slot]
+            spans.append((at - edges.lead, end + edges.tail))
+        at = end + len(after)
+    return spans if at == len(text) else None
+
+
+def _trimmed(content: Any) -> tuple[str, str]:
+    """What templates make of a content: nothing of one that is no text."""
+    content = content if isinstance(content, str) else ""
+    return content, content.strip()
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """How many items two sequences begin with alike."""
+    shared = min(len(a), len(b))
+    return next((i for i in range(shared) if a[i] != b[i]), shared)
+
+
+def _overlaps(spans: list[Span], others: list[Span]) -> Iterator[Span]:
+    for begin, end in spans:
+        for other_begin, other_end in others:
+            if max(begin, other_begin) < min(end, other_end):
+                yield max(begin, other_begin), min(end, other_end)

@@ -1,0 +1,92 @@
+"""`jaxpack inspect`: what a run would make of a dataset, before it is run."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jaxpack.batching import Batches
+from jaxpack.bench.models import abstract_model
+from jaxpack.cli.options import from_flags, with_flags
+from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
+from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.console import console
+from jaxpack.diagnostics import inspect as inspect_documents
+from jaxpack.errors import InputError, reason
+from jaxpack.pictures import require_matplotlib
+from jaxpack.predictions import RATES
+from jaxpack.shown_rows import show_row as shown
+
+# What padding, times and the order of rows follow from; the rest of a run's settings do not matter here.
+_USED = {
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "padding_free",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+    "dataset_text_field",
+    "remat",
+    "memory_limit",
+    "r",
+    "target_modules",
+}
+_UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@with_flags(TrainConfig, LoraConfig, leave_out=_UNUSED)
+def inspect(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
+    per_device_train_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "--per-device-train-batch-size",
+            help="Rows (packing) or documents in a micro-batch.",
+            show_default="8",
+        ),
+    ] = None,
+    full_finetuning: Annotated[bool, typer.Option(help="Predict times of training all weights.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help=f"Predict times on another GPU: {' or '.join(RATES)}.", show_default="this one")
+    ] = None,
+    show_row: Annotated[
+        int | None,
+        typer.Option(help="The packed row to decode, by its place in the run.", show_default="the first, of data"),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw lengths and padding into this new file (.png, .svg, .pdf).")
+    ] = None,
+    **flags: object,
+) -> None:
+    """Show what padding costs on a dataset, what packing would gain, and what is trained on. Reads no weights."""
+    flags["per_device_train_batch_size"] = per_device_train_batch_size
+    config = from_flags(TrainConfig, flags)
+    lora = None if full_finetuning else from_flags(LoraConfig, flags)
+    require_one(data, lengths)
+    if picture is not None:
+        require_matplotlib()
+        if picture.suffix not in _PICTURES or picture.exists():
+            raise InputError(f"`picture` must end in {', '.join(_PICTURES)} and not exist yet, got {str(picture)!r}.")
+    model_config, tokenizer, documents = read_documents(model, data, lengths, text_field=config.dataset_text_field)
+    found = inspect_documents(documents, config, model=abstract_model(model_config, lora), gpu=gpu)
+    parts: list[object] = [found]
+    if data is not None or show_row is not None:
+        packed = Batches(documents, found.layouts["packed"].config)
+        parts = [shown(packed, show_row or 0, tokenizer), "", found]
+    if picture is not None:
+        try:
+            found.figure().savefig(picture, dpi=130)
+        except OSError as error:
+            raise InputError(f"`picture` must be writable, got {str(picture)!r}: {reason(error)}.") from error
+        console.print(f"drew {picture}")
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(*parts)

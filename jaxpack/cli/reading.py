@@ -1,0 +1,35 @@
+"""A model and a dataset from the flags of a command that needs no weights."""
+
+from pathlib import Path
+
+import torch_bridge
+from jaxpack.bench.models import SHAPES, drawn_documents
+from jaxpack.config import ModelConfig
+from jaxpack.data import Documents, Tokenizer, load_documents
+from jaxpack.errors import InputError
+
+MODEL_HELP = f"A Hugging Face folder, or the shape of {', '.join(SHAPES)}, with random weights."
+DATA_HELP = "A JSONL or Parquet file, as for train."
+LENGTHS_HELP = (
+    "Instead of data: a CSV with the columns token_length_from, token_length_to and documents, from which lengths are"
+    " drawn."
+)
+
+
+def require_one(data: Path | None, lengths: Path | None) -> None:
+    """Refuses what is not one of the two, or not a file."""
+    if (data is None) == (lengths is None):
+        given = "none" if data is None else "both"
+        raise InputError(f"`data` or `lengths` must be given, and not both, got {given}.")
+    if data is not None and not data.is_file():
+        raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
+
+
+def read_documents(
+    model: str, data: Path | None, lengths: Path | None, *, drawn: int | None = None, text_field: str = "text"
+) -> tuple[ModelConfig, Tokenizer | None, Documents]:
+    """The model's config and tokenizer, and the documents: tokenised, or so many that are drawn (None: as counted)."""
+    config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
+    if lengths is not None:
+        return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)
+    return config, tokenizer, load_documents(data, tokenizer, vocab_size=config.vocab_size, text_field=text_field)

@@ -1,0 +1,74 @@
+"""What pictures share: a figure without a window, axes that stay back, lines that are named where they end."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxpack.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Line(NamedTuple):
+    """A line of a panel, and the color of its name."""
+
+    label: str
+    color: Any
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+
+def require_matplotlib() -> None:
+    """Raises where no picture can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("pictures need `pip install jaxpack[bench]`, got no matplotlib.")
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Of so many inches."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the user's settings say
+    return figure
+
+
+def frame(panel: "Axes", title: str, along: str, up: str) -> None:
+    """The panel's question, and what its axes count."""
+    panel.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    panel.set_xlabel(along)
+    panel.set_ylabel(up)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="both", color="#E5E5E5", linewidth=0.7)
+    panel.set_axisbelow(True)
+
+
+def label_ends(panel: "Axes", lines: list[Line]) -> None:
+    """Names each line at the panel's right, at the height of its end, moved apart where ends are close."""
+    panel.figure.canvas.draw()
+    last = max(line.xs[-1] for line in lines)
+    lines = sorted(lines, key=lambda line: line.ys[-1])
+    ends = panel.transData.transform([(last, line.ys[-1]) for line in lines])[:, 1]
+    heights = apart(ends, 13 * panel.figure.dpi / 72)
+    heights -= max(0.0, heights[-1] - panel.bbox.ymax)
+    for line, height in zip(lines, heights, strict=True):
+        at = panel.transData.inverted().transform((0, height))[1]
+        text = line.label + (f" (to {line.xs[-1]})" if line.xs[-1] < last else "")
+        panel.annotate(text, (last, at), (7, 0), textcoords="offset points", va="center", fontsize=9,
+                       color=line.color, annotation_clip=False)  # fmt: skip
+
+
+def apart(wanted: np.ndarray, least: float) -> np.ndarray:
+    """The places nearest to `wanted`, which ascends, that are at least so far apart: groups about their mean."""
+    groups: list[list[float]] = []
+    for offset in wanted - least * np.arange(len(wanted)):
+        groups.append([offset])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return np.concatenate([np.full(len(group), np.mean(group)) for group in groups]) + least * np.arange(len(wanted))

@@ -1,0 +1,108 @@
+"""`jaxpack inspect`: what a dataset promises on stdout, a picture on request; bad input in one sentence."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers_for_tests import write_checkpoint
+
+from jaxpack import cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{row}: ", "completion": "the cab" + " the cab" * (row % 50)} for row in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def inspect(*arguments: object) -> int:
+    """Runs the installed command's entry point in this process: its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["jaxpack", "inspect", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code or 0
+
+
+def test_a_dataset_is_shown_with_its_first_row(base, data, tmp_path, capfd):
+    before = set(tmp_path.iterdir())
+    assert inspect("--model", base, "--data", data, "--max-length", "128", "--batch-size", "4") == 0
+    out, _ = capfd.readouterr()
+    assert "row 0: " in out and re.search(r"^\d+:\[\[( the cab)+", out, re.MULTILINE)
+    assert "<- max_length 128" in out and "padding-free *" in out and "\n-> " in out and "\x1b" not in out
+    assert "tokens/s" not in out  # of a CPU nothing is known
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_run_is_that_of_the_flags_of_train(base, data, capfd):
+    flags = ["--packing", "--packing-strategy", "bfd_split", "--per-device-train-batch-size", "2", "--show-row", "3"]
+    assert inspect("--model", base, "--data", data, "--max-length", "128", "--gpu", "H200", *flags) == 0
+    out, _ = capfd.readouterr()
+    assert "packed *     │ 2 rows of 128" in out and "row 3: " in out and "predicted for H200" in out
+
+
+def test_lengths_alone_and_a_picture(tmp_path, capfd):
+    histogram, picture = tmp_path / "lengths.csv", tmp_path / "drawn.png"
+    histogram.write_text("token_length_from,token_length_to,documents\n20,60,500\n60,300,50\n")
+    assert inspect("--model", "Qwen3-0.6B", "--lengths", histogram, "--gpu", "H100", "--picture", picture) == 0
+    out, err = capfd.readouterr()
+    assert "row 0" not in out and "tokens/s" in out and "documents         550" in out
+    assert picture.read_bytes().startswith(b"\x89PNG") and f"drew {picture}" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "`data` or `lengths` must be given, and not both, got none."),
+        (["--data", "{data}", "--lengths", "{data}"], "`data` or `lengths` must be given, and not both, got both."),
+        (["--data", "nowhere.jsonl"], "`data` must be an existing file, got 'nowhere.jsonl'."),
+        (["--data", "{empty}"], "The dataset must have at least one row, got none in {empty}."),
+        (["--lengths", "{data}"], "`lengths` must be a CSV file with numbers in the columns"),
+        (["--data", "{data}", "--model", "nothing"], "`model` must be an existing folder"),
+        (["--data", "{data}", "--model", "Qwen3-4B"], "`tokenizer` must be given for rows without `input_ids`"),
+        (["--data", "{data}", "--max-length", "1"], "`max_length` must be at least 2"),
+        (["--data", "{data}", "--max-length", "2"], "`max_length` must leave at least one document a token to learn"),
+        (["--data", "{data}", "--batch-size", "0"], "`per_device_train_batch_size` must be at least 1, got 0."),
+        (["--data", "{data}", "--lora-r", "0"], "`lora_r` must be at least 1, got 0."),
+        (["--data", "{data}", "--gpu", "A100"], "`gpu` must be one of H200, H100, got 'A100'."),
+        (["--data", "{data}", "--show-row", "999"], "`show_row` must be in [0, "),
+        (["--data", "{data}", "--picture", "{data}"], "`picture` must end in .png, .svg, .pdf and not exist yet"),
+        (["--data", "{data}", "--picture", "nowhere/x.png"], "`picture` must be writable, got 'nowhere/x.png'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(flags, sentence, base, data, tmp_path, capfd):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    given = [flag.format(data=data, empty=empty) for flag in flags]
+    assert inspect("--model", base, *given) == 2
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {sentence.format(empty=empty)}") and line.endswith(".") and out == ""
+
+
+def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(base, data, tmp_path, capfd):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert inspect("--model", folder, "--data", data) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and "error: `tokenizer` must be given for rows without `input_ids`" in err.splitlines()[-1]
+    data.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n")
+    assert inspect("--model", folder, "--data", data, "--max-length", "64") == 0
+    assert "5 [[6 7 ]]" in capfd.readouterr().out
+
+
+def test_a_typo_is_a_usage_error(base, data, capfd):
+    assert inspect("--model", base, "--data", data, "--max-lenght", "64") == 2
+    out, err = capfd.readouterr()
+    assert "--max-lenght" in err and "--max-length" in err and "Traceback" not in err and out == ""
