@@ -16,7 +16,12 @@ from torch_bridge.names import config_from_hf, config_to_hf
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module", params=hf.FAMILIES)
+# What others have, too: left to `make test-slow`.
+_VARIANTS = {"llama", "llama_biases", "llama_linear", "llama_dynamic", "llama_yarn", "llama_longrope", "mistral_v3"}
+_PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in _VARIANTS else ()) for name in hf.FAMILIES]
+
+
+@pytest.fixture(scope="module", params=_PARAMETERS)
 def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> families.Figures:
     return families.measure(f"{request.param}-untied", tmp_path_factory.mktemp("folder"))
 
