@@ -125,6 +125,12 @@ class Batches:
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
 
+    @property
+    def is_first_of_its_shape(self) -> np.ndarray:
+        """Of each step, bool `[num_steps]`: its program has not run before."""
+        _, first = np.unique(self.row_lengths, return_index=True)
+        return np.isin(np.arange(self.num_steps), first)
+
     def _row_targets(self) -> np.ndarray:
         """Targets in each row of the plan, int64 `[num_rows]`."""
         rows, documents = self._rows, self.documents

@@ -222,8 +222,7 @@ class _Log:
         self._config, self._batches, self._start = config, batches, start
         steps = np.arange(batches.num_steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
-        _, first = np.unique(batches.row_lengths, return_index=True)
-        self._warm = ~np.isin(steps, first)  # whether a step's program has run before
+        self._warm = ~batches.is_first_of_its_shape
         self._losses: list[float] = []
         self._seconds: list[float] = []
         self._file = _MetricsFile(config.output_dir)
