@@ -127,6 +127,11 @@ class Batches:
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
 
+    def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
+        """Of each step, bool `[num_steps]`: in a process that begins with step `start`, its program runs first there."""
+        _, first = np.unique(self.row_lengths[start:], return_index=True)
+        return np.isin(np.arange(self.num_steps), start + first)
+
     def _row_targets(self) -> np.ndarray:
         """Targets in each row of the plan, int64 `[num_rows]`."""
         rows, documents = self._rows, self.documents

@@ -161,7 +161,8 @@ class RMSNorm(nnx.Module):
         return 1 + scale.astype(jnp.float32) if self.unit_offset else scale
 
 
-def _norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:
+def make_norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:
+    """The norm of a model: of `hidden_size` features, or of so many."""
     features = config.hidden_size if features is None else features
     return RMSNorm(features, config.rms_norm_eps, unit_offset=config.unit_offset_norms, dtype=dtype)
 
@@ -177,8 +178,8 @@ class Attention(nnx.Module):
         self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(N * H, {"o_proj": config.hidden_size}, bias=config.out_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm, self.k_norm = _norm(config, dtype, H), _norm(config, dtype, H)
-        self.post_norm = _norm(config, dtype) if config.post_norms else None
+            self.q_norm, self.k_norm = make_norm(config, dtype, H), make_norm(config, dtype, H)
+        self.post_norm = make_norm(config, dtype) if config.post_norms else None
         self.config = config
 
     def __call__(
@@ -211,7 +212,7 @@ class FeedForward(nnx.Module):
         sizes = {"gate_up_proj": 2 * F} if config.fused_projections else {"gate_proj": F, "up_proj": F}
         self.gate_up = Linear(D, sizes, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.post_norm = _norm(config, dtype) if config.post_norms else None
+        self.post_norm = make_norm(config, dtype) if config.post_norms else None
         self.activation = config.activation
 
     def __call__(
@@ -229,9 +230,9 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = _norm(config, dtype)
+        self.attention_norm = make_norm(config, dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.feed_forward_norm = _norm(config, dtype)
+        self.feed_forward_norm = make_norm(config, dtype)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(

@@ -440,8 +440,7 @@ class _Log:
         self._first = len(progress.losses)  # step of this process, where it went on from a checkpoint
         steps = np.arange(batches.num_steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
-        _, new = np.unique(batches.row_lengths[self._first :], return_index=True)
-        self._warm = ~np.isin(steps, self._first + new)  # whether a step's program has run before
+        self._warm = ~batches.is_first_of_its_shape(self._first)
         self._seconds = [0.0] * self._first
         self._first_step_seconds = 0.0
         self._progress = progress_bar("training", transient=False)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
 from jaxpack.kernels.attention import segment_bounds
-from jaxpack.layers import Block, RMSNorm, RowContext
+from jaxpack.layers import Block, RowContext, make_norm
 from jaxpack.memory import recompute, unrolls
 from jaxpack.rotary import document_angles
 
@@ -41,8 +41,7 @@ class Transformer(nnx.Module):
             return Block(config, dtype=dtype, rngs=rngs)
 
         self.blocks = stacked(rngs)
-        unit_offset = config.unit_offset_norms
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, unit_offset=unit_offset, dtype=dtype)
+        self.norm = make_norm(config, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         self.config = config

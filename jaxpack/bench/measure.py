@@ -94,8 +94,6 @@ def measure(
 
 def timed_steps(batches: Batches) -> np.ndarray:
     """Which steps count, bool `[num_steps]`: after the warm-up, those whose shape came before."""
-    steps = np.arange(batches.num_steps)
-    _, first = np.unique(batches.row_lengths, return_index=True)
-    after = steps >= WARM_UP
-    warm = after & ~np.isin(steps, first)
+    after = np.arange(batches.num_steps) >= WARM_UP
+    warm = after & ~batches.is_first_of_its_shape()
     return warm if warm.any() else after

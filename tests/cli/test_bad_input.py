@@ -14,21 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers_for_tests import small_tokenizer, write_checkpoint
+from tokenizers_for_tests import small_tokenizer
 
 import torch_bridge
-from jaxpack import cli
 from jaxpack.errors import InputError
 from jaxpack.trainer import Trainer, TrainResult
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]
 ONE_STEP = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--max-steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
 
 
 @pytest.fixture
@@ -39,17 +33,12 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Runs the installed command's entry point in this process: its exit status and what it wrote to stderr."""
+def run(capfd: pytest.CaptureFixture, exit_status: Callable[..., int]) -> Callable[..., tuple[int, str]]:
+    """Runs the command in this process: its exit status and what it wrote to stderr."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxpack", *map(str, arguments)])
         capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            status = stopped.code or 0
+        status = exit_status(*arguments)
         out, err = capfd.readouterr()
         assert out == ""
         return status, err

@@ -1,18 +1,9 @@
 """`jaxpack bench`: a model and data in, a table, pictures and a file of results out; bad input in one sentence."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from tokenizers_for_tests import write_checkpoint
-
-from jaxpack import cli
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
 
 
 @pytest.fixture
@@ -22,19 +13,10 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def bench(*arguments: object) -> int:
-    """Runs the installed command's entry point in this process, which starts others: its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["jaxpack", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code or 0
-
-
-def test_a_users_model_and_data_are_measured_in_every_layout(base, data, tmp_path, capfd):
+def test_a_users_model_and_data_are_measured_in_every_layout(exit_status, base, data, tmp_path, capfd):
     output = tmp_path / "out"
     flags = ["--plans", "losses", "--documents", "2", "--loss-steps", "2", "--max-length", "64"]
-    assert bench("--model", base, "--data", data, "--output", output, *flags) == 0
+    assert exit_status("bench", "--model", base, "--data", data, "--output", output, *flags) == 0
     records = json.loads((output / "results.json").read_text())["results"]
     assert [record["layout"] for record in records] == ["padded", "padding-free", "packed"]
     for record in records:
@@ -63,10 +45,10 @@ def test_a_users_model_and_data_are_measured_in_every_layout(base, data, tmp_pat
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(flags, sentence, base, data, tmp_path, capfd):
+def test_bad_input_is_one_sentence_and_nothing_is_written(exit_status, flags, sentence, base, data, tmp_path, capfd):
     output = tmp_path / "out"
     given = [flag.format(data=data) for flag in flags]
-    assert bench("--model", base, "--output", output, *given) == 2
+    assert exit_status("bench", "--model", base, "--output", output, *given) == 2
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert line.startswith(f"error: {sentence}") and out == ""

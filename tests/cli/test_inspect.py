@@ -2,18 +2,9 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from tokenizers_for_tests import write_checkpoint
-
-from jaxpack import cli
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base")
 
 
 @pytest.fixture
@@ -24,18 +15,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def inspect(*arguments: object) -> int:
-    """Runs the installed command's entry point in this process: its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["jaxpack", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code or 0
-
-
-def test_a_dataset_is_shown_with_its_first_row(base, data, tmp_path, capfd):
+def test_a_dataset_is_shown_with_its_first_row(exit_status, base, data, tmp_path, capfd):
     before = set(tmp_path.iterdir())
-    assert inspect("--model", base, "--data", data, "--max-length", "128", "--batch-size", "4") == 0
+    assert exit_status("inspect", "--model", base, "--data", data, "--max-length", "128", "--batch-size", "4") == 0
     out, _ = capfd.readouterr()
     assert "row 0: " in out and re.search(r"^\d+:\[\[( the cab)+", out, re.MULTILINE)
     assert "<- max_length 128" in out and "padding-free *" in out and "\n-> " in out and "\x1b" not in out
@@ -43,17 +25,20 @@ def test_a_dataset_is_shown_with_its_first_row(base, data, tmp_path, capfd):
     assert set(tmp_path.iterdir()) == before
 
 
-def test_the_run_is_that_of_the_flags_of_train(base, data, capfd):
+def test_the_run_is_that_of_the_flags_of_train(exit_status, base, data, capfd):
     flags = ["--packing", "--packing-strategy", "bfd_split", "--per-device-train-batch-size", "2", "--show-row", "3"]
-    assert inspect("--model", base, "--data", data, "--max-length", "128", "--gpu", "H200", *flags) == 0
+    assert exit_status("inspect", "--model", base, "--data", data, "--max-length", "128", "--gpu", "H200", *flags) == 0
     out, _ = capfd.readouterr()
     assert "packed *     │ 2 rows of 128" in out and "row 3: " in out and "predicted for H200" in out
 
 
-def test_lengths_alone_and_a_picture(tmp_path, capfd):
+def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
     histogram, picture = tmp_path / "lengths.csv", tmp_path / "drawn.png"
     histogram.write_text("token_length_from,token_length_to,documents\n20,60,500\n60,300,50\n")
-    assert inspect("--model", "Qwen3-0.6B", "--lengths", histogram, "--gpu", "H100", "--picture", picture) == 0
+    assert (
+        exit_status("inspect", "--model", "Qwen3-0.6B", "--lengths", histogram, "--gpu", "H100", "--picture", picture)
+        == 0
+    )
     out, err = capfd.readouterr()
     assert "row 0" not in out and "tokens/s" in out and "documents         550" in out
     assert picture.read_bytes().startswith(b"\x89PNG") and f"drew {picture}" in err
@@ -80,29 +65,29 @@ def test_lengths_alone_and_a_picture(tmp_path, capfd):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_sentence(flags, sentence, base, data, tmp_path, capfd):
+def test_bad_input_is_one_sentence(exit_status, flags, sentence, base, data, tmp_path, capfd):
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     given = [flag.format(data=data, empty=empty) for flag in flags]
-    assert inspect("--model", base, *given) == 2
+    assert exit_status("inspect", "--model", base, *given) == 2
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert line.startswith(f"error: {sentence.format(empty=empty)}") and line.endswith(".") and out == ""
 
 
-def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(base, data, tmp_path, capfd):
+def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(exit_status, base, data, tmp_path, capfd):
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
-    assert inspect("--model", folder, "--data", data) == 2
+    assert exit_status("inspect", "--model", folder, "--data", data) == 2
     out, err = capfd.readouterr()
     assert out == "" and "error: `tokenizer` must be given for rows without `input_ids`" in err.splitlines()[-1]
     data.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n")
-    assert inspect("--model", folder, "--data", data, "--max-length", "64") == 0
+    assert exit_status("inspect", "--model", folder, "--data", data, "--max-length", "64") == 0
     assert "5 [[6 7 ]]" in capfd.readouterr().out
 
 
-def test_a_typo_is_a_usage_error(base, data, capfd):
-    assert inspect("--model", base, "--data", data, "--max-lenght", "64") == 2
+def test_a_typo_is_a_usage_error(exit_status, base, data, capfd):
+    assert exit_status("inspect", "--model", base, "--data", data, "--max-lenght", "64") == 2
     out, err = capfd.readouterr()
     assert "--max-lenght" in err and "--max-length" in err and "Traceback" not in err and out == ""
