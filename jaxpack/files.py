@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import contextlib
 import os
@@ -73,6 +73,26 @@ def replace_folder(write: Callable[[Path], None], path: Path) -> None:
     write(new)
     shutil.rmtree(path, ignore_errors=True)
     new.rename(path)
+
+
+def replace_file(path: Path, content: bytes, name: str) -> None:
+    """Puts a file in the place of the one that is there, if any: a reader finds the one or the other, and no part.
+
+    Raises:
+      InputError: the disk refused a write; the file that was there still is.
+    """
+    partial = path.with_name(f".{path.name}")  # of a process that was killed, too: the next one takes it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InputError(f"`{name}` must be writable, got {str(path)!r}: {reason(error)}.") from error
 
 
 def remove_leftovers(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from jaxpack.bench.cases import Planned, case_of
 from jaxpack.console import console
 from jaxpack.errors import InputError, reason
+from jaxpack.files import replace_file
 
 Record = dict[str, Any]
 Measure = Callable[[Planned, float | None], Record]  # a case's figures, or {"failed": why}, within so many seconds
@@ -48,9 +49,8 @@ class Results:
         """Adds a record, in the place of one of the same case in the same plan on the same data."""
         self._records[_key(record)] = record
         if self._path is not None:
-            partial = self._path.with_name(f".{self._path.name}")
-            partial.write_text(json.dumps({"benchmark": "training", "results": self.records}, indent=1) + "\n")
-            partial.replace(self._path)
+            content = json.dumps({"benchmark": "training", "results": self.records}, indent=1) + "\n"
+            replace_file(self._path, content.encode(), "output")
 
     def of(self, planned: Planned, data: str) -> Record | None:
         """What is known of a case on such data: figures or a failure."""
