@@ -236,6 +236,7 @@ def _by_projection(
 def _peft_config(model: Transformer) -> dict:
     # The fields that PEFT has had for long: older versions warn of any that they do not know.
     config = model.lora_config
+    alpha = config.lora_alpha
     tying = {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
     return tying | {
         "peft_type": "LORA",
@@ -243,7 +244,7 @@ def _peft_config(model: Transformer) -> dict:
         "base_model_name_or_path": model.config.name_or_path or None,
         "revision": None,
         "r": config.r,
-        "lora_alpha": config.lora_alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # PEFT's is a whole number
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": False,
