@@ -473,7 +473,8 @@ class _Log:
                 f"first step after {self._first_step_seconds:.1f} s, {compiling:.1f} s of them for programs"
             )
         evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
-        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}")
+        rate = self._rate(max(0, done - self._config.logging_steps))
+        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tok/s")
         if done % self._config.logging_steps and done != self._batches.num_steps:
             return
         since = (done - 1) // self._config.logging_steps * self._config.logging_steps
