@@ -44,8 +44,8 @@ _UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # how folders end t
 _SPARE = 2**20  # bytes, beyond those of the arrays
 # What may differ between a run and the one that goes on with it. The last two change how a step is rounded, no more.
 _FREE = {
-    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-    *("compilation_cache_dir", "memory_limit", "remat", "implementation"),
+    *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
+    *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
 }
 
 

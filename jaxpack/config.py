@@ -15,6 +15,7 @@ RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made wi
 Implementation = Literal["xla", "pallas"]
 WHOLE_MODULES = ("embed_tokens", "lm_head")  # that may be trained whole beside adapters, by their Hugging Face names
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+Destination = Literal["tensorboard", "wandb"]  # of metrics, beside metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,7 +269,7 @@ class TrainConfig:
     each (`padding_free=False`); the loss is the same.
     """
 
-    output_dir: str | None = _option(None, "Where metrics.jsonl and checkpoints/ go; None writes nothing.")
+    output_dir: str | None = _option(None, "Where metrics.jsonl, report.md and checkpoints/ go; None writes nothing.")
     max_length: int = _option(1024, "Tokens in a packed row, and the most that is read of a document.")
     packing: bool = _option(False, "Lay documents end to end in full rows of max_length.")
     packing_strategy: PackingStrategy = _option(
@@ -289,6 +290,9 @@ class TrainConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
     logging_steps: int = _option(10, "Steps between two lines of metrics.")
+    report_to: str | tuple[str, ...] | None = _option(
+        "none", "Where metrics go, beside metrics.jsonl: tensorboard, wandb, both with a comma between, or none."
+    )
     eval_steps: int | None = _option(
         None, "Steps between two evaluations, and one after the last step; None takes those of save_steps."
     )
@@ -332,6 +336,13 @@ class TrainConfig:
         )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        object.__setattr__(self, "report_to", _destinations(self.report_to))
+        _check(
+            not self.report_to or self.output_dir is not None,
+            "report_to",
+            "must be 'none' where there is no `output_dir`",
+            self.report_to,
+        )
         if self.eval_steps is not None:
             whole = type(self.eval_steps) is int and self.eval_steps >= 1
             _check(whole, "eval_steps", "must be a whole number of at least 1, or None", self.eval_steps)
@@ -398,6 +409,16 @@ class TrainConfig:
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:
     """Names in a list, or in a string with commas."""
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else tuple(value)
+
+
+def _destinations(value: Any) -> tuple[str, ...]:
+    """What `report_to` names, each once."""
+    names = list(_names(value)) if isinstance(value, str | tuple | list) else [value]
+    if names in (["none"], [None]):
+        return ()
+    allowed = get_args(Destination)
+    _check(all(name in allowed for name in names), "report_to", f"must be 'none' or among {allowed}", value)
+    return tuple(dict.fromkeys(names))
 
 
 def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, Any], ...]:

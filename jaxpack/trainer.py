@@ -2,15 +2,15 @@
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,12 +35,13 @@ from jaxpack.compilation_cache import ProgramCache, size_of
 from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError
 from jaxpack.lora import adapters
 from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
 from jaxpack.predictions import resolve
 from jaxpack.prefetch import prefetched
+from jaxpack.reporting import METRICS, Reports, open_reports, require_libraries
 from jaxpack.training import (
     Metrics,
     TrainState,
@@ -51,8 +52,6 @@ from jaxpack.training import (
     split_trainable,
 )
 from jaxpack.transformer import Transformer
-
-_METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,14 +206,15 @@ class Trainer:
         self.tokenizer = tokenizer
         self.config = config = config or TrainConfig()
         _check_evaluation(config, eval_dataset is not None)
+        require_libraries(config)
         self.checkpoint = find_checkpoint(config)
         output = None if config.output_dir is None else Path(config.output_dir)
         self.in_place = output is not None and (
             config.resume_from_checkpoint == LATEST
             or (self.checkpoint is not None and self.checkpoint.resolve().parent.parent == output.resolve())
         )
-        if output is not None and not self.in_place and (output / _METRICS).exists():
-            raise InputError(f"`output_dir` must be without {_METRICS}, got {config.output_dir!r} with one.")
+        if output is not None and not self.in_place and (output / METRICS).exists():
+            raise InputError(f"`output_dir` must be without {METRICS}, got {config.output_dir!r} with one.")
         self.documents = self._load(train_dataset)
         self.batches = Batches(self.documents, config)
         self.eval_documents = self.eval_batches = None
@@ -245,9 +245,9 @@ class Trainer:
         config, batches = self.config, self.batches
         cache = ProgramCache(config.compilation_cache_dir)
         run = Run(self.model, batches, config, self.eval_batches)
-        self._print_plan(run.state.trainable, run.frozen)
-        if run.explanation is not None:
-            console.print(run.explanation)
+        plan = self._plan(run)
+        for line in plan:
+            console.print(line)
         progress, checkpoints = self._resume(run)
         if cache.folder is not None:
             size = size_of(cache.folder) / 2**20
@@ -255,8 +255,8 @@ class Trainer:
         start = _Start(begin, run.compile(cache), cache.found)
         programs = len(run.programs) + len(run.eval_programs)
         console.print(f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {programs} found compiled")
-        file = _MetricsFile(config.output_dir, after=run.started if self.in_place else None)
-        log = _Log(config, batches, run.schedule, start, progress, file)
+        reports = open_reports(config, self._about(run, plan), after=run.started if self.in_place else None)
+        log = _Log(config, batches, run.schedule, start, progress, reports)
 
         def saves(step: int) -> bool:
             return checkpoints is not None and config.save_steps > 0 and step % config.save_steps == 0
@@ -268,6 +268,7 @@ class Trainer:
             if checkpoints is not None:
                 stack.callback(checkpoints.close)
             stack.callback(self._take, run)
+            stack.enter_context(reports)
             stop = stack.enter_context(_Stop())
             stack.enter_context(log)
             for metrics in stack.enter_context(contextlib.closing(run.steps(pauses))):
@@ -318,19 +319,42 @@ class Trainer:
             console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")
         return progress, checkpoints
 
-    def _print_plan(self, trainable: nnx.State, frozen: nnx.State) -> None:
-        config, documents, batches = self.config, self.documents, self.batches
-        for line in describe(documents, batches, config):
-            console.print(line)
+    def _plan(self, run: Run) -> list[str]:
+        """What is trained on what, in a few lines."""
+        lines = describe(self.documents, self.batches, self.config)
         if self.eval_batches is not None:
             cut = self.eval_batches.truncation
             shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in self.eval_batches.shapes)
-            console.print(
+            lines.append(
                 f"evaluation: {len(self.eval_documents):,} documents, {self.eval_batches.targets_per_epoch:,} tokens to"
                 f" predict, {cut.documents:,} documents cut by max_length; shapes to compile: {shapes}"
             )
-        sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (trainable, frozen)]
-        console.print(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
+        sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (run.state.trainable, run.frozen)]
+        lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
+        return lines if run.explanation is None else [*lines, run.explanation]
+
+    def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
+        """What a run is made of."""
+        lora = self.model.lora_config
+        return {
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "after": run.started,
+            "num_steps": self.batches.num_steps,
+            "padding_share": self.batches.padding_share,
+            "model": self.model.config.name_or_path or self.model.config.architecture,
+            "device": jax.devices()[0].device_kind,
+            "versions": {name: _version(name) for name in ("jaxpack", "jax", "jaxlib", "flax")},
+            "remat": run.remat,
+            "plan": plan,
+            "settings": vars(self.config) | ({} if lora is None else {"adapters": vars(lora)}),
+        }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"  # run from its folder
 
 
 def describe(documents: Documents, batches: Batches, config: TrainConfig) -> list[str]:
@@ -434,9 +458,10 @@ class _Log:
         schedule: optax.Schedule,
         start: _Start,
         progress: Progress,
-        file: "_MetricsFile",
+        reports: Reports,
     ):
-        self._config, self._batches, self._start, self._done, self._file = config, batches, start, progress, file
+        self._config, self._batches, self._start, self._done = config, batches, start, progress
+        self._reports = reports
         self._first = len(progress.losses)  # step of this process, where it went on from a checkpoint
         steps = np.arange(batches.num_steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
@@ -453,7 +478,6 @@ class _Log:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._file.close()
 
     def go_on(self) -> None:
         """A step is timed from the one before, or from here."""
@@ -491,8 +515,9 @@ class _Log:
             "peak_memory_bytes": peak_memory_bytes(),
             "compiled_shapes": len(self._batches.shapes),
             "compile_seconds": self._start.compile_seconds,
+            "first_step_seconds": self._first_step_seconds,
         }
-        self._file.write(record)
+        self._reports.write(record)
         self._progress.console.print(
             "step {step:>5}  loss {loss:.4f}  norm {grad_norm:.3f}  lr {learning_rate:.2e}  "
             "{tokens_per_second:>7,.0f} tok/s  pad {padding_share:.1%}  {gib:.1f} GiB".format(
@@ -505,7 +530,7 @@ class _Log:
         step, loss = list(self._done.evaluations.items())[-1]
         perplexity = math.exp(min(loss, 700.0))  # within float64
         epoch = round(step / self._batches.steps_per_epoch, 4)
-        self._file.write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._reports.write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
         self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
 
     def result(self) -> TrainResult:
@@ -527,57 +552,6 @@ class _Log:
         counted = self._warm[steps] | ~self._warm[steps].any()
         seconds = np.array(self._seconds[steps])[counted].sum()
         return float(self._batches.tokens_per_step[steps][counted].sum() / seconds) if seconds else 0.0
-
-
-class _MetricsFile:
-    """`metrics.jsonl`, a record a line, whole lines only. A full disk ends the file, with a warning, not the run.
-
-    `after`: the step that a run goes on from, whose records up to there are kept; None makes a new file.
-    """
-
-    def __init__(self, output_dir: str | None, after: int | None):
-        self._file = None
-        if output_dir is not None:
-            path = Path(output_dir, _METRICS)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("xb" if after is None else "a+b", buffering=0)
-                if after is not None:
-                    self._file.truncate(_end_of(path.read_bytes(), after))
-                    self._file.seek(0, os.SEEK_END)
-            except OSError as error:
-                raise InputError(f"`output_dir` must be writable, got {output_dir!r}: {reason(error)}.") from error
-
-    def write(self, record: dict[str, float]) -> None:
-        if self._file is None:
-            return
-        end = self._file.tell()
-        line = json.dumps(record).encode() + b"\n"
-        try:
-            if self._file.write(line) < len(line):
-                raise OSError("the disk is full")
-        except OSError as error:
-            self._file.truncate(end)
-            self.close()
-            console.print(f"metrics.jsonl ends here, the run goes on: {reason(error)}", style="yellow")
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _end_of(lines: bytes, step: int) -> int:
-    """Where the whole records of the first steps end."""
-    end = 0
-    for line in lines.splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, TypeError, KeyError):
-            break
-        end += len(line)
-    return end
 
 
 def peak_memory_bytes() -> int:

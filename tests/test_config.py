@@ -28,6 +28,9 @@ from jaxpack.errors import InputError
         (TrainConfig, "warmup_steps", -1, "0 or a positive number"),
         (TrainConfig, "compilation_cache_dir", None, "a folder, 'auto' or 'none'"),
         (TrainConfig, "compilation_cache_dir", "", "a folder, 'auto' or 'none'"),
+        (TrainConfig, "report_to", "comet", "'none' or among"),
+        (TrainConfig, "report_to", ["wandb", "none"], "'none' or among"),
+        (TrainConfig, "report_to", 3, "'none' or among"),
         (LoraConfig, "r", 8.5, "a whole number"),
         (LoraConfig, "lora_alpha", 0, "a positive number"),
         (LoraConfig, "lora_dropout", 1.0, r"in \[0, 1\)"),
@@ -54,3 +57,15 @@ def test_names_of_modules_come_as_a_list_or_as_a_string():
     expected = ("q_proj", "v_proj")
     for given in (expected, ["q_proj", "v_proj"], "q_proj,v_proj", " q_proj, v_proj "):
         assert LoraConfig(target_modules=given).target_modules == expected
+
+
+def test_destinations_come_as_a_list_or_as_a_string_or_not_at_all():
+    for given in (None, "none", "", [], ["none"]):
+        assert TrainConfig(report_to=given).report_to == ()
+    for given in (("tensorboard", "wandb"), ["tensorboard", "wandb", "wandb"], "tensorboard, wandb"):
+        assert TrainConfig(report_to=given, output_dir="here").report_to == ("tensorboard", "wandb")
+
+
+def test_destinations_without_a_folder_to_write_to_are_refused():
+    with pytest.raises(InputError, match=r"`report_to` must be 'none' where there is no `output_dir`, got"):
+        TrainConfig(report_to="wandb")

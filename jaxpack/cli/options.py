@@ -56,8 +56,8 @@ def _parameter(field: dataclasses.Field) -> inspect.Parameter:
     name = flag_of(field)
     flag = f"--{name.replace('_', '-')}"
     kind = field.type
-    if get_origin(kind) in (UnionType, Union) and NoneType in get_args(kind):
-        (kind,) = (one for one in get_args(kind) if one is not NoneType)  # not given, a flag is None
+    if get_origin(kind) in (UnionType, Union):
+        kind = next(one for one in get_args(kind) if one is not NoneType)  # not given, a flag is None
     if get_origin(kind) is not Literal and kind not in (int, float, bool):
         kind = str
     option = typer.Option(

@@ -1,8 +1,10 @@
 """What the tests of the commands share. Imports of jaxpack wait until the filters of warnings are set."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,5 +27,41 @@ def exit_status(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         return stopped.value.code or 0
+
+    return run
+
+
+class Stopped(Exception):
+    """Raised in place of training."""
+
+
+@pytest.fixture
+def what_is_trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What `jaxpack train` with these arguments would train on what: the values that they come to, without a model."""
+
+    from jaxpack import cli
+
+    def run(*arguments: object) -> dict[str, Any]:
+        found: dict[str, Any] = {"lora": None, "adapter": None}
+
+        def from_pretrained(model: str, dtype: str | None) -> tuple[None, None]:
+            found.update(model=model, dtype=dtype)
+            return None, None
+
+        def trainer(model: object, tokenizer: object, data: object, config: object, eval_data: object) -> None:
+            found.update(data=data, config=config, eval_data=eval_data)
+            raise Stopped
+
+        command = importlib.import_module("jaxpack.cli.train")  # `jaxpack.cli.train` itself is the function
+        monkeypatch.setattr(command.torch_bridge, "from_pretrained", from_pretrained)
+        monkeypatch.setattr(command.torch_bridge, "load_adapter", lambda _, path: found.update(adapter=path))
+        monkeypatch.setattr(command, "add_lora", lambda _, config: found.update(lora=config))
+        monkeypatch.setattr(command, "require_room", lambda *_: None)
+        monkeypatch.setattr(command.nnx, "state", lambda *_: {})
+        monkeypatch.setattr(command, "Trainer", trainer)
+        monkeypatch.setattr(sys, "argv", ["jaxpack", "train", *map(str, arguments)])
+        with pytest.raises(Stopped):
+            cli.main()
+        return found
 
     return run

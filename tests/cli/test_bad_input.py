@@ -22,6 +22,7 @@ from jaxpack.trainer import Trainer, TrainResult
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]
+OF_A_RUN = {"about.json", "metrics.jsonl"}
 ONE_STEP = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--max-steps", "1"]
 
 
@@ -301,6 +302,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--resume-from-checkpoint", "/proc"],
         ["`resume_from_checkpoint` must be the folder of a checkpoint", "got '/proc'"],
     ),
+    "report_to": (["--report-to", "tensorboard,comet"], ["report_to", "'wandb'", "got 'tensorboard,comet'"]),
     "text_field": (["--dataset-text-field", "body"], ["`body`", "['text']"]),
 }
 
@@ -418,12 +420,12 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tm
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr and done.stderr.rstrip().endswith(errors[0])
     assert str(output / "adapter") in errors[0] and os.strerror(errno.EFBIG) in errors[0]
-    assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]  # no adapter/, no temporary folder
+    assert {path.name for path in output.iterdir()} == OF_A_RUN  # no adapter/, no temporary folder
     assert len(whole_lines(output / "metrics.jsonl")) == 1
 
 
 def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: Path, tmp_path: Path) -> None:
-    output, limit = tmp_path / "run", 3_000  # a tiny adapter has 2 kB; twenty lines of metrics have 5
+    output, limit = tmp_path / "run", 3_500  # a tiny adapter and about.json have 2 kB; twenty lines of metrics have 6
     flags = ["--lora-r", "1", "--target-modules", "q_proj", "--logging-steps", "1", "--max-steps", "20"]
     done = run_process(
         "train", "--model", base, "--data", data, "--output", output, *ONE_STEP, *flags, before=limit_files(limit)
@@ -468,8 +470,8 @@ def test_a_disk_without_room_for_the_adapter_is_refused_before_training(
 def test_a_disk_that_something_else_fills_during_the_run(
     base: Path, data: Path, small_disk: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train_and_fill(trainer: Trainer) -> TrainResult:
-        result = train(trainer)
+    def train_and_fill(trainer: Trainer, **options: Callable) -> TrainResult:
+        result = train(trainer, **options)
         fill(small_disk, leave=65_536)
         return result
 
@@ -479,7 +481,7 @@ def test_a_disk_that_something_else_fills_during_the_run(
     status, stderr = run("train", "--model", base, "--data", data, "--output", output, *ONE_STEP)
     assert status == 2
     require_all(["error: ", str(output / "adapter"), os.strerror(errno.ENOSPC)], stderr.rstrip().splitlines()[-1])
-    assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]  # no adapter/, no temporary folder
+    assert {path.name for path in output.iterdir()} == OF_A_RUN  # no adapter/, no temporary folder
     assert len(whole_lines(output / "metrics.jsonl")) == 1
 
 

@@ -1,7 +1,6 @@
 """`jaxpack train`: what it writes, that its flags are the configuration, and that a seed fixes the result."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -68,7 +67,8 @@ def adapter_run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_a_run_writes_an_adapter_and_its_metrics_and_nothing_else(adapter_run: Path) -> None:
     files = sorted(str(path.relative_to(adapter_run)) for path in adapter_run.rglob("*") if path.is_file())
-    assert files == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"]
+    about = ["about.json", "metrics.jsonl"]
+    assert files == ["about.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", *about[1:]]
     assert [path.name for path in adapter_run.parent.iterdir()] == ["first"]
 
 
@@ -154,7 +154,8 @@ def test_full_finetuning_writes_a_model_that_reads_back_and_differs_from_its_bas
     inputs: Inputs, tmp_path: Path
 ) -> None:
     train(*inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, "--full-finetuning")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "model"]
+    written = ["about.json", "metrics.jsonl", "model"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == written
     base, _ = torch_bridge.from_pretrained(str(inputs.base))
     trained, tokenizer = torch_bridge.from_pretrained(str(tmp_path / "run" / "model"))
     assert tokenizer("ab the cab").input_ids == small_tokenizer()("ab the cab").input_ids
@@ -195,6 +196,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "max_steps": 7,
         "eval_steps": 7,
         "resume_from_checkpoint": "latest",
+        "report_to": ("tensorboard",),
         "memory_limit": 40.5,
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
@@ -213,28 +215,13 @@ def another_value(field: dataclasses.Field) -> Any:
     return field.default + 3 if field.type is int else field.default / 2 or 0.5
 
 
-class Stopped(Exception):
-    """Raised in place of training."""
-
-
 @pytest.fixture
-def configurations(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+def configurations(inputs: Inputs, tmp_path: Path, what_is_trained: Callable) -> Callable:
     """The TrainConfig and the LoraConfig that flags make, without training."""
 
     def configurations(*flags: object) -> tuple[TrainConfig, LoraConfig]:
-        seen = {}
-
-        def trainer(model: object, tokenizer: object, data: object, config: TrainConfig, eval_data: object) -> None:
-            seen["train"] = config
-            raise Stopped
-
-        command = importlib.import_module("jaxpack.cli.train")  # `jaxpack.cli.train` itself is the function
-        monkeypatch.setattr(command.torch_bridge, "from_pretrained", lambda *_, **__: (None, None))
-        monkeypatch.setattr(command, "add_lora", lambda _, config: seen.update(lora=config))
-        monkeypatch.setattr(command, "Trainer", trainer)
-        with pytest.raises(Stopped):
-            train(*inputs.flags(tmp_path / "run"), *flags)
-        return seen["train"], seen["lora"]
+        found = what_is_trained(*inputs.flags(tmp_path / "run"), *flags)
+        return found["config"], found["lora"]
 
     return configurations
 
