@@ -15,6 +15,7 @@ from jaxpack.errors import InputError as InputError
 from jaxpack.lora import add_lora as add_lora
 from jaxpack.packing import PackedBatch as PackedBatch
 from jaxpack.packing import pack_rows as pack_rows
+from jaxpack.run_report import write_report as write_report
 from jaxpack.shown_rows import ShownRow as ShownRow
 from jaxpack.shown_rows import show_row as show_row
 from jaxpack.trainer import Trainer as Trainer

@@ -42,6 +42,7 @@ from jaxpack.packing import PackedBatch
 from jaxpack.predictions import resolve
 from jaxpack.prefetch import prefetched
 from jaxpack.reporting import METRICS, Reports, open_reports, require_libraries
+from jaxpack.run_report import write_report
 from jaxpack.training import (
     Metrics,
     TrainState,
@@ -233,7 +234,8 @@ class Trainer:
         )
 
     def train(self) -> TrainResult:
-        """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress.
+        """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress, and writes a
+        report at the end.
 
         SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running, with a checkpoint where there is an
         `output_dir`: then it raises KeyboardInterrupt or SystemExit. A second one does not wait.
@@ -284,8 +286,10 @@ class Trainer:
                 if stop.asked:
                     saved = checkpoints is not None and checkpoints.wait()
                     console.print(f"stopped after step {step}, {'saved' if saved else 'without a checkpoint'}")
+                    self._report()
                     raise stop.error()
                 log.go_on()
+        self._report()
         return log.result()
 
     def _take(self, run: Run) -> None:
@@ -334,7 +338,7 @@ class Trainer:
         return lines if run.explanation is None else [*lines, run.explanation]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
-        """What a run is made of."""
+        """What `run_report` tells of a run beside its metrics."""
         lora = self.model.lora_config
         return {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -348,6 +352,14 @@ class Trainer:
             "plan": plan,
             "settings": vars(self.config) | ({} if lora is None else {"adapters": vars(lora)}),
         }
+
+    def _report(self) -> None:
+        """A run that is done is not ended by what is wrong with its report."""
+        if self.config.output_dir is not None:
+            try:
+                console.print(f"wrote {write_report(self.config.output_dir)}")
+            except InputError as error:
+                console.print(f"there is no report: {error}", style="yellow")
 
 
 def _version(name: str) -> str:
