@@ -233,9 +233,9 @@ class Trainer:
             assistant_only_loss=self.config.assistant_only_loss,
         )
 
-    def train(self) -> TrainResult:
+    def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
         """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress, and writes a
-        report at the end.
+        report at the end. `on_start` is called when there is nothing left to refuse, before the first step.
 
         SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running, with a checkpoint where there is an
         `output_dir`: then it raises KeyboardInterrupt or SystemExit. A second one does not wait.
@@ -271,6 +271,7 @@ class Trainer:
                 stack.callback(checkpoints.close)
             stack.callback(self._take, run)
             stack.enter_context(reports)
+            on_start()
             stop = stack.enter_context(_Stop())
             stack.enter_context(log)
             for metrics in stack.enter_context(contextlib.closing(run.steps(pauses))):

@@ -13,7 +13,7 @@ from jaxpack.errors import InputError
 
 Config = TypeVar("Config", TrainConfig, LoraConfig)
 
-_FLAG_OF = {"r": "lora_r"}  # where a field's name says too little outside its class
+FLAG_OF = {"r": "lora_r"}  # where a field's name says too little outside its class
 
 
 def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -37,7 +37,7 @@ def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Calla
 
 def flag_of(field: dataclasses.Field) -> str:
     """The name under which a command receives a field."""
-    return _FLAG_OF.get(field.name, field.name)
+    return FLAG_OF.get(field.name, field.name)
 
 
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
@@ -47,9 +47,25 @@ def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Con
         return config(**{name: value for name, value in values.items() if value is not None} | given)
     except InputError as error:
         message = str(error)
-        for name, flag in _FLAG_OF.items():
+        for name, flag in FLAG_OF.items():
             message = message.replace(f"`{name}`", f"`{flag}`")
         raise InputError(message) from error
+
+
+def to_flags(config: TrainConfig | LoraConfig) -> dict[str, Any]:
+    """The flags that make the dataclass, with lists and mappings as a settings file has them."""
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, tuple):
+            value = dict(value) if any(map(is_pairs, get_args(field.type))) else list(value)
+        values[flag_of(field)] = value
+    return values
+
+
+def is_pairs(kind: Any) -> bool:
+    """Whether a field's type is that of pairs, which a settings file has as a mapping."""
+    return get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is tuple
 
 
 def _parameter(field: dataclasses.Field) -> inspect.Parameter:
@@ -66,5 +82,5 @@ def _parameter(field: dataclasses.Field) -> inspect.Parameter:
         show_default=str(field.default),
     )
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option, field]
     )

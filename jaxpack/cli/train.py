@@ -11,21 +11,31 @@ import typer
 from flax import nnx
 
 import torch_bridge
-from jaxpack.cli.options import flag_of, from_flags, with_flags
+from jaxpack.cli.config_file import overridden, read_settings, write_settings
+from jaxpack.cli.options import flag_of, from_flags, to_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
 from jaxpack.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
 from jaxpack.lora import add_lora
+from jaxpack.reporting import require_libraries
 from jaxpack.trainer import Trainer
 
 _LORA_FLAGS = [
     flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"
 ]  # the run has one too
+_SETTINGS = "run.yaml"
+
+
+def _read_settings(context: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        context.default_map = read_settings(path, train)
+    return path
 
 
 @with_flags(TrainConfig, LoraConfig, leave_out=("output_dir",))
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A Hugging Face folder, or the id of a model on the hub.")],
     data: Annotated[
         Path,
@@ -37,10 +47,20 @@ def train(
     output: Annotated[
         Path,
         typer.Option(
-            help="A new folder, for adapter/ (or model/), metrics.jsonl and checkpoints/; or that of the run that"
-            " --resume-from-checkpoint latest goes on with."
+            help="A new folder, for adapter/ (or model/), metrics.jsonl, report.md, run.yaml and checkpoints/; or that"
+            " of the run that --resume-from-checkpoint latest goes on with."
         ),
     ],
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            is_eager=True,
+            callback=_read_settings,
+            help="A YAML or TOML file of flags by their names (max_length: 4096), which those that are typed override;"
+            " every run leaves one, run.yaml.",
+        ),
+    ] = None,
     eval_data: Annotated[
         Path | None, typer.Option(help="A file like that of --data, whose loss is taken and which is not trained on.")
     ] = None,
@@ -55,7 +75,12 @@ def train(
     **flags: object,
 ) -> None:
     """Fine-tune a model on a dataset."""
+    given_up = overridden(context, [["full_finetuning"], ["adapter"], _LORA_FLAGS])
+    full_finetuning = full_finetuning and "full_finetuning" not in given_up
+    adapter = None if "adapter" in given_up else adapter
+    flags = {name: None if name in given_up else value for name, value in flags.items()}
     config = from_flags(TrainConfig, flags, output_dir=str(output))
+    require_libraries(config)
     lora = from_flags(LoraConfig, flags)
     if full_finetuning and (adapter is not None or any(flags[name] is not None for name in _LORA_FLAGS)):
         raise InputError("`full_finetuning` must be without flags of adapters, got both.")
@@ -81,6 +106,21 @@ def train(
     if trainer.checkpoint is None or not trainer.in_place:
         require_free_folder(trained, "output")
 
+    settings = {
+        "model": model,
+        "data": str(data),
+        "output": str(output),
+        "eval_data": None if eval_data is None else str(eval_data),
+        "dtype": network.dtype.name,
+        "adapter": None if adapter is None else str(adapter),
+        "full_finetuning": full_finetuning,
+        **to_flags(config),
+        **({} if full_finetuning or adapter is not None else to_flags(lora)),
+    }
+    del settings["output_dir"]
+    if trainer.in_place:  # the run has not begun there
+        settings["resume_from_checkpoint"] = None
+
     def write(path: Path) -> None:
         if full_finetuning:
             torch_bridge.save_pretrained(trainer.model, path, tokenizer)
@@ -89,7 +129,7 @@ def train(
 
     stopped = None
     try:
-        result = trainer.train()
+        result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
         evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
         console.print(
             f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {result.tokens_per_second:,.0f}"

@@ -22,7 +22,7 @@ from jaxpack.trainer import Trainer, TrainResult
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]
-OF_A_RUN = {"about.json", "metrics.jsonl", "report.md"}  # of one step: it has no picture
+OF_A_RUN = {"about.json", "metrics.jsonl", "report.md", "run.yaml"}  # of one step: it has no picture
 ONE_STEP = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--max-steps", "1"]
 
 
@@ -303,6 +303,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["`resume_from_checkpoint` must be the folder of a checkpoint", "got '/proc'"],
     ),
     "report_to": (["--report-to", "tensorboard,comet"], ["report_to", "'wandb'", "got 'tensorboard,comet'"]),
+    "config_of_no_known_kind": (["--config", "run.json"], ["`config`", ".yaml, .yml or .toml", "got 'run.json'"]),
     "text_field": (["--dataset-text-field", "body"], ["`body`", "['text']"]),
 }
 

@@ -63,7 +63,7 @@ def require_same_end(folder: Path, undisturbed: Path) -> None:
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
     assert records(folder) == records(undisturbed)
     kept = {str(path.relative_to(folder)) for path in folder.glob("*")}
-    files = {"about.json", "metrics.jsonl", "report.md", "report.png"}
+    files = {"about.json", "metrics.jsonl", "report.md", "report.png", "run.yaml"}
     assert kept == {"adapter", "checkpoints"} | files  # and nothing temporary
     assert all(path.name.isdecimal() for path in (folder / "checkpoints").iterdir())
 

@@ -67,7 +67,7 @@ def adapter_run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_a_run_writes_an_adapter_and_its_metrics_and_nothing_else(adapter_run: Path) -> None:
     files = sorted(str(path.relative_to(adapter_run)) for path in adapter_run.rglob("*") if path.is_file())
-    about = ["about.json", "metrics.jsonl", "report.md", "report.png"]
+    about = ["about.json", "metrics.jsonl", "report.md", "report.png", "run.yaml"]
     assert files == ["about.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", *about[1:]]
     assert [path.name for path in adapter_run.parent.iterdir()] == ["first"]
 
@@ -154,7 +154,7 @@ def test_full_finetuning_writes_a_model_that_reads_back_and_differs_from_its_bas
     inputs: Inputs, tmp_path: Path
 ) -> None:
     train(*inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, "--full-finetuning")
-    written = ["about.json", "metrics.jsonl", "model", "report.md", "report.png"]
+    written = ["about.json", "metrics.jsonl", "model", "report.md", "report.png", "run.yaml"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == written
     base, _ = torch_bridge.from_pretrained(str(inputs.base))
     trained, tokenizer = torch_bridge.from_pretrained(str(tmp_path / "run" / "model"))

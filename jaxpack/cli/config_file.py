@@ -1,0 +1,155 @@
+"""Settings files: the flags of a command in YAML or TOML, read in place of typing them, and written for a rerun."""
+
+import inspect
+import re
+import tomllib
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import typer
+import yaml
+
+from jaxpack.cli.options import FLAG_OF, is_pairs
+from jaxpack.errors import InputError, reason
+from jaxpack.files import replace_file
+
+_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", NoneType: "null"}
+_TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}
+
+
+def read_settings(path: Path, command: Callable) -> dict[str, Any]:
+    """The values that a file holds for the flags of a command, each as it would be typed. `null` is as not given.
+
+    Raises:
+      InputError: the file cannot be read, or holds nothing, an unknown name, or a value of another type.
+    """
+    found, kinds = _parse(path), _kinds(command)
+    unknown = [f"{name!r}{_nearest(str(name), list(kinds))}" for name in found if name not in kinds]
+    if unknown:
+        raise InputError(f"`config` must hold flags by their names, got {', '.join(unknown)} in {str(path)!r}.")
+    for name, value in found.items():
+        if not _fits(kinds[name], value):
+            raise InputError(f"`{name}` must be {_rule(kinds[name])}, got {value!r} in {str(path)!r}.")
+    return {name: _typed(value) for name, value in found.items() if value is not None}
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes flags and their values, for `read_settings`."""
+    head = "# `jaxpack train --config THIS_FILE --output NEW_FOLDER` runs it again; flags override what is here.\n"
+    text = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    replace_file(path, (head + text).encode(), "output")
+
+
+def overridden(context: typer.Context, alternatives: list[list[str]]) -> set[str]:
+    """The flags of a settings file that give way, since the command line takes another of several alternatives."""
+
+    def come_from(source: str, names: list[str]) -> list[str]:
+        sources = {name: context.get_parameter_source(name) for name in names}
+        return [name for name, found in sources.items() if found is not None and found.name == source]
+
+    taken = [names for names in alternatives if any(context.params[name] for name in come_from("COMMANDLINE", names))]
+    others = [names for names in alternatives if taken and names not in taken]
+    return {name for names in others for name in come_from("DEFAULT_MAP", names)}
+
+
+# What a file may hold.
+
+
+def _kinds(command: Callable) -> dict[str, Any]:
+    """The type of each flag's value: of the field that it sets, where it sets one."""
+    kinds = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if get_args(parameter.annotation):
+            kind, option, *field = get_args(parameter.annotation)
+            if not option.is_eager:  # as `--config` itself is
+                kinds[name] = field[0].type if field else kind
+    return kinds
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    for one in _alternatives(kind):
+        if get_origin(one) is Literal:
+            fits = value in get_args(one)
+        elif is_pairs(one):
+            fits = isinstance(value, dict)
+        elif get_origin(one) is tuple:
+            fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        else:
+            fits = type(value) in _TYPES[one]
+        if fits:
+            return True
+    return False
+
+
+def _rule(kind: Any) -> str:
+    rules = []
+    for one in _alternatives(kind):
+        if get_origin(one) is Literal:
+            rules.append(f"one of {get_args(one)}")
+        elif get_origin(one) is tuple:
+            rules.append("a mapping" if is_pairs(one) else "a list of text")
+        else:
+            rules.append(_RULES[one])
+    return " or ".join(rules)
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={one}" for name, one in value.items())
+    return ",".join(value) if isinstance(value, list) else value
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    wanted = name.replace("-", "_").lower()
+    near = [FLAG_OF[wanted]] if wanted in FLAG_OF else get_close_matches(wanted, names, 1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+# YAML and TOML.
+
+
+def _parse(path: Path) -> dict[Any, Any]:
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise InputError(f"`config` must end in .yaml, .yml or .toml, got {str(path)!r}.")
+    try:
+        text = path.read_text("utf-8")
+        found = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"`config` must be a YAML or TOML file, got {str(path)!r}: {reason(error)}.") from error
+    if not isinstance(found, dict) or not found:
+        held = "nothing" if not found else f"{found!r:.80}"
+        raise InputError(f"`config` must hold names with values, got {str(path)!r} with {held}.")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes no name twice. Numbers are YAML 1.2's, in which 2e-4 is one, and dates are text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what this or another reader would take for something other than text."""
+
+
+_FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "timestamp"))
+_NUMBER = re.compile(r"(?i:[-+]?(\.\d+|\d+(\.\d*)?)(e[-+]?\d+)?|[-+]?\.inf|\.nan)$", re.ASCII)
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != _DATE]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_FLOAT, _NUMBER, list("-+.0123456789"))
