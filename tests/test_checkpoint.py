@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import small_model
+from tensorboard_events import expected_scalars, scalars
 
 from jaxpack import checkpoint
 from jaxpack.checkpoint import Checkpoints, Progress, checksums, load_checkpoint, steps_in
@@ -98,10 +99,11 @@ def test_a_run_can_go_on_in_another_folder(stopped: Path, tmp_path: Path) -> Non
 
 def test_metrics_go_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     trainer(tmp_path / "whole", logging_steps=2).train()
-    crash(trainer(tmp_path / "run", logging_steps=2), after=6)
+    crash(trainer(tmp_path / "run", logging_steps=2, report_to="tensorboard"), after=6)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss":')  # killed in the middle of a line
-    trainer(tmp_path / "run", logging_steps=2, resume_from_checkpoint="latest").train()
+    trainer(tmp_path / "run", logging_steps=2, report_to="tensorboard", resume_from_checkpoint="latest").train()
+    assert scalars(tmp_path / "run") == expected_scalars(tmp_path / "run")
     found, expected = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("run", "whole")

@@ -1,93 +1,35 @@
 """Metrics go where they are asked to, the same everywhere, and no destination is in another's way, or in the run's."""
 
 import errno
-import json
 import os
-import struct
 import sys
-from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from models import small_model
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboard_events import events, expected_scalars, records, scalars
 
-from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.config import TrainConfig
 from jaxpack.errors import InputError
 from jaxpack.reporting import Reports, TensorBoard, open_reports
-from jaxpack.trainer import Trainer, _Log
+from jaxpack.trainer import Trainer
 
-ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
-SETTINGS = {"max_length": 64, "packing": True, "per_device_train_batch_size": 2, "max_steps": 7, "learning_rate": 1e-2}
 ABOUT = {"settings": {"max_length": 64}}
 RECORDS = [{"step": 2, "loss": 3.5}, {"step": 4, "loss": 3.25}, {"step": 4, "eval_loss": 3.1, "eval_perplexity": 22.2}]
 
 
-def trainer(output: Path, **changes: Any) -> Trainer:
-    settings = {"logging_steps": 1, "save_steps": 4, "report_to": "tensorboard"} | SETTINGS
-    config = TrainConfig(output_dir=str(output), **settings | changes)
-    return Trainer(small_model("qwen3", lora=LoraConfig(r=4)), None, ROWS, config)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(folder: Path) -> Iterator[Event]:
-    """Those of all event files, in the order of their names, as TensorBoard reads them."""
-    for path in sorted((folder / "tensorboard").iterdir()):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            yield Event.FromString(content[12 : 12 + length])  # checksums before and behind
-            content = content[16 + length :]
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: a process that starts takes the place of what there was from its step on."""
-    shown: dict[str, list[tuple[int, float]]] = {}
-    for event in events(folder):
-        if event.session_log.status == SessionLog.START:
-            for points in shown.values():
-                points[:] = [(step, value) for step, value in points if step < event.step]
-        for value in event.summary.value:
-            shown.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return shown
-
-
-def expected_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    expected: dict[str, list[tuple[int, float]]] = {}
-    for record in records(folder):
-        group = "eval" if "eval_loss" in record else "train"
-        for name, value in record.items():
-            if name != "step":
-                points = expected.setdefault(f"{group}/{name.removeprefix('eval_')}", [])
-                points.append((record["step"], float(np.float32(value))))
-    return expected
-
-
-def test_tensorboard_shows_the_metrics_of_a_run_that_was_stopped_and_resumed(tmp_path: Path) -> None:
-    step = _Log.step
-
-    def crash(log: _Log, metrics: object) -> None:
-        step(log, metrics)
-        if len(log._done.losses) == 6:
-            raise ZeroDivisionError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Log, "step", crash)
-        with pytest.raises(ZeroDivisionError):
-            trainer(tmp_path).train()
-    assert [at for at, _ in scalars(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5, 6]
-    trainer(tmp_path, resume_from_checkpoint="latest").train()
-    found = scalars(tmp_path)
-    assert found == expected_scalars(tmp_path)
-    assert [at for at, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6, 7]
-    written = [event.step for event in events(tmp_path) for value in event.summary.value if value.tag == "train/loss"]
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    config = TrainConfig(output_dir=str(tmp_path), report_to="tensorboard")
+    for after, steps in ((None, range(1, 7)), (4, range(5, 8))):
+        with open_reports(config, ABOUT, after) as reports:
+            for step in steps:
+                reports.write({"step": step, "loss": step + (after or 0) / 8})
+    assert scalars(tmp_path) == expected_scalars(tmp_path)
+    assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.5), (6, 6.5), (7, 7.5)]
+    written = [event.step for event in events(tmp_path) if event.summary.value]
     assert written == [1, 2, 3, 4, 5, 6, 5, 6, 7]  # it was the reader that left two out
 
 

@@ -24,7 +24,7 @@ def trainer(output: Path, **changes: object) -> Trainer:
     settings = {"max_length": 64, "packing": True, "per_device_train_batch_size": 2, "max_steps": 7, "eval_steps": 3}
     settings |= {"logging_steps": 2, "save_steps": 0, "learning_rate": 1e-2}
     config = TrainConfig(output_dir=str(output), **settings | changes)
-    return Trainer(small_model("qwen3", lora=LoraConfig(r=4)), None, ROWS, config, ROWS[:9])
+    return Trainer(small_model("qwen3", lora=LoraConfig(r=4, target_modules="q_proj")), None, ROWS, config, ROWS[:9])
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,8 @@ def test_a_folder_of_no_run_is_refused(name: str, content: str | None, message: 
     assert not (copied / "report.md").exists()
 
 
-def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "report.md").mkdir()
-    result = trainer(tmp_path).train()
-    assert len(result.losses) == 7
+def test_a_report_that_cannot_be_written_does_not_end_the_run(copied: Path, capsys: pytest.CaptureFixture) -> None:
+    (copied / "report.md").mkdir()
+    trainer(copied, resume_from_checkpoint="latest")._report()
     shown = capsys.readouterr().err
-    assert f"there is no report: `folder` must be writable, got '{tmp_path}/report.md': Is a directory" in shown
+    assert f"there is no report: `folder` must be writable, got '{copied}/report.md': Is a directory" in shown
