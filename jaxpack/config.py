@@ -125,6 +125,7 @@ class ModelConfig:
     out_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False  # of all three projections of the feed-forward
     fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
+    max_position_embeddings: int | None = None  # tokens of the longest text that it is made for, where that is said
     sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
     local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
     local_rope: RopeConfig | None = None  # of those layers, where they have another
@@ -164,13 +165,11 @@ class ModelConfig:
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
             value = getattr(self, name)
             _check(value is None or _is_positive(value), name, "must be None or a positive number", value)
-        window, local = self.sliding_window, self.local_layers
-        _check(
-            window is None or (isinstance(window, int) and window >= 1),
-            "sliding_window",
-            "must be None or a whole number of at least 1",
-            window,
-        )
+        for name in ("max_position_embeddings", "sliding_window"):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and value >= 1
+            _check(value is None or is_whole, name, "must be None or a whole number of at least 1", value)
+        local = self.local_layers
         _check(
             local is None or len(local) == self.num_layers,
             "local_layers",
@@ -190,6 +189,11 @@ class ModelConfig:
             factors = getattr(rope.scaling, name, None)
             half = rotary_dim // 2
             _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -255,6 +255,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         rope=special.pop("rope", None) or _read_rope(hf),
         activation=_ACTIVATIONS[activation],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        max_position_embeddings=hf.get("max_position_embeddings"),
         name_or_path=name_or_path,
         **special,
     )
@@ -318,9 +319,8 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
         return {"rope_parameters": parameters}
     (kind,) = (kind for kind, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
     values = {name: value for name, value in dataclasses.asdict(rope.scaling).items() if value is not None}
+    values.pop("max_position_embeddings", None)  # the model's own
     beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
-    if "max_position_embeddings" in values:
-        beside["max_position_embeddings"] = values.pop("max_position_embeddings")
     return {"rope_parameters": parameters | {"rope_type": kind} | values} | beside
 
 
@@ -341,6 +341,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
+    if config.max_position_embeddings is not None:
+        rope["max_position_embeddings"] = config.max_position_embeddings
     if config.local_layers is not None:
         special["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
     return {

@@ -100,7 +100,8 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["default", *SCALINGS])
 def test_config_round_trip(family: str, scaling: RopeScaling | None, tied: bool):
     rope = RopeConfig(theta=5e5, scaling=scaling)
-    config = small_config(family, rope=rope, tie_word_embeddings=tied, name_or_path="where it came from")
+    settings = {"max_position_embeddings": 4096, "tie_word_embeddings": tied, "name_or_path": "where it came from"}
+    config = small_config(family, rope=rope, **settings)
     assert config_from_hf(config_to_hf(config), "where it came from") == config
 
 
@@ -113,6 +114,7 @@ def test_published_configs_are_read(family: str):
     # Qwen3 says its head_dim, which is not 1024 / 16; Llama leaves it out.
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == ((16, 8, 128) if qwen3 else (24, 8, 128))
     assert config.rms_norm_eps == (1e-6 if qwen3 else 1e-5)
+    assert config.max_position_embeddings == (40960 if qwen3 else 131072)
     assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, scaling=LLAMA3))
     assert config.qk_norm == config.tie_word_embeddings == qwen3
     assert config.name_or_path == "a/model"
