@@ -376,6 +376,32 @@ class TrainConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How text is generated. Names and meaning are those of transformers' `GenerationConfig` where it has them."""
+
+    max_new_tokens: int = _option(128, "Tokens to write after each prompt, unless it ends before.")
+    temperature: float = _option(0.0, "Logits are divided by it before a token is drawn; 0 takes the likeliest.")
+    top_k: int | None = _option(None, "Draw from so many likeliest tokens only.")
+    top_p: float | None = _option(None, "Draw from the fewest likeliest tokens that have this share only.")
+    seed: int = _option(0, "Of what is drawn; each prompt draws for itself.")
+    batch_size: int = _option(8, "Prompts that are generated from at a time.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("max_new_tokens", "batch_size"):
+            _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        for name in ("temperature", "seed"):
+            value = getattr(self, name)
+            _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
+        k, p = self.top_k, self.top_p
+        _check(k is None or (type(k) is int and k >= 1), "top_k", "must be a whole number of at least 1", k)
+        _check(p is None or (_is_positive(p) and p <= 1), "top_p", "must be in (0, 1]", p)
+        for name in ("top_k", "top_p"):
+            value = getattr(self, name)
+            _check(value is None or self.temperature > 0, name, "must be None unless `temperature` is above 0", value)
+
+
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:
     """Names in a list, or in a string with commas."""
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else tuple(value)
