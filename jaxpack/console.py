@@ -6,6 +6,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 # No markup: paths and other people's messages have brackets of their own. No wrapping: a line is a line.
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """Text of others, with signs for control characters: none moves a terminal's cursor."""
+    return text.translate(_VISIBLE)
+
 
 def progress_bar(what: str, *, transient: bool = True) -> Progress:
     """A progress bar for a terminal or a notebook; elsewhere nothing. A task's `note` is shown behind it."""

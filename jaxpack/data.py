@@ -16,6 +16,7 @@ from jaxpack.chat import (
     Conversation,
     alpaca_prompt,
     common_prefix,
+    instruction_message,
     read_conversation,
     read_instruction,
     without_none,
@@ -144,6 +145,51 @@ def load_documents(
             " learn to stop: the chat template writes none, or writes it outside of its generation tags"
         )
     return _with_targets(documents, tokenizer, where)
+
+
+def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
+    """What is asked in each row of a dataset, in the formats of `load_documents` that ask something.
+
+    These are `prompt`, a string or messages; `messages` or `conversations`, without the answer at their end; and
+    `instruction`, with its `input`.
+
+    Args:
+      chat: a string is a user's message; if not, a text to go on from, and instructions are put in Alpaca's words.
+
+    Raises:
+      InputError: the dataset is empty or unreadable, or a row is; the message says which.
+    """
+    records, where = _read(dataset)
+    if not records:
+        raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
+    records = without_none(list(records)) if where.of_arrow else records
+    return [_asked(record, row, where, chat) for row, record in enumerate(records)]
+
+
+def text_prompt(text: str, *, chat: bool) -> str | Conversation:
+    """A text as a user's message with `chat`; if not, as it is."""
+    return Conversation([{"role": "user", "content": text}]) if chat else text
+
+
+def _asked(record: Record, row: int, where: "_Where", chat: bool) -> str | Conversation:
+    key = next((key for key in ("messages", "conversations", "prompt") if key in record), None)
+    if key is not None:
+        kinds = (str, list) if key == "prompt" else (list,)
+        (asked,) = _column([record], row, key, kinds, where)
+        if isinstance(asked, str):
+            return text_prompt(asked, chat=chat)
+        conversation = read_conversation(record, asked, where(row))
+        messages = list(conversation.messages)
+        while key != "prompt" and messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        if not messages:
+            raise InputError(f"`{key}` must have a message to answer, got none in {where(row)}.")
+        return dataclasses.replace(conversation, messages=messages)
+    if "instruction" in record:
+        instruction, given, _ = read_instruction({"output": "", **record}, where(row))
+        return Conversation([instruction_message(instruction, given)]) if chat else alpaca_prompt(instruction, given)
+    formats = "`prompt`, `messages`, `conversations` or `instruction`"
+    raise InputError(f"A row must have {formats}, got {sorted(record)} in {where(row)}.")
 
 
 def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row: int) -> np.ndarray:
@@ -378,8 +424,7 @@ def _read_instructions(rows: Rows, begin: int, where: _Where) -> list[Conversati
     conversations = []
     for row, record in enumerate(rows, begin):
         instruction, given, output = read_instruction(record, where(row))
-        question = f"{instruction}\n\n{given}" if given else instruction
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        messages = [instruction_message(instruction, given), {"role": "assistant", "content": output}]
         conversations.append(read_conversation(record, messages, where(row)))
     return conversations
 

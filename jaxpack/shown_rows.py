@@ -10,11 +10,10 @@ from rich.rule import Rule
 from rich.text import Text
 
 from jaxpack.batching import Batches
+from jaxpack.console import visible
 from jaxpack.data import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.packing import IGNORE
-
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # no text moves a terminal's cursor
 
 
 class Span(NamedTuple):
@@ -46,7 +45,7 @@ class ShownRow:
             yield Rule(title, align="left", style="cyan")
             text = Text()
             for span in spans:
-                shown = span.text.translate(_VISIBLE)
+                shown = visible(span.text)
                 text.append(before + shown + after if span.trained else shown, "green" if span.trained else "grey50")
             yield text
         yield Rule(f"padding: {_count(self.padding, 'position')}", align="left", style="cyan")

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.config import GenerateConfig, LoraConfig, TrainConfig
 from jaxpack.errors import InputError
 
-Config = TypeVar("Config", TrainConfig, LoraConfig)
+Config = TypeVar("Config", TrainConfig, LoraConfig, GenerateConfig)
 
 _FLAG_OF = {"r": "lora_r"}  # where a field's name says too little outside its class
 

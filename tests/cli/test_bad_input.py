@@ -330,6 +330,24 @@ def test_a_bad_flag_in_a_real_process(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
+def test_a_bad_flag_of_generate_in_a_real_process(tmp_path: Path) -> None:
+    done = run_process("generate", "--model", "x", "--prompt", "the cab", "--temperature", "-1")
+    assert done.returncode == 2 and done.stdout == ""
+    require_all(["`temperature`", "0 or a positive number", "got -1.0"], the_error(done.stderr))
+
+
+@pytest.mark.parametrize("name", ["truncated", "missing_tensor", "tokenizer_is_garbage"])
+def test_generate_refuses_a_bad_checkpoint_too(name: str, base: Path, tmp_path: Path, run: Callable) -> None:
+    damage, fragments = BAD_CHECKPOINTS[name]
+    model = shutil.copytree(base, tmp_path / "model")
+    damage(model)
+    before = contents(tmp_path)
+    status, stderr = run("generate", "--model", model, "--prompt", "the cab", "--output", tmp_path / "texts.jsonl")
+    assert status == 2
+    require_all(fragments, the_error(stderr))
+    assert contents(tmp_path) == before
+
+
 # --- Output folders ---------------------------------------------------------------------------------------------------
 
 
