@@ -21,7 +21,7 @@ from jaxpack.decoding import extend, prefill
 ORIGINAL = 30  # context of the ropes that depend on it: some prompts are shorter, some texts get longer
 _LONG = LongRopeScaling(
     short_factor=tuple(1 + i / 20 for i in range(8)),
-    long_factor=tuple(1 + i / 2 for i in range(8)),
+    long_factor=tuple(4.0 + 2 * i for i in range(8)),
     original_max_position_embeddings=ORIGINAL,
     factor=4.0,
 )
@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[str, dict]] = {
         {"rope": RopeConfig(theta=1e4, scaling=_DYNAMIC), "max_position_embeddings": ORIGINAL},  # it may go beyond
     ),
 }
-PROMPTS = [np.random.default_rng(i).integers(0, 97, length).tolist() for i, length in enumerate((25, 1, 40, 10))]
+PROMPTS = [np.random.default_rng(i).integers(0, 97, length).tolist() for i, length in enumerate((25, 1, 40, 13, 29))]
 
 
 def make_model(kind: str, *, lora: bool = True, **settings: object) -> Transformer:
@@ -136,7 +136,9 @@ def test_a_seed_says_what_is_drawn_whatever_else_is_in_the_batch(plain):
     drawn = generate(plain, [PROMPTS[0]] * 3, seed=1, **options)
     assert generate(plain, [PROMPTS[0]] * 3, seed=1, batch_size=2, **options) == drawn  # a second batch of one row
     assert generate(plain, [PROMPTS[0]] * 3, seed=2, **options) != drawn
-    assert len(set(map(tuple, drawn))) == 3  # each draws for itself
+    assert len(set(map(tuple, drawn))) == 3  # each draws for itself,
+    hot = generate(plain, [PROMPTS[0]] * 3, seed=1, max_new_tokens=6, temperature=1e6)
+    assert len(set(sum(hot, []))) > 12  # and each token
 
 
 def sampled(model: Transformer, **options: object) -> np.ndarray:
@@ -328,8 +330,8 @@ def test_what_is_refused(plain, prompts, options, sentence):
 
 
 def test_texts_beyond_what_the_model_is_made_for_are_refused():
-    with pytest.raises(InputError, match=r"at most 128 tokens.*`max_position_embeddings`, got 10 in prompt 1 and 119"):
-        generate(make_model("qwen3"), [[1], PROMPTS[3]], max_new_tokens=119)
+    with pytest.raises(InputError, match=r"at most 128 tokens.*`max_position_embeddings`, got 13 in prompt 1 and 116"):
+        generate(make_model("qwen3"), [[1], PROMPTS[3]], max_new_tokens=116)
 
 
 def test_prompts_that_cannot_be_written_are_refused(plain):
