@@ -182,7 +182,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(plain, temperature)
         ({"top_k": 1}, lambda p: np.arange(97) < 1),
         ({"top_k": 10**12, "top_p": 1.0}, lambda p: np.arange(97) < 97),
     ],
-    ids=str,
+    ids=["top_k", "top_p", "both", "one", "all"],
 )
 def test_top_k_and_top_p_leave_the_likeliest_tokens(plain, options: dict, kept: Callable):
     expected = probabilities(plain, 0.8)
