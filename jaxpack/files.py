@@ -9,8 +9,6 @@ from pathlib import Path
 
 from jaxpack.errors import InputError, reason
 
-_NEW = ".new"  # how the name of a folder ends that is about to replace another
-
 
 def require_free_folder(path: Path, name: str) -> None:
     """Refuses a path that holds something: nothing of a user's is ever overwritten."""
@@ -69,16 +67,26 @@ def replace_folder(write: Callable[[Path], None], path: Path) -> None:
     if not path.exists():
         write(path)
         return
-    new = path.with_name(f"{path.name}{_NEW}")
+    new, old = _beside(path)
     write(new)
-    shutil.rmtree(path, ignore_errors=True)
+    path.rename(old)
     new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(path: Path) -> None:
     """Deletes what a process that was killed has left beside `path`, of `whole_folder` or `replace_folder`."""
-    for leftover in (*path.parent.glob(f".{path.name}-*"), path.with_name(f"{path.name}{_NEW}")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    new, old = _beside(path)
+    if old.exists() and not path.exists():
+        old.rename(path)  # it was killed between the two renames
+    for name in (path.name, new.name):
+        for leftover in path.parent.glob(f".{name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where `replace_folder` has what comes to `path` and what was there."""
+    return path.with_name(f".{path.name}-new"), path.with_name(f".{path.name}-old")
 
 
 def _existing(path: Path) -> Path:
