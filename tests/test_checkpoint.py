@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -312,20 +311,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     spare: int, small_disk: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = _Log.step
-    monkeypatch.setattr(checkpoint, "_SPARE", spare)
+    write, ballast = Checkpoints._write, small_disk / "ballast"
 
-    def fill(log: _Log, metrics: object) -> None:
-        step(log, metrics)
-        ballast = small_disk / "ballast"
-        if len(log._done.losses) == 4:
-            while not (small_disk / "run" / "checkpoints" / "2").exists():
-                time.sleep(0.01)
+    def fill(self: Checkpoints, step: int, *args: object) -> bool:
+        if step == 4:
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
-        if len(log._done.losses) == 7:
+        elif step == 8:
             ballast.unlink()
+        return write(self, step, *args)
 
-    monkeypatch.setattr(_Log, "step", fill)
+    monkeypatch.setattr(Checkpoints, "_write", fill)
+    monkeypatch.setattr(checkpoint, "_SPARE", spare)
     output = small_disk / "run"
     result = trainer(output, save_steps=2, save_total_limit=5).train()
     assert len(result.losses) == 8

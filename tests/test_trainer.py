@@ -229,7 +229,8 @@ def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
     rows[5]["labels"] = [-100] + [token if i % 3 else -100 for i, token in enumerate(rows[5]["input_ids"][1:])]
     config = changed(SHORT, max_steps=1, learning_rate=1e-9, gradient_accumulation_steps=2, **layout)
     result = Trainer(model, None, ROWS, config, rows).train()
-    tokens = np.array([row["input_ids"] + [0] * (64 - len(row["input_ids"])) for row in rows])  # each reads what is before
+    # Alone in its row: a token reads what is before it, and not the zeros after.
+    tokens = np.array([row["input_ids"] + [0] * (64 - len(row["input_ids"])) for row in rows])
     losses = []
     for row, logits in zip(rows, np.asarray(model.logits(jnp.array(tokens)), np.float64), strict=True):
         logits = logits[: len(row["input_ids"])]
