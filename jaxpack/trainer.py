@@ -323,11 +323,11 @@ class Trainer:
         for line in describe(documents, batches, config):
             console.print(line)
         if self.eval_batches is not None:
-            cut = self.eval_batches.truncation
-            shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in self.eval_batches.shapes)
+            evaluated = self.eval_batches
             console.print(
-                f"evaluation: {len(self.eval_documents):,} documents, {self.eval_batches.targets_per_epoch:,} tokens to"
-                f" predict, {cut.documents:,} documents cut by max_length; shapes to compile: {shapes}"
+                f"evaluation: {len(self.eval_documents):,} documents, {evaluated.targets_per_epoch:,} tokens to"
+                f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
+                f" {_shapes(evaluated)}"
             )
         sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (trainable, frozen)]
         console.print(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
@@ -357,12 +357,15 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         lines.append(
             "padding-free: the documents of a step lie end to end" if config.padding_free else "padded batches"
         )
-    shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
     lines.append(
         f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} an epoch); shapes to compile:"
-        f" {len(batches.shapes)} ({shapes}), {batches.padding_share:.2%} of their positions padding"
+        f" {len(batches.shapes)} ({_shapes(batches)}), {batches.padding_share:.2%} of their positions padding"
     )
     return lines
+
+
+def _shapes(batches: Batches) -> str:
+    return ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
 
 
 def _check_evaluation(config: TrainConfig, given: bool) -> None:
