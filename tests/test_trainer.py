@@ -222,7 +222,7 @@ def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.slow), LAYOUTS[2]], ids=str)
 def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
     model = small_model("qwen3", lora=LoraConfig(r=4, lora_dropout=0.5))
     rows = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in ROWS[:13]]
