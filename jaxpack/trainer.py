@@ -113,7 +113,7 @@ class Trainer:
     Args:
       model: trained in place; `trainer.model` is the same object.
       tokenizer: turns the dataset's text to tokens, see `load_documents`; may be None for rows of `input_ids`.
-      train_dataset: a JSONL or Parquet file, an iterable of dicts, or a `datasets.Dataset`.
+      train_dataset: a JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
       config: how to train.
 
     Reading, tokenising and planning happen here, so that what is wrong with the input shows before training starts.
@@ -123,7 +123,11 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None, train_dataset: Dataset, config: TrainConfig | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        train_dataset: Dataset | Documents,
+        config: TrainConfig | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
