@@ -180,7 +180,7 @@ class Trainer:
     Args:
       model: trained in place; `trainer.model` is the same object.
       tokenizer: turns the dataset's text to tokens, see `load_documents`; may be None for rows of `input_ids`.
-      train_dataset: a JSONL or Parquet file, an iterable of dicts, or a `datasets.Dataset`.
+      train_dataset: a JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
       config: how to train.
       eval_dataset: rows that are not trained on, of any of the formats; their loss is taken as `eval_steps` says, in
         batches like those of training.
@@ -199,9 +199,9 @@ class Trainer:
         self,
         model: Transformer,
         tokenizer: Tokenizer | None,
-        train_dataset: Dataset,
+        train_dataset: Dataset | Documents,
         config: TrainConfig | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Documents | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
