@@ -52,9 +52,10 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     if dtype == "auto":
         stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
+    tokenizer = _tokenizer(folder)  # before the weights, which take longer
     model = build_model(config, _weights(folder), dtype)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
-    return model, _tokenizer(folder)
+    return model, tokenizer
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
@@ -123,11 +124,12 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
 
 
 def _folder(name_or_path: str) -> Path:
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):  # false, unlike `Path.is_dir`, of what is no path, and of what may not be looked at
         return Path(name_or_path)
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")) or os.path.exists(name_or_path):
         raise InputError(
-            f"`model` must be an existing folder or the id of a model on the hub (owner/name), got {name_or_path!r}."
+            "`model` must be an existing folder or the id of a model on the hub (owner/name), got"
+            f" {name_or_path!r:.200}."
         )
     try:
         from huggingface_hub import snapshot_download
@@ -174,7 +176,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of its files, or of the config, which transformers checks too: any
         raise InputError(
-            f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error)}."
+            f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error):.400}."
         ) from error

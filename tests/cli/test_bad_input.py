@@ -228,6 +228,13 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["1 missing", DOWN, "1 of the wrong shape", NORM],  # all that is wrong, at once
     ),
     "tokenizer_is_garbage": (with_file("tokenizer.json", b"the cab"), ["tokenizer"]),
+    "tokenizer_is_a_list": (with_file("tokenizer.json", b"[]"), ["tokenizer"]),
+    "tokenizer_config_is_a_list": (with_file("tokenizer_config.json", b"[]"), ["tokenizer"]),
+    "config_that_the_tokenizer_refuses": (
+        with_config(max_position_embeddings="48"),
+        ["tokenizer", "max_position_embeddings", "'48'"],
+    ),
+    "model_type_of_another": (with_config(model_type="llama"), ["`model_type`", "'qwen3'", "'llama'"]),
     "tokenizer_is_missing_its_vocabulary": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
 }
 
