@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,8 +66,8 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
     folder = Path(adapter)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r} without.")
+        if not os.path.isfile(folder / name):
+            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200} without.")
     lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     _check_keys(_expected_shapes(model, lora), tensors, folder / ADAPTER_WEIGHTS)

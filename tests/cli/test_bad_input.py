@@ -209,10 +209,12 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing_shard": (sharded(TWO_SHARDS), ["index", "'model-00002-of-00002.safetensors'"]),
     "index_is_no_object": (sharded([]), [INDEX, "JSON object"]),
     "index_with_a_list": (sharded({"weight_map": ["model-00001-of-00002.safetensors"]}), [INDEX, "weight_map"]),
+    "index_with_a_name_too_long": (sharded({"weight_map": {NORM: "é" * 200}}), [INDEX, "ééé"]),
     "index_that_leaves_the_folder": (sharded({"weight_map": {NORM: "../x.safetensors"}}), [INDEX, "../x.safetensors"]),
     "truncated": (truncated, [WEIGHTS, "whole"]),
     "garbage": (with_file(WEIGHTS, b"\xff" * 1000), [WEIGHTS, "safetensors file"]),
     "garbage_header": (with_file(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 64), [WEIGHTS, "safetensors file"]),
+    "pointer": (with_file(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS, "git lfs pull"]),
     "empty_weights": (with_file(WEIGHTS, b""), [WEIGHTS, "safetensors file"]),
     "wrong_shape": (
         with_tensors(lambda tensors: tensors.update({DOWN: np.zeros((48, 81), np.float32)})),
