@@ -360,8 +360,9 @@ def a_file(parent: Path) -> Path:
         (a_file, ["`output`", "folder", "the file", "run'"]),
         (lambda parent: a_file(parent) / "deeper", ["`output`", "deeper"]),
         (lambda _: Path("/proc/jaxpack"), ["`output`", "/proc"]),
+        (lambda parent: parent / ("x" * 300), ["`output`", "xxx", os.strerror(errno.ENAMETOOLONG)]),
     ],
-    ids=["occupied", "a_file", "below_a_file", "not_writable"],
+    ids=["occupied", "a_file", "below_a_file", "not_writable", "too_long"],
 )
 def test_bad_output(prepare: Callable, fragments: list[str], base: Path, data: Path, tmp_path: Path, run: Callable):
     output = prepare(tmp_path)
