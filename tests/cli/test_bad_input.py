@@ -414,7 +414,7 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tm
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr and done.stderr.rstrip().endswith(errors[0])
-    assert str(output / "adapter") in errors[0] and os.strerror(errno.EFBIG) in errors[0]
+    require_all(["`output`", str(output / "adapter"), os.strerror(errno.EFBIG)], errors[0])
     assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]  # no adapter/, no temporary folder
     assert len(whole_lines(output / "metrics.jsonl")) == 1
 
