@@ -41,21 +41,26 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
     """Of rows of tokens, float32, on the CPU: what transformers reads of a folder, or PEFT with an adapter's.
 
     Raises:
-      InputError: either package is missing, or does not read the folder whole.
+      InputError: either package is missing, or does not read its folder, or not whole.
     """
     try:
         from transformers import AutoModelForCausalLM
 
         module, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        if any(found.values()):
-            wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
-            raise InputError(f"{model} must be read whole by transformers, got {wrong}.")
         if adapter is not None:
             from peft import PeftModel
 
             module = PeftModel.from_pretrained(module, adapter)
     except ImportError as error:
         raise InputError(f"`verify` needs `pip install jaxpack[hf,torch]`, got no {error.name}.") from error
+    except Exception as error:  # each of their checks has a class of its own
+        where = model if adapter is None else f"{adapter} on {model}"
+        raise InputError(
+            f"{where} must be what torch reads, got a folder that it does not: {reason(error):.400}."
+        ) from error
+    if any(found.values()):
+        wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
+        raise InputError(f"{model} must be read whole by transformers, got {wrong}.")
     return module.eval()(input_ids=torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
