@@ -10,7 +10,7 @@ import torch
 
 from jaxpack.errors import InputError, reason
 from jaxpack.transformer import Transformer
-from torch_bridge.checkpoint import TORCH_WEIGHTS, tensors_of
+from torch_bridge.checkpoint import TORCH_WEIGHTS, some, tensors_of
 from torch_bridge.convert import build_model
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf
 
@@ -23,9 +23,9 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
     `dtype` is that of `from_pretrained`.
 
     Raises:
-      InputError: the module is no transformers model, or one that is not supported.
+      InputError: the module is no transformers model, one that is not supported, or not in memory.
     """
-    if not hasattr(module, "config") or hasattr(module, "peft_config"):
+    if not hasattr(getattr(module, "config", None), "to_dict") or hasattr(module, "peft_config"):
         raise InputError(f"`module` must be a plain transformers model, got {type(module).__name__}.")
     hf: dict[str, Any] = module.config.to_dict() | {"architectures": [type(module).__name__]}
     config = config_from_hf(hf, module.config.name_or_path)
@@ -65,9 +65,17 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
 
 
 class _ModuleTensors:
+    """The tensors of a module, of any device; what else its state holds, such as packed parameters, is none of them.
+
+    Raises:
+      InputError: a tensor has no numbers, as those that accelerate has offloaded.
+    """
+
     def __init__(self, module: torch.nn.Module):
         self.description = type(module).__name__
-        self._tensors = module.state_dict()
+        self._tensors = {name: x for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+        if absent := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
+            raise InputError(f"`module` must have its weights in memory, got {len(absent)} on 'meta' ({some(absent)}).")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
