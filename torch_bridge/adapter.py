@@ -71,21 +71,22 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     _check_keys(_expected_shapes(model, lora), tensors, folder / ADAPTER_WEIGHTS)
+    read = {name: _read(tensor) for name, tensor in tensors.items()}  # all, before the model changes
     head, embedding = (_PREFIX + f"{name}.weight" for name in (_HEAD, _EMBEDDING))
-    whole = {name: _read(tensors[name]) for name in (head, embedding) if name in tensors}
-    if model.config.tie_word_embeddings and len(whole) == 2 and not np.array_equal(whole[head], whole[embedding]):
+    both = model.config.tie_word_embeddings and {head, embedding} <= read.keys()
+    if both and not np.array_equal(read[head], read[embedding]):
         raise InputError(
             f"{folder} must have one matrix for {_HEAD} and {_EMBEDDING}, which the model has tied, got two."
         )
     add_lora(model, lora)
-    if embedding in whole:
-        model.embedding.set_value(jnp.asarray(whole[embedding]))
-    if head in whole and not model.config.tie_word_embeddings:
-        model.lm_head.set_value(jnp.asarray(whole[head]))
+    if embedding in read:
+        model.embedding.set_value(jnp.asarray(read[embedding]))
+    if head in read and not model.config.tie_word_embeddings:
+        model.lm_head.set_value(jnp.asarray(read[head]))
     for projection, factors in adapters(model).items():
         modules = [f"{_PREFIX}{module}" for module, name, _ in _modules(model) if name == projection]
-        factors.lora_a.set_value(jnp.asarray(np.stack([_read(tensors[f"{name}.lora_A.weight"]) for name in modules])))
-        factors.lora_b.set_value(jnp.asarray(np.stack([_read(tensors[f"{name}.lora_B.weight"]) for name in modules])))
+        factors.lora_a.set_value(jnp.asarray(np.stack([read[f"{name}.lora_A.weight"] for name in modules])))
+        factors.lora_b.set_value(jnp.asarray(np.stack([read[f"{name}.lora_B.weight"] for name in modules])))
     return model
 
 
