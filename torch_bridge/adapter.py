@@ -171,16 +171,19 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
         alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
     except (re.error, RecursionError) as error:
         raise InputError(f"{path} must have regular expressions for patterns, got one that is not: {error}.") from error
-    return LoraConfig(
-        r=peft.get("r", 8),
-        lora_alpha=peft.get("lora_alpha", 8),
-        lora_dropout=peft.get("lora_dropout", 0.0),
-        use_rslora=peft.get("use_rslora", False),
-        target_modules=targets,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        modules_to_save=tuple(name for name in WHOLE_MODULES if _WHOLE[name] in saved),
-    )
+    try:
+        return LoraConfig(
+            r=peft.get("r", 8),
+            lora_alpha=peft.get("lora_alpha", 8),
+            lora_dropout=peft.get("lora_dropout", 0.0),
+            use_rslora=peft.get("use_rslora", False),
+            target_modules=targets,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            modules_to_save=tuple(name for name in WHOLE_MODULES if _WHOLE[name] in saved),
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:

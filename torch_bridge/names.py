@@ -241,7 +241,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     field = _activation_field(family)
     activation = _first(hf.get(field), family.fields.get(field), "silu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise InputError(f"`{field}` of `config.json` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
+        raise InputError(f"`{field}` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
     special = family.read(hf)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
     return ModelConfig(
@@ -265,7 +265,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
 def _whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: int = 1) -> int:
     value = _first(hf.get(field), default)
     if type(value) is not int or value < least:
-        raise InputError(f"`{field}` of `config.json` must be a whole number of at least {least}, got {value!r}.")
+        raise InputError(f"`{field}` must be a whole number of at least {least}, got {value!r}.")
     return value
 
 
@@ -393,10 +393,10 @@ def _first(*values: Any) -> Any:
 def _flag(hf: Mapping[str, Any], field: str) -> bool:
     value = hf.get(field) or False
     if not isinstance(value, bool):
-        raise InputError(f"`{field}` of `config.json` must be true or false, got {value!r}.")
+        raise InputError(f"`{field}` must be true or false, got {value!r}.")
     return value
 
 
 def _require(hf: Mapping[str, Any], field: str, expected: Any) -> None:
     if hf.get(field, expected) not in (expected, None):
-        raise InputError(f"`{field}` of `config.json` must be {expected!r}, got {hf[field]!r}.")
+        raise InputError(f"`{field}` must be {expected!r}, got {hf[field]!r}.")

@@ -110,12 +110,12 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
-    if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
-        raise InputError(f"`num_hidden_layers` of {CONFIG_FILE} must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
     try:
+        if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
+            raise InputError(f"`num_hidden_layers` must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
         return folder, described, config_from_hf(described[CONFIG_FILE], name_or_path)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Of a field that is of a type that no such model has: a list for a number, say.
         raise InputError(

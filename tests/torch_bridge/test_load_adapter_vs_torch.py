@@ -209,7 +209,7 @@ WRONG = [
 @pytest.mark.parametrize("change", WRONG, ids=str)
 def test_a_wrong_config_is_one_clear_error(change: dict[str, Any], some: tuple[Transformer, Path], tmp_path: Path):
     model, adapter = some
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match="changed/adapter_") as refused:  # the file
         torch_bridge.load_adapter(model, with_config(adapter, tmp_path, change))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
     assert adapters(model) == {}
