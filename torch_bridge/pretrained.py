@@ -125,6 +125,8 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
 
 def _folder(name_or_path: str) -> Path:
     if os.path.isdir(name_or_path):  # false, unlike `Path.is_dir`, of what is no path, and of what may not be looked at
+        if not os.access(name_or_path, os.R_OK | os.X_OK):
+            raise InputError(f"`model` must be a folder that may be read, got {name_or_path!r}.")
         return Path(name_or_path)
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")) or os.path.exists(name_or_path):
         raise InputError(

@@ -153,6 +153,14 @@ def test_what_is_neither_a_folder_nor_of_the_hub_is_refused_without_a_network(
     assert len(str(refused.value)) < 400
 
 
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Root may read any: what the system says to others."""
+    torch_bridge.save_pretrained(small_model("llama"), str(tmp_path / "model"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="`model` must be a folder that may be read"):
+        torch_bridge.from_pretrained(str(tmp_path / "model"))
+
+
 def test_of_the_hub_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Pickles are, where there is nothing else."""
     asked = []
