@@ -11,7 +11,7 @@ import typer
 from flax import nnx
 
 import torch_bridge
-from jaxpack.cli.options import flag_of, from_flags, with_flags
+from jaxpack.cli.options import errors_name, flag_of, from_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
@@ -73,10 +73,11 @@ def train(
     except KeyboardInterrupt:
         console.print("interrupted: what is trained so far is saved")
         interrupted = True
-    if full_finetuning:
-        _save(lambda path: torch_bridge.save_pretrained(trainer.model, path, tokenizer), output / "model")
-    else:
-        _save(lambda path: torch_bridge.save_adapter(trainer.model, path), output / "adapter")
+    with errors_name(path="output"):
+        if full_finetuning:
+            _save(lambda path: torch_bridge.save_pretrained(trainer.model, path, tokenizer), output / "model")
+        else:
+            _save(lambda path: torch_bridge.save_adapter(trainer.model, path), output / "adapter")
     if interrupted:
         raise KeyboardInterrupt
 
