@@ -19,11 +19,23 @@ def require_free_folder(path: Path, name: str) -> None:
 
 def require_folder(path: Path, name: str) -> None:
     """Refuses a path that is no folder to write to, and cannot become one."""
-    existing = _existing(path)
+    try:
+        existing = _existing(path)
+    except (OSError, ValueError) as error:  # too long, not permitted, a loop of links
+        raise InputError(f"`{name}` must be a folder, got {str(path)!r:.200}: {reason(error)}.") from error
     if not existing.is_dir():
         raise InputError(f"`{name}` must be a folder, got {str(path)!r}, where the file {existing} is.")
     if not os.access(existing, os.W_OK):
         raise InputError(f"`{name}` must be writable, got {str(path)!r}, where {existing} is not.")
+
+
+def require_new_folder(path: Path, name: str) -> None:
+    """Refuses what `require_free_folder` does, and an empty folder that cannot be replaced by a whole one."""
+    require_free_folder(path, name)
+    place = path.resolve()
+    if place.is_mount() or place == Path.cwd():
+        which = "a mount point" if place.is_mount() else "the working folder"
+        raise InputError(f"`{name}` must be a folder that can be replaced, got {str(path)!r}, which is {which}.")
 
 
 def require_room(path: Path, name: str, needed: int) -> None:
@@ -38,14 +50,16 @@ def require_room(path: Path, name: str, needed: int) -> None:
 def whole_folder(path: Path, name: str) -> Iterator[Path]:
     """Gives a temporary folder beside `path` to write into; renames it to `path` at the end, or removes it on an error.
 
+    Where `path` is a link, this is done where it points.
+
     Raises:
       InputError: `path` holds something, or the disk refused a write (full, read-only, not permitted).
     """
-    require_free_folder(path, name)
-    temporary = None
+    require_new_folder(path, name)
+    given, path, temporary = path, path.resolve(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name:.50}-", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
@@ -55,7 +69,7 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
         temporary.rename(path)  # over an empty folder this is allowed, and atomic
     except OSError as error:
         raise InputError(
-            f"`{name}` must be writable, got {str(path)!r}: {reason(error)} (nothing was left there)."
+            f"`{name}` must be writable, got {str(given)!r}: {reason(error)} (nothing was left there)."
         ) from error
     finally:
         if temporary is not None:
@@ -91,7 +105,11 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    for place in (path.absolute(), *path.absolute().parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            place.stat()
+            return place
+    raise AssertionError("there is always a root")
 
 
 def _umask() -> int:
