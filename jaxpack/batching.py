@@ -40,6 +40,7 @@ class Batches:
       truncation: what that cost.
       num_rows, rows_per_step: rows an epoch is made of, and a step; a document is one without packing.
       steps_per_epoch, num_steps: optimizer steps.
+      targets_per_epoch: tokens that an epoch trains on.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: real tokens in each step, int64 `[num_steps]`.
       limits: by T, what no batch has more of.
@@ -60,6 +61,7 @@ class Batches:
 
         lengths = self._rows.row_lengths
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
+        self.targets_per_epoch = int(row_targets.sum())
         used, segments, targets = [], [], []
         for which in map(self._which, range(self.num_steps)):
             used.append(np.where(which >= 0, lengths[which], 0))
@@ -125,11 +127,10 @@ class Batches:
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
 
-    @property
-    def is_first_of_its_shape(self) -> np.ndarray:
-        """Of each step, bool `[num_steps]`: its program has not run before."""
-        _, first = np.unique(self.row_lengths, return_index=True)
-        return np.isin(np.arange(self.num_steps), first)
+    def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
+        """Of each step, bool `[num_steps]`: its program runs first there, where a process begins with step `start`."""
+        _, first = np.unique(self.row_lengths[start:], return_index=True)
+        return np.isin(np.arange(self.num_steps), start + first)
 
     def _row_targets(self) -> np.ndarray:
         """Targets in each row of the plan, int64 `[num_rows]`."""
@@ -164,7 +165,22 @@ def _balanced(documents: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.n
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+    """An epoch's order of the rows, int64 `[num_rows]`: the same with every version of everything.
+
+    Row `i` comes by the `i`-th number of SplitMix64, which starts at the `epoch`-th of its own from `seed`: two numbers
+    out of 2^64 are hardly ever equal, and the lower row comes first where they are. NumPy does not promise that its
+    own permutations stay as they are, and a run that is resumed must find the order that it began with.
+    """
+    start = int(_splitmix64(seed, epoch + 1)[epoch])
+    return np.argsort(_splitmix64(start, num_rows), kind="stable")
+
+
+def _splitmix64(seed: int, count: int) -> np.ndarray:
+    """The first `count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195), uint64 `[count]`."""
+    z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, count + 1, dtype=np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncation]:

@@ -272,7 +272,7 @@ class TrainConfig:
     each (`padding_free=False`); the loss is the same.
     """
 
-    output_dir: str | None = _option(None, "Where `metrics.jsonl` goes; None writes nothing.")
+    output_dir: str | None = _option(None, "Where metrics.jsonl and checkpoints/ go; None writes nothing.")
     max_length: int = _option(1024, "Tokens in a packed row, and the most that is read of a document.")
     packing: bool = _option(False, "Lay documents end to end in full rows of max_length.")
     packing_strategy: PackingStrategy = _option(
@@ -293,6 +293,17 @@ class TrainConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
     logging_steps: int = _option(10, "Steps between two lines of metrics.")
+    eval_steps: int | None = _option(
+        None, "Steps between two evaluations, and one after the last step; None takes those of save_steps."
+    )
+    save_steps: int = _option(
+        500, "Steps between two checkpoints; 0 saves none but that of a run that is stopped (Ctrl-C, SIGTERM)."
+    )
+    save_total_limit: int = _option(2, "The last checkpoints that are kept; that of the lowest eval loss is kept, too.")
+    resume_from_checkpoint: str | None = _option(
+        None,
+        "The folder of a checkpoint to go on from, or latest: the newest in output_dir, or from the start without any.",
+    )
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text in a row.")
     assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on every token.")
@@ -323,8 +334,20 @@ class TrainConfig:
             "must be at least 2 (one token to read, one to predict)",
             self.max_length,
         )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        if self.eval_steps is not None:
+            whole = type(self.eval_steps) is int and self.eval_steps >= 1
+            _check(whole, "eval_steps", "must be a whole number of at least 1, or None", self.eval_steps)
+        if self.resume_from_checkpoint is not None:
+            given = isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint
+            _check(given, "resume_from_checkpoint", "must be a folder or 'latest'", self.resume_from_checkpoint)
+            _check(
+                self.resume_from_checkpoint != "latest" or self.output_dir is not None,
+                "resume_from_checkpoint",
+                "must be a folder where there is no `output_dir`",
+                self.resume_from_checkpoint,
+            )
         _check(
             self.max_steps > 0 or self.max_steps == -1,
             "max_steps",
@@ -333,7 +356,7 @@ class TrainConfig:
         )
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             _check(_is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "save_steps"):
             value = getattr(self, name)
             _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2"):

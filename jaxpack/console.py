@@ -1,5 +1,7 @@
 """Where a run speaks to people: one console, so that progress bars and lines do not overwrite each other."""
 
+import importlib.util
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -15,7 +17,11 @@ def visible(text: str) -> str:
 
 
 def progress_bar(what: str, *, transient: bool = True) -> Progress:
-    """A progress bar for a terminal or a notebook; elsewhere nothing. A task's `note` is shown behind it."""
+    """A progress bar for a terminal, or for a notebook that has widgets; elsewhere nothing.
+
+    A task's `note` is shown behind it.
+    """
+    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return Progress(
         TextColumn(what),
         BarColumn(),
@@ -25,5 +31,5 @@ def progress_bar(what: str, *, transient: bool = True) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=transient,
-        disable=not (console.is_terminal or console.is_jupyter),
+        disable=not (console.is_terminal or widgets),
     )

@@ -82,7 +82,7 @@ class Documents:
 
 
 def load_documents(
-    dataset: Dataset,
+    dataset: Dataset | Documents,
     tokenizer: Tokenizer | None,
     *,
     vocab_size: int,
@@ -107,7 +107,8 @@ def load_documents(
     character of what is trained on is trained on whole. Rows without a token to learn are left out and counted aloud.
 
     Args:
-      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
+      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts; documents
+        that were loaded before are returned as they are.
       tokenizer: a fast Hugging Face tokenizer; None will do for rows of `input_ids`.
       vocab_size: token ids from here on are refused.
       text_field: the key of the plain-text format.
@@ -117,6 +118,8 @@ def load_documents(
       InputError: the dataset is empty or unreadable, or a row is, or no row has a token to learn, or a chat template
         does not show what the assistant writes; the message says which row, and what it needs.
     """
+    if isinstance(dataset, Documents):
+        return _within(vocab_size, dataset)
     records, where = _read(dataset)
     if not records:
         raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
@@ -190,6 +193,13 @@ def _asked(record: Record, row: int, where: "_Where", chat: bool) -> str | Conve
         return Conversation([instruction_message(instruction, given)]) if chat else alpaca_prompt(instruction, given)
     formats = "`prompt`, `messages`, `conversations` or `instruction`"
     raise InputError(f"A row must have {formats}, got {sorted(record)} in {where(row)}.")
+
+
+def _within(vocab_size: int, documents: Documents) -> Documents:
+    largest = max(int(array.max(initial=0)) for array in (documents.tokens, documents.labels))
+    if largest >= vocab_size:
+        raise InputError(f"Documents must have token ids below {vocab_size}, the model's vocabulary, got {largest}.")
+    return documents
 
 
 def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row: int) -> np.ndarray:

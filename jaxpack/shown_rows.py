@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.jupyter import JupyterMixin
 from rich.rule import Rule
 from rich.text import Text
 
@@ -25,8 +26,11 @@ class Span(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShownRow:
-    """A row of a run, decoded: the spans of each document in it, and the padding behind them. rich prints it."""
+class ShownRow(JupyterMixin):
+    """A row of a run, decoded: the spans of each document in it, and the padding behind them.
+
+    rich prints it, and a notebook shows it.
+    """
 
     number: int
     documents: tuple[tuple[Span, ...], ...]

@@ -1,13 +1,19 @@
-"""The loop around the step: data, progress, metrics."""
+"""The loop around the step: data, progress, metrics, evaluation, checkpoints."""
 
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import resource
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +22,15 @@ import optax
 from flax import nnx
 
 from jaxpack.batching import Batches
+from jaxpack.checkpoint import (
+    LATEST,
+    Checkpoints,
+    Progress,
+    find_checkpoint,
+    identity_of,
+    load_checkpoint,
+    notes_of,
+)
 from jaxpack.compilation_cache import ProgramCache, size_of
 from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
@@ -26,7 +41,15 @@ from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
 from jaxpack.predictions import resolve
 from jaxpack.prefetch import prefetched
-from jaxpack.training import Metrics, TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
+from jaxpack.training import (
+    Metrics,
+    TrainState,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split_trainable,
+)
 from jaxpack.transformer import Transformer
 
 _METRICS = "metrics.jsonl"
@@ -34,9 +57,13 @@ _METRICS = "metrics.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run did. The rate leaves out compilation, and the first step of each shape where there are others."""
+    """What a run did. The rate leaves out compilation, and the first step of each shape where there are others.
+
+    Of a run that was resumed, losses and evaluations are those of all of it, rate and seconds those since then.
+    """
 
     losses: np.ndarray  # mean over targets, float64 [steps]
+    evaluations: dict[int, float]  # mean loss over the targets of `eval_dataset`, by step
     tokens_per_second: float  # real tokens
     padding_share: float
     compiled_shapes: int
@@ -52,12 +79,14 @@ class Run:
     Attributes:
       state, frozen: what a step changes, and what it does not. The model's trained parameters are set to those of the
         former, which the first step donates.
+      started: how many steps are, counted from the run's beginning.
       remat, explanation: see `predictions.resolve`.
-      programs: by T, once they are compiled.
+      programs, eval_programs: by T, once they are compiled.
     """
 
-    def __init__(self, model: Transformer, batches: Batches, config: TrainConfig):
-        self._batches = batches
+    def __init__(self, model: Transformer, batches: Batches, config: TrainConfig, eval_batches: Batches | None = None):
+        self._model, self._batches, self._eval_batches = model, batches, eval_batches
+        self.started = 0
         graph, trainable, self.frozen = split_trainable(model)
         nnx.update(model, trainable)  # lets go of the arrays that were copied
         self.schedule = make_schedule(config, batches.num_steps)
@@ -75,36 +104,74 @@ class Run:
             implementation=config.implementation,
             dropout_seed=config.seed if has_dropout else None,
         )
+        self._eval_step = make_eval_step(graph, implementation=config.implementation)
         self.programs: dict[int, jax.stages.Compiled] = {}
+        self.eval_programs: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, cache: ProgramCache) -> float:
         """Compiles the programs, all of them so that none holds up the run, or finds them: in so many seconds."""
         begin = time.perf_counter()
         with cache.in_use():
             for shape in self._batches.shapes:
-                batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
-                lowered = self._step.lower(self.state, self.frozen, batch, limits=self._batches.limits[shape[-1]])
+                lowered = self._step.lower(
+                    self.state, self.frozen, _abstract(shape), limits=self._batches.limits[shape[-1]]
+                )
                 self.programs[shape[-1]] = cache.compile(lowered)
+            for shape in self._eval_batches.shapes if self._eval_batches is not None else ():
+                limits = self._eval_batches.limits[shape[-1]]
+                lowered = self._eval_step.lower(self.state.trainable, self.frozen, _abstract(shape), limits=limits)
+                self.eval_programs[shape[-1]] = cache.compile(lowered)
         return time.perf_counter() - begin
+
+    def resume(self, path: Path, identity: dict[str, Any], notes: dict[str, str]) -> Progress:
+        """Goes on from a checkpoint: sets `state` and `started`, and the model's trained parameters."""
+        self.state, progress = load_checkpoint(path, self.state, identity, notes)
+        nnx.update(self._model, self.state.trainable)
+        self.started = len(progress.losses)
+        return progress
 
     def step(self, batch: PackedBatch) -> Metrics:
         """Starts one step, of a batch on the device."""
         self.state, metrics = self.programs[batch.tokens.shape[-1]](self.state, self.frozen, batch)
+        self.started += 1
         return metrics
 
-    def steps(self) -> Iterator[Metrics]:
-        """Takes all steps. A step's metrics come when the next is started, so that the device always has one to run."""
-        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
-        on_device = self.state.step.sharding
-        prefetch = prefetched(lambda step: jax.device_put(self._batches[step], on_device), len(self._batches))
-        with contextlib.closing(prefetch) as batches_on_device:
+    def steps(self, pauses: Callable[[int], bool] = lambda step: False) -> Iterator[Metrics]:
+        """Takes all steps that are left. A step's metrics come when the next is started, so that the device always has
+        one to run; but after a step that `pauses` (counted from 1), and after the last, with nothing started: `state`
+        is then what that step made.
+        """
+        with self._on_device(self._batches, self.started) as batches_on_device:
             waiting = None
             for batch in batches_on_device:
                 metrics = self.step(batch)
                 if waiting is not None:
                     yield waiting
                 waiting = metrics
-            yield waiting
+                if pauses(self.started):
+                    yield waiting
+                    waiting = None
+            if waiting is not None:
+                yield waiting
+
+    def evaluate(self) -> float:
+        """The mean loss over all targets of the evaluation's batches. Waits for it, once, at the end."""
+        sums = []
+        with self._on_device(self._eval_batches) as batches_on_device:
+            for batch in batches_on_device:
+                program = self.eval_programs[batch.tokens.shape[-1]]
+                sums.append(program(self.state.trainable, self.frozen, batch))
+        return float(np.sum(jax.device_get(sums), dtype=np.float64)) / self._eval_batches.targets_per_epoch
+
+    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Iterator[PackedBatch]]:
+        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
+        device = self.state.step.sharding
+        made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
+        return contextlib.closing(made)
+
+
+def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
+    return PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
 
 
 class Trainer:
@@ -113,8 +180,14 @@ class Trainer:
     Args:
       model: trained in place; `trainer.model` is the same object.
       tokenizer: turns the dataset's text to tokens, see `load_documents`; may be None for rows of `input_ids`.
-      train_dataset: a JSONL or Parquet file, an iterable of dicts, or a `datasets.Dataset`.
+      train_dataset: a JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
       config: how to train.
+      eval_dataset: rows that are not trained on, of any of the formats; their loss is taken as `eval_steps` says, in
+        batches like those of training.
+
+    Attributes:
+      checkpoint: the one that the run goes on from, or None.
+      in_place: whether the run continues that of `output_dir`, which may have been stopped before its first checkpoint.
 
     Reading, tokenising and planning happen here, so that what is wrong with the input shows before training starts.
 
@@ -123,53 +196,139 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None, train_dataset: Dataset, config: TrainConfig | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        train_dataset: Dataset | Documents,
+        config: TrainConfig | None = None,
+        eval_dataset: Dataset | Documents | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.config = config or TrainConfig()
-        if self.config.output_dir is not None and Path(self.config.output_dir, _METRICS).exists():
-            raise InputError(f"`output_dir` must be without {_METRICS}, got {self.config.output_dir!r} with one.")
-        self.documents = load_documents(
-            train_dataset,
-            tokenizer,
-            vocab_size=model.config.vocab_size,
+        self.config = config = config or TrainConfig()
+        _check_evaluation(config, eval_dataset is not None)
+        self.checkpoint = find_checkpoint(config)
+        output = None if config.output_dir is None else Path(config.output_dir)
+        self.in_place = output is not None and (
+            config.resume_from_checkpoint == LATEST
+            or (self.checkpoint is not None and self.checkpoint.resolve().parent.parent == output.resolve())
+        )
+        if output is not None and not self.in_place and (output / _METRICS).exists():
+            raise InputError(f"`output_dir` must be without {_METRICS}, got {config.output_dir!r} with one.")
+        self.documents = self._load(train_dataset)
+        self.batches = Batches(self.documents, config)
+        self.eval_documents = self.eval_batches = None
+        if eval_dataset is not None:
+            once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1}
+            self.eval_documents = self._load(eval_dataset)
+            self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once))
+
+    def _load(self, dataset: Dataset) -> Documents:
+        return load_documents(
+            dataset,
+            self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
             text_field=self.config.dataset_text_field,
             assistant_only_loss=self.config.assistant_only_loss,
         )
-        self.batches = Batches(self.documents, self.config)
 
     def train(self) -> TrainResult:
-        """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress."""
+        """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress.
+
+        SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running, with a checkpoint where there is an
+        `output_dir`: then it raises KeyboardInterrupt or SystemExit. A second one does not wait.
+
+        Raises:
+          InputError: the checkpoint to go on from is of another run, or damaged.
+        """
         begin = time.perf_counter()
         config, batches = self.config, self.batches
         cache = ProgramCache(config.compilation_cache_dir)
-        run = Run(self.model, batches, config)
+        run = Run(self.model, batches, config, self.eval_batches)
         self._print_plan(run.state.trainable, run.frozen)
         if run.explanation is not None:
             console.print(run.explanation)
+        progress, checkpoints = self._resume(run)
         if cache.folder is not None:
             size = size_of(cache.folder) / 2**20
             console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")
         start = _Start(begin, run.compile(cache), cache.found)
-        console.print(
-            f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {len(run.programs)} found compiled"
-        )
-        log = _Log(config, batches, run.schedule, start)
-        try:
-            with log, contextlib.closing(run.steps()) as steps:
-                for metrics in steps:
-                    log.step(metrics)
-        finally:
-            trainable = run.state.trainable
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a step that failed took them
-                nnx.update(self.model, trainable)
+        programs = len(run.programs) + len(run.eval_programs)
+        console.print(f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {programs} found compiled")
+        file = _MetricsFile(config.output_dir, after=run.started if self.in_place else None)
+        log = _Log(config, batches, run.schedule, start, progress, file)
+
+        def saves(step: int) -> bool:
+            return checkpoints is not None and config.save_steps > 0 and step % config.save_steps == 0
+
+        def pauses(step: int) -> bool:
+            return stop.asked or saves(step) or self._evaluates(step)
+
+        with contextlib.ExitStack() as stack:
+            if checkpoints is not None:
+                stack.callback(checkpoints.close)
+            stack.callback(self._take, run)
+            stop = stack.enter_context(_Stop())
+            stack.enter_context(log)
+            for metrics in stack.enter_context(contextlib.closing(run.steps(pauses))):
+                log.step(metrics)
+                step = len(progress.losses)
+                if step < run.started:
+                    continue  # the next one is running
+                if self._evaluates(step):
+                    progress.evaluations[step] = run.evaluate()
+                    log.evaluation()
+                if checkpoints is not None and (stop.asked or saves(step)):
+                    checkpoints.save(step, run.state, progress)
+                if stop.asked:
+                    saved = checkpoints is not None and checkpoints.wait()
+                    console.print(f"stopped after step {step}, {'saved' if saved else 'without a checkpoint'}")
+                    raise stop.error()
+                log.go_on()
         return log.result()
+
+    def _take(self, run: Run) -> None:
+        """Gives the model what the run has trained."""
+        trainable = run.state.trainable
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a step that failed took them
+            nnx.update(self.model, trainable)
+
+    def _evaluates(self, step: int) -> bool:
+        if self.eval_batches is None:
+            return False
+        every = self.config.save_steps if self.config.eval_steps is None else self.config.eval_steps
+        return step == self.batches.num_steps or (every > 0 and step % every == 0)
+
+    def _resume(self, run: Run) -> tuple[Progress, Checkpoints | None]:
+        """What the run has behind it, and where it is saved."""
+        config, progress, checkpoints = self.config, Progress(), None
+        if config.output_dir is None and self.checkpoint is None:
+            return progress, None
+        datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
+        identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
+        notes = notes_of(run.remat, config.implementation)
+        if self.checkpoint is not None:
+            progress = run.resume(self.checkpoint, identity, notes)
+            console.print(f"goes on from {self.checkpoint}: {run.started:,} of {self.batches.num_steps:,} steps done")
+        elif config.resume_from_checkpoint is not None:
+            console.print(f"no checkpoint in {config.output_dir}: starts from the beginning")
+        if config.output_dir is not None:
+            checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes)
+            when = f"every {config.save_steps:,} steps" if config.save_steps else "when it is stopped"
+            console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")
+        return progress, checkpoints
 
     def _print_plan(self, trainable: nnx.State, frozen: nnx.State) -> None:
         config, documents, batches = self.config, self.documents, self.batches
         for line in describe(documents, batches, config):
             console.print(line)
+        if self.eval_batches is not None:
+            evaluated = self.eval_batches
+            console.print(
+                f"evaluation: {len(self.eval_documents):,} documents, {evaluated.targets_per_epoch:,} tokens to"
+                f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
+                f" {_shapes(evaluated)}"
+            )
         sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (trainable, frozen)]
         console.print(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
 
@@ -198,12 +357,65 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         lines.append(
             "padding-free: the documents of a step lie end to end" if config.padding_free else "padded batches"
         )
-    shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
     lines.append(
         f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} an epoch); shapes to compile:"
-        f" {len(batches.shapes)} ({shapes}), {batches.padding_share:.2%} of their positions padding"
+        f" {len(batches.shapes)} ({_shapes(batches)}), {batches.padding_share:.2%} of their positions padding"
     )
     return lines
+
+
+def _shapes(batches: Batches) -> str:
+    return ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
+
+
+def _check_evaluation(config: TrainConfig, given: bool) -> None:
+    every = config.eval_steps
+    if every is None:
+        return
+    if not given:
+        raise InputError(f"`eval_steps` must be None without an `eval_dataset`, got {every}.")
+    if config.output_dir is not None and config.save_steps % every:
+        raise InputError(
+            f"`save_steps` must be a multiple of `eval_steps` ({every}), so that it is known which checkpoint is the "
+            f"best, got {config.save_steps}."
+        )
+
+
+class _Stop:
+    """Within it, the first SIGINT or SIGTERM is noted, for the loop to end in order; the next one acts as ever.
+
+    Outside the main thread, and where a signal is ignored (`nohup`), nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self._received is not None
+
+    def error(self) -> BaseException:
+        """What the run ends with, as it would have without us: KeyboardInterrupt, or the exit status of the signal."""
+        return KeyboardInterrupt() if self._received == signal.SIGINT else SystemExit(128 + self._received)
+
+    def __enter__(self) -> "_Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):  # None: not Python's to put back
+                    self._before[number] = handler
+                    signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+        self.__exit__()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,25 +430,37 @@ class _Start:
 class _Log:
     """Keeps a run's metrics: a progress bar, a line every `logging_steps`, and the same in `metrics.jsonl`."""
 
-    def __init__(self, config: TrainConfig, batches: Batches, schedule: optax.Schedule, start: _Start):
-        self._config, self._batches, self._start = config, batches, start
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        schedule: optax.Schedule,
+        start: _Start,
+        progress: Progress,
+        file: "_MetricsFile",
+    ):
+        self._config, self._batches, self._start, self._done, self._file = config, batches, start, progress, file
+        self._first = len(progress.losses)  # step of this process, where it went on from a checkpoint
         steps = np.arange(batches.num_steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
-        self._warm = ~batches.is_first_of_its_shape
-        self._losses: list[float] = []
-        self._seconds: list[float] = []
-        self._file = _MetricsFile(config.output_dir)
+        self._warm = ~batches.is_first_of_its_shape(self._first)
+        self._seconds = [0.0] * self._first
+        self._first_step_seconds = 0.0
         self._progress = progress_bar("training", transient=False)
 
     def __enter__(self) -> "_Log":
         self._progress.start()
-        self._bar = self._progress.add_task("", total=self._batches.num_steps, note="")
-        self._last = time.perf_counter()
+        self._bar = self._progress.add_task("", total=self._batches.num_steps, completed=self._first, note="")
+        self.go_on()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._file.close()
+
+    def go_on(self) -> None:
+        """A step is timed from the one before, or from here."""
+        self._last = time.perf_counter()
 
     def step(self, metrics: Metrics) -> None:
         """Waits for a step's metrics and counts the step as done."""
@@ -244,21 +468,22 @@ class _Log:
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
-        self._losses.append(loss)
-        done = len(self._losses)
-        if done == 1:
+        self._done.losses.append(loss)
+        done = len(self._done.losses)
+        if done == self._first + 1:
             self._first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds
             self._progress.console.print(
                 f"first step after {self._first_step_seconds:.1f} s, {compiling:.1f} s of them for programs"
             )
-        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}")
+        evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
+        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}")
         if done % self._config.logging_steps and done != self._batches.num_steps:
             return
         since = (done - 1) // self._config.logging_steps * self._config.logging_steps
         record = {
             "step": done,
             "epoch": round(done / self._batches.steps_per_epoch, 4),
-            "loss": float(np.mean(self._losses[since:])),
+            "loss": float(np.mean(self._done.losses[since:])),
             "grad_norm": grad_norm,
             "learning_rate": float(self._learning_rates[done - 1]),
             "tokens_per_second": self._rate(since),
@@ -277,9 +502,18 @@ class _Log:
             )
         )
 
+    def evaluation(self) -> None:
+        """Writes down the last evaluation, of the last step."""
+        step, loss = list(self._done.evaluations.items())[-1]
+        perplexity = math.exp(min(loss, 700.0))  # within float64
+        epoch = round(step / self._batches.steps_per_epoch, 4)
+        self._file.write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
+
     def result(self) -> TrainResult:
         return TrainResult(
-            losses=np.array(self._losses),
+            losses=np.array(self._done.losses),
+            evaluations=self._done.evaluations,
             tokens_per_second=self._rate(0),
             padding_share=self._batches.padding_share,
             compiled_shapes=len(self._batches.shapes),
@@ -291,22 +525,28 @@ class _Log:
 
     def _rate(self, since: int) -> float:
         """Real tokens a second from step `since` on: of the steps whose program had run before, where there are any."""
-        steps = slice(since, len(self._losses))
+        steps = slice(max(since, self._first), len(self._done.losses))
         counted = self._warm[steps] | ~self._warm[steps].any()
-        return float(
-            self._batches.tokens_per_step[steps][counted].sum() / np.array(self._seconds[steps])[counted].sum()
-        )
+        seconds = np.array(self._seconds[steps])[counted].sum()
+        return float(self._batches.tokens_per_step[steps][counted].sum() / seconds) if seconds else 0.0
 
 
 class _MetricsFile:
-    """`metrics.jsonl`, a record a line, whole lines only. A full disk ends the file, with a warning, not the run."""
+    """`metrics.jsonl`, a record a line, whole lines only. A full disk ends the file, with a warning, not the run.
 
-    def __init__(self, output_dir: str | None):
+    `after`: the step that a run goes on from, whose records up to there are kept; None makes a new file.
+    """
+
+    def __init__(self, output_dir: str | None, after: int | None):
         self._file = None
         if output_dir is not None:
+            path = Path(output_dir, _METRICS)
             try:
-                Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._file = (Path(output_dir) / _METRICS).open("xb", buffering=0)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("xb" if after is None else "a+b", buffering=0)
+                if after is not None:
+                    self._file.truncate(_end_of(path.read_bytes(), after))
+                    self._file.seek(0, os.SEEK_END)
             except OSError as error:
                 raise InputError(f"`output_dir` must be writable, got {output_dir!r}: {reason(error)}.") from error
 
@@ -327,6 +567,19 @@ class _MetricsFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _end_of(lines: bytes, step: int) -> int:
+    """Where the whole records of the first steps end."""
+    end = 0
+    for line in lines.splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        end += len(line)
+    return end
 
 
 def peak_memory_bytes() -> int:

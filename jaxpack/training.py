@@ -79,6 +79,35 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
     return optax.chain(clip, adamw)
 
 
+def summed_loss(
+    model: Transformer,
+    batch: PackedBatch,
+    *,
+    remat: Remat = "full",
+    implementation: Implementation | None = None,
+    limits: BatchLimits = BatchLimits(),  # noqa: B008
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """The loss of a batch `[B, T]`, summed over its targets, in float32."""
+    hidden = model(
+        batch.tokens,
+        batch.segment_ids,
+        batch.positions,
+        remat=remat,
+        max_segments=limits.max_segments,
+        implementation=implementation,
+        dropout_key=dropout_key,
+    )
+    return linear_cross_entropy(
+        hidden,
+        model.head,
+        batch.targets,
+        softcap=model.config.final_logit_softcapping,
+        max_targets=limits.max_targets,
+        implementation=implementation,
+    )
+
+
 def loss_and_gradients(
     graph: nnx.GraphDef,
     trainable: nnx.State,
@@ -100,23 +129,7 @@ def loss_and_gradients(
 
     def micro_loss(trainable: nnx.State, micro: PackedBatch, key: Key[Array, ""] | None) -> Float[Array, ""]:
         model = nnx.merge(graph, trainable, frozen)
-        hidden = model(
-            micro.tokens,
-            micro.segment_ids,
-            micro.positions,
-            remat=remat,
-            max_segments=limits.max_segments,
-            implementation=implementation,
-            dropout_key=key,
-        )
-        return linear_cross_entropy(
-            hidden,
-            model.head,
-            micro.targets,
-            softcap=model.config.final_logit_softcapping,
-            max_targets=limits.max_targets,
-            implementation=implementation,
-        )
+        return summed_loss(model, micro, remat=remat, implementation=implementation, limits=limits, dropout_key=key)
 
     gradient_of = jax.value_and_grad(micro_loss)
     num_micro = batch.tokens.shape[0]
@@ -172,3 +185,23 @@ def make_train_step(
 
     options = compiler_options(remat)
     return jax.jit(step, donate_argnums=0, static_argnames="limits", compiler_options=options)
+
+
+def make_eval_step(
+    graph: nnx.GraphDef, *, implementation: Implementation | None = None
+) -> Callable[..., Float[Array, ""]]:
+    """The jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> loss`.
+
+    The loss of a batch `[1, B, T]` is summed over its targets, as training has it, without dropout. Nothing is donated.
+    """
+
+    def evaluate(
+        trainable: nnx.State,
+        frozen: nnx.State,
+        batch: PackedBatch,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008
+    ) -> Float[Array, ""]:
+        micro = jax.tree.map(lambda x: x.squeeze(0), batch)
+        return summed_loss(nnx.merge(graph, trainable, frozen), micro, implementation=implementation, limits=limits)
+
+    return jax.jit(evaluate, static_argnames="limits")

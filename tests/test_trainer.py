@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 import threading
 import time
 
@@ -72,13 +73,15 @@ def test_the_shapes_of_a_run_are_compiled_before_it_and_no_other(monkeypatch):
     assert len(compiled) == result.compiled_shapes == len(trainer.batches.shapes)
 
 
-@pytest.mark.parametrize(
-    "layout", [{"packing": True}, {"packing": False}, {"packing": False, "padding_free": False}], ids=str
-)
-def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monkeypatch):
+LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "padding_free": False}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monkeypatch, tmp_path):
     rows = [{"input_ids": [1 + i % 96 for i in range(len("".join(row.values())) // 16)]} for row in sample()]
     config = TrainConfig(max_length=128, per_device_train_batch_size=12, num_train_epochs=1, logging_steps=1, **layout)
-    trainer = Trainer(small_model("qwen3", lora=LORA), None, rows, config)
+    config = changed(config, output_dir=str(tmp_path), eval_steps=2, save_steps=4)
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, rows, config, rows[:12])
     compiled: list[str] = []  # by XLA, the small programs between the steps, too
     by_step: list[int] = []
 
@@ -94,13 +97,17 @@ def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monk
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert len(by_step) == trainer.batches.steps_per_epoch > 5
-    assert by_step[0] >= len(trainer.batches.shapes)
+    assert by_step[0] >= len(trainer.batches.shapes) + len(trainer.eval_batches.shapes)
     assert by_step[-1] == len(compiled) == by_step[0]
 
 
-def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(monkeypatch):
-    """A read waits for the step that makes what is read. So each step is started before the one ahead of it is read."""
-    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, logging_steps=1))
+@pytest.mark.parametrize("save_steps", [0, 3])
+def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(save_steps, monkeypatch, tmp_path):
+    """A read waits for the step that makes what is read. So each step is started before the one ahead of it is read,
+    and the state is read where it is saved, and nowhere else.
+    """
+    config = changed(SHORT, logging_steps=1, output_dir=str(tmp_path), save_steps=save_steps)
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config)
     events: list[tuple[str, object]] = []
     metrics_of: dict[int, int] = {}  # by id of the array; `started` keeps them alive, so that no id is used again
     started = []
@@ -136,9 +143,15 @@ def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(m
 
     loop = events[events.index(("start", 0)) :]
     steps = trainer.batches.num_steps
-    expected = [("start", 0)]
-    for step in range(1, steps + 1):
-        expected += [("start", step)] * (step < steps) + [("read", step - 1)]
+    expected: list[tuple[str, object]] = []
+    waiting: list[tuple[str, object]] = []
+    for step in range(steps):
+        expected += [("start", step), *waiting]
+        waiting = [("read", step)]
+        if save_steps and (step + 1) % save_steps == 0:
+            expected += [*waiting, ("read", "something else")]
+            waiting = []
+    expected += waiting
     assert [event for event, _ in itertools.groupby(loop)] == expected
 
 
@@ -204,6 +217,89 @@ def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
     with pytest.raises(InputError, match=r"`output_dir` must be without metrics.jsonl"):
         Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.slow), LAYOUTS[2]], ids=str)
+def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
+    model = small_model("qwen3", lora=LoraConfig(r=4, lora_dropout=0.5))
+    rows = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in ROWS[:13]]
+    rows[5]["labels"] = [-100] + [token if i % 3 else -100 for i, token in enumerate(rows[5]["input_ids"][1:])]
+    config = changed(SHORT, max_steps=1, learning_rate=1e-9, gradient_accumulation_steps=2, **layout)
+    result = Trainer(model, None, ROWS, config, rows).train()
+    # Alone in its row: a token reads what is before it, and not the zeros after.
+    tokens = np.array([row["input_ids"] + [0] * (64 - len(row["input_ids"])) for row in rows])
+    losses = []
+    for row, logits in zip(rows, np.asarray(model.logits(jnp.array(tokens)), np.float64), strict=True):
+        logits = logits[: len(row["input_ids"])]
+        surprise = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(logits)), np.roll(row["input_ids"], -1)]
+        losses += surprise[:-1][np.array(row["labels"])[1:] != -100].tolist()
+    assert result.evaluations == {1: pytest.approx(np.mean(losses), rel=1e-5)}
+
+
+def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
+    config = changed(SHORT, output_dir=str(tmp_path), eval_steps=3, save_steps=0, logging_steps=5)
+    model, plain = (small_model("qwen3", lora=LORA) for _ in range(2))
+    result = Trainer(model, None, ROWS, config, ROWS[:9]).train()
+    expected = Trainer(plain, None, ROWS, SHORT).train()
+    np.testing.assert_array_equal(result.losses, expected.losses)
+    for got, want in zip(*(jax.tree.leaves(nnx.state(one, nnx.LoRAParam)) for one in (model, plain)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert list(result.evaluations) == [3, 6, 7] and expected.evaluations == {}
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], "eval_loss" in record) for record in records] == [
+        *((3, True), (5, False), (6, True), (7, False), (7, True))
+    ]
+    for record in records:
+        if "eval_loss" in record:
+            assert record["eval_loss"] == result.evaluations[record["step"]]
+            assert record["eval_perplexity"] == pytest.approx(np.exp(record["eval_loss"]))
+    shown = capsys.readouterr().err
+    assert f"step     6  eval loss {result.evaluations[6]:.4f}  perplexity {np.exp(result.evaluations[6]):.2f}" in shown
+
+
+def test_settings_that_leave_the_best_unknown_are_refused(tmp_path):
+    for changes, data, message in (
+        ({"eval_steps": 3}, None, "`eval_steps` must be None without an `eval_dataset`, got 3"),
+        ({"eval_steps": 3, "save_steps": 4}, ROWS, r"`save_steps` must be a multiple of `eval_steps` \(3\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path), **changes), data)
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts_as_ever(number):
+    acted = []
+    before = signal.signal(number, lambda *_: acted.append(number))
+    try:
+        with trainer_module._Stop() as stop:
+            assert not stop.asked
+            signal.raise_signal(number)
+            assert stop.asked and acted == []
+            signal.raise_signal(number)
+            assert acted == [number]
+        signal.raise_signal(number)
+        assert len(acted) == 2
+        signal.signal(number, signal.SIG_IGN)
+        with trainer_module._Stop() as stop:
+            signal.raise_signal(number)
+            assert not stop.asked
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_thread_can_train():
+    results = []
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)
+    thread = threading.Thread(target=lambda: results.append(trainer.train()))
+    thread.start()
+    thread.join()
+    assert len(results[0].losses) == SHORT.max_steps
 
 
 @pytest.mark.gpu

@@ -95,5 +95,5 @@ def measure(
 def timed_steps(batches: Batches) -> np.ndarray:
     """Which steps count, bool `[num_steps]`: after the warm-up, those whose shape came before."""
     after = np.arange(batches.num_steps) >= WARM_UP
-    warm = after & ~batches.is_first_of_its_shape
+    warm = after & ~batches.is_first_of_its_shape()
     return warm if warm.any() else after

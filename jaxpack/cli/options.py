@@ -1,8 +1,9 @@
 """Command-line flags from configuration dataclasses, so that a field, its default and its meaning are written once."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -43,12 +44,19 @@ def flag_of(field: dataclasses.Field) -> str:
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
     """The dataclass that the flags of a command describe; `given` are the fields that have none."""
     values = {field.name: flags.get(flag_of(field)) for field in dataclasses.fields(config)}
-    try:
+    with errors_name(**_FLAG_OF):
         return config(**{name: value for name, value in values.items() if value is not None} | given)
+
+
+@contextlib.contextmanager
+def errors_name(**flags: str) -> Iterator[None]:
+    """Has errors within name the flags that a user gave, in place of the arguments that these became."""
+    try:
+        yield
     except InputError as error:
         message = str(error)
-        for name, flag in _FLAG_OF.items():
-            message = message.replace(f"`{name}`", f"`{flag}`")
+        for argument, flag in flags.items():
+            message = message.replace(f"`{argument}`", f"`{flag}`")
         raise InputError(message) from error
 
 

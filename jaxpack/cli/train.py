@@ -11,11 +11,11 @@ import typer
 from flax import nnx
 
 import torch_bridge
-from jaxpack.cli.options import flag_of, from_flags, with_flags
+from jaxpack.cli.options import errors_name, flag_of, from_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
-from jaxpack.files import require_free_folder, require_room
+from jaxpack.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
 from jaxpack.lora import add_lora
 from jaxpack.trainer import Trainer
 
@@ -34,7 +34,16 @@ def train(
             "output, or input_ids."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="A new folder, for adapter/ (or model/) and metrics.jsonl.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="A new folder, for adapter/ (or model/), metrics.jsonl and checkpoints/; or that of the run that"
+            " --resume-from-checkpoint latest goes on with."
+        ),
+    ],
+    eval_data: Annotated[
+        Path | None, typer.Option(help="A file like that of --data, whose loss is taken and which is not trained on.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
@@ -52,9 +61,15 @@ def train(
         raise InputError("`full_finetuning` must be without flags of adapters, got both.")
     if adapter is not None and any(flags[name] is not None for name in _LORA_FLAGS):
         raise InputError("`adapter` must be without flags of a new adapter, got both.")
-    require_free_folder(output, "output")
-    if not data.is_file():
-        raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
+    trained = output / ("model" if full_finetuning else "adapter")
+    if config.resume_from_checkpoint is None:
+        require_free_folder(output, "output")
+    else:
+        require_folder(output, "output")
+        remove_leftovers(trained)
+    for name, file in (("data", data), ("eval_data", eval_data)):
+        if file is not None and not file.is_file():
+            raise InputError(f"`{name}` must be an existing file, got {str(file)!r}.")
     network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype)
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
@@ -62,23 +77,32 @@ def train(
         add_lora(network, lora)
     saved = jax.tree.leaves(nnx.state(network, nnx.Param if full_finetuning else nnx.LoRAParam))
     require_room(output, "output", sum(leaf.nbytes for leaf in saved))
-    trainer = Trainer(network, tokenizer, data, config)
-    interrupted = False
+    trainer = Trainer(network, tokenizer, data, config, eval_data)
+    if trainer.checkpoint is None or not trainer.in_place:
+        require_free_folder(trained, "output")
+
+    def write(path: Path) -> None:
+        if full_finetuning:
+            torch_bridge.save_pretrained(trainer.model, path, tokenizer)
+        else:
+            torch_bridge.save_adapter(trainer.model, path)
+
+    stopped = None
     try:
         result = trainer.train()
+        evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
         console.print(
-            f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, {result.tokens_per_second:,.0f} tokens/s,"
-            f" {result.compile_seconds:.1f} s of compilation, peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+            f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {result.tokens_per_second:,.0f}"
+            f" tokens/s, {result.compile_seconds:.1f} s of compilation, peak memory"
+            f" {result.peak_memory_bytes / 2**30:.2f} GiB"
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
         console.print("interrupted: what is trained so far is saved")
-        interrupted = True
-    if full_finetuning:
-        _save(lambda path: torch_bridge.save_pretrained(trainer.model, path, tokenizer), output / "model")
-    else:
-        _save(lambda path: torch_bridge.save_adapter(trainer.model, path), output / "adapter")
-    if interrupted:
-        raise KeyboardInterrupt
+        stopped = error
+    with errors_name(path="output"):
+        _save(lambda path: replace_folder(write, path), trained)
+    if stopped is not None:
+        raise stopped
 
 
 def _save(write: Callable[[Path], None], path: Path) -> None:

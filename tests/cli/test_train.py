@@ -193,6 +193,8 @@ def another_value(field: dataclasses.Field) -> Any:
     """A value that is valid and not the default."""
     special = {
         "max_steps": 7,
+        "eval_steps": 7,
+        "resume_from_checkpoint": "latest",
         "memory_limit": 40.5,
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
@@ -222,7 +224,7 @@ def configurations(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def configurations(*flags: object) -> tuple[TrainConfig, LoraConfig]:
         seen = {}
 
-        def trainer(model: object, tokenizer: object, data: object, config: TrainConfig) -> None:
+        def trainer(model: object, tokenizer: object, data: object, config: TrainConfig, eval_data: object) -> None:
             seen["train"] = config
             raise Stopped
 

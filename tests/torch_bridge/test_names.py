@@ -152,16 +152,24 @@ UNSUPPORTED = [
     ("attention_bias", {"attention_bias": "all"}),
     ("rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),
     ("rope_type", {"rope_scaling": {"type": "mrope", "factor": 4.0}}),
-    ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
     ("rope_parameters", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
     ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
+    ("model_type", {"model_type": "mistral"}),  # transformers goes by it
+    ("tie_word_embeddings", {"tie_word_embeddings": "false"}),
+    ("num_key_value_heads", {"num_key_value_heads": True}),
+    ("rope_theta", {"rope_theta": 0}),
+    ("rope_theta", {"rope_theta": []}),
+    ("rope_theta", {"rope_theta": None}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0}),
 ]
 UNSUPPORTED_BY = {
     "qwen3": [
         ("use_sliding_window", {"use_sliding_window": 4096}),
         ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("layer_types", {"layer_types": []}),
+        ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
     ],
     "llama": [("mlp_bias", {"mlp_bias": 1})],
 }
@@ -182,8 +190,8 @@ def test_unsupported_options_are_refused_by_name(family: str, option: str, chang
 
 
 # What is special about others, as they are published, and what is read of it.
-QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
-MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 131072}
+MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "rope_scaling": None}
 PHI3 = {
     "architectures": ["Phi3ForCausalLM"],
     "attention_bias": False,
@@ -352,6 +360,21 @@ def test_what_no_family_has_is_refused_by_name(name: str, option: str, value: An
     field = "rope_scaling" if isinstance(value, dict) and option != "rope_parameters" else option
     with pytest.raises(InputError, match=f"`{option}`"):
         config_from_hf(hf | {field: value})
+
+
+def test_an_activation_that_is_null_is_the_family_s():
+    hf, _ = SPECIAL["gemma2"]
+    assert config_from_hf(hf | {"hidden_activation": None}).activation == "gelu_tanh"
+
+
+def test_a_rope_scaling_beside_other_rope_parameters_is_refused(family: str):
+    """As one that is added by hand to a config of transformers 5, which then goes by it."""
+    parameters = {"rope_type": "default", "rope_theta": 1e6}
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    hf = PUBLISHED[family] | {"rope_parameters": parameters, "rope_scaling": scaling}
+    with pytest.raises(InputError, match="`rope_scaling`"):
+        config_from_hf(hf)
+    assert config_from_hf(hf | {"rope_parameters": parameters | scaling}).rope.scaling == LinearRopeScaling(factor=4.0)
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -1,0 +1,143 @@
+"""`jaxpack train`, killed or stopped at any moment and resumed, does what it does undisturbed, bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from forked_runs import Runs
+from tokenizers_for_tests import write_checkpoint
+
+from jaxpack.checkpoint import steps_in
+
+STEPS = 24
+ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+MEASURED = {"tokens_per_second", "peak_memory_bytes", "compile_seconds"}  # what no two runs have the same of
+
+
+class Setting(NamedTuple):
+    """The command, the process that runs it, and a folder that it has run to the end in, all checkpoints kept."""
+
+    run: Runs
+    command: list[object]
+    undisturbed: Path
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    folder = tmp_path_factory.mktemp("resume")
+    rows = [{"prompt": f"the cab {row} " * (1 + row % 3), "completion": f" ab {row}"} for row in range(30)]
+    for name, some in (("rows", rows), ("eval", rows[:5])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    files = ["--model", write_checkpoint(folder / "base"), "--data", folder / "rows.jsonl"]
+    evaluation = ["--eval-data", folder / "eval.jsonl", "--eval-steps", 3, "--save-steps", 3]
+    shape = ["--packing", "--max-length", 64, "--per-device-train-batch-size", 2, "--lora-r", 4]
+    course = ["--max-steps", STEPS, "--learning-rate", 1e-2, "--lora-dropout", 0.1, "--logging-steps", 2]
+    command = ["train", *files, *evaluation, *shape, *course]
+    run = Runs(folder / "programs")
+    undisturbed = folder / "undisturbed"
+    log = folder / "log"
+    assert run(*command, "--output", undisturbed, "--save-total-limit", STEPS, log=log) == 0, log.read_text()
+    yield Setting(run, command, undisturbed)
+    run.close()
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: x for name, x in json.loads(line).items() if name not in MEASURED} for line in lines]
+
+
+def require_same_end(folder: Path, undisturbed: Path) -> None:
+    for name in ADAPTER:
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert records(folder) == records(undisturbed)
+    kept = {str(path.relative_to(folder)) for path in folder.glob("*")}
+    assert kept == {"adapter", "checkpoints", "metrics.jsonl"}  # and no temporary folders
+    assert all(path.name.isdecimal() for path in (folder / "checkpoints").iterdir())
+
+
+def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    """All that a checkpoint holds, by orbax alone."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "run")) as checkpointer:
+        found = checkpointer.restore(
+            checkpoint, args=ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
+        )
+    assert found.run["step"] == int(checkpoint.name)
+    return {name: np.asarray(array) for name, array in found.state.items()}
+
+
+def require_whole_checkpoints(folder: Path, undisturbed: Path) -> list[int]:
+    """Whatever has the name of a checkpoint is that of the undisturbed run."""
+    steps = steps_in(folder / "checkpoints")
+    for step in steps:
+        found, expected = (arrays(run / "checkpoints" / str(step)) for run in (folder, undisturbed))
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    return steps
+
+
+def moments(seed: int) -> list[list]:
+    """Four, far enough from the end that each comes."""
+    draw = random.Random(seed)
+    return [
+        ["step", draw.randint(1, 4), draw.uniform(0, 0.02)],
+        ["save", draw.randint(1, 2), draw.uniform(0, 0.12)],  # a save takes about 0.1 s
+        ["file", draw.randint(1, 60)],
+        draw.choice([["file", draw.randint(30, 90)], ["save", 1, draw.uniform(0, 0.12)]]),
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+def test_a_run_that_is_killed_four_times_ends_as_if_it_never_was(seed: int, setting: Setting, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest"]
+    for moment in moments(seed):
+        before = steps_in(output / "checkpoints")
+        status = setting.run(*command, log=log, moment=moment)
+        assert status == -signal.SIGKILL, (moment, log.read_text())
+        steps = require_whole_checkpoints(output, setting.undisturbed)
+        assert max(steps, default=0) >= max(before, default=0)
+    assert setting.run(*command, log=log) == 0, log.read_text()
+    assert f"goes on from {output}/checkpoints/{steps[-1]}: {steps[-1]} of" in log.read_text()
+    require_same_end(output, setting.undisturbed)
+    require_whole_checkpoints(output, setting.undisturbed)
+
+
+def test_a_signal_saves_and_then_stops(setting: Setting, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest", "--save-steps", 0]
+    adapters, before = [], 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        status = setting.run(*command, "--eval-steps", 100, log=log, moment=["step", 7, 0.0], number=number)
+        assert status == 128 + number, log.read_text()
+        step = steps_in(output / "checkpoints")[-1]
+        assert 7 <= step - before <= 9  # it ended the one that ran
+        assert f"stopped after step {step}, saved" in log.read_text()
+        adapters.append((output / ADAPTER[1]).read_bytes())
+        before = step
+    assert setting.run(*command, log=log) == 0, log.read_text()
+    for name in ADAPTER:
+        assert (output / name).read_bytes() == (setting.undisturbed / name).read_bytes()
+    assert len({*adapters, (output / ADAPTER[1]).read_bytes()}) == 3
+
+
+def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(setting.undisturbed, output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    refusals = {
+        (): "`output` must be empty or not exist yet",
+        ("--resume-from-checkpoint", output / "checkpoints" / "3"): "`output_dir` must be without checkpoints/, unless",
+        ("--resume-from-checkpoint", "latest", "--learning-rate", "2e-2"): "`learning_rate` 0.01 (here 0.02)",
+    }
+    for flags, message in refusals.items():
+        assert setting.run(*setting.command, "--output", output, *flags, log=log) == 2
+        assert message in log.read_text()
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
