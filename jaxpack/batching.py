@@ -128,7 +128,7 @@ class Batches:
         return A * B * self.row_lengths
 
     def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
-        """Of each step, bool `[num_steps]`: in a process that begins with step `start`, its program runs first there."""
+        """Of each step, bool `[num_steps]`: its program runs first there, where a process begins with step `start`."""
         _, first = np.unique(self.row_lengths[start:], return_index=True)
         return np.isin(np.arange(self.num_steps), start + first)
 

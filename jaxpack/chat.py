@@ -90,6 +90,11 @@ def read_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str, str]
     return texts
 
 
+def instruction_message(instruction: str, given: str) -> Message:
+    """The user's message that asks an instruction of its input."""
+    return {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
+
+
 def alpaca_prompt(instruction: str, given: str) -> str:
     """The words in which Alpaca asks, for tokenizers without a chat template (Stanford Alpaca, Taori et al. 2023)."""
     paired = ", paired with an input that provides further context" if given else ""
@@ -209,6 +214,20 @@ class ChatTemplate:
         """The text of a conversation. `where` names its row in errors."""
         return self._write(self._with_readable_calls(conversation), where)
 
+    def write_question(self, conversation: Conversation, where: str) -> str:
+        """The text of a conversation, and what the template puts before the answer to it."""
+        conversation = self._with_readable_calls(conversation)
+        return self._write(conversation, where, add_generation_prompt=True)
+
+    def answer_end(self) -> str | None:
+        """The token that ends a plain answer; None where there is none, or where that is not decided."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        with contextlib.suppress(InputError):
+            text, spans = self.write_with_spans(Conversation(messages), "a question")
+            trained = text[: spans[-1][1]].rstrip() if spans else ""
+            return max((token for token in self._tokens if trained.endswith(token)), key=len, default=None)
+        return None
+
     def write_with_spans(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
         """The text, and which parts of it are trained on: ascending, apart.
 
@@ -239,9 +258,9 @@ class ChatTemplate:
             self.endless += not text[: spans[-1][1]].rstrip().endswith(self._tokens)
         return text, spans
 
-    def _write(self, conversation: Conversation, where: str) -> str:
+    def _write(self, conversation: Conversation, where: str, **options: Any) -> str:
         try:
-            return self._apply(conversation, conversation.messages)
+            return self._apply(conversation, conversation.messages, **options)
         except Exception as error:  # a template raises what it likes
             raise _refused(error, where) from error
 

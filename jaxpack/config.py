@@ -126,6 +126,7 @@ class ModelConfig:
     out_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False  # of all three projections of the feed-forward
     fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
+    max_position_embeddings: int | None = None  # tokens of the longest text that it is made for, where that is said
     sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
     local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
     local_rope: RopeConfig | None = None  # of those layers, where they have another
@@ -165,13 +166,11 @@ class ModelConfig:
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
             value = getattr(self, name)
             _check(value is None or _is_positive(value), name, "must be None or a positive number", value)
-        window, local = self.sliding_window, self.local_layers
-        _check(
-            window is None or (isinstance(window, int) and window >= 1),
-            "sliding_window",
-            "must be None or a whole number of at least 1",
-            window,
-        )
+        for name in ("max_position_embeddings", "sliding_window"):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and value >= 1
+            _check(value is None or is_whole, name, "must be None or a whole number of at least 1", value)
+        local = self.local_layers
         _check(
             local is None or len(local) == self.num_layers,
             "local_layers",
@@ -191,6 +190,11 @@ class ModelConfig:
             factors = getattr(rope.scaling, name, None)
             half = rotary_dim // 2
             _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -404,6 +408,32 @@ class TrainConfig:
             padding_free=layout != "padded",
             per_device_train_batch_size=rows,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How text is generated. Names and meaning are those of transformers' `GenerationConfig` where it has them."""
+
+    max_new_tokens: int = _option(128, "Tokens to write after each prompt, unless it ends before.")
+    temperature: float = _option(0.0, "Logits are divided by it before a token is drawn; 0 takes the likeliest.")
+    top_k: int | None = _option(None, "Draw from so many likeliest tokens only.")
+    top_p: float | None = _option(None, "Draw from the fewest likeliest tokens that have this share only.")
+    seed: int = _option(0, "Of what is drawn; each prompt draws for itself.")
+    batch_size: int = _option(8, "Prompts that are generated from at a time.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("max_new_tokens", "batch_size"):
+            _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        for name in ("temperature", "seed"):
+            value = getattr(self, name)
+            _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
+        k, p = self.top_k, self.top_p
+        _check(k is None or (type(k) is int and k >= 1), "top_k", "must be a whole number of at least 1", k)
+        _check(p is None or (_is_positive(p) and p <= 1), "top_p", "must be in (0, 1]", p)
+        for name in ("top_k", "top_p"):
+            value = getattr(self, name)
+            _check(value is None or self.temperature > 0, name, "must be None unless `temperature` is above 0", value)
 
 
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:

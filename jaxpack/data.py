@@ -16,6 +16,7 @@ from jaxpack.chat import (
     Conversation,
     alpaca_prompt,
     common_prefix,
+    instruction_message,
     read_conversation,
     read_instruction,
     without_none,
@@ -81,7 +82,7 @@ class Documents:
 
 
 def load_documents(
-    dataset: Dataset,
+    dataset: Dataset | Documents,
     tokenizer: Tokenizer | None,
     *,
     vocab_size: int,
@@ -106,7 +107,8 @@ def load_documents(
     character of what is trained on is trained on whole. Rows without a token to learn are left out and counted aloud.
 
     Args:
-      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
+      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts; documents
+        that were loaded before are returned as they are.
       tokenizer: a fast Hugging Face tokenizer; None will do for rows of `input_ids`.
       vocab_size: token ids from here on are refused.
       text_field: the key of the plain-text format.
@@ -116,6 +118,8 @@ def load_documents(
       InputError: the dataset is empty or unreadable, or a row is, or no row has a token to learn, or a chat template
         does not show what the assistant writes; the message says which row, and what it needs.
     """
+    if isinstance(dataset, Documents):
+        return _within(vocab_size, dataset)
     records, where = _read(dataset)
     if not records:
         raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
@@ -144,6 +148,58 @@ def load_documents(
             " learn to stop: the chat template writes none, or writes it outside of its generation tags"
         )
     return _with_targets(documents, tokenizer, where)
+
+
+def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
+    """What is asked in each row of a dataset, in the formats of `load_documents` that ask something.
+
+    These are `prompt`, a string or messages; `messages` or `conversations`, without the answer at their end; and
+    `instruction`, with its `input`.
+
+    Args:
+      chat: a string is a user's message; if not, a text to go on from, and instructions are put in Alpaca's words.
+
+    Raises:
+      InputError: the dataset is empty or unreadable, or a row is; the message says which.
+    """
+    records, where = _read(dataset)
+    if not records:
+        raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
+    records = without_none(list(records)) if where.of_arrow else records
+    return [_asked(record, row, where, chat) for row, record in enumerate(records)]
+
+
+def text_prompt(text: str, *, chat: bool) -> str | Conversation:
+    """A text as a user's message with `chat`; if not, as it is."""
+    return Conversation([{"role": "user", "content": text}]) if chat else text
+
+
+def _asked(record: Record, row: int, where: "_Where", chat: bool) -> str | Conversation:
+    key = next((key for key in ("messages", "conversations", "prompt") if key in record), None)
+    if key is not None:
+        kinds = (str, list) if key == "prompt" else (list,)
+        (asked,) = _column([record], row, key, kinds, where)
+        if isinstance(asked, str):
+            return text_prompt(asked, chat=chat)
+        conversation = read_conversation(record, asked, where(row))
+        messages = list(conversation.messages)
+        while key != "prompt" and messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        if not messages:
+            raise InputError(f"`{key}` must have a message to answer, got none in {where(row)}.")
+        return dataclasses.replace(conversation, messages=messages)
+    if "instruction" in record:
+        instruction, given, _ = read_instruction({"output": "", **record}, where(row))
+        return Conversation([instruction_message(instruction, given)]) if chat else alpaca_prompt(instruction, given)
+    formats = "`prompt`, `messages`, `conversations` or `instruction`"
+    raise InputError(f"A row must have {formats}, got {sorted(record)} in {where(row)}.")
+
+
+def _within(vocab_size: int, documents: Documents) -> Documents:
+    largest = max(int(array.max(initial=0)) for array in (documents.tokens, documents.labels))
+    if largest >= vocab_size:
+        raise InputError(f"Documents must have token ids below {vocab_size}, the model's vocabulary, got {largest}.")
+    return documents
 
 
 def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row: int) -> np.ndarray:
@@ -378,8 +434,7 @@ def _read_instructions(rows: Rows, begin: int, where: _Where) -> list[Conversati
     conversations = []
     for row, record in enumerate(rows, begin):
         instruction, given, output = read_instruction(record, where(row))
-        question = f"{instruction}\n\n{given}" if given else instruction
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        messages = [instruction_message(instruction, given), {"role": "assistant", "content": output}]
         conversations.append(read_conversation(record, messages, where(row)))
     return conversations
 

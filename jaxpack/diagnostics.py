@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 import jax
 import numpy as np
 from rich.console import Group, RenderableType
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 
@@ -60,8 +61,8 @@ class Promise:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What `inspect` found. rich prints it (`rich.print`), and `figure` draws it.
+class Inspection(JupyterMixin):
+    """What `inspect` found. rich prints it (`rich.print`), a notebook shows it, and `figure` draws it.
 
     Attributes:
       config: the run that was asked about.

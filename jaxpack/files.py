@@ -9,8 +9,6 @@ from pathlib import Path
 
 from jaxpack.errors import InputError, reason
 
-_NEW = ".new"  # how the name of a folder ends that is about to replace another
-
 
 def require_free_folder(path: Path, name: str) -> None:
     """Refuses a path that holds something: nothing of a user's is ever overwritten."""
@@ -21,11 +19,23 @@ def require_free_folder(path: Path, name: str) -> None:
 
 def require_folder(path: Path, name: str) -> None:
     """Refuses a path that is no folder to write to, and cannot become one."""
-    existing = _existing(path)
+    try:
+        existing = _existing(path)
+    except (OSError, ValueError) as error:  # too long, not permitted, a loop of links
+        raise InputError(f"`{name}` must be a folder, got {str(path)!r:.200}: {reason(error)}.") from error
     if not existing.is_dir():
         raise InputError(f"`{name}` must be a folder, got {str(path)!r}, where the file {existing} is.")
     if not os.access(existing, os.W_OK):
         raise InputError(f"`{name}` must be writable, got {str(path)!r}, where {existing} is not.")
+
+
+def require_new_folder(path: Path, name: str) -> None:
+    """Refuses what `require_free_folder` does, and an empty folder that cannot be replaced by a whole one."""
+    require_free_folder(path, name)
+    place = path.resolve()
+    if place.is_mount() or place == Path.cwd():
+        which = "a mount point" if place.is_mount() else "the working folder"
+        raise InputError(f"`{name}` must be a folder that can be replaced, got {str(path)!r}, which is {which}.")
 
 
 def require_room(path: Path, name: str, needed: int) -> None:
@@ -40,14 +50,16 @@ def require_room(path: Path, name: str, needed: int) -> None:
 def whole_folder(path: Path, name: str) -> Iterator[Path]:
     """Gives a temporary folder beside `path` to write into; renames it to `path` at the end, or removes it on an error.
 
+    Where `path` is a link, this is done where it points.
+
     Raises:
       InputError: `path` holds something, or the disk refused a write (full, read-only, not permitted).
     """
-    require_free_folder(path, name)
-    temporary = None
+    require_new_folder(path, name)
+    given, path, temporary = path, path.resolve(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name:.50}-", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
@@ -57,7 +69,7 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
         temporary.rename(path)  # over an empty folder this is allowed, and atomic
     except OSError as error:
         raise InputError(
-            f"`{name}` must be writable, got {str(path)!r}: {reason(error)} (nothing was left there)."
+            f"`{name}` must be writable, got {str(given)!r}: {reason(error)} (nothing was left there)."
         ) from error
     finally:
         if temporary is not None:
@@ -69,10 +81,11 @@ def replace_folder(write: Callable[[Path], None], path: Path) -> None:
     if not path.exists():
         write(path)
         return
-    new = path.with_name(f"{path.name}{_NEW}")
+    new, old = _beside(path)
     write(new)
-    shutil.rmtree(path, ignore_errors=True)
+    path.rename(old)
     new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_file(path: Path, content: bytes, name: str) -> None:
@@ -97,13 +110,26 @@ def replace_file(path: Path, content: bytes, name: str) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Deletes what a process that was killed has left beside `path`, of `whole_folder` or `replace_folder`."""
-    for leftover in (*path.parent.glob(f".{path.name}-*"), path.with_name(f"{path.name}{_NEW}")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    new, old = _beside(path)
+    if old.exists() and not path.exists():
+        old.rename(path)  # it was killed between the two renames
+    for name in (path.name, new.name):
+        for leftover in path.parent.glob(f".{name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where `replace_folder` has what comes to `path` and what was there."""
+    return path.with_name(f".{path.name}-new"), path.with_name(f".{path.name}-old")
 
 
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    for place in (path.absolute(), *path.absolute().parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            place.stat()
+            return place
+    raise AssertionError("there is always a root")
 
 
 def _umask() -> int:

@@ -196,7 +196,7 @@ class Attention(nnx.Module):
             num_heads=N,
             norms=HeadNorms(self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None,
             eps=config.rms_norm_eps,
-            scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+            scale=config.attention_scale,
             softcap=config.attn_logit_softcapping,
             max_segments=context.max_segments,
             implementation=context.implementation,

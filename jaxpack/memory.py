@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     ranks: Ranks
     itemsize: int  # of activations
     drops: bool = False  # adapters read their input after dropout
+    casts: bool = False  # weights are trained, in float32, and read as activations are
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -91,9 +92,9 @@ def unnamed_bytes(layer: Layer) -> int:
     return chosen + (2 * D + layer.ranks.qkv + layer.ranks.gate_up) * layer.itemsize
 
 
-def extended_weight_bytes(layer: Layer) -> int:
-    """The matrices that are read with those: the projections behind the norms, side by side with their adapters'."""
-    return (layer.projections.qkv + layer.projections.gate_up) * layer.itemsize
+def cast_weight_bytes(layer: Layer) -> int:
+    """The matrices that are read with those, where they were cast: of the projections behind the norms."""
+    return (layer.projections.qkv + layer.projections.gate_up) * layer.itemsize if layer.casts else 0
 
 
 _INPUT = "layer_input"

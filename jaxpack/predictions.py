@@ -27,7 +27,7 @@ from jaxpack.memory import (
     Layer,
     Ranks,
     available_host_bytes,
-    extended_weight_bytes,
+    cast_weight_bytes,
     input_bytes,
     unnamed_bytes,
     unrolls,
@@ -69,7 +69,7 @@ class Job:
         block = model.blocks
         linears = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
         return cls(
-            layer=Layer(model.config, Ranks(*map(_rank, linears)), model.dtype.itemsize, drops),
+            layer=Layer(model.config, Ranks(*map(_rank, linears)), model.dtype.itemsize, drops, full),
             num_layers=model.config.num_layers,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
@@ -144,7 +144,7 @@ def _whole_layer_bytes(job: Job) -> int:
     """All that the derivatives of a layer read."""
     layer = job.layer
     by_token = input_bytes(layer) + unnamed_bytes(layer) + sum(size(layer) for size in NAMED.values())
-    return job.tokens * by_token + extended_weight_bytes(layer)
+    return job.tokens * by_token + cast_weight_bytes(layer)
 
 
 def loss_bytes(job: Job) -> int:
@@ -183,6 +183,20 @@ def peak_bytes(job: Job, remat: Remat) -> int:
     micro = max(kept + loss_bytes(job), kept + max(stacked, head) + backward_bytes(job, remat), at_end)
     accumulated = gradients if job.shape[0] > 1 else 0
     return argument_bytes(job) + max(accumulated + micro, 2 * gradients)
+
+
+def autotuning_bytes(job: Job) -> int:
+    """The most that is held before the first step, while XLA times kernels for each matmul to choose one.
+
+    All but the batch is there already. The largest matmul makes a chunk of logits, or a trained head's gradient, in
+    float32: from operands of its own, and twice, to compare.
+    """
+    layer, chunk = job.layer, min(LOSS_CHUNK, job.max_targets)
+    hidden, logits = chunk * layer.config.hidden_size, chunk * layer.config.vocab_size
+    matmul = (hidden + job.head) * layer.itemsize + 2 * 4 * logits
+    if job.full:
+        matmul = max(matmul, (hidden + logits) * layer.itemsize + 2 * 4 * job.head)
+    return argument_bytes(job) + matmul
 
 
 def host_bytes(job: Job, remat: Remat) -> int:
@@ -286,7 +300,7 @@ def backward_work(job: Job) -> Work:
         channels += 8 * D
     if any(layer.ranks):
         channels += 4 * D + 2 * q + 2 * kv + 3 * F  # gradients of the factors, from inputs and outputs
-    copied = 2 * (projections.out + projections.down)
+    copied = 2 * (sum(projections) if not layer.casts else projections.out + projections.down)
     return Work(job.tokens * matmul, job.tokens * attention, (job.tokens * channels + copied) * layer.itemsize)
 
 
@@ -332,8 +346,11 @@ class Prediction(NamedTuple):
 
 def predict(job: Job, rates: Rates) -> dict[Remat, Prediction]:
     """For every choice, from the one that keeps least on the device to the one that keeps most."""
+    first = autotuning_bytes(job)
     return {
-        remat: Prediction(remat, peak_bytes(job, remat), step_seconds(job, remat, rates), host_bytes(job, remat))
+        remat: Prediction(
+            remat, max(first, peak_bytes(job, remat)), step_seconds(job, remat, rates), host_bytes(job, remat)
+        )
         for remat in get_args(Remat)
     }
 

@@ -25,22 +25,38 @@ from jaxpack.kernels.rope import Angles, rotary_angles
 
 
 def document_angles(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int
 ) -> Angles:
-    """The angles of tokens at `positions` of documents of `lengths`, once per batch, for all layers with that rope."""
-    scaling, row = rope.scaling, positions.shape[1]
+    """The angles of tokens at `positions` of documents of `lengths`, once per batch, for all layers with that rope.
+
+    No document has more than `longest` tokens.
+    """
+    scaling = rope.scaling
     frequencies, factor = jnp.asarray(rope_frequencies(rope, head_dim)), attention_factor(rope)
-    if isinstance(scaling, LongRopeScaling) and row > scaling.original_max_position_embeddings:
+    if isinstance(scaling, LongRopeScaling) and longest > scaling.original_max_position_embeddings:
         is_long = (lengths > scaling.original_max_position_embeddings)[:, :, None]
         long = jnp.asarray(rope_frequencies(rope, head_dim, is_long=True))
         frequencies = jnp.where(is_long, long[None, None, :], frequencies[None, None, :])
-    elif isinstance(scaling, DynamicRopeScaling) and row > (usual := scaling.max_position_embeddings):
+    elif isinstance(scaling, DynamicRopeScaling) and longest > (usual := scaling.max_position_embeddings):
         # The base times s^(R / (R - 2)): the longest wavelength is stretched by s, 1 + factor * excess / usual.
         stretch = 1 + scaling.factor * (jnp.maximum(lengths, usual) / usual - 1)
         R = rope.rotary_dim(head_dim)
         powers = jnp.asarray(np.arange(0, R, 2, dtype=np.float32) / np.float32(R - 2))
         frequencies = frequencies[None, None, :] * stretch[:, :, None] ** -powers[None, None, :]
     return rotary_angles(positions, frequencies, factor)
+
+
+def last_length_alike(rope: RopeConfig, length: Int[Array, " B"]) -> Int[Array, " B"]:
+    """How long a document of `length` tokens may get before the angles of its tokens change."""
+    match rope.scaling:
+        case LongRopeScaling(original_max_position_embeddings=original):
+            return jnp.where(length > original, _ALWAYS, original)
+        case DynamicRopeScaling(max_position_embeddings=usual):
+            return jnp.maximum(length, usual)
+    return jnp.full_like(length, _ALWAYS)
+
+
+_ALWAYS = np.iinfo(np.int32).max
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, *, is_long: bool = False) -> Float[np.ndarray, " half"]:

@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.jupyter import JupyterMixin
 from rich.rule import Rule
 from rich.text import Text
 
 from jaxpack.batching import Batches
+from jaxpack.console import visible
 from jaxpack.data import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.packing import IGNORE
-
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # no text moves a terminal's cursor
 
 
 class Span(NamedTuple):
@@ -26,8 +26,11 @@ class Span(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShownRow:
-    """A row of a run, decoded: the spans of each document in it, and the padding behind them. rich prints it."""
+class ShownRow(JupyterMixin):
+    """A row of a run, decoded: the spans of each document in it, and the padding behind them.
+
+    rich prints it, and a notebook shows it.
+    """
 
     number: int
     documents: tuple[tuple[Span, ...], ...]
@@ -46,7 +49,7 @@ class ShownRow:
             yield Rule(title, align="left", style="cyan")
             text = Text()
             for span in spans:
-                shown = span.text.translate(_VISIBLE)
+                shown = visible(span.text)
                 text.append(before + shown + after if span.trained else shown, "green" if span.trained else "grey50")
             yield text
         yield Rule(f"padding: {_count(self.padding, 'position')}", align="left", style="cyan")

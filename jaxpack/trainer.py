@@ -180,7 +180,7 @@ class Trainer:
     Args:
       model: trained in place; `trainer.model` is the same object.
       tokenizer: turns the dataset's text to tokens, see `load_documents`; may be None for rows of `input_ids`.
-      train_dataset: a JSONL or Parquet file, an iterable of dicts, or a `datasets.Dataset`.
+      train_dataset: a JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
       config: how to train.
       eval_dataset: rows that are not trained on, of any of the formats; their loss is taken as `eval_steps` says, in
         batches like those of training.
@@ -199,9 +199,9 @@ class Trainer:
         self,
         model: Transformer,
         tokenizer: Tokenizer | None,
-        train_dataset: Dataset,
+        train_dataset: Dataset | Documents,
         config: TrainConfig | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Documents | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -328,11 +328,11 @@ class Trainer:
         """What is trained on what, in a few lines."""
         lines = describe(self.documents, self.batches, self.config)
         if self.eval_batches is not None:
-            cut = self.eval_batches.truncation
-            shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in self.eval_batches.shapes)
+            evaluated = self.eval_batches
             lines.append(
-                f"evaluation: {len(self.eval_documents):,} documents, {self.eval_batches.targets_per_epoch:,} tokens to"
-                f" predict, {cut.documents:,} documents cut by max_length; shapes to compile: {shapes}"
+                f"evaluation: {len(self.eval_documents):,} documents, {evaluated.targets_per_epoch:,} tokens to"
+                f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
+                f" {_shapes(evaluated)}"
             )
         sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (run.state.trainable, run.frozen)]
         lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
@@ -394,12 +394,15 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         lines.append(
             "padding-free: the documents of a step lie end to end" if config.padding_free else "padded batches"
         )
-    shapes = ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
     lines.append(
         f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} an epoch); shapes to compile:"
-        f" {len(batches.shapes)} ({shapes}), {batches.padding_share:.2%} of their positions padding"
+        f" {len(batches.shapes)} ({_shapes(batches)}), {batches.padding_share:.2%} of their positions padding"
     )
     return lines
+
+
+def _shapes(batches: Batches) -> str:
+    return ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
 
 
 def _check_evaluation(config: TrainConfig, given: bool) -> None:

@@ -73,9 +73,8 @@ class Transformer(nnx.Module):
         windows = [
             window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
         ]
-        bounds = _Shared.of(windows, lambda window: segments if window is None else segments.within(window))
-        lengths, H = segments.last - segments.first, self.config.head_dim
-        angles = _Shared.of(self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths))
+        bounds = Shared.of(windows, lambda window: segments if window is None else segments.within(window))
+        angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
         graph, layers = nnx.split(self.blocks)
@@ -86,17 +85,32 @@ class Transformer(nnx.Module):
             context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
             return nnx.merge(graph, parameters)(x, context, key), None
 
+        scanned = layers, keys, bounds.places, angles.places
+        x, _ = jax.lax.scan(recompute(layer, remat), self.embed(tokens), scanned, unroll=unrolls(remat))
+        return self.norm(x)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
         x = self.embedding[...][tokens].astype(self.dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
-        scanned = layers, keys, bounds.places, angles.places
-        x, _ = jax.lax.scan(recompute(layer, remat), x, scanned, unroll=unrolls(remat))
-        return self.norm(x)
+        return x
+
+    def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int) -> "Shared":
+        """The rotary angles of each layer, see `document_angles`."""
+        H = self.config.head_dim
+        return Shared.of(self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths, longest=longest))
 
     @property
     def head(self) -> Float[Array, "V D"]:
         """The matrix that turns hidden states into logits: the embedding where they are tied."""
         return (self.embedding if self.config.tie_word_embeddings else self.lm_head)[...]
+
+    def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The logits of hidden states, in float32."""
+        logits = jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits in float32, for looking at; training never holds them. Without `segment_ids` a row is one document."""
@@ -105,14 +119,14 @@ class Transformer(nnx.Module):
         return _logits(*nnx.split(self), tokens, segment_ids)
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """Arrays made of the batch, once for all layers with the same setting: a table of them where there are several."""
 
     table: Any
     places: Int[np.ndarray, " L"] | None  # in the table, of each layer; None where all layers share one
 
     @classmethod
-    def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "_Shared":
+    def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "Shared":
         distinct = list(dict.fromkeys(settings))
         made = [make(setting) for setting in distinct]
         if len(made) == 1:
@@ -132,10 +146,7 @@ def _logits(
     graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, state)
-    hidden = model(tokens, segment_ids, segment_positions(segment_ids))
-    logits = jnp.einsum("BTD,VD->BTV", hidden, model.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    cap = model.config.final_logit_softcapping
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    return model.unembed(model(tokens, segment_ids, segment_positions(segment_ids)))
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -63,11 +63,13 @@ def small_config(family: str, **changes: object) -> ModelConfig:
     return ModelConfig(**settings)
 
 
-def small_model(family: str, *, lora: LoraConfig | None = None, dtype: DTypeLike = jnp.float32) -> Transformer:
+def small_model(
+    family: str, *, lora: LoraConfig | None = None, dtype: DTypeLike = jnp.float32, **changes: object
+) -> Transformer:
     """Random, with weights large enough (0.05) that every part matters, and small enough that float32 rounding does not
     grow from layer to layer. Adapters, where asked for, are not zero.
     """
-    model = Transformer(small_config(family), dtype=dtype, rngs=nnx.Rngs(0))
+    model = Transformer(small_config(family, **changes), dtype=dtype, rngs=nnx.Rngs(0))
     key = jax.random.key(1)
     for i, (_, parameter) in enumerate(nnx.iter_graph(model)):
         if isinstance(parameter, nnx.Param):

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,20 +21,21 @@ from jaxpack import checkpoint
 from jaxpack.checkpoint import Checkpoints, Progress, checksums, load_checkpoint, steps_in
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.errors import InputError
-from jaxpack.trainer import Trainer, TrainResult, _Log
+from jaxpack.trainer import Run, Trainer, TrainResult, _Log
 from jaxpack.training import TrainState
 from jaxpack.transformer import Transformer
 
 LORA = LoraConfig(r=4, lora_dropout=0.2)
 ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
 CONFIG = TrainConfig(
-    max_length=64, packing=True, per_device_train_batch_size=2, max_steps=8, learning_rate=1e-2, save_steps=3
+    max_length=64,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    max_steps=8,
+    learning_rate=1e-2,
+    lr_scheduler_type="cosine",
+    save_steps=3,
 )
-LAYOUTS = {
-    "packed": ({}, LORA),
-    "padding_free": ({"packing": False, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}, LORA),
-    "full": ({"weight_decay": 0.1, "warmup_steps": 3}, None),
-}
 
 
 def trainer(output: Path | None, model: Transformer | None = None, rows: list = ROWS, **changes: object) -> Trainer:
@@ -73,44 +73,42 @@ def require_same(result: TrainResult, model: Transformer, expected: TrainResult,
 # --- Going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_resumed_run_is_the_undisturbed_one(name: str, tmp_path: Path) -> None:
-    changes, lora = LAYOUTS[name]
+@pytest.mark.parametrize(
+    ("changes", "lora"),
+    [
+        pytest.param({}, LORA, id="padding_free"),
+        pytest.param({"packing": True}, LORA, id="packed", marks=pytest.mark.slow),
+        pytest.param({"weight_decay": 0.1, "warmup_steps": 3}, None, id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_the_undisturbed_one(changes: dict, lora: LoraConfig | None, tmp_path: Path) -> None:
+    def begin(name: str, **more: object) -> Trainer:
+        return trainer(tmp_path / name, small_model("qwen3", lora=lora), logging_steps=2, **changes, **more)
 
-    def begin(output: Path | None, **more: object) -> Trainer:
-        return trainer(output, small_model("qwen3", lora=lora), **changes, **more)
-
-    whole = begin(None)
+    whole = begin("whole")
     expected = whole.train()
-    crash(begin(tmp_path), after=7)
-    assert steps_in(tmp_path / "checkpoints") == [3, 6]
-    resumed = begin(tmp_path, resume_from_checkpoint="latest")
-    require_same(resumed.train(), resumed.model, expected, whole.model)
-
-
-def test_a_run_can_go_on_in_another_folder(stopped: Path, tmp_path: Path) -> None:
-    for source in (stopped, stopped / "checkpoints" / "3"):
-        output = tmp_path / source.name
-        result = trainer(output, resume_from_checkpoint=str(source)).train()
-        assert len(result.losses) == 8 and steps_in(output / "checkpoints") == [6]
-        steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-        assert steps == [8]
-
-
-def test_metrics_go_on_where_the_checkpoint_is(tmp_path: Path) -> None:
-    trainer(tmp_path / "whole", logging_steps=2).train()
-    crash(trainer(tmp_path / "run", logging_steps=2, report_to="tensorboard"), after=6)
+    crash(begin("run", report_to="tensorboard"), after=7)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [3, 6]
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss":')  # killed in the middle of a line
-    trainer(tmp_path / "run", logging_steps=2, report_to="tensorboard", resume_from_checkpoint="latest").train()
+    resumed = begin("run", report_to="tensorboard", resume_from_checkpoint="latest")
+    require_same(resumed.train(), resumed.model, expected, whole.model)
     assert scalars(tmp_path / "run") == expected_scalars(tmp_path / "run")
-    found, expected = (
+    found, records = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("run", "whole")
     )
     for name in ("step", "epoch", "loss", "grad_norm", "learning_rate", "padding_share"):
-        assert [record[name] for record in found] == [record[name] for record in expected]
+        assert [record[name] for record in found] == [record[name] for record in records]
     assert all(record["tokens_per_second"] > 0 for record in found)
+
+
+def test_a_run_can_go_on_in_another_folder(stopped: Path, tmp_path: Path) -> None:
+    checkpoint = stopped / "checkpoints" / "3"
+    assert trainer(tmp_path, resume_from_checkpoint=str(stopped)).checkpoint == checkpoint
+    result = trainer(tmp_path, resume_from_checkpoint=str(checkpoint)).train()
+    assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [6]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [8]
 
 
 def test_without_a_checkpoint_latest_is_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -142,9 +140,9 @@ OTHERS: dict[str, tuple[Callable[[], dict], list[str]]] = {
     "setting": (lambda: {"learning_rate": 0.02, "seed": 7}, ["`learning_rate` 0.01 (here 0.02)", "`seed` 42 (here 7)"]),
     "steps": (lambda: {"max_steps": 9}, ["`max_steps` 8 (here 9)"]),
     "rows": (lambda: {"rows": [*ROWS[:-1], {"input_ids": [1, 2]}]}, ["`train_dataset` '40 documents of"]),
-    "rank": (
-        lambda: {"model": small_model("qwen3", lora=dataclasses.replace(LORA, r=8))},
-        ["`adapters' r` 4 (here 8)"],
+    "alpha": (
+        lambda: {"model": small_model("qwen3", lora=dataclasses.replace(LORA, lora_alpha=8.0))},
+        ["`adapters' lora_alpha` 32 (here 8.0)"],
     ),
     "no_adapters": (lambda: {"model": small_model("qwen3")}, ["`adapters' r` 4 (here None)"]),
     "family": (
@@ -178,12 +176,17 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(name: str, stopp
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
 
 
-def test_what_changes_no_number_may_differ(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_changes_no_number_may_differ(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(stopped / "checkpoints" / "3")
     free = {"logging_steps": 1, "save_steps": 1, "save_total_limit": 1, "remat": "none"}
-    assert len(trainer(tmp_path, resume_from_checkpoint=path, **free).train().losses) == 8
-    assert steps_in(tmp_path / "checkpoints") == [8]
-    assert "remat full, not none: losses may differ by rounding" in capsys.readouterr().err
+    monkeypatch.delattr(Run, "compile")  # what comes next
+    with pytest.raises(AttributeError, match="compile"):
+        trainer(tmp_path, resume_from_checkpoint=path, compilation_cache_dir="none", **free).train()
+    shown = capsys.readouterr().err
+    assert "remat full, not none: losses may differ by rounding" in shown
+    assert f"goes on from {path}: 3 of 8 steps done" in shown
 
 
 def test_places_that_are_no_checkpoints_are_refused(stopped: Path, tmp_path: Path) -> None:
@@ -306,22 +309,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("spare", [checkpoint._SPARE, -(2**30)], ids=["seen_before", "seen_by_orbax"])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
-    small_disk: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    spare: int, small_disk: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = _Log.step
+    write, ballast = Checkpoints._write, small_disk / "ballast"
 
-    def fill(log: _Log, metrics: object) -> None:
-        step(log, metrics)
-        ballast = small_disk / "ballast"
-        if len(log._done.losses) == 4:
-            while not (small_disk / "run" / "checkpoints" / "2").exists():
-                time.sleep(0.01)
+    def fill(self: Checkpoints, step: int, *args: object) -> bool:
+        if step == 4:
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
-        if len(log._done.losses) == 7:
+        elif step == 8:
             ballast.unlink()
+        return write(self, step, *args)
 
-    monkeypatch.setattr(_Log, "step", fill)
+    monkeypatch.setattr(Checkpoints, "_write", fill)
+    monkeypatch.setattr(checkpoint, "_SPARE", spare)
     output = small_disk / "run"
     result = trainer(output, save_steps=2, save_total_limit=5).train()
     assert len(result.losses) == 8

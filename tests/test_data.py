@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from models import random_documents
 from tokenizers import normalizers, processors
 from tokenizers_for_tests import BOS, EOS, TURN_ENDS, small_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -654,3 +655,11 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted_aloud(name: str, ca
     assert Batches(documents, TrainConfig()).documents.num_targets.all()
     message = refusal(2 * empty, CHAT)
     assert "got 2 rows with none" in message and "row 0 of the dataset" in message and shown in message
+
+
+def test_documents_that_were_loaded_are_taken_as_they_are():
+    documents = random_documents([3, 5])
+    assert load_documents(documents, None, vocab_size=1000) is documents
+    largest = int(documents.tokens.max())
+    with pytest.raises(InputError, match=f"token ids below {largest}, the model's vocabulary, got {largest}"):
+        load_documents(documents, None, vocab_size=largest)

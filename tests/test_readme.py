@@ -53,6 +53,11 @@ def test_the_data_of_the_readme_is_inspected(user_folder: Path, monkeypatch: pyt
     assert (user_folder / "lengths.png").is_file()
 
 
-def test_the_command_of_the_readme_runs(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_commands_of_the_readme_train_and_generate(
+    user_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     run_command("jaxpack train", monkeypatch, shortened)
     assert (user_folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    run_command("jaxpack generate", monkeypatch)
+    shown = capsys.readouterr().out
+    assert "two and two" in shown and "without the adapter" in shown

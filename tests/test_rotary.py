@@ -64,9 +64,9 @@ def test_frequencies_go_by_the_length_of_a_token_s_own_document(scaling):
     rope = RopeConfig(theta=1e4, scaling=scaling)
     lengths = jnp.array([[4, 4, 4, 4, 5, 5, 5, 5, 5, 7, 7, 7, 7, 7, 7, 7]])
     positions = jnp.array([[*range(4), *range(5), *range(7)]])
-    packed = np.stack(document_angles(rope, 4, positions, lengths))
+    packed = np.stack(document_angles(rope, 4, positions, lengths, longest=positions.shape[1]))
     for first, length in ((0, 4), (4, 5), (9, 7)):
-        alone = document_angles(rope, 4, jnp.arange(length)[None], jnp.full((1, length), length))
+        alone = document_angles(rope, 4, jnp.arange(length)[None], jnp.full((1, length), length), longest=length)
         np.testing.assert_array_equal(packed[:, :, first : first + length], np.stack(alone))
     # And they do differ: the same position turns otherwise in each.
     assert len(set(packed[1, 0, [1, 5, 10], 1].tolist())) == (2 if scaling is LONG else 3)

@@ -101,3 +101,8 @@ def test_text_does_not_steer_the_terminal():
     documents = load_documents(rows, TOKENIZER, vocab_size=len(TOKENIZER))
     text = printed(show_row(Batches(documents, TrainConfig(packing=True)), 0, TOKENIZER))
     assert "\x1b" not in text and "\r" not in text and "␛[31m␍b" in text
+
+
+def test_a_notebook_shows_a_row_as_rich_prints_it():
+    shown = show_row(batches(), 0, TOKENIZER)._repr_mimebundle_([], [])
+    assert "document 1" in shown["text/plain"] and "color: #008000" in shown["text/html"]

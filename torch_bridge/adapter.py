@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,26 +66,27 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
     folder = Path(adapter)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r} without.")
+        if not os.path.isfile(folder / name):
+            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200} without.")
     lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     _check_keys(_expected_shapes(model, lora), tensors, folder / ADAPTER_WEIGHTS)
+    read = {name: _read(tensor) for name, tensor in tensors.items()}  # all, before the model changes
     head, embedding = (_PREFIX + f"{name}.weight" for name in (_HEAD, _EMBEDDING))
-    whole = {name: _read(tensors[name]) for name in (head, embedding) if name in tensors}
-    if model.config.tie_word_embeddings and len(whole) == 2 and not np.array_equal(whole[head], whole[embedding]):
+    both = model.config.tie_word_embeddings and {head, embedding} <= read.keys()
+    if both and not np.array_equal(read[head], read[embedding]):
         raise InputError(
             f"{folder} must have one matrix for {_HEAD} and {_EMBEDDING}, which the model has tied, got two."
         )
     add_lora(model, lora)
-    if embedding in whole:
-        model.embedding.set_value(jnp.asarray(whole[embedding]))
-    if head in whole and not model.config.tie_word_embeddings:
-        model.lm_head.set_value(jnp.asarray(whole[head]))
+    if embedding in read:
+        model.embedding.set_value(jnp.asarray(read[embedding]))
+    if head in read and not model.config.tie_word_embeddings:
+        model.lm_head.set_value(jnp.asarray(read[head]))
     for projection, factors in adapters(model).items():
         modules = [f"{_PREFIX}{module}" for module, name, _ in _modules(model) if name == projection]
-        factors.lora_a.set_value(jnp.asarray(np.stack([_read(tensors[f"{name}.lora_A.weight"]) for name in modules])))
-        factors.lora_b.set_value(jnp.asarray(np.stack([_read(tensors[f"{name}.lora_B.weight"]) for name in modules])))
+        factors.lora_a.set_value(jnp.asarray(np.stack([read[f"{name}.lora_A.weight"] for name in modules])))
+        factors.lora_b.set_value(jnp.asarray(np.stack([read[f"{name}.lora_B.weight"] for name in modules])))
     return model
 
 
@@ -169,16 +171,19 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
         alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
     except (re.error, RecursionError) as error:
         raise InputError(f"{path} must have regular expressions for patterns, got one that is not: {error}.") from error
-    return LoraConfig(
-        r=peft.get("r", 8),
-        lora_alpha=peft.get("lora_alpha", 8),
-        lora_dropout=peft.get("lora_dropout", 0.0),
-        use_rslora=peft.get("use_rslora", False),
-        target_modules=targets,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        modules_to_save=tuple(name for name in WHOLE_MODULES if _WHOLE[name] in saved),
-    )
+    try:
+        return LoraConfig(
+            r=peft.get("r", 8),
+            lora_alpha=peft.get("lora_alpha", 8),
+            lora_dropout=peft.get("lora_dropout", 0.0),
+            use_rslora=peft.get("use_rslora", False),
+            target_modules=targets,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            modules_to_save=tuple(name for name in WHOLE_MODULES if _WHOLE[name] in saved),
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch_bridge.safetensors_file import header_bytes, read_header
 Found = TypeVar("Found")
 
 WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-_FILE_NAME = re.compile(r"\w[\w.-]{0,200}")  # no folder, above or below
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)  # no folder, above or below
 _MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has a tenth
 _SHARD_BYTES = 2 << 30
 _SHOWN = 4  # names in one message

@@ -10,7 +10,7 @@ import torch
 
 from jaxpack.errors import InputError, reason
 from jaxpack.transformer import Transformer
-from torch_bridge.checkpoint import TORCH_WEIGHTS, tensors_of
+from torch_bridge.checkpoint import TORCH_WEIGHTS, some, tensors_of
 from torch_bridge.convert import build_model
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf
 
@@ -23,9 +23,9 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
     `dtype` is that of `from_pretrained`.
 
     Raises:
-      InputError: the module is no transformers model, or one that is not supported.
+      InputError: the module is no transformers model, one that is not supported, or not in memory.
     """
-    if not hasattr(module, "config") or hasattr(module, "peft_config"):
+    if not hasattr(getattr(module, "config", None), "to_dict") or hasattr(module, "peft_config"):
         raise InputError(f"`module` must be a plain transformers model, got {type(module).__name__}.")
     hf: dict[str, Any] = module.config.to_dict() | {"architectures": [type(module).__name__]}
     config = config_from_hf(hf, module.config.name_or_path)
@@ -41,28 +41,41 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
     """Of rows of tokens, float32, on the CPU: what transformers reads of a folder, or PEFT with an adapter's.
 
     Raises:
-      InputError: either package is missing, or does not read the folder whole.
+      InputError: either package is missing, or does not read its folder, or not whole.
     """
     try:
         from transformers import AutoModelForCausalLM
 
         module, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        if any(found.values()):
-            wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
-            raise InputError(f"{model} must be read whole by transformers, got {wrong}.")
         if adapter is not None:
             from peft import PeftModel
 
             module = PeftModel.from_pretrained(module, adapter)
     except ImportError as error:
         raise InputError(f"`verify` needs `pip install jaxpack[hf,torch]`, got no {error.name}.") from error
+    except Exception as error:  # each of their checks has a class of its own
+        where = model if adapter is None else f"{adapter} on {model}"
+        raise InputError(
+            f"{where} must be what torch reads, got a folder that it does not: {reason(error):.400}."
+        ) from error
+    if any(found.values()):
+        wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
+        raise InputError(f"{model} must be read whole by transformers, got {wrong}.")
     return module.eval()(input_ids=torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
 class _ModuleTensors:
+    """The tensors of a module, of any device; what else its state holds, such as packed parameters, is none of them.
+
+    Raises:
+      InputError: a tensor has no numbers, as those that accelerate has offloaded.
+    """
+
     def __init__(self, module: torch.nn.Module):
         self.description = type(module).__name__
-        self._tensors = module.state_dict()
+        self._tensors = {name: x for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+        if absent := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
+            raise InputError(f"`module` must have its weights in memory, got {len(absent)} on 'meta' ({some(absent)}).")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}

@@ -171,7 +171,7 @@ def _qwen_window(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
-    kinds = hf.get("layer_types") or default
+    kinds = _first(hf.get("layer_types"), default)
     allowed = (_GLOBAL,) if window is None else (_GLOBAL, _LOCAL)
     count = _whole(hf, "num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != count or any(kind not in allowed for kind in kinds):
@@ -236,10 +236,12 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
     family = FAMILIES[architectures[0]]
     hf = {**family.fields, **hf}
+    _require(hf, "model_type", family.model_type)  # by which transformers chooses the class
     _require(hf, "quantization_config", None)
-    activation = hf.get(field := _activation_field(family)) or "silu"
+    field = _activation_field(family)
+    activation = _first(hf.get(field), family.fields.get(field), "silu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise InputError(f"`{field}` of `config.json` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
+        raise InputError(f"`{field}` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
     special = family.read(hf)
     num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
     return ModelConfig(
@@ -254,17 +256,17 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope=special.pop("rope", None) or _read_rope(hf),
         activation=_ACTIVATIONS[activation],
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        tie_word_embeddings=_flag(hf, "tie_word_embeddings"),
+        max_position_embeddings=hf.get("max_position_embeddings"),
         name_or_path=name_or_path,
         **special,
     )
 
 
 def _whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: int = 1) -> int:
-    value = hf.get(field)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < least:
-        raise InputError(f"`{field}` of `config.json` must be a whole number of at least {least}, got {value!r}.")
+    value = _first(hf.get(field), default)
+    if type(value) is not int or value < least:
+        raise InputError(f"`{field}` must be a whole number of at least {least}, got {value!r}.")
     return value
 
 
@@ -279,12 +281,15 @@ _SCALINGS: dict[str, type[RopeScaling]] = {
 
 def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 has one `rope_parameters`; before, there was `rope_theta` beside an optional `rope_scaling`.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaling = hf.get("rope_scaling") or {}
+    rope = hf.get("rope_parameters") or scaling
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError(f"`rope_parameters` must be an object, those of one rope, got {rope!r}.")
-    theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if not isinstance(scaling, dict) or not scaling.items() <= rope.items():  # transformers would take `scaling`
+        raise InputError(f"`rope_scaling` must not be beside `rope_parameters` that differ, got {scaling!r}.")
+    theta = _first(rope.get("rope_theta"), hf.get("rope_theta", 10_000.0))
+    kind = _first(rope.get("rope_type"), rope.get("type"), "default")
+    partial = _first(rope.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1.0)
     if partial != 1 and "partial_rotary_factor" not in FAMILIES[hf["architectures"][0]].fields:
         raise InputError(f"`partial_rotary_factor` of {hf['architectures'][0]} must be 1, got {partial!r}.")
     if kind == "su" or (kind == "yarn" and "short_factor" in rope):
@@ -318,9 +323,8 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
         return {"rope_parameters": parameters}
     (kind,) = (kind for kind, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
     values = {name: value for name, value in dataclasses.asdict(rope.scaling).items() if value is not None}
+    values.pop("max_position_embeddings", None)  # the model's own
     beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
-    if "max_position_embeddings" in values:
-        beside["max_position_embeddings"] = values.pop("max_position_embeddings")
     return {"rope_parameters": parameters | {"rope_type": kind} | values} | beside
 
 
@@ -341,6 +345,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
+    if config.max_position_embeddings is not None:
+        rope["max_position_embeddings"] = config.max_position_embeddings
     if config.local_layers is not None:
         special["layer_types"] = [_LOCAL if is_local else _GLOBAL for is_local in config.local_layers]
     return {
@@ -381,13 +387,18 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
     return table
 
 
+def _first(*values: Any) -> Any:
+    """The first of some values that is there; None where none is."""
+    return next((value for value in values if value is not None), None)
+
+
 def _flag(hf: Mapping[str, Any], field: str) -> bool:
     value = hf.get(field) or False
     if not isinstance(value, bool):
-        raise InputError(f"`{field}` of `config.json` must be true or false, got {value!r}.")
+        raise InputError(f"`{field}` must be true or false, got {value!r}.")
     return value
 
 
 def _require(hf: Mapping[str, Any], field: str, expected: Any) -> None:
     if hf.get(field, expected) not in (expected, None):
-        raise InputError(f"`{field}` of `config.json` must be {expected!r}, got {hf[field]!r}.")
+        raise InputError(f"`{field}` must be {expected!r}, got {hf[field]!r}.")

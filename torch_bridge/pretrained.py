@@ -52,9 +52,10 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     if dtype == "auto":
         stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
+    tokenizer = _tokenizer(folder)  # before the weights, which take longer
     model = build_model(config, _weights(folder), dtype)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
-    return model, _tokenizer(folder)
+    return model, tokenizer
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
@@ -109,12 +110,12 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
-    if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
-        raise InputError(f"`num_hidden_layers` of {CONFIG_FILE} must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
     try:
+        if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
+            raise InputError(f"`num_hidden_layers` must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
         return folder, described, config_from_hf(described[CONFIG_FILE], name_or_path)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Of a field that is of a type that no such model has: a list for a number, say.
         raise InputError(
@@ -123,11 +124,14 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
 
 
 def _folder(name_or_path: str) -> Path:
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):  # false, unlike `Path.is_dir`, of what is no path, and of what may not be looked at
+        if not os.access(name_or_path, os.R_OK | os.X_OK):
+            raise InputError(f"`model` must be a folder that may be read, got {name_or_path!r}.")
         return Path(name_or_path)
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")) or os.path.exists(name_or_path):
         raise InputError(
-            f"`model` must be an existing folder or the id of a model on the hub (owner/name), got {name_or_path!r}."
+            "`model` must be an existing folder or the id of a model on the hub (owner/name), got"
+            f" {name_or_path!r:.200}."
         )
     try:
         from huggingface_hub import snapshot_download
@@ -174,7 +178,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of its files, or of the config, which transformers checks too: any
         raise InputError(
-            f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error)}."
+            f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error):.400}."
         ) from error

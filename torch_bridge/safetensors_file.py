@@ -75,6 +75,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise _broken(path, f"it has {status.st_size} bytes")
     head = np.empty(8, np.uint8)
     read_at(path, 0, head)
+    if head.tobytes() == b"version ":
+        raise _broken(path, "it is a pointer of Git LFS, whose file `git lfs pull` downloads")
     length = int(head.view("<u8")[0])
     if length > min(_MAX_HEADER_BYTES, status.st_size - 8):
         raise _broken(path, f"it has {status.st_size:,} bytes and says that its header has {length:,}")

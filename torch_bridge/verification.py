@@ -1,5 +1,6 @@
 """Whether a folder means the same to torch: its logits by transformers, or PEFT for an adapter, beside jaxpack's."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -34,6 +35,8 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
         from torch_bridge.live import torch_logits
     except ImportError as error:
         raise InputError("`verify` needs `pip install jaxpack[hf,torch]`, got no torch.") from error
+    if not os.path.isdir(folder):
+        raise InputError(f"`folder` must be an existing folder, got {str(folder)!r:.200}.")
     adapter = folder if (Path(folder) / ADAPTER_CONFIG).is_file() else None
     if adapter is None and base is not None:
         raise InputError(f"`base` must be None unless `folder` is an adapter, got {base!r}.")

@@ -1,4 +1,4 @@
-"""The front door: `jaxpack train`, `inspect`, `bench`, `export`, `demo`. The one that may import torch_bridge."""
+"""The front door: `jaxpack train`, `inspect`, `generate`, `export`, `bench`, `demo`. It may import torch_bridge."""
 
 import sys
 
@@ -7,6 +7,7 @@ import typer
 from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
 from jaxpack.cli.export import export
+from jaxpack.cli.generate import generate
 from jaxpack.cli.inspect import inspect
 from jaxpack.cli.train import train
 from jaxpack.console import console
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(inspect)
+app.command()(generate)
 app.command()(export)
 app.command()(bench)
 app.command()(demo)

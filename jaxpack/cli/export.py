@@ -1,5 +1,6 @@
 """`jaxpack export`: an adapter and its base in, one merged model out."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,10 @@ import typer
 from flax import nnx
 
 import torch_bridge
+from jaxpack.cli.options import errors_name
 from jaxpack.console import console
 from jaxpack.errors import InputError
-from jaxpack.files import require_free_folder, require_room
+from jaxpack.files import require_new_folder, require_room
 
 
 def export(
@@ -34,11 +36,11 @@ def export(
     verify: Annotated[bool, typer.Option(help="Read the merged folder with torch, and compare logits.")] = False,
 ) -> None:
     """Merge an adapter into its base model."""
-    require_free_folder(merged, "merged")
+    require_new_folder(merged, "merged")
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    if not adapter.is_dir():
-        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
+    if not os.path.isdir(adapter):
+        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
     base = torch_bridge.base_of(str(adapter)) if model is None else model
     # As it is stored, so that each weight is rounded only once, when it is merged.
     network, tokenizer = torch_bridge.from_pretrained(base, dtype="auto")
@@ -46,7 +48,8 @@ def export(
     weights = nnx.state(network, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     written = sum(leaf.size for leaf in jax.tree.leaves(weights)) * jnp.dtype(dtype or "bfloat16").itemsize
     require_room(merged, "merged", written)
-    torch_bridge.save_merged(network, str(merged), tokenizer, dtype=dtype)
-    console.print(f"saved {merged}")
-    if verify:
-        torch_bridge.verify(str(merged))
+    with errors_name(path="merged", folder="merged"):
+        torch_bridge.save_merged(network, str(merged), tokenizer, dtype=dtype)
+        console.print(f"saved {merged}")
+        if verify:
+            torch_bridge.verify(str(merged))

@@ -1,17 +1,18 @@
 """Command-line flags from configuration dataclasses, so that a field, its default and its meaning are written once."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.config import GenerateConfig, LoraConfig, TrainConfig
 from jaxpack.errors import InputError
 
-Config = TypeVar("Config", TrainConfig, LoraConfig)
+Config = TypeVar("Config", TrainConfig, LoraConfig, GenerateConfig)
 
 FLAG_OF = {"r": "lora_r"}  # where a field's name says too little outside its class
 
@@ -43,12 +44,19 @@ def flag_of(field: dataclasses.Field) -> str:
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
     """The dataclass that the flags of a command describe; `given` are the fields that have none."""
     values = {field.name: flags.get(flag_of(field)) for field in dataclasses.fields(config)}
-    try:
+    with errors_name(**FLAG_OF):
         return config(**{name: value for name, value in values.items() if value is not None} | given)
+
+
+@contextlib.contextmanager
+def errors_name(**flags: str) -> Iterator[None]:
+    """Has errors within name the flags that a user gave, in place of the arguments that these became."""
+    try:
+        yield
     except InputError as error:
         message = str(error)
-        for name, flag in FLAG_OF.items():
-            message = message.replace(f"`{name}`", f"`{flag}`")
+        for argument, flag in flags.items():
+            message = message.replace(f"`{argument}`", f"`{flag}`")
         raise InputError(message) from error
 
 

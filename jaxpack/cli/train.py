@@ -12,7 +12,7 @@ from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
-from jaxpack.cli.options import flag_of, from_flags, to_flags, with_flags
+from jaxpack.cli.options import errors_name, flag_of, from_flags, to_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError
@@ -139,7 +139,8 @@ def train(
     except (KeyboardInterrupt, SystemExit) as error:
         console.print("interrupted: what is trained so far is saved")
         stopped = error
-    _save(lambda path: replace_folder(write, path), trained)
+    with errors_name(path="output"):
+        _save(lambda path: replace_folder(write, path), trained)
     if stopped is not None:
         raise stopped
 

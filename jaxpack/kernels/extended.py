@@ -130,8 +130,8 @@ class _Tile(NamedTuple):
 
 
 _EXTEND = _Tile(64, 128, 8, 3)
-_EXTEND_NORMED = _Tile(32, 256, 4, 3)
-_BACKWARD = _Tile(32, 128, 4, 3)
+_EXTEND_NORMED = _Tile(32, 128, 8, 3)
+_BACKWARD = _Tile(16, 256, 4, 3)
 _ADD = _Tile(32, 256, 8, 1)
 _LOW_RANK = 64  # beyond, three pieces of a factor are more than the shared memory holds
 _MAX_RANK = 256
@@ -153,13 +153,17 @@ class _Blocks:
         """In a kernel: the index of the program's tokens."""
         return pl.ds(pl.program_id(0) * self.tokens, self.tokens)
 
-    def for_each_piece(self, body: Callable, init: Any) -> Any:
-        """Runs `value = body(index, value)` for one piece of the channels after another."""
+    def for_each_piece(self, body: Callable, init: Any, *, again: bool = False) -> Any:
+        """Runs `value = body(index, value)` for one piece of the channels after another.
+
+        Again, it begins with what was read last: that is still in the cache, where a whole row of tokens is not.
+        """
+        count = self.shape[1] // self.channels
 
         def step(i: Any, value: Any) -> Any:
-            return body(pl.ds(i * self.channels, self.channels), value)
+            return body(pl.ds((count - 1 - i if again else i) * self.channels, self.channels), value)
 
-        return jax.lax.fori_loop(0, self.shape[1] // self.channels, step, init)
+        return jax.lax.fori_loop(0, count, step, init)
 
     def zeros(self) -> jax.Array:
         """To add pieces up in, across which a sum over the channels comes only once, at the end."""
@@ -215,7 +219,8 @@ def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: flo
                 narrow += plt.dot(n, a_ref[blocks.ranks, at].T)
             return narrow
 
-        narrow = blocks.for_each_piece(step, jnp.zeros((blocks.tokens, blocks.rank), jnp.float32) if a_refs else None)
+        narrow = jnp.zeros((blocks.tokens, blocks.rank), jnp.float32) if a_refs else None
+        narrow = blocks.for_each_piece(step, narrow, again=bool(scale_refs))
         if a_refs:
             out_ref[here, blocks.behind] = narrow.astype(out_ref.dtype)
 
@@ -264,7 +269,7 @@ def _backward_kernel(x, d_residual, d_extended, extended, scale, a, *, eps, with
             if sum_refs:
                 sum_refs[0][program, at] = jnp.sum(d * n, axis=0)
 
-        blocks.for_each_piece(write, None)
+        blocks.for_each_piece(write, None, again=True)
 
     outputs = launch(
         kernel,

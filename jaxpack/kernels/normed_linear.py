@@ -50,9 +50,14 @@ def _normed_linear(x, scale, weight, a, b, eps, implementation):
 
 def _primal(x, scale, weight, a, b, eps, implementation):
     rows = extend_normed(x, scale, a, eps=eps, implementation=implementation)
-    rows, b = jax.lax.optimization_barrier((rows, b))  # not before its turn would the next line's copy be made
-    whole = jnp.concatenate([weight.astype(b.dtype), b], axis=1)
-    return (x, rows @ whole.T), (x, scale, weight, a, b, whole, rows)
+    rows, b = jax.lax.optimization_barrier((rows, b))
+    cast = weight.astype(b.dtype)
+    return (x, rows @ _beside(cast, b).T), (x, scale, weight, cast, a, b, rows)
+
+
+def _beside(weight, b) -> jax.Array:
+    """A copy of the weight with B behind it: made anew in each direction, where a barrier says when, and never kept."""
+    return jnp.concatenate([weight, b], axis=1)
 
 
 def _forward(x, scale, weight, a, b, eps, implementation):
@@ -63,10 +68,11 @@ def _forward(x, scale, weight, a, b, eps, implementation):
 
 
 def _backward(eps, implementation, kept, d):
-    x, scale, weight, a, b, whole, rows, trained = kept
+    x, scale, weight, cast, a, b, rows, trained = kept
     d_x, d_out = (y if isinstance(y, jax.Array) else jnp.zeros(y.shape, y.dtype) for y in d)
+    d_out, b = jax.lax.optimization_barrier((d_out, b))
     I = x.shape[-1]  # noqa: E741
-    d_rows = d_out @ whole
+    d_rows = d_out @ _beside(cast, b)
     # The few columns too many cost less than to copy the others together.
     d_weight = outer(d_out, rows)[:, :I].astype(weight.dtype)  # never computed where nothing asks for it
     d_a = outer(d_rows[..., I:], rows)[:, :I].astype(a.dtype)

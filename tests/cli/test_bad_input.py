@@ -202,18 +202,21 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["`architectures`", "got 'Qwen3ForCausalLM'"],
     ),
     "unsupported_option": (with_config(hidden_act="relu"), ["`hidden_act`", "'silu'", "'relu'"]),
-    "config_without_a_number": (with_config(vocab_size=None), ["vocab_size", "None"]),
-    "config_with_text_for_a_number": (with_config(hidden_size="48"), ["hidden_size", "'48'"]),
+    "config_without_a_number": (with_config(vocab_size=None), ["config.json", "vocab_size", "None"]),
+    "config_with_text_for_a_number": (with_config(hidden_size="48"), ["config.json", "hidden_size", "'48'"]),
+    "config_with_text_for_a_real_number": (with_config(rms_norm_eps="1e-6"), ["config.json", "rms_norm_eps", "'1e-6'"]),
     "config_with_a_float_for_a_number": (with_config(num_hidden_layers=2.5), ["num_hidden_layers", "2.5"]),
     "rope_is_no_object": (with_config(rope_parameters="default"), ["rope_parameters", "'default'"]),
     "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS, INDEX]),
     "missing_shard": (sharded(TWO_SHARDS), ["index", "'model-00002-of-00002.safetensors'"]),
     "index_is_no_object": (sharded([]), [INDEX, "JSON object"]),
     "index_with_a_list": (sharded({"weight_map": ["model-00001-of-00002.safetensors"]}), [INDEX, "weight_map"]),
+    "index_with_a_name_too_long": (sharded({"weight_map": {NORM: "é" * 200}}), [INDEX, "ééé"]),
     "index_that_leaves_the_folder": (sharded({"weight_map": {NORM: "../x.safetensors"}}), [INDEX, "../x.safetensors"]),
     "truncated": (truncated, [WEIGHTS, "whole"]),
     "garbage": (with_file(WEIGHTS, b"\xff" * 1000), [WEIGHTS, "safetensors file"]),
     "garbage_header": (with_file(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 64), [WEIGHTS, "safetensors file"]),
+    "pointer": (with_file(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS, "git lfs pull"]),
     "empty_weights": (with_file(WEIGHTS, b""), [WEIGHTS, "safetensors file"]),
     "wrong_shape": (
         with_tensors(lambda tensors: tensors.update({DOWN: np.zeros((48, 81), np.float32)})),
@@ -229,6 +232,13 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["1 missing", DOWN, "1 of the wrong shape", NORM],  # all that is wrong, at once
     ),
     "tokenizer_is_garbage": (with_file("tokenizer.json", b"the cab"), ["tokenizer"]),
+    "tokenizer_is_a_list": (with_file("tokenizer.json", b"[]"), ["tokenizer"]),
+    "tokenizer_config_is_a_list": (with_file("tokenizer_config.json", b"[]"), ["tokenizer"]),
+    "config_that_the_tokenizer_refuses": (
+        with_config(initializer_range="0.02"),
+        ["tokenizer", "initializer_range", "'0.02'"],
+    ),
+    "model_type_of_another": (with_config(model_type="llama"), ["`model_type`", "'qwen3'", "'llama'"]),
     "tokenizer_is_missing_its_vocabulary": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
 }
 
@@ -346,6 +356,24 @@ def test_a_bad_flag_in_a_real_process(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
+def test_a_bad_flag_of_generate_in_a_real_process(tmp_path: Path) -> None:
+    done = run_process("generate", "--model", "x", "--prompt", "the cab", "--temperature", "-1")
+    assert done.returncode == 2 and done.stdout == ""
+    require_all(["`temperature`", "0 or a positive number", "got -1.0"], the_error(done.stderr))
+
+
+@pytest.mark.parametrize("name", ["truncated", "missing_tensor", "tokenizer_is_garbage"])
+def test_generate_refuses_a_bad_checkpoint_too(name: str, base: Path, tmp_path: Path, run: Callable) -> None:
+    damage, fragments = BAD_CHECKPOINTS[name]
+    model = shutil.copytree(base, tmp_path / "model")
+    damage(model)
+    before = contents(tmp_path)
+    status, stderr = run("generate", "--model", model, "--prompt", "the cab", "--output", tmp_path / "texts.jsonl")
+    assert status == 2
+    require_all(fragments, the_error(stderr))
+    assert contents(tmp_path) == before
+
+
 # --- Output folders ---------------------------------------------------------------------------------------------------
 
 
@@ -367,8 +395,9 @@ def a_file(parent: Path) -> Path:
         (a_file, ["`output`", "folder", "the file", "run'"]),
         (lambda parent: a_file(parent) / "deeper", ["`output`", "deeper"]),
         (lambda _: Path("/proc/jaxpack"), ["`output`", "/proc"]),
+        (lambda parent: parent / ("x" * 300), ["`output`", "xxx", os.strerror(errno.ENAMETOOLONG)]),
     ],
-    ids=["occupied", "a_file", "below_a_file", "not_writable"],
+    ids=["occupied", "a_file", "below_a_file", "not_writable", "too_long"],
 )
 def test_bad_output(prepare: Callable, fragments: list[str], base: Path, data: Path, tmp_path: Path, run: Callable):
     output = prepare(tmp_path)
@@ -420,7 +449,7 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tm
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr and done.stderr.rstrip().endswith(errors[0])
-    assert str(output / "adapter") in errors[0] and os.strerror(errno.EFBIG) in errors[0]
+    require_all(["`output`", str(output / "adapter"), os.strerror(errno.EFBIG)], errors[0])
     assert {path.name for path in output.iterdir()} == OF_A_RUN  # no adapter/, no temporary folder
     assert len(whole_lines(output / "metrics.jsonl")) == 1
 

@@ -1,5 +1,7 @@
 """`jaxpack export`: an adapter of a run becomes part of its model."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +66,19 @@ def test_the_base_is_the_one_that_the_adapter_names(folders: tuple[Path, Path], 
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}
 
 
+def test_a_disk_that_fills_is_said_of_the_flag_and_leaves_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, export: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch_bridge.pretrained.write_safetensors", fill)
+    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "merged")
+    assert status == 2
+    assert f"error: `merged` must be writable, got '{tmp_path / 'merged'}': No space left" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "fragment"),
     [
@@ -72,6 +87,8 @@ def test_the_base_is_the_one_that_the_adapter_names(folders: tuple[Path, Path], 
         ({"--model": "nowhere"}, "`model` must be an existing folder"),
         ({"--dtype": "int8"}, "`dtype` must be"),
         ({"--merged": "."}, "`merged` must be empty"),
+        ({"--merged": "x" * 300}, "`merged` must be a folder"),
+        ({"--adapter": "x" * 5000}, "`adapter` must be an existing folder"),
     ],
     ids=str,
 )

@@ -116,21 +116,22 @@ def test_a_run_that_is_killed_four_times_ends_as_if_it_never_was(seed: int, sett
     require_whole_checkpoints(output, setting.undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_then_stops(number: int, setting: Setting, tmp_path: Path) -> None:
+def test_a_signal_saves_and_then_stops(setting: Setting, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
-    command = [*setting.command, "--output", output, "--save-steps", 0]
-    status = setting.run(*command, "--eval-steps", 100, log=log, moment=["step", 7, 0.0], number=number)
-    assert status == 128 + number, log.read_text()
-    (step,) = steps_in(output / "checkpoints")
-    assert 7 <= step <= 9  # it ended the one that ran
-    assert f"stopped after step {step}, saved" in log.read_text()
-    saved = (output / ADAPTER[1]).read_bytes()
-    resumed = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest"]
-    assert setting.run(*resumed, "--save-steps", 3, log=log) == 0, log.read_text()
+    command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest", "--save-steps", 0]
+    adapters, before = [], 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        status = setting.run(*command, "--eval-steps", 100, log=log, moment=["step", 7, 0.0], number=number)
+        assert status == 128 + number, log.read_text()
+        step = steps_in(output / "checkpoints")[-1]
+        assert 7 <= step - before <= 9  # it ended the one that ran
+        assert f"stopped after step {step}, saved" in log.read_text()
+        adapters.append((output / ADAPTER[1]).read_bytes())
+        before = step
+    assert setting.run(*command, log=log) == 0, log.read_text()
     for name in ADAPTER:
         assert (output / name).read_bytes() == (setting.undisturbed / name).read_bytes()
-    assert (output / ADAPTER[1]).read_bytes() != saved
+    assert len({*adapters, (output / ADAPTER[1]).read_bytes()}) == 3
 
 
 def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path) -> None:
@@ -141,8 +142,6 @@ def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path)
         (): "`output` must be empty or not exist yet",
         ("--resume-from-checkpoint", output / "checkpoints" / "3"): "`output_dir` must be without checkpoints/, unless",
         ("--resume-from-checkpoint", "latest", "--learning-rate", "2e-2"): "`learning_rate` 0.01 (here 0.02)",
-        ("--resume-from-checkpoint", "latest", "--lora-alpha", "8"): "`adapters' lora_alpha` 32 (here 8.0)",
-        ("--resume-from-checkpoint", "latest", "--data", setting.command[6]): "`train_dataset` '30 documents of",
     }
     for flags, message in refusals.items():
         assert setting.run(*setting.command, "--output", output, *flags, log=log) == 2

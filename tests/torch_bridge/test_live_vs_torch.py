@@ -96,19 +96,27 @@ def peft_model() -> torch.nn.Module:
     return peft.get_peft_model(hf.make_model("qwen3-tied"), peft.LoraConfig(target_modules=["q_proj"]))
 
 
+def with_a_config_of_another_kind() -> torch.nn.Module:
+    module = torch.nn.Linear(2, 2)
+    module.config = {"hidden_size": 2}
+    return module
+
+
 @pytest.mark.parametrize(
     "make",
     [
         peft_model,
         lambda: peft_model().base_model.model,  # its weights have other names
         lambda: torch.nn.Linear(2, 2),
+        with_a_config_of_another_kind,
+        lambda: hf.make_model("qwen3-tied").to("meta"),
         lambda: hf.make_model("qwen3-tied").model,  # without a head
         lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16)),
     ],
-    ids=["peft", "inside-peft", "no-transformers", "no-head", "gpt2"],
+    ids=["peft", "inside-peft", "no-transformers", "other-config", "offloaded", "no-head", "gpt2"],
 )
 def test_other_modules_are_refused(make: Callable[[], torch.nn.Module]):
-    with pytest.raises(InputError, match=r"`module` must be|`architectures` must be"):
+    with pytest.raises(InputError, match=r"`module` must|`architectures` must be"):
         torch_bridge.from_torch(make())
 
 

@@ -21,6 +21,7 @@ import torch_bridge
 from jaxpack import InputError, LoraConfig, TrainConfig, Trainer, Transformer, add_lora
 from jaxpack.lora import adapters
 from tests.torch_bridge import hf
+from torch_bridge.safetensors_file import Tensor, read_header
 
 # peft calls what transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -208,7 +209,7 @@ WRONG = [
 @pytest.mark.parametrize("change", WRONG, ids=str)
 def test_a_wrong_config_is_one_clear_error(change: dict[str, Any], some: tuple[Transformer, Path], tmp_path: Path):
     model, adapter = some
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match="changed/adapter_") as refused:  # the file
         torch_bridge.load_adapter(model, with_config(adapter, tmp_path, change))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
     assert adapters(model) == {}
@@ -256,6 +257,23 @@ def test_a_folder_that_is_not_whole_is_refused(
     damage(Path(changed := with_config(adapter, tmp_path, {})))
     with pytest.raises(InputError, match="adapter"):
         torch_bridge.load_adapter(model, changed)
+
+
+def test_a_file_cut_after_it_was_checked_leaves_the_model_as_it_was(
+    some: tuple[Transformer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, adapter = some
+    changed = Path(with_config(adapter, tmp_path, {}))
+
+    def cut(path: Path) -> dict[str, Tensor]:
+        tensors = read_header(path)
+        path.write_bytes(path.read_bytes()[:-1])
+        return tensors
+
+    monkeypatch.setattr("torch_bridge.adapter.read_header", cut)
+    with pytest.raises(InputError, match="it ends before byte"):
+        torch_bridge.load_adapter(model, str(changed))
+    assert adapters(model) == {} and model.lora_config is None
 
 
 def test_a_model_with_adapters_and_an_adapter_of_another_model_are_refused(some: tuple[Transformer, Path]):

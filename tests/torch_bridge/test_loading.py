@@ -139,6 +139,28 @@ def test_shards_are_read_in_the_order_in_which_they_lie(tmp_path: Path, monkeypa
     assert index["weight_map"] == {name: tensor.path.name for name, tensor in source._tensors.items()}
 
 
+@pytest.mark.parametrize("name", ["nowhere", "", "~/model", "x" * 5000, "a\0b", "a-file", "folder/a-file"])
+def test_what_is_neither_a_folder_nor_of_the_hub_is_refused_without_a_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for file in (Path("a-file"), Path("folder/a-file"), Path("config.json")):
+        file.write_text("{}")
+    with pytest.raises(InputError, match="`model` must be an existing folder or the id") as refused:
+        torch_bridge.from_pretrained(name)
+    assert len(str(refused.value)) < 400
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Root may read any: what the system says to others."""
+    torch_bridge.save_pretrained(small_model("llama"), str(tmp_path / "model"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="`model` must be a folder that may be read"):
+        torch_bridge.from_pretrained(str(tmp_path / "model"))
+
+
 def test_of_the_hub_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Pickles are, where there is nothing else."""
     asked = []

@@ -100,7 +100,8 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["default", *SCALINGS])
 def test_config_round_trip(family: str, scaling: RopeScaling | None, tied: bool):
     rope = RopeConfig(theta=5e5, scaling=scaling)
-    config = small_config(family, rope=rope, tie_word_embeddings=tied, name_or_path="where it came from")
+    settings = {"max_position_embeddings": 4096, "tie_word_embeddings": tied, "name_or_path": "where it came from"}
+    config = small_config(family, rope=rope, **settings)
     assert config_from_hf(config_to_hf(config), "where it came from") == config
 
 
@@ -113,6 +114,7 @@ def test_published_configs_are_read(family: str):
     # Qwen3 says its head_dim, which is not 1024 / 16; Llama leaves it out.
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == ((16, 8, 128) if qwen3 else (24, 8, 128))
     assert config.rms_norm_eps == (1e-6 if qwen3 else 1e-5)
+    assert config.max_position_embeddings == (40960 if qwen3 else 131072)
     assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, scaling=LLAMA3))
     assert config.qk_norm == config.tie_word_embeddings == qwen3
     assert config.name_or_path == "a/model"
@@ -150,16 +152,24 @@ UNSUPPORTED = [
     ("attention_bias", {"attention_bias": "all"}),
     ("rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),
     ("rope_type", {"rope_scaling": {"type": "mrope", "factor": 4.0}}),
-    ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
     ("rope_parameters", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
     ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
+    ("model_type", {"model_type": "mistral"}),  # transformers goes by it
+    ("tie_word_embeddings", {"tie_word_embeddings": "false"}),
+    ("num_key_value_heads", {"num_key_value_heads": True}),
+    ("rope_theta", {"rope_theta": 0}),
+    ("rope_theta", {"rope_theta": []}),
+    ("rope_theta", {"rope_theta": None}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0}),
 ]
 UNSUPPORTED_BY = {
     "qwen3": [
         ("use_sliding_window", {"use_sliding_window": 4096}),
         ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("layer_types", {"layer_types": []}),
+        ("rope_type", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e6, "factor": 4.0}}),
     ],
     "llama": [("mlp_bias", {"mlp_bias": 1})],
 }
@@ -180,8 +190,8 @@ def test_unsupported_options_are_refused_by_name(family: str, option: str, chang
 
 
 # What is special about others, as they are published, and what is read of it.
-QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072}
-MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 131072}
+MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "rope_scaling": None}
 PHI3 = {
     "architectures": ["Phi3ForCausalLM"],
     "attention_bias": False,
@@ -350,6 +360,21 @@ def test_what_no_family_has_is_refused_by_name(name: str, option: str, value: An
     field = "rope_scaling" if isinstance(value, dict) and option != "rope_parameters" else option
     with pytest.raises(InputError, match=f"`{option}`"):
         config_from_hf(hf | {field: value})
+
+
+def test_an_activation_that_is_null_is_the_family_s():
+    hf, _ = SPECIAL["gemma2"]
+    assert config_from_hf(hf | {"hidden_activation": None}).activation == "gelu_tanh"
+
+
+def test_a_rope_scaling_beside_other_rope_parameters_is_refused(family: str):
+    """As one that is added by hand to a config of transformers 5, which then goes by it."""
+    parameters = {"rope_type": "default", "rope_theta": 1e6}
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    hf = PUBLISHED[family] | {"rope_parameters": parameters, "rope_scaling": scaling}
+    with pytest.raises(InputError, match="`rope_scaling`"):
+        config_from_hf(hf)
+    assert config_from_hf(hf | {"rope_parameters": parameters | scaling}).rope.scaling == LinearRopeScaling(factor=4.0)
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -89,6 +89,24 @@ def test_a_folder_that_transformers_does_not_read_whole_is_an_error(tmp_path: Pa
         torch_bridge.verify(folder)
 
 
+def test_a_folder_that_only_transformers_refuses_is_one_clear_error(tmp_path: Path):
+    _, folder = hf.save_model(tmp_path, "llama-untied")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": "a tenth"}))
+    with pytest.raises(InputError, match=r"must be what torch reads.*attention_dropout.*'a tenth'") as refused:
+        torch_bridge.verify(folder)
+    assert "\n" not in str(refused.value) and folder in str(refused.value)
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "a-file", "x" * 5000])
+def test_what_is_no_folder_is_refused_by_name(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("{}")
+    with pytest.raises(InputError, match="`folder` must be an existing folder, got") as refused:
+        torch_bridge.verify(folder)
+    assert len(str(refused.value)) < 300
+
+
 def test_without_torch_the_error_says_what_is_missing():
     code = "import sys; sys.modules['torch'] = None; import torch_bridge; torch_bridge.verify('x')"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=120)

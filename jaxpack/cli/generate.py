@@ -1,0 +1,148 @@
+"""`jaxpack generate`: what a model writes after a prompt, with its adapter, without it, or both."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+import torch_bridge
+from jaxpack.chat import Conversation
+from jaxpack.cli.options import from_flags, with_flags
+from jaxpack.compilation_cache import ProgramCache
+from jaxpack.config import GenerateConfig
+from jaxpack.console import console, visible
+from jaxpack.data import load_prompts, text_prompt
+from jaxpack.errors import InputError, reason
+from jaxpack.generation import generate_text
+
+
+@with_flags(GenerateConfig)
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A Hugging Face folder, or the id of a model on the hub.",
+            show_default="the one that the adapter names",
+        ),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder, such as `train` writes.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSONL or Parquet file of prompt, messages, conversations, or instruction and input; answers at the"
+            " end of messages are left out."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask each text as a user's message, or go on from it as it is.",
+            show_default="as a message where there is a chat template",
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Show what the model writes without the adapter, too.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A new JSONL file for prompts and completions, instead of showing them.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+    ] = None,
+    **flags: object,
+) -> None:
+    """Generate text from a model, with its adapter or without."""
+    config = from_flags(GenerateConfig, flags)
+    _check_arguments(model, adapter, prompt, prompts, compare, output)
+    network, tokenizer = torch_bridge.from_pretrained(model or torch_bridge.base_of(str(adapter)), dtype=dtype)
+    if tokenizer is None:
+        raise InputError("`model` must have a tokenizer, got one without.")
+    if chat is None:
+        chat = tokenizer.chat_template is not None
+        if chat:
+            console.print("texts are asked as in a chat, by the tokenizer's template; `--no-chat` goes on from them")
+    asked = load_prompts(prompts, chat=chat) if prompts else [text_prompt(text, chat=chat) for text in prompt]
+
+    def write() -> list[str]:
+        return generate_text(network, tokenizer, asked, **dataclasses.asdict(config))
+
+    written = {}
+    with ProgramCache("auto").in_use():
+        if compare:
+            written["without the adapter"] = write()
+        if adapter is not None:
+            torch_bridge.load_adapter(network, str(adapter))
+        written["completion" if adapter is None else "with the adapter"] = write()
+    if output is None:
+        _show(asked, written)
+    else:
+        _save(asked, written, output)
+
+
+def _check_arguments(
+    model: str | None,
+    adapter: Path | None,
+    prompt: list[str] | None,
+    prompts: Path | None,
+    compare: bool,
+    output: Path | None,
+) -> None:
+    if model is None and adapter is None:
+        raise InputError("`model` or `adapter` must be given, got none.")
+    if adapter is not None and not adapter.is_dir():
+        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
+    if compare and adapter is None:
+        raise InputError("`compare` must be with an `adapter`, got none.")
+    if bool(prompt) == (prompts is not None):
+        raise InputError(f"`prompt` or `prompts` must be given, and not both, got {'both' if prompt else 'none'}.")
+    if prompt and not all(prompt):
+        raise InputError("`prompt` must have text, got ''.")
+    if prompts is not None and not prompts.is_file():
+        raise InputError(f"`prompts` must be an existing file, got {str(prompts)!r}.")
+    if output is not None and (output.exists() or not output.absolute().parent.is_dir()):
+        raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
+
+
+def _show(asked: Sequence[str | Conversation], written: dict[str, list[str]]) -> None:
+    shown = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+    for number, (prompt, *texts) in enumerate(zip(asked, *written.values(), strict=True), 1):
+        shown.print(Rule(f"prompt {number}", align="left", style="bold"))
+        shown.print(Text(visible(_text(prompt)), "grey50"))
+        texts = [Text(visible(text), "green") for text in texts]
+        if len(texts) > 1:
+            table = Table(*written, expand=True, header_style="cyan")
+            table.add_row(*texts)
+            shown.print(table)
+        else:
+            shown.print(Rule(*written, align="left", style="cyan"), *texts)
+
+
+def _text(prompt: str | Conversation) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role')}: {message.get('content', '')}" for message in prompt.messages)
+
+
+def _save(asked: Sequence[str | Conversation], written: dict[str, list[str]], output: Path) -> None:
+    """One line a prompt: `prompt`, `completion` and, of two, `without_adapter`."""
+    lines = []
+    *others, completions = written.values()
+    for i, prompt in enumerate(asked):
+        line = {"prompt": prompt if isinstance(prompt, str) else prompt.messages, "completion": completions[i]}
+        if others:
+            line["without_adapter"] = others[0][i]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    try:
+        output.write_text("".join(lines), "utf-8")
+    except OSError as error:
+        raise InputError(f"`output` must be writable, got {str(output)!r}: {reason(error)}.") from error
+    console.print(f"saved {output}")

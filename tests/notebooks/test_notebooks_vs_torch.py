@@ -1,0 +1,44 @@
+"""The notebooks run from their first cell to their last, with smaller settings than those they show."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = {
+    "01_quickstart": "LAYERS, HIDDEN, BASE_STEPS, STEPS, MAX_LENGTH = 2, 128, 30, 30, 256",
+    "02_jax_vs_torch_throughput": (
+        'LAYERS, HIDDEN, VOCAB, DTYPE, STEPS, DOCUMENTS, MAX_LENGTH = 2, 128, 500, "float32", 8, 8, 256'
+    ),
+    "03_packing_and_exactness": 'LAYERS, HIDDEN, DTYPE, STEPS, DOCUMENTS, MAX_LENGTH = 2, 128, "float32", 8, 8, 256',
+    "04_bring_your_own_model": "LAYERS, HIDDEN, VOCAB, STEPS = 2, 128, 500, 4",
+}
+
+
+def notebooks() -> dict[str, nbformat.NotebookNode]:
+    return {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+
+
+def test_every_notebook_has_settings_for_this_test():
+    assert set(notebooks()) == set(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_runs(name, tmp_path, monkeypatch):
+    notebook = notebooks()[name]
+    settings = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    shown = set(assigned(notebook.cells[settings].source))
+    assert set(assigned(SMALL[name])) <= shown
+    notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(SMALL[name]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+def assigned(source: str) -> list[str]:
+    """The names that lines of settings give a value."""
+    names = [name for line in source.splitlines() for name in line.partition("#")[0].partition("=")[0].split(",")]
+    return [name.strip() for name in names if name.strip()]

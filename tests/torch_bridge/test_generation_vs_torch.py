@@ -1,0 +1,44 @@
+"""Greedy text of every family is that of transformers, from prompts longer than windows, past original contexts."""
+
+import jax
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import torch_bridge
+from jaxpack import generate
+from tests.torch_bridge import hf
+
+PROMPTS = [hf.random_tokens(length, seed=length) for length in (50, 30, 70)]
+NEW_TOKENS = 24  # the first text gets past `hf.ORIGINAL_CONTEXT`, the last begins beyond
+
+# What transformers has in its cache keeps the frequencies of shorter texts; Phi-3 reads a text again when it gets long.
+_WITHOUT_CACHE = {"llama_dynamic", "llama_longrope"}
+_QUICK = {"llama_dynamic", "phi4_mini", "gemma2", "gemma3"}
+_PARAMETERS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in hf.FAMILIES]
+
+
+def make_model(family: str) -> PreTrainedModel:
+    """With smaller biases, which would have one token follow another whatever is before them."""
+    model = hf.make_model(f"{family}-untied")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.mul_(0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", _PARAMETERS)
+def test_greedy_text_is_that_of_transformers(family: str):
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
+    expected = []
+    for prompt in PROMPTS:
+        reference = make_model(family)  # each time: dynamic NTK keeps the frequencies of the longest text that it saw
+        tokens = torch.tensor(prompt[None], dtype=torch.long)
+        use_cache = family not in _WITHOUT_CACHE
+        written = reference.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=use_cache, **options)
+        expected.append(written[0, len(prompt) :].tolist())
+    assert len({token for text in expected for token in text}) > 10, "a text that says little"
+    model = torch_bridge.from_torch(reference, dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        assert generate(model, PROMPTS, max_new_tokens=NEW_TOKENS) == expected
