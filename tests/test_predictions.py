@@ -246,7 +246,7 @@ def test_the_choice_is_explained(resolved):
         '"none" would take 58.8 GiB and 0.478 s'
     )
     following = resolved(0, memory_limit=14)[1].partition("; ")[2]
-    assert following == '"keep_attention" would take 17.3 GiB and 0.613 s'
+    assert following == '"keep_attention" would take 17.1 GiB and 0.616 s'
     assert resolved(0, memory_limit=100)[1] == 'remat "none": predicted 58.8 GiB of 100.0 GiB and 0.478 s a step'
 
 

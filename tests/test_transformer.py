@@ -23,7 +23,7 @@ def packed(lengths: list[int], row_length: int = 128, seed: int = 0):
     return documents, fill_batch(documents.tokens, documents.labels, documents.starts, rows, np.array([0]), row_length)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_packed_document_has_the_logits_that_it_has_alone(family, seed):
     model = small_model(family, lora=LoraConfig(r=4))
     lengths = np.random.default_rng(seed).integers(1, 40, 5).tolist()

@@ -28,7 +28,9 @@ def figures_of(layout: str) -> dict[str, Any]:
     return measure(case(layout), small_model("qwen3", lora=LoraConfig(r=4)), DOCUMENTS)
 
 
-@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name == "packed" else pytest.mark.slow) for name in ROWS]
+)
 def test_figures_are_of_what_the_batches_hold(layout):
     figures, batches = figures_of(layout), Batches(DOCUMENTS, train_config(case(layout)))
     filled = [batches[step] for step in range(len(batches))]

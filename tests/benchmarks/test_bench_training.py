@@ -10,6 +10,7 @@ import pytest
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 
+@pytest.mark.slow
 def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path):
     lengths, output = tmp_path / "lengths.csv", tmp_path / "result.json"
     lengths.write_text(LENGTHS)

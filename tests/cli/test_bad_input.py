@@ -454,6 +454,7 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tm
     assert len(whole_lines(output / "metrics.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: Path, tmp_path: Path) -> None:
     output, limit = tmp_path / "run", 3_500  # a tiny adapter and about.json have 2 kB; twenty lines of metrics have 6
     flags = ["--lora-r", "1", "--target-modules", "q_proj", "--logging-steps", "1", "--max-steps", "20"]
@@ -497,6 +498,7 @@ def test_a_disk_without_room_for_the_adapter_is_refused_before_training(
     assert contents(small_disk) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_something_else_fills_during_the_run(
     base: Path, data: Path, small_disk: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

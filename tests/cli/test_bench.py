@@ -13,6 +13,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_users_model_and_data_are_measured_in_every_layout(exit_status, base, data, tmp_path, capfd):
     output = tmp_path / "out"
     flags = ["--plans", "losses", "--documents", "2", "--loss-steps", "2", "--max-length", "64"]

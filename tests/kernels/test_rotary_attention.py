@@ -29,9 +29,9 @@ def of_parts(qkv, norms, angles, bounds, num_heads, **options):
 CASES = [
     ("xla", 128, 4, 2, "sinks", True),
     ("pallas", 128, 4, 2, "plain", True),
-    ("pallas", 150, 3, 1, "plain", False),
+    pytest.param("pallas", 150, 3, 1, "plain", False, marks=pytest.mark.slow),
     ("pallas", 150, 2, 2, "window", True),
-    ("pallas", 128, 2, 1, "softcap", False),
+    pytest.param("pallas", 128, 2, 1, "softcap", False, marks=pytest.mark.slow),
     ("pallas", 128, 4, 2, "sinks", False),
 ]
 

@@ -79,7 +79,12 @@ def test_transformers_computes_what_peft_does(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "written"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16")]
+    ("dtype", "written"),
+    [
+        ("float32", "bfloat16"),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("float16", "float16", marks=pytest.mark.slow),
+    ],
 )
 def test_sixteen_bits_are_rounded_once(dtype: str, written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Each weight is the float32 sum, rounded to nearest: no other number of this dtype is nearer."""
