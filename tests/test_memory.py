@@ -59,7 +59,8 @@ def slow(cases: Iterable[tuple]) -> list:
     ("family", "lora", "remat"),
     [
         *itertools.product(["qwen3"], [True], CHOICES[:-1]),
-        *itertools.product(["llama"], [False], CHOICES[:-1]),
+        ("llama", False, "keep_projections"),
+        *slow(itertools.product(["llama"], [False], CHOICES[:-2])),
         *slow(itertools.product(["qwen3"], [False], CHOICES[:-1])),
         *slow(itertools.product(["llama"], [True], CHOICES[:-1])),
         *slow([("gemma3", True, "keep_projections")]),

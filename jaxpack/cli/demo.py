@@ -98,6 +98,8 @@ def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
         head_dim=32,
         tie_word_embeddings=False,
         initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,  # where `generate` ends a text
     )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)

@@ -10,6 +10,7 @@ LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 
 @pytest.mark.parametrize("operation", ["rope"])
+@pytest.mark.slow
 def test_smoke(operation, tmp_path):
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)

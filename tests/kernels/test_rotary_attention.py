@@ -30,7 +30,7 @@ CASES = [
     ("xla", 128, 4, 2, "sinks", True),
     ("pallas", 128, 4, 2, "plain", True),
     pytest.param("pallas", 150, 3, 1, "plain", False, marks=pytest.mark.slow),
-    ("pallas", 150, 2, 2, "window", True),
+    pytest.param("pallas", 150, 2, 2, "window", True, marks=pytest.mark.slow),
     pytest.param("pallas", 128, 2, 1, "softcap", False, marks=pytest.mark.slow),
     ("pallas", 128, 4, 2, "sinks", False),
 ]

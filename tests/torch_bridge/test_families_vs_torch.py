@@ -17,7 +17,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 # What others have, too: left to `make test-slow`.
-_VARIANTS = {"llama", "llama_biases", "llama_linear", "llama_dynamic", "llama_yarn", "llama_longrope", "mistral_v3"}
+_VARIANTS = {
+    "llama",
+    "llama_biases",
+    "llama_linear",
+    "llama_dynamic",
+    "llama_yarn",
+    "llama_longrope",
+    "mistral_v3",
+    "qwen2_window",
+}
 _PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in _VARIANTS else ()) for name in hf.FAMILIES]
 
 
