@@ -33,7 +33,7 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     records = read_records(folder)
-    training = [record for record in records if "loss" in record]
+    training, _ = _by_kind(records)
     if not training:
         raise InputError(f"`folder` must hold {METRICS} with a record of a step, got {str(folder)!r} with none.")
     about = _read_about(folder)
@@ -53,8 +53,7 @@ def write_report(folder: str | Path) -> Path:
 
 def draw_run(records: list[Record]) -> "Figure":
     """Loss, tokens a second, memory and padding against the step, from the records of a `metrics.jsonl`."""
-    training = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
+    training, evaluations = _by_kind(records)
     figure = new_figure(12.5, 6.8)
     loss, *others = figure.subplots(2, 2).flat
     steps = [record["step"] for record in training]
@@ -76,6 +75,11 @@ def draw_run(records: list[Record]) -> "Figure":
         panel.yaxis.set_major_formatter("{x:,.10g}")
         frame(panel, title, "step", unit)
     return figure
+
+
+def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Those of training steps, and those of evaluations."""
+    return [record for record in records if "loss" in record], [record for record in records if "eval_loss" in record]
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -121,10 +125,9 @@ def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: s
 
 
 def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, str]]:
-    training = [record for record in records if "loss" in record]
+    training, evaluations = _by_kind(records)
     first, last = training[0], training[-1]
     lines = [("loss, first and last record", f"{first['loss']:.4f}, {last['loss']:.4f} (step {last['step']:,})")]
-    evaluations = [record for record in records if "eval_loss" in record]
     if evaluations:
         lines.append(("eval loss, last", _evaluation(evaluations[-1])))
         best = min(evaluations, key=lambda record: math.inf if math.isnan(record["eval_loss"]) else record["eval_loss"])
