@@ -10,16 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from readme_blocks import command
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 QUESTIONS = [{"prompt": f"What is {a} + {b}?", "completion": f" It is {a + b}."} for a in range(8) for b in range(8)]
 _AT_MOST = 600  # seconds for all of it, on two cores
 
 
-def command(start: str) -> str:
-    (found,) = (block for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) if block.startswith(start))
-    return found.replace("\\\n", " ").replace("path/to/Qwen3-4B", "build/demo/base")
+def here(start: str) -> str:
+    return command(start).replace("path/to/Qwen3-4B", "build/demo/base")
 
 
 def run(line: str, folder: Path) -> str:
@@ -45,7 +44,7 @@ def test_from_the_demo_to_text_of_ones_own_adapter(tmp_path: Path) -> None:
     run("jaxpack demo --output build/demo", tmp_path)  # what `make demo` runs
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     small = {"4096": "128", "200": "40", "2e-4": "2e-2"}
-    run(re.sub("|".join(small), lambda found: small[found.group()], command("jaxpack train")), tmp_path)
+    run(re.sub("|".join(small), lambda found: small[found.group()], here("jaxpack train")), tmp_path)
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "build/demo/base")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "build/demo/base")
@@ -57,7 +56,7 @@ def test_from_the_demo_to_text_of_ones_own_adapter(tmp_path: Path) -> None:
         written = tuned.generate(input_ids=tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :]
     theirs = tokenizer.decode(written, skip_special_tokens=True)
 
-    line = command("jaxpack generate").replace("two and two", QUESTIONS[9]["prompt"]).replace("64", "8")
+    line = here("jaxpack generate").replace("two and two", QUESTIONS[9]["prompt"]).replace("64", "8")
     run(f"{line.strip()} --output text.jsonl", tmp_path)
     (shown,) = map(json.loads, (tmp_path / "text.jsonl").read_text().splitlines())
     assert shown["completion"] == theirs and "It is" in theirs

@@ -1,18 +1,16 @@
 """What the README shows runs: its Python as it stands, its shell command with the same flags."""
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from readme_blocks import blocks, command
 from tokenizers_for_tests import write_checkpoint
 
 from jaxpack.cli import main
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 @pytest.fixture
@@ -23,10 +21,6 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def shortened(text: str) -> str:
@@ -41,8 +35,7 @@ def test_the_python_of_the_readme_runs(user_folder: Path):
 
 
 def run_command(start: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str] = str):
-    (command,) = (block for block in blocks("console") if block.startswith(start))
-    monkeypatch.setattr(sys, "argv", shlex.split(change(command).replace("\\\n", " ")))
+    monkeypatch.setattr(sys, "argv", shlex.split(change(command(start))))
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code in (0, None)

@@ -1,0 +1,16 @@
+"""The README's code blocks, for the tests that run them."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def command(start: str) -> str:
+    """The one shell block that begins so, as one line."""
+    (found,) = (block for block in blocks("console") if block.startswith(start))
+    return found.replace("\\\n", " ")
