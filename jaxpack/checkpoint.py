@@ -263,6 +263,10 @@ def load_checkpoint(
             ) from error
 
     about = part(_RUN, ocp.args.JsonRestore())
+    if missing := {"identity", "notes", "step", "evaluations"} - set(about):
+        raise InputError(
+            f"`resume_from_checkpoint` must be a checkpoint of jaxpack, got {str(path)!r} without {sorted(missing)}."
+        )
     _require_same(path, about["identity"], identity)
     named = _named(state)
     wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named.items()}

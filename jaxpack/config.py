@@ -301,7 +301,9 @@ class TrainConfig:
         None, "Steps between two evaluations, and one after the last step; None takes those of save_steps."
     )
     save_steps: int = _option(
-        500, "Steps between two checkpoints; 0 saves none but that of a run that is stopped (Ctrl-C, SIGTERM)."
+        500,
+        "Steps between two checkpoints, and one after the last step; 0 saves that of a run that is stopped (Ctrl-C, "
+        "SIGTERM) and no other.",
     )
     save_total_limit: int = _option(2, "The last checkpoints that are kept; that of the lowest eval loss is kept, too.")
     resume_from_checkpoint: str | None = _option(

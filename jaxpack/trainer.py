@@ -261,7 +261,8 @@ class Trainer:
         log = _Log(config, batches, run.schedule, start, progress, reports)
 
         def saves(step: int) -> bool:
-            return checkpoints is not None and config.save_steps > 0 and step % config.save_steps == 0
+            every = 0 if checkpoints is None else config.save_steps
+            return every > 0 and (step % every == 0 or step == batches.num_steps)
 
         def pauses(step: int) -> bool:
             return stop.asked or saves(step) or self._evaluates(step)
@@ -320,7 +321,7 @@ class Trainer:
             console.print(f"no checkpoint in {config.output_dir}: starts from the beginning")
         if config.output_dir is not None:
             checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes)
-            when = f"every {config.save_steps:,} steps" if config.save_steps else "when it is stopped"
+            when = f"every {config.save_steps:,} steps and at the end" if config.save_steps else "when it is stopped"
             console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")
         return progress, checkpoints
 

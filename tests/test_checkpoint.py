@@ -107,7 +107,7 @@ def test_a_run_can_go_on_in_another_folder(stopped: Path, tmp_path: Path) -> Non
     checkpoint = stopped / "checkpoints" / "3"
     assert trainer(tmp_path, resume_from_checkpoint=str(stopped)).checkpoint == checkpoint
     result = trainer(tmp_path, resume_from_checkpoint=str(checkpoint)).train()
-    assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [6]
+    assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [6, 8]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [8]
 
 
@@ -119,7 +119,7 @@ def test_without_a_checkpoint_latest_is_the_beginning(tmp_path: Path, capsys: py
 
 
 def test_a_run_that_has_ended_has_nothing_left_to_do(tmp_path: Path) -> None:
-    done = trainer(tmp_path, save_steps=4)
+    done = trainer(tmp_path, save_steps=5)
     expected = done.train()
     again = trainer(tmp_path, resume_from_checkpoint="latest")
     result = again.train()
@@ -196,6 +196,13 @@ def test_places_that_are_no_checkpoints_are_refused(stopped: Path, tmp_path: Pat
         trainer(stopped)
     with pytest.raises(InputError, match="must be a folder where there is no `output_dir`, got 'latest'"):
         trainer(None, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_of_another_program_is_refused(stopped: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(stopped / "checkpoints" / "3", tmp_path / "3")
+    (path / "run" / "metadata").write_text('{"epoch": 3}')
+    with pytest.raises(InputError, match=r"must be a checkpoint of jaxpack, got '.*/3' without \['evaluations', 'ide"):
+        trainer(None, resume_from_checkpoint=str(path)).train()
 
 
 def test_checksums_see_values_and_places() -> None:

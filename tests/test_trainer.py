@@ -150,7 +150,7 @@ def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(s
     for step in range(steps):
         expected += [("start", step), *waiting]
         waiting = [("read", step)]
-        if save_steps and (step + 1) % save_steps == 0:
+        if save_steps and ((step + 1) % save_steps == 0 or step + 1 == steps):
             expected += [*waiting, ("read", "something else")]
             waiting = []
     expected += waiting
