@@ -22,7 +22,7 @@ from jaxpack.trainer import Trainer, TrainResult
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]
-OF_A_RUN = {"about.json", "metrics.jsonl", "report.md", "run.yaml"}  # of one step: it has no picture
+OF_A_RUN = {"about.json", "checkpoints", "metrics.jsonl", "report.md", "run.yaml"}  # of one step: it has no picture
 ONE_STEP = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--max-steps", "1"]
 
 
