@@ -58,6 +58,7 @@ from jaxpack.transformer import Transformer
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
     """What a run did. The rate leaves out compilation, and the first step of each shape where there are others.
+    Those inside the run are told apart by when metrics came, which may be a step late.
 
     Of a run that was resumed, losses and evaluations are those of all of it, rate and seconds those since then.
     """
@@ -138,9 +139,13 @@ class Run:
 
     def steps(self, pauses: Callable[[int], bool] = lambda step: False) -> Iterator[Metrics]:
         """Takes all steps that are left. A step's metrics come when the next is started, so that the device always has
-        one to run; but after a step that `pauses` (counted from 1), and after the last, with nothing started: `state`
-        is then what that step made.
+        one to run; but after the first, a step that `pauses` (counted from 1), and the last, with nothing started:
+        `state` is then what that step made.
+
+        Where a program is launched kernel by kernel, starting it takes nearly as long as running it, for launches
+        queue up: only the time at which the metrics of a pause come is that of the step's end.
         """
+        first = self.started + 1
         with self._on_device(self._batches, self.started) as batches_on_device:
             waiting = None
             for batch in batches_on_device:
@@ -148,7 +153,7 @@ class Run:
                 if waiting is not None:
                     yield waiting
                 waiting = metrics
-                if pauses(self.started):
+                if self.started == first or pauses(self.started):
                     yield waiting
                     waiting = None
             if waiting is not None:

@@ -41,9 +41,10 @@ def measure(
 ) -> dict[str, Any]:
     """Trains for a few steps, which uses the model up, and gives the figures of `case` (`cases.case_of`).
 
-    Rates are of real tokens, over the steps after the warm-up whose program has run before. A step's time is from the
-    loss before its own to its own, each read while the next step runs, as the trainer does. Compilation comes before
-    them all, and is given apart. Peak memory is the allocator's, of the whole process.
+    Rates are of real tokens, over the steps after the warm-up whose program has run before. The device is waited for
+    where such steps begin and end, and not between them, as in training: their sum is exact, and one step's own time,
+    from the loss before its own to its own, is not, for a loss may come when most of the next step has run.
+    Compilation comes before them all, and is given apart. Peak memory is the allocator's, of the whole process.
 
     Args:
       profiled: where given, is called with what runs one more step and waits for it; its result is "kernels".
@@ -54,14 +55,16 @@ def measure(
     job = Job.of_run(model, batches)
     cache = ProgramCache(config.compilation_cache_dir)
     compile_seconds = run.compile(cache)
+    timed = timed_steps(batches)
+    edges = set(np.flatnonzero(timed[1:] != timed[:-1]) + 1)
 
     losses: list[float] = []
     ends = [time.perf_counter()]
-    for metrics in run.steps():
+    for metrics in run.steps(pauses=edges.__contains__):
         losses.append(float(metrics.loss))
         ends.append(time.perf_counter())
 
-    seconds, timed = np.diff(ends), timed_steps(batches)
+    seconds = np.diff(ends)
     predicted = predict(job, rates_of(jax.devices()[0].device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
     figures = {

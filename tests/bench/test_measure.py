@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import random_documents, small_model
@@ -12,7 +14,9 @@ from jaxpack.batching import Batches
 from jaxpack.bench.cases import Case
 from jaxpack.bench.measure import WARM_UP, measure, timed_steps, train_config
 from jaxpack.config import LoraConfig
-from jaxpack.trainer import Trainer
+from jaxpack.packing import PackedBatch
+from jaxpack.trainer import Run, Trainer
+from jaxpack.training import Metrics
 
 LENGTHS = [5, 60, 33, 90, 12, 47, 71, 20] * 6
 DOCUMENTS = random_documents(LENGTHS, masked=0.0)
@@ -62,6 +66,35 @@ def test_the_steps_are_those_of_the_trainer():
     rows = [{"input_ids": DOCUMENTS.tokens[start : start + length].tolist()} for start, length in pieces]
     trainer = Trainer(small_model("qwen3", lora=LoraConfig(r=4)), None, rows, train_config(case("packed")))
     np.testing.assert_array_equal(figures_of("packed")["losses"], trainer.train().losses)
+
+
+@pytest.mark.parametrize("layout", ["packed", pytest.param("padding-free", marks=pytest.mark.slow)])
+def test_a_device_that_takes_launches_only_as_it_runs_them_is_timed_right(layout, monkeypatch):
+    step_seconds, free_at = 0.1, 0.0
+
+    class Loss(float):
+        def __float__(self) -> float:
+            time.sleep(max(0.0, free_at_of[self] - time.perf_counter()))
+            return float.__float__(self)
+
+    free_at_of: dict[float, float] = {}
+
+    def launch(run: Run, batch: PackedBatch) -> Metrics:
+        nonlocal free_at
+        run.started += 1
+        loss = Loss(run.started)
+        free_at = max(free_at, time.perf_counter()) + step_seconds
+        free_at_of[loss] = free_at
+        time.sleep(max(0.0, free_at - 0.1 * step_seconds - time.perf_counter()))  # the last tenth fits the queue
+        return Metrics(loss, jnp.zeros(()))
+
+    monkeypatch.setattr(Run, "step", launch)
+    figures = measure(case(layout), small_model("qwen3", lora=LoraConfig(r=4)), DOCUMENTS)
+    assert figures["step_seconds"] == pytest.approx(step_seconds, rel=0.15)
+    timed = timed_steps(Batches(DOCUMENTS, train_config(case(layout))))
+    assert figures["tokens_per_second"] == pytest.approx(
+        np.array(figures["tokens"])[timed].mean() / step_seconds, rel=0.15
+    )
 
 
 def test_neither_the_warm_up_nor_the_first_step_of_a_shape_is_timed():
