@@ -4,8 +4,8 @@
 
 is what `bench_training.py` starts for one case, with the opponents' packages on the path and without ours: on random
 weights, over its documents, with the same optimizer. Real tokens are counted of the batches that the step receives,
-after the warm-up; peak memory is the allocator's own, of the whole process. A layout or an attention that was not asked
-for is an error.
+after the warm-up, see `steady`; peak memory is the allocator's own, of the whole process. A layout or an attention that
+was not asked for is an error.
 """
 
 import json
@@ -281,6 +281,16 @@ def check_unsloth_attention(request: dict[str, Any]) -> None:
         attention_dispatch.build_sdpa_packed_attention_mask = refuse
 
 
+def steady(positions: list[int]) -> np.ndarray:
+    """Which steps count, bool: those with no more positions than one before.
+
+    One with more grows the allocator's pool, and with Unsloth its buffers on the host, for which it takes half a step
+    longer: in an epoch that is rare, and in the first steps it is not.
+    """
+    sizes = np.array(positions)
+    return sizes <= np.concatenate([[0], np.maximum.accumulate(sizes)[:-1]])
+
+
 def make_clock(request: dict[str, Any]) -> Any:
     """A `TrainerCallback` that counts what the step receives and takes the time of the steps after the warm-up."""
     import torch
@@ -302,10 +312,11 @@ def make_clock(request: dict[str, Any]) -> Any:
         return event
 
     class Clock(TrainerCallback):
-        begin = start = stop = 0.0
+        begin = start = 0.0
 
         def __init__(self) -> None:
             self.tokens, self.slots, self.documents, self.losses, self.marks = [], [], [], [], []
+            self.positions: list[int] = []
 
         def watch(self, trainer: Any) -> None:
             """Counts what every `training_step` receives. No value is read from the device before the end."""
@@ -332,26 +343,30 @@ def make_clock(request: dict[str, Any]) -> Any:
                     raise RuntimeError(f"`layout` {request['layout']!r} was not followed, the step got {shapes}.")
                 self.documents.append((positions == 0).sum())
                 self.tokens.append(ids.numel())
+            self.positions.append(ids.numel())
             self.slots.append(request["rows"] * request["max_length"] if request["layout"] == "packed" else ids.numel())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == request["warm_up"]:
-                self.start = now()
+                self.start = now()  # waits
             if state.global_step >= request["warm_up"]:
                 self.marks.append(mark())
             if state.global_step == request["warm_up"] + request["steps"]:
-                self.stop = now()
+                now()  # waits until the marks are set
 
         def result(self) -> dict[str, Any]:
             """The figures, under the names of `bench_training.py`."""
             tokens, documents, losses = ([float(x) for x in xs] for xs in (self.tokens, self.documents, self.losses))
             assert len(tokens) == request["warm_up"] + request["steps"], f"{len(tokens)} batches were seen"
-            seconds = self.stop - self.start
             pairs = zip(self.marks, self.marks[1:], strict=False)
+            seconds = np.array([a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairs])
+            counted = steady(self.positions)[request["warm_up"] :]
+            counted |= not counted.any()
             return {
-                "tokens_per_second": sum(tokens[request["warm_up"] :]) / seconds,
-                "step_seconds": seconds / request["steps"],
-                "each_step_seconds": [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairs],
+                "tokens_per_second": sum(np.array(tokens[request["warm_up"] :])[counted]) / seconds[counted].sum(),
+                "step_seconds": seconds[counted].mean(),
+                "each_step_seconds": seconds.tolist(),
+                "counted_steps": counted.tolist(),
                 "warm_up_seconds": self.start - self.begin,
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
                 "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,

@@ -11,7 +11,7 @@ import torch
 import transformers
 from models import small_config
 
-from benchmarks.peers_training import SPECIAL_TOKENS, write_checkpoint
+from benchmarks.peers_training import SPECIAL_TOKENS, steady, write_checkpoint
 
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
@@ -34,6 +34,10 @@ def test_checkpoint_is_whole(tied, tmp_path):
     assert tokenizer.decode(tokenizer("a b").input_ids) == "a b"
     assert tokenizer.pad_token_id == model.config.pad_token_id == SPECIAL_TOKENS.index("<|pad|>") < 10
     assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_a_step_that_is_larger_than_all_before_it_is_not_counted():
+    assert steady([5, 3, 5, 6, 6, 2, 7]).tolist() == [False, True, True, False, True, True, False]
 
 
 @pytest.mark.skipif(
