@@ -64,6 +64,15 @@ def label_ends(panel: "Axes", lines: list[Line]) -> None:
                        color=line.color, annotation_clip=False)  # fmt: skip
 
 
+def lying_bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, texts: list[str]) -> None:
+    """Horizontal bars, with a text at the end of each."""
+    panel.barh(places, values, 0.62, color=colors)
+    for place, value, text in zip(places, values, texts, strict=True):
+        panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
+    panel.set_xlim(0, 1.3 * max(values))
+    panel.xaxis.set_major_formatter("{x:,.10g}")
+
+
 def apart(wanted: np.ndarray, least: float) -> np.ndarray:
     """The places nearest to `wanted`, which ascends, that are at least so far apart: groups about their mean."""
     groups: list[list[float]] = []

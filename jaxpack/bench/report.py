@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import ABLATION, OFFLOADED
 from jaxpack.bench.processes import Record
-from jaxpack.pictures import Line, frame, label_ends, new_figure
+from jaxpack.pictures import Line, frame, label_ends, lying_bars, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ GIB = 2**30
 def results_table(records: list[Record]) -> Table:
     """One line for each record, as they come."""
     table = Table(title="real tokens a second and the allocator's peak, one process a line")
-    for heading in ("plan", "system", "model", "layout", "rows", "remat", "kernels"):
+    for heading in ("plan", "system", "model", "layout", "rows", "remat", "kernels or attention"):
         table.add_column(heading, no_wrap=True)
     for heading in ("real tokens/s", "step, ms", "peak, GiB", "valid tokens", "compile, s", "warm-up, s"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -35,7 +35,7 @@ def results_table(records: list[Record]) -> Table:
         model = record["model"] + (", all weights" if record["full_finetuning"] else "")
         remat = record["remat"] + (f": {record.get('chosen_remat', '?')}" if record["remat"] == "auto" else "")
         about = [record["plan"], record["system"], model, record["layout"], str(record["rows"]), remat]
-        about.append((record["implementation"] or "fastest") if record["system"] == "jaxpack" else "-")
+        about.append((record["implementation"] or "fastest") if record["system"] == "jaxpack" else _attention(record))
         if "failed" in record:
             table.add_row(*about, "failed")
             continue
@@ -56,7 +56,7 @@ def results_table(records: list[Record]) -> Table:
 
 def ablation_table(records: list[Record]) -> Table:
     """What each choice multiplies the tokens a second by."""
-    table = Table(title="ablation: each step adds to the one before; the factors multiply out")
+    table = Table(title=f"ablation: each step adds to the one before; the factors multiply out\n{_about(records)}")
     for heading in ("", "real tokens/s", "factor", "since padded", "peak, GiB"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for stage in ablation_stages(records):
@@ -78,7 +78,8 @@ def valid_share(record: Record) -> float:
 def ablation_stages(records: list[Record]) -> list[dict[str, Any]]:
     """The stages in their order: `factor` is to the stage before (which offloading shares), `total` to the first.
 
-    Stages that are missing or failed are left out, and the next one's factor is then to what came before them.
+    The records are `comparable`. Stages that are missing or failed are left out, and the next one's factor is then to
+    what came before them.
     """
     found = {record["label"]: record for record in of_plan(records, "ablation")}
     chain = [found[label] for label in ABLATION if label in found]
@@ -102,19 +103,29 @@ def of_plan(records: list[Record], plan: str) -> list[Record]:
     return [record for record in records if record["plan"] == plan and "failed" not in record]
 
 
+def comparable(records: list[Record]) -> list[list[Record]]:
+    """The records that may stand side by side: of one model, one kind of training, one dataset and one device."""
+    fields = ("model", "full_finetuning", "max_length", "data", "device")
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[field] for field in fields), []).append(record)
+    return list(groups.values())
+
+
 def print_tables(records: list[Record], *more: Table) -> None:
-    """What was measured, the ablation where there is one, and `more`: to stdout, wide where that is no terminal."""
-    tables = [results_table(records), *([ablation_table(records)] if of_plan(records, "ablation") else []), *more]
-    Console(width=None if sys.stdout.isatty() else 240).print(*tables)
+    """What was measured, the ablations where there are any, and `more`: to stdout, wide where that is no terminal."""
+    ablations = map(ablation_table, comparable(of_plan(records, "ablation")))
+    Console(width=None if sys.stdout.isatty() else 240).print(results_table(records), *ablations, *more)
 
 
 def draw_all(records: list[Record], results: Path) -> list[Path]:
-    """A picture for each plan that has one, beside the file of results."""
+    """The pictures of each plan that has one, beside the file of results."""
     drawn = []
     for plan, draw in (("batch_sizes", draw_batch_sizes), ("ablation", draw_ablation), ("losses", draw_losses)):
-        if chosen := of_plan(records, plan):
-            drawn.append(results.with_name(f"{results.stem}_{plan}.png"))
-            draw(chosen).savefig(drawn[-1], dpi=130)
+        groups = comparable(of_plan(records, plan))
+        for number, group in enumerate(groups, 1):
+            drawn.append(results.with_name(f"{results.stem}_{plan}{f'_{number}' if len(groups) > 1 else ''}.png"))
+            draw(group).savefig(drawn[-1], dpi=130)
     return drawn
 
 
@@ -162,8 +173,8 @@ def draw_ablation(records: list[Record]) -> "Figure":
     speeds = [stage["tokens_per_second"] for stage in stages]
     gigabytes = [stage["peak_memory_bytes"] / GIB for stage in stages]
     factors = ["", *(f"   x {stage['factor']:.2f}" for stage in stages[1:])]
-    _bars(speed, places, speeds, shades, [f"{x:,.0f}{factor}" for x, factor in zip(speeds, factors, strict=True)])
-    _bars(memory, places, gigabytes, shades, [f"{x:.1f}" for x in gigabytes])
+    lying_bars(speed, places, speeds, shades, [f"{x:,.0f}{factor}" for x, factor in zip(speeds, factors, strict=True)])
+    lying_bars(memory, places, gigabytes, shades, [f"{x:.1f}" for x in gigabytes])
     speed.set_yticks(places, [_stage_name(stage) for stage in stages])
     chain = [stage for stage in stages if stage["label"] in ABLATION]
     total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
@@ -192,7 +203,13 @@ def draw_losses(records: list[Record]) -> "Figure":
     return figure
 
 
-# What these pictures share.
+# What these share.
+
+
+def _attention(record: Record) -> str:
+    """An opponent's, which says what runs it, or all of how it came to that."""
+    found = record.get("attention", "-")
+    return found["backend"] if isinstance(found, dict) else found
 
 
 def _style(record: Record) -> dict[str, Any]:
@@ -228,17 +245,12 @@ def _plain_ticks(panel: "Axes") -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, texts: list[str]) -> None:
-    panel.barh(places, values, 0.62, color=colors)
-    for place, value, text in zip(places, values, texts, strict=True):
-        panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
-    panel.set_xlim(0, 1.3 * max(values))
-    panel.xaxis.set_major_formatter("{x:,.10g}")
+def _about(records: list[Record]) -> str:
+    first = records[0]
+    what = "all weights trained" if first["full_finetuning"] else "LoRA r=16"
+    dates = " and ".join(dict.fromkeys(record["date"] for record in records))
+    return f"{first['model']}, {what}, {first['data']}. {first['device']}, {dates}."
 
 
 def _head(figure: "Figure", records: list[Record], more: str = "") -> None:
-    first = records[0]
-    what = "all weights trained" if first["full_finetuning"] else "LoRA r=16"
-    devices = " and ".join(dict.fromkeys(record["device"] for record in records))
-    about = f"{first['model']}, {what}, documents: {first['data']}. {devices}, {first['date']}.{more}"
-    figure.suptitle(about, x=0.01, ha="left", fontsize=10, color="#555555")
+    figure.suptitle(_about(records) + more, x=0.01, ha="left", fontsize=10, color="#555555")

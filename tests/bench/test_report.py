@@ -125,3 +125,11 @@ def test_every_plan_that_was_measured_has_a_picture(tmp_path):
     drawn = report.draw_all([*ABLATED, *failed], tmp_path / "results.json")
     assert drawn == [tmp_path / "results_ablation.png"]
     assert drawn[0].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("field", ["model", "full_finetuning", "data", "device"])
+def test_what_is_not_alike_has_pictures_of_its_own(field, tmp_path):
+    others = [record | {field: not record[field] if field == "full_finetuning" else "other"} for record in ABLATED]
+    assert report.comparable([*ABLATED, *others]) == [ABLATED, others]
+    drawn = report.draw_all([ABLATED[0], others[0]], tmp_path / "results.json")
+    assert drawn == [tmp_path / "results_ablation_1.png", tmp_path / "results_ablation_2.png"]

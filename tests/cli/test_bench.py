@@ -22,7 +22,7 @@ def test_a_users_model_and_data_are_measured_in_every_layout(exit_status, base, 
     assert [record["layout"] for record in records] == ["padded", "padding-free", "packed"]
     for record in records:
         assert record["tokens_per_second"] > 0 and len(record["losses"]) == 5
-        assert (record["model"], record["data"], record["chosen_remat"]) == (str(base), "rows", "full")
+        assert (record["model"], record["data"], record["chosen_remat"]) == (str(base), "30 documents of rows", "full")
     assert {path.name for path in output.iterdir()} == {"results.json", "results_losses.png"}
     out, err = capfd.readouterr()
     assert out.count("losses") == 3 and "real tokens/s" in out
