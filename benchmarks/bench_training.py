@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from bars import bars, bars_table
+from bars import bars, bars_table, draw_bars, verdicts
 from peers_training import SYSTEMS, write_checkpoint
 from timing import Event, jax_kernel_events
 
@@ -216,7 +216,8 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
             return figures
 
         results = Results(options.output)
-        data = lengths.stem if lengths else (options.data.stem if options.data else "gsm8k sample")
+        source = lengths or options.data
+        data = f"{len(documents):,} documents of {source.stem if source else 'the gsm8k sample'}"
         plan = plan_of(options, documents)
         run_all(plan, results, measure, data=data, seconds=options.seconds, only_missing=options.missing)
     known = [results.of(planned, data) for planned in plan]
@@ -227,10 +228,19 @@ def report(records: list[dict[str, Any]], path: Path | None) -> None:
     """The tables, and the pictures beside a file of results, where they can be drawn."""
     print_tables(records, *([bars_table(records)] if of_plan(records, "bars") else []))
     try:
-        for picture in draw_all(records, path) if path else []:
+        for picture in draw_everything(records, path) if path else []:
             print(picture, flush=True)
     except InputError as error:  # there is no matplotlib
         print(error, flush=True)
+
+
+def draw_everything(records: list[dict[str, Any]], path: Path) -> list[Path]:
+    """The pictures that `jaxpack bench` draws, and that of the bars."""
+    drawn = draw_all(records, path)
+    if any(verdict.speed is not None for verdict in verdicts(records)):
+        drawn.append(path.with_name(f"{path.stem}_bars.png"))
+        draw_bars(records).savefig(drawn[-1], dpi=130)
+    return drawn
 
 
 if __name__ == "__main__":

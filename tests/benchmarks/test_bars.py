@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 
-from benchmarks.bars import BARS, bars, bars_table, verdicts
+from benchmarks.bars import BARS, bars, bars_table, draw_bars, verdicts
 from benchmarks.peers_training import RECOMPUTE, SYSTEMS
 from jaxpack.bench.cases import Case, Planned
+from jaxpack.bench.report import GIB
 
 
 def measured(work: str, case: Case, tokens_per_second: float, peak: float) -> dict:
     figures = {"tokens_per_second": tokens_per_second, "peak_memory_bytes": peak}
-    return Planned("bars", work, case).record(data="lengths", device="a card", **figures)
+    return Planned("bars", work, case).record(data="lengths", device="a card", date="2026-11-24", **figures)
 
 
 def test_the_fastest_opponent_counts_and_only_when_all_are_measured():
@@ -26,7 +27,9 @@ def test_the_fastest_opponent_counts_and_only_when_all_are_measured():
     assert (verdict.speed, verdict.passed) == (None, None)
 
 
-@pytest.mark.parametrize("other", [{"device": "another card"}, {"data": "other lengths"}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"device": "another card"}, {"data": "other lengths"}, {"date": "2026-11-25"}], ids=str
+)
 def test_nothing_is_compared_with_what_ran_elsewhere(other):
     bar = BARS[0]
     records = [measured(bar.work, bar.ours, 130, 1), measured(bar.work, bar.peers[0], 100, 1) | other]
@@ -58,3 +61,13 @@ def test_what_two_bars_ask_of_is_measured_once():
     assert len(set(cases)) == len(cases) and cases.count(shared) == 1
     (record,) = (measured(planned.label, shared, 1.0, 1.0) for planned in bars() if planned.case == shared)
     assert [verdict.bar for verdict in verdicts([record])] == asking
+
+
+def test_a_work_is_drawn_as_measured_where_its_opponents_are_known():
+    first, second = BARS[0], BARS[2]
+    records = [measured(first.work, first.ours, 300, 6 * GIB), measured(first.work, first.peers[0], 200, 9 * GIB)]
+    figure = draw_bars([*records, measured(second.work, second.ours, 100, GIB)])
+    speed, memory = figure.axes
+    assert [bar.get_width() for bar in speed.patches] == [300, 200]
+    assert [bar.get_width() for bar in memory.patches] == [6, 9]
+    assert [text.get_text() for text in speed.texts] == ["jaxpack 300   x 1.50", "Unsloth 200"]
