@@ -154,7 +154,7 @@ def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
 
 def measured() -> list[dict]:
     """Ours, on an H200, of 4,000 documents drawn from Alpaca's lengths."""
-    rows = json.loads((ROOT / "benchmarks/results/2026-11-24_h200_training_bars.json").read_text())["results"]
+    rows = json.loads((ROOT / "benchmarks/results/2026-11-24_h200_training.json").read_text())["results"]
     return [row for row in rows if row["system"] == "jaxpack" and not row["full_finetuning"]]
 
 

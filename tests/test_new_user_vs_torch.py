@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from readme_blocks import command
+from readme_blocks import ROOT, command
 
-ROOT = Path(__file__).parent.parent
 QUESTIONS = [{"prompt": f"What is {a} + {b}?", "completion": f" It is {a + b}."} for a in range(8) for b in range(8)]
 _AT_MOST = 600  # seconds for all of it, on two cores
 

@@ -1,16 +1,28 @@
-"""What the README shows runs: its Python as it stands, its shell command with the same flags."""
+"""What the README shows runs: its Python as it stands, its shell commands with the same flags. And what it and the
+pages of `docs/` name is there.
+"""
 
 import json
+import os
+import re
 import shlex
+import shutil
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from readme_blocks import blocks, command
+import typer
+from readme_blocks import README, ROOT, blocks, command
 from tokenizers_for_tests import write_checkpoint
 
+from jaxpack import cli
 from jaxpack.cli import main
+
+PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.md")}
+LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 
 @pytest.fixture
@@ -54,3 +66,64 @@ def test_the_commands_of_the_readme_train_and_generate(
     run_command("jaxpack generate", monkeypatch)
     shown = capsys.readouterr().out
     assert "two and two" in shown and "without the adapter" in shown
+
+
+def test_a_users_model_and_data_are_measured_as_the_readme_says(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    figures = dict.fromkeys(("tokens_per_second", "step_seconds", "peak_memory_bytes", "padding_share"), 0.5)
+    figures |= {"compile_seconds": 0.0, "found_programs": 0, "warm_up_seconds": 0.0, "device": "none"}
+    monkeypatch.setattr(sys.modules["jaxpack.cli.bench"], "measure_elsewhere", lambda *_: figures)  # of 24 cases
+    run_command("jaxpack bench", monkeypatch)
+    assert (user_folder / "bench" / "results_ablation.png").is_file()
+
+
+def test_the_benchmarks_commands_plan_and_draw(tmp_path: Path):
+    (tmp_path / "LENGTHS.csv").write_text(LENGTHS)
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    environment, *lines = command("export PYTHONPATH=.").strip().splitlines()
+    assert environment == "export PYTHONPATH=."
+    measure, draw = (shlex.split(line) for line in lines)
+    for program, script, *flags in ([*measure, "--seconds", "0"], draw):
+        assert program == "python"
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "nowhere"},
+            capture_output=True,
+            text=True,
+        )
+        assert "Traceback" not in done.stderr and (done.returncode == 0 or "no time left" in done.stderr)
+    assert done.returncode == 0
+    drawn = {Path(line) for line in done.stdout.splitlines() if line.endswith(".png")}
+    pictures = set(re.findall(r"!\[.*?\]\((.*?)\)", README))
+    assert drawn == set(map(Path, pictures)) and all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_every_block_of_the_readme_is_run_or_is_of_make_and_pip():
+    here = ["export PYTHONPATH=.", "jaxpack bench", "jaxpack train", "jaxpack generate", "jaxpack inspect"]
+    others = [block for block in blocks("console") if not block.startswith(tuple(here))]
+    make, pip = others  # the first is what runs these tests and, after them, the demo
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {line.split()[1] for line in make.splitlines()} <= targets
+    assert pip.startswith("pip install")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page: str):
+    text = PAGES[page]
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert {name for names in re.findall(r"pip install '\.\[(.*?)\]'", text) for name in names.split(",")} <= extras
+
+    code = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    tops = "jaxpack/", "torch_bridge/", "tests/", "benchmarks/", "docs/", "notebooks/"
+    named = {path for path in code if path.startswith(tops) and " " not in path}
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+    commands = typer.main.get_command(cli.app).commands.values()
+    options = [option for known in commands for option in known.params]
+    scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    flags = {"--help", *re.findall(r'add_argument\("(--[a-z-]+)"', scripts)}
+    flags |= {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - flags == set()
+
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, page, "exec")
