@@ -26,10 +26,23 @@ def require_one(data: Path | None, lengths: Path | None) -> None:
 
 
 def read_documents(
-    model: str, data: Path | None, lengths: Path | None, *, drawn: int | None = None, text_field: str = "text"
+    model: str,
+    data: Path | None,
+    lengths: Path | None,
+    *,
+    drawn: int | None = None,
+    text_field: str = "text",
+    assistant_only_loss: bool = True,
 ) -> tuple[ModelConfig, Tokenizer | None, Documents]:
     """The model's config and tokenizer, and the documents: tokenised, or so many that are drawn (None: as counted)."""
     config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
     if lengths is not None:
         return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)
-    return config, tokenizer, load_documents(data, tokenizer, vocab_size=config.vocab_size, text_field=text_field)
+    documents = load_documents(
+        data,
+        tokenizer,
+        vocab_size=config.vocab_size,
+        text_field=text_field,
+        assistant_only_loss=assistant_only_loss,
+    )
+    return config, tokenizer, documents
