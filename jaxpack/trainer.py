@@ -193,6 +193,7 @@ class Trainer:
     Attributes:
       checkpoint: the one that the run goes on from, or None.
       in_place: whether the run continues that of `output_dir`, which may have been stopped before its first checkpoint.
+      progress: what `train()` has measured so far, of steps that are done, those before a resume among them.
 
     Reading, tokenising and planning happen here, so that what is wrong with the input shows before training starts.
 
@@ -221,6 +222,7 @@ class Trainer:
         )
         if output is not None and not self.in_place and (output / METRICS).exists():
             raise InputError(f"`output_dir` must be without {METRICS}, got {config.output_dir!r} with one.")
+        self.progress = Progress()
         self.documents = self._load(train_dataset)
         self.batches = Batches(self.documents, config)
         self.eval_documents = self.eval_batches = None
@@ -255,7 +257,8 @@ class Trainer:
         plan = self._plan(run)
         for line in plan:
             console.print(line)
-        progress, checkpoints = self._resume(run)
+        checkpoints = self._resume(run)
+        progress = self.progress
         if cache.folder is not None:
             size = size_of(cache.folder) / 2**20
             console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")
@@ -311,16 +314,16 @@ class Trainer:
         every = self.config.save_steps if self.config.eval_steps is None else self.config.eval_steps
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
 
-    def _resume(self, run: Run) -> tuple[Progress, Checkpoints | None]:
-        """What the run has behind it, and where it is saved."""
-        config, progress, checkpoints = self.config, Progress(), None
+    def _resume(self, run: Run) -> Checkpoints | None:
+        """Sets `progress` to what the run has behind it; where it is saved."""
+        config, checkpoints, self.progress = self.config, None, Progress()
         if config.output_dir is None and self.checkpoint is None:
-            return progress, None
+            return None
         datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
         identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
         notes = notes_of(run.remat, config.implementation)
         if self.checkpoint is not None:
-            progress = run.resume(self.checkpoint, identity, notes)
+            self.progress = run.resume(self.checkpoint, identity, notes)
             console.print(f"goes on from {self.checkpoint}: {run.started:,} of {self.batches.num_steps:,} steps done")
         elif config.resume_from_checkpoint is not None:
             console.print(f"no checkpoint in {config.output_dir}: starts from the beginning")
@@ -328,7 +331,7 @@ class Trainer:
             checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes)
             when = f"every {config.save_steps:,} steps and at the end" if config.save_steps else "when it is stopped"
             console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")
-        return progress, checkpoints
+        return checkpoints
 
     def _plan(self, run: Run) -> list[str]:
         """What is trained on what, in a few lines."""

@@ -127,22 +127,26 @@ def train(
         else:
             torch_bridge.save_adapter(trainer.model, path)
 
-    stopped = None
+    def save() -> None:
+        with errors_name(path="output"):
+            _save(lambda path: replace_folder(write, path), trained)
+
     try:
         result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
-        evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
-        console.print(
-            f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {result.tokens_per_second:,.0f}"
-            f" tokens/s, {result.compile_seconds:.1f} s of compilation, peak memory"
-            f" {result.peak_memory_bytes / 2**30:.2f} GiB"
-        )
-    except (KeyboardInterrupt, SystemExit) as error:
-        console.print("interrupted: what is trained so far is saved")
-        stopped = error
-    with errors_name(path="output"):
-        _save(lambda path: replace_folder(write, path), trained)
-    if stopped is not None:
-        raise stopped
+    except (KeyboardInterrupt, SystemExit):
+        if trainer.progress.losses:
+            console.print("interrupted: what is trained so far is saved")
+            save()
+        else:
+            console.print("interrupted before a step was done: there is nothing to save")
+        raise
+    evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
+    console.print(
+        f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {result.tokens_per_second:,.0f}"
+        f" tokens/s, {result.compile_seconds:.1f} s of compilation, peak memory"
+        f" {result.peak_memory_bytes / 2**30:.2f} GiB"
+    )
+    save()
 
 
 def _save(write: Callable[[Path], None], path: Path) -> None:

@@ -20,6 +20,7 @@ from jaxpack import cli
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.packing import PackedBatch
+from jaxpack.trainer import Run
 from torch_bridge.convert import model_tensors
 
 RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}
@@ -116,7 +117,7 @@ def test_an_interrupt_saves_what_is_trained_so_far(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "interrupted: what is trained so far is saved" in capsys.readouterr().err
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     whole = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
     assert saved.keys() == whole.keys()
@@ -124,6 +125,18 @@ def test_an_interrupt_saves_what_is_trained_so_far(
         if "lora_B" in name:
             assert np.abs(tensor).max() > 0  # two steps
             assert (tensor != whole[name]).any()  # and not three
+
+
+def test_an_interrupt_before_a_step_is_done_leaves_the_folder_to_the_next_run(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_status: Callable, capsys: Any
+) -> None:
+    def interrupt(run: Run, cache: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "compile", interrupt)
+    assert exit_status("train", *inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, *ADAPTER) == 130
+    assert "interrupted before a step was done: there is nothing to save" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_step(adapter_run: Path) -> None:
