@@ -29,12 +29,11 @@ app.command()(demo)
 
 
 def main() -> None:
-    """Runs a command. Bad input ends in one sentence and status 2; a fault of jaxpack keeps its traceback."""
+    """Runs a command. Bad input ends in one sentence and status 2, Ctrl-C, by typer, in status 130; a fault of jaxpack
+    keeps its traceback.
+    """
     try:
         app()
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted", style="red")
-        sys.exit(130)
