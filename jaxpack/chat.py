@@ -252,7 +252,7 @@ class ChatTemplate:
             tags = "its {% generation %} tags" if tagged else "{% generation %} and {% endgeneration %}"
             raise InputError(
                 f"The chat template must show what of its text the assistant writes, but {why}, in {where}: put {tags}"
-                " around that in the template, or train `messages` on every token with `assistant_only_loss` off."
+                " around that in the template, or train on every token of `messages` with `assistant_only_loss` off."
             ) from None
         if spans:
             self.endless += not text[: spans[-1][1]].rstrip().endswith(self._tokens)

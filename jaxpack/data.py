@@ -97,8 +97,8 @@ def load_documents(
     - `messages` (or `conversations`), of `role` and `content`, or of ShareGPT's `from` and `value`: through the
       tokenizer's chat template, trained on what the assistant writes and on the token that ends its turn. `tools`, a
       list or JSON of one, `system` and `chat_template_kwargs` of the row go with them.
-    - `prompt` and `completion`, two strings, trained on the completion alone, or two lists of messages, trained on the
-      assistant's turns in the completion.
+    - `prompt` and `completion`, two strings, trained on the completion alone, or two lists of messages, trained on what
+      the assistant writes in the completion.
     - `text` (or what `text_field` names): every token is trained on.
     - `instruction`, optionally `input`, and `output`: a question and an answer through the chat template, as above,
       or, where the tokenizer has none, prompt and completion in Alpaca's words.
@@ -112,7 +112,8 @@ def load_documents(
       tokenizer: a fast Hugging Face tokenizer; None will do for rows of `input_ids`.
       vocab_size: token ids from here on are refused.
       text_field: the key of the plain-text format.
-      assistant_only_loss: False trains on every token of `messages`, `conversations` and questions and answers.
+      assistant_only_loss: False trains on every token of `messages`, of `conversations`, of a completion of messages,
+        and of questions and answers.
 
     Raises:
       InputError: the dataset is empty or unreadable, or a row is, or no row has a token to learn, or a chat template
@@ -312,7 +313,7 @@ def _encoder(
             f"`tokenizer` must be given for rows without `input_ids`, got None and a row of {sorted(first)}."
         )
 
-    def chats(read: Callable[[Rows, int], list[Conversation]], assistant_only: bool = True) -> Encoder:
+    def chats(read: Callable[[Rows, int], list[Conversation]]) -> Encoder:
         def encode(rows: Rows, begin: int) -> Encoded:
             if where.of_arrow:
                 rows = without_none(list(rows))
@@ -325,7 +326,7 @@ def _encoder(
 
     key = "messages" if "messages" in first else "conversations"
     if key in first:
-        return chats(lambda rows, begin: _read_messages(rows, begin, key, where), assistant_only)
+        return chats(lambda rows, begin: _read_messages(rows, begin, key, where))
     if "prompt" in first and "completion" in first:
         kind = type(first["prompt"])
         if kind is list:
@@ -338,7 +339,7 @@ def _encoder(
         console.print(f"rows of instruction and output are asked {asked}")
         if template is None:
             return lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where)
-        return chats(lambda rows, begin: _read_instructions(rows, begin, where), assistant_only)
+        return chats(lambda rows, begin: _read_instructions(rows, begin, where))
     formats = (
         f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{text_field}`, or `instruction` and"
         " `output`"
@@ -410,6 +411,10 @@ def _encode_completions(
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     prompt_ids = _tokenize(prompts, begin, tokenizer, where)["input_ids"]
     whole_ids = [_with_eos(ids, tokenizer) for ids in _tokenize(whole, begin, tokenizer, where)["input_ids"]]
+    return _after_prompts(prompt_ids, whole_ids, where)
+
+
+def _after_prompts(prompt_ids: list[list[int]], whole_ids: list[list[int]], where: _Where) -> Encoded:
     for prompt, ids in zip(prompt_ids, whole_ids, strict=True):
         # A token may straddle the border: then it is trained on, with the completion.
         prefix = common_prefix(prompt, ids)
@@ -449,9 +454,13 @@ def _encode_chats(
 ) -> Encoded:
     options = {"add_special_tokens": False}  # the template has written them
     if not assistant_only:
-        texts = [template.write(conversation, where(row)) for row, conversation in enumerate(conversations, begin)]
-        for ids in _tokenize(texts, begin, tokenizer, where, **options)["input_ids"]:
-            yield ids, ids
+        prompts, texts = [], []
+        for row, conversation in enumerate(conversations, begin):
+            asked = dataclasses.replace(conversation, messages=conversation.messages[: conversation.prompt])
+            prompts.append(template.write_question(asked, where(row)) if asked.messages else "")
+            texts.append(template.write(conversation, where(row)))
+        ids = [_tokenize(some, begin, tokenizer, where, **options)["input_ids"] for some in (prompts, texts)]
+        yield from _after_prompts(*ids, where)
         return
     if not getattr(tokenizer, "is_fast", True):
         raise InputError(

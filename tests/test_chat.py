@@ -389,6 +389,18 @@ def test_prompt_and_completion_train_on_the_completions_turns_alone() -> None:
                 assert whole(documents, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_every_token_of_a_completion_is_trained_on_where_that_is_asked(style: str) -> None:
+    tokenizer = STYLES[style].tokenizer()
+    messages = chat("a", "b", "c", "d", "e", "f")
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    documents = load([row], tokenizer, assistant_only_loss=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    asked = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    assert whole(documents, tokenizer) == text
+    assert trained(documents, tokenizer) == [text.removeprefix(asked)] != [text]
+
+
 SHAREGPT = {
     "conversations": [
         {"from": "system", "value": "be"},
