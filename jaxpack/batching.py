@@ -15,6 +15,7 @@ from jaxpack.errors import InputError
 from jaxpack.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
 
 MAX_SHAPES = 4
+MAX_STEPS = 10_000_000  # of a run: what is known of each before the first has its room in memory
 _LANES = 128  # T is a multiple of this
 _MAX_SIZES = 1024  # distinct row lengths to choose from; more are rounded up further
 
@@ -56,31 +57,32 @@ class Batches:
         self.num_rows = len(self._rows)
         self.rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
-        whole_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        self.num_steps = config.max_steps if config.max_steps > 0 else whole_epochs
+        name = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+        steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * self.steps_per_epoch
+        if steps > MAX_STEPS:
+            raise InputError(f"`{name}` must come to at most {MAX_STEPS:,} steps, got {getattr(config, name):,}.")
+        self.num_steps = math.ceil(steps)
 
         lengths = self._rows.row_lengths
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
         self.targets_per_epoch = int(row_targets.sum())
-        used, segments, targets = [], [], []
-        for which in map(self._which, range(self.num_steps)):
-            used.append(np.where(which >= 0, lengths[which], 0))
-            # The most documents in a row.
+        # Of each step: its tokens, the longest row, and the most documents and targets in a row and a micro-batch.
+        self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
+        for step in range(self.num_steps):
+            which = self._which(step)
             real = which >= 0
-            segments.append(int(real.sum(axis=1).max() if self._end_to_end else row_segments[which[real]].max()))
-            targets.append(np.where(which >= 0, row_targets[which], 0).sum(axis=1).max())
-        self.tokens_per_step = np.array([step.sum() for step in used])
-        if self._end_to_end:
-            needed = np.array([step.sum(axis=1).max() for step in used])
-        else:
-            needed = np.array([step.max() for step in used])
+            used = np.where(real, lengths[which], 0)
+            self.tokens_per_step[step] = used.sum()
+            needed[step] = used.sum(axis=1).max() if self._end_to_end else used.max()
+            segments[step] = real.sum(axis=1).max() if self._end_to_end else row_segments[which[real]].max()
+            targets[step] = np.where(real, row_targets[which], 0).sum(axis=1).max()
         if config.packing:
             needed[:] = needed.max()  # packed rows are full: one shape
         buckets = choose_buckets(needed)
         self.row_lengths = buckets[np.searchsorted(buckets, needed)]
         self.limits = {}
         for T in buckets:
-            most_segments, most_targets = (int(np.array(x)[self.row_lengths == T].max()) for x in (segments, targets))
+            most_segments, most_targets = (int(x[self.row_lengths == T].max()) for x in (segments, targets))
             self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // _LANES)) * _LANES)
 
     @property
@@ -171,13 +173,14 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     out of 2^64 are hardly ever equal, and the lower row comes first where they are. NumPy does not promise that its
     own permutations stay as they are, and a run that is resumed must find the order that it began with.
     """
-    start = int(_splitmix64(seed, epoch + 1)[epoch])
+    start = int(_splitmix64(seed, 1, skip=epoch)[0])
     return np.argsort(_splitmix64(start, num_rows), kind="stable")
 
 
-def _splitmix64(seed: int, count: int) -> np.ndarray:
-    """The first `count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195), uint64 `[count]`."""
-    z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, count + 1, dtype=np.uint64)
+def _splitmix64(seed: int, count: int, *, skip: int = 0) -> np.ndarray:
+    """`count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195) after the first `skip`, uint64."""
+    places = np.arange(skip + 1, skip + count + 1, dtype=np.uint64)
+    z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * places
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

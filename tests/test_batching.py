@@ -115,6 +115,11 @@ def test_the_order_is_one_for_all_versions_of_numpy():
     assert sorted(_order(2**70 + 1, 5, 1000)) == list(range(1000))
 
 
+def test_the_order_of_a_late_epoch_takes_no_longer():
+    assert _splitmix64(7, 2, skip=3).tolist() == _splitmix64(7, 5).tolist()[3:]
+    assert sorted(_order(7, 2**40, 10)) == list(range(10))  # what comes before would be terabytes
+
+
 def test_rows_meet_others_in_every_epoch():
     """Places are as good as independent from epoch to epoch and from seed to seed: no correlation beyond chance."""
     places = [np.argsort(_order(seed, epoch, 4000)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
@@ -153,6 +158,12 @@ def test_a_max_length_that_leaves_nothing_to_learn_is_refused():
 def test_max_steps_overrides_epochs():
     assert len(Batches(random_documents(LENGTHS), TrainConfig(max_steps=7))) == 7
     assert len(Batches(random_documents(LENGTHS), TrainConfig(num_train_epochs=0.5))) == 7  # of 13
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_steps", 10**12), ("num_train_epochs", 1e12)])
+def test_more_steps_than_can_be_planned_are_refused(name, value):
+    with pytest.raises(InputError, match=f"`{name}` must come to at most 10,000,000 steps, got 1,000,000,000,000"):
+        Batches(random_documents(LENGTHS), TrainConfig(**{name: value}))
 
 
 @pytest.mark.parametrize("seed", range(20))
