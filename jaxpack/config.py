@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from jaxpack.errors import InputError
 
@@ -236,6 +239,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_seed(self.seed)
         _check(self.r >= 1, "r", "must be at least 1", self.r)
         _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
@@ -353,14 +357,15 @@ class TrainConfig:
             whole = type(self.eval_steps) is int and self.eval_steps >= 1
             _check(whole, "eval_steps", "must be a whole number of at least 1, or None", self.eval_steps)
         if self.resume_from_checkpoint is not None:
-            given = isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint
-            _check(given, "resume_from_checkpoint", "must be a folder or 'latest'", self.resume_from_checkpoint)
+            resumed = self.resume_from_checkpoint
+            _check(resumed != "", "resume_from_checkpoint", "must be a folder or 'latest'", resumed)
             _check(
                 self.resume_from_checkpoint != "latest" or self.output_dir is not None,
                 "resume_from_checkpoint",
                 "must be a folder where there is no `output_dir`",
                 self.resume_from_checkpoint,
             )
+        _check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
         _check(
             self.max_steps > 0 or self.max_steps == -1,
             "max_steps",
@@ -369,7 +374,8 @@ class TrainConfig:
         )
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             _check(_is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "save_steps"):
+        _check_seed(self.seed)
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_steps"):
             value = getattr(self, name)
             _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2"):
@@ -382,9 +388,7 @@ class TrainConfig:
                 self.warmup_steps,
             )
         folder = self.compilation_cache_dir
-        _check(
-            isinstance(folder, str) and folder, "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder
-        )
+        _check(folder != "", "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder)
         if self.memory_limit is not None:
             _check(_is_positive(self.memory_limit), "memory_limit", "must be a positive number", self.memory_limit)
             _check(self.remat == "auto", "memory_limit", "must be None unless `remat` is 'auto'", self.memory_limit)
@@ -427,9 +431,9 @@ class GenerateConfig:
         _check_types(self)
         for name in ("max_new_tokens", "batch_size"):
             _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
-        for name in ("temperature", "seed"):
-            value = getattr(self, name)
-            _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
+        _check_seed(self.seed)
+        value = self.temperature
+        _check(value == 0 or _is_positive(value), "temperature", "must be 0 or a positive number", value)
         k, p = self.top_k, self.top_p
         _check(k is None or (type(k) is int and k >= 1), "top_k", "must be a whole number of at least 1", k)
         _check(p is None or (_is_positive(p) and p <= 1), "top_p", "must be in (0, 1]", p)
@@ -470,15 +474,28 @@ def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, A
 
 
 def _check_types(config: Any) -> None:
-    """Every plain field holds what it says: Python would take 2.5 rows, or "no" for true."""
+    """Every plain field holds what it says: Python would take 2.5 rows, or "no" for true. What NumPy has for a number
+    becomes Python's, and a path text.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(value, np.generic | os.PathLike):
+            value = value.item() if isinstance(value, np.generic) else os.fspath(value)
+            object.__setattr__(config, field.name, value)
         if field.type is int:
             _check(type(value) is int, field.name, "must be a whole number", value)
         elif field.type is float:
             _check(type(value) in (int, float), field.name, "must be a number", value)
         elif field.type is bool:
             _check(type(value) is bool, field.name, "must be true or false", value)
+        elif field.type is str:
+            _check(isinstance(value, str), field.name, "must be text", value)
+        elif field.type == str | None:
+            _check(value is None or isinstance(value, str), field.name, "must be text or None", value)
+
+
+def _check_seed(seed: int) -> None:
+    _check(0 <= seed < 2**32, "seed", "must be in [0, 2**32)", seed)
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,8 +1,11 @@
 """Configuration is checked when it is made: types first, then ranges, each error with argument, rule and value."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.config import GenerateConfig, LoraConfig, TrainConfig
 from jaxpack.errors import InputError
 
 
@@ -26,8 +29,16 @@ from jaxpack.errors import InputError
         (TrainConfig, "memory_limit", "40", "a positive number"),
         (TrainConfig, "remat", "some", "one of"),
         (TrainConfig, "warmup_steps", -1, "0 or a positive number"),
-        (TrainConfig, "compilation_cache_dir", None, "a folder, 'auto' or 'none'"),
+        (TrainConfig, "compilation_cache_dir", None, "text"),
         (TrainConfig, "compilation_cache_dir", "", "a folder, 'auto' or 'none'"),
+        (TrainConfig, "output_dir", 5, "text or None"),
+        (TrainConfig, "resume_from_checkpoint", 5, "text or None"),
+        (TrainConfig, "resume_from_checkpoint", "", "a folder or 'latest'"),
+        (TrainConfig, "dataset_text_field", None, "text"),
+        (TrainConfig, "seed", -1, r"in \[0, 2\*\*32\)"),
+        (TrainConfig, "seed", 10**30, r"in \[0, 2\*\*32\)"),
+        (LoraConfig, "seed", 2**32, r"in \[0, 2\*\*32\)"),
+        (GenerateConfig, "seed", 10**30, r"in \[0, 2\*\*32\)"),
         (TrainConfig, "report_to", "comet", "'none' or among"),
         (TrainConfig, "report_to", ["wandb", "none"], "'none' or among"),
         (TrainConfig, "report_to", 3, "'none' or among"),
@@ -41,6 +52,25 @@ def test_a_wrong_value_is_refused_by_name(config, field, value, rule):
     with pytest.raises(InputError, match=f"`{field}` must .*{rule}.*, got ") as refused:
         config(**{field: value})
     assert str(refused.value).endswith(f"got {value!r}.")
+
+
+def test_scalars_of_numpy_and_paths_are_taken_for_what_they_hold():
+    given = {
+        "max_length": np.int64(64),
+        "learning_rate": np.float32(0.5),
+        "packing": np.True_,
+        "eval_steps": np.int32(3),
+    }
+    config = TrainConfig(**given, output_dir=Path("here"), resume_from_checkpoint=Path("there"))
+    plain = {"max_length": 64, "learning_rate": 0.5, "packing": True, "eval_steps": 3}
+    assert config == TrainConfig(**plain, output_dir="here", resume_from_checkpoint="there")
+    assert [type(getattr(config, name)) for name in plain] == [int, float, bool, int]  # which JSON has, too
+    assert type(config.output_dir) is str
+
+
+def test_padded_batches_are_refused_with_packing():
+    with pytest.raises(InputError, match="`padding_free` must be true with `packing`, got False"):
+        TrainConfig(packing=True, padding_free=False)
 
 
 def test_a_schedule_that_would_ignore_its_warm_up_is_refused():

@@ -319,7 +319,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(plain, given):
         ([[1]], {"temperature": 1.0, "top_k": 0}, "`top_k` must be a whole number of at least 1, got 0."),
         ([[1]], {"top_k": 3}, "`top_k` must be None unless `temperature` is above 0, got 3."),
         ([[1]], {"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
-        ([[1]], {"seed": -1}, "`seed` must be 0 or a positive number, got -1."),
+        ([[1]], {"seed": -1}, "`seed` must be in [0, 2**32), got -1."),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ def batches(packing: bool = True, accumulation: int = 1) -> Batches:
     config = TrainConfig(
         max_length=96,
         packing=packing,
-        padding_free=False,
+        padding_free=packing,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=1,
