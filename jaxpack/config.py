@@ -214,6 +214,9 @@ class ModelConfig:
         return self.local_layers or self.num_layers * (True,)
 
 
+_SAVE_STEPS = 500
+
+
 def _option(default: Any, meaning: str) -> Any:
     """A field that a user sets: its default, and what it means, in the words of `--help`."""
     return dataclasses.field(default=default, metadata={"help": meaning})
@@ -305,9 +308,9 @@ class TrainConfig:
         None, "Steps between two evaluations, and one after the last step; None takes those of save_steps."
     )
     save_steps: int = _option(
-        500,
-        "Steps between two checkpoints, and one after the last step; 0 saves that of a run that is stopped (Ctrl-C, "
-        "SIGTERM) and no other.",
+        _SAVE_STEPS,
+        "Steps between two checkpoints, and one after the last step; the default is rounded up to a multiple of "
+        "eval_steps; 0 saves that of a run that is stopped (Ctrl-C, SIGTERM) and no other.",
     )
     save_total_limit: int = _option(2, "The last checkpoints that are kept; that of the lowest eval loss is kept, too.")
     resume_from_checkpoint: str | None = _option(
@@ -405,6 +408,12 @@ class TrainConfig:
         if self.packing:
             return "packed"
         return "padding-free" if self.padding_free else "padded"
+
+    @property
+    def steps_between_saves(self) -> int:
+        """`save_steps`, whose default is rounded up to a multiple of `eval_steps`: each checkpoint has an eval loss."""
+        is_rounded = self.eval_steps is not None and self.save_steps == _SAVE_STEPS
+        return -(-self.save_steps // self.eval_steps) * self.eval_steps if is_rounded else self.save_steps
 
     def in_layout(self, layout: Layout, rows: int) -> "TrainConfig":
         """The same run in another layout, with micro-batches of so many packed rows or documents."""

@@ -269,7 +269,7 @@ class Trainer:
         log = _Log(config, batches, run.schedule, start, progress, reports)
 
         def saves(step: int) -> bool:
-            every = 0 if checkpoints is None else config.save_steps
+            every = 0 if checkpoints is None else config.steps_between_saves
             return every > 0 and (step % every == 0 or step == batches.num_steps)
 
         def pauses(step: int) -> bool:
@@ -329,7 +329,8 @@ class Trainer:
             console.print(f"no checkpoint in {config.output_dir}: starts from the beginning")
         if config.output_dir is not None:
             checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes)
-            when = f"every {config.save_steps:,} steps and at the end" if config.save_steps else "when it is stopped"
+            every = config.steps_between_saves
+            when = f"every {every:,} steps and at the end" if every else "when it is stopped"
             console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")
         return checkpoints
 
@@ -420,7 +421,7 @@ def _check_evaluation(config: TrainConfig, given: bool) -> None:
         return
     if not given:
         raise InputError(f"`eval_steps` must be None without an `eval_dataset`, got {every}.")
-    if config.output_dir is not None and config.save_steps % every:
+    if config.output_dir is not None and config.steps_between_saves % every:
         raise InputError(
             f"`save_steps` must be a multiple of `eval_steps` ({every}), so that it is known which checkpoint is the "
             f"best, got {config.save_steps}."

@@ -78,6 +78,21 @@ def test_a_schedule_that_would_ignore_its_warm_up_is_refused():
         TrainConfig(lr_scheduler_type="constant", warmup_steps=3)
 
 
+@pytest.mark.parametrize(
+    ("given", "every"),
+    [
+        ({}, 500),
+        ({"eval_steps": 30}, 510),
+        ({"eval_steps": 1000}, 1000),
+        ({"eval_steps": 30, "save_steps": 60}, 60),
+        ({"eval_steps": 30, "save_steps": 40}, 40),  # which the trainer refuses
+        ({"eval_steps": 30, "save_steps": 0}, 0),
+    ],
+)
+def test_the_default_of_save_steps_gives_way_to_evaluations(given, every):
+    assert TrainConfig(**given).steps_between_saves == every
+
+
 def test_a_memory_limit_that_nothing_would_read_is_refused():
     with pytest.raises(InputError, match="`memory_limit` must be None unless `remat` is 'auto', got 40"):
         TrainConfig(memory_limit=40, remat="full")

@@ -242,7 +242,7 @@ def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
 
 
 def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
-    config = changed(SHORT, output_dir=str(tmp_path), eval_steps=3, save_steps=0, logging_steps=5)
+    config = changed(SHORT, output_dir=str(tmp_path), eval_steps=3, logging_steps=5)
     model, plain = (small_model("qwen3", lora=LORA) for _ in range(2))
     result = Trainer(model, None, ROWS, config, ROWS[:9]).train()
     expected = Trainer(plain, None, ROWS, SHORT).train()
@@ -259,6 +259,7 @@ def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
             assert record["eval_loss"] == result.evaluations[record["step"]]
             assert record["eval_perplexity"] == pytest.approx(np.exp(record["eval_loss"]))
     shown = capsys.readouterr().err
+    assert "saved every 501 steps and at the end" in shown
     assert f"step     6  eval loss {result.evaluations[6]:.4f}  perplexity {np.exp(result.evaluations[6]):.2f}" in shown
 
 

@@ -305,8 +305,8 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_dataset`", "got 5"]),
     "eval_data": (["--eval-data", "nowhere.jsonl"], ["eval_data", "existing file", "got 'nowhere.jsonl'"]),
     "eval_steps_between_saves": (
-        ["--eval-data", "/proc/version", "--eval-steps", "3"],
-        ["`save_steps` must be a multiple of `eval_steps` (3)", "got 500"],
+        ["--eval-data", "/proc/version", "--eval-steps", "3", "--save-steps", "100"],
+        ["`save_steps` must be a multiple of `eval_steps` (3)", "got 100"],
     ),
     "resume_from_no_checkpoint": (
         ["--resume-from-checkpoint", "/proc"],
