@@ -318,7 +318,7 @@ class TrainConfig:
         "The folder of a checkpoint to go on from, or latest: the newest in output_dir, or from the start without any.",
     )
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
-    dataset_text_field: str = _option("text", "Key of plain text in a row.")
+    dataset_text_field: str = _option("text", "Key of plain text; another than text is read whatever else rows have.")
     assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on every token.")
     remat: RematSetting = _option(
         "auto",

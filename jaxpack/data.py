@@ -28,6 +28,8 @@ from jaxpack.packing import IGNORE
 Record = Mapping[str, Any]
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
+TEXT_FIELD = "text"  # of rows of plain text, where no other is named
+
 _CHUNK = 1024  # rows handed to the tokenizer at a time; it spreads them over the cores
 
 
@@ -86,7 +88,7 @@ def load_documents(
     tokenizer: Tokenizer | None,
     *,
     vocab_size: int,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     assistant_only_loss: bool = True,
 ) -> Documents:
     """Reads and tokenises a dataset, with a progress bar.
@@ -99,7 +101,8 @@ def load_documents(
       list or JSON of one, `system` and `chat_template_kwargs` of the row go with them.
     - `prompt` and `completion`, two strings, trained on the completion alone, or two lists of messages, trained on what
       the assistant writes in the completion.
-    - `text` (or what `text_field` names): every token is trained on.
+    - `text` (or what `text_field` names): every token is trained on. Another name than this one is read whatever else
+      the rows have.
     - `instruction`, optionally `input`, and `output`: a question and an answer through the chat template, as above,
       or, where the tokenizer has none, prompt and completion in Alpaca's words.
 
@@ -111,7 +114,7 @@ def load_documents(
         that were loaded before are returned as they are.
       tokenizer: a fast Hugging Face tokenizer; None will do for rows of `input_ids`.
       vocab_size: token ids from here on are refused.
-      text_field: the key of the plain-text format.
+      text_field: the key of plain text.
       assistant_only_loss: False trains on every token of `messages`, of `conversations`, of a completion of messages,
         and of questions and answers.
 
@@ -306,12 +309,20 @@ def _encoder(
     where: _Where,
 ) -> Encoder:
     """Chooses the format by the first row: a function from rows, and the number of the first, to ids and labels."""
-    if "input_ids" in first:
+    is_chosen = text_field != TEXT_FIELD
+    if is_chosen and text_field not in first:
+        raise InputError(
+            f"`text_field` must be a field of the rows, got {text_field!r}, and {sorted(first)} in {where(0)}."
+        )
+    if "input_ids" in first and not is_chosen:
         return lambda rows, begin: _encode_ids(rows, begin, first.get("labels") is not None, where)
     if tokenizer is None:
         raise InputError(
-            f"`tokenizer` must be given for rows without `input_ids`, got None and a row of {sorted(first)}."
+            f"`tokenizer` must come with the model for rows without `input_ids`, got None, and {sorted(first)} in"
+            f" {where(0)}."
         )
+    if is_chosen:
+        return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
 
     def chats(read: Callable[[Rows, int], list[Conversation]]) -> Encoder:
         def encode(rows: Rows, begin: int) -> Encoded:
@@ -332,7 +343,7 @@ def _encoder(
         if kind is list:
             return chats(lambda rows, begin: _read_prompts(rows, begin, where))
         return lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, where)
-    if text_field in first:
+    if TEXT_FIELD in first:
         return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
     if "instruction" in first and "output" in first:
         asked = "in Alpaca's words, for the tokenizer has no chat template" if template is None else "as in a chat"
@@ -341,7 +352,7 @@ def _encoder(
             return lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where)
         return chats(lambda rows, begin: _read_instructions(rows, begin, where))
     formats = (
-        f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{text_field}`, or `instruction` and"
+        f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{TEXT_FIELD}`, or `instruction` and"
         " `output`"
     )
     raise InputError(f"A row must have {formats}, got {sorted(first)} in {where(0)}.")
