@@ -125,8 +125,6 @@ def load_documents(
     if isinstance(dataset, Documents):
         return _within(vocab_size, dataset)
     records, where = _read(dataset)
-    if not records:
-        raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
     template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) is not None else None
     encode = _encoder(records[0], tokenizer, template, text_field, assistant_only_loss, where)
     tokens: list[np.ndarray] = []
@@ -167,8 +165,6 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
       InputError: the dataset is empty or unreadable, or a row is; the message says which.
     """
     records, where = _read(dataset)
-    if not records:
-        raise InputError(f"The dataset must have at least one row, got none in {where.source}.")
     records = without_none(list(records)) if where.of_arrow else records
     return [_asked(record, row, where, chat) for row, record in enumerate(records)]
 
@@ -200,6 +196,8 @@ def _asked(record: Record, row: int, where: "_Where", chat: bool) -> str | Conve
 
 
 def _within(vocab_size: int, documents: Documents) -> Documents:
+    if not len(documents):
+        raise InputError("`dataset` must have at least one document, got none.")
     largest = max(int(array.max(initial=0)) for array in (documents.tokens, documents.labels))
     if largest >= vocab_size:
         raise InputError(f"Documents must have token ids below {vocab_size}, the model's vocabulary, got {largest}.")
@@ -251,15 +249,25 @@ class _Where:
 
 
 def _read(dataset: Dataset) -> tuple[Sequence[Record], _Where]:
-    if not isinstance(dataset, str | os.PathLike):
-        if isinstance(dataset, Mapping):  # a `datasets.DatasetDict`, most likely
-            raise InputError(f"`dataset` must be rows, such as one split, got a mapping of {sorted(dataset)}.")
-        records = list(dataset)
-        for row, record in enumerate(records):
-            if not isinstance(record, Mapping):
-                raise InputError(f"Every row must be a mapping, got {record!r:.80} in row {row} of the dataset.")
-        return records, _Where("the dataset", of_arrow=hasattr(dataset, "features"))  # a `datasets.Dataset`
-    path = Path(dataset)
+    records, where = _read_file(Path(dataset)) if isinstance(dataset, str | os.PathLike) else _read_rows(dataset)
+    if not records:
+        raise InputError(f"`dataset` must have at least one row, got none in {where.source}.")
+    return records, where
+
+
+def _read_rows(dataset: Iterable[Record]) -> tuple[Sequence[Record], _Where]:
+    if isinstance(dataset, Mapping):  # a `datasets.DatasetDict`, most likely
+        raise InputError(f"`dataset` must be rows, such as one split, got a mapping of {sorted(dataset)}.")
+    if not isinstance(dataset, Iterable):
+        raise InputError(f"`dataset` must be a file or an iterable of rows, got {dataset!r:.80}.")
+    records = list(dataset)
+    for row, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise InputError(f"Every row must be a mapping, got {record!r:.80} in row {row} of the dataset.")
+    return records, _Where("the dataset", of_arrow=hasattr(dataset, "features"))  # a `datasets.Dataset`
+
+
+def _read_file(path: Path) -> tuple[Sequence[Record], _Where]:
     if not path.is_file():
         raise InputError(f"`dataset` must be an existing file, got {str(path)!r}.")
     if path.suffix in (".jsonl", ".json"):
@@ -280,6 +288,8 @@ def _read_jsonl(path: Path) -> tuple[list[Record], _Where]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            if not records and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                raise InputError(f"`dataset` must be JSON Lines, an object a line, got {str(path)!r} with an array.")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 record = json.loads(text)
@@ -289,7 +299,7 @@ def _read_jsonl(path: Path) -> tuple[list[Record], _Where]:
                 )
                 raise InputError(f"Line {number} of {path} must be a JSON object, one row a line: {why}.") from error
             if not isinstance(record, dict):
-                raise InputError(f"Line {number} of {path} must be a JSON object, got {text[:80]!r}.")
+                raise InputError(f"Line {number} of {path} must be a JSON object, one row a line, got {text[:80]!r}.")
             records.append(record)
             lines.append(number)
     return records, _Where(str(path), lines)

@@ -1,5 +1,8 @@
 """The one error a user can cause."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """What was given cannot be done as asked.
@@ -13,3 +16,16 @@ def reason(error: BaseException) -> str:
     """What another library says is wrong, as the end of a sentence of ours: on one line, without its full stop."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()).rstrip(".")
+
+
+@contextlib.contextmanager
+def errors_name(**given: str) -> Iterator[None]:
+    """Has errors within name what a user gave (a flag, an argument) in place of the arguments that this became."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for argument, name in given.items():
+            message = message.replace(f"`{argument}`", f"`{name}`")
+        error.args = (message,)
+        raise

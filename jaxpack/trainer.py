@@ -35,7 +35,7 @@ from jaxpack.compilation_cache import ProgramCache, size_of
 from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, errors_name
 from jaxpack.lora import adapters
 from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
@@ -223,22 +223,25 @@ class Trainer:
         if output is not None and not self.in_place and (output / METRICS).exists():
             raise InputError(f"`output_dir` must be without {METRICS}, got {config.output_dir!r} with one.")
         self.progress = Progress()
-        self.documents = self._load(train_dataset)
+        with errors_name(dataset="train_dataset"):
+            self.documents = self._load(train_dataset)
         self.batches = Batches(self.documents, config)
         self.eval_documents = self.eval_batches = None
         if eval_dataset is not None:
             once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1}
-            self.eval_documents = self._load(eval_dataset)
+            with errors_name(dataset="eval_dataset"):
+                self.eval_documents = self._load(eval_dataset)
             self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once))
 
     def _load(self, dataset: Dataset) -> Documents:
-        return load_documents(
-            dataset,
-            self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
-            text_field=self.config.dataset_text_field,
-            assistant_only_loss=self.config.assistant_only_loss,
-        )
+        with errors_name(text_field="dataset_text_field"):
+            return load_documents(
+                dataset,
+                self.tokenizer,
+                vocab_size=self.model.config.vocab_size,
+                text_field=self.config.dataset_text_field,
+                assistant_only_loss=self.config.assistant_only_loss,
+            )
 
     def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
         """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress, and writes a

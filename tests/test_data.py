@@ -582,9 +582,32 @@ def test_a_broken_parquet_file_is_named(damage: str, tmp_path: Path) -> None:
     assert str(path) in message and "Parquet" in message
 
 
+def test_a_text_field_of_ones_own_comes_before_other_formats() -> None:
+    conversation = [turn("user", "hi"), turn("assistant", "yes")]
+    rows = [{"messages": conversation, "input_ids": [3, 4], "body": "ab", "text": "the"}]
+    assert [whole for whole, _ in texts(load(rows, text_field="body"))] == ["ab<eos>"]
+    assert tokens_of(load(rows), 0) == [3, 4]
+    said = refusal([{"messages": conversation}], CHAT, text_field="body")
+    assert said == "`text_field` must be a field of the rows, got 'body', and ['messages'] in row 0 of the dataset."
+
+
+@pytest.mark.parametrize("begin", ["[", "\n [", "\ufeff["], ids=["array", "indented", "byte_order_mark"])
+def test_a_json_array_is_told_from_json_lines(begin: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(begin + '\n  {"text": "ab"}\n]\n')
+    assert refusal(path) == f"`dataset` must be JSON Lines, an object a line, got '{path}' with an array."
+
+
+def test_what_has_no_rows_is_refused() -> None:
+    assert refusal(5) == "`dataset` must be a file or an iterable of rows, got 5."
+    assert (
+        refusal(load([{"input_ids": [3, 4]}])[np.arange(0)]) == "`dataset` must have at least one document, got none."
+    )
+
+
 def test_text_needs_a_tokenizer() -> None:
     message = refusal([{"text": "ab"}], None)
-    assert "`tokenizer`" in message and "None" in message and "['text']" in message
+    assert "`tokenizer` must come with the model" in message and "None" in message and "['text'] in row 0" in message
 
 
 @pytest.mark.parametrize("name", ["messages", "prompt_completion_messages"])

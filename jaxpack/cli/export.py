@@ -10,9 +10,8 @@ import typer
 from flax import nnx
 
 import torch_bridge
-from jaxpack.cli.options import errors_name
 from jaxpack.console import console
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, errors_name
 from jaxpack.files import require_new_folder, require_room
 
 

@@ -20,7 +20,7 @@ from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import GenerateConfig
 from jaxpack.console import console, visible
 from jaxpack.data import load_prompts, text_prompt
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, errors_name, reason
 from jaxpack.generation import generate_text
 
 
@@ -70,7 +70,11 @@ def generate(
         chat = tokenizer.chat_template is not None
         if chat:
             console.print("texts are asked as in a chat, by the tokenizer's template; `--no-chat` goes on from them")
-    asked = load_prompts(prompts, chat=chat) if prompts else [text_prompt(text, chat=chat) for text in prompt]
+    if prompts is None:
+        asked = [text_prompt(text, chat=chat) for text in prompt]
+    else:
+        with errors_name(dataset="prompts"):
+            asked = load_prompts(prompts, chat=chat)
 
     def write() -> list[str]:
         return generate_text(network, tokenizer, asked, **dataclasses.asdict(config))

@@ -1,16 +1,15 @@
 """Command-line flags from configuration dataclasses, so that a field, its default and its meaning are written once."""
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
 from jaxpack.config import GenerateConfig, LoraConfig, TrainConfig
-from jaxpack.errors import InputError
+from jaxpack.errors import errors_name
 
 Config = TypeVar("Config", TrainConfig, LoraConfig, GenerateConfig)
 
@@ -46,18 +45,6 @@ def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Con
     values = {field.name: flags.get(flag_of(field)) for field in dataclasses.fields(config)}
     with errors_name(**FLAG_OF):
         return config(**{name: value for name, value in values.items() if value is not None} | given)
-
-
-@contextlib.contextmanager
-def errors_name(**flags: str) -> Iterator[None]:
-    """Has errors within name the flags that a user gave, in place of the arguments that these became."""
-    try:
-        yield
-    except InputError as error:
-        message = str(error)
-        for argument, flag in flags.items():
-            message = message.replace(f"`{argument}`", f"`{flag}`")
-        raise InputError(message) from error
 
 
 def to_flags(config: TrainConfig | LoraConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch_bridge
 from jaxpack.bench.models import SHAPES, drawn_documents
 from jaxpack.config import ModelConfig
 from jaxpack.data import Documents, Tokenizer, load_documents
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, errors_name
 
 MODEL_HELP = f"A Hugging Face folder, or the shape of {', '.join(SHAPES)}, with random weights."
 DATA_HELP = "A JSONL or Parquet file, as for train."
@@ -38,11 +38,7 @@ def read_documents(
     config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
     if lengths is not None:
         return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)
-    documents = load_documents(
-        data,
-        tokenizer,
-        vocab_size=config.vocab_size,
-        text_field=text_field,
-        assistant_only_loss=assistant_only_loss,
-    )
+    options = {"text_field": text_field, "assistant_only_loss": assistant_only_loss}
+    with errors_name(dataset="data", text_field="dataset_text_field"):
+        documents = load_documents(data, tokenizer, vocab_size=config.vocab_size, **options)
     return config, tokenizer, documents

@@ -12,10 +12,10 @@ from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
-from jaxpack.cli.options import errors_name, flag_of, from_flags, to_flags, with_flags
+from jaxpack.cli.options import flag_of, from_flags, to_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, errors_name
 from jaxpack.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
 from jaxpack.lora import add_lora
 from jaxpack.reporting import require_libraries
@@ -25,6 +25,7 @@ _LORA_FLAGS = [
     flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"
 ]  # the run has one too
 _SETTINGS = "run.yaml"
+_FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # of the trainer's arguments
 
 
 def _read_settings(context: typer.Context, path: Path | None) -> Path | None:
@@ -102,7 +103,8 @@ def train(
         add_lora(network, lora)
     saved = jax.tree.leaves(nnx.state(network, nnx.Param if full_finetuning else nnx.LoRAParam))
     require_room(output, "output", sum(leaf.nbytes for leaf in saved))
-    trainer = Trainer(network, tokenizer, data, config, eval_data)
+    with errors_name(**_FLAG_OF):
+        trainer = Trainer(network, tokenizer, data, config, eval_data)
     if trainer.checkpoint is None or not trainer.in_place:
         require_free_folder(trained, "output")
 
@@ -132,7 +134,8 @@ def train(
             _save(lambda path: replace_folder(write, path), trained)
 
     try:
-        result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
+        with errors_name(**_FLAG_OF):
+            result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
     except (KeyboardInterrupt, SystemExit):
         if trainer.progress.losses:
             console.print("interrupted: what is trained so far is saved")

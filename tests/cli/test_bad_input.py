@@ -88,7 +88,8 @@ def jsonl(*rows: object) -> bytes:
 # What the data file holds (None: there is no file), and what the message says.
 BAD_DATA: dict[str, tuple[bytes | None, list[str]]] = {
     "missing": (None, ["`data`", "existing file", "rows.jsonl"]),
-    "empty": (b"", ["at least one row", "rows.jsonl"]),
+    "empty": (b"", ["`data` must have at least one row", "rows.jsonl"]),
+    "array": (b"[" + jsonl(GOOD[0]) + b"]", ["`data` must be JSON Lines", "rows.jsonl", "array"]),
     "not_json": (jsonl(GOOD[0], GOOD[1]) + b"\nthe cab\n" + jsonl(GOOD[2]), ["Line 4 of", "rows.jsonl", "JSON"]),
     "not_utf8": (jsonl(GOOD[0]) + '{"text": "é"}\n'.encode("latin-1"), ["Line 2 of", "rows.jsonl"]),
     "no_known_field": (jsonl({"question": "the", "answer": "cab"}), ["line 1 of", "'question'", "`text`"]),
@@ -302,7 +303,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "save_steps": (["--save-steps", "-1"], ["save_steps", "0 or a positive number", "got -1"]),
     "save_total_limit": (["--save-total-limit", "0"], ["save_total_limit", "at least 1", "got 0"]),
     "eval_steps": (["--eval-steps", "0"], ["eval_steps", "at least 1", "got 0"]),
-    "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_dataset`", "got 5"]),
+    "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_data`", "got 5"]),
     "eval_data": (["--eval-data", "nowhere.jsonl"], ["eval_data", "existing file", "got 'nowhere.jsonl'"]),
     "eval_steps_between_saves": (
         ["--eval-data", "/proc/version", "--eval-steps", "3", "--save-steps", "100"],
@@ -314,7 +315,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "report_to": (["--report-to", "tensorboard,comet"], ["report_to", "'wandb'", "got 'tensorboard,comet'"]),
     "config_of_no_known_kind": (["--config", "run.json"], ["`config`", ".yaml, .yml or .toml", "got 'run.json'"]),
-    "text_field": (["--dataset-text-field", "body"], ["`body`", "['text']"]),
+    "eval_data_of_no_known_kind": (["--eval-data", "/proc/version"], ["`eval_data` must end in .jsonl", "got '/proc"]),
+    "text_field": (["--dataset-text-field", "body"], ["`dataset_text_field` must be a field", "'body'", "['text']"]),
+    "padded": (["--no-padding-free"], ["`padding_free` must be true with `packing`", "got False"]),
+    "seed": (["--seed", str(10**30)], ["`seed` must be in [0, 2**32)", f"got {10**30}"]),
+    "endless": (["--max-steps", str(10**12)], ["`max_steps` must come to at most 10,000,000 steps", "got 1,000,000,"]),
 }
 
 

@@ -118,8 +118,9 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         ([], "`prompt` or `prompts` must be given, and not both, got none."),
         (["--prompt", "a", "--prompts", "{rows}"], "`prompt` or `prompts` must be given, and not both, got both."),
         (["--prompt", ""], "`prompt` must have text, got ''."),
+        (["--prompts", "/proc/version"], "`prompts` must end in .jsonl, .json or .parquet, got '/proc/version'."),
         (["--prompts", "nowhere.jsonl"], "`prompts` must be an existing file, got 'nowhere.jsonl'."),
-        (["--prompts", "{empty}"], "The dataset must have at least one row, got none in {empty}."),
+        (["--prompts", "{empty}"], "`prompts` must have at least one row, got none in {empty}."),
         (
             ["--prompts", "{rows}"],
             "A row must have `prompt`, `messages`, `conversations` or `instruction`, got ['text']",

@@ -50,10 +50,13 @@ def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
         ([], "`data` or `lengths` must be given, and not both, got none."),
         (["--data", "{data}", "--lengths", "{data}"], "`data` or `lengths` must be given, and not both, got both."),
         (["--data", "nowhere.jsonl"], "`data` must be an existing file, got 'nowhere.jsonl'."),
-        (["--data", "{empty}"], "The dataset must have at least one row, got none in {empty}."),
+        (["--data", "{empty}"], "`data` must have at least one row, got none in {empty}."),
         (["--lengths", "{data}"], "`lengths` must be a CSV file with numbers in the columns"),
         (["--data", "{data}", "--model", "nothing"], "`model` must be an existing folder"),
-        (["--data", "{data}", "--model", "Qwen3-4B"], "`tokenizer` must be given for rows without `input_ids`"),
+        (
+            ["--data", "{data}", "--model", "Qwen3-4B"],
+            "`tokenizer` must come with the model for rows without `input_ids`",
+        ),
         (["--data", "{data}", "--max-length", "1"], "`max_length` must be at least 2"),
         (["--data", "{data}", "--max-length", "2"], "`max_length` must leave at least one document a token to learn"),
         (["--data", "{data}", "--batch-size", "0"], "`per_device_train_batch_size` must be at least 1, got 0."),
@@ -81,7 +84,9 @@ def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(exit_stat
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
     assert exit_status("inspect", "--model", folder, "--data", data) == 2
     out, err = capfd.readouterr()
-    assert out == "" and "error: `tokenizer` must be given for rows without `input_ids`" in err.splitlines()[-1]
+    assert (
+        out == "" and "error: `tokenizer` must come with the model for rows without `input_ids`" in err.splitlines()[-1]
+    )
     data.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n")
     assert exit_status("inspect", "--model", folder, "--data", data, "--max-length", "64") == 0
     assert "5 [[6 7 ]]" in capfd.readouterr().out
