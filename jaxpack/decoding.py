@@ -4,6 +4,7 @@ It reads the modules of a model as they are, adapters unmerged, and computes wha
 attention of prompts is plain jnp: with one token a row, the time goes into reading the weights.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,9 +29,18 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(cls, model: Transformer, num_rows: int, size: int) -> "Cache":
-        config = model.config
-        shape = (config.num_layers, num_rows, size, config.num_kv_heads, config.head_dim)
+        shape = cls._shape(model, num_rows, size)
         return cls(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+    @classmethod
+    def bytes_of(cls, model: Transformer, num_rows: int, size: int) -> int:
+        """Bytes of an empty one."""
+        return 2 * math.prod(cls._shape(model, num_rows, size)) * model.dtype.itemsize
+
+    @staticmethod
+    def _shape(model: Transformer, num_rows: int, size: int) -> tuple[int, ...]:
+        config = model.config
+        return config.num_layers, num_rows, size, config.num_kv_heads, config.head_dim
 
     def put(
         self,

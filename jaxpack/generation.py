@@ -6,6 +6,7 @@ reads prompts, and one writes until every row has ended. Where a rope's angles d
 over all before it says.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ from jaxpack.console import progress_bar
 from jaxpack.data import Tokenizer
 from jaxpack.decoding import Cache, extend, prefill
 from jaxpack.errors import InputError
+from jaxpack.memory import available_host_bytes
 from jaxpack.rotary import last_length_alike
 from jaxpack.transformer import Transformer
 
@@ -49,11 +51,14 @@ def generate(
       The new tokens of each: `max_new_tokens`, or fewer where a stop token would be next.
 
     Raises:
-      InputError: options out of range, an empty prompt, ids outside the vocabulary, or more tokens than the model's
-        `max_position_embeddings`, beyond which only dynamic NTK is made to go.
+      InputError: options unknown or out of range, an empty prompt, ids outside the vocabulary, or more tokens than
+        memory has room for, or than the model's `max_position_embeddings`, beyond which only dynamic NTK is made to go.
     """
+    allowed = [field.name for field in dataclasses.fields(GenerateConfig)]
+    if unknown := [name for name in options if name not in allowed]:
+        raise InputError(f"Options must be among {', '.join(allowed)}, got {unknown[0]!r}.")
     config = GenerateConfig(**options)
-    _check_prompts(model, prompts, config.max_new_tokens)
+    _check_prompts(model, prompts, config)
     how = _How.of(config, stop_tokens)
     graph, state = nnx.split(model)
     written: dict[int, list[int]] = {}
@@ -93,33 +98,50 @@ def generate_text(
     Raises:
       InputError: as `generate` does; messages without a chat template, or that it refuses.
     """
-    ids = [_encode(prompt, tokenizer, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise InputError(f"`prompts` must be a list, of texts or of lists of messages, got {prompts!r:.80}.")
+    prompts = list(prompts)
+    ids = [_encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     if stop_tokens is None:
         answers = any(not isinstance(prompt, str) for prompt in prompts)
         stop_tokens = _stop_tokens(model, tokenizer, ChatTemplate(tokenizer) if answers else None)
     return [tokenizer.decode(tokens) for tokens in generate(model, ids, stop_tokens=stop_tokens, **options)]
 
 
-def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> None:
     vocab_size, longest = model.config.vocab_size, model.config.max_position_embeddings
     if any(isinstance(rope.scaling, DynamicRopeScaling) for rope in model.config.ropes):
         longest = None
-    for i, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, Iterable) or not all(isinstance(token, int | np.integer) for token in prompt):
-            raise InputError(f"`prompts` must be lists of token ids, got {prompt!r:.80} for prompt {i}.")
+            raise InputError(f"`prompts` must be lists of token ids, got {prompt!r:.80} for prompt {number}.")
         if not len(prompt):
-            raise InputError(f"`prompts` must have at least one token each, got none in prompt {i}.")
+            raise InputError(f"`prompts` must have at least one token each, got none in prompt {number}.")
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:
             raise InputError(
                 f"`prompts` must be of token ids in [0, {vocab_size}), the model's vocabulary, got {wrong[0]} in"
-                f" prompt {i}."
+                f" prompt {number}."
             )
-        if longest is not None and len(prompt) + max_new_tokens > longest:
+        if longest is not None and len(prompt) + config.max_new_tokens > longest:
             raise InputError(
                 f"`prompts` and `max_new_tokens` must come to at most {longest:,} tokens, the model's"
-                f" `max_position_embeddings`, got {len(prompt):,} in prompt {i} and {max_new_tokens:,}."
+                f" `max_position_embeddings`, got {len(prompt):,} in prompt {number} and {config.max_new_tokens:,}."
             )
+    num_rows = min(config.batch_size, len(prompts))
+    size = _rounded(max(map(len, prompts), default=0) + config.max_new_tokens)
+    needed, free = Cache.bytes_of(model, num_rows, size), _free_bytes()
+    if free is not None and needed > free:
+        raise InputError(
+            f"`max_new_tokens` must leave room for the keys and values of {num_rows:,} prompts, got"
+            f" {config.max_new_tokens:,}: {needed / 2**30:,.1f} GiB, of {free / 2**30:,.1f} GiB free."
+        )
+
+
+def _free_bytes() -> int | None:
+    """Where arrays go, on the GPU or, without one, the host; None where that is not known."""
+    statistics = jax.local_devices()[0].memory_stats()
+    return available_host_bytes() if statistics is None else statistics["bytes_limit"] - statistics["bytes_in_use"]
 
 
 def _rounded(length: int) -> int:
@@ -251,6 +273,8 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
         if ids and ids[-1] == eos and not prompt.endswith(tokenizer.decode([eos])):
             ids = ids[:-1]
     else:
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable | Conversation):
+            raise InputError(f"`prompts` must be texts or lists of messages, got {prompt!r:.80} for {where}.")
         conversation = prompt if isinstance(prompt, Conversation) else read_conversation({}, list(prompt), where)
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError(f"`tokenizer` must have a chat template for messages, got one without for {where}.")

@@ -14,7 +14,7 @@ from tokenizers_for_tests import EOS, TURN_ENDS, small_tokenizer
 
 import jaxpack
 from jaxpack import InputError, LoraConfig, Transformer, generate, generate_text
-from jaxpack.chat import ChatTemplate
+from jaxpack.chat import ChatTemplate, Conversation
 from jaxpack.config import DynamicRopeScaling, LongRopeScaling, RopeConfig
 from jaxpack.decoding import extend, prefill
 
@@ -305,12 +305,17 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(plain, given):
 @pytest.mark.parametrize(
     ("prompts", "options", "sentence"),
     [
-        ([[1], []], {"max_new_tokens": 1}, "`prompts` must have at least one token each, got none in prompt 1."),
-        (["the"], {}, "`prompts` must be lists of token ids, got 'the' for prompt 0."),
-        ([1, 2], {}, "`prompts` must be lists of token ids, got 1 for prompt 0."),
-        ([[1, 97]], {}, "`prompts` must be of token ids in [0, 97), the model's vocabulary, got 97 in prompt 0."),
-        ([[-1]], {}, "`prompts` must be of token ids in [0, 97), the model's vocabulary, got -1 in prompt 0."),
+        ([[1], []], {"max_new_tokens": 1}, "`prompts` must have at least one token each, got none in prompt 2."),
+        (["the"], {}, "`prompts` must be lists of token ids, got 'the' for prompt 1."),
+        ([1, 2], {}, "`prompts` must be lists of token ids, got 1 for prompt 1."),
+        ([[1, 97]], {}, "`prompts` must be of token ids in [0, 97), the model's vocabulary, got 97 in prompt 1."),
+        ([[-1]], {}, "`prompts` must be of token ids in [0, 97), the model's vocabulary, got -1 in prompt 1."),
         ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0."),
+        (
+            [[1]],
+            {"max_tokens": 3},
+            "Options must be among max_new_tokens, temperature, top_k, top_p, seed, batch_size, got 'max_tokens'.",
+        ),
         ([[1]], {"max_new_tokens": 1.5}, "`max_new_tokens` must be a whole number, got 1.5."),
         ([[1]], {"temperature": -0.5}, "`temperature` must be 0 or a positive number, got -0.5."),
         ([[1]], {"temperature": float("nan")}, "`temperature` must be 0 or a positive number, got nan."),
@@ -330,12 +335,31 @@ def test_what_is_refused(plain, prompts, options, sentence):
 
 
 def test_texts_beyond_what_the_model_is_made_for_are_refused():
-    with pytest.raises(InputError, match=r"at most 128 tokens.*`max_position_embeddings`, got 13 in prompt 1 and 116"):
+    with pytest.raises(InputError, match=r"at most 128 tokens.*`max_position_embeddings`, got 13 in prompt 2 and 116"):
         generate(make_model("qwen3"), [[1], PROMPTS[3]], max_new_tokens=116)
+
+
+def test_texts_that_memory_has_no_room_for_are_refused():
+    model = small_model("qwen3")  # which says nothing of how many tokens it is made for
+    for given in (10**11, 10**30):
+        message = (
+            rf"`max_new_tokens` must leave room for .* of 1 prompts, got {given:,}: [\d,.]+ GiB, of [\d,.]+ GiB free"
+        )
+        with pytest.raises(InputError, match=message):
+            generate(model, [[1]], max_new_tokens=given)
+
+
+@pytest.mark.parametrize("prompts", ["the cab", {"role": "user", "content": "the"}, Conversation([]), 5], ids=repr)
+def test_one_prompt_is_no_list_of_them(plain, prompts):
+    with pytest.raises(InputError, match="`prompts` must be a list, of texts or of lists of messages, got "):
+        generate_text(plain, small_tokenizer(), prompts)
+    if not isinstance(prompts, str | Conversation):
+        with pytest.raises(InputError, match=r"`prompts` must be texts or lists of messages, got .* for prompt 2\."):
+            generate_text(plain, small_tokenizer(), ["the", prompts])
 
 
 def test_prompts_that_cannot_be_written_are_refused(plain):
     with pytest.raises(InputError, match="`tokenizer` must have a chat template for messages, got one without"):
         generate_text(plain, small_tokenizer(), [[{"role": "user", "content": "the"}]])
-    with pytest.raises(InputError, match="`prompts` must have at least one token each, got '' for prompt 1"):
+    with pytest.raises(InputError, match="`prompts` must have at least one token each, got '' for prompt 2"):
         generate_text(plain, small_tokenizer(), ["the", ""])

@@ -127,7 +127,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         ),
         (
             ["--prompt", "a", "--chat"],
-            "`tokenizer` must have a chat template for messages, got one without for prompt 0.",
+            "`tokenizer` must have a chat template for messages, got one without for prompt 1.",
         ),
         (["--prompt", "a", "--temperature", "-1"], "`temperature` must be 0 or a positive number, got -1.0."),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "`top_p` must be in (0, 1], got 1.5."),
