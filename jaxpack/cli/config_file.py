@@ -135,9 +135,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                message = "a name must be text (text with braces in it needs quotes)"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             if key.value in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 

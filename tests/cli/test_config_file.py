@@ -143,6 +143,11 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "rank": ("rank_pattern: {q_proj: 1.5}", "yaml", ["`rank_pattern` must be whole numbers", "got 'q_proj=1.5'"]),
     "twice": ("seed: 1\nseed: 2", "yaml", ["YAML or TOML file", "'seed' is there twice", "line 2"]),
     "twice_in_toml": ("seed = 1\nseed = 2", "toml", ["YAML or TOML file", "overwrite a value"]),
+    "braces": (
+        "target_modules: {{ modules }}",
+        "yaml",
+        ["YAML or TOML file", "with braces in it needs quotes", "line 1"],
+    ),
     "empty": ("", "yaml", ["`config` must hold names with values", "with nothing"]),
     "empty_toml": ("# max_length = 64", "toml", ["`config` must hold names with values", "with nothing"]),
     "list": ("- max_length: 64", "yml", ["must hold names with values", "with [{'max_length': 64}]"]),
