@@ -18,6 +18,7 @@ from jaxpack.reporting import ABOUT, METRICS, Record, read_records
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_ABOUT = ("started", "after", "num_steps", "padding_share", "model", "device", "versions", "remat", "plan", "settings")
 REPORT, PICTURE = "report.md", "report.png"
 _TRAIN, _EVAL = "#0072B2", "#D55E00"
 
@@ -84,9 +85,13 @@ def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / ABOUT).read_bytes())
+        about = json.loads((folder / ABOUT).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"`folder` must hold {ABOUT}, got {str(folder)!r}: {reason(error)}.") from error
+    missing = [name for name in _ABOUT if not isinstance(about, dict) or name not in about]
+    if missing:
+        raise InputError(f"`folder` must hold {ABOUT} of a run, got {str(folder)!r}, without {', '.join(missing)}.")
+    return about
 
 
 def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: str) -> str:

@@ -153,6 +153,8 @@ def test_what_is_no_number_is_reported_as_that(copied: Path) -> None:
         ("metrics.jsonl", None, "`folder` must hold metrics.jsonl, got '{}': No such file or directory."),
         ("metrics.jsonl", "", "`folder` must hold metrics.jsonl with a record of a step, got '{}' with none."),
         ("about.json", None, "`folder` must hold about.json, got '{}': No such file or directory."),
+        ("about.json", "{}", "`folder` must hold about.json of a run, got '{}', without started, after, num_steps, "),
+        ("about.json", '["after"]', "`folder` must hold about.json of a run, got '{}', without started, after, "),
         ("about.json", "{", "`folder` must hold about.json, got '{}': Expecting property name"),
     ],
 )
