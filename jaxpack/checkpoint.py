@@ -228,12 +228,14 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if choice == LATEST:
         return newest
     path = None if choice is None else Path(choice)
-    if path is not None and steps_in(path / FOLDER):
-        path = path / FOLDER / str(steps_in(path / FOLDER)[-1])
+    for folder in (path / FOLDER, path) if path is not None else ():
+        if steps := steps_in(folder):
+            path = folder / str(steps[-1])
+            break
     if path is not None and not (path / _RUN).is_dir():
         raise InputError(
-            f"`resume_from_checkpoint` must be the folder of a checkpoint, or one that holds {FOLDER}/, or 'latest', "
-            f"got {choice!r}."
+            f"`resume_from_checkpoint` must be the folder of a checkpoint, of several, or of a run, or 'latest', got"
+            f" {choice!r}."
         )
     if newest is not None and (path is None or path.resolve() != newest.resolve()):
         raise InputError(

@@ -315,7 +315,8 @@ class TrainConfig:
     save_total_limit: int = _option(2, "The last checkpoints that are kept; that of the lowest eval loss is kept, too.")
     resume_from_checkpoint: str | None = _option(
         None,
-        "The folder of a checkpoint to go on from, or latest: the newest in output_dir, or from the start without any.",
+        "The folder of a checkpoint to go on from, or of a run, for its newest; or latest: the newest in output_dir, "
+        "or from the start without any.",
     )
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text; another than text is read whatever else rows have.")

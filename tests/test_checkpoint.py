@@ -105,7 +105,8 @@ def test_a_resumed_run_is_the_undisturbed_one(changes: dict, lora: LoraConfig | 
 
 def test_a_run_can_go_on_in_another_folder(stopped: Path, tmp_path: Path) -> None:
     checkpoint = stopped / "checkpoints" / "3"
-    assert trainer(tmp_path, resume_from_checkpoint=str(stopped)).checkpoint == checkpoint
+    for choice in (stopped, stopped / "checkpoints", checkpoint):
+        assert trainer(tmp_path, resume_from_checkpoint=str(choice)).checkpoint == checkpoint
     result = trainer(tmp_path, resume_from_checkpoint=str(checkpoint)).train()
     assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [6, 8]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [8]
