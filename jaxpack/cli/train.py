@@ -18,7 +18,7 @@ from jaxpack.console import console
 from jaxpack.errors import InputError, errors_name
 from jaxpack.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
 from jaxpack.lora import add_lora
-from jaxpack.reporting import require_libraries
+from jaxpack.reporting import METRICS, read_records, require_libraries
 from jaxpack.trainer import Trainer
 
 _LORA_FLAGS = [
@@ -106,6 +106,8 @@ def train(
     with errors_name(**_FLAG_OF):
         trainer = Trainer(network, tokenizer, data, config, eval_data)
     if trainer.checkpoint is None or not trainer.in_place:
+        if trainer.in_place and trained.exists() and (output / METRICS).exists():
+            _refuse_finished(output, trained, trainer.batches.num_steps)
         require_free_folder(trained, "output")
 
     settings = {
@@ -150,6 +152,15 @@ def train(
         f" {result.peak_memory_bytes / 2**30:.2f} GiB"
     )
     save()
+
+
+def _refuse_finished(output: Path, trained: Path, num_steps: int) -> None:
+    """A run that is done, and has saved no checkpoint, would be repeated by `latest`."""
+    if max((record["step"] for record in read_records(output)), default=0) == num_steps:
+        raise InputError(
+            f"`resume_from_checkpoint` must be of a run with steps left, got 'latest' in {str(output)!r}, whose run is"
+            f" finished: {num_steps:,} steps are done, and {trained} is what they trained."
+        )
 
 
 def _save(write: Callable[[Path], None], path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,16 @@ def test_an_interrupt_before_a_step_is_done_leaves_the_folder_to_the_next_run(
     assert exit_status("train", *inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, *ADAPTER) == 130
     assert "interrupted before a step was done: there is nothing to save" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_repeated(
+    inputs: Inputs, adapter_run: Path, tmp_path: Path, exit_status: Callable, capsys: Any
+) -> None:
+    output = shutil.copytree(adapter_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    flags = [*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER, "--resume-from-checkpoint", "latest"]
+    assert exit_status("train", *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"whose run is finished: 3 steps are done, and {output}/adapter is what they trained." in error
 
 
 def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_step(adapter_run: Path) -> None:
