@@ -41,8 +41,9 @@ def export(
     if not os.path.isdir(adapter):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
     base = torch_bridge.base_of(str(adapter)) if model is None else model
-    # As it is stored, so that each weight is rounded only once, when it is merged.
-    network, tokenizer = torch_bridge.from_pretrained(base, dtype="auto")
+    with errors_name(model="base_model_name_or_path" if model is None else "model"):  # as the adapter's config calls it
+        # As it is stored, so that each weight is rounded only once, when it is merged.
+        network, tokenizer = torch_bridge.from_pretrained(base, dtype="auto")
     torch_bridge.load_adapter(network, str(adapter))
     weights = nnx.state(network, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     written = sum(leaf.size for leaf in jax.tree.leaves(weights)) * jnp.dtype(dtype or "bfloat16").itemsize

@@ -63,7 +63,9 @@ def generate(
     """Generate text from a model, with its adapter or without."""
     config = from_flags(GenerateConfig, flags)
     _check_arguments(model, adapter, prompt, prompts, compare, output)
-    network, tokenizer = torch_bridge.from_pretrained(model or torch_bridge.base_of(str(adapter)), dtype=dtype)
+    base = torch_bridge.base_of(str(adapter)) if model is None else model
+    with errors_name(model="base_model_name_or_path" if model is None else "model"):  # as the adapter's config calls it
+        network, tokenizer = torch_bridge.from_pretrained(base, dtype=dtype)
     if tokenizer is None:
         raise InputError("`model` must have a tokenizer, got one without.")
     if chat is None:

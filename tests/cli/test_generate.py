@@ -167,6 +167,14 @@ def test_a_prompt_beyond_what_the_model_is_made_for(exit_status, base, tmp_path,
     assert sentence in capfd.readouterr().err
 
 
+def test_a_base_that_the_adapter_names_and_nobody_has(exit_status, adapter, tmp_path, capfd):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert exit_status("generate", "--adapter", tmp_path, "--prompt", "a") == 2
+    assert "error: `base_model_name_or_path` must be an existing folder" in capfd.readouterr().err
+
+
 def test_neither_model_nor_adapter(exit_status, capfd):
     assert exit_status("generate", "--prompt", "a") == 2
     assert capfd.readouterr().err == "error: `model` or `adapter` must be given, got none.\n"
