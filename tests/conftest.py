@@ -1,6 +1,8 @@
 """What all tests share: strict jax, shapes checked at every call, and small models of both families."""
 
 import importlib.util
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +40,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         jax.config.update("jax_compilation_cache_dir", None)
         yield home
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 4 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

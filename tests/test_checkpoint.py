@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,20 +300,6 @@ def test_what_cannot_be_saved_is_told_and_the_run_goes_on(
     assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [4, 8]
     shown = capsys.readouterr().err
     assert f"step 6 could not be saved in {tmp_path}/checkpoints/6: Not a directory; the run goes on" in shown
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 4 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("spare", [checkpoint._SPARE, -(2**30)], ids=["seen_before", "seen_by_orbax"])

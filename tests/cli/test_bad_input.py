@@ -474,20 +474,6 @@ def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: 
     assert load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 256 kB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def fill(disk: Path, leave: int) -> None:
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
 
