@@ -1,4 +1,6 @@
-"""A new user's path, by the README alone: the demo, one's own JSONL, an adapter that PEFT loads, text from it."""
+"""A new user's path, by the README alone: the demo, one's own JSONL, an adapter that PEFT loads, text from it; the run
+again by its settings, and from its last checkpoint.
+"""
 
 import json
 import os
@@ -42,8 +44,16 @@ def test_from_the_demo_to_text_of_ones_own_adapter(tmp_path: Path) -> None:
     begin = time.monotonic()
     run("jaxpack demo --output build/demo", tmp_path)  # what `make demo` runs
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    assert "padding-free" in run(here("jaxpack inspect"), tmp_path) and (tmp_path / "lengths.png").exists()
     small = {"4096": "128", "200": "40", "2e-4": "2e-2"}
     run(re.sub("|".join(small), lambda found: small[found.group()], here("jaxpack train")), tmp_path)
+
+    first, again = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("out", "again"))
+    run("jaxpack train --config out/run.yaml --output again", tmp_path)
+    assert again.read_bytes() == first.read_bytes()
+    again.unlink()
+    run("jaxpack train --config again/run.yaml --resume-from-checkpoint latest", tmp_path)
+    assert again.read_bytes() == first.read_bytes()
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "build/demo/base")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "build/demo/base")
