@@ -134,6 +134,8 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         (["--prompt", "a", "--top-k", "0"], "`top_k` must be a whole number of at least 1, got 0."),
         (["--prompt", "a", "--top-k", "5"], "`top_k` must be None unless `temperature` is above 0, got 5."),
         (["--prompt", "a", "--max-new-tokens", "0"], "`max_new_tokens` must be at least 1, got 0."),
+        (["--prompt", "a", "--max-new-tokens", str(10**11)], "`max_new_tokens` must leave room for the keys"),
+        (["--prompt", "a", "--seed", str(10**30)], f"`seed` must be in [0, 2**32), got {10**30}."),
         (["--prompt", "a", "--adapter", "nowhere"], "`adapter` must be an existing folder, got 'nowhere'."),
         (["--prompt", "a", "--compare"], "`compare` must be with an `adapter`, got none."),
         (["--prompt", "a", "--model", "nowhere"], "`model` must be an existing folder"),
