@@ -33,7 +33,8 @@ def linear_cross_entropy(
     """Sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
 
     Matmuls are in the dtype of `hidden` and add up in float32, as the head's gradient does over all tokens; logits are
-    float32. A target of -100 contributes nothing: without any, loss and gradients are exactly 0.
+    float32. A target of -100 contributes nothing: without any other, loss and gradients are exactly 0. All others must
+    be in [0, V), which no program can check: one that is not makes the loss NaN, and the gradients that it is part of.
 
     Args:
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
@@ -61,7 +62,8 @@ def token_losses(
     @jax.checkpoint
     def losses_of(_: None, chunk: _Chunks) -> tuple[None, Float[Array, " C"]]:
         logits, _ = _logits(chunk.hidden, head, softcap)
-        return None, _losses(logits, chunk.targets, jax.nn.logsumexp(logits, axis=-1))
+        lse = _nan_outside(jax.nn.logsumexp(logits, axis=-1), chunk.targets, len(head))
+        return None, _losses(logits, chunk.targets, lse)
 
     _, losses = jax.lax.scan(losses_of, None, chunks)
     return losses.reshape(-1)[: targets.size].reshape(targets.shape)
@@ -84,8 +86,9 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> _Chunks:
-    count, unit = -(-len(targets) // CHUNK), min(128, CHUNK, len(targets))  # matmuls like multiples of 128
-    size = -(-len(targets) // (count * unit)) * unit
+    length = max(1, len(targets))  # of no tokens, one that is padding
+    count, unit = -(-length // CHUNK), min(128, CHUNK, length)  # matmuls like multiples of 128
+    size = -(-length // (count * unit)) * unit
     missing = count * size - len(targets)
     return _Chunks(
         jnp.pad(hidden, ((0, missing), (0, 0))).reshape(count, size, -1),
@@ -102,6 +105,12 @@ def _logits(
         return logits, None
     tanh = jnp.tanh(logits / softcap)
     return softcap * tanh, tanh
+
+
+def _nan_outside(lse: Float[Array, " C"], targets: Int[Array, " C"], vocab_size: int) -> Float[Array, " C"]:
+    """The log-sum-exp, NaN where the target is out of range: loss and gradients, which read it, are then."""
+    in_range = (targets == IGNORE) | ((targets >= 0) & (targets < vocab_size))
+    return lse * jnp.where(in_range, 1.0, jnp.nan)  # multiplied, as that has a derivative that is NaN, too
 
 
 def _losses(logits: Float[Array, "C V"], targets: Int[Array, " C"], lse: Float[Array, " C"]) -> Float[Array, " C"]:
@@ -159,7 +168,7 @@ def _loss_and_gradients(
     def step(carry, chunk: _Chunks):
         total, d_head = carry
         logits, tanh = _logits(chunk.hidden, weights, softcap)
-        lse = logsumexp(logits, implementation=implementation)
+        lse = _nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
         total = total + jnp.sum(_losses(logits, chunk.targets, lse))
         if not any(wanted):
             return (total, None), None

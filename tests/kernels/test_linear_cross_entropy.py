@@ -6,6 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from kernels.cuda_lowering import lower_for_cuda
+from kernels.oracles import quick_jit
 from programs import equations
 
 from jaxpack.errors import InputError
@@ -94,6 +95,31 @@ def test_more_targets_than_promised_make_the_loss_nan():
     count = int((targets != -100).sum())
     assert np.isfinite(linear_cross_entropy(hidden, head, targets, max_targets=count))
     assert np.isnan(linear_cross_entropy(hidden, head, targets, max_targets=count - 1))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas", "tokens"])
+def test_a_target_out_of_range_makes_the_loss_and_its_gradients_nan(implementation):
+    hidden, head, targets = some((2, 9))
+
+    def loss(hidden, head, targets):
+        if implementation == "tokens":
+            return jnp.sum(token_losses(hidden, head, targets))
+        return linear_cross_entropy(hidden, head, targets, implementation=implementation)
+
+    run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run(hidden, head, targets)))
+    for wrong in (-1, -101, 50, 1000):
+        total, (d_hidden, d_head) = run(hidden, head, targets.at[1, 4].set(wrong))
+        assert np.isnan(total) and np.all(np.isnan(d_hidden[1, 4])) and np.all(np.isnan(d_head))
+        assert np.all(np.isfinite(d_hidden.at[1, 4].set(0)))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_tokens_have_no_loss(shape):
+    hidden, head, targets = some(shape)
+    loss, gradients = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))(hidden, head, targets, max_targets=4)
+    assert loss == 0 and gradients[0].shape == hidden.shape and np.all(gradients[1] == 0)
+    assert token_losses(hidden, head, targets).shape == shape
 
 
 def test_a_float32_head_collects_its_gradient_in_float32(monkeypatch):
