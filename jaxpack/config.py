@@ -332,7 +332,9 @@ class TrainConfig:
         None, "GiB of the device's memory that remat auto may fill; None for what is free, less 9 % for safety."
     )
     implementation: Implementation | None = _option(
-        None, "Of all kernels: xla, or pallas (interpreted without a GPU). None takes the faster on each device."
+        None,
+        "Of all kernels: xla, or pallas (interpreted without a GPU; projections of odd sizes, or ranks above 256, stay "
+        "XLA's). None takes the faster on each device.",
     )
     compilation_cache_dir: str = _option(
         "auto",

@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxpack.config import Activation, Implementation, ModelConfig
+from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.attention import SegmentBounds
+from jaxpack.kernels.extended import refusal
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
@@ -79,7 +81,8 @@ class Linear(nnx.Module):
         if self.drops(dropout_key):
             return x, self(norm(x), dropout_key)
         weights = norm.weight, self.weight[...], *self.factors()
-        x, out = normed_linear(x, *weights, eps=norm.eps, implementation=context.implementation)
+        implementation = self._fitting(context.implementation, x)
+        x, out = normed_linear(x, *weights, eps=norm.eps, implementation=implementation)
         return x, self._biased(out)
 
     def onto(
@@ -105,6 +108,7 @@ class Linear(nnx.Module):
             out = out if base is None else base + out
         else:
             weights = self.weight[...], *self.factors()
+            implementation = self._fitting(implementation, residual)
             if gated is None:
                 out = residual_linear(base, x, *weights, implementation=implementation)
             else:
@@ -128,9 +132,20 @@ class Linear(nnx.Module):
             row += size
         return lora_a, lora_b
 
+    @property
+    def rank(self) -> int:
+        """Of all adapters together, made up to what kernels take; 0 without."""
+        rank = sum(adapter.lora_a.shape[-2] for adapter in self.lora.values())
+        return padded_rank(rank) if rank else 0
+
     def drops(self, dropout_key: Key[Array, ""] | None) -> bool:
         """Whether the adapters read something else than the projection: their input after dropout."""
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
+
+    def _fitting(self, implementation: Implementation | None, residual: Float[Array, "B T D"]) -> Implementation | None:
+        """That of a model, but XLA where "pallas" has no kernel for projections from, or onto, this residual stream."""
+        B, T, D = residual.shape
+        return "xla" if implementation == "pallas" and refusal(B * T, D, self.rank) else implementation
 
     def _biased(self, out: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
         return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]

@@ -17,9 +17,7 @@ from jaxtyping import Int
 from jaxpack.batching import Batches
 from jaxpack.config import ModelConfig, Remat, TrainConfig
 from jaxpack.errors import InputError
-from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
-from jaxpack.layers import Linear
 from jaxpack.lora import adapters
 from jaxpack.memory import (
     KEPT,
@@ -69,7 +67,7 @@ class Job:
         block = model.blocks
         linears = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
         return cls(
-            layer=Layer(model.config, Ranks(*map(_rank, linears)), model.dtype.itemsize, drops, full),
+            layer=Layer(model.config, Ranks(*(linear.rank for linear in linears)), model.dtype.itemsize, drops, full),
             num_layers=model.config.num_layers,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
@@ -112,12 +110,6 @@ def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"])
         return float(np.sum(within * (within + 1) / 2 + (lengths - within) * within))
 
     return float(np.mean([pairs(window) for window in config.windows]) / lengths.sum())
-
-
-def _rank(linear: Linear) -> int:
-    """Of its adapters together, made up to what kernels take."""
-    rank = sum(adapter.lora_a.shape[-2] for adapter in linear.lora.values())
-    return padded_rank(rank) if rank else 0
 
 
 # Memory.

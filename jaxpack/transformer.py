@@ -65,7 +65,8 @@ class Transformer(nnx.Module):
         Args:
           remat: what the backward pass computes again, see `memory`.
           max_segments: what no row has more documents than, where that is known; see `kernels.attention`.
-          implementation: of all kernels; None takes the faster on each device.
+          implementation: of all kernels; None takes the faster on each device. With "pallas", a projection that it has
+            no kernel for is XLA's, see `kernels.extended.refusal`.
           dropout_key: turns the dropout of LoRA adapters on.
         """
         segments = segment_bounds(segment_ids)

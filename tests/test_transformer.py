@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
 
@@ -113,3 +114,18 @@ def test_compile_time_does_not_grow_with_depth(any_family):
         return len(list(equations(jax.make_jaxpr(lambda t: model(t, t + 1, t))(tokens).jaxpr)))
 
     assert program_size(2) == program_size(12)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "r", "fits"),
+    [(40, 4, set()), (48, 100, {"out", "gate_up", "down"})],  # three ranks of 100 are above 256
+)
+def test_pallas_is_taken_for_the_projections_that_it_has_kernels_for(hidden_size, r, fits):
+    model = small_model("llama", hidden_size=hidden_size, lora=LoraConfig(r=r))
+    graph, state = nnx.split(model)
+    row = 3 * [jnp.ones((1, 128), jnp.int32)]
+    lowered = lower_for_cuda(lambda state: nnx.merge(graph, state)(*row, implementation="pallas"), state)
+    names = [module.name for module in triton_modules(lowered)]
+    assert names.count("jaxpack_extend_normed") == len(fits & {"qkv", "gate_up"})
+    assert names.count("jaxpack_add_extended") == len(fits & {"out", "down"})
+    assert "jaxpack_attention" in names

@@ -6,7 +6,7 @@ In that form an adapter rides in its projection's own matmul, as a few more chan
 
 and the gradients alike. Shapes call D + R channels E; R is a power of two from 16, or 0. What is left is done here,
 each in one pass over the residual stream where its parts would take five: the norm that makes `x`, the narrow products,
-the residual connection.
+the residual connection. Where there is a `refusal`, None takes XLA.
 """
 
 import functools
@@ -18,15 +18,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpack.errors import InputError
 from jaxpack.kernels._launch import Implementation, dispatch, launch, pl, plt, power_of_two_divisor
 from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
+
+
+def refusal(tokens: int, channels: int, rank: int) -> str | None:
+    """Why the kernels cannot take `[tokens, channels]` and factors of this rank, as what they need; None if they can.
+
+    Their matmuls are of blocks of 16 by 16 and more, and hold a token's R channels in registers.
+    """
+    if tokens % 16 or channels % 16:
+        return f"multiples of 16 tokens and channels, got {tokens} and {channels}"
+    if rank > _MAX_RANK:
+        return f"a rank of at most {_MAX_RANK}, made up to a power of two, got {rank}"
+    return None
 
 
 def extend(
     x: Float[Array, "*B D"], a: Float[Array, "R D"], implementation: Implementation | None = None
 ) -> Float[Array, "*B E"]:
     """`[x, x A^T]`."""
-    return _by_token(_extend_reference, _extend_kernel, implementation, x)(a)
+    return _by_token(_extend_reference, _extend_kernel, implementation, a.shape, x)(a)
 
 
 def extend_normed(
@@ -39,7 +52,7 @@ def extend_normed(
 ) -> Float[Array, "*B E"]:
     """`[n, n A^T]`, n the RMS norm of `x`: see `rms_norm`."""
     xla, pallas = (functools.partial(f, eps=eps) for f in (_extend_normed_reference, _extend_normed_kernel))
-    return _by_token(xla, pallas, implementation, x)(scale, a)
+    return _by_token(xla, pallas, implementation, a.shape, x)(scale, a)
 
 
 def extend_normed_backward(
@@ -57,7 +70,7 @@ def extend_normed_backward(
     """From the gradient of `extend_normed` that of `x`, with `d_residual` added, and on request that of `scale`."""
     settings = {"eps": eps, "with_scale": with_scale}
     xla, pallas = (functools.partial(f, **settings) for f in (_backward_reference, _backward_kernel))
-    return _by_token(xla, pallas, implementation, x, d_residual, d_extended, extended)(scale, a)
+    return _by_token(xla, pallas, implementation, a.shape, x, d_residual, d_extended, extended)(scale, a)
 
 
 def add_extended(
@@ -71,21 +84,31 @@ def add_extended(
     if not b.shape[1]:
         return extended if residual is None else residual + extended
     arrays = [extended] if residual is None else [residual, extended]
-    return _by_token(_add_reference, _add_kernel, implementation, *arrays)(b)
+    return _by_token(_add_reference, _add_kernel, implementation, b.shape[::-1], *arrays)(b)
 
 
-def _by_token(xla: Callable, pallas: Callable, implementation: Implementation | None, *arrays: jax.Array) -> Callable:
+def _by_token(
+    xla: Callable,
+    pallas: Callable,
+    implementation: Implementation | None,
+    factor: tuple[int, int],
+    *arrays: jax.Array,
+) -> Callable:
     """The implementation, to be called with what is not by token; before it come `arrays` as `[tokens, channels]`.
 
-    Where those have no blocks of 16 by 16, as a kernel's matmuls need, or the rank is beyond its registers: XLA.
+    `factor` is the shape of A, or of B the other way round.
     """
-    batch = arrays[0].shape[:-1]
-    flat = [array.reshape(math.prod(batch), -1) for array in arrays]
+    batch, (rank, channels) = arrays[0].shape[:-1], factor
+    tokens = math.prod(batch)
+    if (needs := refusal(tokens, channels, rank)) is not None:
+        if implementation == "pallas":
+            raise InputError(f'`implementation` "pallas" needs {needs}.')
+        implementation = implementation or "xla"
+    chosen = dispatch(implementation, xla=xla, pallas=pallas)
 
     def run(*rest: jax.Array) -> Any:
-        fits = power_of_two_divisor(*flat[0].shape, limit=16) == 16 and min(rest[-1].shape) <= _MAX_RANK
-        chosen = dispatch(implementation, xla=xla, pallas=pallas if fits else xla)
-        return jax.tree.map(lambda y: y.reshape(*batch, -1) if y.ndim == 2 else y, chosen(*flat, *rest))
+        out = chosen(*(array.reshape(tokens, -1) for array in arrays), *rest)
+        return jax.tree.map(lambda y: y.reshape(*batch, -1) if y.ndim == 2 else y, out)
 
     return run
 

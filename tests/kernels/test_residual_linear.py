@@ -96,7 +96,7 @@ def test_bfloat16_is_as_good_as_its_parts(activation, rank, implementation):
 @pytest.mark.parametrize("activation", [None, "silu"], ids=str)
 def test_tokens_and_channels_that_no_kernel_can_cut(activation):
     *given, d_out = inputs(activation, 5, tokens=(1, 7), features=10, out=6)
-    got = results(fused(activation, "pallas"), *given, d_out=d_out)
+    got = results(fused(activation, None), *given, d_out=d_out)
     for name, want in results(parts(activation), *given, d_out=d_out).items():
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
 

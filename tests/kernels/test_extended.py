@@ -1,0 +1,50 @@
+"""What the kernels beside an adapter cannot take: refused where they are named, and XLA's where they are not."""
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+from kernels.cuda_lowering import lower_for_cuda, triton_modules
+
+from jaxpack.errors import InputError
+from jaxpack.kernels.extended import add_extended, extend, extend_normed, extend_normed_backward
+
+NORM = {"eps": 1e-6}
+
+
+def calls(tokens: int, channels: int, rank: int):
+    """Each function with arrays of these sizes, to be told the implementation."""
+    x, extended = jnp.ones((tokens, channels)), jnp.ones((tokens, channels + rank))
+    scale, a = jnp.ones(channels), jnp.ones((rank, channels))
+    return {
+        "extend": functools.partial(extend, x, a),
+        "extend_normed": functools.partial(extend_normed, x, scale, a, **NORM),
+        "extend_normed_backward": functools.partial(
+            extend_normed_backward, extended, extended, x, scale, a, x, with_scale=True, **NORM
+        ),
+        "add_extended": functools.partial(add_extended, extended, a.T, x),
+        "add_extended alone": functools.partial(add_extended, extended, a.T, None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "needs"),
+    [
+        ((8, 32, 16), "multiples of 16 tokens and channels, got 8 and 32"),
+        ((32, 40, 16), "multiples of 16 tokens and channels, got 32 and 40"),
+        ((32, 16, 512), "a rank of at most 256, made up to a power of two, got 512"),  # a rank above the channels, too
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", calls(16, 16, 16))
+def test_what_no_kernel_can_take(name, sizes, needs):
+    call = calls(*sizes)[name]
+    with pytest.raises(InputError, match=f'`implementation` "pallas" needs {needs}'):
+        call(implementation="pallas")
+    assert not triton_modules(lower_for_cuda(lambda: call(implementation=None)))
+
+
+@pytest.mark.parametrize("name", calls(16, 16, 16))
+def test_what_a_kernel_can_take(name):
+    call = calls(16, 16, 256)[name]
+    assert len(triton_modules(lower_for_cuda(lambda: call(implementation=None)))) == 1
