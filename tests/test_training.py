@@ -176,15 +176,36 @@ def test_trained_parameters_are_float32_and_frozen_ones_as_they_were():
     assert not jax.tree.leaves(frozen)
 
 
-def test_dropout_draws_anew_each_step_and_the_same_from_the_same_seed():
-    batch = batch_of(random_documents(LENGTHS), [[list(range(16))]], 384)
+def test_dropout_draws_every_mask_anew_and_the_same_from_the_same_seed(monkeypatch):
+    drawn, bernoulli = set(), jax.random.bernoulli
+
+    def recorded(*args):
+        mask = bernoulli(*args)
+        jax.debug.callback(lambda mask: drawn.add(mask.tobytes()), mask)
+        return mask
+
+    monkeypatch.setattr(jax.random, "bernoulli", recorded)
+    batch = batch_of(random_documents(LENGTHS), [[list(range(8))], [list(range(8, 16))]], 256)
     model = small_model("qwen3", lora=LoraConfig(r=4, lora_dropout=0.5))
-    config = TrainConfig(learning_rate=1e-30)
+    config = TrainConfig(learning_rate=1e-30)  # changes no parameter
+    frozen = split_trainable(model)[2]
+
+    def masks() -> set[bytes]:
+        jax.effects_barrier()
+        found = set(drawn)
+        drawn.clear()
+        return found
+
     _, state, first, step = one_step(model, config, batch, dropout_seed=1)
-    _, _, again, _ = one_step(model, config, batch, dropout_seed=1)
-    _, second = step(state, split_trainable(model)[2], batch)
+    of_first = masks()
+    state, second = step(state, frozen, batch)
+    of_second = masks()
+    _, again = step(state._replace(step=jnp.int32(0)), frozen, batch)
+    each = 2 * 2 * 4  # micro-batches, layers, projections; what is computed again draws the same
+    assert len(of_first) == len(of_second) == each
+    assert masks() == of_first and not of_first & of_second
     _, _, off, _ = one_step(model, config, batch)
-    assert first.loss == again.loss
+    assert first.loss == again.loss and not masks()
     assert len({float(metrics.loss) for metrics in (first, second, off)}) == 3
 
 
