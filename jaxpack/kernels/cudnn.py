@@ -50,10 +50,13 @@ def refusal(
 
 
 def _device_refusal() -> str | None:
-    # The one choice that is made where a program is traced: jax asks for the device there, too.
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
-        return f"an NVIDIA GPU, got {jax.default_backend()}"
-    capability = jax.devices()[0].compute_capability
+    # The one choice that is made where a program is traced: for the device that jax takes unless arrays say another.
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return f"an NVIDIA GPU, got {device.platform}"
+    capability = device.compute_capability
     if int(capability.split(".")[0]) < 9:
         return f"a GPU of compute capability 9.0 (Hopper) or newer, got {capability}"
     return None

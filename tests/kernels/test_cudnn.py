@@ -1,5 +1,7 @@
 """Attention by cuDNN: what surrounds it on any machine, and its results on a GPU."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,23 @@ def test_without_a_gpu_it_is_refused():
     needs = "an NVIDIA GPU, got cpu" if jax.__version_info__ >= (0, 11) else "jax 0.11 or newer, got"
     with pytest.raises(InputError, match=f'`implementation` "cudnn" needs {needs}'):
         call()
+
+
+def test_beside_a_gpu_a_program_for_the_cpu_has_none(monkeypatch):
+    class Client(NamedTuple):
+        platform_version: str = "cuda 13"
+
+    class Gpu(NamedTuple):
+        platform: str = "gpu"
+        compute_capability: str = "9.0"
+        client: Client = Client()
+
+    cpus = jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda platform=None: cpus if platform == "cpu" else [Gpu()])
+    assert cudnn._device_refusal() is None
+    for default in ("cpu", cpus[0]):
+        with jax.default_device(default):
+            assert cudnn._device_refusal() == "an NVIDIA GPU, got cpu"
 
 
 @needs_new_jax
