@@ -6,7 +6,7 @@ device's memory, or, offloaded, in pinned memory of the host, from where it is f
 What that comes to for a whole step, and which choice is best, is in `predictions.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -167,13 +167,30 @@ def check_host_memory(remat: Remat, config: ModelConfig, tokens: int, itemsize: 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
     """What Linux says can be allocated without swapping, within the limit of a container; None elsewhere."""
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError):
+        available = _counters(root / "proc/meminfo")["MemAvailable:"] * 1024
+    except (OSError, ValueError, KeyError):
         return None
-    try:
-        group = root / "sys/fs/cgroup"
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        return max(0, min(available, limit - used))
-    except (OSError, ValueError):  # no container, or no limit: "max"
-        return available
+    return min([available, *_left_in_containers(root)])
+
+
+# In versions 2 and 1 of control groups: the folder; its limit, what is used, and what of that is files read before,
+# which make way.
+_GROUPS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _left_in_containers(root: Path) -> Iterator[int]:
+    for folder, *names, cached in _GROUPS:
+        group = root / folder
+        try:
+            limit, used = (int((group / name).read_text()) for name in names)
+            yield max(0, limit - used + _counters(group / "memory.stat")[cached])
+        except (OSError, ValueError, KeyError):  # no container, or no limit: "max"
+            continue
+
+
+def _counters(path: Path) -> dict[str, int]:
+    """The numbers behind the first word of each line."""
+    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}
