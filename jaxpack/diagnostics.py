@@ -18,7 +18,7 @@ from jaxpack.data import Documents
 from jaxpack.errors import InputError
 from jaxpack.packing import packed_rows
 from jaxpack.pictures import Line, frame, label_ends, new_figure
-from jaxpack.predictions import RATES, Rates, known_rates, resolve, run_seconds
+from jaxpack.predictions import MEASURED, RATES, Rates, known_gpu, resolve, run_seconds
 from jaxpack.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def inspect(
       documents: from `load_documents`.
       config: the run; its batch size is of documents, or, with `packing`, of rows.
       model: what times are predicted of; its arrays may be abstract.
-      gpu: "H200" or "H100", for times there; None is this machine's device.
+      gpu: "H200", or "H100", whose rates are estimated, for times there; None is this machine's device.
 
     Raises:
       InputError: the run can have no batches, or `gpu` is not known.
@@ -123,12 +123,12 @@ def inspect(
     if gpu is not None and gpu not in RATES:
         raise InputError(f"`gpu` must be one of {', '.join(RATES)}, got {gpu!r}.")
     device = None if model is None else gpu or jax.local_devices()[0].device_kind
-    rates = known_rates(device) if device is not None else None
+    known = None if device is None else known_gpu(device)
     runs = _in_every_layout(documents, config)
     batches = {layout: Batches(documents, run) for layout, run in runs.items()}
     layouts = {layout: _promise(run, batches[layout], batches["padded"]) for layout, run in runs.items()}
-    if model is not None and rates is not None:
-        layouts = _timed(layouts, batches, model, rates, gpu)
+    if model is not None and known is not None:
+        layouts = _timed(layouts, batches, model, RATES[known], gpu)
     run = batches[config.layout]
     num_targets, kept = documents.num_targets, run.documents.num_targets
     targets_lost = int(num_targets.sum() - kept.sum())
@@ -143,7 +143,7 @@ def inspect(
         targets_lost=targets_lost,
         layouts=layouts,
         padding=_padding(documents, batches["padded"].documents, config),
-        device=device if rates is not None else None,
+        device=None if known is None else device,
         recommendation=" ".join(advice),
     )
 
@@ -357,7 +357,12 @@ def _basis(found: Inspection) -> str:
         return f"The run does not fit: {found.run.refusal}"
     fewest = min(A * B * T for promise in found.layouts.values() for A, B, T in promise.shapes)
     few = " Steps of so few tokens take longer: launches are not counted." if fewest < _FEW else ""
-    return f"Times are predicted for {found.device}, from the rates of its kernels, not measured.{few}"
+    rates = (
+        "the rates of its kernels"
+        if known_gpu(found.device) in MEASURED
+        else f"rates estimated from an {MEASURED[0]}'s"
+    )
+    return f"Times are predicted for {found.device}, from {rates}, not measured.{few}"
 
 
 def _batch(config: TrainConfig) -> str:

@@ -208,20 +208,24 @@ class Rates(NamedTuple):
     link: float  # bytes to the host, and as many back
 
 
-# The H200's, from the kernels of its steps (2026-11-24); the H100 has its arithmetic, and 0.7 of its bandwidth.
+# The H200's, from the kernels of its steps (2026-11-24). The H100's are estimated, its SXM's: the same arithmetic, and
+# 0.7 of the bandwidth.
 RATES = {"H200": Rates(740e12, 500e12, 3.0e12, 50e9), "H100": Rates(740e12, 500e12, 2.1e12, 50e9)}
+MEASURED = ("H200",)
 _UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
+_SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
 _TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
 
 
-def known_rates(device_kind: str) -> Rates | None:
-    """By the name that jax has for a device; None for those that were not measured."""
-    return next((rates for name, rates in RATES.items() if name in device_kind), None)
+def known_gpu(device_kind: str) -> str | None:
+    """That of `RATES`, by the name that jax has for a device."""
+    words = set(device_kind.split())
+    return next((name for name in RATES if name in words and not words & _SLOWER), None)
 
 
 def rates_of(device_kind: str) -> Rates:
-    """The same, and low ones for those that were not measured."""
-    return known_rates(device_kind) or _UNKNOWN
+    """By the name that jax has for a device; low ones where they are not known."""
+    return RATES.get(known_gpu(device_kind), _UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True)

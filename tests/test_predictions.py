@@ -25,7 +25,7 @@ from jaxpack.predictions import (
     RATES,
     Job,
     argument_bytes,
-    known_rates,
+    known_gpu,
     peak_bytes,
     predict,
     rates_of,
@@ -144,8 +144,9 @@ def test_a_slow_link_is_waited_for():
 
 
 def test_rates_go_by_the_device():
-    assert known_rates("NVIDIA H200") == H200 and known_rates("cpu") is None
-    assert rates_of("NVIDIA H200") == H200 != rates_of("NVIDIA H100 80GB HBM3")
+    assert rates_of("NVIDIA H200") == H200 != rates_of("NVIDIA H100 80GB HBM3") == RATES["H100"]
+    for other in ("cpu", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 MIG 1g.18gb"):
+        assert known_gpu(other) is None and rates_of(other) == rates_of("NVIDIA X1")
     assert all(a <= b for a, b in zip(rates_of("NVIDIA X1"), RATES["H100"], strict=True))
 
 
