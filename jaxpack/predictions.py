@@ -1,7 +1,8 @@
 """What each choice of `remat` costs: the predicted memory and time of a step, and the fastest choice that fits.
 
-The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more of both. For
-Qwen3-4B on an H200 it is within 10 % of what was measured (`benchmarks/results/`, and the tests).
+The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more of both. It is
+within 10 % of what was measured on an H200 (`benchmarks/results/`, and the tests): adapters of Qwen3-4B and 8B, all
+weights of Qwen3-0.6B.
 """
 
 import dataclasses

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from measured_runs import measured_runs
 from models import random_documents, small_config
 from rich.console import Console
 
@@ -152,14 +152,9 @@ def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-def measured() -> list[dict]:
-    """Ours, on an H200, of 4,000 documents drawn from Alpaca's lengths."""
-    rows = json.loads((ROOT / "benchmarks/results/2026-11-24_h200_training.json").read_text())["results"]
-    return [row for row in rows if row["system"] == "jaxpack" and not row["full_finetuning"]]
-
-
-@pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['model']}-{row['layout']}-{row['remat']}")
+@pytest.mark.parametrize("row", measured_runs(full_finetuning=False), ids=lambda row: row["label"])
 def test_tokens_a_second_are_within_a_tenth_of_what_was_measured(row):
+    """Of 4,000 documents drawn from Alpaca's lengths."""
     config = SHAPES[row["model"]]
     documents = drawn_documents(beside("alpaca_lengths.csv"), 4000, vocab_size=config.vocab_size)
     model = abstract_model(config, LoraConfig(r=16))

@@ -2,15 +2,15 @@
 
 import functools
 import itertools
-import json
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
+from measured_runs import measured_runs
 from models import random_documents, small_config, small_model
 
 from jaxpack import LoraConfig, TrainConfig, Transformer
@@ -37,7 +37,6 @@ from jaxpack.trainer import Trainer
 from jaxpack.training import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
 
 H200 = RATES["H200"]
-RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 GIB = 2**30
 
 
@@ -53,20 +52,20 @@ def abstract_small(family: str, **changes) -> Transformer:
 LORA = LoraConfig(r=16)
 
 
-def measured() -> list[dict]:
-    """Packed runs with adapters of 16,384 tokens a step, where launches count for little, and our kernels."""
-    results = [
-        row for path in RESULTS.glob("*_h200_training_*.json") for row in json.loads(path.read_text())["results"]
-    ]
-    usual = {"system": "jaxpack", "layout": "packed", "full_finetuning": False, "implementation": None}
-    shapes = [[1, 16, 1024]]  # what failed has none
-    return [row for row in results if row.get("shapes") == shapes and all(row.get(n, v) == v for n, v in usual.items())]
+PACKED_RUNS = [row for row in measured_runs(layout="packed") if row["shapes"] == [[1, 16, 1024]]]
+[PADDING_FREE_RUN] = measured_runs(layout="padding-free")
+# Alpaca's documents, weighted by their tokens: 80 keys a token.
+KEYS_PER_TOKEN = 80
 
 
-@pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['model']}-{row['remat']}")
+def model_of(row: dict) -> Transformer:
+    return abstract_model(row["model"], None if row["full_finetuning"] else LORA)
+
+
+@pytest.mark.parametrize("row", PACKED_RUNS, ids=lambda row: row["label"])
 def test_predictions_are_within_a_tenth_of_what_was_measured(row):
-    # Alpaca's documents, weighted by their tokens: 80 keys a token.
-    job = Job.of(abstract_model(row["model"], LORA), max(map(tuple, row["shapes"])), keys_per_token=80)
+    """Of 16,384 tokens a step, where launches count for little."""
+    job = Job.of(model_of(row), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN)
     prediction = predict(job, H200)[row["remat"]]
     assert prediction.peak_bytes == pytest.approx(row["peak_memory_bytes"], rel=0.1)
     assert prediction.seconds == pytest.approx(row["step_seconds"], rel=0.1)
@@ -74,16 +73,25 @@ def test_predictions_are_within_a_tenth_of_what_was_measured(row):
     assert prediction.host_bytes == row["host_temporary_bytes"]
 
 
+def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths():
+    row, lengths = PADDING_FREE_RUN, np.array(PADDING_FREE_RUN["shapes"])[:, 2]
+    jobs = {T: Job.of(model_of(row), (1, 1, T), keys_per_token=KEYS_PER_TOKEN) for T in lengths.tolist()}
+    predicted = {T: step_seconds(job, row["remat"], H200) for T, job in jobs.items()}
+    steps = lengths[np.searchsorted(lengths, row["tokens"][-row["steps"] :])].tolist()
+    assert len(set(steps)) > 1
+    assert np.mean([predicted[T] for T in steps]) == pytest.approx(row["step_seconds"], rel=0.1)
+
+
 def test_short_steps_take_what_choosing_their_kernels_takes():
-    rows = json.loads((RESULTS / "2026-11-24_h200_training.json").read_text())["results"]
-    [row] = [row for row in rows if row["system"] == "jaxpack" and row["layout"] == "padding-free"]
-    job = Job.of(abstract_model(row["model"], LORA), max(map(tuple, row["shapes"])))
-    assert peak_bytes(job, row["remat"]) < 0.9 * row["peak_memory_bytes"]
-    assert predict(job, H200)[row["remat"]].peak_bytes == pytest.approx(row["peak_memory_bytes"], rel=0.02)
+    job = Job.of(model_of(PADDING_FREE_RUN), max(map(tuple, PADDING_FREE_RUN["shapes"])))
+    remat, peak = PADDING_FREE_RUN["remat"], PADDING_FREE_RUN["peak_memory_bytes"]
+    assert peak_bytes(job, remat) < 0.9 * peak
+    assert predict(job, H200)[remat].peak_bytes == pytest.approx(peak, rel=0.02)
 
 
 def test_both_ends_were_measured():
-    assert {"offload", "none"} <= {row["remat"] for row in measured()}
+    assert {"offload", "none"} <= {row["remat"] for row in PACKED_RUNS if not row["full_finetuning"]}
+    assert any(row["full_finetuning"] for row in PACKED_RUNS)
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(r=8), None], ids=["lora", "full"])
