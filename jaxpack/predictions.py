@@ -377,7 +377,7 @@ def resolve(
     free = _free_bytes(device, held_bytes) if gpu is None else None
     memory = free if config.memory_limit is None else config.memory_limit * _GIB
     if memory is None:
-        return "full", 'remat "full": how much memory there is, this device does not say; `memory_limit` may'
+        return "full", 'remat "full": this device does not say how much memory is free; a `memory_limit` may allow more'
     job = Job.of_run(model, batches)
     predictions = list(predict(job, rates_of(gpu or device.device_kind)).values())
     if gpu is None and device.platform == "cpu":  # has no memory but the host's
