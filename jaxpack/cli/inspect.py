@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxpack.batching import Batches
 from jaxpack.bench.models import abstract_model
-from jaxpack.cli.options import from_flags, with_flags
+from jaxpack.cli.options import errors_name, from_flags, with_flags
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
@@ -32,12 +32,15 @@ _USED = {
     "max_steps",
     "seed",
     "dataset_text_field",
+    "assistant_only_loss",
     "remat",
     "memory_limit",
     "r",
     "target_modules",
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
+_OF_ADAPTERS = ("lora_r", "target_modules")
+_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -61,7 +64,7 @@ def inspect(
     ] = None,
     show_row: Annotated[
         int | None,
-        typer.Option(help="The packed row to decode, by its place in the run.", show_default="the first, of data"),
+        typer.Option(help="The packed row of data to decode, by its place in the run.", show_default="the first"),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw lengths and padding into this new file (.png, .svg, .pdf).")
@@ -69,18 +72,30 @@ def inspect(
     **flags: object,
 ) -> None:
     """Show what padding costs on a dataset, what packing would gain, and what is trained on. Reads no weights."""
-    flags["per_device_train_batch_size"] = per_device_train_batch_size
-    config = from_flags(TrainConfig, flags)
+    flags |= {"per_device_train_batch_size": per_device_train_batch_size, "show_row": show_row}
+    with errors_name(per_device_train_batch_size="batch_size"):
+        config = from_flags(TrainConfig, flags)
+    if full_finetuning and any(flags[name] is not None for name in _OF_ADAPTERS):
+        raise InputError("`full_finetuning` must be without flags of adapters, got both.")
     lora = None if full_finetuning else from_flags(LoraConfig, flags)
     require_one(data, lengths)
+    for name in _OF_TEXT:
+        if lengths is not None and flags[name] is not None:
+            raise InputError(f"`{name}` must be without `lengths`, of which there is no text, got both.")
     if picture is not None:
         require_matplotlib()
         if picture.suffix not in _PICTURES or picture.exists():
             raise InputError(f"`picture` must end in {', '.join(_PICTURES)} and not exist yet, got {str(picture)!r}.")
-    model_config, tokenizer, documents = read_documents(model, data, lengths, text_field=config.dataset_text_field)
+    model_config, tokenizer, documents = read_documents(
+        model,
+        data,
+        lengths,
+        text_field=config.dataset_text_field,
+        assistant_only_loss=config.assistant_only_loss,
+    )
     found = inspect_documents(documents, config, model=abstract_model(model_config, lora), gpu=gpu)
     parts: list[object] = [found]
-    if data is not None or show_row is not None:
+    if data is not None:
         packed = Batches(documents, found.layouts["packed"].config)
         parts = [shown(packed, show_row or 0, tokenizer), "", found]
     if picture is not None:

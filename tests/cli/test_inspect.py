@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,20 @@ def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
         ),
         (["--data", "{data}", "--max-length", "1"], "`max_length` must be at least 2"),
         (["--data", "{data}", "--max-length", "2"], "`max_length` must leave at least one document a token to learn"),
-        (["--data", "{data}", "--batch-size", "0"], "`per_device_train_batch_size` must be at least 1, got 0."),
+        (["--data", "{data}", "--batch-size", "0"], "`batch_size` must be at least 1, got 0."),
         (["--data", "{data}", "--lora-r", "0"], "`lora_r` must be at least 1, got 0."),
+        (
+            ["--data", "{data}", "--full-finetuning", "--lora-r", "8"],
+            "`full_finetuning` must be without flags of adapters, got both.",
+        ),
+        (
+            ["--lengths", "{data}", "--show-row", "0"],
+            "`show_row` must be without `lengths`, of which there is no text, got both.",
+        ),
+        (
+            ["--lengths", "{data}", "--no-assistant-only-loss"],
+            "`assistant_only_loss` must be without `lengths`, of which there is no text, got both.",
+        ),
         (["--data", "{data}", "--gpu", "A100"], "`gpu` must be one of H200, H100, got 'A100'."),
         (["--data", "{data}", "--show-row", "999"], "`show_row` must be in [0, "),
         (["--data", "{data}", "--picture", "{data}"], "`picture` must end in .png, .svg, .pdf and not exist yet"),
@@ -90,6 +103,22 @@ def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(exit_stat
     data.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n")
     assert exit_status("inspect", "--model", folder, "--data", data, "--max-length", "64") == 0
     assert "5 [[6 7 ]]" in capfd.readouterr().out
+
+
+def test_every_token_of_messages_is_trained_on_where_that_is_asked(exit_status, base, tmp_path, capfd):
+    from chat_templates import CHATML, with_tags
+
+    folder, data = tmp_path / "chat", tmp_path / "messages.jsonl"
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(with_tags(CHATML))
+    messages = [{"role": "user", "content": "the cab"}, {"role": "assistant", "content": "a cab"}]
+    data.write_text(json.dumps({"messages": messages}) + "\n")
+    shown = {}
+    for flag in ("--assistant-only-loss", "--no-assistant-only-loss"):
+        assert exit_status("inspect", "--model", folder, "--data", data, "--batch-size", "1", flag) == 0
+        shown[flag] = re.findall(r"\[\[(.*?)\]\]", capfd.readouterr().out, re.DOTALL)[1]
+    only, every = shown.values()
+    assert "a cab" in only and "the cab" not in only and "the cab" in every
 
 
 def test_a_typo_is_a_usage_error(exit_status, base, data, capfd):
