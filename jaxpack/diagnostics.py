@@ -72,8 +72,9 @@ class Inspection(JupyterMixin):
       truncation: what `max_length` costs the run, the untrained documents among those dropped.
       targets_lost: how many targets are cut off.
       layouts: the run in each layout, with about as many tokens a step.
-      padding: by batch size in documents, of each layout and of `ORDINARY` batches, whose share is the exact
-        expectation over all orders; the others' is counted, of 16,384 documents where there are more.
+      padding: by batch size in documents, those of `BATCH_SIZES` that there are documents for, of each layout and of
+        `ORDINARY` batches, whose share is the exact expectation over all orders; the others' is counted, of 16,384
+        documents where there are more.
       device: whose times are predicted; None where they are not.
       recommendation: what to do, and why.
     """
@@ -117,9 +118,11 @@ def inspect(
       gpu: "H200", or "H100", whose rates are estimated, for times there; None is this machine's device.
 
     Raises:
-      InputError: the run can have no batches, or `gpu` is not known.
+      InputError: the run can have no batches, `documents` are something else, or `gpu` is not known.
     """
     config = config or TrainConfig()
+    if not isinstance(documents, Documents):
+        raise InputError(f"`documents` must be what `load_documents` returns, got {type(documents).__name__}.")
     if gpu is not None and gpu not in RATES:
         raise InputError(f"`gpu` must be one of {', '.join(RATES)}, got {gpu!r}.")
     device = None if model is None else gpu or jax.local_devices()[0].device_kind
@@ -132,7 +135,8 @@ def inspect(
     run = batches[config.layout]
     num_targets, kept = documents.num_targets, run.documents.num_targets
     targets_lost = int(num_targets.sum() - kept.sum())
-    advice = [_advice(layouts), *_advice_on_length(documents, run.truncation, targets_lost, config)]
+    advice = [_advice_on_size(run, config) or _advice(layouts)]
+    advice += _advice_on_length(documents, run.truncation, targets_lost, config)
     return Inspection(
         config=config,
         lengths=documents.lengths,
@@ -152,7 +156,7 @@ def _in_every_layout(documents: Documents, config: TrainConfig) -> dict[Layout, 
     """The run, and what it would be in the other layouts at about as many tokens a step."""
     size, lengths = config.per_device_train_batch_size, np.minimum(documents.lengths, config.max_length)
     rows = size if config.packing else packed_rows(size, lengths, config.max_length)
-    whole = max(1, round(size * config.max_length / lengths.mean())) if config.packing else size
+    whole = min(len(lengths), max(1, round(size * config.max_length / lengths.mean()))) if config.packing else size
     sizes = {layout: rows if layout == "packed" else whole for layout in get_args(Layout)}
     return {layout: config.in_layout(layout, size) for layout, size in sizes.items()}
 
@@ -220,7 +224,7 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
     all_lengths = cut.lengths
     documents, cut = _sampled(documents, config.seed), _sampled(cut, config.seed)
     shares: dict[str, dict[int, float]] = {name: {} for name in (ORDINARY, *get_args(Layout))}
-    for size in BATCH_SIZES:
+    for size in (size for size in BATCH_SIZES if size <= len(all_lengths)):
         shares[ORDINARY][size] = ordinary_padding(all_lengths, size)
         for layout in get_args(Layout):
             rows = packed_rows(size, cut.lengths, config.max_length) if layout == "packed" else size
@@ -241,6 +245,18 @@ def _sampled(documents: Documents, seed: int) -> Documents:
 # Advice.
 
 
+def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
+    """Where a step takes more than the data has: then the layouts differ in how much of a batch is empty."""
+    if run.num_rows >= run.rows_per_step:
+        return None
+    has = _count(run.num_rows, "row" if config.packing else "document")
+    return (
+        f"The data has {has}, and a step takes {run.rows_per_step:,}: the rest of it is padding, and the speed-ups are"
+        " not those of more data. A smaller `--per-device-train-batch-size` (or `--gradient-accumulation-steps`) wastes"
+        " less."
+    )
+
+
 def _advice(layouts: dict[Layout, Promise]) -> str:
     padded, free, packed = (layouts[layout] for layout in get_args(Layout))
     of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
@@ -255,7 +271,7 @@ def _advice(layouts: dict[Layout, Promise]) -> str:
     if free.speedup >= _WORTH * packed.speedup:
         (_, _, T), max_length = packed.shapes[0], packed.config.max_length
         why = "documents leave room that none of the others fills, and a larger `--max-length` would leave less"
-        if max_length != T:
+        if max_length < T:
             why = f"a row of {max_length:,} takes {T:,} positions, a multiple of 128, as `--max-length` should be"
         return f"Stay padding-free, the default: {of_padded}, {of_free}: {gain}. {of_packed.capitalize()}: {why}."
     return f"Padding-free, the default, is enough: {of_padded}, {of_free}: {gain}; {of_packed}, {packed.speedup:.2f} x."
@@ -292,11 +308,15 @@ def histogram(lengths: np.ndarray, most: int = 16) -> tuple[np.ndarray, np.ndarr
 
 
 def _lengths_table(found: Inspection) -> Table:
-    table = Table(box=None, pad_edge=False, title="length, tokens", title_justify="left", show_header=False)
+    table = Table(
+        box=None, pad_edge=False, title="documents, by length in tokens", title_justify="left", show_header=False
+    )
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     edges, counts = histogram(found.lengths)
+    shortest = np.flatnonzero(counts)[0]
+    edges, counts = edges[shortest:], counts[shortest:]
     limit = found.config.max_length
     for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
         bar = Text("█" * -(-40 * count // int(counts.max())), style="red" if low >= limit else "blue")
@@ -326,10 +346,10 @@ def _facts(found: Inspection) -> Table:
 def _padding_table(found: Inspection) -> Table:
     table = Table(title="padding, by documents in a batch", title_justify="left")
     table.add_column("", no_wrap=True)
-    for size in BATCH_SIZES:
+    for size in found.padding[ORDINARY]:
         table.add_column(str(size), justify="right", no_wrap=True)
     for name, shares in found.padding.items():
-        table.add_row(_NAMES.get(name, name), *(_percent(shares[size]) for size in BATCH_SIZES))
+        table.add_row(_NAMES.get(name, name), *map(_percent, shares.values()))
     return table
 
 
@@ -352,7 +372,7 @@ def _layouts_table(found: Inspection) -> Table:
 def _basis(found: Inspection) -> str:
     """What the figures rest on."""
     if found.device is None:
-        return "Speed-ups are of the positions computed; `--gpu` gives times."
+        return "Speed-ups are of the positions computed, not of times; `--gpu` predicts those of a GPU elsewhere."
     if found.run.refusal is not None:
         return f"The run does not fit: {found.run.refusal}"
     fewest = min(A * B * T for promise in found.layouts.values() for A, B, T in promise.shapes)
@@ -362,7 +382,9 @@ def _basis(found: Inspection) -> str:
         if known_gpu(found.device) in MEASURED
         else f"rates estimated from an {MEASURED[0]}'s"
     )
-    return f"Times are predicted for {found.device}, from {rates}, not measured.{few}"
+    unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
+    full = " How much of its memory is free is not known, so remat is full: `--memory-limit` says." if unknown else ""
+    return f"Times are predicted for {found.device}, from {rates}, not measured.{few}{full}"
 
 
 def _batch(config: TrainConfig) -> str:
@@ -401,7 +423,7 @@ def _draw(found: Inspection) -> "Figure":
         padding.plot(line.xs, line.ys, color=line.color, marker="o", markersize=4)
         lines.append(line)
     padding.set_xscale("log", base=2)
-    padding.set_xticks(BATCH_SIZES, list(map(str, BATCH_SIZES)))
+    padding.set_xticks(sizes := list(found.padding[ORDINARY]), list(map(str, sizes)))
     padding.set_ylim(bottom=0)
     frame(padding, "How much of a batch is padding?", "documents in a batch", "%")
     label_ends(padding, lines)

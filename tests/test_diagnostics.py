@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -138,6 +139,18 @@ def test_padding_by_batch_size_is_that_of_an_epoch():
     assert all(share < found.padding["padded"][size] for size, share in found.padding[ORDINARY].items())
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(1, (1,)), (5, (1, 2, 4)), (8, (1, 2, 4, 8))])
+def test_little_data_has_no_batch_that_is_larger(count, sizes):
+    documents = random_documents(count * [21], masked=0)
+    found = jaxpack.inspect(documents, TrainConfig(packing=True))
+    assert all(tuple(shares) == sizes for shares in found.padding.values())
+    assert found.layouts["padded"].config.per_device_train_batch_size == count
+    assert "The data has 1 row, and a step takes 8" in found.recommendation
+    text = printed(found)
+    assert f"20 to 21  {count}" in text and "0 to 1" not in text.split("documents  ")[0]
+    assert len(found.figure().axes[1].lines) == 4
+
+
 def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
     documents = skewed(4000)
     whole = jaxpack.inspect(documents, TrainConfig(max_length=256)).padding
@@ -208,6 +221,12 @@ def test_what_does_not_fit_says_so():
     assert "does not fit" in printed(found)
 
 
+def test_of_a_gpu_elsewhere_it_says_that_its_memory_is_not_known():
+    for limit, said in ((None, True), (100.0, False)):
+        found = jaxpack.inspect(skewed(), TrainConfig(max_length=256, memory_limit=limit), model=qwen(), gpu="H200")
+        assert (found.run.remat == "full") == said == ("so remat is full: `--memory-limit` says" in printed(found))
+
+
 def test_a_gpu_without_rates_is_refused():
     with pytest.raises(InputError, match="`gpu` must be one of H200, H100, got 'A100'"):
         jaxpack.inspect(skewed(), gpu="A100")
@@ -228,7 +247,14 @@ def test_what_is_cut_off_is_counted():
     text = printed(found)
     assert "3 documents: 94 tokens are lost (47%), 91 of those trained on (59%)" in text
     assert "1 document; 2 once they are cut, and dropped" in text
-    assert "But `--max-length 32` cuts off 47% of the tokens and 59% of those trained on: 128 would" in text
+    advice = "But `--max-length 32` cuts off 47% of the tokens and 59% of those trained on: 128 would"
+    assert advice in found.recommendation
+
+
+def test_what_is_no_documents_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user sees, without the tests' own check
+    with pytest.raises(InputError, match="`documents` must be what `load_documents` returns, got str"):
+        jaxpack.inspect("train.jsonl")
 
 
 def test_what_is_split_is_not_cut():
@@ -248,6 +274,8 @@ def test_what_is_split_is_not_cut():
         (100 * [40, 40, 40, 350], 1024, ["Padding-free, the default, is enough: padded"]),
         (100 * [620, 300, 620], 1024, ["Stay padding-free, the default: padded", "a larger `--max-length`"]),
         (100 * [60, 100, 60, 130], 130, ["Stay padding-free, the default: padded", "130 takes 256 positions"]),
+        (100 * [530], 1024, ["Stay padding-free, the default: padded", "a larger `--max-length`"]),  # rows of 640
+        (5 * [21], 1024, ["The data has 5 documents, and a step takes 8: the rest of it is padding"]),
     ],
 )
 def test_the_advice_goes_by_what_is_fastest(lengths, max_length, advice):
