@@ -215,6 +215,7 @@ class ModelConfig:
 
 
 _SAVE_STEPS = 500
+_LEAST_POSITIONS = 128  # of a row
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -372,6 +373,14 @@ class TrainConfig:
                 self.resume_from_checkpoint,
             )
         _check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
+        row = self.max_length if self.packing else _LEAST_POSITIONS
+        positions = self.per_device_train_batch_size * self.gradient_accumulation_steps * row
+        _check(
+            positions < 2**31,
+            "per_device_train_batch_size",
+            "times `gradient_accumulation_steps` times the length of a row must be below 2**31",
+            positions,
+        )
         _check(
             self.max_steps > 0 or self.max_steps == -1,
             "max_steps",

@@ -319,6 +319,8 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "text_field": (["--dataset-text-field", "body"], ["`dataset_text_field` must be a field", "'body'", "['text']"]),
     "padded": (["--no-padding-free"], ["`padding_free` must be true with `packing`", "got False"]),
     "seed": (["--seed", str(10**30)], ["`seed` must be in [0, 2**32)", f"got {10**30}"]),
+    "huge_batch": (["--per-device-train-batch-size", str(10**12)], ["`per_device_train_batch_size`", "below 2**31"]),
+    "huge_rows": (["--max-length", str(10**11)], ["times the length of a row", "got 200000000000"]),
     "endless": (["--max-steps", str(10**12)], ["`max_steps` must come to at most 10,000,000 steps", "got 1,000,000,"]),
 }
 
