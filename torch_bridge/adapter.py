@@ -52,6 +52,14 @@ def save_adapter(model: Transformer, path: str) -> None:
         write_tensors(folder / ADAPTER_WEIGHTS, tensors)
 
 
+def require_files(adapter: str | os.PathLike, *names: str) -> Path:
+    """The adapter's folder, which has these files."""
+    for name in names:
+        if not os.path.isfile(Path(adapter) / name):
+            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200} without.")
+    return Path(adapter)
+
+
 def load_adapter(model: Transformer, adapter: str) -> Transformer:
     """Adds the adapters of a PEFT folder to a model, in place, and returns it; training may go on from them.
 
@@ -64,10 +72,7 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     """
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
-    folder = Path(adapter)
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not os.path.isfile(folder / name):
-            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200} without.")
+    folder = require_files(adapter, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     _check_keys(_expected_shapes(model, lora), tensors, folder / ADAPTER_WEIGHTS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxpack.console import console
 from jaxpack.errors import InputError
-from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter
+from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
 from torch_bridge.checkpoint import read_json
 from torch_bridge.pretrained import from_pretrained
 
@@ -70,7 +70,7 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
 
 def base_of(adapter: str) -> str:
     """The model that an adapter's config names."""
-    name = read_json(Path(adapter) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = read_json(require_files(adapter, ADAPTER_CONFIG) / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"`base_model_name_or_path` of {adapter} must name a model, got {name!r:.80}.")
     return name

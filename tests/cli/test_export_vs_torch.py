@@ -83,7 +83,7 @@ def test_a_disk_that_fills_is_said_of_the_flag_and_leaves_nothing(
     ("flags", "fragment"),
     [
         ({"--adapter": "nowhere"}, "`adapter` must be an existing folder, got 'nowhere'"),
-        ({"--adapter": "."}, "adapter_config.json"),
+        ({"--adapter": "."}, "`adapter` must be a folder with adapter_config.json"),
         ({"--model": "nowhere"}, "`model` must be an existing folder"),
         ({"--dtype": "int8"}, "`dtype` must be"),
         ({"--merged": "."}, "`merged` must be empty"),
