@@ -53,6 +53,11 @@ def flat(tree: object) -> np.ndarray:
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])  # whose step has no norm of heads
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def relative(a: object, b: object) -> float:
     a, b = flat(a), flat(b)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))

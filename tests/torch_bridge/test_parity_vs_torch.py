@@ -256,7 +256,12 @@ def torch_curve(model: torch.nn.Module, steps: list[list[hf.Document]], config: 
     ("checkpoint", "lora", "layout"),
     [
         ("qwen3-tied", LORA["all-linear"], {"packing": True, "per_device_train_batch_size": 2}),
-        ("llama3-untied", LORA["rslora"], {"packing": False, "per_device_train_batch_size": 4}),
+        pytest.param(
+            "llama3-untied",
+            LORA["rslora"],
+            {"packing": False, "per_device_train_batch_size": 4},
+            marks=pytest.mark.slow,
+        ),
         (
             "llama-tied",
             None,
