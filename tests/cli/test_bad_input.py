@@ -448,6 +448,7 @@ def whole_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in content.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = run_process(  # the adapter has more than 100 kB, everything else less than 2
