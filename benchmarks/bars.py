@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import Case, Planned, case_of
 from jaxpack.bench.report import COLORS, GIB, NAMES, of_plan
-from jaxpack.pictures import frame, lying_bars, new_figure
+from jaxpack.pictures import frame, head, lying_bars, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,13 +170,10 @@ def draw_bars(records: list[dict[str, Any]]) -> "Figure":
         texts = [f"{NAMES.get(r['system'], r['system'])} {x:{form}}" for r, x in zip(pairs, values, strict=True)]
         for at in range(0, len(pairs), 2):
             texts[at] += f"   x {values[at] / values[at + 1]:.2f}"
-        lying_bars(panel, places, values, [COLORS[record["system"]] for record in pairs], texts)
-        panel.set_xlim(0, 1.75 * max(values))
+        lying_bars(panel, places, values, [COLORS[record["system"]] for record in pairs], texts, room=1.75)
     speed.set_yticks(places[::2] - 0.42, [verdict.bar.work.replace(", ", "\n") for verdict in found])
     frame(speed, "How many real tokens a second?", "real tokens/s (x: of the opponent's)", "")
     frame(memory, "In how much memory?", "peak memory, GiB", "")
     about = " and ".join(dict.fromkeys(f"{r['data']}, {r['device']}, {r['date']}" for r in pairs))
-    figure.suptitle(
-        f"The same documents and optimizer for both: {about}.", x=0.01, ha="left", fontsize=10, color="#555555"
-    )
+    head(figure, f"The same documents and optimizer for both: {about}.")
     return figure

@@ -64,12 +64,19 @@ def label_ends(panel: "Axes", lines: list[Line]) -> None:
                        color=line.color, annotation_clip=False)  # fmt: skip
 
 
-def lying_bars(panel: "Axes", places: np.ndarray, values: list[float], colors: list, texts: list[str]) -> None:
-    """Horizontal bars, with a text at the end of each."""
+def head(figure: "Figure", about: str) -> None:
+    """A line above all panels: of what, on what, when."""
+    figure.suptitle(about, x=0.01, ha="left", fontsize=10, color="#555555")
+
+
+def lying_bars(
+    panel: "Axes", places: np.ndarray, values: list[float], colors: list, texts: list[str], room: float = 1.3
+) -> None:
+    """Horizontal bars, with a text at the end of each, for which the panel is `room` times as wide as the longest."""
     panel.barh(places, values, 0.62, color=colors)
     for place, value, text in zip(places, values, texts, strict=True):
         panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
-    panel.set_xlim(0, 1.3 * max(values))
+    panel.set_xlim(0, room * max(values))
     panel.xaxis.set_major_formatter("{x:,.10g}")
 
 

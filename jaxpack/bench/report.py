@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import ABLATION, OFFLOADED
 from jaxpack.bench.processes import Record
-from jaxpack.pictures import Line, frame, label_ends, lying_bars, new_figure
+from jaxpack.pictures import Line, frame, head, label_ends, lying_bars, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +159,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
             panel.set_ylim(bottom=0)
         frame(panel, title, f"batch size: documents, or packed rows of {records[0]['max_length']:,}", unit)
         label_ends(panel, lines)
-    _head(figure, records)
+    head(figure, _about(records))
     return figure
 
 
@@ -180,7 +180,7 @@ def draw_ablation(records: list[Record]) -> "Figure":
     total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
     frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: of the one before)", "")
     frame(memory, "And what does it hold?", "peak memory, GiB", "")
-    _head(figure, records, " Pale: XLA's operations. Offloading is beside keeping all, not after it.")
+    head(figure, _about(records) + " Pale: XLA's operations. Offloading is beside keeping all, not after it.")
     return figure
 
 
@@ -199,7 +199,7 @@ def draw_losses(records: list[Record]) -> "Figure":
     frame(by_step, "Does the layout change what is learned?", "step", smoothed)
     frame(by_time, "How soon is it learned?", "seconds of training, without compilation", "")
     by_step.legend(frameon=False)
-    _head(figure, records)
+    head(figure, _about(records))
     return figure
 
 
@@ -250,7 +250,3 @@ def _about(records: list[Record]) -> str:
     what = "all weights trained" if first["full_finetuning"] else "LoRA r=16"
     dates = " and ".join(dict.fromkeys(record["date"] for record in records))
     return f"{first['model']}, {what}, {first['data']}. {first['device']}, {dates}."
-
-
-def _head(figure: "Figure", records: list[Record], more: str = "") -> None:
-    figure.suptitle(_about(records) + more, x=0.01, ha="left", fontsize=10, color="#555555")
