@@ -10,6 +10,7 @@ import typer
 from flax import nnx
 
 import torch_bridge
+from jaxpack.cli.reading import read_base
 from jaxpack.console import console
 from jaxpack.errors import InputError, errors_name
 from jaxpack.files import require_new_folder, require_room
@@ -40,10 +41,8 @@ def export(
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     if not os.path.isdir(adapter):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
-    base = torch_bridge.base_of(str(adapter)) if model is None else model
-    with errors_name(model="base_model_name_or_path" if model is None else "model"):  # as the adapter's config calls it
-        # As it is stored, so that each weight is rounded only once, when it is merged.
-        network, tokenizer = torch_bridge.from_pretrained(base, dtype="auto")
+    # As it is stored, so that each weight is rounded only once, when it is merged.
+    network, tokenizer = read_base(model, adapter, "auto")
     torch_bridge.load_adapter(network, str(adapter))
     weights = nnx.state(network, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     written = sum(leaf.size for leaf in jax.tree.leaves(weights)) * jnp.dtype(dtype or "bfloat16").itemsize

@@ -16,6 +16,7 @@ from rich.text import Text
 import torch_bridge
 from jaxpack.chat import Conversation
 from jaxpack.cli.options import from_flags, with_flags
+from jaxpack.cli.reading import read_base
 from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import GenerateConfig
 from jaxpack.console import console, visible
@@ -63,9 +64,7 @@ def generate(
     """Generate text from a model, with its adapter or without."""
     config = from_flags(GenerateConfig, flags)
     _check_arguments(model, adapter, prompt, prompts, compare, output)
-    base = torch_bridge.base_of(str(adapter)) if model is None else model
-    with errors_name(model="base_model_name_or_path" if model is None else "model"):  # as the adapter's config calls it
-        network, tokenizer = torch_bridge.from_pretrained(base, dtype=dtype)
+    network, tokenizer = read_base(model, adapter, dtype)
     if tokenizer is None:
         raise InputError("`model` must have a tokenizer, got one without.")
     if chat is None:

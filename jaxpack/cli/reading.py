@@ -7,6 +7,7 @@ from jaxpack.bench.models import SHAPES, drawn_documents
 from jaxpack.config import ModelConfig
 from jaxpack.data import Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, errors_name
+from jaxpack.transformer import Transformer
 
 MODEL_HELP = f"A Hugging Face folder, or the shape of {', '.join(SHAPES)}, with random weights."
 DATA_HELP = "A JSONL or Parquet file, as for train."
@@ -23,6 +24,15 @@ def require_one(data: Path | None, lengths: Path | None) -> None:
         raise InputError(f"`data` or `lengths` must be given, and not both, got {given}.")
     if data is not None and not data.is_file():
         raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
+
+
+def read_base(model: str | None, adapter: Path | None, dtype: str | None) -> tuple[Transformer, Tokenizer | None]:
+    """A model and its tokenizer: that which is named, or else that which an adapter's config names, in whose words an
+    error then is.
+    """
+    base = torch_bridge.base_of(str(adapter)) if model is None else model
+    with errors_name(model="base_model_name_or_path" if model is None else "model"):
+        return torch_bridge.from_pretrained(base, dtype=dtype)
 
 
 def read_documents(
