@@ -10,12 +10,12 @@ from rich.console import Console
 
 from jaxpack.batching import Batches
 from jaxpack.bench.models import abstract_model
-from jaxpack.cli.options import errors_name, from_flags, with_flags
+from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.diagnostics import inspect as inspect_documents
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, errors_name, reason
 from jaxpack.pictures import require_matplotlib
 from jaxpack.predictions import RATES
 from jaxpack.shown_rows import show_row as shown
@@ -39,7 +39,6 @@ _USED = {
     "target_modules",
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
-_OF_ADAPTERS = ("lora_r", "target_modules")
 _OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss")
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -75,7 +74,7 @@ def inspect(
     flags |= {"per_device_train_batch_size": per_device_train_batch_size, "show_row": show_row}
     with errors_name(per_device_train_batch_size="batch_size"):
         config = from_flags(TrainConfig, flags)
-    if full_finetuning and any(flags[name] is not None for name in _OF_ADAPTERS):
+    if full_finetuning and asks_for_adapter(flags):
         raise InputError("`full_finetuning` must be without flags of adapters, got both.")
     lora = None if full_finetuning else from_flags(LoraConfig, flags)
     require_one(data, lengths)

@@ -47,6 +47,14 @@ def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Con
         return config(**{name: value for name, value in values.items() if value is not None} | given)
 
 
+LORA_FLAGS = [flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"]  # a run has one too
+
+
+def asks_for_adapter(flags: dict[str, Any]) -> bool:
+    """Whether flags of a new adapter are among those that were given."""
+    return any(flags.get(name) is not None for name in LORA_FLAGS)
+
+
 def to_flags(config: TrainConfig | LoraConfig) -> dict[str, Any]:
     """The flags that make the dataclass, with lists and mappings as a settings file has them."""
     values = {}

@@ -1,6 +1,5 @@
 """`jaxpack train`: a Hugging Face folder and a dataset in, an adapter or a trained model out."""
 
-import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
-from jaxpack.cli.options import flag_of, from_flags, to_flags, with_flags
+from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.console import console
 from jaxpack.errors import InputError, errors_name
@@ -21,9 +20,6 @@ from jaxpack.lora import add_lora
 from jaxpack.reporting import METRICS, read_records, require_libraries
 from jaxpack.trainer import Trainer
 
-_LORA_FLAGS = [
-    flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"
-]  # the run has one too
 _SETTINGS = "run.yaml"
 _FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # of the trainer's arguments
 
@@ -76,16 +72,16 @@ def train(
     **flags: object,
 ) -> None:
     """Fine-tune a model on a dataset."""
-    given_up = overridden(context, [["full_finetuning"], ["adapter"], _LORA_FLAGS])
+    given_up = overridden(context, [["full_finetuning"], ["adapter"], LORA_FLAGS])
     full_finetuning = full_finetuning and "full_finetuning" not in given_up
     adapter = None if "adapter" in given_up else adapter
     flags = {name: None if name in given_up else value for name, value in flags.items()}
     config = from_flags(TrainConfig, flags, output_dir=str(output))
     require_libraries(config)
     lora = from_flags(LoraConfig, flags)
-    if full_finetuning and (adapter is not None or any(flags[name] is not None for name in _LORA_FLAGS)):
+    if full_finetuning and (adapter is not None or asks_for_adapter(flags)):
         raise InputError("`full_finetuning` must be without flags of adapters, got both.")
-    if adapter is not None and any(flags[name] is not None for name in _LORA_FLAGS):
+    if adapter is not None and asks_for_adapter(flags):
         raise InputError("`adapter` must be without flags of a new adapter, got both.")
     trained = output / ("model" if full_finetuning else "adapter")
     if config.resume_from_checkpoint is None:
