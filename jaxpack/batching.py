@@ -9,14 +9,13 @@ import math
 
 import numpy as np
 
-from jaxpack.config import TrainConfig
+from jaxpack.config import LANES, TrainConfig
 from jaxpack.data import Documents
 from jaxpack.errors import InputError
 from jaxpack.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
 
 MAX_SHAPES = 4
 MAX_STEPS = 10_000_000  # of a run: what is known of each before the first has its room in memory
-_LANES = 128  # T is a multiple of this
 _MAX_SIZES = 1024  # distinct row lengths to choose from; more are rounded up further
 
 
@@ -83,7 +82,7 @@ class Batches:
         self.limits = {}
         for T in buckets:
             most_segments, most_targets = (int(x[self.row_lengths == T].max()) for x in (segments, targets))
-            self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // _LANES)) * _LANES)
+            self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // LANES)) * LANES)
 
     @property
     def _end_to_end(self) -> bool:
@@ -201,7 +200,7 @@ def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncati
     return cut[keep], Truncation(int((lost > 0).sum()), int(lost.sum()), int((~keep).sum()))
 
 
-def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = _LANES) -> np.ndarray:
+def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = LANES) -> np.ndarray:
     """At most `max_buckets` multiples of `multiple`, ascending, that hold all `sizes` and waste the fewest tokens.
 
     Exact, by dynamic programming over the distinct sizes. `sizes` is int `[steps]`, each 1 or more.

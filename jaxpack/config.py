@@ -215,7 +215,7 @@ class ModelConfig:
 
 
 _SAVE_STEPS = 500
-_LEAST_POSITIONS = 128  # of a row
+LANES = 128  # what the length of every row is a multiple of
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -373,7 +373,7 @@ class TrainConfig:
                 self.resume_from_checkpoint,
             )
         _check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
-        row = self.max_length if self.packing else _LEAST_POSITIONS
+        row = self.max_length if self.packing else LANES
         positions = self.per_device_train_batch_size * self.gradient_accumulation_steps * row
         _check(
             positions < 2**31,
