@@ -25,7 +25,7 @@ from jaxpack.console import progress_bar
 from jaxpack.data import Tokenizer
 from jaxpack.decoding import Cache, extend, prefill
 from jaxpack.errors import InputError
-from jaxpack.memory import available_host_bytes
+from jaxpack.memory import available_host_bytes, free_device_bytes
 from jaxpack.rotary import last_length_alike
 from jaxpack.transformer import Transformer
 
@@ -140,8 +140,8 @@ def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config:
 
 def _free_bytes() -> int | None:
     """Where arrays go, on the GPU or, without one, the host; None where that is not known."""
-    statistics = jax.local_devices()[0].memory_stats()
-    return available_host_bytes() if statistics is None else statistics["bytes_limit"] - statistics["bytes_in_use"]
+    free = free_device_bytes(jax.local_devices()[0])
+    return available_host_bytes() if free is None else free
 
 
 def _rounded(length: int) -> int:

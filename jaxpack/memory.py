@@ -164,6 +164,12 @@ def check_host_memory(remat: Remat, config: ModelConfig, tokens: int, itemsize: 
         )
 
 
+def free_device_bytes(device: jax.Device) -> int | None:
+    """What its allocator has left; None where it does not say."""
+    statistics = device.memory_stats() or {}
+    return statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None
+
+
 def available_host_bytes(root: Path = Path("/")) -> int | None:
     """What Linux says can be allocated without swapping, within the limit of a container; None elsewhere."""
     try:

@@ -27,6 +27,7 @@ from jaxpack.memory import (
     Ranks,
     available_host_bytes,
     cast_weight_bytes,
+    free_device_bytes,
     input_bytes,
     unnamed_bytes,
     unrolls,
@@ -389,10 +390,8 @@ def resolve(
 
 def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:
     """What a run may take in all: what is free and what it holds already, less what a prediction may be off by."""
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" not in statistics:
-        return None
-    return (statistics["bytes_limit"] - statistics["bytes_in_use"] + held_bytes) / (1 + _ACCURACY)
+    free = free_device_bytes(device)
+    return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
 
 
 def _explanation(chosen: Prediction, predictions: list[Prediction], memory: float) -> str:
