@@ -80,8 +80,10 @@ class _ModuleTensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array:
-        return jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array | np.ndarray:
+        part = jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
+        # An array of JAX would stay on the host, and all that is made of it.
+        return np.asarray(part) if part.device.platform == "cpu" else part
 
 
 class TorchFolder:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +55,21 @@ def test_from_torch_equals_from_pretrained(checkpoint: str, dtype: str, tmp_path
     assert {x.dtype for x in jax.tree.leaves(nnx.state(live))} == {jnp.dtype(dtype)}
     assert_same_bits(live, read)
     assert dataclasses.replace(live.config, name_or_path=folder) == read.config
+
+
+def test_a_module_on_the_host_becomes_a_model_on_the_device_of_jax():
+    """With two devices of a CPU: DLPack's arrays are on the first."""
+    program = """
+import jax, torch_bridge
+from flax import nnx
+from tests.torch_bridge import hf
+first, second = jax.devices()
+jax.config.update("jax_default_device", second)
+model = torch_bridge.from_torch(hf.make_model("qwen3-tied"))
+assert {device for x in jax.tree.leaves(nnx.state(model)) for device in x.devices()} == {second}
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_weights_of_another_dtype_are_rounded_to_nearest(tmp_path: Path):
