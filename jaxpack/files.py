@@ -76,6 +76,12 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def from_home(path: Path) -> str:
+    """As a shell takes it: `~/...` within the user's home, so that what a notebook keeps names nobody's."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def replace_folder(write: Callable[[Path], None], path: Path) -> None:
     """Lets `write` make a folder, and puts it in the place of the one that is there, if any."""
     if not path.exists():

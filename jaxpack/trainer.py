@@ -36,8 +36,8 @@ from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, errors_name
+from jaxpack.files import from_home
 from jaxpack.lora import adapters
-from jaxpack.memory import check_host_memory
 from jaxpack.packing import PackedBatch
 from jaxpack.predictions import resolve
 from jaxpack.prefetch import prefetched
@@ -95,8 +95,6 @@ class Run:
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
         self.remat, self.explanation = resolve(config, model, batches, held_bytes)
-        for _, B, T in batches.shapes:
-            check_host_memory(self.remat, model.config, B * T, model.dtype.itemsize)
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
         self._step = make_train_step(
             graph,
@@ -263,8 +261,8 @@ class Trainer:
         checkpoints = self._resume(run)
         progress = self.progress
         if cache.folder is not None:
-            size = size_of(cache.folder) / 2**20
-            console.print(f"compiled programs are kept in {cache.folder} ({size:.1f} MiB; delete it to clear it)")
+            size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
+            console.print(f"compiled programs are kept in {folder} ({size:.1f} MiB; delete it to clear it)")
         start = _Start(begin, run.compile(cache), cache.found)
         programs = len(run.programs) + len(run.eval_programs)
         console.print(f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {programs} found compiled")

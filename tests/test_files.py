@@ -10,6 +10,7 @@ import pytest
 
 from jaxpack.errors import InputError
 from jaxpack.files import (
+    from_home,
     remove_leftovers,
     replace_file,
     replace_folder,
@@ -146,3 +147,9 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.M
     assert str(refused.value) == f"`output` must be writable, got '{path}': No space left on device."
     assert path.read_bytes() == b"older"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_path_is_shown_from_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert from_home(tmp_path / "me/.cache/programs") == "~/.cache/programs"
+    assert from_home(tmp_path / "memo") == str(tmp_path / "memo")
