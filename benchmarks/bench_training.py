@@ -100,7 +100,11 @@ def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
 
 def text_documents(data: Path | None) -> Documents:
     """Rows of text (without a file, the bundled questions), through a tokenizer that is trained on them."""
-    rows = sample() if data is None else [json.loads(line) for line in data.read_text().splitlines()]
+    if data is None:
+        rows = sample()
+    else:
+        with data.open(encoding="utf-8") as lines:  # not `splitlines`: text may hold what that takes for line ends
+            rows = list(map(json.loads, lines))
     tokenizer = train_tokenizer(rows)
     return load_documents(rows, tokenizer, vocab_size=len(tokenizer))
 
