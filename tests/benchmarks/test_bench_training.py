@@ -47,7 +47,7 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
     assert json.loads(output.read_text())["results"] == [kept, ours]
 
 
-@pytest.mark.parametrize(("plan", "cases"), [("bars", 15), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)])
+@pytest.mark.parametrize(("plan", "cases"), [("bars", 17), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)])
 def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, cases, tmp_path):
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)
@@ -60,3 +60,13 @@ def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, c
     assert shown.returncode == 1
     assert len(set(shown.stderr.splitlines())) == shown.stderr.count(f"{plan}: ") == cases
     assert shown.stderr.count("no time left") == cases
+
+
+def test_text_may_hold_whatever_else_ends_a_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    from bench_training import text_documents
+
+    rows = [{"prompt": f"What is {i} and\u2028one?", "completion": f" {i + 1}\x85"} for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert len(text_documents(data)) == len(rows)
