@@ -13,7 +13,8 @@ from jaxpack.errors import InputError
 Layout = Literal["padded", "padding-free", "packed"]  # of the documents of a step
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Remat = Literal["offload", "full", "keep_attention", "keep_projections", "none"]  # from the frugal to the fast
+# From the frugal to the fast.
+Remat = Literal["offload", "offload_heads", "full", "keep_attention", "keep_projections", "none"]
 RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made with one of the others
 Implementation = Literal["xla", "pallas"]
 WHOLE_MODULES = ("embed_tokens", "lm_head")  # that may be trained whole beside adapters, by their Hugging Face names
@@ -326,8 +327,8 @@ class TrainConfig:
         "auto",
         "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "
         "projections, or nothing (none): each takes less time and more memory than the one before. With offload, every "
-        "layer, from inputs that wait in the host's memory. With auto, the fastest that is predicted to fit on a GPU, "
-        "and full on a CPU without a memory_limit.",
+        "layer, from what waits in the host's memory, and with offload_heads from more of it. With auto, the fastest "
+        "that is predicted to fit on a GPU, and full on a CPU without a memory_limit.",
     )
     memory_limit: float | None = _option(
         None, "GiB of the device's memory that remat auto may fill; None for what is free, less 9 % for safety."

@@ -171,9 +171,13 @@ class RMSNorm(nnx.Module):
 
     @property
     def weight(self) -> Float[Array, " D"]:
-        """In the dtype of the parameter; offset, in float32, as bfloat16 has a hundredth between 1 and the next."""
-        scale = self.scale[...]
-        return 1 + scale.astype(jnp.float32) if self.unit_offset else scale
+        """In float32, as a norm computes: bfloat16 has a hundredth between 1 and the next.
+
+        A cast also makes a kernel of taking a frozen layer's scale from the stack. A bare copy would wait for what is
+        offloaded: two copies to the host at a time leave no copy engine of the GPU free.
+        """
+        scale = self.scale[...].astype(jnp.float32)
+        return 1 + scale if self.unit_offset else scale
 
 
 def make_norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:
@@ -204,6 +208,7 @@ class Attention(nnx.Module):
         config = self.config
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         x, heads = self.qkv.after_norm(norm, x, context, keys[0])
+        heads = checkpoint_name(heads, "heads")
         mixed = rotary_attention(
             heads.reshape(*x.shape[:2], N + 2 * K, H),
             context.angles,

@@ -3,6 +3,7 @@
 The model names what is dear to compute (`jax.ad_checkpoint.checkpoint_name`), and each choice of `remat` is a list of
 those names: what is named is kept, the rest is computed again from the layer's input. That is kept always: in the
 device's memory, or, offloaded, in pinned memory of the host, from where it is fetched while the layer after it runs.
+With it goes the residual stream between a layer's halves, so that each half is computed again for itself.
 What that comes to for a whole step, and which choice is best, is in `predictions.py`.
 """
 
@@ -14,7 +15,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpack.config import ModelConfig, Remat
-from jaxpack.errors import InputError
 
 
 class Ranks(NamedTuple):
@@ -64,12 +64,18 @@ NAMES = tuple(NAMED)
 
 KEPT: dict[Remat, tuple[str, ...] | None] = {
     "offload": ("lora",),
+    "offload_heads": ("lora",),
     "full": ("lora",),
     "keep_attention": ("attention", "lora"),
     "keep_projections": NAMES,
     "none": None,  # all that the derivatives read, named or not
 }
 assert set(KEPT) == set(get_args(Remat))
+
+# What waits in the host's memory with a layer's input. "residual" spares the backward pass the matmul before it, and
+# "heads", which become queries, keys and values, one more: where the link carries that much in the time of the forward
+# pass.
+OFFLOADED: dict[Remat, tuple[str, ...]] = {"offload": ("residual",), "offload_heads": ("residual", "heads")}
 
 
 def input_bytes(layer: Layer) -> int:
@@ -97,6 +103,25 @@ def cast_weight_bytes(layer: Layer) -> int:
     return (layer.projections.qkv + layer.projections.gate_up) * layer.itemsize if layer.casts else 0
 
 
+def offloaded(remat: Remat, config: ModelConfig, *, casts: bool) -> tuple[str, ...]:
+    """Of `OFFLOADED` those of a model. With a norm behind a projection, which reads its output again, "residual" spares
+    nothing.
+
+    Where weights are trained (`Layer.casts`) there are none: see `RMSNorm.weight`.
+    """
+    if casts:
+        return ()
+    return tuple(name for name in OFFLOADED.get(remat, ()) if name != "residual" or not config.post_norms)
+
+
+def offloaded_bytes(layer: Layer, remat: Remat) -> int:
+    """Of a token, what waits in the host's memory."""
+    if remat not in OFFLOADED:
+        return 0
+    size = {"residual": NAMED["residual"], "heads": NAMED["qkv"]}
+    return input_bytes(layer) + sum(size[name](layer) for name in offloaded(remat, layer.config, casts=layer.casts))
+
+
 _INPUT = "layer_input"
 
 
@@ -109,20 +134,20 @@ def unrolls(remat: Remat) -> bool:
     return remat in ("keep_projections", "none")
 
 
-def recompute(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`layer(x, ...)`, for use in a scan, keeping what the choice says."""
+def recompute(layer: Callable[..., Any], remat: Remat, with_input: tuple[str, ...]) -> Callable[..., Any]:
+    """`layer(x, ...)`, for use in a scan, keeping what the choice says; `with_input`: see `offloaded`."""
     names = KEPT[remat]
     if names is None:
         return layer
     policies = jax.checkpoint_policies
-    if remat == "offload":
+    if remat in OFFLOADED:
 
         def named(x: jax.Array, *rest: Any) -> Any:
             return layer(checkpoint_name(x, _INPUT), *rest)
 
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=list(names),
-            names_which_can_be_offloaded=[_INPUT],
+            names_which_can_be_offloaded=[_INPUT, *with_input],
             offload_src="device",
             offload_dst="pinned_host",
         )
@@ -136,32 +161,19 @@ def compiler_options(remat: Remat) -> dict[str, Any]:
     """What a step wants of XLA on a GPU: kernels started one by one where there is no loop over layers, or offloading.
 
     A CUDA graph of thousands of kernels costs more between them than it saves: 16 ms of a step of 0.5 s, against 5. And
-    it holds back copies between device and host until its kernels are done: without, a layer's input is fetched while
-    the layer after it is at work.
+    it holds back copies between device and host until its kernels are done: without, what a layer left with the host is
+    fetched while the layer after it is at work. Two layers at a time, so that none of it is copied from a place for the
+    next layer's into one for this layer's.
     """
     options: dict[str, Any] = {}
     if jax.default_backend() != "gpu":
         return options
-    if unrolls(remat) or remat == "offload":
+    if unrolls(remat) or remat in OFFLOADED:
         options["xla_gpu_enable_command_buffer"] = ""
-    if remat == "offload":
+    if remat in OFFLOADED:
         options["xla_gpu_enable_pipelined_host_offloading"] = True
+        options["xla_gpu_enable_while_loop_double_buffering"] = True
     return options
-
-
-def check_host_memory(remat: Remat, config: ModelConfig, tokens: int, itemsize: int) -> None:
-    """Refuses to offload what the host has no room for.
-
-    Args:
-      tokens: of a micro-batch, with its padding.
-      itemsize: bytes of an activation.
-    """
-    needed = config.num_layers * tokens * config.hidden_size * itemsize
-    if remat == "offload" and (available := available_host_bytes()) is not None and needed > available:
-        raise InputError(
-            f'`remat` "offload" needs {needed / 2**30:.1f} GiB of host memory for the inputs of {config.num_layers} '
-            f'layers, got {available / 2**30:.1f} GiB available. "full" keeps them on the device.'
-        )
 
 
 def free_device_bytes(device: jax.Device) -> int | None:

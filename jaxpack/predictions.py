@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
@@ -23,12 +24,15 @@ from jaxpack.lora import adapters
 from jaxpack.memory import (
     KEPT,
     NAMED,
+    OFFLOADED,
     Layer,
     Ranks,
     available_host_bytes,
     cast_weight_bytes,
     free_device_bytes,
     input_bytes,
+    offloaded,
+    offloaded_bytes,
     unnamed_bytes,
     unrolls,
 )
@@ -64,12 +68,13 @@ class Job:
         if keys_per_token is None:
             keys_per_token = _keys_per_token(model.config, np.array([shape[2]]))
         full = not adapters(model)
+        casts = full and model.dtype != jnp.float32
         drops = any(adapter.dropout for adapter in adapters(model).values())
         _, trained, frozen = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
         block = model.blocks
         linears = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
         return cls(
-            layer=Layer(model.config, Ranks(*(linear.rank for linear in linears)), model.dtype.itemsize, drops, full),
+            layer=Layer(model.config, Ranks(*(linear.rank for linear in linears)), model.dtype.itemsize, drops, casts),
             num_layers=model.config.num_layers,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
@@ -128,7 +133,7 @@ def layer_bytes(job: Job, remat: Remat) -> int:
     names, layer = KEPT[remat], job.layer
     if names is not None:
         named = sum(NAMED[name](layer) for name in names)
-        return job.tokens * (named + (input_bytes(layer) if remat != "offload" else 0))
+        return job.tokens * (named + (0 if remat in OFFLOADED else input_bytes(layer)))
     # With nothing computed again XLA sees that the backward pass norms and turns the heads as the forward pass did.
     turned = sum(layer.heads) * layer.itemsize if layer.config.qk_norm else 0
     return _whole_layer_bytes(job) + job.tokens * turned
@@ -152,13 +157,20 @@ def loss_bytes(job: Job) -> int:
 def backward_bytes(job: Job, remat: Remat) -> int:
     """The most that the backward pass of one layer holds beside what is kept, at its gated activation.
 
-    By then all of the layer was computed again; a loop over layers has copied out what was kept, too. Beside it there
-    are the gradient of the product, of the layer's output, the same extended, and the matrix behind the product.
+    By then all of the layer was computed again, or, from the residual stream between its halves, the second of them; a
+    loop over layers has copied out what was kept, too. Beside it there are the gradient of the product, of the layer's
+    output, the same extended, and the matrix behind the product; and what was fetched, of the next layer, too.
     """
     layer, D = job.layer, job.layer.config.hidden_size
-    again = 0 if KEPT[remat] is None else _whole_layer_bytes(job) - unrolls(remat) * layer_bytes(job, remat)
+    if KEPT[remat] is None:
+        again = 0
+    elif "residual" in offloaded(remat, layer.config, casts=layer.casts):
+        again = job.tokens * ((D + layer.ranks.gate_up) * layer.itemsize + NAMED["gate_up"](layer))
+    else:
+        again = _whole_layer_bytes(job) - unrolls(remat) * layer_bytes(job, remat)
+        again -= job.tokens * offloaded_bytes(layer, remat)
     gradients = job.tokens * (layer.config.intermediate_size + 2 * D + layer.ranks.down) * layer.itemsize
-    fetched = job.tokens * input_bytes(layer) if remat == "offload" else 0  # the next input, while this one is in use
+    fetched = 2 * job.tokens * offloaded_bytes(layer, remat)
     return again + gradients + layer.projections.down * layer.itemsize + fetched
 
 
@@ -195,7 +207,7 @@ def autotuning_bytes(job: Job) -> int:
 
 def host_bytes(job: Job, remat: Remat) -> int:
     """What waits in the host's memory."""
-    return job.num_layers * job.tokens * input_bytes(job.layer) if remat == "offload" else 0
+    return job.num_layers * job.tokens * offloaded_bytes(job.layer, remat)
 
 
 # Time.
@@ -210,9 +222,9 @@ class Rates(NamedTuple):
     link: float  # bytes to the host, and as many back
 
 
-# The H200's, from the kernels of its steps (2026-11-24). The H100's are estimated, its SXM's: the same arithmetic, and
+# The H200's, from the kernels of its steps (2026-11-26). The H100's are estimated, its SXM's: the same arithmetic, and
 # 0.7 of the bandwidth.
-RATES = {"H200": Rates(740e12, 500e12, 3.0e12, 50e9), "H100": Rates(740e12, 500e12, 2.1e12, 50e9)}
+RATES = {"H200": Rates(720e12, 500e12, 3.0e12, 50e9), "H100": Rates(720e12, 500e12, 2.1e12, 50e9)}
 MEASURED = ("H200",)
 _UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
 _SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
@@ -269,7 +281,8 @@ def forward_work(job: Job) -> dict[str, Work]:
     # Turned heads are normed first and not kept; without a norm they are turned in place, and kept so.
     return {
         "norms": norms + turn if layer.config.qk_norm else norms,
-        "qkv": qkv if layer.config.qk_norm else qkv + turn,
+        "heads": qkv,
+        "qkv": Work() if layer.config.qk_norm else turn,
         "attention": work(attention=4 * q * keys, channels=2 * q + 2 * kv),
         "branch": branch,
         "residual": out,
@@ -278,10 +291,13 @@ def forward_work(job: Job) -> dict[str, Work]:
     }
 
 
-def recomputed(remat: Remat) -> set[str]:
+def recomputed(layer: Layer, remat: Remat) -> set[str]:
     """What the backward pass computes again of `forward_work`; nothing of it reads a layer's output."""
     names = KEPT[remat]
-    return set() if names is None else {"norms", *NAMED} - {*names, "lora"}
+    if names is None:
+        return set()
+    there = {*names, *offloaded(remat, layer.config, casts=layer.casts), "lora"}
+    return {"norms", "heads", *NAMED} - there - ({"heads"} if "qkv" in there else set())
 
 
 def backward_work(job: Job) -> Work:
@@ -313,7 +329,7 @@ def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     """One kernel after another. Copies to the host and back run beside them, but for the first of each: they take
     longer where the link is slower than the computation."""
     work = forward_work(job)
-    again = sum((work[name] for name in sorted(recomputed(remat))), start=Work())
+    again = sum((work[name] for name in sorted(recomputed(job.layer, remat))), start=Work())
     forward = job.num_layers * sum(work.values(), start=Work()).seconds(rates)
     backward = job.num_layers * (backward_work(job) + again).seconds(rates)
     copy = host_bytes(job, remat) / rates.link
@@ -370,22 +386,33 @@ def resolve(
       gpu: of `RATES`, for a run that is not on this machine's device: of its memory nothing is known.
 
     Raises:
-      InputError: a step fits with no choice.
+      InputError: a step fits with no choice, or the host has too little memory for one that is asked for by name.
     """
+    job = Job.of_run(model, batches)
     if config.remat != "auto":
+        if gpu is None:
+            _check_host(job, config.remat)
         return config.remat, None
     device = jax.local_devices()[0]
     free = _free_bytes(device, held_bytes) if gpu is None else None
     memory = free if config.memory_limit is None else config.memory_limit * _GIB
     if memory is None:
         return "full", 'remat "full": this device does not say how much memory is free; a `memory_limit` may allow more'
-    job = Job.of_run(model, batches)
     predictions = list(predict(job, rates_of(gpu or device.device_kind)).values())
     if gpu is None and device.platform == "cpu":  # has no memory but the host's
         predictions = [p for p in predictions if not p.host_bytes]
     if not (fitting := fits(predictions, memory)):
         raise InputError(_refusal(config, job, fits(predictions, math.inf), memory))
     return fitting[0].remat, _explanation(fitting[0], predictions, memory)
+
+
+def _check_host(job: Job, remat: Remat) -> None:
+    needed, available = host_bytes(job, remat), available_host_bytes()
+    if available is not None and needed > available:
+        raise InputError(
+            f'`remat` "{remat}" needs {_gib(needed)} of host memory for what {job.num_layers} layers read again, got '
+            f'{_gib(available)} available. "full" keeps it on the device.'
+        )
 
 
 def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:

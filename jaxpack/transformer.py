@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.layers import Block, RowContext, make_norm
-from jaxpack.memory import recompute, unrolls
+from jaxpack.memory import offloaded, recompute, unrolls
 from jaxpack.rotary import document_angles
 
 
@@ -87,7 +87,9 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, parameters)(x, context, key), None
 
         scanned = layers, keys, bounds.places, angles.places
-        x, _ = jax.lax.scan(recompute(layer, remat), self.embed(tokens), scanned, unroll=unrolls(remat))
+        casts = self.norm.scale.dtype != self.dtype
+        layer = recompute(layer, remat, offloaded(remat, self.config, casts=casts))
+        x, _ = jax.lax.scan(layer, self.embed(tokens), scanned, unroll=unrolls(remat))
         return self.norm(x)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
