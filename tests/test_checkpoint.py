@@ -75,7 +75,7 @@ def require_same(result: TrainResult, model: Transformer, expected: TrainResult,
 @pytest.mark.parametrize(
     ("changes", "lora"),
     [
-        pytest.param({}, LORA, id="padding_free"),
+        pytest.param({}, LORA, id="padding_free", marks=pytest.mark.slow),
         pytest.param({"packing": True}, LORA, id="packed", marks=pytest.mark.slow),
         pytest.param({"weight_decay": 0.1, "warmup_steps": 3}, None, id="full", marks=pytest.mark.slow),
     ],

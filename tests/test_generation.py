@@ -101,7 +101,9 @@ def test_a_prompt_in_a_batch_is_continued_as_alone():
     assert generate(model, PROMPTS, max_new_tokens=20, batch_size=1) == together
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("gemma3", jnp.float32), ("qwen3", jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [pytest.param("gemma3", jnp.float32, marks=pytest.mark.slow), ("qwen3", jnp.bfloat16)]
+)
 def test_each_token_has_the_logits_of_a_forward_pass(kind, dtype):
     """Within the order of float sums; of bfloat16, which rounds in other places, within some of its steps."""
     model = make_model(kind, dtype=dtype)
@@ -167,7 +169,7 @@ def assert_drawn_from(counts: np.ndarray, expected: np.ndarray) -> None:
     assert statistic < freedom + 5 * np.sqrt(2 * freedom), (statistic, freedom)
 
 
-@pytest.mark.parametrize("temperature", [0.4, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.4, marks=pytest.mark.slow), 1.0])
 def test_tokens_are_drawn_as_often_as_their_probability_says(plain, temperature):
     assert_drawn_from(sampled(plain, temperature=temperature), probabilities(plain, temperature))
 

@@ -107,7 +107,10 @@ def test_arguments_are_those_of_the_step(family, lora):
     assert argument_bytes(Job.of(model, (3, 2, 128))) == sum(x.nbytes for x in arrays) + batch
 
 
-@pytest.mark.parametrize(("remat", "accumulation"), [("full", 1), ("full", 2), ("keep_projections", 2)])
+@pytest.mark.parametrize(
+    ("remat", "accumulation"),
+    [("keep_projections", 2), *(pytest.param("full", count, marks=pytest.mark.slow) for count in (1, 2))],
+)
 def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(remat, accumulation):
     # Where nothing else counts, a CPU's buffers are a GPU's.
     config = small_config("llama", hidden_size=512, intermediate_size=1536, num_heads=8, head_dim=64, vocab_size=4096)

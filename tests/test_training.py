@@ -90,7 +90,7 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_documents_alone(family, l
         pytest.param([[[9, 0, 3], [5, 4, 1, 2, 11]], [[15, 14, 13], [12, 10, 8, 7, 6]]], id="another order"),
     ],
 )
-@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [pytest.param(LORA, id="lora"), pytest.param(None, id="full", marks=pytest.mark.slow)])
 def test_loss_and_gradient_do_not_depend_on_the_cut(family, lora, groups):
     parts = split_trainable(small_model(family, lora=lora))
     documents = random_documents(LENGTHS)
@@ -181,6 +181,7 @@ def test_trained_parameters_are_float32_and_frozen_ones_as_they_were():
     assert not jax.tree.leaves(frozen)
 
 
+@pytest.mark.slow
 def test_dropout_draws_every_mask_anew_and_the_same_from_the_same_seed(monkeypatch):
     drawn, bernoulli = set(), jax.random.bernoulli
 

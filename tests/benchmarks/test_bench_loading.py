@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_smoke():
     command = "benchmarks/bench_loading.py --model Qwen3-0.6B --layers 1 --vocab 1000 --repeats 1 --cold"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}

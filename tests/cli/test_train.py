@@ -165,6 +165,7 @@ def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_
     np.testing.assert_allclose([record["learning_rate"] for record in records], [2e-2 / 3, 1e-2 / 3], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_every_byte_of_the_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
     # In a process of its own: nothing is remembered, and strings have other hashes.
     flags = [*inputs.flags(tmp_path / "again"), *SETTINGS, *STEPS, *ADAPTER]

@@ -154,14 +154,18 @@ BFLOAT16_CASES = {
     "window, softcap, sinks": Case(MIXED, 2, 1, 96, sinks=True, options={"window": 50, "softcap": 2.0, "scale": 0.3}),
     "one long document": Case(rows_of([1000], [1024], length=1024), options={"max_segments": 1}),
 }
+_SOONER = {"head_dim 128", "window, softcap, sinks", "one long document"}  # the others are left to `make test-slow`
 
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [
-        *(pytest.param(case, "pallas", id=name) for name, case in BFLOAT16_CASES.items()),
+        *(
+            pytest.param(case, "pallas", id=name, marks=() if name in _SOONER else pytest.mark.slow)
+            for name, case in BFLOAT16_CASES.items()
+        ),
         pytest.param(BFLOAT16_CASES["window, softcap, sinks"], "xla", id="the reference, with options"),
-        pytest.param(BFLOAT16_CASES["one long document"], "xla", id="the reference, one long document"),
+        pytest.param(BFLOAT16_CASES["one long document"], "xla", id="the reference, long", marks=pytest.mark.slow),
     ],
 )
 def test_bfloat16_is_as_good_as_plain_jnp(case, implementation):
@@ -200,7 +204,7 @@ def test_max_segments_selects_larger_tiles_for_long_documents():
 
 
 @pytest.mark.parametrize("max_segments", [None, 1], ids=["short documents", "long documents"])
-@pytest.mark.parametrize(("heads", "window"), [(1, None), (3, 70)])
+@pytest.mark.parametrize(("heads", "window"), [pytest.param(1, None, marks=pytest.mark.slow), (3, 70)])
 def test_tiles_of_bfloat16_in_float32(heads, window, max_segments, monkeypatch):
     # Where a block of keys has no mask, or the last one is moved back, float32 shows a key too many or too few.
     plan = module.plan(16, 2, 1024, max_segments)

@@ -16,6 +16,9 @@ from jaxpack.kernels.attention import attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation_backward
 from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
 
+# What is beyond an array is only there on a GPU: interpreted, kernels know where arrays end.
+pytestmark = pytest.mark.slow
+
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 

@@ -184,9 +184,10 @@ def test_norm_rope_against_complex_numbers(case, implementation):
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [
+        *(pytest.param(CASES[name], "pallas", id=name) for name in ("head_dim 20", "head_dim 80, partial")),
         *(
-            pytest.param(CASES[name], "pallas", id=name)
-            for name in ("head_dim 20", "head_dim 64", "head_dim 80, partial", "head_dim 128")
+            pytest.param(CASES[name], "pallas", id=name, marks=pytest.mark.slow)
+            for name in ("head_dim 64", "head_dim 128")
         ),
         pytest.param(CASES["head_dim 80, partial"], "xla", id="the reference"),
     ],

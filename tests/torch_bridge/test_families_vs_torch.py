@@ -24,7 +24,10 @@ _VARIANTS = {
     "llama_dynamic",
     "llama_yarn",
     "llama_longrope",
+    "mistral",
     "mistral_v3",
+    "gemma2",
+    "phi3",
     "qwen2_window",
 }
 _PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in _VARIANTS else ()) for name in hf.FAMILIES]

@@ -55,7 +55,7 @@ def reread(folder: Path, caplog: pytest.LogCaptureFixture) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", LORA)
-@pytest.mark.parametrize("checkpoint", ["qwen3-tied", "llama3-untied"])
+@pytest.mark.parametrize("checkpoint", ["qwen3-tied", pytest.param("llama3-untied", marks=pytest.mark.slow)])
 def test_transformers_computes_what_peft_does(
     checkpoint: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
