@@ -166,9 +166,9 @@ def backward_bytes(job: Job, remat: Remat) -> int:
         again = 0
     elif "residual" in offloaded(remat, layer.config, casts=layer.casts):
         again = job.tokens * ((D + layer.ranks.gate_up) * layer.itemsize + NAMED["gate_up"](layer))
-    else:
-        again = _whole_layer_bytes(job) - unrolls(remat) * layer_bytes(job, remat)
-        again -= job.tokens * offloaded_bytes(layer, remat)
+    else:  # all but what was kept, or fetched
+        there = unrolls(remat) * layer_bytes(job, remat) + job.tokens * offloaded_bytes(layer, remat)
+        again = _whole_layer_bytes(job) - there
     gradients = job.tokens * (layer.config.intermediate_size + 2 * D + layer.ranks.down) * layer.itemsize
     fetched = 2 * job.tokens * offloaded_bytes(layer, remat)
     return again + gradients + layer.projections.down * layer.itemsize + fetched
@@ -297,7 +297,9 @@ def recomputed(layer: Layer, remat: Remat) -> set[str]:
     if names is None:
         return set()
     there = {*names, *offloaded(remat, layer.config, casts=layer.casts), "lora"}
-    return {"norms", "heads", *NAMED} - there - ({"heads"} if "qkv" in there else set())
+    if "qkv" in there:
+        there.add("heads")  # that it is made of
+    return {"norms", "heads", *NAMED} - there
 
 
 def backward_work(job: Job) -> Work:
