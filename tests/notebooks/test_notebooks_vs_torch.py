@@ -1,5 +1,7 @@
-"""The notebooks run from their first cell to their last, with smaller settings than those they show."""
+"""The notebooks run from their first cell to their last, with smaller settings than those they show; and what they show
+was seen on a GPU with their own."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -23,6 +25,17 @@ def notebooks() -> dict[str, nbformat.NotebookNode]:
 
 def test_every_notebook_has_settings_for_this_test():
     assert set(notebooks()) == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_keeps_what_it_showed_on_an_nvidia_gpu(name):
+    cells = [cell for cell in notebooks()[name].cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom, once"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "NVIDIA" in text
+    assert not re.search(r"(?<![\w~.])/(tmp|root|home|usr|opt)/", text), "a path of the machine it ran on"
 
 
 @pytest.mark.slow
