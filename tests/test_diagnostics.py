@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -175,6 +176,31 @@ def test_tokens_a_second_are_those_that_were_measured(row):
     off = 0.1 if row["layout"] == "packed" else 0.15  # steps of 4,000 tokens, where launches begin to count
     assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=off)
     assert found.padding_share == pytest.approx(row["padding_share"], abs=0.01)  # of other steps: orders differ
+
+
+def alpaca() -> Documents:
+    return drawn_documents(beside("alpaca_lengths.csv"), 4000)
+
+
+def gsm8k() -> Documents:
+    with beside("gsm8k_train.jsonl").open(encoding="utf-8") as lines:
+        rows = list(map(json.loads, lines))
+    tokenizer = train_tokenizer(rows)
+    return load_documents(rows, tokenizer, vocab_size=len(tokenizer))
+
+
+@pytest.mark.parametrize("documents", [alpaca, gsm8k])
+def test_the_gain_of_packing_is_that_which_was_measured(documents):
+    """Qwen3-4B on an H200: 32 documents a step, padded, beside as many tokens in packed rows."""
+    results = json.loads((ROOT / "benchmarks/results/2026-11-26_h200_layouts.json").read_text())["results"]
+    measured = {row["layout"]: row for row in results if documents.__name__ in row["data"]}
+    config = TrainConfig(per_device_train_batch_size=32, padding_free=False, remat="full")
+    found = jaxpack.inspect(documents(), config, model=qwen(), gpu="H200").layouts
+    gain = measured["packed"]["tokens_per_second"] / measured["padded"]["tokens_per_second"]
+    assert found["packed"].speedup == pytest.approx(gain, rel=0.15)
+    for layout, row in measured.items():
+        assert found[layout].config.per_device_train_batch_size == row["rows"]
+        assert found[layout].padding_share == pytest.approx(row["padding_share"], abs=0.01)
 
 
 def test_times_are_those_of_the_steps():
