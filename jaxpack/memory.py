@@ -2,8 +2,8 @@
 
 The model names what is dear to compute (`jax.ad_checkpoint.checkpoint_name`), and each choice of `remat` is a list of
 those names: what is named is kept, the rest is computed again from the layer's input. That is kept always: in the
-device's memory, or, offloaded, in pinned memory of the host, from where it is fetched while the layer after it runs.
-With it goes the residual stream between a layer's halves, so that each half is computed again for itself.
+device's memory, or, offloaded, in pinned memory of the host (`offloading.py`). There goes with it the residual stream
+between a layer's halves, so that each half is computed again for itself.
 What that comes to for a whole step, and which choice is best, is in `predictions.py`.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxpack.config import ModelConfig, Remat
 
@@ -122,9 +121,6 @@ def offloaded_bytes(layer: Layer, remat: Remat) -> int:
     return input_bytes(layer) + sum(size[name](layer) for name in offloaded(remat, layer.config, casts=layer.casts))
 
 
-_INPUT = "layer_input"
-
-
 def unrolls(remat: Remat) -> bool:
     """Whether layers are laid out one after another in the program, and not a loop over them.
 
@@ -135,26 +131,13 @@ def unrolls(remat: Remat) -> bool:
 
 
 def recompute(layer: Callable[..., Any], remat: Remat, with_input: tuple[str, ...]) -> Callable[..., Any]:
-    """`layer(x, ...)`, for use in a scan, keeping what the choice says; `with_input`: see `offloaded`."""
+    """`layer(x, ...)`, for use in a scan, keeping what the choice says, and what is `offloaded` with its input."""
     names = KEPT[remat]
     if names is None:
         return layer
-    policies = jax.checkpoint_policies
-    if remat in OFFLOADED:
-
-        def named(x: jax.Array, *rest: Any) -> Any:
-            return layer(checkpoint_name(x, _INPUT), *rest)
-
-        policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=list(names),
-            names_which_can_be_offloaded=[_INPUT, *with_input],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    else:
-        named, policy = layer, policies.save_only_these_names(*names)
+    policy = jax.checkpoint_policies.save_only_these_names(*names, *with_input)
     # Within a loop there is nothing to share with the forward pass; in a program without, XLA would share all of it.
-    return jax.checkpoint(named, policy=policy, prevent_cse=unrolls(remat))
+    return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))
 
 
 def compiler_options(remat: Remat) -> dict[str, Any]:
@@ -171,7 +154,6 @@ def compiler_options(remat: Remat) -> dict[str, Any]:
     if unrolls(remat) or remat in OFFLOADED:
         options["xla_gpu_enable_command_buffer"] = ""
     if remat in OFFLOADED:
-        options["xla_gpu_enable_pipelined_host_offloading"] = True
         options["xla_gpu_enable_while_loop_double_buffering"] = True
     return options
 

@@ -206,8 +206,8 @@ def autotuning_bytes(job: Job) -> int:
 
 
 def host_bytes(job: Job, remat: Remat) -> int:
-    """What waits in the host's memory."""
-    return job.num_layers * job.tokens * offloaded_bytes(job.layer, remat)
+    """What waits in the host's memory, of all layers but the last."""
+    return (job.num_layers - 1) * job.tokens * offloaded_bytes(job.layer, remat)
 
 
 # Time.
@@ -328,15 +328,14 @@ def loss_work(job: Job) -> Work:
 
 
 def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
-    """One kernel after another. Copies to the host and back run beside them, but for the first of each: they take
-    longer where the link is slower than the computation."""
+    """One kernel after another. Copies to the host and back run beside them: they take longer where the link is slower
+    than the computation."""
     work = forward_work(job)
     again = sum((work[name] for name in sorted(recomputed(job.layer, remat))), start=Work())
     forward = job.num_layers * sum(work.values(), start=Work()).seconds(rates)
     backward = job.num_layers * (backward_work(job) + again).seconds(rates)
     copy = host_bytes(job, remat) / rates.link
-    exposed = 2 * copy / job.num_layers
-    micro = max(forward, copy) + max(backward, copy) + exposed + loss_work(job).seconds(rates)
+    micro = max(forward, copy) + max(backward, copy) + loss_work(job).seconds(rates)
     update = Work(bytes=9 * 4 * job.trained)  # reads gradients twice; reads and writes parameters and both moments
     return job.shape[0] * micro + update.seconds(rates)
 
@@ -412,8 +411,8 @@ def _check_host(job: Job, remat: Remat) -> None:
     needed, available = host_bytes(job, remat), available_host_bytes()
     if available is not None and needed > available:
         raise InputError(
-            f'`remat` "{remat}" needs {_gib(needed)} of host memory for what {job.num_layers} layers read again, got '
-            f'{_gib(available)} available. "full" keeps it on the device.'
+            f'`remat` "{remat}" needs {_gib(needed)} of host memory for what the first {job.num_layers - 1} layers '
+            f'read again, got {_gib(available)} available. "full" keeps it on the device.'
         )
 
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.layers import Block, RowContext, make_norm
-from jaxpack.memory import offloaded, recompute, unrolls
+from jaxpack.memory import OFFLOADED, offloaded, recompute, unrolls
+from jaxpack.offloading import scan_offloaded
 from jaxpack.rotary import document_angles
 
 
@@ -81,15 +82,19 @@ class Transformer(nnx.Module):
         graph, layers = nnx.split(self.blocks)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
-        def layer(x, scanned):
-            parameters, key, bound, angle = scanned
+        def layer(x, scanned, shared):
+            (parameters, key, bound, angle), (bounds, angles) = scanned, shared
             context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
-            return nnx.merge(graph, parameters)(x, context, key), None
+            return nnx.merge(graph, parameters)(x, context, key)
 
-        scanned = layers, keys, bounds.places, angles.places
+        scanned, shared = (layers, keys, bounds.places, angles.places), (bounds, angles)
         casts = self.norm.scale.dtype != self.dtype
         layer = recompute(layer, remat, offloaded(remat, self.config, casts=casts))
-        x, _ = jax.lax.scan(layer, self.embed(tokens), scanned, unroll=unrolls(remat))
+        x = self.embed(tokens)
+        if remat in OFFLOADED:
+            x = scan_offloaded(layer, x, scanned, shared)
+        else:
+            x, _ = jax.lax.scan(lambda x, scanned: (layer(x, scanned, shared), None), x, scanned, unroll=unrolls(remat))
         return self.norm(x)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

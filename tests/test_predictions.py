@@ -55,7 +55,7 @@ LORA = LoraConfig(r=16)
 
 
 PACKED_RUNS = [row for row in measured_runs(layout="packed") if row["shapes"] == [[1, 16, 1024]]]
-[PADDING_FREE_RUN] = measured_runs(layout="padding-free")
+PADDING_FREE_RUNS = measured_runs(layout="padding-free")
 # Alpaca's documents, weighted by their tokens: 80 keys a token.
 KEYS_PER_TOKEN = 80
 
@@ -75,8 +75,9 @@ def test_predictions_are_within_a_tenth_of_what_was_measured(row):
     assert prediction.host_bytes == row["host_temporary_bytes"]
 
 
-def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths():
-    row, lengths = PADDING_FREE_RUN, np.array(PADDING_FREE_RUN["shapes"])[:, 2]
+@pytest.mark.parametrize("row", PADDING_FREE_RUNS, ids=lambda row: row["label"])
+def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths(row):
+    lengths = np.array(row["shapes"])[:, 2]
     jobs = {T: Job.of(model_of(row), (1, 1, T), keys_per_token=KEYS_PER_TOKEN) for T in lengths.tolist()}
     predicted = {T: step_seconds(job, row["remat"], H200) for T, job in jobs.items()}
     steps = lengths[np.searchsorted(lengths, row["tokens"][-row["steps"] :])].tolist()
@@ -85,8 +86,9 @@ def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths():
 
 
 def test_short_steps_take_what_choosing_their_kernels_takes():
-    job = Job.of(model_of(PADDING_FREE_RUN), max(map(tuple, PADDING_FREE_RUN["shapes"])))
-    remat, peak = PADDING_FREE_RUN["remat"], PADDING_FREE_RUN["peak_memory_bytes"]
+    [row] = (row for row in PADDING_FREE_RUNS if row["remat"] == "offload")
+    job = Job.of(model_of(row), max(map(tuple, row["shapes"])))
+    remat, peak = row["remat"], row["peak_memory_bytes"]
     assert peak_bytes(job, remat) < 0.9 * peak
     assert predict(job, H200)[remat].peak_bytes == pytest.approx(peak, rel=0.02)
 
@@ -158,8 +160,8 @@ def test_a_window_bounds_the_keys_of_its_layers():
 def test_a_slow_link_is_waited_for():
     job = Job.of(abstract_model("Qwen3-4B", LORA), (1, 16, 1024))
     seconds = [predict(job, H200._replace(link=link))["offload"].seconds for link in (100e9, 50e9, 5e9)]
-    copy = 36 * 16 * 1024 * 2 * 2560 * 2 / 5e9  # in each direction: longer than a pass
-    assert seconds[0] < seconds[1] < 1.02 * seconds[0]
+    copy = 35 * 16 * 1024 * 2 * 2560 * 2 / 5e9  # in each direction: longer than a pass
+    assert seconds[0] == seconds[1]  # beside computation
     assert 2 * copy < seconds[2] < 2 * copy + seconds[0]
 
 
@@ -269,12 +271,11 @@ def test_auto_leaves_a_host_alone_that_has_no_room(resolved, predictions):
 
 def test_too_little_host_memory_for_what_is_asked_for_is_refused(resolved, predictions):
     needed = predictions["offload"].host_bytes
-    assert needed == 36 * 16 * 1024 * 2 * 2560 * 2  # 5.6 GiB
+    assert needed == 35 * 16 * 1024 * 2 * 2560 * 2  # 5.5 GiB
     assert resolved(0, host=needed, remat="offload")[0] == "offload"
-    with pytest.raises(
-        InputError, match=r'`remat` "offload" needs 5.6 GiB .* what 36 layers .*, got 5.5 GiB available'
-    ):
-        resolved(0, host=5.5 * GIB, remat="offload")
+    message = r'`remat` "offload" needs 5.5 GiB .* what the first 35 layers .*, got 5.4 GiB available'
+    with pytest.raises(InputError, match=message):
+        resolved(0, host=5.4 * GIB, remat="offload")
     assert resolved(0, host=0, remat="full")[0] == "full"
 
 
