@@ -118,8 +118,7 @@ def measure_peer(planned: Planned, documents: Path, seconds: float | None, site:
     checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", case.model)
     if not (checkpoint / "config.json").exists():
         write_checkpoint(checkpoint, SHAPES[case.model])
-    warm_up = 50 if case.system == "unsloth" and case.full_finetuning else 8  # it compiles for each new token count
-    request = request_of(planned, documents=str(documents), checkpoint=str(checkpoint), warm_up=warm_up)
+    request = request_of(planned, documents=str(documents), checkpoint=str(checkpoint), warm_up=8)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {**OFFLINE, "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -154,6 +154,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "disable_tqdm": True,
         "seed": 0,
     }
+    if packed and request["full_finetuning"]:
+        # Attention is flex_attention then, which compiles anew for another number of tokens.
+        settings["pad_to_multiple_of"] = request["rows"] * request["max_length"]
     if unsloth:
         # It lays documents end to end where nothing is said, and its model remembers what to recompute.
         settings |= {"padding_free": False} if request["layout"] == "padded" else {}
@@ -341,8 +344,9 @@ def make_clock(request: dict[str, Any]) -> Any:
             else:
                 if mask is not None or positions is None or ids.shape[0] != 1:
                     raise RuntimeError(f"`layout` {request['layout']!r} was not followed, the step got {shapes}.")
-                self.documents.append((positions == 0).sum())
-                self.tokens.append(ids.numel())
+                padding = (positions.flatten().flip(0).cumsum(0) == 0).sum()  # places behind the last document, all 0
+                self.documents.append((positions == 0).sum() - padding)
+                self.tokens.append(ids.numel() - padding)
             self.positions.append(ids.numel())
             self.slots.append(request["rows"] * request["max_length"] if request["layout"] == "packed" else ids.numel())
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from models import small_config
 
-from benchmarks.peers_training import SPECIAL_TOKENS, steady, write_checkpoint
+from benchmarks.peers_training import SPECIAL_TOKENS, make_clock, steady, write_checkpoint
 
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
@@ -38,6 +38,14 @@ def test_checkpoint_is_whole(tied, tmp_path):
 
 def test_a_step_that_is_larger_than_all_before_it_is_not_counted():
     assert steady([5, 3, 5, 6, 6, 2, 7]).tolist() == [False, True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 2], [16]], ids=str)
+def test_places_behind_the_last_document_are_no_tokens(lengths):
+    clock = make_clock({"layout": "packed", "rows": 2, "max_length": 8})
+    positions = torch.cat([*map(torch.arange, lengths), torch.zeros(16 - sum(lengths), dtype=torch.long)])
+    clock.count({"input_ids": torch.arange(16)[None], "position_ids": positions[None]})
+    assert (clock.tokens, clock.documents, clock.slots) == ([sum(lengths)], [len(lengths)], [16])
 
 
 @pytest.mark.skipif(
