@@ -15,7 +15,7 @@ from rich.text import Text
 from jaxpack.batching import Batches, Truncation
 from jaxpack.config import Layout, Remat, TrainConfig
 from jaxpack.data import Documents
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, check_type
 from jaxpack.packing import packed_rows
 from jaxpack.pictures import Line, frame, label_ends, new_figure
 from jaxpack.predictions import MEASURED, RATES, Rates, known_gpu, resolve, run_seconds
@@ -120,9 +120,11 @@ def inspect(
     Raises:
       InputError: the run can have no batches, `documents` are something else, or `gpu` is not known.
     """
-    config = config or TrainConfig()
-    if not isinstance(documents, Documents):
-        raise InputError(f"`documents` must be what `load_documents` returns, got {type(documents).__name__}.")
+    config = TrainConfig() if config is None else config
+    check_type("documents", documents, Documents)
+    check_type("config", config, TrainConfig)
+    if model is not None:
+        check_type("model", model, Transformer)
     if gpu is not None and gpu not in RATES:
         raise InputError(f"`gpu` must be one of {', '.join(RATES)}, got {gpu!r}.")
     device = None if model is None else gpu or jax.local_devices()[0].device_kind

@@ -12,6 +12,12 @@ class InputError(ValueError):
     """
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuses what is of another type than the argument has to be: a model of another library, say."""
+    if not isinstance(value, kind):
+        raise InputError(f"`{name}` must be a jaxpack.{kind.__name__}, got {type(value).__name__}.")
+
+
 def reason(error: BaseException) -> str:
     """What another library says is wrong, as the end of a sentence of ours: on one line, without its full stop."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -24,7 +24,7 @@ from jaxpack.config import DynamicRopeScaling, GenerateConfig
 from jaxpack.console import progress_bar
 from jaxpack.data import Tokenizer
 from jaxpack.decoding import Cache, extend, prefill
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, check_type
 from jaxpack.memory import available_host_bytes, free_device_bytes
 from jaxpack.rotary import last_length_alike
 from jaxpack.transformer import Transformer
@@ -58,6 +58,7 @@ def generate(
     if unknown := [name for name in options if name not in allowed]:
         raise InputError(f"Options must be among {', '.join(allowed)}, got {unknown[0]!r}.")
     config = GenerateConfig(**options)
+    check_type("model", model, Transformer)
     _check_prompts(model, prompts, config)
     how = _How.of(config, stop_tokens)
     graph, state = nnx.split(model)
@@ -109,6 +110,8 @@ def generate_text(
 
 
 def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> None:
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"`prompts` must be a list of lists of token ids, got {prompts!r:.80}.")
     vocab_size, longest = model.config.vocab_size, model.config.max_position_embeddings
     if any(isinstance(rope.scaling, DynamicRopeScaling) for rope in model.config.ropes):
         longest = None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpack.config import WHOLE_MODULES, LoraConfig
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, check_type
 from jaxpack.layers import Linear, LoraAdapter
 from jaxpack.transformer import Transformer
 
@@ -21,6 +21,7 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
       InputError: a name in `target_modules` is no projection of this model, one in a pattern has no adapter, only one
         of two tied matrices is in `modules_to_save`, or the model has adapters already.
     """
+    check_type("config", config, LoraConfig)
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
     linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
@@ -55,6 +56,7 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
 
 def adapters(model: Transformer) -> dict[str, LoraAdapter]:
     """The model's adapters by projection name; empty without LoRA. Their factors are stacked over layers."""
+    check_type("model", model, Transformer)  # of all who ask what a model has before they do anything with it
     return {
         name: adapter
         for _, linear in nnx.iter_modules(model)

@@ -35,7 +35,7 @@ from jaxpack.compilation_cache import ProgramCache, size_of
 from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
-from jaxpack.errors import InputError, errors_name
+from jaxpack.errors import InputError, check_type, errors_name
 from jaxpack.files import from_home
 from jaxpack.lora import adapters
 from jaxpack.packing import PackedBatch
@@ -207,9 +207,10 @@ class Trainer:
         config: TrainConfig | None = None,
         eval_dataset: Dataset | Documents | None = None,
     ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.config = config = config or TrainConfig()
+        config = TrainConfig() if config is None else config
+        check_type("model", model, Transformer)
+        check_type("config", config, TrainConfig)
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         _check_evaluation(config, eval_dataset is not None)
         require_libraries(config)
         self.checkpoint = find_checkpoint(config)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from chat_templates import CHATML, QWEN3, STYLES, Style, with_tags, without_tags
+from models import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers_for_tests import small_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -503,7 +503,7 @@ def test_every_token_of_messages_is_trained_on_where_that_is_asked() -> None:
 @pytest.mark.parametrize("assistant_only", [True, False])
 def test_the_trainer_trains_on_what_its_configuration_says(assistant_only: bool) -> None:
     tokenizer = STYLES["chatml"].tokenizer()
-    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=len(tokenizer)))
+    model = small_model("qwen3", vocab_size=len(tokenizer))
     trainer = Trainer(model, tokenizer, [{"messages": chat("a", "b")}], TrainConfig(assistant_only_loss=assistant_only))
     labels = trainer.documents.labels
     assert (labels == -100).any() == assistant_only
