@@ -39,17 +39,20 @@ def _scan(layer, x, leaves, shared):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pullback:
-    """A layer's derivative, apart from the arrays that it reads."""
+    """A layer's derivative by its input and some of its leaves, apart from the arrays that it reads."""
 
+    varied: tuple[int, ...]  # the places of those leaves
     tree: Any
     places: tuple[int, ...]  # of each array, among those that are kept and, after them, those that are there anyway
 
-    def __call__(self, d: jax.Array, kept: _Arrays, there: _Arrays) -> tuple[jax.Array, _Arrays]:
+    def __call__(self, d: jax.Array, kept: _Arrays, there: _Arrays) -> tuple[jax.Array, dict[int, jax.Array]]:
         arrays = [*kept, *there]
         return self.tree.unflatten([arrays[place] for place in self.places])(d)
 
 
-def _take_apart(derivative: Any, x: jax.Array, there: _Arrays) -> tuple[_Pullback, _Arrays, _Arrays]:
+def _take_apart(
+    derivative: Any, varied: tuple[int, ...], x: jax.Array, there: _Arrays
+) -> tuple[_Pullback, _Arrays, _Arrays]:
     """Of what `jax.vjp` gives: also what is to be kept for it, first what is as large as `x`, then the rest."""
     arrays, tree = jax.tree.flatten(derivative)
     known = {id(array) for array in there}
@@ -57,11 +60,11 @@ def _take_apart(derivative: Any, x: jax.Array, there: _Arrays) -> tuple[_Pullbac
     large = [array for array in kept if array.size >= x.size]
     small = [array for array in kept if array.size < x.size]
     places = {id(array): place for place, array in enumerate([*large, *small, *there])}
-    return _Pullback(tree, tuple(places[id(array)] for array in arrays)), large, small
+    return _Pullback(varied, tree, tuple(places[id(array)] for array in arrays)), large, small
 
 
 def _forward(layer, x, leaves, shared):
-    varied = [place for place, leaf in enumerate(leaves) if leaf.perturbed]
+    varied = tuple(place for place, leaf in enumerate(leaves) if leaf.perturbed)
     x, leaves, shared = jax.tree.map(lambda argument: argument.value, (x, leaves, shared))
     pullback = None
 
@@ -70,11 +73,10 @@ def _forward(layer, x, leaves, shared):
         of_layer = _at(leaves, i)
 
         def of_varied(x, some):
-            changed = dict(zip(varied, some, strict=True))
-            return layer(x, [changed.get(place, array) for place, array in enumerate(of_layer)], shared)
+            return layer(x, [some.get(place, array) for place, array in enumerate(of_layer)], shared)
 
-        out, derivative = jax.vjp(of_varied, x, [of_layer[place] for place in varied])
-        pullback, large, small = _take_apart(derivative, x, of_layer + jax.tree.leaves(shared))
+        out, derivative = jax.vjp(of_varied, x, {place: of_layer[place] for place in varied})
+        pullback, large, small = _take_apart(derivative, varied, x, of_layer + jax.tree.leaves(shared))
         return (out, large), small
 
     def turn(carry, i):
@@ -86,11 +88,11 @@ def _forward(layer, x, leaves, shared):
     first, of_first = one_layer(x, 0)
     (x, large), (on_host, small) = jax.lax.scan(turn, first, jnp.arange(1, leaves[0].shape[0]))
     small = [jnp.concatenate([array[None], stack]) for array, stack in zip(of_first, small, strict=True)]
-    return x, (leaves, shared, varied, pullback, on_host, large, small)
+    return x, (leaves, shared, pullback, on_host, large, small)
 
 
 def _backward(layer, kept, d):
-    leaves, shared, varied, pullback, on_host, large, small = kept
+    leaves, shared, pullback, on_host, large, small = kept
     num_layers = leaves[0].shape[0]
 
     def turn(state):
@@ -98,18 +100,15 @@ def _backward(layer, kept, d):
         i = num_layers - 1 - turns
         fetched = [jax.device_put(array, jax.memory.Space.Device) for array in _at(on_host, i - 1)]  # at the end, any
         d, of_layer = pullback(d, large + _at(small, i), _at(leaves, i) + jax.tree.leaves(shared))
-        updated = [
-            jax.lax.dynamic_update_index_in_dim(stack, one, i, axis=0, allow_negative_indices=False)
-            for stack, one in zip(gradients, of_layer, strict=True)
-        ]
+        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, allow_negative_indices=False)
+        updated = jax.tree.map(update, gradients, of_layer)
         return turns + 1, d, fetched, updated
 
     # Where to copy from must follow from the number of turns by sums alone: else XLA copies with kernels here, too. A
     # scan over the numbers of layers would read it from an array.
-    zeros = [jnp.zeros_like(leaves[place]) for place in varied]
+    zeros = {place: jnp.zeros_like(leaves[place]) for place in pullback.varied}
     _, d, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, (0, d, large, zeros))
-    by_place = dict(zip(varied, gradients, strict=True))
-    return d, [by_place.get(place) for place in range(len(leaves))], None
+    return d, [gradients.get(place) for place in range(len(leaves))], None
 
 
 def _at(stacks: _Arrays, i: jax.Array | int) -> _Arrays:
