@@ -182,15 +182,15 @@ def alpaca() -> Documents:
 
 
 def gsm8k() -> Documents:
-    with beside("gsm8k_train.jsonl").open(encoding="utf-8") as lines:
-        rows = list(map(json.loads, lines))
-    tokenizer = train_tokenizer(rows)
-    return load_documents(rows, tokenizer, vocab_size=len(tokenizer))
+    from bench_training import text_documents
+
+    return text_documents(beside("gsm8k_train.jsonl"))
 
 
 @pytest.mark.parametrize("documents", [alpaca, gsm8k])
-def test_the_gain_of_packing_is_that_which_was_measured(documents):
+def test_the_gain_of_packing_is_that_which_was_measured(documents, monkeypatch):
     """Qwen3-4B on an H200: 32 documents a step, padded, beside as many tokens in packed rows."""
+    monkeypatch.syspath_prepend("benchmarks")
     results = json.loads((ROOT / "benchmarks/results/2026-11-26_h200_layouts.json").read_text())["results"]
     measured = {row["layout"]: row for row in results if documents.__name__ in row["data"]}
     config = TrainConfig(per_device_train_batch_size=32, padding_free=False, remat="full")

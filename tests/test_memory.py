@@ -100,7 +100,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("remat", ["offload", "offload_heads", "full", "none", *slow(BETWEEN)])
+@pytest.mark.parametrize("remat", [*OFFLOADED, "full", "none", *slow(BETWEEN)])
 @pytest.mark.parametrize("any_family", ["qwen3", *slow([("llama",), ("gemma3",)])])
 def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
     monkeypatch.setattr("jaxpack.transformer.unrolls", lambda remat: False)  # a layer's program once
