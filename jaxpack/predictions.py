@@ -178,8 +178,8 @@ def peak_bytes(job: Job, remat: Remat) -> int:
     """The most that a step holds on the device: at the loss, in the first layer that goes backward, or at the end.
 
     Gradients of the trained parameters are float32. A loop over layers has a place for all of them from its start;
-    without one they are stacked after the last, and for that moment there twice, as they are when they are divided by
-    the number of targets. Micro-batches add theirs to another copy.
+    without one they are stacked after the last, and for that moment there twice. Micro-batches add theirs to another
+    copy.
     """
     kept = job.num_layers * layer_bytes(job, remat)
     gradients = 4 * job.trained
@@ -188,7 +188,7 @@ def peak_bytes(job: Job, remat: Remat) -> int:
     at_end = gradients * (2 if unrolls(remat) else 1) + (head if job.layer.config.tie_word_embeddings else 0)
     micro = max(kept + loss_bytes(job), kept + max(stacked, head) + backward_bytes(job, remat), at_end)
     accumulated = gradients if job.shape[0] > 1 else 0
-    return argument_bytes(job) + max(accumulated + micro, 2 * gradients)
+    return argument_bytes(job) + accumulated + micro
 
 
 def autotuning_bytes(job: Job) -> int:

@@ -83,6 +83,8 @@ def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths(ro
     steps = lengths[np.searchsorted(lengths, row["tokens"][-row["steps"] :])].tolist()
     assert len(set(steps)) > 1
     assert np.mean([predicted[T] for T in steps]) == pytest.approx(row["step_seconds"], rel=0.1)
+    peak = predict(jobs[lengths.max()], H200)[row["remat"]].peak_bytes
+    assert peak == pytest.approx(row["peak_memory_bytes"], rel=0.1)
 
 
 def test_short_steps_take_what_choosing_their_kernels_takes():
@@ -111,10 +113,10 @@ def test_arguments_are_those_of_the_step(family, lora):
 
 @pytest.mark.parametrize(
     ("remat", "accumulation"),
-    [("keep_projections", 2), *(pytest.param("full", count, marks=pytest.mark.slow) for count in (1, 2))],
+    [("keep_projections", 2), pytest.param("full", 2, marks=pytest.mark.slow)],
 )
 def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(remat, accumulation):
-    # Where nothing else counts, a CPU's buffers are a GPU's.
+    # Where nothing else counts, a CPU's buffers are a GPU's; but of one micro-batch in a loop it copies the gradients.
     config = small_config("llama", hidden_size=512, intermediate_size=1536, num_heads=8, head_dim=64, vocab_size=4096)
     model = Transformer(config, rngs=nnx.Rngs(0))
     graph, trainable, frozen = split_trainable(model)
