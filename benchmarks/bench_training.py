@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --plan bars --site SITE --output RESULTS.json
     PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --model Qwen3-4B --remat offload --profile
-    PYTHONPATH=. python benchmarks/bench_training.py --draw RESULTS.json
+    PYTHONPATH=. python benchmarks/bench_training.py --draw RESULTS.json [RESULTS.json ...]
 
 Plans: `bars` (every bar, with its opponents), `batch_sizes` (1 to 32, every layout and system), `ablation` (padded to
 packed to kernels to memory choices), `losses` (of runs over the same text in every layout), and `cases`, the default:
@@ -12,8 +12,8 @@ are counted, of steps after the warm-up; peak memory is the allocator's own.
 
 RESULTS.json is written after each case, and what it holds is kept: a plan can be run in parts, by --only (a part of a
 line as it is printed), --missing (failures are held, too) and --seconds. Without matplotlib there are no pictures:
---draw makes the tables and the pictures beside RESULTS.json, on any machine. SITE is a folder with the opponents'
-packages (and a `libcudart.so` that one of them wants).
+--draw makes the tables and the pictures on any machine, of all files together, beside the last. SITE is a folder with
+the opponents' packages (and a `libcudart.so` that one of them wants).
 """
 
 import argparse
@@ -24,6 +24,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="leave out what --output holds")
     parser.add_argument("--seconds", type=float, help="for all: no case starts whose like took longer than is left")
     parser.add_argument("--profile", action="store_true", help="the kernels of one of our steps")
-    parser.add_argument("--draw", type=Path, metavar="RESULTS", help="table and pictures of these alone")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="RESULTS", help="table and pictures of these alone")
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-4B")
     parser.add_argument("--system", choices=("jaxpack", *SYSTEMS))
     parser.add_argument("--layout", choices=get_args(Layout))
@@ -195,8 +196,8 @@ def main() -> None:
     if options.draw is None and options.lengths is None and options.plan != "losses":
         parser.error("--lengths is needed")
     try:
-        records, whole = (read_records(options.draw), True) if options.draw else run(options)
-        report(records, options.draw or options.output)
+        records, whole = run(options) if options.draw is None else (list(chain(*map(read_records, options.draw))), True)
+        report(records, options.output if options.draw is None else options.draw[-1])
     except InputError as error:
         parser.error(str(error))
     sys.exit(not whole)
