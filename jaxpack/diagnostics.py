@@ -18,7 +18,7 @@ from jaxpack.data import Documents
 from jaxpack.errors import InputError, check_type
 from jaxpack.packing import packed_rows
 from jaxpack.pictures import Line, frame, label_ends, new_figure
-from jaxpack.predictions import MEASURED, RATES, Rates, known_gpu, resolve, run_seconds
+from jaxpack.predictions import RATES, Rates, known_gpu, resolve, run_seconds
 from jaxpack.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def inspect(
       documents: from `load_documents`.
       config: the run; its batch size is of documents, or, with `packing`, of rows.
       model: what times are predicted of; its arrays may be abstract.
-      gpu: "H200", or "H100", whose rates are estimated, for times there; None is this machine's device.
+      gpu: "H200" or "H100", for times there; None is this machine's device.
 
     Raises:
       InputError: the run can have no batches, `documents` are something else, or `gpu` is not known.
@@ -379,11 +379,7 @@ def _basis(found: Inspection) -> str:
         return f"The run does not fit: {found.run.refusal}"
     fewest = min(A * B * T for promise in found.layouts.values() for A, B, T in promise.shapes)
     few = " Steps of so few tokens take longer: launches are not counted." if fewest < _FEW else ""
-    rates = (
-        "the rates of its kernels"
-        if known_gpu(found.device) in MEASURED
-        else f"rates estimated from an {MEASURED[0]}'s"
-    )
+    rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, for its own are not known"
     unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
     full = " How much of its memory is free is not known, so remat is full: `--memory-limit` says." if unknown else ""
     return f"Times are predicted for {found.device}, from {rates}, not measured.{few}{full}"

@@ -222,10 +222,8 @@ class Rates(NamedTuple):
     link: float  # bytes to the host, and as many back
 
 
-# The H200's, from the kernels of its steps (2026-11-26). The H100's are estimated, its SXM's: the same arithmetic, and
-# 0.7 of the bandwidth.
-RATES = {"H200": Rates(720e12, 500e12, 3.0e12, 50e9), "H100": Rates(720e12, 500e12, 2.1e12, 50e9)}
-MEASURED = ("H200",)
+# From the kernels of their steps (2026-11-26 and 2026-11-27): of the H100 its SXM's, and the H200's link.
+RATES = {"H200": Rates(720e12, 500e12, 3.0e12, 50e9), "H100": Rates(720e12, 500e12, 2.4e12, 50e9)}
 _UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
 _SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
 _TILE_KEYS = 64  # that the attention kernels compute and mask, for each token

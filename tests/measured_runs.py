@@ -6,8 +6,9 @@ from pathlib import Path
 _RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 
 
-def measured_runs(**wanted: object) -> list[dict]:
-    """Those on an H200 with these settings, and our kernels."""
-    rows = [row for path in _RESULTS.glob("*_h200_training*.json") for row in json.loads(path.read_text())["results"]]
+def measured_runs(gpu: str = "H200", **wanted: object) -> list[dict]:
+    """Those on such a GPU with these settings, and our kernels."""
+    files = _RESULTS.glob(f"*_{gpu.lower()}_training*.json")
+    rows = [row for path in files for row in json.loads(path.read_text())["results"]]
     wanted |= {"system": "jaxpack", "implementation": None}
     return [row for row in rows if "shapes" in row and all(row[name] == value for name, value in wanted.items())]

@@ -329,5 +329,5 @@ def test_the_tables_hold_the_figures():
     for promise in found.layouts.values():
         assert f"{promise.tokens_per_second:,.0f}" in text and f"{promise.speedup:.2f} x" in text
     assert "packed *" in text and "<- max_length 128" in text
-    assert "predicted for H100, from rates estimated from an H200's, not measured" in text
+    assert "predicted for H100, from the rates of its kernels, not measured" in text
     assert text.rstrip().replace("\n", " ").endswith(found.recommendation[-40:])

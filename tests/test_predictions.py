@@ -54,7 +54,7 @@ def abstract_small(family: str, **changes) -> Transformer:
 LORA = LoraConfig(r=16)
 
 
-PACKED_RUNS = [row for row in measured_runs(layout="packed") if row["shapes"] == [[1, 16, 1024]]]
+PACKED_RUNS = [row for gpu in RATES for row in measured_runs(gpu, layout="packed") if row["shapes"] == [[1, 16, 1024]]]
 PADDING_FREE_RUNS = measured_runs(layout="padding-free")
 # Alpaca's documents, weighted by their tokens: 80 keys a token.
 KEYS_PER_TOKEN = 80
@@ -68,7 +68,7 @@ def model_of(row: dict) -> Transformer:
 def test_predictions_are_within_a_tenth_of_what_was_measured(row):
     """Of 16,384 tokens a step, where launches count for little."""
     job = Job.of(model_of(row), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN)
-    prediction = predict(job, H200)[row["remat"]]
+    prediction = predict(job, rates_of(row["device"]))[row["remat"]]
     assert prediction.peak_bytes == pytest.approx(row["peak_memory_bytes"], rel=0.1)
     assert prediction.seconds == pytest.approx(row["step_seconds"], rel=0.1)
     assert argument_bytes(job) == pytest.approx(row["argument_bytes"], abs=100)  # counters
@@ -95,7 +95,8 @@ def test_short_steps_take_what_choosing_their_kernels_takes():
     assert predict(job, H200)[remat].peak_bytes == pytest.approx(peak, rel=0.02)
 
 
-def test_both_ends_were_measured():
+def test_both_ends_and_both_gpus_were_measured():
+    assert {known_gpu(row["device"]) for row in PACKED_RUNS} == set(RATES)
     assert {"offload", "none"} <= {row["remat"] for row in PACKED_RUNS if not row["full_finetuning"]}
     assert any(row["full_finetuning"] for row in PACKED_RUNS)
 
