@@ -2,6 +2,7 @@
 pages of `docs/` name is there.
 """
 
+import glob
 import json
 import os
 import re
@@ -84,6 +85,7 @@ def test_the_benchmarks_commands_plan_and_draw(tmp_path: Path):
     measure, draw = (shlex.split(line) for line in lines)
     for program, script, *flags in ([*measure, "--seconds", "0"], draw):
         assert program == "python"
+        flags = [path for flag in flags for path in sorted(glob.glob(flag, root_dir=tmp_path)) or [flag]]  # as a shell
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *flags],
             cwd=tmp_path,
@@ -94,7 +96,8 @@ def test_the_benchmarks_commands_plan_and_draw(tmp_path: Path):
         assert "Traceback" not in done.stderr and (done.returncode == 0 or "no time left" in done.stderr)
     assert done.returncode == 0
     drawn = {Path(line) for line in done.stdout.splitlines() if line.endswith(".png")}
-    pictures = set(re.findall(r"!\[.*?\]\((.*?)\)", README))
+    pages = README + PAGES["docs/benchmarks.md"].replace("](../", "](")
+    pictures = set(re.findall(r"!\[.*?\]\((.*?)\)", pages))
     assert drawn == set(map(Path, pictures)) and all((ROOT / picture).is_file() for picture in pictures)
 
 
