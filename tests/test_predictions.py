@@ -114,10 +114,10 @@ def test_arguments_are_those_of_the_step(family, lora):
 
 @pytest.mark.parametrize(
     ("remat", "accumulation"),
-    [("keep_projections", 2), pytest.param("full", 2, marks=pytest.mark.slow)],
+    [("keep_projections", 2), *(pytest.param("full", count, marks=pytest.mark.slow) for count in (1, 2))],
 )
 def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(remat, accumulation):
-    # Where nothing else counts, a CPU's buffers are a GPU's; but of one micro-batch in a loop it copies the gradients.
+    # Where nothing else counts, a CPU's buffers are a GPU's.
     config = small_config("llama", hidden_size=512, intermediate_size=1536, num_heads=8, head_dim=64, vocab_size=4096)
     model = Transformer(config, rngs=nnx.Rngs(0))
     graph, trainable, frozen = split_trainable(model)
@@ -131,7 +131,9 @@ def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(rema
     predicted = peak_bytes(job, remat) - argument_bytes(job)
     newer = jax.__version_info__ >= (0, 11) and unrolls(remat) and accumulation > 1
     spared = 4 * job.trained if newer else 0  # newer XLA adds a micro-batch's gradients up with less than a copy more
-    assert 0.9 * temporary <= predicted <= 1.1 * temporary + spared
+    # A CPU copies what a loop has made, where an H200 does not: that is held to its runs, padding-free.
+    copied = 4 * job.trained if not unrolls(remat) and accumulation == 1 else 0
+    assert 0.9 * temporary <= predicted + copied and predicted <= 1.1 * temporary + spared
 
 
 @pytest.mark.parametrize("lora", [LORA, LoraConfig(r=8, target_modules="q_proj,v_proj"), None], ids=str)
