@@ -196,8 +196,11 @@ def main() -> None:
     if options.draw is None and options.lengths is None and options.plan != "losses":
         parser.error("--lengths is needed")
     try:
-        records, whole = run(options) if options.draw is None else (list(chain(*map(read_records, options.draw))), True)
-        report(records, options.output if options.draw is None else options.draw[-1])
+        if options.draw:
+            records, whole, path = list(chain(*map(read_records, options.draw))), True, options.draw[-1]
+        else:
+            (records, whole), path = run(options), options.output
+        report(records, path)
     except InputError as error:
         parser.error(str(error))
     sys.exit(not whole)
