@@ -28,7 +28,6 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 ORDINARY = "padded to the longest"  # what other trainers do, for whom no shape is compiled
 _SAMPLE = 16_384  # documents, where there are more, that padding by batch size is counted of
 _WORTH = 1.05  # a speed-up to speak of
-_FEW = 4096  # tokens of a step, below which launches count: a tenth of the time of one that was measured (Qwen3-4B)
 _LOSS = 0.005  # a share of tokens, cut off, to speak of
 _NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, in as many tokens"}
 _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", "packed": "#0072B2"}
@@ -377,12 +376,10 @@ def _basis(found: Inspection) -> str:
         return "Speed-ups are of the positions computed, not of times; `--gpu` predicts those of a GPU elsewhere."
     if found.run.refusal is not None:
         return f"The run does not fit: {found.run.refusal}"
-    fewest = min(A * B * T for promise in found.layouts.values() for A, B, T in promise.shapes)
-    few = " Steps of so few tokens take longer: launches are not counted." if fewest < _FEW else ""
     rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, for its own are not known"
     unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
     full = " How much of its memory is free is not known, so remat is full: `--memory-limit` says." if unknown else ""
-    return f"Times are predicted for {found.device}, from {rates}, not measured.{few}{full}"
+    return f"Times are predicted for {found.device}, from {rates}, not measured.{full}"
 
 
 def _batch(config: TrainConfig) -> str:

@@ -140,18 +140,23 @@ def recompute(layer: Callable[..., Any], remat: Remat, with_input: tuple[str, ..
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))
 
 
-def compiler_options(remat: Remat) -> dict[str, Any]:
-    """What a step wants of XLA on a GPU: kernels started one by one where there is no loop over layers, or offloading.
+def in_graphs(remat: Remat) -> bool:
+    """Whether a step's kernels start many at a time, in CUDA graphs, and not one by one.
 
-    A CUDA graph of thousands of kernels costs more between them than it saves: 16 ms of a step of 0.5 s, against 5. And
-    it holds back copies between device and host until its kernels are done: without, what a layer left with the host is
-    fetched while the layer after it is at work. Two layers at a time, so that none of it is copied from a place for the
-    next layer's into one for this layer's.
+    A graph of thousands of kernels, without a loop over layers, costs more between them than it saves: 16 ms of a step
+    of 0.5 s, against 5. And any holds back copies between device and host until its kernels are done: without, what a
+    layer left with the host is fetched while the layer after it is at work.
     """
+    return not unrolls(remat) and remat not in OFFLOADED
+
+
+def compiler_options(remat: Remat) -> dict[str, Any]:
+    """What a step wants of XLA on a GPU: graphs or none, and of a loop that offloads two layers at a time, so that
+    nothing is copied from a place for the next layer's into one for this layer's."""
     options: dict[str, Any] = {}
     if jax.default_backend() != "gpu":
         return options
-    if unrolls(remat) or remat in OFFLOADED:
+    if not in_graphs(remat):
         options["xla_gpu_enable_command_buffer"] = ""
     if remat in OFFLOADED:
         options["xla_gpu_enable_while_loop_double_buffering"] = True

@@ -1,8 +1,8 @@
 """What each choice of `remat` costs: the predicted memory and time of a step, and the fastest choice that fits.
 
 The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more of both. It is
-within 10 % of what was measured on an H200 (`benchmarks/results/`, and the tests): adapters of Qwen3-4B and 8B, all
-weights of Qwen3-0.6B.
+within 10 % of what was measured on an H200 (`benchmarks/results/`, and the tests): adapters of Qwen3-0.6B to 8B, all
+weights of 0.6B. Steps of under 30 ms can be off by a quarter: they go by the host, and one took 19, 22 and 31 ms.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from jaxpack.memory import (
     available_host_bytes,
     cast_weight_bytes,
     free_device_bytes,
+    in_graphs,
     input_bytes,
     offloaded,
     offloaded_bytes,
@@ -227,6 +228,8 @@ RATES = {"H200": Rates(720e12, 500e12, 3.0e12, 50e9), "H100": Rates(720e12, 500e
 _UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
 _SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
 _TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
+_KERNEL = 2e-6  # seconds that a kernel takes beside its work, on an H200
+_START = 7e-6  # seconds that the host beside an H200 takes to start one by itself
 
 
 def known_gpu(device_kind: str) -> str | None:
@@ -306,13 +309,13 @@ def backward_work(job: Job) -> Work:
     (q, kv), D, F = layer.heads, layer.config.hidden_size, layer.config.intermediate_size
     matmul = 2 * sum(projections) * (2 if job.full else 1)  # gradients of inputs; of weights
     attention = 3.5 * 4 * q * (job.keys_per_token + _TILE_KEYS)  # seven products for the forward pass's two
-    channels = 4 * D  # extends the gradients of both branches' outputs
-    channels += 6 * F  # the gated activation, its product again
+    channels = 6 * F  # the gated activation, its product again
     channels += 10 * D + 2 * (layer.ranks.qkv + layer.ranks.gate_up)  # both norms, with the residual connections
     channels += 6 * q + 4 * kv + 3 * (q + kv)  # attention in two kernels; norm and rotation of its heads
     if layer.config.post_norms:
         channels += 8 * D
     if any(layer.ranks):
+        channels += 4 * D  # extends the gradients of both branches' outputs
         channels += 4 * D + 2 * q + 2 * kv + 3 * F  # gradients of the factors, from inputs and outputs
     copied = 2 * (sum(projections) if not layer.casts else projections.out + projections.down)
     return Work(job.tokens * matmul, job.tokens * attention, (job.tokens * channels + copied) * layer.itemsize)
@@ -325,21 +328,30 @@ def loss_work(job: Job) -> Work:
     return Work(2 * matmuls * job.max_targets * job.head, 0, moved)
 
 
+def kernels(job: Job, remat: Remat) -> int:
+    """About how many a step runs, from the profiles of Qwen3's: adapters have many small ones, loops copy arrays."""
+    looped, unrolled = (70, 46) if job.full else (110, 62)  # of a layer; the 70 are an estimate
+    return job.shape[0] * job.num_layers * (unrolled if unrolls(remat) else looped)
+
+
 def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     """One kernel after another. Copies to the host and back run beside them: they take longer where the link is slower
-    than the computation."""
+    than the computation. A step of few tokens takes what it takes to start its kernels."""
     work = forward_work(job)
     again = sum((work[name] for name in sorted(recomputed(job.layer, remat))), start=Work())
     forward = job.num_layers * sum(work.values(), start=Work()).seconds(rates)
     backward = job.num_layers * (backward_work(job) + again).seconds(rates)
     copy = host_bytes(job, remat) / rates.link
     micro = max(forward, copy) + max(backward, copy) + loss_work(job).seconds(rates)
-    update = Work(bytes=9 * 4 * job.trained)  # reads gradients twice; reads and writes parameters and both moments
-    return job.shape[0] * micro + update.seconds(rates)
+    # Reads gradients twice; reads and writes parameters and both moments. Long arrays: faster than a step's others.
+    update = Work(bytes=7 * 4 * job.trained)
+    count = kernels(job, remat)
+    seconds = job.shape[0] * micro + update.seconds(rates) + count * _KERNEL
+    return seconds if in_graphs(remat) else max(seconds, count * _START)
 
 
 def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: Rates) -> float:
-    """All steps of a run. Those of few tokens take longer: what it takes to launch a kernel is not counted."""
+    """All steps of a run."""
     lengths, steps = np.unique(batches.row_lengths, return_counts=True)
     jobs = (Job.of_run(model, batches, int(length)) for length in lengths)
     return sum(count * step_seconds(job, remat, rates) for job, count in zip(jobs, steps.tolist(), strict=True))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from measured_runs import measured_runs
+from measured_runs import may_be_off, measured_runs
 from models import random_documents, small_config
 from rich.console import Console
 
@@ -165,15 +165,16 @@ def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", measured_runs(full_finetuning=False), ids=lambda row: row["label"])
+@pytest.mark.parametrize(
+    "row", measured_runs(full_finetuning=False), ids=lambda row: f"{row['label']} {row['rows']} {row['remat']}"
+)
 def test_tokens_a_second_are_those_that_were_measured(row):
     """Of 4,000 documents drawn from Alpaca's lengths."""
     config = SHAPES[row["model"]]
     documents = drawn_documents(beside("alpaca_lengths.csv"), 4000, vocab_size=config.vocab_size)
     model = abstract_model(config, LoraConfig(r=16))
     found = jaxpack.inspect(documents, train_config(case_of(row)), model=model, gpu="H200").run
-    off = 0.1 if row["layout"] == "packed" else 0.15  # steps of 4,000 tokens, where launches begin to count
-    assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=off)
+    assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=may_be_off(row))
     assert found.padding_share == pytest.approx(row["padding_share"], abs=0.01)  # of other steps: orders differ
 
 
