@@ -215,21 +215,25 @@ def host_bytes(job: Job, remat: Remat) -> int:
 
 
 class Rates(NamedTuple):
-    """What a device sustains in the middle of a step, per second: less than its best in a benchmark of one kernel."""
+    """What a device sustains in the middle of a step, per second: less than its best in a benchmark of one kernel. And
+    what a kernel takes beside its work, in seconds."""
 
     matmul: float  # floating-point operations, bfloat16
     attention: float  # the same, within the attention kernels
     memory: float  # bytes
     link: float  # bytes to the host, and as many back
+    kernel: float  # on the device
+    start: float  # on the host, where it starts each by itself
 
 
-# From the kernels of their steps (2026-11-26 and 2026-11-27): of the H100 its SXM's, and the H200's link.
-RATES = {"H200": Rates(720e12, 500e12, 3.0e12, 50e9), "H100": Rates(720e12, 500e12, 2.4e12, 50e9)}
-_UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9)
+# From the kernels of their steps (2026-11-26 and 2026-11-27): of the H100 its SXM's, from the link on the H200's.
+RATES = {
+    "H200": Rates(720e12, 500e12, 3.0e12, 50e9, 2e-6, 7e-6),
+    "H100": Rates(720e12, 500e12, 2.4e12, 50e9, 2e-6, 7e-6),
+}
+_UNKNOWN = Rates(100e12, 50e12, 0.6e12, 10e9, 0, 0)  # or a CPU, that starts no kernels
 _SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
 _TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
-_KERNEL = 2e-6  # seconds that a kernel takes beside its work, on an H200
-_START = 7e-6  # seconds that the host beside an H200 takes to start one by itself
 
 
 def known_gpu(device_kind: str) -> str | None:
@@ -328,7 +332,7 @@ def loss_work(job: Job) -> Work:
     return Work(2 * matmuls * job.max_targets * job.head, 0, moved)
 
 
-def kernels(job: Job, remat: Remat) -> int:
+def num_kernels(job: Job, remat: Remat) -> int:
     """About how many a step runs, from the profiles of Qwen3's: adapters have many small ones, loops copy arrays."""
     looped, unrolled = (70, 46) if job.full else (110, 62)  # of a layer; the 70 are an estimate
     return job.shape[0] * job.num_layers * (unrolled if unrolls(remat) else looped)
@@ -345,9 +349,9 @@ def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     micro = max(forward, copy) + max(backward, copy) + loss_work(job).seconds(rates)
     # Reads gradients twice; reads and writes parameters and both moments. Long arrays: faster than a step's others.
     update = Work(bytes=7 * 4 * job.trained)
-    count = kernels(job, remat)
-    seconds = job.shape[0] * micro + update.seconds(rates) + count * _KERNEL
-    return seconds if in_graphs(remat) else max(seconds, count * _START)
+    count = num_kernels(job, remat)
+    seconds = job.shape[0] * micro + update.seconds(rates) + count * rates.kernel
+    return seconds if in_graphs(remat) else max(seconds, count * rates.start)
 
 
 def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: Rates) -> float:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from measured_runs import may_be_off, measured_runs
+from measured_runs import id_of, may_be_off, measured_runs
 from models import random_documents, small_config
 from rich.console import Console
 
@@ -165,9 +165,7 @@ def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "row", measured_runs(full_finetuning=False), ids=lambda row: f"{row['label']} {row['rows']} {row['remat']}"
-)
+@pytest.mark.parametrize("row", measured_runs(full_finetuning=False), ids=id_of)
 def test_tokens_a_second_are_those_that_were_measured(row):
     """Of 4,000 documents drawn from Alpaca's lengths."""
     config = SHAPES[row["model"]]

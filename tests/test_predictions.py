@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from measured_runs import may_be_off, measured_runs
+from measured_runs import id_of, may_be_off, measured_runs
 from models import random_documents, small_config, small_model
 
 from jaxpack import LoraConfig, TrainConfig, Transformer
@@ -62,10 +62,6 @@ KEYS_PER_TOKEN = 80
 
 def model_of(row: dict) -> Transformer:
     return abstract_model(row["model"], None if row["full_finetuning"] else LORA)
-
-
-def id_of(row: dict) -> str:
-    return f"{row['label']} {row['rows']} {row['remat']}"
 
 
 def agrees(peak: int, row: dict) -> bool:
@@ -329,7 +325,7 @@ def test_a_step_that_fits_nowhere_is_refused(resolved):
         resolved(GIB)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(None, "full"), (10, "keep_attention")])
+@pytest.mark.parametrize(("limit", "expected"), [(None, "full"), (10, "none")])
 def test_a_run_prints_and_takes_the_choice(limit, expected, monkeypatch, capsys):
     given = []
 
