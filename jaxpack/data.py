@@ -134,8 +134,8 @@ def load_documents(
         for begin in range(0, len(records), _CHUNK):
             chunk = records[begin : begin + _CHUNK]
             for row, (document, trained) in enumerate(encode(chunk, begin), begin):
-                tokens.append(_ids("Token ids", document, vocab_size, where, row))
-                labels.append(_ids("Labels other than -100", trained, vocab_size, where, row))
+                tokens.append(_ids(document, vocab_size, where, row))
+                labels.append(_ids(trained, vocab_size, where, row, labels=True))
             progress.advance(bar, len(chunk))
     lengths = np.array([len(document) for document in tokens], np.int64)
     documents = Documents(np.concatenate(tokens), np.concatenate(labels), np.cumsum(lengths) - lengths, lengths)
@@ -198,20 +198,28 @@ def _asked(record: Record, row: int, where: "_Where", chat: bool) -> str | Conve
 def _within(vocab_size: int, documents: Documents) -> Documents:
     if not len(documents):
         raise InputError("`dataset` must have at least one document, got none.")
-    largest = max(int(array.max(initial=0)) for array in (documents.tokens, documents.labels))
-    if largest >= vocab_size:
-        raise InputError(f"Documents must have token ids below {vocab_size}, the model's vocabulary, got {largest}.")
+    for name, ids in (("tokens", documents.tokens), ("labels", documents.labels)):
+        if len(wrong := _outside(ids, vocab_size, labels=name == "labels")):
+            raise InputError(
+                f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {wrong[0]}."
+            )
     return documents
 
 
-def _ids(name: str, values: Sequence[int], vocab_size: int, where: "_Where", row: int) -> np.ndarray:
+def _ids(values: Sequence[int], vocab_size: int, where: "_Where", row: int, *, labels: bool = False) -> np.ndarray:
     array = np.asarray(values, np.int64)
-    wrong = array[((array < 0) | (array >= vocab_size)) & ((array != IGNORE) | (name == "Token ids"))]
-    if len(wrong):
+    if len(wrong := _outside(array, vocab_size, labels=labels)):
+        name = "Labels other than -100" if labels else "Token ids"
         raise InputError(
             f"{name} must be in [0, {vocab_size}), the model's vocabulary, got {wrong[0]} in {where(row)}."
         )
     return array.astype(np.int32)
+
+
+def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
+    """Those that are not in the vocabulary, -100 aside where they are labels."""
+    wrong = (ids < 0) | (ids >= vocab_size)
+    return ids[wrong & (ids != IGNORE) if labels else wrong]
 
 
 def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: "_Where") -> Documents:

@@ -1,7 +1,9 @@
 """Records become the documents that their format says, and records that cannot are refused with the row named."""
 
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -684,5 +686,15 @@ def test_documents_that_were_loaded_are_taken_as_they_are():
     documents = random_documents([3, 5])
     assert load_documents(documents, None, vocab_size=1000) is documents
     largest = int(documents.tokens.max())
-    with pytest.raises(InputError, match=f"token ids below {largest}, the model's vocabulary, got {largest}"):
+    with pytest.raises(InputError, match=re.escape(f"tokens in [0, {largest}), the model's vocabulary, got {largest}")):
         load_documents(documents, None, vocab_size=largest)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("tokens", -100), ("tokens", -1), ("labels", -1), ("labels", 1000)])
+def test_documents_that_were_loaded_have_no_id_outside_of_the_vocabulary(name: str, wrong: int):
+    """A model would read another token, or its loss would be NaN."""
+    documents = random_documents([3, 5])
+    ids = getattr(documents, name).copy()
+    ids[4] = wrong
+    with pytest.raises(InputError, match=re.escape(f"{name} in [0, 1000), the model's vocabulary, got {wrong}")):
+        load_documents(dataclasses.replace(documents, **{name: ids}), None, vocab_size=1000)
