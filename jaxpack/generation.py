@@ -99,6 +99,7 @@ def generate_text(
     Raises:
       InputError: as `generate` does; messages without a chat template, or that it refuses.
     """
+    check_type("model", model, Transformer)
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise InputError(f"`prompts` must be a list, of texts or of lists of messages, got {prompts!r:.80}.")
     prompts = list(prompts)

@@ -3,6 +3,7 @@
 import jaxtyping
 import pytest
 from models import small_model
+from tokenizers_for_tests import small_tokenizer
 
 import jaxpack
 import torch_bridge
@@ -28,6 +29,10 @@ def documents() -> jaxpack.Documents:
         (lambda _: jaxpack.add_lora(Llama(), LoraConfig()), "`model` must be a jaxpack.Transformer, got Llama."),
         (lambda model: jaxpack.add_lora(model, CONFIG), "`config` must be a jaxpack.LoraConfig, got TrainConfig."),
         (lambda _: jaxpack.generate(Llama(), [[1]]), "`model` must be a jaxpack.Transformer, got Llama."),
+        (
+            lambda _: jaxpack.generate_text(Llama(), small_tokenizer(), ["the"]),
+            "`model` must be a jaxpack.Transformer, got Llama.",
+        ),
         (lambda model: jaxpack.generate(model, 5), "`prompts` must be a list of lists of token ids, got 5."),
         (lambda _: jaxpack.inspect("train.jsonl"), "`documents` must be a jaxpack.Documents, got str."),
         (lambda _: jaxpack.inspect(documents(), {}), "`config` must be a jaxpack.TrainConfig, got dict."),
