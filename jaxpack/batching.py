@@ -203,7 +203,8 @@ def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncati
 def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = LANES) -> np.ndarray:
     """At most `max_buckets` multiples of `multiple`, ascending, that hold all `sizes` and waste the fewest tokens.
 
-    Exact, by dynamic programming over the distinct sizes. `sizes` is int `[steps]`, each 1 or more.
+    Exact, by dynamic programming over the distinct sizes; more than 1,024 of them are first rounded up to multiples of
+    more. `sizes` is int `[steps]`, each 1 or more.
     """
     while len(np.unique(sizes // multiple)) > _MAX_SIZES:
         multiple *= 2

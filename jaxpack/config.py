@@ -226,7 +226,9 @@ def _option(default: Any, meaning: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685), with the names and the meaning that PEFT gives them."""
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685), with the names that PEFT gives them, and their meaning;
+    but a string of `target_modules` is names with commas between, and not a pattern.
+    """
 
     r: int = _option(16, "Rank of the adapters.")
     lora_alpha: float = _option(32, "Adapters are scaled by alpha / r.")
@@ -278,18 +280,18 @@ class TrainConfig:
     """How a run trains. Names and meaning are those of TRL's `SFTConfig` where it has them.
 
     A step takes `per_device_train_batch_size * gradient_accumulation_steps` rows with `packing`, as many documents
-    without. Without packing these documents lie end to end in one row (`padding_free=True`), or in one padded row
-    each (`padding_free=False`); the loss is the same.
+    without. Those of a micro-batch then lie end to end in one row (`padding_free=True`), or in one padded row each
+    (`padding_free=False`); the loss is the same.
     """
 
     output_dir: str | None = _option(None, "Where metrics.jsonl, report.md and checkpoints/ go; None writes nothing.")
-    max_length: int = _option(1024, "Tokens in a packed row, and the most that is read of a document.")
+    max_length: int = _option(1024, "Tokens in a packed row, and the most that is read of a document, or of its piece.")
     packing: bool = _option(False, "Lay documents end to end in full rows of max_length.")
     packing_strategy: PackingStrategy = _option(
         "bfd",
         "bfd: longer documents are truncated; bfd_split: they are cut in pieces; wrapped: cut wherever a row ends.",
     )
-    padding_free: bool = _option(True, "Without packing: lay the documents of a step end to end in one row.")
+    padding_free: bool = _option(True, "Without packing: lay the documents of a micro-batch end to end in one row.")
     per_device_train_batch_size: int = _option(8, "Rows (packing) or documents in a micro-batch.")
     gradient_accumulation_steps: int = _option(1, "Micro-batches in a step.")
     num_train_epochs: float = _option(3.0, "Passes over the data.")
@@ -322,7 +324,7 @@ class TrainConfig:
     )
     seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
     dataset_text_field: str = _option("text", "Key of plain text; another than text is read whatever else rows have.")
-    assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on every token.")
+    assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on all of them.")
     remat: RematSetting = _option(
         "auto",
         "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "

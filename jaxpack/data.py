@@ -116,7 +116,7 @@ def load_documents(
       vocab_size: token ids from here on are refused.
       text_field: the key of plain text.
       assistant_only_loss: False trains on every token of `messages`, of `conversations`, of a completion of messages,
-        and of questions and answers.
+        and of questions and answers, where a chat template writes them.
 
     Raises:
       InputError: the dataset is empty or unreadable, or a row is, or no row has a token to learn, or a chat template

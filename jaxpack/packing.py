@@ -83,7 +83,7 @@ def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = 
     cut wherever a row is full. A piece is a document of its own to the model. Empty documents are dropped.
 
     The rows are those of TRL's strategies of the same names, with best-fit over the whole dataset and not within
-    chunks of 1,000. Rows come out longest document first: shuffle them before training.
+    chunks of 1,000. Those of the first two come out longest document first: shuffle them before training.
     """
     if max_length < 1:
         raise InputError(f"`max_length` must be at least 1, got {max_length}.")

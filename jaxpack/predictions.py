@@ -1,8 +1,8 @@
 """What each choice of `remat` costs: the predicted memory and time of a step, and the fastest choice that fits.
 
 The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more of both. It is
-within 10 % of what was measured on an H200 (`benchmarks/results/`, and the tests): adapters of Qwen3-0.6B to 8B, all
-weights of 0.6B. Steps of under 30 ms can be off by a quarter: they go by the host, and one took 19, 22 and 31 ms.
+within 10 % of what was measured on an H200 and an H100 (`benchmarks/results/`, and the tests): adapters of Qwen3-0.6B
+to 8B, all weights of 0.6B. Steps of under 30 ms can be off by 30 %: they go by the host, and one took 19, 22 and 31 ms.
 """
 
 import dataclasses

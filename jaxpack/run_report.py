@@ -39,7 +39,7 @@ def write_report(folder: str | Path) -> Path:
         raise InputError(f"`folder` must hold {METRICS} with a record of a step, got {str(folder)!r} with none.")
     about = _read_about(folder)
     if len(training) < 2:
-        picture = "One record is not enough for a picture: `logging_steps` was larger than half of the steps."
+        picture = "One record is not enough for a picture: a smaller `logging_steps` writes more."
     elif find_spec("matplotlib") is None:
         picture = f"No picture, for lack of matplotlib: `pip install 'jaxpack[bench]'`, then `{_again(folder)}`."
     else:

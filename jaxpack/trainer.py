@@ -68,7 +68,7 @@ class TrainResult:
     tokens_per_second: float  # real tokens
     padding_share: float
     compiled_shapes: int
-    found_programs: int  # of them, found compiled, by an earlier run
+    found_programs: int  # compiled by an earlier run: of these, and of those that evaluate
     compile_seconds: float
     first_step_seconds: float  # from the start of `train()` to the first step's metrics, compilation included
     peak_memory_bytes: int

@@ -14,6 +14,7 @@ from flax import nnx
 from measured_runs import id_of, may_be_off, measured_runs
 from models import random_documents, small_config
 from rich.console import Console
+from shared_data import beside
 
 import jaxpack
 from jaxpack import InputError, Inspection, LoraConfig, TrainConfig, Trainer, Transformer
@@ -28,7 +29,6 @@ from jaxpack.diagnostics import BATCH_SIZES, ORDINARY, histogram, ordinary_paddi
 from jaxpack.predictions import RATES, Job, step_seconds
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 LAYOUTS = get_args(Layout)
 
 
@@ -42,13 +42,6 @@ def bundled() -> tuple[Tokenizer, Documents]:
 def model_for(tokenizer: Tokenizer) -> Transformer:
     config = small_config("qwen3", vocab_size=len(tokenizer))
     return Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-
-
-def beside(name: str) -> Path:
-    path = SHARED / name
-    if not path.is_file():
-        pytest.skip(f"needs {name} in ../shared/data")
-    return path
 
 
 def skewed(count: int = 300, seed: int = 1) -> Documents:

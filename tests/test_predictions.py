@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jax
@@ -91,6 +93,20 @@ def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths(ro
     assert len(set(steps)) > 1
     assert np.mean([predicted[T] for T in steps]) == pytest.approx(row["step_seconds"], rel=may_be_off(row))
     assert agrees(predict(jobs[lengths.max()], H200)[row["remat"]].peak_bytes, row)
+
+
+def test_the_page_on_memory_says_what_is_predicted():
+    page = (Path(__file__).parent.parent / "docs/memory.md").read_text()
+    rows = re.findall(r'^\| `"(\w+)"` \|.*?\| ([\d.]+ GiB, [\d.]+ s) \|', page, re.MULTILINE)
+    assert len(rows) == 6 + 2  # and those of what is offloaded
+
+    def predicted(model: str, remat: str) -> str:
+        job = Job.of(abstract_model(model, LORA), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN)
+        prediction = predict(job, H200)[remat]
+        return f"{prediction.peak_bytes / GIB:.1f} GiB, {prediction.seconds:.2f} s"
+
+    models_of_rows = ["Qwen3-4B"] * 6 + ["Qwen3-8B"] * 2
+    assert rows == [(remat, predicted(model, remat)) for model, (remat, _) in zip(models_of_rows, rows, strict=True)]
 
 
 def test_short_steps_take_what_choosing_their_kernels_takes():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import typer
 from readme_blocks import README, ROOT, blocks, command
+from shared_data import beside
 from tokenizers_for_tests import write_checkpoint
 
 from jaxpack import cli
@@ -57,6 +58,18 @@ def run_command(start: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[s
 def test_the_data_of_the_readme_is_inspected(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
     run_command("jaxpack inspect", monkeypatch)
     assert (user_folder / "lengths.png").is_file()
+
+
+def test_what_the_readme_shows_of_an_inspection_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def of_alpaca(inspect: str) -> str:
+        start = inspect.split(" --picture")[0].replace("path/to/", "").replace("--data train.jsonl", "--lengths {}")
+        return f"{start} --memory-limit 120".format(beside("alpaca_lengths.csv"))
+
+    run_command("jaxpack inspect", monkeypatch, of_alpaca)
+    said = re.sub("[│┃]", " ", capsys.readouterr().out).split()
+    (shown,) = (part for part in README.split("```\n") if "padding-free *" in part)
+    for words in filter(None, map(str.split, shown.splitlines())):
+        assert any(said[i : i + len(words)] == words for i in range(len(said))), words
 
 
 def test_the_commands_of_the_readme_train_and_generate(

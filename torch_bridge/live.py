@@ -1,4 +1,4 @@
-"""Torch modules in memory, through DLPack, and the files that torch writes: the one importer of torch."""
+"""Torch modules in memory, through DLPack, and the files that torch writes: the one importer of torch in the bridge."""
 
 from pathlib import Path
 from typing import Any

@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
     Raises:
       InputError: no such file, one that is cut off or has tensors that overlap, leave gaps or lie beyond its end; a
-        dtype that is not float.
+        dtype that is not F32, BF16 or F16.
     """
     try:
         status = path.stat()

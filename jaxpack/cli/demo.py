@@ -27,7 +27,7 @@ _PADDED_STEPS = 12
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="A new folder, for base/, adapter/ and metrics.jsonl.")] = Path(
+    output: Annotated[Path, typer.Option(help="A new folder, for base/, adapter/ and what a run leaves.")] = Path(
         "jaxpack-demo"
     ),
 ) -> None:

@@ -1,4 +1,4 @@
-"""A model and a dataset from the flags of a command that needs no weights."""
+"""A model and a dataset from the flags of a command."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from jaxpack.data import Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, errors_name
 from jaxpack.transformer import Transformer
 
-MODEL_HELP = f"A Hugging Face folder, or the shape of {', '.join(SHAPES)}, with random weights."
+MODEL_HELP = f"A Hugging Face folder or the id of one on the hub; or, with random weights, {', '.join(SHAPES)}."
 DATA_HELP = "A JSONL or Parquet file, as for train."
 LENGTHS_HELP = (
     "Instead of data: a CSV with the columns token_length_from, token_length_to and documents, from which lengths are"

@@ -44,7 +44,7 @@ def train(
     output: Annotated[
         Path,
         typer.Option(
-            help="A new folder, for adapter/ (or model/), metrics.jsonl, report.md, run.yaml and checkpoints/; or that"
+            help="A new folder, for adapter/ (or model/), run.yaml, metrics, report and checkpoints/; or that"
             " of the run that --resume-from-checkpoint latest goes on with."
         ),
     ],
