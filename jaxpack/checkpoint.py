@@ -90,7 +90,7 @@ def identity_of(
 
 def _describe(documents: Documents) -> str:
     digest = hashlib.sha256()
-    for array in (documents.tokens, documents.labels, documents.lengths):
+    for array in (documents.tokens, documents.labels, documents.starts, documents.lengths):
         digest.update(np.ascontiguousarray(array))
     return f"{len(documents):,} documents of {documents.num_tokens:,} tokens, {digest.hexdigest()[:16]}"
 
@@ -147,8 +147,16 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Saves the state after `step` steps, which may be donated from then on. Waits for the save before it."""
+        """Saves the state after `step` steps, which may be donated from then on. Waits for the save before it.
+
+        Once losses are no numbers, nothing is saved: those before, which are, would make way for it.
+        """
         self.wait()
+        if not math.isfinite(loss := progress.losses[-1]):
+            console.print(f"step {step} is not saved: its loss is {loss}", style="yellow")
+            self._writing = Future()
+            self._writing.set_result(False)
+            return
         arrays = {name: _on_host(leaf) for name, leaf in _named(state).items()}
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
         evaluations = dict(progress.evaluations)

@@ -213,14 +213,7 @@ class Trainer:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         _check_evaluation(config, eval_dataset is not None)
         require_libraries(config)
-        self.checkpoint = find_checkpoint(config)
-        output = None if config.output_dir is None else Path(config.output_dir)
-        self.in_place = output is not None and (
-            config.resume_from_checkpoint == LATEST
-            or (self.checkpoint is not None and self.checkpoint.resolve().parent.parent == output.resolve())
-        )
-        if output is not None and not self.in_place and (output / METRICS).exists():
-            raise InputError(f"`output_dir` must be without {METRICS}, got {config.output_dir!r} with one.")
+        self._look_behind()
         self.progress = Progress()
         with errors_name(dataset="train_dataset"):
             self.documents = self._load(train_dataset)
@@ -231,6 +224,18 @@ class Trainer:
             with errors_name(dataset="eval_dataset"):
                 self.eval_documents = self._load(eval_dataset)
             self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once))
+
+    def _look_behind(self) -> None:
+        """Sets `checkpoint` and `in_place`, by what is there."""
+        config = self.config
+        self.checkpoint = find_checkpoint(config)
+        output = None if config.output_dir is None else Path(config.output_dir)
+        self.in_place = output is not None and (
+            config.resume_from_checkpoint == LATEST
+            or (self.checkpoint is not None and self.checkpoint.resolve().parent.parent == output.resolve())
+        )
+        if output is not None and not self.in_place and (output / METRICS).exists():
+            raise InputError(f"`output_dir` must be without {METRICS}, got {config.output_dir!r} with one.")
 
     def _load(self, dataset: Dataset) -> Documents:
         with errors_name(text_field="dataset_text_field"):
@@ -249,11 +254,14 @@ class Trainer:
         SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running, with a checkpoint where there is an
         `output_dir`: then it raises KeyboardInterrupt or SystemExit. A second one does not wait.
 
+        Called again, after a stop, it goes on or is refused as a new process would be.
+
         Raises:
           InputError: the checkpoint to go on from is of another run, or damaged.
         """
         begin = time.perf_counter()
         config, batches = self.config, self.batches
+        self._look_behind()  # once more: an earlier call may have been stopped
         cache = ProgramCache(config.compilation_cache_dir)
         run = Run(self.model, batches, config, self.eval_batches)
         plan = self._plan(run)
@@ -397,6 +405,8 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         )
     if cut.dropped:
         lines.append(f"{cut.dropped:,} documents are left with nothing to learn by that, and dropped")
+    if first := int(batches.documents.num_targets.sum()) - batches.targets_per_epoch:
+        lines.append(f"{first:,} tokens to train on come first in a piece of a document: nothing predicts them there")
     if config.packing:
         lines.append(
             f"packing ({config.packing_strategy}): {batches.num_rows:,} rows of {config.max_length:,} tokens,"
@@ -517,8 +527,12 @@ class _Log:
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
+        was_finite = math.isfinite(sum(self._done.losses[-1:]))
         self._done.losses.append(loss)
         done = len(self._done.losses)
+        if was_finite and not math.isfinite(loss):
+            line = f"the loss of step {done} is {loss}: no step makes up for it; a lower `learning_rate` may avoid it"
+            self._progress.console.print(line, style="yellow")
         if done == self._first + 1:
             self._first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds
             self._progress.console.print(

@@ -1,5 +1,6 @@
 """Batches: every document once an epoch, few shapes, and the same documents a step however they are laid out."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxpack.batching import Batches, _order, _splitmix64, choose_buckets
 from jaxpack.config import TrainConfig
 from jaxpack.errors import InputError
 from jaxpack.packing import BatchLimits, PackedBatch
+from jaxpack.trainer import describe
 
 LAYOUTS = [
     pytest.param({"packing": True}, id="packed"),
@@ -137,6 +139,25 @@ def test_truncation_is_counted_and_what_it_leaves_nothing_to_learn_is_dropped():
         20,
         32,
     ]
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_targets_that_come_first_in_a_piece_are_told_and_not_all_there_are(strategy):
+    """Nothing predicts them: an evaluation would divide by zero, and a run learn nothing."""
+    config = TrainConfig(max_length=32, packing=True, packing_strategy=strategy, max_steps=1)
+    documents = random_documents([64, 64], masked=0)
+    labels = np.full_like(documents.labels, -100)
+    labels[[32, 96]] = documents.tokens[[32, 96]]  # where the second piece begins
+    lost = dataclasses.replace(documents, labels=labels)
+    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to learn, got 32"):
+        Batches(lost, config)
+    labels = labels.copy()
+    labels[40] = documents.tokens[40]
+    some = dataclasses.replace(documents, labels=labels)
+    told = describe(some, Batches(some, config), config)
+    assert "2 tokens to train on come first in a piece of a document: nothing predicts them there" in told
+    whole = TrainConfig(max_length=64, packing=True, packing_strategy=strategy, max_steps=1)
+    assert not any("come first" in line for line in describe(documents, Batches(documents, whole), whole))
 
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import small_model
+from models import random_documents, small_model
 from tensorboard_events import expected_scalars, scalars
 
 from jaxpack import checkpoint
@@ -118,6 +118,31 @@ def test_without_a_checkpoint_latest_is_the_beginning(tmp_path: Path, capsys: py
     assert f"no checkpoint in {tmp_path}: starts from the beginning" in capsys.readouterr().err
 
 
+def test_the_trainer_of_a_run_that_was_stopped_goes_on_like_a_new_one(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    expected = whole.train()
+    again = trainer(tmp_path / "run", resume_from_checkpoint="latest", logging_steps=1)
+    crash(again, after=5)
+    require_same(again.train(), again.model, expected, whole.model)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+
+    once = trainer(tmp_path / "once")
+    crash(once, after=5)
+    with pytest.raises(InputError, match="`output_dir` must be without checkpoints/"):
+        once.train()
+    assert steps_in(tmp_path / "once" / "checkpoints") == [3]
+
+
+def test_no_checkpoint_makes_way_for_one_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = trainer(tmp_path, save_steps=1, learning_rate=1e30, lr_scheduler_type="constant").train()
+    first = int(np.argmin(np.isfinite(result.losses)))
+    assert 0 < first < 7 and not np.isfinite(result.losses[first:]).any()
+    assert steps_in(tmp_path / "checkpoints")[-1] == first
+    said = capsys.readouterr().err
+    assert said.count(f"the loss of step {first + 1} is nan") == 1 and "step 8 is not saved: its loss is nan" in said
+
+
 def test_a_run_that_has_ended_has_nothing_left_to_do(tmp_path: Path) -> None:
     done = trainer(tmp_path, save_steps=5)
     expected = done.train()
@@ -203,6 +228,12 @@ def test_a_checkpoint_of_another_program_is_refused(stopped: Path, tmp_path: Pat
     (path / "run" / "metadata").write_text('{"epoch": 3}')
     with pytest.raises(InputError, match=r"must be a checkpoint of jaxpack, got '.*/3' without \['evaluations', 'ide"):
         trainer(None, resume_from_checkpoint=str(path)).train()
+
+
+def test_two_halves_of_documents_of_one_length_are_two_datasets() -> None:
+    documents = random_documents(8 * [20])
+    first, second = documents[np.arange(0, 8, 2)], documents[np.arange(1, 8, 2)]
+    assert checkpoint._describe(first) != checkpoint._describe(second)
 
 
 def test_checksums_see_values_and_places() -> None:
