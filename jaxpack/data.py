@@ -95,7 +95,7 @@ def load_documents(
 
     Each row is in one of these formats; all rows are in the first row's:
 
-    - `input_ids`, optionally `labels` (-100 where a token is not trained on): taken as they are.
+    - `input_ids`, optionally `labels` (-100 where a token is not trained on): taken as they are, without padding.
     - `messages` (or `conversations`), of `role` and `content`, or of ShareGPT's `from` and `value`: through the
       tokenizer's chat template, trained on what the assistant writes and on the token that ends its turn. `tools`, a
       list or JSON of one, `system` and `chat_template_kwargs` of the row go with them.
@@ -190,7 +190,9 @@ def _asked(record: Record, row: int, where: "_Where", chat: bool) -> str | Conve
         return dataclasses.replace(conversation, messages=messages)
     if "instruction" in record:
         instruction, given, _ = read_instruction({"output": "", **record}, where(row))
-        return Conversation([instruction_message(instruction, given)]) if chat else alpaca_prompt(instruction, given)
+        if not chat:
+            return alpaca_prompt(instruction, given)
+        return read_conversation(record, [instruction_message(instruction, given)], where(row))
     formats = "`prompt`, `messages`, `conversations` or `instruction`"
     raise InputError(f"A row must have {formats}, got {sorted(record)} in {where(row)}.")
 
@@ -391,6 +393,8 @@ def _column(rows: Rows, begin: int, key: str, kinds: tuple[type, ...], where: _W
 
 def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: _Where) -> Encoded:
     kinds = (list, tuple, np.ndarray)
+    for row, record in enumerate(rows, begin):
+        _check_masks(record, where(row))
     ids = _integers(_column(rows, begin, "input_ids", kinds, where), begin, "input_ids", where)
     labelled = rows
     if not has_labels:  # then a row may have labels and need not: without, it is trained on whole
@@ -402,6 +406,18 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: _Where) -> Enco
                 f"`labels` must be as long as `input_ids` ({len(document)}), got {len(trained)} in {where(row)}."
             )
         yield document, trained
+
+
+def _check_masks(record: Record, where: str) -> None:
+    """What other libraries say by a mask, and would be read over here: padding, or what is not trained on."""
+    masks = ["attention_mask"]
+    if record.get("labels") is None:
+        masks += ["completion_mask", "assistant_masks"]
+    for name in masks:
+        mask = record.get(name)
+        if mask is not None and not np.all(mask):
+            rule = "without padding" if name == "attention_mask" else "with `labels`, -100 where nothing is trained on"
+            raise InputError(f"Rows of `input_ids` must be {rule}, got `{name}` with zeros in {where}.")
 
 
 def _integers(column: list, begin: int, name: str, where: _Where) -> list[np.ndarray]:
@@ -512,12 +528,23 @@ def _encode_chats(
 
 
 def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: _Where, **options: bool) -> Mapping[str, list]:
+    return tokenize(texts, tokenizer, lambda index: where(begin + index), **options)
+
+
+def tokenize(
+    texts: list[str], tokenizer: Tokenizer, where: Callable[[int], str], **options: bool
+) -> Mapping[str, list]:
+    """What a tokenizer makes of texts, which `where` names by their index.
+
+    Raises:
+      InputError: one of them is not Unicode.
+    """
     try:
         return tokenizer(texts, **options)
     except TypeError:
-        for row, text in enumerate(texts, begin):
+        for index, text in enumerate(texts):
             if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell half of a character
-                raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(row)}.") from None
+                raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(index)}.") from None
         raise
 
 

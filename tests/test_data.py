@@ -453,6 +453,21 @@ BAD_ROWS = {
         ["Labels", "[0, 263)", "got 263"],
     ),
     "negative_label": ([{"input_ids": [1, 2, 3], "labels": [-100, -1, 3]}], 0, ["Labels", "-100", "got -1"]),
+    "padding_that_is_masked": (
+        [{"input_ids": [1, 2], "attention_mask": [1, 1]}, {"input_ids": [1, 0], "attention_mask": [1, 0]}],
+        1,
+        ["without padding", "got `attention_mask` with zeros"],
+    ),
+    "a_prompt_that_is_masked": (
+        [{"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]}],
+        0,
+        ["with `labels`, -100 where", "got `completion_mask` with zeros"],
+    ),
+    "a_user_who_is_masked": (
+        [{"input_ids": [1, 2, 3], "assistant_masks": [0, 1, 1]}],
+        0,
+        ["with `labels`, -100 where", "got `assistant_masks` with zeros"],
+    ),
     "text_that_is_no_unicode": ([{"text": "ab"}, {"text": "half an emoji: \ud83d"}], 1, ["half an emoji"]),
 }
 

@@ -93,6 +93,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         {"messages": [question, {"role": "assistant", "content": "left out"}]},
         {"conversations": [{"from": "human", "value": "the tab"}], "system": "the bat"},
         {"instruction": "the cab", "input": "a"},
+        {"instruction": "the cab", "system": "the bat"},  # as it is trained
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--model", chat_base, "--prompts", tmp_path / "rows.jsonl", *TOKENS]
@@ -106,6 +107,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         [question],
         [system, question],
         [{"role": "user", "content": "the cab\n\na"}],
+        [system, {"role": "user", "content": "the cab"}],
     ]
     assert exit_status("generate", *given, "--no-chat", "--output", tmp_path / "plain.jsonl") == 0
     asked = [line["prompt"] for line in lines(tmp_path / "plain.jsonl")]
