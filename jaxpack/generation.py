@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxpack.chat import ChatTemplate, Conversation, read_conversation
 from jaxpack.config import DynamicRopeScaling, GenerateConfig
 from jaxpack.console import progress_bar
-from jaxpack.data import Tokenizer
+from jaxpack.data import Tokenizer, tokenize
 from jaxpack.decoding import Cache, extend, prefill
 from jaxpack.errors import InputError, check_type
 from jaxpack.memory import available_host_bytes, free_device_bytes
@@ -59,8 +59,13 @@ def generate(
         raise InputError(f"Options must be among {', '.join(allowed)}, got {unknown[0]!r}.")
     config = GenerateConfig(**options)
     check_type("model", model, Transformer)
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"`prompts` must be a list of lists of token ids, got {prompts!r:.80}.")
+    prompts = [
+        list(prompt) if isinstance(prompt, Iterable) and type(prompt) is not str else prompt for prompt in prompts
+    ]
     _check_prompts(model, prompts, config)
-    how = _How.of(config, stop_tokens)
+    how = _How.of(config, _stops(stop_tokens))
     graph, state = nnx.split(model)
     written: dict[int, list[int]] = {}
     # Prompts of like lengths together: less padding, fewer shapes.
@@ -102,6 +107,8 @@ def generate_text(
     check_type("model", model, Transformer)
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise InputError(f"`prompts` must be a list, of texts or of lists of messages, got {prompts!r:.80}.")
+    if tokenizer is None:
+        raise InputError("`tokenizer` must come with the model for texts, got None; `generate` takes token ids.")
     prompts = list(prompts)
     ids = [_encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     if stop_tokens is None:
@@ -111,13 +118,11 @@ def generate_text(
 
 
 def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> None:
-    if not isinstance(prompts, Iterable):
-        raise InputError(f"`prompts` must be a list of lists of token ids, got {prompts!r:.80}.")
     vocab_size, longest = model.config.vocab_size, model.config.max_position_embeddings
     if any(isinstance(rope.scaling, DynamicRopeScaling) for rope in model.config.ropes):
         longest = None
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, Iterable) or not all(isinstance(token, int | np.integer) for token in prompt):
+        if not isinstance(prompt, list) or not all(isinstance(token, int | np.integer) for token in prompt):
             raise InputError(f"`prompts` must be lists of token ids, got {prompt!r:.80} for prompt {number}.")
         if not len(prompt):
             raise InputError(f"`prompts` must have at least one token each, got none in prompt {number}.")
@@ -140,6 +145,13 @@ def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config:
             f"`max_new_tokens` must leave room for the keys and values of {num_rows:,} prompts, got"
             f" {config.max_new_tokens:,}: {needed / 2**30:,.1f} GiB, of {free / 2**30:,.1f} GiB free."
         )
+
+
+def _stops(stop_tokens: Any) -> list[int]:
+    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else [None]
+    if not all(isinstance(token, int | np.integer) and -(2**31) <= token < 2**31 for token in stops):
+        raise InputError(f"`stop_tokens` must be a list of token ids, got {stop_tokens!r:.80}.")
+    return stops
 
 
 def _free_bytes() -> int | None:
@@ -167,7 +179,7 @@ class _How(NamedTuple):
     top_p: Float[Array, ""] | None
 
     @classmethod
-    def of(cls, config: GenerateConfig, stop_tokens: Iterable[int]) -> "_How":
+    def of(cls, config: GenerateConfig, stop_tokens: list[int]) -> "_How":
         stops = sorted(stop_tokens)
         stops += -len(stops) % _STOPS * [-1]
         temperature = jnp.float32(max(config.temperature, _COLDEST)) if config.temperature else None
@@ -263,6 +275,7 @@ def _least_kept(logits: Float[Array, "B V"], how: _How) -> Float[Array, "B 1"]:
     first = jnp.arange(logits.shape[1])[None, :] < how.top_k
     share = jax.nn.softmax(ranked, axis=-1, where=first)
     kept = first & (jnp.cumsum(share, axis=-1) - share < how.top_p)
+    kept = kept.at[:, 0].set(True)  # a `top_p` that is 0 in float32
     return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
 
 
@@ -271,7 +284,7 @@ def _least_kept(logits: Float[Array, "B V"], how: _How) -> Float[Array, "B 1"]:
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer([prompt])["input_ids"][0]
+        ids = tokenize([prompt], tokenizer, lambda _: where)["input_ids"][0]
         eos = tokenizer.eos_token_id
         # Some tokenizers end every text: after that, there is nothing to go on with.
         if ids and ids[-1] == eos and not prompt.endswith(tokenizer.decode([eos])):
@@ -283,7 +296,8 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError(f"`tokenizer` must have a chat template for messages, got one without for {where}.")
         text = ChatTemplate(tokenizer).write_question(conversation, where)
-        ids = tokenizer([text], add_special_tokens=False)["input_ids"][0]  # the template has written them
+        # The template has written special tokens.
+        ids = tokenize([text], tokenizer, lambda _: where, add_special_tokens=False)["input_ids"][0]
     if not ids:
         raise InputError(f"`prompts` must have at least one token each, got {prompt!r:.80} for {where}.")
     return ids

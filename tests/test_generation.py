@@ -182,9 +182,10 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(plain, temperature)
         # The share is that among the first `top_k`.
         ({"top_k": 8, "top_p": 0.7}, lambda p: (np.arange(97) < 8) & (np.cumsum(p) - p < 0.7 * p[:8].sum())),
         ({"top_k": 1}, lambda p: np.arange(97) < 1),
+        ({"top_p": 1e-50}, lambda p: np.arange(97) < 1),  # 0 in float32
         ({"top_k": 10**12, "top_p": 1.0}, lambda p: np.arange(97) < 97),
     ],
-    ids=["top_k", "top_p", "both", "one", "all"],
+    ids=["top_k", "top_p", "both", "one", "none", "all"],
 )
 def test_top_k_and_top_p_leave_the_likeliest_tokens(plain, options: dict, kept: Callable):
     expected = probabilities(plain, 0.8)
@@ -285,6 +286,13 @@ def test_texts_end_where_the_model_s_own_files_say(given):
 @pytest.mark.parametrize("style", STYLES)
 def test_an_answer_ends_where_the_chat_template_ends_it(style: str, tags: bool):
     assert ChatTemplate(STYLES[style].tokenizer(tags=tags)).answer_end() == STYLES[style].end.strip()
+
+
+def test_prompts_and_stop_tokens_may_come_one_by_one(plain):
+    given = (iter(prompt) for prompt in PROMPTS)
+    assert generate(plain, given, max_new_tokens=2, stop_tokens=iter([96])) == generate(
+        plain, PROMPTS, max_new_tokens=2, stop_tokens={np.int64(96)}
+    )
 
 
 def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(plain, given):

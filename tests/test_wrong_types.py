@@ -33,6 +33,34 @@ def documents() -> jaxpack.Documents:
             lambda _: jaxpack.generate_text(Llama(), small_tokenizer(), ["the"]),
             "`model` must be a jaxpack.Transformer, got Llama.",
         ),
+        (
+            lambda model: jaxpack.generate_text(model, None, ["the"]),
+            "`tokenizer` must come with the model for texts, got None; `generate` takes token ids.",
+        ),
+        (
+            lambda model: jaxpack.generate(model, [[1]], stop_tokens=0),
+            "`stop_tokens` must be a list of token ids, got 0.",
+        ),
+        (
+            lambda model: jaxpack.generate(model, [[1]], stop_tokens=[None]),
+            "`stop_tokens` must be a list of token ids, got [None].",
+        ),
+        (
+            lambda model: jaxpack.generate(model, [[1]], stop_tokens=["x"]),
+            "`stop_tokens` must be a list of token ids, got ['x'].",
+        ),
+        (
+            lambda model: jaxpack.generate_text(model, small_tokenizer(), ["the \ud800"]),
+            "Text must be valid Unicode, got 'the \\ud800' in prompt 1.",
+        ),
+        (
+            lambda _: LoraConfig(target_modules=None),
+            "`target_modules` must be names, in a list or with commas, got None.",
+        ),
+        (
+            lambda _: LoraConfig(modules_to_save=5),
+            "`modules_to_save` must be names, in a list or with commas, got 5.",
+        ),
         (lambda model: jaxpack.generate(model, 5), "`prompts` must be a list of lists of token ids, got 5."),
         (lambda _: jaxpack.inspect("train.jsonl"), "`documents` must be a jaxpack.Documents, got str."),
         (lambda _: jaxpack.inspect(documents(), {}), "`config` must be a jaxpack.TrainConfig, got dict."),
