@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxpack.console import console
 from jaxpack.errors import reason
 
+_SETTINGS_LOCK = threading.RLock()  # of JAX, which has one of each for all threads
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -34,7 +36,7 @@ class ProgramCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Points JAX to the folder, and back to what it was set to."""
+        """Points JAX to the folder, and back to what it was set to; for one thread at a time."""
         # JAX has one cache for all of the process, opened where its first program was compiled, and used from then on
         # whatever its settings say. So it is closed on both ends: what a user compiles around a run is theirs alone.
         settings: dict[str, Any] = {
@@ -44,15 +46,16 @@ class ProgramCache:
             # only the batch has another size, and makes the folder's path a part of every key.
             "jax_persistent_cache_enable_xla_caches": "none",
         }
-        before = {name: getattr(jax.config, name) for name in settings}
-        if self.folder == before["jax_compilation_cache_dir"]:
-            yield
-            return
-        _set(settings)
-        try:
-            yield
-        finally:
-            _set(before)
+        with _SETTINGS_LOCK:
+            before = {name: getattr(jax.config, name) for name in settings}
+            if self.folder == before["jax_compilation_cache_dir"]:
+                yield
+                return
+            _set(settings)
+            try:
+                yield
+            finally:
+                _set(before)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compiles a program, or finds it in the folder."""

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def test_what_is_compiled_around_it_is_not_kept_and_jax_is_set_as_before(tmp_pat
     lowered(7.0).compile()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
     assert len(kept(tmp_path)) == 1
+    assert [getattr(jax.config, name) for name in SETTINGS] == before
+
+
+def test_caches_in_use_by_several_threads_leave_jax_set_as_before(tmp_path: Path):
+    before = [getattr(jax.config, name) for name in SETTINGS]
+    both = threading.Barrier(2)
+
+    def compile_in(folder: Path, factor: float) -> None:
+        both.wait()
+        with ProgramCache(str(folder)).in_use():
+            lowered(factor).compile()
+
+    folders = tmp_path / "a", tmp_path / "b"
+    threads = [threading.Thread(target=compile_in, args=(folder, 8.0 + i)) for i, folder in enumerate(folders)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(kept(folder)) for folder in folders] == [1, 1]
     assert [getattr(jax.config, name) for name in SETTINGS] == before
 
 
