@@ -9,10 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 
 def visible(text: str) -> str:
-    """Text of others, with signs for control characters: none moves a terminal's cursor."""
+    """Text of others, with signs for control characters: none moves a terminal's cursor, or turns its text around."""
     return text.translate(_VISIBLE)
 
 
