@@ -251,12 +251,12 @@ class LoraConfig:
         _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), rule, int if "whole" in rule else float))
-        object.__setattr__(self, "modules_to_save", _names(self.modules_to_save))
+        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
         unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
         _check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
         if self.target_modules != "all-linear":
-            names = _names(self.target_modules)
+            names = _names("target_modules", self.target_modules)
             _check(names != (), "target_modules", "must name at least one module", names)
             object.__setattr__(self, "target_modules", names)
 
@@ -357,6 +357,10 @@ class TrainConfig:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         object.__setattr__(self, "report_to", _destinations(self.report_to))
+        _check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
+        for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir"):
+            folder = getattr(self, name)
+            object.__setattr__(self, name, folder if folder is None else os.path.expanduser(folder))
         _check(
             not self.report_to or self.output_dir is not None,
             "report_to",
@@ -466,14 +470,18 @@ class GenerateConfig:
             _check(value is None or self.temperature > 0, name, "must be None unless `temperature` is above 0", value)
 
 
-def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+def _names(field: str, value: Any) -> tuple[str, ...]:
     """Names in a list, or in a string with commas."""
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    names = tuple(value) if isinstance(value, Iterable) else (value,)
+    _check(all(isinstance(name, str) for name in names), field, "must be names, in a list or with commas", value)
+    return names
 
 
 def _destinations(value: Any) -> tuple[str, ...]:
     """What `report_to` names, each once."""
-    names = list(_names(value)) if isinstance(value, str | tuple | list) else [value]
+    names = list(_names("report_to", value)) if isinstance(value, str | tuple | list) else [value]
     if names in (["none"], [None]):
         return ()
     allowed = get_args(Destination)
@@ -485,12 +493,13 @@ def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, A
     """Numbers by name, of a mapping, of pairs, or of a string such as 'q_proj=8,v_proj=4'."""
     try:
         if isinstance(value, str):
-            pairs = [one.split("=") for one in _names(value)]
+            pairs = [one.split("=") for one in _names(name, value)]
             pairs = [(key.strip(), kind(number)) for key, number in pairs]
         else:
             pairs = [(key, number) for key, number in (value.items() if isinstance(value, Mapping) else value)]
         allowed = (int,) if kind is int else (int, float)
         whole = all(isinstance(key, str) and type(number) in allowed and _is_positive(number) for key, number in pairs)
+        whole = whole and len(dict(pairs)) == len(pairs)  # none twice
     except (TypeError, ValueError):
         whole = False
     _check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)

@@ -46,12 +46,25 @@ from jaxpack.errors import InputError
         (LoraConfig, "lora_alpha", 0, "a positive number"),
         (LoraConfig, "lora_dropout", 1.0, r"in \[0, 1\)"),
         (LoraConfig, "target_modules", (), "at least one module"),
+        (LoraConfig, "rank_pattern", "q_proj=8,q_proj=2", "by projection"),
+        (TrainConfig, "output_dir", "", "a folder, or None"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(config, field, value, rule):
     with pytest.raises(InputError, match=f"`{field}` must .*{rule}.*, got ") as refused:
         config(**{field: value})
     assert str(refused.value).endswith(f"got {value!r}.")
+
+
+def test_the_home_of_a_user_is_found(monkeypatch):
+    """A folder named ~ would lie where the run began."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    names = ("output_dir", "resume_from_checkpoint", "compilation_cache_dir")
+    assert {getattr(TrainConfig(**dict.fromkeys(names, "~/out")), name) for name in names} == {"/home/someone/out"}
+
+
+def test_nothing_to_save_whole_is_what_peft_calls_none():
+    assert LoraConfig(modules_to_save=None).modules_to_save == ()
 
 
 def test_scalars_of_numpy_and_paths_are_taken_for_what_they_hold():

@@ -9,6 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from jaxpack.bench.cases import Case, Planned, ablation, batch_sizes, losses
+from jaxpack.bench.measure import train_config
 from jaxpack.bench.models import save_documents
 from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
 from jaxpack.bench.report import draw_all, print_tables
@@ -56,6 +57,7 @@ def bench(
         steps=steps,
         learning_rate=learning_rate,
     )
+    train_config(base)  # refuses here what each case would be refused for
     batches = _sizes(sizes)
     for name, value in (("documents", documents), ("loss_steps", loss_steps)):
         if value < 1:

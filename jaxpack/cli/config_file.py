@@ -33,7 +33,7 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
     for name, value in found.items():
         if not _fits(kinds[name], value):
             raise InputError(f"`{name}` must be {_rule(kinds[name])}, got {value!r} in {str(path)!r}.")
-    return {name: _typed(value) for name, value in found.items() if value is not None}
+    return {name: _typed(kinds[name], value) for name, value in found.items() if value is not None}
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -100,7 +100,9 @@ def _rule(kind: Any) -> str:
     return " or ".join(rules)
 
 
-def _typed(value: Any) -> Any:
+def _typed(kind: Any, value: Any) -> Any:
+    if Path in _alternatives(kind):
+        return str(Path(value).expanduser())  # as a shell does
     if isinstance(value, dict):
         return ",".join(f"{name}={one}" for name, one in value.items())
     return ",".join(value) if isinstance(value, list) else value

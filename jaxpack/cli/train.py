@@ -73,6 +73,7 @@ def train(
 ) -> None:
     """Fine-tune a model on a dataset."""
     given_up = overridden(context, [["full_finetuning"], ["adapter"], LORA_FLAGS])
+    given_up |= overridden(context, [["num_train_epochs"], ["max_steps"]]) & {"max_steps"}  # which goes before epochs
     full_finetuning = full_finetuning and "full_finetuning" not in given_up
     adapter = None if "adapter" in given_up else adapter
     flags = {name: None if name in given_up else value for name, value in flags.items()}

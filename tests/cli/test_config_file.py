@@ -114,6 +114,32 @@ def test_one_way_to_train_on_the_command_line_takes_the_place_of_another_in_the_
     assert "`full_finetuning` must be without flags of adapters, got both" in capsys.readouterr().err
 
 
+def test_epochs_that_are_typed_go_before_steps_in_the_file(
+    data: Path, tmp_path: Path, what_is_trained: Callable
+) -> None:
+    inputs = ["--model", "x", "--data", data, "--output", tmp_path / "run"]
+    inputs += ["--config", written(tmp_path, "max_steps: 7\nnum_train_epochs: 5.0\n")]
+
+    def lengths(*typed: object) -> tuple[int, float]:
+        config = what_is_trained(*inputs, *typed)["config"]
+        return config.max_steps, config.num_train_epochs
+
+    assert lengths() == (7, 5.0)
+    assert lengths("--num-train-epochs", 1) == (-1, 1.0)
+    assert lengths("--max-steps", 9) == (9, 5.0)
+    assert lengths("--num-train-epochs", 1, "--max-steps", 9) == (9, 1.0)
+
+
+def test_the_home_of_a_user_is_found_in_a_file(
+    data: Path, tmp_path: Path, what_is_trained: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = written(tmp_path, f"model: x\ndata: ~/{data.name}\noutput: ~/run\n")
+    (tmp_path / data.name).write_bytes(data.read_bytes())
+    found = what_is_trained("--config", file)
+    assert found["data"] == tmp_path / data.name and found["config"].output_dir == str(tmp_path / "run")
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 # The file, and what the message says.
