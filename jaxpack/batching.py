@@ -66,7 +66,10 @@ class Batches:
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
         self.targets_per_epoch = int(row_targets.sum())
         if not self.targets_per_epoch:
-            raise _nothing_to_learn(self.documents, config)
+            raise InputError(
+                f"`max_length` must leave at least one document a token to learn, got {config.max_length}: all "
+                f"{len(documents)} are cut before the first."
+            )
         # Of each step: its tokens, the longest row, and the most documents and targets in a row and a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
         for step in range(self.num_steps):
@@ -193,17 +196,8 @@ def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncati
         return documents, Truncation(0, 0, 0)
     cut = documents.truncate(config.max_length)
     keep = cut.num_targets > 0
-    if not keep.any():
-        raise _nothing_to_learn(documents, config)
     lost = documents.lengths - cut.lengths
     return cut[keep], Truncation(int((lost > 0).sum()), int(lost.sum()), int((~keep).sum()))
-
-
-def _nothing_to_learn(documents: Documents, config: TrainConfig) -> InputError:
-    return InputError(
-        f"`max_length` must leave at least one document a token to learn, got {config.max_length}: all "
-        f"{len(documents)} are cut before the first."
-    )
 
 
 def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = LANES) -> np.ndarray:

@@ -147,16 +147,8 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Saves the state after `step` steps, which may be donated from then on. Waits for the save before it.
-
-        Once losses are no numbers, nothing is saved: those before, which are, would make way for it.
-        """
+        """Saves the state after `step` steps, which may be donated from then on. Waits for the save before it."""
         self.wait()
-        if not math.isfinite(loss := progress.losses[-1]):
-            console.print(f"step {step} is not saved: its loss is {loss}", style="yellow")
-            self._writing = Future()
-            self._writing.set_result(False)
-            return
         arrays = {name: _on_host(leaf) for name, leaf in _named(state).items()}
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
         evaluations = dict(progress.evaluations)
@@ -171,6 +163,9 @@ class Checkpoints:
         self._writer.shutdown()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float]) -> bool:
+        if not math.isfinite(loss := arrays[_LOSSES][-1]):  # those before, which are, would make way for it
+            console.print(f"step {step} is not saved: its loss is {loss}", style="yellow")
+            return False
         path = self.folder / str(step)
         about = self._about | {"step": step, "evaluations": {str(at): loss for at, loss in evaluations.items()}}
         try:

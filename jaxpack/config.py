@@ -251,7 +251,8 @@ class LoraConfig:
         _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), rule, int if "whole" in rule else float))
-        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
+        whole = () if self.modules_to_save is None else self.modules_to_save  # as PEFT says none
+        object.__setattr__(self, "modules_to_save", _names("modules_to_save", whole))
         unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
         _check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)

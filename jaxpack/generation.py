@@ -148,8 +148,8 @@ def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config:
 
 
 def _stops(stop_tokens: Any) -> list[int]:
-    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else [None]
-    if not all(isinstance(token, int | np.integer) and -(2**31) <= token < 2**31 for token in stops):
+    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else None
+    if stops is None or not all(isinstance(i, int | np.integer) and -(2**31) <= i < 2**31 for i in stops):
         raise InputError(f"`stop_tokens` must be a list of token ids, got {stop_tokens!r:.80}.")
     return stops
 

@@ -62,8 +62,8 @@ def test_the_data_of_the_readme_is_inspected(user_folder: Path, monkeypatch: pyt
 
 def test_what_the_readme_shows_of_an_inspection_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     def of_alpaca(inspect: str) -> str:
-        start = inspect.split(" --picture")[0].replace("path/to/", "").replace("--data train.jsonl", "--lengths {}")
-        return f"{start} --memory-limit 120".format(beside("alpaca_lengths.csv"))
+        shown = inspect.split(" --picture")[0].replace("path/to/", "")
+        return shown.replace("--data train.jsonl", f"--lengths {beside('alpaca_lengths.csv')} --memory-limit 120")
 
     run_command("jaxpack inspect", monkeypatch, of_alpaca)
     said = re.sub("[│┃]", " ", capsys.readouterr().out).split()
