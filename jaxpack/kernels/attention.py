@@ -305,7 +305,10 @@ def _load_keys(ref: Any, row: Any, start: Any, count: int, head: Any) -> list[ja
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    # float32 operands would be rounded to tf32.
+    # Tensor cores multiply blocks of 16 by 16: of the narrower pieces of a head of 20 or 72, Triton would make wrong
+    # products, without an error. They are multiplied in float32, which tensor cores would round to tf32.
+    if min(*a.shape, *b.shape) < 16:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return plt.dot(a, b, precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 

@@ -148,6 +148,10 @@ def test_reference_in_chunks_of_queries(monkeypatch):
 
 BFLOAT16_CASES = {
     "2 key heads of 3 query heads": Case(MIXED, 6, 2, 64),
+    # Cut into 16, 4 and 2: less than a tensor core takes.
+    "head_dim 22": Case(MIXED, 4, 2, 22),
+    "head_dim 22, one long document": Case(rows_of([1024], length=1024), head_dim=22, options={"max_segments": 1}),
+    "head_dim 72": Case(SHORT, head_dim=72),
     "head_dim 80": Case(SHORT, head_dim=80),
     "head_dim 128": Case(MIXED, head_dim=128),
     "head_dim 256": Case(SHORT, head_dim=256),

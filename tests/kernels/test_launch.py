@@ -1,5 +1,6 @@
 """Which implementation runs, and that every kernel lowers for CUDA on a machine without a GPU."""
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -169,10 +170,12 @@ CASES = {
     "norm_rope, head_dim 256": norm_rope_case(4, 1, 256, 256),
     "normed_linear": normed_linear_case(2560, 48),
     "normed_linear, no adapter": normed_linear_case(2304, None),
-    "residual_linear": residual_linear_case(4096, 16),
+    "residual_linear, rank 8": residual_linear_case(4096, 8),
     "gated_residual_linear, rank 256": residual_linear_case(1792, 256, activation=True),
     "attention, one head": attention_case(1, 1, 64),
+    "attention, head_dim 22": attention_case(4, 4, 22),
     "attention, head_dim 64": attention_case(4, 4, 64),
+    "attention, head_dim 72": attention_case(4, 2, 72),
     "attention, head_dim 80": attention_case(6, 2, 80),
     "attention, head_dim 96": attention_case(7, 1, 96),
     "attention, head_dim 128": attention_case(8, 2, 128),
@@ -225,3 +228,19 @@ def test_offsets_are_64_bits_wide_where_an_array_has_more_than_2_to_the_31_eleme
             elif array.num_elements <= 2**30:  # Pallas counts bytes: float32 arrays are wide from here on
                 assert array.offset_bits <= {32}
         assert any(64 in array.offset_bits for array in module.arrays) == (T > 128)
+
+
+_DOT = re.compile(r"= tt\.dot (.*) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>")
+
+
+@all_cases
+def test_tensor_cores_get_no_block_narrower_than_16(case):
+    # Of bfloat16, Triton compiles a narrower one without an error, and its products are wrong: a GPU shows it, and
+    # interpreting does not. Of float32, tensor cores take what may be rounded to tf32.
+    for module in triton_modules(lowered(case, jnp.bfloat16, "pallas")):
+        matmuls = _DOT.findall(module.text)
+        assert len(matmuls) == module.text.count("= tt.dot ")
+        assert matmuls or not module.name.startswith(("jaxpack_attention", "jaxpack_add_extended"))
+        for options, *sizes, dtype, columns in matmuls:
+            if min(map(int, (*sizes, columns))) < 16:
+                assert dtype == "f32" and "tf32" not in options
