@@ -179,14 +179,13 @@ def peak_bytes(job: Job, remat: Remat) -> int:
     """The most that a step holds on the device: at the loss, in the first layer that goes backward, or at the end.
 
     Gradients of the trained parameters are float32. A loop over layers has a place for all of them from its start;
-    without one they are stacked after the last, and for that moment there twice. Micro-batches add theirs to another
-    copy.
+    without one they are stacked after the last. Micro-batches add theirs to another copy.
     """
     kept = job.num_layers * layer_bytes(job, remat)
     gradients = 4 * job.trained
     head = 4 * job.head if job.full else 0
     stacked = 0 if unrolls(remat) else gradients
-    at_end = gradients * (2 if unrolls(remat) else 1) + (head if job.layer.config.tie_word_embeddings else 0)
+    at_end = gradients + (head if job.layer.config.tie_word_embeddings else 0)
     micro = max(kept + loss_bytes(job), kept + max(stacked, head) + backward_bytes(job, remat), at_end)
     accumulated = gradients if job.shape[0] > 1 else 0
     return argument_bytes(job) + accumulated + micro
@@ -334,7 +333,7 @@ def loss_work(job: Job) -> Work:
 
 def num_kernels(job: Job, remat: Remat) -> int:
     """About how many a step runs, from the profiles of Qwen3's: adapters have many small ones, loops copy arrays."""
-    looped, unrolled = (70, 46) if job.full else (110, 62)  # of a layer; the 70 are an estimate
+    looped, unrolled = (75, 46) if job.full else (110, 62)  # of a layer
     return job.shape[0] * job.num_layers * (unrolled if unrolls(remat) else looped)
 
 

@@ -134,28 +134,42 @@ def test_arguments_are_those_of_the_step(family, lora):
     assert argument_bytes(Job.of(model, (3, 2, 128))) == sum(x.nbytes for x in arrays) + batch
 
 
-@pytest.mark.parametrize(
-    ("remat", "accumulation"),
-    [("keep_projections", 2), *(pytest.param("full", count, marks=pytest.mark.slow) for count in (1, 2))],
-)
-def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(remat, accumulation):
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(accumulation):
     # Where nothing else counts, a CPU's buffers are a GPU's.
     config = small_config("llama", hidden_size=512, intermediate_size=1536, num_heads=8, head_dim=64, vocab_size=4096)
     model = Transformer(config, rngs=nnx.Rngs(0))
     graph, trainable, frozen = split_trainable(model)
     optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(1e-3))
-    step = make_train_step(graph, optimizer, remat=remat, implementation="xla")
+    step = make_train_step(graph, optimizer, remat="full", implementation="xla")
     state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
     shape = (accumulation, 1, 128)
     batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
     temporary = step.lower(state, frozen, batch).compile().memory_analysis().temp_size_in_bytes
     job = Job.of(model, shape)
-    predicted = peak_bytes(job, remat) - argument_bytes(job)
-    newer = jax.__version_info__ >= (0, 11) and unrolls(remat) and accumulation > 1
-    spared = 4 * job.trained if newer else 0  # newer XLA adds a micro-batch's gradients up with less than a copy more
-    # A CPU copies what a loop has made, where an H200 does not: that is held to its runs, padding-free.
-    copied = 4 * job.trained if not unrolls(remat) and accumulation == 1 else 0
-    assert 0.9 * temporary <= predicted + copied and predicted <= 1.1 * temporary + spared
+    predicted = peak_bytes(job, "full") - argument_bytes(job)
+    copied = 4 * job.trained if accumulation == 1 else 0  # that a loop has made; an H200 copies none of it
+    assert predicted + copied == pytest.approx(temporary, rel=0.1)
+
+
+# GiB beside its arguments that a step of all of Qwen3-0.6B's weights has on an H200 (`memory_analysis` of the program
+# that jax 0.11.2 compiles there): of so many micro-batches, of one and of five rows of 1,024.
+TEMPORARY = {
+    ("full", 1): (2.545, 3.031),
+    ("full", 2): (4.423, 5.907),
+    ("keep_projections", 1): (3.019, 6.014),
+    ("keep_projections", 2): (4.303, 8.284),
+    ("none", 1): (3.034, 7.797),
+    ("none", 2): (5.246, 10.018),
+}
+
+
+@pytest.mark.parametrize(("choice", "measured"), TEMPORARY.items(), ids=str)
+def test_gradients_of_all_weights_take_the_memory_that_a_gpu_needs_for_them(choice, measured):
+    remat, accumulation = choice
+    for rows, temporary in zip((1, 5), measured, strict=True):
+        job = Job.of(abstract_model("Qwen3-0.6B", None), (accumulation, rows, 1024))
+        assert peak_bytes(job, remat) == pytest.approx(argument_bytes(job) + temporary * GIB, rel=0.1)
 
 
 @pytest.mark.parametrize("lora", [LORA, LoraConfig(r=8, target_modules="q_proj,v_proj"), None], ids=str)
@@ -165,7 +179,10 @@ def test_to_keep_more_takes_more_memory_and_less_time(name, shape, lora):
     job = Job.of(abstract_model(name, lora), shape)
     offload, heads, *others = predict(job, H200).values()
     for less, more in itertools.pairwise(others):
-        assert less.peak_bytes <= more.peak_bytes and less.seconds > more.seconds
+        assert less.seconds > more.seconds
+        # A loop has a place for all gradients from its start: without one, they come as what was kept goes.
+        unlooped = lora is None and unrolls(more.remat) and not unrolls(less.remat)
+        assert less.peak_bytes <= more.peak_bytes or unlooped
     # Offloading spares matmuls, with a link that keeps up; where weights are trained it spares none.
     at_once = predict(job, H200._replace(link=math.inf))
     assert offload.peak_bytes <= heads.peak_bytes and offload.peak_bytes <= others[0].peak_bytes
