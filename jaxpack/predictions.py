@@ -30,7 +30,6 @@ from jaxpack.memory import (
     available_host_bytes,
     cast_weight_bytes,
     free_device_bytes,
-    in_graphs,
     input_bytes,
     offloaded,
     offloaded_bytes,
@@ -339,7 +338,7 @@ def num_kernels(job: Job, remat: Remat) -> int:
 
 def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     """One kernel after another. Copies to the host and back run beside them: they take longer where the link is slower
-    than the computation. A step of few tokens takes what it takes to start its kernels."""
+    than the computation. Where kernels are started one by one, few tokens take what it takes to start them."""
     work = forward_work(job)
     again = sum((work[name] for name in sorted(recomputed(job.layer, remat))), start=Work())
     forward = job.num_layers * sum(work.values(), start=Work()).seconds(rates)
@@ -350,7 +349,7 @@ def step_seconds(job: Job, remat: Remat, rates: Rates) -> float:
     update = Work(bytes=7 * 4 * job.trained)
     count = num_kernels(job, remat)
     seconds = job.shape[0] * micro + update.seconds(rates) + count * rates.kernel
-    return seconds if in_graphs(remat) else max(seconds, count * rates.start)
+    return max(seconds, count * rates.start) if remat in OFFLOADED else seconds
 
 
 def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: Rates) -> float:

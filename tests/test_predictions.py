@@ -136,7 +136,7 @@ def test_arguments_are_those_of_the_step(family, lora):
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(accumulation):
-    # Where nothing else counts, a CPU's buffers are a GPU's.
+    # Where nothing else counts, a CPU's buffers are a GPU's, but for a copy of what the loop over layers has made.
     config = small_config("llama", hidden_size=512, intermediate_size=1536, num_heads=8, head_dim=64, vocab_size=4096)
     model = Transformer(config, rngs=nnx.Rngs(0))
     graph, trainable, frozen = split_trainable(model)
@@ -148,12 +148,12 @@ def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(accu
     temporary = step.lower(state, frozen, batch).compile().memory_analysis().temp_size_in_bytes
     job = Job.of(model, shape)
     predicted = peak_bytes(job, "full") - argument_bytes(job)
-    copied = 4 * job.trained if accumulation == 1 else 0  # that a loop has made; an H200 copies none of it
+    copied = 4 * job.trained if accumulation == 1 else 0
     assert predicted + copied == pytest.approx(temporary, rel=0.1)
 
 
-# GiB beside its arguments that a step of all of Qwen3-0.6B's weights has on an H200 (`memory_analysis` of the program
-# that jax 0.11.2 compiles there): of so many micro-batches, of one and of five rows of 1,024.
+# GiB beside its arguments that a step of all of Qwen3-0.6B's weights has on an H200 (2026-11-27, jax 0.11.2:
+# `temp_size_in_bytes` of the step that is compiled there): of so many micro-batches, of one and of five rows of 1,024.
 TEMPORARY = {
     ("full", 1): (2.545, 3.031),
     ("full", 2): (4.423, 5.907),
@@ -182,7 +182,7 @@ def test_to_keep_more_takes_more_memory_and_less_time(name, shape, lora):
         assert less.seconds > more.seconds
         # A loop has a place for all gradients from its start: without one, they come as what was kept goes.
         unlooped = lora is None and unrolls(more.remat) and not unrolls(less.remat)
-        assert less.peak_bytes <= more.peak_bytes or unlooped
+        assert less.peak_bytes <= more.peak_bytes + (4 * job.trained if unlooped else 0)
     # Offloading spares matmuls, with a link that keeps up; where weights are trained it spares none.
     at_once = predict(job, H200._replace(link=math.inf))
     assert offload.peak_bytes <= heads.peak_bytes and offload.peak_bytes <= others[0].peak_bytes
@@ -209,14 +209,15 @@ def test_a_slow_link_is_waited_for():
     assert 2 * copy < seconds[2] < 2 * copy + seconds[0]
 
 
-def test_steps_of_few_tokens_take_as_long_as_starting_their_kernels():
+def test_steps_of_few_tokens_that_offload_take_as_long_as_starting_their_kernels():
     def seconds(remat, *shape):
         return step_seconds(Job.of(abstract_model("Qwen3-0.6B", LORA), shape), remat, H200)
 
-    for remat in ("offload", "none"):  # are started one by one
+    for remat in ("offload", "offload_heads"):  # are started one by one
         assert seconds(remat, 1, 1, 128) == seconds(remat, 1, 1, 256) < seconds(remat, 1, 8, 1024)
         assert seconds(remat, 2, 1, 128) == 2 * seconds(remat, 1, 1, 128)
-    assert seconds("full", 1, 1, 128) < seconds("full", 1, 1, 256) < seconds("offload", 1, 1, 256)
+    for remat in ("full", "none"):  # many at a time, in graphs
+        assert seconds(remat, 1, 1, 128) < seconds(remat, 1, 1, 256) < seconds("offload", 1, 1, 256)
 
 
 def test_rates_go_by_the_device():
