@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxpack.errors import InputError
 from jaxpack.kernels._launch import Implementation, dispatch, launch, pl, plt, power_of_two_divisor
+from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
 
 
@@ -30,8 +31,8 @@ def refusal(tokens: int, channels: int, rank: int) -> str | None:
     """
     if tokens % 16 or channels % 16:
         return f"multiples of 16 tokens and channels, got {tokens} and {channels}"
-    if rank > _MAX_RANK:
-        return f"a rank of at most {_MAX_RANK}, made up to a power of two, got {rank}"
+    if rank > _MAX_RANK or (rank and rank != padded_rank(rank)):
+        return f"a rank of at most {_MAX_RANK}, made up to a power of two from 16, got {rank}"
     return None
 
 
