@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import random_documents, small_model
+from models import random_documents, small_config, small_model
 
 from jaxpack.batching import Batches
 from jaxpack.config import Implementation, LoraConfig, Remat, TrainConfig
@@ -35,7 +35,7 @@ def results(
 ) -> tuple[float, np.ndarray]:
     """The loss and the gradient, flat."""
     sizes = dict(WIDTHS[widths])
-    if family not in ("gemma3", "qwen2"):
+    if small_config(family).sliding_window is None:
         del sizes["sliding_window"]
     model = small_model(family, lora=LoraConfig(r=8) if lora else None, dtype=jnp.dtype(dtype), **sizes)
     graph, trainable, frozen = split_trainable(model)

@@ -31,7 +31,7 @@ def refusal(tokens: int, channels: int, rank: int) -> str | None:
     """
     if tokens % 16 or channels % 16:
         return f"multiples of 16 tokens and channels, got {tokens} and {channels}"
-    if rank > _MAX_RANK or (rank and rank != padded_rank(rank)):
+    if rank > _MAX_RANK or rank not in (0, padded_rank(rank)):
         return f"a rank of at most {_MAX_RANK}, made up to a power of two from 16, got {rank}"
     return None
 
