@@ -35,7 +35,8 @@ test-jax-%: .venv-jax-%/installed
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and every kernel's tests compiled.
 # Side by side, since nearly all of the time goes into compiling; pytest-benchmark would warn of that, which is an error.
-ON_GPU := XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
+# XLA takes its first choice of matmuls, and times none: that took most of it.
+ON_GPU := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
 test-gpu:
 	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels
 	$(ON_GPU) -n 12 -m gpu tests/test_on_gpu.py tests/test_trainer.py

@@ -148,7 +148,10 @@ class Linear(nnx.Module):
         return "xla" if implementation == "pallas" and refusal(B * T, D, self.rank) else implementation
 
     def _biased(self, out: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
-        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
+        if self.bias is None:
+            return out
+        # Its gradient is a sum over all tokens: bfloat16 adds nothing to 256 that is below 1.
+        return (out.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None, :]).astype(out.dtype)
 
     @property
     def _dropout(self) -> float:

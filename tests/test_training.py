@@ -14,6 +14,7 @@ from models import random_documents, small_model
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.data import Documents
+from jaxpack.layers import Linear
 from jaxpack.packing import PackedBatch, Rows, fill_batch
 from jaxpack.training import (
     TrainState,
@@ -118,6 +119,15 @@ def one_step(model, config: TrainConfig, batch: PackedBatch, dropout_seed: int |
     before = flat(trainable)
     state, metrics = step(state, frozen, batch)
     return before, state, metrics, step
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    linear = Linear(4, {"o_proj": 3}, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.zeros((2, 2048, 4), jnp.bfloat16)
+    d_out = jnp.asarray(np.random.default_rng(0).normal(1, 0.3, (2, 2048, 3)), jnp.bfloat16)
+    loss = lambda linear: jnp.vdot(linear(x).astype(jnp.float32), d_out.astype(jnp.float32))  # noqa: E731
+    gradient = nnx.jit(nnx.grad(loss))(linear).bias[...]
+    np.testing.assert_allclose(gradient, np.asarray(d_out, np.float64).sum((0, 1)), rtol=1e-5)
 
 
 def test_a_step_is_the_written_out_adamw():

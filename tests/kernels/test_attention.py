@@ -348,7 +348,7 @@ def test_jit_and_checkpoint_change_nothing(implementation):
     got = quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*x[:4])
     want = results_of(case, x, implementation)
     for name, gradient in zip(("dq", "dk", "dv", "dsinks"), got, strict=True):
-        np.testing.assert_allclose(gradient, want[name], rtol=0, atol=1e-6, err_msg=name)  # the same, but for fusions
+        np.testing.assert_allclose(gradient, want[name], rtol=0, atol=3e-6, err_msg=name)  # the same, but for fusions
 
 
 @pytest.fixture
