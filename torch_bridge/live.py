@@ -46,7 +46,9 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
     try:
         from transformers import AutoModelForCausalLM
 
-        module, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        # Some versions take an attention for Gemma 2 that leaves out its soft-cap.
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        module, found = AutoModelForCausalLM.from_pretrained(model, **options, output_loading_info=True)
         if adapter is not None:
             from peft import PeftModel
 

@@ -128,8 +128,10 @@ def random_model(prefix: str, settings: dict[str, Any], dtype: torch.dtype = tor
     each changes the logits; so does an epsilon of 1e-3 of the norms, a tenth of the embedding's variance.
     """
     make = getattr(transformers, f"{prefix}ForCausalLM")
-    padding = {"pad_token_id": None}  # its embedding would have no gradient
-    model = make(make.config_class(**copy.deepcopy(settings | padding))).eval()
+    own: dict[str, Any] = {"pad_token_id": None}  # its embedding would have no gradient
+    if "attn_logit_softcapping" in settings:
+        own["attn_implementation"] = "eager"  # what some versions take by themselves leaves it out
+    model = make(make.config_class(**copy.deepcopy(settings | own))).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
