@@ -340,7 +340,7 @@ def test_bad_flag(name: str, base: Path, data: Path, tmp_path: Path, run: Callab
     [
         (["--pakcing"], ["--pakcing", "--packing"]),
         (["--packing-strategy", "nonsense"], ["--packing-strategy", "nonsense", "bfd_split"]),
-        (["--max-steps", "many"], ["--max-steps", "integer"]),
+        (["--max-steps", "many"], ["--max-steps", "valid int"]),
         (["--lr-scheduler-type"], ["--lr-scheduler-type", "argument"]),
     ],
     ids=["typo", "no_such_choice", "no_number", "no_value"],
