@@ -84,7 +84,9 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_documents_alone(family, l
     [
         pytest.param([[list(range(16))]], id="padding-free"),
         pytest.param([[[d] for d in range(16)]], id="padded"),
-        pytest.param([[[d] for d in range(8)], [[d] for d in range(8, 16)]], id="2 micro-batches"),
+        pytest.param(
+            [[[d] for d in range(8)], [[d] for d in range(8, 16)]], id="2 micro-batches", marks=pytest.mark.slow
+        ),
         pytest.param([[[d, d + 8] for d in range(8)], [[]] * 8], id="beside an empty micro-batch"),
         pytest.param([[list(range(4 * m, 4 * m + 4))] for m in range(4)], id="4 micro-batches", marks=pytest.mark.slow),
         pytest.param([[list(range(2 * m, 2 * m + 2))] for m in range(8)], id="8 micro-batches", marks=pytest.mark.slow),

@@ -25,6 +25,7 @@ def packed(lengths: list[int], row_length: int = 128, seed: int = 0):
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_packed_document_has_the_logits_that_it_has_alone(family, seed):
     model = small_model(family, lora=LoraConfig(r=4))
     lengths = np.random.default_rng(seed).integers(1, 40, 5).tolist()

@@ -24,6 +24,7 @@ _VARIANTS = {
     "llama_dynamic",
     "llama_yarn",
     "llama_longrope",
+    "llama3",
     "mistral",
     "mistral_v3",
     "gemma2",
