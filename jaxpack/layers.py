@@ -70,7 +70,8 @@ class Linear(nnx.Module):
             return out
         if self.drops(dropout_key):
             keep = jax.random.bernoulli(dropout_key, 1 - self._dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self._dropout), 0).astype(x.dtype)
+            kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 has no 0.9
+            x = jnp.where(keep, kept, 0)
         lora_a, lora_b = (factor.astype(x.dtype) for factor in self.factors())
         return out + x @ lora_a.T @ lora_b.T
 

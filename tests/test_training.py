@@ -14,7 +14,7 @@ from models import random_documents, small_model
 from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.data import Documents
-from jaxpack.layers import Linear
+from jaxpack.layers import Linear, LoraAdapter
 from jaxpack.packing import PackedBatch, Rows, fill_batch
 from jaxpack.training import (
     TrainState,
@@ -130,6 +130,17 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
     loss = lambda linear: jnp.vdot(linear(x).astype(jnp.float32), d_out.astype(jnp.float32))  # noqa: E731
     gradient = nnx.jit(nnx.grad(loss))(linear).bias[...]
     np.testing.assert_allclose(gradient, np.asarray(d_out, np.float64).sum((0, 1)), rtol=1e-5)
+
+
+def test_what_dropout_leaves_is_scaled_as_in_float32():
+    linear = Linear(64, {"o_proj": 64}, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    linear.weight.set_value(jnp.zeros((64, 64), jnp.bfloat16))
+    linear.lora["o_proj"] = LoraAdapter(jnp.eye(64), jnp.eye(64), scaling=1.0, dropout=0.1)
+    x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (1, 50, 64)), jnp.bfloat16)
+    out = np.asarray(linear(x, jax.random.key(0)), np.float32)
+    expected = np.asarray((x.astype(jnp.float32) / 0.9).astype(jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(out, np.where(out == 0, 0, expected))
+    assert 0 < (out == 0).mean() < 0.2
 
 
 def test_a_step_is_the_written_out_adamw():
