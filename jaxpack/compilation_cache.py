@@ -31,7 +31,8 @@ class ProgramCache:
     """
 
     def __init__(self, choice: str):
-        self.folder = _folder(choice)
+        with _SETTINGS_LOCK:  # another thread may have JAX set to a folder of its own
+            self.folder = _folder(choice)
         self.found = 0
 
     @contextlib.contextmanager

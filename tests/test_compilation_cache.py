@@ -89,6 +89,16 @@ def test_caches_in_use_by_several_threads_leave_jax_set_as_before(tmp_path: Path
     assert [getattr(jax.config, name) for name in SETTINGS] == before
 
 
+def test_a_cache_beside_another_thread_s_is_in_the_user_s_folder(tmp_path: Path):
+    caches: list[ProgramCache] = []
+    thread = threading.Thread(target=lambda: caches.append(ProgramCache("auto")))
+    with ProgramCache(str(tmp_path)).in_use():
+        thread.start()
+        thread.join(timeout=0.2)
+    thread.join()
+    assert caches[0].folder == str(default_folder())
+
+
 def test_the_folder_that_jax_is_set_to_comes_before_the_default(own_folder: Path):
     cache = ProgramCache("auto")
     assert cache.folder == str(own_folder)
