@@ -301,9 +301,10 @@ class Trainer:
                 if self._evaluates(step):
                     progress.evaluations[step] = run.evaluate()
                     log.evaluation()
-                if checkpoints is not None and (stop.asked or saves(step)):
+                stops = stop.asked  # once: a signal may come between the two
+                if checkpoints is not None and (stops or saves(step)):
                     checkpoints.save(step, run.state, progress)
-                if stop.asked:
+                if stops:
                     saved = checkpoints is not None and checkpoints.wait()
                     console.print(f"stopped after step {step}, {'saved' if saved else 'without a checkpoint'}")
                     self._report()

@@ -184,6 +184,23 @@ def test_a_run_goes_on_where_programs_cannot_be_kept(tmp_path, capsys):
     assert f"compiled programs cannot be kept in {tmp_path}/file: File exists" in capsys.readouterr().err
 
 
+def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
+    class Asked(trainer_module._Stop):
+        @property
+        def asked(self) -> bool:
+            before = super().asked
+            if len(trainer.progress.losses) == 3:
+                self._received = signal.SIGINT  # right after it was looked for
+            return before
+
+    monkeypatch.setattr(trainer_module, "_Stop", Asked)
+    config = changed(SHORT, eval_steps=3, save_steps=6, output_dir=str(tmp_path))  # step 3 is waited for, and not saved
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config, ROWS[:9])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [str(len(trainer.progress.losses))]
+
+
 def test_an_interrupted_run_leaves_what_it_has_learned(monkeypatch):
     model = small_model("qwen3", lora=LORA)
     whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)
