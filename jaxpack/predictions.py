@@ -50,7 +50,8 @@ class Job:
     num_layers: int
     trained: int  # parameters, float32
     frozen_bytes: int
-    full: bool  # all weights are trained, the head too
+    full: bool  # all weights are trained
+    trains_head: bool  # with all weights, or whole beside adapters
     shape: tuple[int, int, int]  # A micro-batches of B rows of T tokens
     max_targets: int  # in a micro-batch
     keys_per_token: float  # that a token attends to, on average, over layers too
@@ -68,7 +69,8 @@ class Job:
         if keys_per_token is None:
             keys_per_token = _keys_per_token(model.config, np.array([shape[2]]))
         full = not adapters(model)
-        casts = full and model.dtype != jnp.float32
+        casts = model.dtype != jnp.float32 and (full or model.norm.scale.dtype != model.dtype)
+        head = model.embedding if model.config.tie_word_embeddings else model.lm_head
         drops = any(adapter.dropout for adapter in adapters(model).values())
         _, trained, frozen = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
         block = model.blocks
@@ -78,6 +80,7 @@ class Job:
             num_layers=model.config.num_layers,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
+            trains_head=full or isinstance(head, nnx.LoRAParam),
             full=full,
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
@@ -151,7 +154,7 @@ def loss_bytes(job: Job) -> int:
     and after the last norm, those with a target, and their gradient; a trained head's gradient, and its cast."""
     layer = job.layer
     chunk = min(LOSS_CHUNK, job.max_targets) * layer.config.vocab_size * (4 + layer.itemsize)
-    return chunk + 4 * job.tokens * input_bytes(layer) + (job.head * (4 + layer.itemsize) if job.full else 0)
+    return chunk + 4 * job.tokens * input_bytes(layer) + (job.head * (4 + layer.itemsize) if job.trains_head else 0)
 
 
 def backward_bytes(job: Job, remat: Remat) -> int:
@@ -182,7 +185,7 @@ def peak_bytes(job: Job, remat: Remat) -> int:
     """
     kept = job.num_layers * layer_bytes(job, remat)
     gradients = 4 * job.trained
-    head = 4 * job.head if job.full else 0
+    head = 4 * job.head if job.trains_head else 0
     stacked = 0 if unrolls(remat) else gradients
     at_end = gradients + (head if job.layer.config.tie_word_embeddings else 0)
     micro = max(kept + loss_bytes(job), kept + max(stacked, head) + backward_bytes(job, remat), at_end)
@@ -199,7 +202,7 @@ def autotuning_bytes(job: Job) -> int:
     layer, chunk = job.layer, min(LOSS_CHUNK, job.max_targets)
     hidden, logits = chunk * layer.config.hidden_size, chunk * layer.config.vocab_size
     matmul = (hidden + job.head) * layer.itemsize + 2 * 4 * logits
-    if job.full:
+    if job.trains_head:
         matmul = max(matmul, (hidden + logits) * layer.itemsize + 2 * 4 * job.head)
     return argument_bytes(job) + matmul
 
@@ -325,7 +328,7 @@ def backward_work(job: Job) -> Work:
 
 def loss_work(job: Job) -> Work:
     """Logits and the gradients that come from them; what is read and written of float32 logits."""
-    matmuls = 3 if job.full else 2
+    matmuls = 3 if job.trains_head else 2
     moved = job.max_targets * job.layer.config.vocab_size * (2 * 4 + job.layer.itemsize)
     return Work(2 * matmuls * job.max_targets * job.head, 0, moved)
 

@@ -22,6 +22,7 @@ from jaxpack.bench import models
 from jaxpack.bench.models import SHAPES
 from jaxpack.config import Remat
 from jaxpack.errors import InputError
+from jaxpack.lora import add_lora
 from jaxpack.memory import unrolls
 from jaxpack.packing import PackedBatch
 from jaxpack.predictions import (
@@ -29,6 +30,7 @@ from jaxpack.predictions import (
     Job,
     argument_bytes,
     fits,
+    host_bytes,
     known_gpu,
     peak_bytes,
     predict,
@@ -150,6 +152,33 @@ def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(accu
     predicted = peak_bytes(job, "full") - argument_bytes(job)
     copied = 4 * job.trained if accumulation == 1 else 0
     assert predicted + copied == pytest.approx(temporary, rel=0.1)
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_head_that_is_trained_whole_beside_adapters_takes_its_memory(tied):
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_heads": 8, "head_dim": 64, "vocab_size": 16384}
+    whole = ("lm_head", "embed_tokens") if tied else "lm_head"
+    lora = LoraConfig(r=4, target_modules="q_proj", modules_to_save=whole)
+    model = add_lora(Transformer(small_config("llama", tie_word_embeddings=tied, **sizes), rngs=nnx.Rngs(0)), lora)
+    graph, trainable, frozen = split_trainable(model)
+    optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(1e-3))
+    step = make_train_step(graph, optimizer, remat="full", implementation="xla")
+    state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+    batch = PackedBatch(*4 * [jax.ShapeDtypeStruct((1, 1, 128), jnp.int32)])
+    temporary = step.lower(state, frozen, batch).compile().memory_analysis().temp_size_in_bytes
+    job = Job.of(model, (1, 1, 128))
+    # A CPU makes float32 of an untied head once more; without its gradient and cast, a half would be missing.
+    assert peak_bytes(job, "full") - argument_bytes(job) == pytest.approx(temporary, rel=0.25)
+
+
+def test_frozen_weights_in_float32_are_cast_as_trained_ones_are():
+    model = small_model("llama", dtype=jnp.bfloat16)
+    assert not Job.of(add_lora(nnx.clone(model), LORA), (1, 1, 128)).layer.casts
+    _, trainable, _ = split_trainable(model)
+    nnx.update(model, trainable)  # as a run of all weights leaves it
+    for tuned in (model, add_lora(nnx.clone(model), LORA)):
+        job = Job.of(tuned, (1, 1, 128))
+        assert job.layer.casts and host_bytes(job, "offload") == (job.num_layers - 1) * 128 * 48 * 2  # inputs alone
 
 
 # GiB beside its arguments that a step of all of Qwen3-0.6B's weights has on an H200 (2026-11-27, jax 0.11.2:
