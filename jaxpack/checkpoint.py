@@ -32,6 +32,7 @@ from jaxtyping import Array, UInt32
 from jaxpack.config import TrainConfig
 from jaxpack.console import console
 from jaxpack.data import Documents
+from jaxpack.device import current_device
 from jaxpack.errors import InputError, reason
 from jaxpack.training import TrainState
 from jaxpack.transformer import Transformer
@@ -291,7 +292,7 @@ def load_checkpoint(
 def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
     """What may round differently in the same run elsewhere."""
     versions = {name: version(name) for name in ("jax", "jaxlib")}
-    device = {"device": jax.devices()[0].device_kind}
+    device = {"device": current_device().device_kind}
     return {"remat": remat, "implementation": str(implementation)} | device | versions
 
 

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
-import jax
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.jupyter import JupyterMixin
@@ -15,6 +14,7 @@ from rich.text import Text
 from jaxpack.batching import Batches, Truncation
 from jaxpack.config import Layout, Remat, TrainConfig
 from jaxpack.data import Documents
+from jaxpack.device import current_device
 from jaxpack.errors import InputError, check_type
 from jaxpack.packing import packed_rows
 from jaxpack.pictures import Line, frame, label_ends, new_figure
@@ -126,7 +126,7 @@ def inspect(
         check_type("model", model, Transformer)
     if gpu is not None and gpu not in RATES:
         raise InputError(f"`gpu` must be one of {', '.join(RATES)}, got {gpu!r}.")
-    device = None if model is None else gpu or jax.local_devices()[0].device_kind
+    device = None if model is None else gpu or current_device().device_kind
     known = None if device is None else known_gpu(device)
     runs = _in_every_layout(documents, config)
     batches = {layout: Batches(documents, run) for layout, run in runs.items()}

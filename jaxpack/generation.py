@@ -24,8 +24,8 @@ from jaxpack.config import DynamicRopeScaling, GenerateConfig
 from jaxpack.console import progress_bar
 from jaxpack.data import Tokenizer, tokenize
 from jaxpack.decoding import Cache, extend, prefill
+from jaxpack.device import available_host_bytes, current_device, free_device_bytes
 from jaxpack.errors import InputError, check_type
-from jaxpack.memory import available_host_bytes, free_device_bytes
 from jaxpack.rotary import last_length_alike
 from jaxpack.transformer import Transformer
 
@@ -156,7 +156,7 @@ def _stops(stop_tokens: Any) -> list[int]:
 
 def _free_bytes() -> int | None:
     """Where arrays go, on the GPU or, without one, the host; None where that is not known."""
-    free = free_device_bytes(jax.local_devices()[0])
+    free = free_device_bytes(current_device())
     return available_host_bytes() if free is None else free
 
 

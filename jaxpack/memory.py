@@ -7,13 +7,13 @@ between a layer's halves, so that each half is computed again for itself.
 What that comes to for a whole step, and which choice is best, is in `predictions.py`.
 """
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
 
 from jaxpack.config import ModelConfig, Remat
+from jaxpack.device import current_device
 
 
 class Ranks(NamedTuple):
@@ -148,44 +148,6 @@ def compiler_options(remat: Remat) -> dict[str, Any]:
     fetched while the layer after it is at work. Two such layers at a time in a loop, and nothing is copied from a place
     for the next layer's into one for this layer's.
     """
-    if jax.default_backend() != "gpu" or remat not in OFFLOADED:
+    if current_device().platform != "gpu" or remat not in OFFLOADED:
         return {}
     return {"xla_gpu_enable_command_buffer": "", "xla_gpu_enable_while_loop_double_buffering": True}
-
-
-def free_device_bytes(device: jax.Device) -> int | None:
-    """What its allocator has left; None where it does not say."""
-    statistics = device.memory_stats() or {}
-    return statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None
-
-
-def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """What Linux says can be allocated without swapping, within the limit of a container; None elsewhere."""
-    try:
-        available = _counters(root / "proc/meminfo")["MemAvailable:"] * 1024
-    except (OSError, ValueError, KeyError):
-        return None
-    return min([available, *_left_in_containers(root)])
-
-
-# In versions 2 and 1 of control groups: the folder; its limit, what is used, and what of that is files read before,
-# which make way.
-_GROUPS = (
-    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def _left_in_containers(root: Path) -> Iterator[int]:
-    for folder, *names, cached in _GROUPS:
-        group = root / folder
-        try:
-            limit, used = (int((group / name).read_text()) for name in names)
-            yield max(0, limit - used + _counters(group / "memory.stat")[cached])
-        except (OSError, ValueError, KeyError):  # no container, or no limit: "max"
-            continue
-
-
-def _counters(path: Path) -> dict[str, int]:
-    """The numbers behind the first word of each line."""
-    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from jaxpack.batching import Batches
 from jaxpack.config import ModelConfig, Remat, TrainConfig
+from jaxpack.device import PINNED_LIMIT, available_host_bytes, current_device, free_device_bytes, pinned_limit_bytes
 from jaxpack.errors import InputError
 from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
 from jaxpack.lora import adapters
@@ -27,9 +28,7 @@ from jaxpack.memory import (
     OFFLOADED,
     Layer,
     Ranks,
-    available_host_bytes,
     cast_weight_bytes,
-    free_device_bytes,
     input_bytes,
     offloaded,
     offloaded_bytes,
@@ -80,8 +79,8 @@ class Job:
             num_layers=model.config.num_layers,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
-            trains_head=full or isinstance(head, nnx.LoRAParam),
             full=full,
+            trains_head=full or isinstance(head, nnx.LoRAParam),
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,
@@ -387,8 +386,8 @@ def predict(job: Job, rates: Rates) -> dict[Remat, Prediction]:
 
 def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
     """Those that do, fastest first, within `memory` bytes of the device and what the host has to spare."""
-    host = available_host_bytes()
-    room = [p for p in predictions if p.peak_bytes <= memory and (host is None or p.host_bytes <= host)]
+    host = _host_room()
+    room = [p for p in predictions if p.peak_bytes <= memory and p.host_bytes <= host]
     return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
 
 
@@ -409,7 +408,7 @@ def resolve(
         if gpu is None:
             _check_host(job, config.remat)
         return config.remat, None
-    device = jax.local_devices()[0]
+    device = current_device()
     free = _free_bytes(device, held_bytes) if gpu is None else None
     memory = free if config.memory_limit is None else config.memory_limit * _GIB
     if memory is None:
@@ -423,12 +422,19 @@ def resolve(
 
 
 def _check_host(job: Job, remat: Remat) -> None:
-    needed, available = host_bytes(job, remat), available_host_bytes()
-    if available is not None and needed > available:
+    needed, room = host_bytes(job, remat), _host_room()
+    if needed > room:
+        got = f"{PINNED_LIMIT} of {_gib(room)}" if room == pinned_limit_bytes() else f"{_gib(room)} available"
         raise InputError(
             f'`remat` "{remat}" needs {_gib(needed)} of host memory for what the first {job.num_layers - 1} layers '
-            f'read again, got {_gib(available)} available. "full" keeps it on the device.'
+            f'read again, got {got}. "full" keeps it on the device.'
         )
+
+
+def _host_room() -> int:
+    """What can wait in the host's memory."""
+    available, limit = available_host_bytes(), pinned_limit_bytes()
+    return limit if available is None else min(available, limit)
 
 
 def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import math
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +33,7 @@ from jaxpack.compilation_cache import ProgramCache, size_of
 from jaxpack.config import TrainConfig
 from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
+from jaxpack.device import current_device, free_device_bytes, peak_memory_bytes
 from jaxpack.errors import InputError, check_type, errors_name
 from jaxpack.files import from_home
 from jaxpack.lora import adapters
@@ -119,7 +118,8 @@ class Run:
             for shape in self._eval_batches.shapes if self._eval_batches is not None else ():
                 limits = self._eval_batches.limits[shape[-1]]
                 lowered = self._eval_step.lower(self.state.trainable, self.frozen, _abstract(shape), limits=limits)
-                self.eval_programs[shape[-1]] = cache.compile(lowered)
+                program = self.eval_programs[shape[-1]] = cache.compile(lowered)
+                _check_room(program, shape)
         return time.perf_counter() - begin
 
     def resume(self, path: Path, identity: dict[str, Any], notes: dict[str, str]) -> Progress:
@@ -356,7 +356,7 @@ class Trainer:
                 f" {_shapes(evaluated)}"
             )
         sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (run.state.trainable, run.frozen)]
-        lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {jax.devices()[0].device_kind}")
+        lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {current_device().device_kind}")
         return lines if run.explanation is None else [*lines, run.explanation]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
@@ -368,7 +368,7 @@ class Trainer:
             "num_steps": self.batches.num_steps,
             "padding_share": self.batches.padding_share,
             "model": self.model.config.name_or_path or self.model.config.architecture,
-            "device": jax.devices()[0].device_kind,
+            "device": current_device().device_kind,
             "versions": {name: _version(name) for name in ("jaxpack", "jax", "jaxlib", "flax")},
             "remat": run.remat,
             "plan": plan,
@@ -597,10 +597,12 @@ class _Log:
         return float(self._batches.tokens_per_step[steps][counted].sum() / seconds) if seconds else 0.0
 
 
-def peak_memory_bytes() -> int:
-    """The most memory held so far: the GPU allocator's own peak, or, on a CPU, that of the whole process."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics is not None:
-        return statistics["peak_bytes_in_use"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
+    """Refuses an evaluation that the device has no room for beside the run: its documents may be longer."""
+    needed, free = program.memory_analysis().temp_size_in_bytes, free_device_bytes(current_device())
+    if free is not None and needed > free:
+        raise InputError(
+            f"`eval_dataset` must leave room on the device: {' x '.join(map(str, shape))} tokens need"
+            f" {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} that are free; a smaller `max_length` or"
+            " `per_device_train_batch_size` needs less."
+        )

@@ -216,7 +216,8 @@ def test_the_gpu_that_is_here_says_how_much_fits(monkeypatch):
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 130 * 2**30, "bytes_in_use": 0}
 
-    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
+    for module in ("diagnostics", "predictions"):
+        monkeypatch.setattr(f"jaxpack.{module}.current_device", Gpu)
     found = jaxpack.inspect(skewed(), TrainConfig(packing=True, max_length=256), model=qwen())
     assert (found.device, found.run.remat) == ("NVIDIA H200", "none")
     assert found.run.tokens_per_second > 0

@@ -23,7 +23,6 @@ from jaxpack.memory import (
     OFFLOADED,
     Layer,
     Ranks,
-    available_host_bytes,
 )
 from jaxpack.predictions import Job, host_bytes, layer_bytes
 from jaxpack.training import loss_and_gradients, split_trainable
@@ -219,42 +218,3 @@ def test_little_goes_to_the_host_and_comes_back(any_family, lora, names, remat):
     config = small_config(any_family)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     assert {line.split("-> ")[-1].strip() for line in there} <= {f"tensor<1x128x{C}xbf16>" for C in (48, heads)}
-
-
-# Of each version of control groups: the folder, the names of limit and use, and that of files read before.
-GROUPS = {
-    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-
-def host(root, available: int, version: int = 2, limit: str | None = None, used: int = 0, cached: int = 0):
-    """A file system that says how much memory there is, in GiB."""
-    (root / "proc").mkdir()
-    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available * 2**20} kB\n")
-    if limit is not None:
-        folder, of_limit, of_use, of_files = GROUPS[version]
-        group = root / folder
-        group.mkdir(parents=True)
-        (group / of_limit).write_text(limit + "\n")
-        (group / of_use).write_text(f"{used * 2**30}\n")
-        (group / "memory.stat").write_text(f"anon 7\n{of_files} {cached * 2**30}\nactive_file 9\n")
-    return root
-
-
-@pytest.mark.parametrize("version", GROUPS)
-@pytest.mark.parametrize(
-    ("limit", "used", "cached", "expected"),
-    [
-        (None, 0, 0, 8),
-        ("max", 1, 0, 8),
-        (str(2**63 - 4096), 1, 0, 8),
-        (str(5 * 2**30), 2, 0, 3),
-        (str(5 * 2**30), 5, 4, 4),  # a checkpoint was read, and is still in the cache
-        (str(50 * 2**30), 2, 1, 8),
-        (str(2**30), 2, 0, 0),
-    ],
-)
-def test_available_memory_is_that_of_the_container(version, limit, used, cached, expected, tmp_path):
-    assert available_host_bytes(tmp_path) is None  # not Linux
-    assert available_host_bytes(host(tmp_path, 8, version, limit, used, cached)) == expected * 2**30

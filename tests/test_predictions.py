@@ -291,7 +291,7 @@ def resolved(monkeypatch):
     def resolved(free: float, host: float | None = None, platform: str = "gpu", **changes):
         held, others = 8 * GIB, 3 * GIB
         device = FakeGpu(limit=held + others + int(free), in_use=held + others, platform=platform)
-        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        monkeypatch.setattr("jaxpack.predictions.current_device", lambda: device)
         monkeypatch.setattr("jaxpack.predictions.available_host_bytes", lambda: host)
         config = TrainConfig(**(vars(PACKED) | changes))
         return resolve(config, abstract_model("Qwen3-4B", LORA), batches(), held)
@@ -324,7 +324,7 @@ def test_what_is_offloaded_is_what_the_link_carries(name, memory, expected):
 @pytest.mark.parametrize(("kind", "platform"), [("NVIDIA X1", "gpu"), ("cpu", "cpu")])
 def test_of_another_gpu_only_what_is_said_is_known(kind, platform, monkeypatch):
     here = FakeGpu(limit=200 * GIB, in_use=0, device_kind=kind, platform=platform)
-    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    monkeypatch.setattr("jaxpack.predictions.current_device", lambda: here)
     model = abstract_model("Qwen3-4B", LORA)
     assert resolve(PACKED, model, batches(), 0, gpu="H200")[0] == "full"
     limited = TrainConfig(**vars(PACKED) | {"memory_limit": 12.0})
@@ -361,6 +361,16 @@ def test_too_little_host_memory_for_what_is_asked_for_is_refused(resolved, predi
     with pytest.raises(InputError, match=message):
         resolved(0, host=5.4 * GIB, remat="offload")
     assert resolved(0, host=0, remat="full")[0] == "full"
+
+
+def test_no_more_is_offloaded_than_xla_pins(resolved, predictions, monkeypatch):
+    limit = (predictions["offload"].peak_bytes + GIB) / GIB
+    assert resolved(0, host=500 * GIB, memory_limit=limit)[0] == "offload"
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "5")
+    with pytest.raises(InputError, match=r"needs 5.5 GiB .*, got XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB of 5.0 GiB"):
+        resolved(0, host=500 * GIB, remat="offload")
+    with pytest.raises(InputError, match=r'`memory_limit` must be at least 12.6 GiB \(remat "full"\)'):
+        resolved(0, host=500 * GIB, memory_limit=limit)
 
 
 def test_nothing_is_offloaded_from_a_host_to_itself(resolved):

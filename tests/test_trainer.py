@@ -283,6 +283,13 @@ def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
     assert f"step     6  eval loss {result.evaluations[6]:.4f}  perplexity {np.exp(result.evaluations[6]):.2f}" in shown
 
 
+def test_an_evaluation_that_does_not_fit_is_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(trainer_module, "free_device_bytes", lambda device: 1000)
+    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1), ROWS[:9])
+    with pytest.raises(InputError, match=r"`eval_dataset` must leave room on the device: 1 x 2 x 128 tokens need"):
+        trainer.train(on_start=lambda: pytest.fail("it has started"))
+
+
 def test_settings_that_leave_the_best_unknown_are_refused(tmp_path):
     for changes, data, message in (
         ({"eval_steps": 3}, None, "`eval_steps` must be None without an `eval_dataset`, got 3"),

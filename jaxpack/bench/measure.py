@@ -13,8 +13,9 @@ from jaxpack.bench.cases import Case
 from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import TrainConfig
 from jaxpack.data import Documents
+from jaxpack.device import current_device, peak_memory_bytes
 from jaxpack.predictions import Job, predict, rates_of
-from jaxpack.trainer import Run, peak_memory_bytes
+from jaxpack.trainer import Run
 from jaxpack.transformer import Transformer
 
 WARM_UP = 3  # steps that are not timed
@@ -65,7 +66,7 @@ def measure(
         ends.append(time.perf_counter())
 
     seconds = np.diff(ends)
-    predicted = predict(job, rates_of(jax.devices()[0].device_kind))[run.remat]
+    predicted = predict(job, rates_of(current_device().device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
     figures = {
         "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),
@@ -86,7 +87,7 @@ def measure(
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "host_temporary_bytes": memory.host_temp_size_in_bytes,
-        "device": jax.devices()[0].device_kind,
+        "device": current_device().device_kind,
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
     }
     if profiled is not None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from jaxpack.device import current_device
 from jaxpack.kernels._launch import launch, pl, plt, power_of_two_divisor, powers_of_two
 
 MAX_SEGMENTS = 8
@@ -50,10 +51,7 @@ def refusal(
 
 
 def _device_refusal() -> str | None:
-    # The one choice that is made where a program is traced: for the device that jax takes unless arrays say another.
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
+    device = current_device()  # the one choice that is made where a program is traced
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return f"an NVIDIA GPU, got {device.platform}"
     capability = device.compute_capability

@@ -122,7 +122,7 @@ def test_beside_a_gpu_a_program_for_the_cpu_has_none(monkeypatch):
         client: Client = Client()
 
     cpus = jax.devices("cpu")
-    monkeypatch.setattr(jax, "devices", lambda platform=None: cpus if platform == "cpu" else [Gpu()])
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: cpus if backend == "cpu" else [Gpu()])
     assert cudnn._device_refusal() is None
     for default in ("cpu", cpus[0]):
         with jax.default_device(default):
