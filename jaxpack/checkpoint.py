@@ -34,6 +34,7 @@ from jaxpack.console import console
 from jaxpack.data import Documents
 from jaxpack.device import current_device
 from jaxpack.errors import InputError, reason
+from jaxpack.lora import adapters
 from jaxpack.training import TrainState
 from jaxpack.transformer import Transformer
 
@@ -70,6 +71,9 @@ def identity_of(
     """
     settings = {name: value for name, value in vars(config).items() if name not in _FREE}
     lora = {} if model.lora_config is None else dataclasses.asdict(model.lora_config)
+    if lora:  # whatever way it was written
+        lora["target_modules"] = sorted(adapters(model))
+        lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
     weights = _named(frozen)

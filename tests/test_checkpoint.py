@@ -17,9 +17,10 @@ from models import random_documents, small_model
 from tensorboard_events import expected_scalars, scalars
 
 from jaxpack import checkpoint
-from jaxpack.checkpoint import Checkpoints, Progress, checksums, load_checkpoint, steps_in
+from jaxpack.checkpoint import Checkpoints, Progress, checksums, identity_of, load_checkpoint, steps_in
 from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.errors import InputError
+from jaxpack.lora import adapters
 from jaxpack.trainer import Run, Trainer, TrainResult, _Log
 from jaxpack.training import TrainState
 from jaxpack.transformer import Transformer
@@ -228,6 +229,17 @@ def test_a_checkpoint_of_another_program_is_refused(stopped: Path, tmp_path: Pat
     (path / "run" / "metadata").write_text('{"epoch": 3}')
     with pytest.raises(InputError, match=r"must be a checkpoint of jaxpack, got '.*/3' without \['evaluations', 'ide"):
         trainer(None, resume_from_checkpoint=str(path)).train()
+
+
+def test_adapters_are_the_same_however_they_are_written() -> None:
+    def adapted(**lora: object) -> dict:
+        model = small_model("qwen3", lora=LoraConfig(r=4, **lora))
+        return identity_of(model, CONFIG, small_state(), nnx.State({}), train_dataset=None)
+
+    one = adapted(target_modules=("q_proj", "v_proj"), rank_pattern="q_proj=2,v_proj=8")
+    assert one == adapted(target_modules=("v_proj", "q_proj"), rank_pattern="v_proj=8,q_proj=2")
+    assert one != adapted(target_modules=("q_proj", "v_proj"), rank_pattern="q_proj=8,v_proj=2")
+    assert adapted() == adapted(target_modules=tuple(adapters(small_model("qwen3", lora=LORA))))
 
 
 def test_two_halves_of_documents_of_one_length_are_two_datasets() -> None:
