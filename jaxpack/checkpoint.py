@@ -168,8 +168,8 @@ class Checkpoints:
         self._writer.shutdown()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float]) -> bool:
-        if not math.isfinite(loss := arrays[_LOSSES][-1]):  # those before, which are, would make way for it
-            console.print(f"step {step} is not saved: its loss is {loss}", style="yellow")
+        if (fault := _fault(arrays)) is not None:  # those before, which have none, would make way for it
+            console.print(f"step {step} is not saved: {fault}", style="yellow")
             return False
         path = self.folder / str(step)
         about = self._about | {"step": step, "evaluations": {str(at): loss for at, loss in evaluations.items()}}
@@ -206,6 +206,15 @@ def steps_in(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def _fault(arrays: dict[str, np.ndarray]) -> str | None:
+    """What a run cannot go on from. A loss is that of the weights before its step: the step's own may be none still."""
+    if not math.isfinite(loss := arrays[_LOSSES][-1]):
+        return f"its loss is {loss}"
+    floats = [array for array in arrays.values() if array.size and jnp.issubdtype(array.dtype, jnp.floating)]
+    ends = [float(end) for array in floats for end in (array.min(), array.max())]
+    return None if all(map(math.isfinite, ends)) else "its weights are not finite"
 
 
 def _on_host(leaf: Array) -> np.ndarray:

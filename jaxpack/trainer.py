@@ -531,8 +531,11 @@ class _Log:
         was_finite = math.isfinite(sum(self._done.losses[-1:]))
         self._done.losses.append(loss)
         done = len(self._done.losses)
-        if was_finite and not math.isfinite(loss):
-            line = f"the loss of step {done} is {loss}: no step makes up for it; a lower `learning_rate` may avoid it"
+        if was_finite and not math.isfinite(loss + grad_norm):
+            what = f"loss of step {done} is {loss}"
+            if math.isfinite(loss):
+                what = f"gradient of step {done} has norm {grad_norm}"
+            line = f"the {what}: no step makes up for it; a lower `learning_rate` may avoid it"
             self._progress.console.print(line, style="yellow")
         if done == self._first + 1:
             self._first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds

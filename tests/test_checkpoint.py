@@ -299,6 +299,21 @@ def test_the_last_and_the_best_are_kept(losses: dict, kept: list, checkpoints: C
         assert progress.losses == progress_of(step).losses
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_not_saved_whatever_the_loss_was(
+    value, checkpoints: Checkpoints, capsys
+) -> None:
+    checkpoints.save(1, small_state(1), progress_of(1))
+    state = small_state(2)
+    leaves, tree = jax.tree.flatten(state)
+    at = next(i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    leaves[at] = leaves[at].at[(0,) * leaves[at].ndim].set(value)
+    checkpoints.save(2, jax.tree.unflatten(tree, leaves), progress_of(2))
+    assert not checkpoints.wait()
+    assert steps_in(checkpoints.folder) == [1]
+    assert "step 2 is not saved: its weights are not finite" in capsys.readouterr().err
+
+
 def test_a_save_does_not_wait_for_the_disk_and_keeps_what_it_was_given(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

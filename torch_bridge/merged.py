@@ -55,6 +55,8 @@ def save_merged(
     expected, plain, actual = (
         np.asarray(one.logits(jnp.asarray(tokens))) for one in (model, _without_adapters(model), _merged(model, dtype))
     )
+    if not np.isfinite(expected).all():
+        raise InputError("`model` must have weights that are finite, got logits that are not.")
     difference, effect = (float(np.abs(logits - expected).max()) for logits in (actual, plain))
     if not np.isfinite(difference):
         raise InputError(f"`dtype` must be one that the merged weights fit in, got {dtype!r}: logits are not finite.")

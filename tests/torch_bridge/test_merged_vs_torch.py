@@ -157,6 +157,12 @@ def infinite(model: Transformer) -> Transformer:
     return model
 
 
+def no_numbers(model: Transformer) -> Transformer:
+    new(model)
+    adapters(model)["up_proj"].lora_b.set_value(jnp.full_like(adapters(model)["up_proj"].lora_b[...], jnp.nan))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "dtype", "message"),
     [
@@ -164,6 +170,7 @@ def infinite(model: Transformer) -> Transformer:
         (new, None, "`model` must have adapters that change a weight in bfloat16"),
         (new, "int8", "`dtype` must be"),
         (infinite, "float16", "logits are not finite"),
+        (no_numbers, None, "`model` must have weights that are finite"),
     ],
 )
 def test_a_merge_that_is_none_leaves_no_folder(make, dtype: str | None, message: str, tmp_path: Path):
