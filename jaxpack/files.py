@@ -1,6 +1,7 @@
 """Folders and files that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -44,6 +45,34 @@ def require_room(path: Path, name: str, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(f"`{name}` must have {needed:,} bytes free for what is saved, got {free:,} on {existing}.")
+
+
+@contextlib.contextmanager
+def held_folder(path: Path, name: str) -> Iterator[None]:
+    """Has a folder, made if it is not there, for one process at a time: until the end, or until it is killed.
+
+    Raises:
+      InputError: another has it, or it cannot be made.
+    """
+    there = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        place = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"`{name}` must be writable, got {str(path)!r}: {reason(error)}.") from error
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"`{name}` must be without another run, got {str(path)!r} with one.") from None
+        except OSError:  # of a file system without locks
+            pass
+        yield
+    finally:
+        os.close(place)
+        if not there:
+            with contextlib.suppress(OSError):  # it holds something now
+                path.rmdir()
 
 
 @contextlib.contextmanager

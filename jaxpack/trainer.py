@@ -35,7 +35,7 @@ from jaxpack.console import console, progress_bar
 from jaxpack.data import Dataset, Documents, Tokenizer, load_documents
 from jaxpack.device import current_device, free_device_bytes, peak_memory_bytes
 from jaxpack.errors import InputError, check_type, errors_name
-from jaxpack.files import from_home
+from jaxpack.files import from_home, held_folder
 from jaxpack.lora import adapters
 from jaxpack.packing import PackedBatch
 from jaxpack.predictions import resolve
@@ -257,8 +257,13 @@ class Trainer:
         Called again, after a stop, it goes on or is refused as a new process would be.
 
         Raises:
-          InputError: the checkpoint to go on from is of another run, or damaged.
+          InputError: the checkpoint to go on from is of another run, or damaged; another run is in `output_dir`.
         """
+        output = self.config.output_dir
+        with contextlib.nullcontext() if output is None else held_folder(Path(output), "output_dir"):
+            return self._train(on_start)
+
+    def _train(self, on_start: Callable[[], object]) -> TrainResult:
         begin = time.perf_counter()
         config, batches = self.config, self.batches
         self._look_behind()  # once more: an earlier call may have been stopped

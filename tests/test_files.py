@@ -4,6 +4,8 @@ import errno
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from jaxpack.errors import InputError
 from jaxpack.files import (
     from_home,
+    held_folder,
     remove_leftovers,
     replace_file,
     replace_folder,
@@ -147,6 +150,36 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.M
     assert str(refused.value) == f"`output` must be writable, got '{path}': No space left on device."
     assert path.read_bytes() == b"older"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_left_as_it_was(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "new"):
+        there = folder.exists()
+        for _ in range(2):
+            with held_folder(folder, "output"):
+                message = "`output` must be without another run, got"
+                with pytest.raises(InputError, match=message), held_folder(folder, "output"):
+                    pass
+                assert folder.is_dir()
+            assert folder.exists() == there
+    with held_folder(tmp_path / "kept", "output"):
+        (tmp_path / "kept" / "file").touch()
+    assert (tmp_path / "kept" / "file").exists()
+
+
+def test_a_process_that_is_killed_holds_no_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from jaxpack.files import held_folder\n"
+        "with held_folder(Path(sys.argv[1]), 'output'): print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(InputError), held_folder(tmp_path, "output"):
+        pass
+    process.kill()
+    process.communicate()
+    with held_folder(tmp_path, "output"):
+        pass
 
 
 def test_a_path_is_shown_from_home(monkeypatch, tmp_path):

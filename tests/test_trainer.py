@@ -283,6 +283,35 @@ def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
     assert f"step     6  eval loss {result.evaluations[6]:.4f}  perplexity {np.exp(result.evaluations[6]):.2f}" in shown
 
 
+@pytest.mark.parametrize("latest", [None, "latest"])
+def test_a_second_run_in_a_folder_is_refused_and_leaves_the_first_alone(latest, tmp_path):
+    def trainer(**changes: object) -> Trainer:
+        config = changed(SHORT, output_dir=str(tmp_path), max_steps=1, **changes)
+        return Trainer(small_model("qwen3", lora=LORA), None, ROWS, config)
+
+    first, second = trainer(), trainer(learning_rate=0.5, resume_from_checkpoint=latest)
+
+    def meanwhile() -> None:
+        about = (tmp_path / "about.json").read_text()
+        with pytest.raises(InputError, match="`output_dir` must be without another run"):
+            second.train()
+        assert (tmp_path / "about.json").read_text() == about
+
+    first.train(on_start=meanwhile)
+
+
+def test_a_gradient_that_is_no_number_is_told(monkeypatch, tmp_path, capsys):
+    step = trainer_module.Run.step
+
+    def overflow(run, batch):
+        metrics = step(run, batch)
+        return metrics._replace(grad_norm=metrics.grad_norm * jnp.inf)
+
+    monkeypatch.setattr(trainer_module.Run, "step", overflow)
+    Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1)).train()
+    assert "the gradient of step 1 has norm inf: no step makes up for it" in capsys.readouterr().err
+
+
 def test_an_evaluation_that_does_not_fit_is_refused_before_the_first_step(monkeypatch):
     monkeypatch.setattr(trainer_module, "free_device_bytes", lambda device: 1000)
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1), ROWS[:9])
