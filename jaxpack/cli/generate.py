@@ -21,7 +21,8 @@ from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import GenerateConfig
 from jaxpack.console import console, visible
 from jaxpack.data import load_prompts, text_prompt
-from jaxpack.errors import InputError, errors_name, reason
+from jaxpack.errors import InputError, errors_name
+from jaxpack.files import replace_file, require_folder
 from jaxpack.generation import generate_text
 
 
@@ -89,8 +90,12 @@ def generate(
         written["completion" if adapter is None else "with the adapter"] = write()
     if output is None:
         _show(asked, written)
-    else:
+        return
+    try:
         _save(asked, written, output)
+    except InputError:
+        _show(asked, written)  # for it may have taken long
+        raise
 
 
 def _check_arguments(
@@ -115,6 +120,8 @@ def _check_arguments(
         raise InputError(f"`prompts` must be an existing file, got {str(prompts)!r}.")
     if output is not None and (output.exists() or not output.absolute().parent.is_dir()):
         raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
+    if output is not None:
+        require_folder(output.absolute().parent, "output")
 
 
 def _show(asked: Sequence[str | Conversation], written: dict[str, list[str]]) -> None:
@@ -146,8 +153,5 @@ def _save(asked: Sequence[str | Conversation], written: dict[str, list[str]], ou
         if others:
             line["without_adapter"] = others[0][i]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    try:
-        output.write_text("".join(lines), "utf-8")
-    except OSError as error:
-        raise InputError(f"`output` must be writable, got {str(output)!r}: {reason(error)}.") from error
+    replace_file(output, "".join(lines).encode(), "output")
     console.print(f"saved {output}")

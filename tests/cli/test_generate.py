@@ -1,6 +1,7 @@
 """`jaxpack generate`: texts on stdout or in a file, with and without the adapter; bad input in one sentence."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers_for_tests import small_tokenizer
 
 import torch_bridge
 from jaxpack import LoraConfig, add_lora, generate_text
+from jaxpack.errors import InputError
 from jaxpack.lora import adapters
 
 TOKENS = ["--max-new-tokens", "6"]
@@ -55,6 +57,22 @@ def test_a_file_has_what_python_gives_with_the_adapter_and_without(exit_status, 
     assert lines(output) == [{"prompt": "the cab", "completion": with_adapter, "without_adapter": without}]
     out, err = capfd.readouterr()
     assert out == "" and f"saved {output}" in err
+
+
+def test_texts_that_cannot_be_saved_are_shown(exit_status, base, tmp_path, monkeypatch, capfd):
+    def full(*_: object) -> None:
+        raise InputError("`output` must be writable, got 'texts.jsonl': No space left on device.")
+
+    given = ["--model", base, "--prompt", "the cab", "--output", tmp_path / "texts.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["jaxpack.cli.generate"], "replace_file", full)
+        assert exit_status("generate", *given, *TOKENS) == 2
+    out, err = capfd.readouterr()
+    assert "completion ─" in out and "No space left on device" in err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert exit_status("generate", *given, *TOKENS) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and "`output` must be writable" in err
 
 
 def test_texts_with_and_without_the_adapter_are_side_by_side(exit_status, base, adapter, capfd):
