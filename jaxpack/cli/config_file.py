@@ -121,7 +121,7 @@ def _parse(path: Path) -> dict[Any, Any]:
     if path.suffix not in (".yaml", ".yml", ".toml"):
         raise InputError(f"`config` must end in .yaml, .yml or .toml, got {str(path)!r}.")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         found = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"`config` must be a YAML or TOML file, got {str(path)!r}: {reason(error)}.") from error

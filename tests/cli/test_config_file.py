@@ -57,6 +57,15 @@ CASES: dict[str, tuple[str, str, Any, list[object], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("text", "suffix"), [("seed: 7", "yaml"), ("seed = 7", "toml")])
+def test_a_byte_order_mark_is_no_part_of_a_file(
+    text, suffix, data: Path, tmp_path: Path, what_is_trained: Callable
+) -> None:
+    given = ["--model", "x", "--data", data, "--output", tmp_path / "run"]
+    found = what_is_trained(*given, "--config", written(tmp_path, "\ufeff" + text, suffix))
+    assert found["config"].seed == 7
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_flag_overrides_the_file_and_the_file_the_default(
     name: str, data: Path, tmp_path: Path, what_is_trained: Callable
