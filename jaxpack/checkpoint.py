@@ -212,7 +212,8 @@ def _fault(arrays: dict[str, np.ndarray]) -> str | None:
     """What a run cannot go on from. A loss is that of the weights before its step: the step's own may be none still."""
     if not math.isfinite(loss := arrays[_LOSSES][-1]):
         return f"its loss is {loss}"
-    floats = [array for array in arrays.values() if array.size and jnp.issubdtype(array.dtype, jnp.floating)]
+    state = [array for name, array in arrays.items() if name != _LOSSES]
+    floats = [array for array in state if array.size and jnp.issubdtype(array.dtype, jnp.floating)]
     ends = [float(end) for array in floats for end in (array.min(), array.max())]
     return None if all(map(math.isfinite, ends)) else "its weights are not finite"
 

@@ -314,6 +314,11 @@ def test_weights_that_are_no_numbers_are_not_saved_whatever_the_loss_was(
     assert "step 2 is not saved: its weights are not finite" in capsys.readouterr().err
 
 
+def test_a_loss_that_was_no_number_before_is_no_fault_of_the_weights(checkpoints: Checkpoints) -> None:
+    checkpoints.save(2, small_state(2), Progress([np.inf, 0.5]))
+    assert checkpoints.wait() and steps_in(checkpoints.folder) == [2]
+
+
 def test_a_save_does_not_wait_for_the_disk_and_keeps_what_it_was_given(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
