@@ -127,7 +127,10 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
     linear = Linear(4, {"o_proj": 3}, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jnp.zeros((2, 2048, 4), jnp.bfloat16)
     d_out = jnp.asarray(np.random.default_rng(0).normal(1, 0.3, (2, 2048, 3)), jnp.bfloat16)
-    loss = lambda linear: jnp.vdot(linear(x).astype(jnp.float32), d_out.astype(jnp.float32))  # noqa: E731
+
+    def loss(linear: Linear) -> jax.Array:
+        return jnp.vdot(linear(x).astype(jnp.float32), d_out.astype(jnp.float32))
+
     gradient = nnx.jit(nnx.grad(loss))(linear).bias[...]
     np.testing.assert_allclose(gradient, np.asarray(d_out, np.float64).sum((0, 1)), rtol=1e-5)
 

@@ -118,10 +118,11 @@ def _check_arguments(
         raise InputError("`prompt` must have text, got ''.")
     if prompts is not None and not prompts.is_file():
         raise InputError(f"`prompts` must be an existing file, got {str(prompts)!r}.")
-    if output is not None and (output.exists() or not output.absolute().parent.is_dir()):
-        raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
     if output is not None:
-        require_folder(output.absolute().parent, "output")
+        folder = output.absolute().parent
+        if output.exists() or not folder.is_dir():
+            raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
+        require_folder(folder, "output")
 
 
 def _show(asked: Sequence[str | Conversation], written: dict[str, list[str]]) -> None:

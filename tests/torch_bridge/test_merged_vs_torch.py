@@ -1,5 +1,6 @@
 """Merged folders: transformers reads them without a word, and computes what PEFT does with the adapter."""
 
+import functools
 import json
 import logging
 import warnings
@@ -150,16 +151,10 @@ def new(model: Transformer) -> Transformer:
     return add_lora(model, LoraConfig(r=4))
 
 
-def infinite(model: Transformer) -> Transformer:
-    """In float16 alone."""
-    new(model)
-    adapters(model)["up_proj"].lora_b.set_value(jnp.full_like(adapters(model)["up_proj"].lora_b[...], 1e6))
-    return model
-
-
-def no_numbers(model: Transformer) -> Transformer:
-    new(model)
-    adapters(model)["up_proj"].lora_b.set_value(jnp.full_like(adapters(model)["up_proj"].lora_b[...], jnp.nan))
+def filled(model: Transformer, value: float) -> Transformer:
+    """1e6 is infinite in float16 alone."""
+    factor = adapters(new(model))["up_proj"].lora_b
+    factor.set_value(jnp.full_like(factor[...], value))
     return model
 
 
@@ -169,8 +164,8 @@ def no_numbers(model: Transformer) -> Transformer:
         (lambda model: model, None, "`model` must have LoRA adapters to merge"),
         (new, None, "`model` must have adapters that change a weight in bfloat16"),
         (new, "int8", "`dtype` must be"),
-        (infinite, "float16", "logits are not finite"),
-        (no_numbers, None, "`model` must have weights that are finite"),
+        (functools.partial(filled, value=1e6), "float16", "logits are not finite"),
+        (functools.partial(filled, value=jnp.nan), None, "`model` must have weights that are finite"),
     ],
 )
 def test_a_merge_that_is_none_leaves_no_folder(make, dtype: str | None, message: str, tmp_path: Path):
