@@ -122,7 +122,10 @@ class Verdict:
 
 
 def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
-    """Ours beside the fastest of a bar's opponents, where all were measured: on one device, data and day."""
+    """Ours beside the fastest of a bar's opponents, where all were measured: on one device, data and day; bar by bar.
+
+    A day on which not all of them were is left out where they were on another.
+    """
     found = []
     sittings: dict[tuple[str, ...], dict[Case, dict[str, Any]]] = {}
     for record in of_plan(records, "bars"):
@@ -134,7 +137,9 @@ def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
             fastest = None if None in peers else max(peers, key=lambda peer: peer["tokens_per_second"])
             if ours or any(peers):
                 found.append(Verdict(bar, device, ours, fastest))
-    return found
+    known = {(verdict.bar, verdict.device) for verdict in found if verdict.speed is not None}
+    told = (verdict for verdict in found if verdict.speed is not None or (verdict.bar, verdict.device) not in known)
+    return sorted(told, key=lambda verdict: BARS.index(verdict.bar))
 
 
 def bars_table(records: list[dict[str, Any]]) -> Table:
@@ -171,7 +176,11 @@ def draw_bars(records: list[dict[str, Any]]) -> "Figure":
     found = [verdict for verdict in verdicts(records) if verdict.speed is not None]
     pairs = [record for verdict in found for record in (verdict.ours, verdict.peer)]
     places = np.concatenate([[-2.5 * i, -2.5 * i - 0.85] for i in range(len(found))])
-    figure = new_figure(12.5, 0.85 * len(found) + 1.6)
+    labels = [verdict.bar.work.replace(", ", "\n") for verdict in found]
+    if len({verdict.device for verdict in found}) > 1:
+        labels = [f"{label}\n{verdict.device}" for label, verdict in zip(labels, found, strict=True)]
+    tallest = max(label.count("\n") + 1 for label in labels)
+    figure = new_figure(12.5, max(0.85, 0.21 * tallest) * len(found) + 1.6)
     speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for panel, field, unit, form in (
         (speed, "tokens_per_second", 1, ",.0f"),
@@ -182,7 +191,7 @@ def draw_bars(records: list[dict[str, Any]]) -> "Figure":
         for at in range(0, len(pairs), 2):
             texts[at] += f"   x {values[at] / values[at + 1]:.2f}"
         lying_bars(panel, places, values, [COLORS[record["system"]] for record in pairs], texts, room=1.75)
-    speed.set_yticks(places[::2] - 0.42, [verdict.bar.work.replace(", ", "\n") for verdict in found])
+    speed.set_yticks(places[::2] - 0.42, labels)
     frame(speed, "How many real tokens a second?", "real tokens/s (x: of the opponent's)", "")
     frame(memory, "In how much memory?", "peak memory, GiB", "")
     about = [" and ".join(sorted({record[field] for record in pairs})) for field in ("data", "device", "date")]

@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/bench_loss.py --tokens 16384 --vocab 248320 --hidden 2048
 
-Every token has a target. Run it once for each figure of memory: the peak is the allocator's own, of the whole process.
+Every token has a target. The peak is the allocator's own, of the whole process, with what XLA tries kernels on: a
+second process that finds the program in `JAX_COMPILATION_CACHE_DIR` holds arguments, gradients and what is temporary.
 """
 
 import argparse

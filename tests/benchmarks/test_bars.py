@@ -36,6 +36,16 @@ def test_nothing_is_compared_with_what_ran_elsewhere(other):
     assert [verdict.passed for verdict in verdicts(records)] == [None, None]
 
 
+def test_half_a_comparison_is_told_until_there_is_a_whole_one():
+    bar = BARS[0]
+    half = [measured(bar.work, bar.ours, 120, 1)]
+    whole = [x | {"date": "2026-11-25"} for x in (*half, measured(bar.work, bar.peers[0], 100, 1))]
+    assert [verdict.speed for verdict in verdicts(half)] == [None]
+    assert [verdict.speed for verdict in verdicts(half + whole)] == [1.2]
+    elsewhere = [x | {"device": "another card"} for x in whole]
+    assert [verdict.speed for verdict in verdicts(half + elsewhere)] == [None, 1.2]
+
+
 @pytest.mark.parametrize(("ours", "passed"), [((1.3, 1.0), True), ((1.29, 1.0), False), ((1.3, 1.01), False)])
 def test_speed_and_memory_both_count(ours, passed):
     bar = BARS[0]
@@ -71,3 +81,12 @@ def test_a_work_is_drawn_as_measured_where_its_opponents_are_known():
     assert [bar.get_width() for bar in speed.patches] == [300, 200]
     assert [bar.get_width() for bar in memory.patches] == [6, 9]
     assert [text.get_text() for text in speed.texts] == ["jaxpack 300   x 1.50", "Unsloth 200"]
+    assert [label.get_text() for label in speed.get_yticklabels()] == [first.work.replace(", ", "\n")]
+
+
+def test_works_of_several_devices_are_drawn_side_by_side_with_their_names():
+    first, second = BARS[:2]
+    here = [measured(bar.work, case, 300, GIB) for bar in (first, second) for case in (bar.ours, *bar.peers)]
+    figure = draw_bars([*here, *(record | {"device": "another"} for record in here)])
+    labels = [label.get_text().split("\n")[-1] for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["a card", "another"] * 2
