@@ -33,12 +33,13 @@ test-jax: $(OTHER_JAX:%=test-jax-%)
 test-jax-%: .venv-jax-%/installed
 	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py'
 
-# On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and every kernel's tests compiled.
+# On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and compiled every kernel's tests and
+# the losses of short runs.
 # Side by side, since nearly all of the time goes into compiling; pytest-benchmark would warn of that, which is an error.
 # XLA takes its first choice of matmuls, and times none: that took most of it.
 ON_GPU := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
 test-gpu:
-	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels
+	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels tests/test_trainer.py::test_losses_follow_float32_whatever_is_kept
 	$(ON_GPU) -n 12 -m gpu tests/test_on_gpu.py tests/test_trainer.py
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
