@@ -30,7 +30,10 @@ from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, con
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
 _MAX_LAYERS = 10_000  # of which a config may be read into a list
-_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]  # of what lies on the hub
+_WEIGHTS = "*.safetensors"
+_TORCH_WEIGHTS = "pytorch_model*.bin"
+_TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # the same model for other programs
 
 
 def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer | None]:
@@ -48,7 +51,7 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
     Raises:
       InputError: what is there is not supported or not whole.
     """
-    folder, described, config = _read(str(name_or_path))
+    folder, described, config = _read(str(name_or_path), weights=True)
     if dtype == "auto":
         stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
@@ -59,8 +62,8 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
-    """What `from_pretrained` reads, without the weights."""
-    folder, _, config = _read(str(name_or_path))
+    """What `from_pretrained` reads, without the weights, which are not downloaded either."""
+    folder, _, config = _read(str(name_or_path), weights=False)
     return config, _tokenizer(folder)
 
 
@@ -104,9 +107,9 @@ def write_folder(
             raise OSError(reason(error)) from error
 
 
-def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
+def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
     """The folder, the files that describe its model, and what they say."""
-    folder = _folder(name_or_path)
+    folder = _folder(name_or_path, weights=weights)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
@@ -123,7 +126,7 @@ def _read(name_or_path: str) -> tuple[Path, dict[str, dict[str, Any]], ModelConf
         ) from error
 
 
-def _folder(name_or_path: str) -> Path:
+def _folder(name_or_path: str, *, weights: bool) -> Path:
     if os.path.isdir(name_or_path):  # false, unlike `Path.is_dir`, of what is no path, and of what may not be looked at
         if not os.access(name_or_path, os.R_OK | os.X_OK):
             raise InputError(f"`model` must be a folder that may be read, got {name_or_path!r}.")
@@ -139,11 +142,13 @@ def _folder(name_or_path: str) -> Path:
         raise InputError(
             f"`model` {name_or_path!r} is no folder here; the hub needs `pip install jaxpack[hf]`."
         ) from error
+
+    def download(*more: str) -> Path:
+        return Path(snapshot_download(name_or_path, allow_patterns=[*_DESCRIBING, *more], ignore_patterns=_TWICE))
+
     try:
-        folder = Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
-        if not has_weights(folder, WEIGHTS):
-            folder = Path(snapshot_download(name_or_path, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"]))
-        return folder
+        folder = download(_WEIGHTS) if weights else download()
+        return download(_TORCH_WEIGHTS) if weights and not has_weights(folder, WEIGHTS) else folder
     except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
         raise InputError(
             f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"

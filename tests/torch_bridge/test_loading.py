@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 from models import small_config, small_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -161,20 +163,32 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
         torch_bridge.from_pretrained(str(tmp_path / "model"))
 
 
-def test_of_the_hub_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pickles are, where there is nothing else."""
-    asked = []
+DESCRIBING = {"tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+SHARDS = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+PICKLES = {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
+OTHERS = {"README.md", "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json"}
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+
+@pytest.mark.parametrize(
+    ("read", "weights", "endings"),
+    [
+        (torch_bridge.from_pretrained, SHARDS | PICKLES, (".json", ".jinja", ".model", ".safetensors")),
+        (torch_bridge.from_pretrained, PICKLES, (".json", ".jinja", ".model", ".bin")),
+        (torch_bridge.read_config, SHARDS | PICKLES, (".json", ".jinja", ".model")),
+    ],
+    ids=["safetensors", "nothing but pickles", "no weights"],
+)
+def test_of_the_hub_only_what_is_read_is_downloaded(
+    read: Callable, weights: set[str], endings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def download(name: str, **patterns: list[str]) -> str:
+        for file in filter_repo_objects(DESCRIBING | weights | OTHERS, **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(InputError, match=r"must hold a config.json"):
-        torch_bridge.from_pretrained("owner/name")
-    assert len(asked) == 2 and "pytorch_model*.bin" not in asked[0] and "pytorch_model*.bin" in asked[1]
-    asked.clear()
-    (tmp_path / WEIGHTS).write_bytes(b"")
-    with pytest.raises(InputError, match=r"must hold a config.json"):
-        torch_bridge.from_pretrained("owner/name")
-    assert len(asked) == 1
+        read("owner/name")
+    downloaded = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert downloaded == {file for file in DESCRIBING | weights if file.endswith(endings)}
