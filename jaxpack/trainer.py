@@ -310,6 +310,7 @@ class Trainer:
                 if checkpoints is not None and (stops or saves(step)):
                     checkpoints.save(step, run.state, progress)
                 if stops:
+                    log.record()
                     saved = checkpoints is not None and checkpoints.wait()
                     console.print(f"stopped after step {step}, {'saved' if saved else 'without a checkpoint'}")
                     self._report()
@@ -512,6 +513,8 @@ class _Log:
         self._warm = ~batches.is_first_of_its_shape(self._first)
         self._seconds = [0.0] * self._first
         self._first_step_seconds = 0.0
+        self._grad_norm = 0.0  # of the last step
+        self._recorded = self._first
         self._progress = progress_bar("training", transient=False)
 
     def __enter__(self) -> "_Log":
@@ -529,17 +532,17 @@ class _Log:
 
     def step(self, metrics: Metrics) -> None:
         """Waits for a step's metrics and counts the step as done."""
-        loss, grad_norm = map(float, jax.device_get(metrics))
+        loss, self._grad_norm = map(float, jax.device_get(metrics))
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
         was_finite = math.isfinite(sum(self._done.losses[-1:]))
         self._done.losses.append(loss)
         done = len(self._done.losses)
-        if was_finite and not math.isfinite(loss + grad_norm):
+        if was_finite and not math.isfinite(loss + self._grad_norm):
             what = f"loss of step {done} is {loss}"
             if math.isfinite(loss):
-                what = f"gradient of step {done} has norm {grad_norm}"
+                what = f"gradient of step {done} has norm {self._grad_norm}"
             line = f"the {what}: no step makes up for it; a lower `learning_rate` may avoid it"
             self._progress.console.print(line, style="yellow")
         if done == self._first + 1:
@@ -550,14 +553,21 @@ class _Log:
         evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
         rate = self._rate(max(0, done - self._config.logging_steps))
         self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tok/s")
-        if done % self._config.logging_steps and done != self._batches.num_steps:
+        if done % self._config.logging_steps == 0 or done == self._batches.num_steps:
+            self.record()
+
+    def record(self) -> None:
+        """Writes down the steps since the last multiple of `logging_steps`, unless they are."""
+        done = len(self._done.losses)
+        if self._recorded == done:
             return
+        self._recorded = done
         since = (done - 1) // self._config.logging_steps * self._config.logging_steps
         record = {
             "step": done,
             "epoch": round(done / self._batches.steps_per_epoch, 4),
             "loss": float(np.mean(self._done.losses[since:])),
-            "grad_norm": grad_norm,
+            "grad_norm": self._grad_norm,
             "learning_rate": float(self._learning_rates[done - 1]),
             "tokens_per_second": self._rate(since),
             "padding_share": float(

@@ -200,7 +200,12 @@ def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config, ROWS[:9])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [str(len(trainer.progress.losses))]
+    losses = trainer.progress.losses
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [str(len(losses))]
+    # Told, too, though `logging_steps` is 10.
+    *_, record = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (record["step"], record["loss"]) == (len(losses), pytest.approx(np.mean(losses)))
+    assert (tmp_path / "report.md").exists()
 
 
 def test_an_interrupted_run_leaves_what_it_has_learned(monkeypatch):

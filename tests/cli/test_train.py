@@ -140,6 +140,17 @@ def test_an_interrupt_before_a_step_is_done_leaves_the_folder_to_the_next_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_that_goes_on_says_so(
+    inputs: Inputs, adapter_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = shutil.copytree(adapter_run, tmp_path / "run")
+    train(*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER, "--resume-from-checkpoint", "latest")
+    said = capsys.readouterr().err
+    assert ", all steps were done before" in said and " tokens/s" not in said
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (output / name).read_bytes() == (adapter_run / name).read_bytes()
+
+
 def test_a_finished_run_without_a_checkpoint_is_not_repeated(
     inputs: Inputs, adapter_run: Path, tmp_path: Path, exit_status: Callable, capsys: Any
 ) -> None:
