@@ -121,7 +121,7 @@ def test_a_run_that_is_stopped_has_a_report(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(_Log, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "run").train()
-    assert (tmp_path / "run" / "report.md").read_text().startswith("# run: 4 of 7 steps\n")
+    assert (tmp_path / "run" / "report.md").read_text().startswith("# run: 5 of 7 steps\n")  # the fifth was running
 
 
 def test_without_matplotlib_the_report_says_how_to_get_the_picture(
