@@ -31,8 +31,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
 _MAX_LAYERS = 10_000  # of which a config may be read into a list
 _DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]  # of what lies on the hub
-_WEIGHTS = "*.safetensors"
-_TORCH_WEIGHTS = "pytorch_model*.bin"
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # the same model for other programs
 
 
@@ -147,8 +145,10 @@ def _folder(name_or_path: str, *, weights: bool) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=[*_DESCRIBING, *more], ignore_patterns=_TWICE))
 
     try:
-        folder = download(_WEIGHTS) if weights else download()
-        return download(_TORCH_WEIGHTS) if weights and not has_weights(folder, WEIGHTS) else folder
+        if not weights:
+            return download()
+        folder = download("*.safetensors")
+        return folder if has_weights(folder, WEIGHTS) else download("pytorch_model*.bin")
     except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
         raise InputError(
             f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"

@@ -143,11 +143,12 @@ def train(
             console.print("interrupted before a step was done: there is nothing to save")
         raise
     evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
-    took = (
-        f"{result.tokens_per_second:,.0f} tokens/s, {result.compile_seconds:.1f} s of compilation, peak memory"
-        f" {result.peak_memory_bytes / 2**30:.2f} GiB"
-    )
-    if not result.first_step_seconds:
+    if result.first_step_seconds:
+        took = (
+            f"{result.tokens_per_second:,.0f} tokens/s, {result.compile_seconds:.1f} s of compilation, peak memory"
+            f" {result.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+    else:
         took = "all steps were done before"
     console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {took}")
     save()
