@@ -373,7 +373,9 @@ def losses_of(dtype: str, remat: Remat, implementation: Implementation | None = 
     model = small_model("qwen3", lora=LORA, dtype=jnp.dtype(dtype))
     config = changed(SHORT, max_steps=20, learning_rate=5e-4, remat=remat, implementation=implementation)
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        return Trainer(model, None, ROWS, config).train().losses
+        result = Trainer(model, None, ROWS, config).train()
+    assert result.compiled_shapes == 1
+    return result.losses
 
 
 @pytest.mark.slow
