@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import Case, Planned, case_of
 from jaxpack.bench.report import COLORS, GIB, NAMES, of_plan
-from jaxpack.pictures import frame, head, lying_bars, new_figure
+from jaxpack.utils.figures import frame, head, lying_bars, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

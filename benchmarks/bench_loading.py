@@ -27,7 +27,7 @@ from flax import nnx
 import torch_bridge
 from jaxpack.bench.models import SHAPES
 from jaxpack.config import ModelConfig
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
 from torch_bridge.checkpoint import write_safetensors
 from torch_bridge.convert import tensor_shapes
 from torch_bridge.names import config_to_hf

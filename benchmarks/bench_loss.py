@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from timing import jax_kernel_events
 
-from jaxpack.device import peak_memory_bytes
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxpack.parallel.device import peak_memory_bytes
 
 REPEATS = 10
 

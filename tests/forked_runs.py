@@ -63,7 +63,7 @@ def _before_call(owner: Any, name: str, number: int, act: Callable[[], None]) ->
 
 
 def _prepare(moment: list, number: int, output: str) -> None:
-    from jaxpack import checkpoint, trainer
+    from jaxpack.train import checkpoint, trainer
 
     def send() -> None:
         os.kill(os.getpid(), number)

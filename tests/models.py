@@ -7,9 +7,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxpack.config import Llama3RopeScaling, LoraConfig, ModelConfig, RopeConfig
-from jaxpack.data import Documents
-from jaxpack.lora import adapters, add_lora
-from jaxpack.transformer import Transformer
+from jaxpack.data.reading import Documents
+from jaxpack.model.lora import adapters, add_lora
+from jaxpack.model.transformer import Transformer
 
 _LLAMA3 = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 import torch_bridge
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
 
 EOS, BOS, TURN_ENDS = "<eos>", "<bos>", "<|im_end|>"
 _MERGES = [("a", "b"), ("t", "h"), ("th", "e"), ("Ġ", "the")]

@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxpack.config import WHOLE_MODULES, LoraConfig
 from jaxpack.errors import InputError
-from jaxpack.files import whole_folder
-from jaxpack.lora import adapters, add_lora
-from jaxpack.transformer import Transformer
+from jaxpack.model.lora import adapters, add_lora
+from jaxpack.model.transformer import Transformer
+from jaxpack.utils.files import whole_folder
 from torch_bridge.checkpoint import mismatches, read_json, some, write_tensors
 from torch_bridge.convert import tensor_shapes
 from torch_bridge.names import tensor_table

@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from jaxpack.config import ModelConfig
-from jaxpack.console import console, progress_bar
 from jaxpack.errors import InputError
-from jaxpack.prefetch import prefetched
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
+from jaxpack.utils.console import console, progress_bar
+from jaxpack.utils.prefetch import prefetched
 from torch_bridge.checkpoint import mismatches, some
 from torch_bridge.names import Entry, tensor_table
 

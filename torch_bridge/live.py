@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from jaxpack.errors import InputError, reason
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
 from torch_bridge.checkpoint import TORCH_WEIGHTS, some, tensors_of
 from torch_bridge.convert import build_model
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf

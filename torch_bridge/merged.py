@@ -12,13 +12,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxpack.console import console
-from jaxpack.data import Tokenizer
+from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError
-from jaxpack.files import whole_folder
-from jaxpack.layers import Linear, LoraAdapter
-from jaxpack.lora import adapters
-from jaxpack.transformer import Transformer
+from jaxpack.model.layers import Linear, LoraAdapter
+from jaxpack.model.lora import adapters
+from jaxpack.model.transformer import Transformer
+from jaxpack.utils.console import console
+from jaxpack.utils.files import whole_folder
 from torch_bridge.convert import model_tensors
 from torch_bridge.names import tensor_table
 from torch_bridge.pretrained import write_folder

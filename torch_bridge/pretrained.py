@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpack.config import ModelConfig
-from jaxpack.console import console
-from jaxpack.data import Tokenizer
+from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError, reason
-from jaxpack.files import whole_folder
-from jaxpack.lora import adapters
-from jaxpack.transformer import Transformer
+from jaxpack.model.lora import adapters
+from jaxpack.model.transformer import Transformer
+from jaxpack.utils.console import console
+from jaxpack.utils.files import whole_folder
 from torch_bridge.checkpoint import (
     TORCH_WEIGHTS,
     WEIGHTS,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack.console import console
 from jaxpack.errors import InputError
+from jaxpack.utils.console import console
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
 from torch_bridge.checkpoint import read_json
 from torch_bridge.pretrained import from_pretrained

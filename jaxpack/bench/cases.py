@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any, get_args
 
 from jaxpack.config import Implementation, Layout, Remat
-from jaxpack.data import Documents
+from jaxpack.data.packing import packed_rows
+from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError
-from jaxpack.packing import packed_rows
 
 REMAT = ("auto", *get_args(Remat))
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

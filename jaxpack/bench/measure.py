@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpack.batching import Batches
 from jaxpack.bench.cases import Case
-from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import TrainConfig
-from jaxpack.data import Documents
-from jaxpack.device import current_device, peak_memory_bytes
-from jaxpack.predictions import Job, predict, rates_of
-from jaxpack.trainer import Run
-from jaxpack.transformer import Transformer
+from jaxpack.data.batching import Batches
+from jaxpack.data.reading import Documents
+from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.device import current_device, peak_memory_bytes
+from jaxpack.planning.predictions import Job, predict, rates_of
+from jaxpack.train.trainer import Run
+from jaxpack.utils.compilation_cache import ProgramCache
 
 WARM_UP = 3  # steps that are not timed
 

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxpack.config import LoraConfig, ModelConfig, RopeConfig
-from jaxpack.data import Documents
+from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError, reason
-from jaxpack.lora import add_lora
-from jaxpack.transformer import Transformer
+from jaxpack.model.lora import add_lora
+from jaxpack.model.transformer import Transformer
 
 _COLUMNS = ("token_length_from", "token_length_to", "documents")
 _IDS = (10, 100_000)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxpack.bench.cases import Planned, case_of
-from jaxpack.console import console
 from jaxpack.errors import InputError, reason
-from jaxpack.files import replace_file
+from jaxpack.utils.console import console
+from jaxpack.utils.files import replace_file
 
 Record = dict[str, Any]
 Measure = Callable[[Planned, float | None], Record]  # a case's figures, or {"failed": why}, within so many seconds

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import ABLATION, OFFLOADED
 from jaxpack.bench.processes import Record
-from jaxpack.pictures import Line, frame, head, label_ends, lying_bars, new_figure
+from jaxpack.utils.figures import Line, frame, head, label_ends, lying_bars, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from jaxpack.cli.export import export
 from jaxpack.cli.generate import generate
 from jaxpack.cli.inspect import inspect
 from jaxpack.cli.train import train
-from jaxpack.console import console
 from jaxpack.errors import InputError
+from jaxpack.utils.console import console
 
 app = typer.Typer(
     help="Packed, padding-free fine-tuning of language models in JAX.",

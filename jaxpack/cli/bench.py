@@ -15,10 +15,10 @@ from jaxpack.bench.processes import Record, Results, in_own_process, request_of,
 from jaxpack.bench.report import draw_all, print_tables
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.config import Layout
-from jaxpack.console import console
 from jaxpack.errors import InputError
-from jaxpack.files import require_free_folder
-from jaxpack.pictures import require_matplotlib
+from jaxpack.utils.console import console
+from jaxpack.utils.figures import require_matplotlib
+from jaxpack.utils.files import require_free_folder
 
 _DRAWN = 4000  # documents, where their lengths are all that is known
 _RESULTS = "results.json"

@@ -14,7 +14,7 @@ import yaml
 
 from jaxpack.cli.options import FLAG_OF, is_pairs
 from jaxpack.errors import InputError, reason
-from jaxpack.files import replace_file
+from jaxpack.utils.files import replace_file
 
 _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", NoneType: "null"}
 _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}

@@ -13,14 +13,14 @@ import typer
 from rich.table import Table
 
 import torch_bridge
-from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
-from jaxpack.console import console
-from jaxpack.data import Tokenizer
+from jaxpack.data.batching import Batches
+from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError
-from jaxpack.files import require_free_folder, whole_folder
-from jaxpack.lora import add_lora
-from jaxpack.trainer import Trainer, TrainResult
+from jaxpack.model.lora import add_lora
+from jaxpack.train.trainer import Trainer, TrainResult
+from jaxpack.utils.console import console
+from jaxpack.utils.files import require_free_folder, whole_folder
 
 _LORA = LoraConfig(r=16, lora_alpha=32)
 _PADDED_STEPS = 12

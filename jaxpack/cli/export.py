@@ -11,9 +11,9 @@ from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.reading import read_base
-from jaxpack.console import console
 from jaxpack.errors import InputError, errors_name
-from jaxpack.files import require_new_folder, require_room
+from jaxpack.utils.console import console
+from jaxpack.utils.files import require_new_folder, require_room
 
 
 def export(

@@ -14,16 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 import torch_bridge
-from jaxpack.chat import Conversation
 from jaxpack.cli.options import from_flags, with_flags
 from jaxpack.cli.reading import read_base
-from jaxpack.compilation_cache import ProgramCache
 from jaxpack.config import GenerateConfig
-from jaxpack.console import console, visible
-from jaxpack.data import load_prompts, text_prompt
+from jaxpack.data.chat_template import Conversation
+from jaxpack.data.reading import load_prompts, text_prompt
 from jaxpack.errors import InputError, errors_name
-from jaxpack.files import replace_file, require_folder
-from jaxpack.generation import generate_text
+from jaxpack.generation.text import generate_text
+from jaxpack.utils.compilation_cache import ProgramCache
+from jaxpack.utils.console import console, visible
+from jaxpack.utils.files import replace_file, require_folder
 
 
 @with_flags(GenerateConfig)

@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jaxpack.batching import Batches
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.config import LoraConfig, TrainConfig
-from jaxpack.console import console
-from jaxpack.diagnostics import inspect as inspect_documents
+from jaxpack.data.batching import Batches
+from jaxpack.data.preview import show_row as shown
 from jaxpack.errors import InputError, errors_name, reason
-from jaxpack.pictures import require_matplotlib
-from jaxpack.predictions import RATES
-from jaxpack.shown_rows import show_row as shown
+from jaxpack.planning.inspect import inspect as inspect_documents
+from jaxpack.planning.predictions import RATES
+from jaxpack.utils.console import console
+from jaxpack.utils.figures import require_matplotlib
 
 # What padding, times and the order of rows follow from; the rest of a run's settings do not matter here.
 _USED = {

@@ -11,8 +11,8 @@ from jaxpack.bench.measure import measure
 from jaxpack.bench.models import SHAPES, random_model, read_documents
 from jaxpack.bench.processes import Record, answer
 from jaxpack.config import LoraConfig
-from jaxpack.lora import add_lora
-from jaxpack.transformer import Transformer
+from jaxpack.model.lora import add_lora
+from jaxpack.model.transformer import Transformer
 
 
 def measure_here(request: Path, result: Path, **options: Any) -> None:

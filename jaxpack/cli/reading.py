@@ -5,9 +5,9 @@ from pathlib import Path
 import torch_bridge
 from jaxpack.bench.models import SHAPES, drawn_documents
 from jaxpack.config import ModelConfig
-from jaxpack.data import Documents, Tokenizer, load_documents
+from jaxpack.data.reading import Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, errors_name
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
 
 MODEL_HELP = f"A Hugging Face folder or the id of one on the hub; or, with random weights, {', '.join(SHAPES)}."
 DATA_HELP = "A JSONL or Parquet file, as for train."

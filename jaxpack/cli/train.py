@@ -13,12 +13,12 @@ import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
 from jaxpack.config import LoraConfig, TrainConfig
-from jaxpack.console import console
 from jaxpack.errors import InputError, errors_name
-from jaxpack.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
-from jaxpack.lora import add_lora
-from jaxpack.reporting import METRICS, read_records, require_libraries
-from jaxpack.trainer import Trainer
+from jaxpack.model.lora import add_lora
+from jaxpack.train.metrics import METRICS, read_records, require_libraries
+from jaxpack.train.trainer import Trainer
+from jaxpack.utils.console import console
+from jaxpack.utils.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
 
 _SETTINGS = "run.yaml"
 _FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # of the trainer's arguments

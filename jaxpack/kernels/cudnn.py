@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxpack.device import current_device
 from jaxpack.kernels._launch import launch, pl, plt, power_of_two_divisor, powers_of_two
+from jaxpack.parallel.device import current_device
 
 MAX_SEGMENTS = 8
 _FIRST_JAX = (0, 11)  # the first whose XLA was measured and compared

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from models import random_documents, small_model
 
-from jaxpack.batching import Batches
 from jaxpack.bench.cases import Case
 from jaxpack.bench.measure import WARM_UP, measure, timed_steps, train_config
 from jaxpack.config import LoraConfig
-from jaxpack.packing import PackedBatch
-from jaxpack.trainer import Run, Trainer
-from jaxpack.training import Metrics
+from jaxpack.data.batching import Batches
+from jaxpack.data.packing import PackedBatch
+from jaxpack.train.step import Metrics
+from jaxpack.train.trainer import Run, Trainer
 
 LENGTHS = [5, 60, 33, 90, 12, 47, 71, 20] * 6
 DOCUMENTS = random_documents(LENGTHS, masked=0.0)

@@ -18,7 +18,7 @@ from tokenizers_for_tests import small_tokenizer
 
 import torch_bridge
 from jaxpack.errors import InputError
-from jaxpack.trainer import Trainer, TrainResult
+from jaxpack.train.trainer import Trainer, TrainResult
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]

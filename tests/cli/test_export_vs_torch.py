@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import torch_bridge
 from jaxpack import LoraConfig, add_lora, cli
-from jaxpack.lora import adapters
+from jaxpack.model.lora import adapters
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tokenizers_for_tests import small_tokenizer
 import torch_bridge
 from jaxpack import LoraConfig, add_lora, generate_text
 from jaxpack.errors import InputError
-from jaxpack.lora import adapters
+from jaxpack.model.lora import adapters
 
 TOKENS = ["--max-new-tokens", "6"]
 

@@ -14,7 +14,7 @@ import pytest
 from forked_runs import Runs
 from tokenizers_for_tests import write_checkpoint
 
-from jaxpack.checkpoint import steps_in
+from jaxpack.train.checkpoint import steps_in
 
 STEPS = 24
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")

@@ -18,10 +18,10 @@ from tokenizers_for_tests import small_tokenizer, write_checkpoint
 
 import torch_bridge
 from jaxpack import cli
-from jaxpack.batching import Batches
 from jaxpack.config import LoraConfig, TrainConfig
-from jaxpack.packing import PackedBatch
-from jaxpack.trainer import Run
+from jaxpack.data.batching import Batches
+from jaxpack.data.packing import PackedBatch
+from jaxpack.train.trainer import Run
 from torch_bridge.convert import model_tensors
 
 RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}

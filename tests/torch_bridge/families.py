@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 import torch_bridge
 from jaxpack import Batches, Documents, LoraConfig, TrainConfig, Transformer, add_lora
-from jaxpack.lora import adapters
-from jaxpack.training import loss_and_gradients
+from jaxpack.model.lora import adapters
+from jaxpack.train.step import loss_and_gradients
 from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
@@ -113,7 +113,7 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
 
     theirs.requires_grad_(True)
     their_loss, count = 0.0, sum(label != -100 for document in documents for label in document.labels[1:])
-    for document in sorted(documents, key=lambda document: len(document.tokens)):  # alone, see `jaxpack.rotary`
+    for document in sorted(documents, key=lambda document: len(document.tokens)):  # alone, see `jaxpack.model.rope`
         part = theirs(**hf.padded([document]), num_items_in_batch=count).loss
         part.backward()
         their_loss += part.item()

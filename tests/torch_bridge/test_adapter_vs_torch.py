@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import torch_bridge
 from jaxpack import InputError, LoraConfig, Transformer, add_lora
-from jaxpack.lora import adapters
+from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 
 # peft calls what transformers deprecates. All other warnings are errors, so PEFT's own of missing keys and unknown

@@ -17,7 +17,7 @@ from flax import nnx
 
 import torch_bridge
 from jaxpack.errors import InputError
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
 from tests.torch_bridge import hf
 from torch_bridge import convert
 

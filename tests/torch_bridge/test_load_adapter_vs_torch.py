@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import torch_bridge
 from jaxpack import InputError, LoraConfig, TrainConfig, Trainer, Transformer, add_lora
-from jaxpack.lora import adapters
+from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 from torch_bridge.safetensors_file import Tensor, read_header
 

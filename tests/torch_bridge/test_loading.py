@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import torch_bridge
 from jaxpack.errors import InputError
-from jaxpack.transformer import Transformer
+from jaxpack.model.transformer import Transformer
 from torch_bridge import convert
 from torch_bridge.checkpoint import SafetensorsFolder
 from torch_bridge.convert import model_tensors

@@ -17,8 +17,8 @@ from transformers import get_linear_schedule_with_warmup
 
 import torch_bridge
 from jaxpack import Batches, Documents, LoraConfig, PackedBatch, TrainConfig, Trainer, Transformer, add_lora
-from jaxpack.lora import adapters
-from jaxpack.training import loss_and_gradients, split_trainable
+from jaxpack.model.lora import adapters
+from jaxpack.train.step import loss_and_gradients, split_trainable
 from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
 from torch_bridge.convert import model_tensors

@@ -14,7 +14,7 @@ from transformers import Gemma2PreTrainedModel
 
 import torch_bridge
 from jaxpack import InputError, LoraConfig, add_lora
-from jaxpack.lora import adapters
+from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 
 # peft calls what transformers deprecates.

@@ -1,0 +1,230 @@
+"""Documents to the batches of a run: their order, and the few shapes that they are compiled for.
+
+The order follows from the seed, so the size of every batch is known before the first step.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from jaxpack.config import LANES, TrainConfig
+from jaxpack.data.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
+from jaxpack.data.reading import Documents
+from jaxpack.errors import InputError
+
+MAX_SHAPES = 4
+MAX_STEPS = 10_000_000  # of a run: what is known of each before the first has its room in memory
+_MAX_SIZES = 1024  # distinct row lengths to choose from; more are rounded up further
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What `max_length` cut: documents shortened, tokens lost, and documents left with nothing to learn and dropped."""
+
+    documents: int
+    tokens: int
+    dropped: int
+
+
+class Batches:
+    """The batches of a whole run, by step: `batches[step]` is a `PackedBatch` of `[A, B, T]`.
+
+    A is `gradient_accumulation_steps`. With `packing` a step takes A * B packed rows, else as many documents: in A
+    padded batches of B rows, or, padding-free, in A rows with B = 1. Each epoch has an order of its own. Steps differ
+    only in T, which takes at most 4 values, chosen to waste the fewest tokens.
+
+    Attributes:
+      documents: what is trained on, after truncation.
+      truncation: what that cost.
+      num_rows, rows_per_step: rows an epoch is made of, and a step; a document is one without packing.
+      steps_per_epoch, num_steps: optimizer steps.
+      targets_per_epoch: tokens that an epoch trains on.
+      row_lengths: T of each step, int64 `[num_steps]`.
+      tokens_per_step: real tokens in each step, int64 `[num_steps]`.
+      limits: by T, what no batch has more of.
+    """
+
+    def __init__(self, documents: Documents, config: TrainConfig):
+        self._config = config
+        self.documents, self.truncation = _fit(documents, config)
+        if config.packing:
+            self._rows = pack_rows(self.documents.lengths, config.max_length, config.packing_strategy)
+        else:
+            self._rows = Rows.grouped(np.arange(len(self.documents))[:, None], self.documents.lengths)
+        self.num_rows = len(self._rows)
+        self.rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
+        name = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+        steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * self.steps_per_epoch
+        if steps > MAX_STEPS:
+            raise InputError(f"`{name}` must come to at most {MAX_STEPS:,} steps, got {getattr(config, name):,}.")
+        self.num_steps = math.ceil(steps)
+
+        lengths = self._rows.row_lengths
+        row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
+        self.targets_per_epoch = int(row_targets.sum())
+        if not self.targets_per_epoch:
+            raise InputError(
+                f"`max_length` must leave at least one document a token to learn, got {config.max_length}: all "
+                f"{len(documents)} are cut before the first."
+            )
+        # Of each step: its tokens, the longest row, and the most documents and targets in a row and a micro-batch.
+        self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
+        for step in range(self.num_steps):
+            which = self._which(step)
+            real = which >= 0
+            used = np.where(real, lengths[which], 0)
+            self.tokens_per_step[step] = used.sum()
+            needed[step] = used.sum(axis=1).max() if self._end_to_end else used.max()
+            segments[step] = real.sum(axis=1).max() if self._end_to_end else row_segments[which[real]].max()
+            targets[step] = np.where(real, row_targets[which], 0).sum(axis=1).max()
+        if config.packing:
+            needed[:] = needed.max()  # packed rows are full: one shape
+        buckets = choose_buckets(needed)
+        self.row_lengths = buckets[np.searchsorted(buckets, needed)]
+        self.limits = {}
+        for T in buckets:
+            most_segments, most_targets = (int(x[self.row_lengths == T].max()) for x in (segments, targets))
+            self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // LANES)) * LANES)
+
+    @property
+    def _end_to_end(self) -> bool:
+        return self._config.padding_free and not self._config.packing
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> PackedBatch:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(step)
+        which, row_length = self._which(step), int(self.row_lengths[step])
+        rows = self._rows
+        if self._end_to_end:
+            rows = Rows.grouped(which, self.documents.lengths)
+            which = np.arange(len(rows))[:, None]
+        documents = self.documents
+        return fill_batch(documents.tokens, documents.labels, documents.starts, rows, which, row_length)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """The shapes `(A, B, T)` that the run compiles."""
+        config = self._config
+        rows = 1 if self._end_to_end else config.per_device_train_batch_size
+        return [(config.gradient_accumulation_steps, rows, int(T)) for T in np.unique(self.row_lengths)]
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the run's positions that hold no token."""
+        return float(1 - self.tokens_per_step.sum() / self.positions_per_step.sum())
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Tokens over the room in an epoch's rows: `num_rows * max_length` with packing."""
+        lengths = self._rows.row_lengths
+        return float(
+            lengths.sum() / (len(lengths) * (self._config.max_length if self._config.packing else lengths.max()))
+        )
+
+    @property
+    def positions_per_step(self) -> np.ndarray:
+        """Positions computed in each step, A * B * T, int64 `[num_steps]`."""
+        A, B, _ = self.shapes[0]
+        return A * B * self.row_lengths
+
+    def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
+        """Of each step, bool `[num_steps]`: its program runs first there, where a process begins with step `start`."""
+        _, first = np.unique(self.row_lengths[start:], return_index=True)
+        return np.isin(np.arange(self.num_steps), start + first)
+
+    def _row_targets(self) -> np.ndarray:
+        """Targets in each row of the plan, int64 `[num_rows]`."""
+        rows, documents = self._rows, self.documents
+        of_piece = documents.targets_within(documents.starts[rows.document] + rows.start, rows.length)
+        before = np.concatenate([[0], np.cumsum(of_piece)])
+        return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
+
+    def _which(self, step: int) -> np.ndarray:
+        """The rows of a step, int64 `[A, ...]`; -1 fills up what lacks one, as in an epoch's last step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = _order(self._config.seed, epoch, self.num_rows)[place * self.rows_per_step :][: self.rows_per_step]
+        if self._end_to_end:
+            return _balanced(order, self.documents.lengths, self._config.gradient_accumulation_steps)
+        which = np.full(self.rows_per_step, -1)
+        which[: len(order)] = order
+        return which.reshape(self._config.gradient_accumulation_steps, -1)
+
+
+def _balanced(documents: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
+    """Deals documents to rows of about the same length, longest first to the shortest row: the loss allows any cut."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    if num_rows == 1:
+        return documents[None]
+    filled = [0] * num_rows
+    for document in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
+        row = filled.index(min(filled))
+        rows[row].append(document)
+        filled[row] += lengths[document]
+    return np.array([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """An epoch's order of the rows, int64 `[num_rows]`: the same with every version of everything.
+
+    Row `i` comes by the `i`-th number of SplitMix64, which starts at the `epoch`-th of its own from `seed`: two numbers
+    out of 2^64 are hardly ever equal, and the lower row comes first where they are. NumPy does not promise that its
+    own permutations stay as they are, and a run that is resumed must find the order that it began with.
+    """
+    start = int(_splitmix64(seed, 1, skip=epoch)[0])
+    return np.argsort(_splitmix64(start, num_rows), kind="stable")
+
+
+def _splitmix64(seed: int, count: int, *, skip: int = 0) -> np.ndarray:
+    """`count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195) after the first `skip`, uint64."""
+    places = np.arange(skip + 1, skip + count + 1, dtype=np.uint64)
+    z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * places
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncation]:
+    """Cuts documents to `max_length`, unless they are split, and drops those that this leaves without a target."""
+    if config.packing and config.packing_strategy != "bfd":
+        return documents, Truncation(0, 0, 0)
+    cut = documents.truncate(config.max_length)
+    keep = cut.num_targets > 0
+    lost = documents.lengths - cut.lengths
+    return cut[keep], Truncation(int((lost > 0).sum()), int(lost.sum()), int((~keep).sum()))
+
+
+def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = LANES) -> np.ndarray:
+    """At most `max_buckets` multiples of `multiple`, ascending, that hold all `sizes` and waste the fewest tokens.
+
+    Exact, by dynamic programming over the distinct sizes; more than 1,024 of them are first rounded up to multiples of
+    more. `sizes` is int `[steps]`, each 1 or more.
+    """
+    while len(np.unique(sizes // multiple)) > _MAX_SIZES:
+        multiple *= 2
+    sizes, counts = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i, j]: positions computed when sizes i..j share the bucket sizes[j]; what is really needed is constant.
+    cost = (total[None, 1:] - total[:-1, None]) * sizes[None, :].astype(np.float64)
+    cost[np.tril_indices(len(sizes), -1)] = np.inf
+    best, splits = cost[0], []
+    for _ in range(min(max_buckets, len(sizes)) - 1):
+        # One bucket more: the last one begins at size i, the ones before it end at i - 1.
+        candidates = np.concatenate([cost[:1], best[:-1, None] + cost[1:]])
+        splits.append(candidates.argmin(axis=0))
+        best = candidates.min(axis=0)
+    last, buckets = len(sizes) - 1, []
+    for split in reversed(splits):
+        buckets.append(sizes[last])
+        last = split[last] - 1
+        if last < 0:
+            break
+    else:
+        buckets.append(sizes[last])
+    return np.array(buckets[::-1])

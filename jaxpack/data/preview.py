@@ -1,0 +1,93 @@
+"""A row of a run's batches, decoded: which documents lie in it, and which of their tokens are trained on."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.jupyter import JupyterMixin
+from rich.rule import Rule
+from rich.text import Text
+
+from jaxpack.data.batching import Batches
+from jaxpack.data.packing import IGNORE
+from jaxpack.data.reading import Tokenizer
+from jaxpack.errors import InputError
+from jaxpack.utils.console import visible
+
+
+class Span(NamedTuple):
+    """Tokens side by side that are all trained on, or none of them: their text, or ids without a tokenizer."""
+
+    text: str
+    num_tokens: int
+    trained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownRow(JupyterMixin):
+    """A row of a run, decoded: the spans of each document in it, and the padding behind them.
+
+    rich prints it, and a notebook shows it.
+    """
+
+    number: int
+    documents: tuple[tuple[Span, ...], ...]
+    padding: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = console.no_color or console.color_system is None
+        before, after = ("[[", "]]") if plain else ("", "")
+        legend = "[[what is trained on]]" if plain else "green: trained on, grey: not"
+        title = f"row {self.number}: {_count(len(self.documents), 'document')}; {legend}"
+        yield Rule(Text(title), align="left", style="bold")
+        for number, spans in enumerate(self.documents, 1):
+            total = sum(span.num_tokens for span in spans)
+            trained = sum(span.num_tokens for span in spans if span.trained)
+            title = f"document {number}: {_count(total, 'token')}, {trained:,} trained on"
+            yield Rule(title, align="left", style="cyan")
+            text = Text()
+            for span in spans:
+                shown = visible(span.text)
+                text.append(before + shown + after if span.trained else shown, "green" if span.trained else "grey50")
+            yield text
+        yield Rule(f"padding: {_count(self.padding, 'position')}", align="left", style="cyan")
+
+
+def show_row(batches: Batches, number: int, tokenizer: Tokenizer | None) -> ShownRow:
+    """Decodes a row of a run's batches, counted from its first.
+
+    Raises:
+      InputError: the run has no such row.
+    """
+    A, B, _ = batches.shapes[0]
+    if not 0 <= number < batches.num_steps * A * B:
+        raise InputError(f"`show_row` must be in [0, {batches.num_steps * A * B}), the run's rows, got {number}.")
+    step, place = divmod(number, A * B)
+    tokens, segment_ids, _, targets = (array.reshape(A * B, -1)[place] for array in batches[step])
+    trained = np.concatenate([[False], targets[:-1] != IGNORE])  # a target is the token after
+    documents = []
+    for segment in range(1, segment_ids.max(initial=0) + 1):
+        inside = segment_ids == segment
+        documents.append(_spans(tokens[inside].tolist(), trained[inside], tokenizer))
+    return ShownRow(number, tuple(documents), int((segment_ids == 0).sum()))
+
+
+def _spans(tokens: Sequence[int], trained: np.ndarray, tokenizer: Tokenizer | None) -> tuple[Span, ...]:
+    spans, begin, shown = [], 0, 0
+    whole = "" if tokenizer is None else tokenizer.decode(tokens)
+    for end in [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]:
+        if tokenizer is None:
+            text = " ".join(map(str, tokens[begin:end])) + " "
+        else:
+            # Where a span ends within a character, that is the next one's.
+            upto = len(whole) if end == len(tokens) else len(tokenizer.decode(tokens[:end]).rstrip("\ufffd"))
+            text, shown = whole[shown:upto], upto
+        spans.append(Span(text, end - begin, bool(trained[begin])))
+        begin = end
+    return tuple(spans)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

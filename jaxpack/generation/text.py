@@ -1,0 +1,313 @@
+"""Text from a model, greedy or drawn, with or without its adapters: enough to see what it has learned.
+
+Prompts are padded to a power of two of tokens, and so are the caches, so that a few programs serve all of them: one
+reads prompts, and one writes until every row has ended. Where a rope's angles depend on the length of the document
+(see `rotary`), the text so far is read again as soon as they change, so that a token follows from what a forward pass
+over all before it says.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxpack.config import DynamicRopeScaling, GenerateConfig
+from jaxpack.data.chat_template import ChatTemplate, Conversation, read_conversation
+from jaxpack.data.reading import Tokenizer, tokenize
+from jaxpack.errors import InputError, check_type
+from jaxpack.generation.decode import Cache, extend, prefill
+from jaxpack.model.rope import last_length_alike
+from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.device import available_host_bytes, current_device, free_device_bytes
+from jaxpack.utils.console import progress_bar
+
+Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to go on from, or messages to answer
+
+_LEAST = 32  # tokens that a program is made for
+_STOPS = 8  # and stop tokens
+_COLDEST = 1e-30  # temperature: a difference of logits divided by it is finite
+
+
+def generate(
+    model: Transformer, prompts: Sequence[Sequence[int]], *, stop_tokens: Iterable[int] = (), **options: Any
+) -> list[list[int]]:
+    """Writes on from each prompt, of token ids.
+
+    What it writes after a prompt does not depend on the others, but for the order of float sums.
+
+    Args:
+      stop_tokens: a text ends before any of these.
+      options: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `batch_size`: the fields of `GenerateConfig`.
+
+    Returns:
+      The new tokens of each: `max_new_tokens`, or fewer where a stop token would be next.
+
+    Raises:
+      InputError: options unknown or out of range, an empty prompt, ids outside the vocabulary, or more tokens than
+        memory has room for, or than the model's `max_position_embeddings`, beyond which only dynamic NTK is made to go.
+    """
+    allowed = [field.name for field in dataclasses.fields(GenerateConfig)]
+    if unknown := [name for name in options if name not in allowed]:
+        raise InputError(f"Options must be among {', '.join(allowed)}, got {unknown[0]!r}.")
+    config = GenerateConfig(**options)
+    check_type("model", model, Transformer)
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"`prompts` must be a list of lists of token ids, got {prompts!r:.80}.")
+    prompts = [
+        list(prompt) if isinstance(prompt, Iterable) and type(prompt) is not str else prompt for prompt in prompts
+    ]
+    _check_prompts(model, prompts, config)
+    how = _How.of(config, _stops(stop_tokens))
+    graph, state = nnx.split(model)
+    written: dict[int, list[int]] = {}
+    # Prompts of like lengths together: less padding, fewer shapes.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    num_rows = min(config.batch_size, len(prompts))
+    with progress_bar("generating") as progress:
+        bar = progress.add_task("", total=len(prompts), note="")
+        for begin in range(0, len(order), config.batch_size):
+            here = order[begin : begin + config.batch_size]
+            rows = _Rows.of([prompts[i] for i in here], here, num_rows, config)
+            while (np.asarray(rows.lengths) < np.asarray(rows.limits)).any():
+                read = _rounded(int(rows.lengths.max()))
+                rows, cache = _read(graph, state, rows, how, num_tokens=read)
+                rows, _ = _write(graph, state, rows, cache, how)
+            tokens, lengths = np.asarray(rows.tokens), np.asarray(rows.lengths)
+            written |= {i: tokens[row, len(prompts[i]) : lengths[row]].tolist() for row, i in enumerate(here)}
+            progress.advance(bar, len(here))
+    return [written[i] for i in range(len(prompts))]
+
+
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    stop_tokens: Iterable[int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """`generate` from texts, and from messages, to answer through the tokenizer's chat template, to text.
+
+    Args:
+      stop_tokens: None for those that end a text by the tokenizer, by the model's `config.json` and
+        `generation_config.json` and, of messages, by the chat template.
+      options: those of `generate`.
+
+    Raises:
+      InputError: as `generate` does; messages without a chat template, or that it refuses.
+    """
+    check_type("model", model, Transformer)
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise InputError(f"`prompts` must be a list, of texts or of lists of messages, got {prompts!r:.80}.")
+    if tokenizer is None:
+        raise InputError("`tokenizer` must come with the model for texts, got None; `generate` takes token ids.")
+    prompts = list(prompts)
+    ids = [_encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    if stop_tokens is None:
+        answers = any(not isinstance(prompt, str) for prompt in prompts)
+        stop_tokens = _stop_tokens(model, tokenizer, ChatTemplate(tokenizer) if answers else None)
+    return [tokenizer.decode(tokens) for tokens in generate(model, ids, stop_tokens=stop_tokens, **options)]
+
+
+def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> None:
+    vocab_size, longest = model.config.vocab_size, model.config.max_position_embeddings
+    if any(isinstance(rope.scaling, DynamicRopeScaling) for rope in model.config.ropes):
+        longest = None
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, list) or not all(isinstance(token, int | np.integer) for token in prompt):
+            raise InputError(f"`prompts` must be lists of token ids, got {prompt!r:.80} for prompt {number}.")
+        if not len(prompt):
+            raise InputError(f"`prompts` must have at least one token each, got none in prompt {number}.")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise InputError(
+                f"`prompts` must be of token ids in [0, {vocab_size}), the model's vocabulary, got {wrong[0]} in"
+                f" prompt {number}."
+            )
+        if longest is not None and len(prompt) + config.max_new_tokens > longest:
+            raise InputError(
+                f"`prompts` and `max_new_tokens` must come to at most {longest:,} tokens, the model's"
+                f" `max_position_embeddings`, got {len(prompt):,} in prompt {number} and {config.max_new_tokens:,}."
+            )
+    num_rows = min(config.batch_size, len(prompts))
+    size = _rounded(max(map(len, prompts), default=0) + config.max_new_tokens)
+    needed, free = Cache.bytes_of(model, num_rows, size), _free_bytes()
+    if free is not None and needed > free:
+        raise InputError(
+            f"`max_new_tokens` must leave room for the keys and values of {num_rows:,} prompts, got"
+            f" {config.max_new_tokens:,}: {needed / 2**30:,.1f} GiB, of {free / 2**30:,.1f} GiB free."
+        )
+
+
+def _stops(stop_tokens: Any) -> list[int]:
+    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else None
+    if stops is None or not all(isinstance(i, int | np.integer) and -(2**31) <= i < 2**31 for i in stops):
+        raise InputError(f"`stop_tokens` must be a list of token ids, got {stop_tokens!r:.80}.")
+    return stops
+
+
+def _free_bytes() -> int | None:
+    """Where arrays go, on the GPU or, without one, the host; None where that is not known."""
+    free = free_device_bytes(current_device())
+    return available_host_bytes() if free is None else free
+
+
+def _rounded(length: int) -> int:
+    return max(_LEAST, 1 << (length - 1).bit_length())
+
+
+# Token ids.
+
+
+class _How(NamedTuple):
+    """How the next token is chosen, and which of them end a row. What is None is not part of the program.
+
+    Of `top_k` and `top_p` one alone has the other at infinity; `stop_tokens` are filled up with -1.
+    """
+
+    stop_tokens: Int[Array, " stops"]
+    temperature: Float[Array, ""] | None
+    top_k: Float[Array, ""] | None
+    top_p: Float[Array, ""] | None
+
+    @classmethod
+    def of(cls, config: GenerateConfig, stop_tokens: list[int]) -> "_How":
+        stops = sorted(stop_tokens)
+        stops += -len(stops) % _STOPS * [-1]
+        temperature = jnp.float32(max(config.temperature, _COLDEST)) if config.temperature else None
+        top_k, top_p = config.top_k or math.inf, config.top_p if config.top_p not in (None, 1) else math.inf
+        is_restricted = min(top_k, top_p) < math.inf
+        tops = (jnp.float32(top_k), jnp.float32(top_p)) if is_restricted else (None, None)
+        return cls(jnp.asarray(stops or _STOPS * [-1], jnp.int32), temperature, *tops)
+
+
+class _Rows(NamedTuple):
+    """Texts so far: of each row the first `lengths` tokens, on the way to `limits`. Each row draws with its own key."""
+
+    tokens: Int[Array, "B S"]
+    lengths: Int[Array, " B"]
+    limits: Int[Array, " B"]
+    keys: Key[Array, " B"]
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], numbers: Sequence[int], num_rows: int, config: GenerateConfig
+    ) -> "_Rows":
+        """Rows of prompts, and as many as are missing that have ended. `numbers` are the prompts', for their keys."""
+        lengths = np.ones(num_rows, np.int32)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+        limits = lengths + config.max_new_tokens * (np.arange(num_rows) < len(prompts))
+        tokens = np.zeros((num_rows, _rounded(int(limits.max()))), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        numbers = np.resize(np.asarray(numbers, np.int32), num_rows)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), numbers)
+        return cls(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits, jnp.int32), keys)
+
+    @property
+    def open(self) -> Bool[Array, " B"]:
+        """Which of them have not ended."""
+        return self.lengths < self.limits
+
+    def append(self, logits: Float[Array, "B V"], how: _How) -> "_Rows":
+        """The next token of each row that is open; one before a stop token ends there."""
+        chosen = _choose(logits, jax.vmap(jax.random.fold_in)(self.keys, self.lengths), how)
+        stops = (chosen[:, None] == how.stop_tokens[None, :]).any(axis=1)
+        grows = self.open & ~stops
+        row, place = jnp.arange(len(chosen)), jnp.where(grows, self.lengths, self.tokens.shape[1])
+        return self._replace(
+            tokens=self.tokens.at[row, place].set(chosen, mode="drop"),
+            lengths=self.lengths + grows,
+            limits=jnp.where(stops, self.lengths, self.limits),
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="num_tokens")
+def _read(graph: nnx.GraphDef, state: nnx.State, rows: _Rows, how: _How, *, num_tokens: int) -> tuple[_Rows, Cache]:
+    """Reads all rows, none of them longer than `num_tokens`, and appends a token."""
+    model = nnx.merge(graph, state)
+    logits, cache = prefill(model, rows.tokens[:, :num_tokens], rows.lengths, size=rows.tokens.shape[1])
+    return rows.append(logits, how), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _write(graph: nnx.GraphDef, state: nnx.State, rows: _Rows, cache: Cache, how: _How) -> tuple[_Rows, Cache]:
+    """Appends tokens until all rows have ended, or one is to be read again. The last token is not in the cache."""
+    model = nnx.merge(graph, state)
+    alike = functools.reduce(
+        jnp.minimum, [last_length_alike(rope, rows.lengths - 1) for rope in dict.fromkeys(model.config.ropes)]
+    )
+
+    def goes_on(carried: tuple[_Rows, Cache]) -> Bool[Array, ""]:
+        rows, _ = carried
+        return rows.open.any() & ~(rows.open & (rows.lengths > alike)).any()
+
+    def step(carried: tuple[_Rows, Cache]) -> tuple[_Rows, Cache]:
+        rows, cache = carried
+        positions = rows.lengths - 1
+        last = jnp.take_along_axis(rows.tokens, positions[:, None], axis=1)[:, 0]
+        logits, cache = extend(model, last, positions, cache)
+        return rows.append(logits, how), cache
+
+    return jax.lax.while_loop(goes_on, step, (rows, cache))  # with the cache, so that it stays where it is
+
+
+def _choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], how: _How) -> Int[Array, " B"]:
+    if how.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / how.temperature
+    if how.top_k is not None:
+        logits = jnp.where(logits >= _least_kept(logits, how), logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _least_kept(logits: Float[Array, "B V"], how: _How) -> Float[Array, "B 1"]:
+    """The smallest logit that may be drawn: of the first `top_k`, the first that together reach `top_p`."""
+    ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    first = jnp.arange(logits.shape[1])[None, :] < how.top_k
+    share = jax.nn.softmax(ranked, axis=-1, where=first)
+    kept = first & (jnp.cumsum(share, axis=-1) - share < how.top_p)
+    kept = kept.at[:, 0].set(True)  # a `top_p` that is 0 in float32
+    return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+
+
+# Text.
+
+
+def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenize([prompt], tokenizer, lambda _: where)["input_ids"][0]
+        eos = tokenizer.eos_token_id
+        # Some tokenizers end every text: after that, there is nothing to go on with.
+        if ids and ids[-1] == eos and not prompt.endswith(tokenizer.decode([eos])):
+            ids = ids[:-1]
+    else:
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable | Conversation):
+            raise InputError(f"`prompts` must be texts or lists of messages, got {prompt!r:.80} for {where}.")
+        conversation = prompt if isinstance(prompt, Conversation) else read_conversation({}, list(prompt), where)
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise InputError(f"`tokenizer` must have a chat template for messages, got one without for {where}.")
+        text = ChatTemplate(tokenizer).write_question(conversation, where)
+        # The template has written special tokens.
+        ids = tokenize([text], tokenizer, lambda _: where, add_special_tokens=False)["input_ids"][0]
+    if not ids:
+        raise InputError(f"`prompts` must have at least one token each, got {prompt!r:.80} for {where}.")
+    return ids
+
+
+def _stop_tokens(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[int]:
+    stops = {tokenizer.eos_token_id}
+    for _, text in model.source_files:
+        ends = json.loads(text).get("eos_token_id")
+        stops |= set(ends) if isinstance(ends, list) else {ends}
+    if template is not None:
+        stops.add(tokenizer.get_added_vocab().get(template.answer_end()))
+    return {token for token in stops if type(token) is int}

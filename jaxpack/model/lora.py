@@ -1,0 +1,65 @@
+"""LoRA: which projections get an adapter, and how it starts. The algebra is in `layers.Linear`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpack.config import WHOLE_MODULES, LoraConfig
+from jaxpack.errors import InputError, check_type
+from jaxpack.model.layers import Linear, LoraAdapter
+from jaxpack.model.transformer import Transformer
+
+
+def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
+    """Adds adapters to a model, in place, and returns it; from then on only they, and `modules_to_save`, are trained.
+
+    Initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32.
+
+    Raises:
+      InputError: a name in `target_modules` is no projection of this model, one in a pattern has no adapter, only one
+        of two tied matrices is in `modules_to_save`, or the model has adapters already.
+    """
+    check_type("config", config, LoraConfig)
+    if adapters(model):
+        raise InputError("`model` must be without LoRA adapters, got one that has them.")
+    linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
+    known = [name for linear in linears for name, _ in linear.projections]
+    wanted = tuple(known) if config.target_modules == "all-linear" else config.target_modules
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise InputError(f"`target_modules` must be 'all-linear' or among {sorted(known)}, got {unknown}.")
+    without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - set(wanted))
+    if without:
+        raise InputError(f"`rank_pattern` and `alpha_pattern` must be of projections with an adapter, got {without}.")
+    whole = set(config.modules_to_save)
+    if model.config.tie_word_embeddings and len(whole) == 1:
+        raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
+    if "embed_tokens" in whole:
+        model.embedding = nnx.LoRAParam(model.embedding[...])
+    if "lm_head" in whole and not model.config.tie_word_embeddings:
+        model.lm_head = nnx.LoRAParam(model.lm_head[...])
+    rngs = nnx.Rngs(config.seed)
+    for linear in linears:
+        *layers, _, in_features = linear.weight.shape
+        bound = 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5))
+        for name, size in linear.projections:
+            if name in wanted:
+                rank = config.rank_of(name)
+                lora_a = jax.random.uniform(rngs.params(), (*layers, rank, in_features), jnp.float32, -bound, bound)
+                lora_b = jnp.zeros((*layers, size, rank), jnp.float32)
+                linear.lora[name] = LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout)
+    model.lora_config = config
+    return model
+
+
+def adapters(model: Transformer) -> dict[str, LoraAdapter]:
+    """The model's adapters by projection name; empty without LoRA. Their factors are stacked over layers."""
+    check_type("model", model, Transformer)  # of all who ask what a model has before they do anything with it
+    return {
+        name: adapter
+        for _, linear in nnx.iter_modules(model)
+        if isinstance(linear, Linear)
+        for name, adapter in linear.lora.items()
+    }

@@ -1,0 +1,164 @@
+"""The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
+from jaxpack.kernels.attention import segment_bounds
+from jaxpack.model.layers import Block, RowContext, make_norm
+from jaxpack.model.offload import scan_offloaded
+from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
+from jaxpack.model.rope import document_angles
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model over packed rows.
+
+    The parameters of `blocks` are stacked over layers, `[num_layers, ...]`, and scanned, so that compile time does not
+    grow with depth. A new instance has random weights: `torch_bridge.from_pretrained` fills in a checkpoint's.
+
+    Attributes:
+      config: the architecture.
+      dtype: of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast to it.
+      lora_config: how adapters were added; None without them.
+      source_files: names and texts of the JSON files that the model was read with, for those to be written with it.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
+        initializer = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.blocks = stacked(rngs)
+        self.norm = make_norm(config, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.lora_config: LoraConfig | None = None  # set by `add_lora`
+        self.source_files: tuple[tuple[str, str], ...] = ()  # set by `torch_bridge`
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        remat: Remat = "full",
+        max_segments: int | None = None,
+        implementation: Implementation | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm, in `dtype`. See `PackedBatch` for what the arguments hold.
+
+        Args:
+          remat: what the backward pass computes again, see `memory`.
+          max_segments: what no row has more documents than, where that is known; see `kernels.attention`.
+          implementation: of all kernels; None takes the faster on each device. With "pallas", a projection that it has
+            no kernel for is XLA's, see `kernels.extended.refusal`.
+          dropout_key: turns the dropout of LoRA adapters on.
+        """
+        segments = segment_bounds(segment_ids)
+        # In rows that it spans, a window is none.
+        windows = [
+            window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
+        ]
+        bounds = Shared.of(windows, lambda window: segments if window is None else segments.within(window))
+        angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
+        if any(windows):
+            max_segments = None  # see `SegmentBounds.within`
+        graph, layers = nnx.split(self.blocks)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def layer(x, scanned, shared):
+            (parameters, key, bound, angle), (bounds, angles) = scanned, shared
+            context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
+            return nnx.merge(graph, parameters)(x, context, key)
+
+        scanned, shared = (layers, keys, bounds.places, angles.places), (bounds, angles)
+        casts = self.norm.scale.dtype != self.dtype
+        layer = recompute(layer, remat, offloaded(remat, self.config, casts=casts))
+        x = self.embed(tokens)
+        if remat in OFFLOADED:
+            x = scan_offloaded(layer, x, scanned, shared)
+        else:
+            x, _ = jax.lax.scan(lambda x, scanned: (layer(x, scanned, shared), None), x, scanned, unroll=unrolls(remat))
+        return self.norm(x)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
+        x = self.embedding[...][tokens].astype(self.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
+        return x
+
+    def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int) -> "Shared":
+        """The rotary angles of each layer, see `document_angles`."""
+        H = self.config.head_dim
+        return Shared.of(self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths, longest=longest))
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits: the embedding where they are tied."""
+        return (self.embedding if self.config.tie_word_embeddings else self.lm_head)[...]
+
+    def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The logits of hidden states, in float32."""
+        logits = jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits in float32, for looking at; training never holds them. Without `segment_ids` a row is one document."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        return _logits(*nnx.split(self), tokens, segment_ids)
+
+
+class Shared(NamedTuple):
+    """Arrays made of the batch, once for all layers with the same setting: a table of them where there are several."""
+
+    table: Any
+    places: Int[np.ndarray, " L"] | None  # in the table, of each layer; None where all layers share one
+
+    @classmethod
+    def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "Shared":
+        distinct = list(dict.fromkeys(settings))
+        made = [make(setting) for setting in distinct]
+        if len(made) == 1:
+            return cls(made[0], None)
+        places = np.array([distinct.index(setting) for setting in settings], np.int32)
+        return cls(jax.tree.map(lambda *arrays: jnp.stack(arrays), *made), places)
+
+    def at(self, place: Int[Array, ""] | None) -> Any:
+        """Those of the layer, whose place a scan over `places` gives."""
+        if place is None:
+            return self.table
+        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), self.table)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B T V"]:
+    model = nnx.merge(graph, state)
+    return model.unembed(model(tokens, segment_ids, segment_positions(segment_ids)))
+
+
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each token's place in its own segment, from where the ids change."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,425 @@
+"""What a dataset's lengths promise: how much of each layout is padding, what that costs, and what is trained on."""
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.jupyter import JupyterMixin
+from rich.table import Table
+from rich.text import Text
+
+from jaxpack.config import Layout, Remat, TrainConfig
+from jaxpack.data.batching import Batches, Truncation
+from jaxpack.data.packing import packed_rows
+from jaxpack.data.reading import Documents
+from jaxpack.errors import InputError, check_type
+from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.device import current_device
+from jaxpack.planning.predictions import RATES, Rates, known_gpu, resolve, run_seconds
+from jaxpack.utils.figures import Line, frame, label_ends, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+ORDINARY = "padded to the longest"  # what other trainers do, for whom no shape is compiled
+_SAMPLE = 16_384  # documents, where there are more, that padding by batch size is counted of
+_WORTH = 1.05  # a speed-up to speak of
+_LOSS = 0.005  # a share of tokens, cut off, to speak of
+_NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, in as many tokens"}
+_COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", "packed": "#0072B2"}
+
+
+# What is found.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What a run in one layout comes to.
+
+    Attributes:
+      config: the run. Its trainer will report the same padding share.
+      padding_share: of its positions.
+      shapes: `(A, B, T)`, which it compiles.
+      speedup: its tokens a second to those of the padded run; where times are not predicted, from the positions.
+      remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
+      refusal: why it does not fit in the device's memory, where it does not.
+    """
+
+    config: TrainConfig
+    padding_share: float
+    shapes: list[tuple[int, int, int]]
+    speedup: float
+    remat: Remat | None = None
+    tokens_per_second: float | None = None
+    hours_per_epoch: float | None = None
+    refusal: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection(JupyterMixin):
+    """What `inspect` found. rich prints it (`rich.print`), a notebook shows it, and `figure` draws it.
+
+    Attributes:
+      config: the run that was asked about.
+      lengths: of all documents, int64 `[documents]`.
+      num_tokens, num_targets: in them; a target is a token that is trained on.
+      untrained: documents that have no target.
+      truncation: what `max_length` costs the run, the untrained documents among those dropped.
+      targets_lost: how many targets are cut off.
+      layouts: the run in each layout, with about as many tokens a step.
+      padding: by batch size in documents, those of `BATCH_SIZES` that there are documents for, of each layout and of
+        `ORDINARY` batches, whose share is the exact expectation over all orders; the others' is counted, of 16,384
+        documents where there are more.
+      device: whose times are predicted; None where they are not.
+      recommendation: what to do, and why.
+    """
+
+    config: TrainConfig
+    lengths: np.ndarray
+    num_tokens: int
+    num_targets: int
+    untrained: int
+    truncation: Truncation
+    targets_lost: int
+    layouts: dict[Layout, Promise]
+    padding: dict[str, dict[int, float]]
+    device: str | None
+    recommendation: str
+
+    @property
+    def run(self) -> Promise:
+        """The run that was asked about."""
+        return self.layouts[self.config.layout]
+
+    def figure(self) -> "Figure":
+        """The lengths, and the padding share by batch size."""
+        return _draw(self)
+
+    def __rich__(self) -> RenderableType:
+        parts = (_lengths_table(self), _facts(self), _padding_table(self), _layouts_table(self), Text(_basis(self)))
+        verdict = Text(f"-> {self.recommendation}", style="bold")
+        return Group(*(part for one in (*parts, verdict) for part in (one, "")))
+
+
+def inspect(
+    documents: Documents, config: TrainConfig | None = None, *, model: Transformer | None = None, gpu: str | None = None
+) -> Inspection:
+    """Predicts what a run will make of a dataset, and what it would be in another layout. Runs no model.
+
+    Args:
+      documents: from `load_documents`.
+      config: the run; its batch size is of documents, or, with `packing`, of rows.
+      model: what times are predicted of; its arrays may be abstract.
+      gpu: "H200" or "H100", for times there; None is this machine's device.
+
+    Raises:
+      InputError: the run can have no batches, `documents` are something else, or `gpu` is not known.
+    """
+    config = TrainConfig() if config is None else config
+    check_type("documents", documents, Documents)
+    check_type("config", config, TrainConfig)
+    if model is not None:
+        check_type("model", model, Transformer)
+    if gpu is not None and gpu not in RATES:
+        raise InputError(f"`gpu` must be one of {', '.join(RATES)}, got {gpu!r}.")
+    device = None if model is None else gpu or current_device().device_kind
+    known = None if device is None else known_gpu(device)
+    runs = _in_every_layout(documents, config)
+    batches = {layout: Batches(documents, run) for layout, run in runs.items()}
+    layouts = {layout: _promise(run, batches[layout], batches["padded"]) for layout, run in runs.items()}
+    if model is not None and known is not None:
+        layouts = _timed(layouts, batches, model, RATES[known], gpu)
+    run = batches[config.layout]
+    num_targets, kept = documents.num_targets, run.documents.num_targets
+    targets_lost = int(num_targets.sum() - kept.sum())
+    advice = [_advice_on_size(run, config) or _advice(layouts)]
+    advice += _advice_on_length(documents, run.truncation, targets_lost, config)
+    return Inspection(
+        config=config,
+        lengths=documents.lengths,
+        num_tokens=documents.num_tokens,
+        num_targets=int(num_targets.sum()),
+        untrained=int((num_targets == 0).sum()),
+        truncation=run.truncation,
+        targets_lost=targets_lost,
+        layouts=layouts,
+        padding=_padding(documents, batches["padded"].documents, config),
+        device=None if known is None else device,
+        recommendation=" ".join(advice),
+    )
+
+
+def _in_every_layout(documents: Documents, config: TrainConfig) -> dict[Layout, TrainConfig]:
+    """The run, and what it would be in the other layouts at about as many tokens a step."""
+    size, lengths = config.per_device_train_batch_size, np.minimum(documents.lengths, config.max_length)
+    rows = size if config.packing else packed_rows(size, lengths, config.max_length)
+    whole = min(len(lengths), max(1, round(size * config.max_length / lengths.mean()))) if config.packing else size
+    sizes = {layout: rows if layout == "packed" else whole for layout in get_args(Layout)}
+    return {layout: config.in_layout(layout, size) for layout, size in sizes.items()}
+
+
+def _promise(config: TrainConfig, batches: Batches, padded: Batches) -> Promise:
+    return Promise(
+        config=config,
+        padding_share=batches.padding_share,
+        shapes=batches.shapes,
+        speedup=(1 - batches.padding_share) / (1 - padded.padding_share),
+    )
+
+
+def _timed(
+    layouts: dict[Layout, Promise], batches: dict[Layout, Batches], model: Transformer, rates: Rates, gpu: str | None
+) -> dict[Layout, Promise]:
+    """The same with times, of those that fit, and speed-ups from them."""
+    timed = {}
+    for layout, promise in layouts.items():
+        run = batches[layout]
+        try:
+            remat, _ = resolve(promise.config, model, run, 0, gpu)
+        except InputError as error:
+            timed[layout] = dataclasses.replace(promise, refusal=str(error))
+            continue
+        seconds = run_seconds(model, run, remat, rates)
+        rate = float(run.tokens_per_step.sum()) / seconds
+        base = timed["padded"].tokens_per_second if timed else rate
+        timed[layout] = dataclasses.replace(
+            promise,
+            remat=remat,
+            tokens_per_second=rate,
+            hours_per_epoch=seconds / run.num_steps * run.steps_per_epoch / 3600,
+            speedup=rate / base if base is not None else promise.speedup,
+        )
+    return timed
+
+
+# Padding.
+
+
+def ordinary_padding(lengths: np.ndarray, batch_size: int) -> float:
+    """The padding share of batches of documents in random order, each padded to its longest document.
+
+    1 - tokens / positions, with the exact expectation of the positions over all orders of the documents: that of the
+    longest of a batch follows from how many documents there are of up to each length. The last batch may be smaller.
+    """
+    ordered = np.sort(lengths).astype(np.float64)
+    whole, rest = divmod(len(ordered), batch_size)
+    positions = whole * batch_size * _mean_longest(ordered, batch_size) if whole else 0.0
+    positions += rest * _mean_longest(ordered, rest) if rest else 0.0
+    return max(0.0, float(1 - ordered.sum() / positions))
+
+
+def _mean_longest(ordered: np.ndarray, count: int) -> float:
+    """Of so many of the lengths, which ascend, drawn without putting any back."""
+    chance = np.ones(len(ordered))  # that all of them are among the first 1, 2, ...
+    for drawn in range(count):
+        chance *= np.maximum(np.arange(1, len(ordered) + 1) - drawn, 0) / (len(ordered) - drawn)
+    return float(ordered @ np.diff(chance, prepend=0.0))
+
+
+def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[str, dict[int, float]]:
+    """By batch size, of an epoch; `cut` are the documents within `max_length`."""
+    all_lengths = cut.lengths
+    documents, cut = _sampled(documents, config.seed), _sampled(cut, config.seed)
+    shares: dict[str, dict[int, float]] = {name: {} for name in (ORDINARY, *get_args(Layout))}
+    for size in (size for size in BATCH_SIZES if size <= len(all_lengths)):
+        shares[ORDINARY][size] = ordinary_padding(all_lengths, size)
+        for layout in get_args(Layout):
+            rows = packed_rows(size, cut.lengths, config.max_length) if layout == "packed" else size
+            run = dataclasses.replace(config.in_layout(layout, rows), max_steps=-1, num_train_epochs=1.0)
+            shares[layout][size] = Batches(documents if layout == "packed" else cut, run).padding_share
+    return shares
+
+
+def _sampled(documents: Documents, seed: int) -> Documents:
+    """As many of the documents as will do, trained on whole."""
+    if len(documents) <= _SAMPLE:
+        return documents
+    lengths = np.random.default_rng(seed).choice(documents.lengths, _SAMPLE, replace=False)
+    tokens = np.zeros(lengths.sum(), np.int32)
+    return Documents(tokens, tokens, np.cumsum(lengths) - lengths, lengths)
+
+
+# Advice.
+
+
+def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
+    """Where a step takes more than the data has: then the layouts differ in how much of a batch is empty."""
+    if run.num_rows >= run.rows_per_step:
+        return None
+    has = _count(run.num_rows, "row" if config.packing else "document")
+    return (
+        f"The data has {has}, and a step takes {run.rows_per_step:,}: the rest of it is padding, and the speed-ups are"
+        " not those of more data. A smaller `--per-device-train-batch-size` (or `--gradient-accumulation-steps`) wastes"
+        " less."
+    )
+
+
+def _advice(layouts: dict[Layout, Promise]) -> str:
+    padded, free, packed = (layouts[layout] for layout in get_args(Layout))
+    of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
+    of_free = f"padding-free batches {_percent(free.padding_share)}"
+    of_packed = f"packed rows of {packed.config.max_length:,} tokens {_percent(packed.padding_share)}"
+    flags = f"`--packing --per-device-train-batch-size {packed.config.per_device_train_batch_size}`"
+    if max(free.speedup, packed.speedup) < _WORTH:
+        return f"Packing gains nothing here: {of_padded}, {of_free}, {of_packed}."
+    if packed.speedup >= _WORTH * free.speedup:
+        return f"Pack ({flags}): {of_padded}, {of_packed}: {packed.speedup:.2f} x the tokens a second."
+    gain = f"{free.speedup:.2f} x the tokens a second"
+    if free.speedup >= _WORTH * packed.speedup:
+        (_, _, T), max_length = packed.shapes[0], packed.config.max_length
+        why = "documents leave room that none of the others fills, and a larger `--max-length` would leave less"
+        if max_length < T:
+            why = f"a row of {max_length:,} takes {T:,} positions, a multiple of 128, as `--max-length` should be"
+        return f"Stay padding-free, the default: {of_padded}, {of_free}: {gain}. {of_packed.capitalize()}: {why}."
+    return f"Padding-free, the default, is enough: {of_padded}, {of_free}: {gain}; {of_packed}, {packed.speedup:.2f} x."
+
+
+def _advice_on_length(documents: Documents, cut: Truncation, targets_lost: int, config: TrainConfig) -> Iterator[str]:
+    share, of_targets = cut.tokens / documents.num_tokens, targets_lost / max(1, documents.num_targets.sum())
+    if max(share, of_targets) < _LOSS:
+        return
+
+    def lost(max_length: int) -> float:
+        return np.maximum(documents.lengths - max_length, 0).sum() / documents.num_tokens
+
+    lengths = range(128, int(documents.lengths.max()) + 128, 128)
+    enough = lengths[bisect.bisect_left(lengths, -_LOSS / 5, key=lambda length: -lost(length))]
+    yield (
+        f"But `--max-length {config.max_length}` cuts off {_percent(share)} of the tokens and {_percent(of_targets)} of"
+        f" those trained on: {enough:,} would cut off {_percent(lost(enough))}, and packing with"
+        " `--packing-strategy bfd_split` none."
+    )
+
+
+# Tables.
+
+
+def histogram(lengths: np.ndarray, most: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Edges, int `[bins + 1]`, and documents in each bin: of a round width, the last for what is beyond 99.5 %."""
+    high = max(1, int(np.quantile(lengths, 0.995, method="higher")))
+    width = next(step * 10**power for power in range(12) for step in (1, 2, 5) if (most - 1) * step * 10**power > high)
+    edges = np.arange(0, (high // width + 1) * width + 1, width)
+    if (longest := int(lengths.max())) >= edges[-1]:
+        edges = np.append(edges, longest + 1)
+    return edges, np.histogram(lengths, edges)[0]
+
+
+def _lengths_table(found: Inspection) -> Table:
+    table = Table(
+        box=None, pad_edge=False, title="documents, by length in tokens", title_justify="left", show_header=False
+    )
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    edges, counts = histogram(found.lengths)
+    shortest = np.flatnonzero(counts)[0]
+    edges, counts = edges[shortest:], counts[shortest:]
+    limit = found.config.max_length
+    for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
+        bar = Text("█" * -(-40 * count // int(counts.max())), style="red" if low >= limit else "blue")
+        if low <= limit < high:
+            bar.append(f"  <- max_length {limit:,}", "red")
+        table.add_row(f"{low:,} to {high - 1:,}", f"{count:,}", bar)
+    return table
+
+
+def _facts(found: Inspection) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    lengths, cut = found.lengths, found.truncation
+    table.add_row("documents", f"{len(lengths):,}")
+    trained = _percent(found.num_targets / found.num_tokens)
+    table.add_row("tokens", f"{found.num_tokens:,}, {trained} of them trained on")
+    table.add_row("length", f"mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, longest {lengths.max():,}")
+    lost, of_targets = cut.tokens / found.num_tokens, found.targets_lost / max(1, found.num_targets)
+    what = f"{_count(cut.documents, 'document')}: {cut.tokens:,} tokens are lost ({_percent(lost)})"
+    what += f", {found.targets_lost:,} of those trained on ({_percent(of_targets)})"
+    split = ", longer ones are split" if (lengths > found.config.max_length).any() else ""
+    table.add_row(f"cut at {found.config.max_length:,}", what if cut.documents else f"no document{split}")
+    after = f"; {cut.dropped:,} once they are cut, and dropped" if cut.dropped > found.untrained else ""
+    table.add_row("nothing to learn", f"{_count(found.untrained, 'document')}{after}")
+    return table
+
+
+def _padding_table(found: Inspection) -> Table:
+    table = Table(title="padding, by documents in a batch", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for size in found.padding[ORDINARY]:
+        table.add_column(str(size), justify="right", no_wrap=True)
+    for name, shares in found.padding.items():
+        table.add_row(_NAMES.get(name, name), *map(_percent, shares.values()))
+    return table
+
+
+def _layouts_table(found: Inspection) -> Table:
+    table = Table(title="a run in each layout; * as asked for", title_justify="left")
+    columns = ("", "batch", "padding", "speed-up", *(("tokens/s", "hours/epoch", "remat") if found.device else ()))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("", "batch", "remat") else "right", no_wrap=True)
+    for layout, promise in found.layouts.items():
+        times = ["", "", "does not fit" if promise.refusal else ""]
+        if promise.tokens_per_second is not None:
+            hours = f"{promise.hours_per_epoch:{'.2f' if promise.hours_per_epoch >= 0.1 else '.2g'}}"
+            times = [f"{promise.tokens_per_second:,.0f}", hours, promise.remat]
+        name = f"{layout} *" if promise.config is found.run.config else layout
+        cells = (name, _batch(promise.config), _percent(promise.padding_share), f"{promise.speedup:.2f} x")
+        table.add_row(*cells, *times[: len(columns) - 4])
+    return table
+
+
+def _basis(found: Inspection) -> str:
+    """What the figures rest on."""
+    if found.device is None:
+        return "Speed-ups are of the positions computed, not of times; `--gpu` predicts those of a GPU elsewhere."
+    if found.run.refusal is not None:
+        return f"The run does not fit: {found.run.refusal}"
+    rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, for its own are not known"
+    unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
+    full = " How much of its memory is free is not known, so remat is full: `--memory-limit` says." if unknown else ""
+    return f"Times are predicted for {found.device}, from {rates}, not measured.{full}"
+
+
+def _batch(config: TrainConfig) -> str:
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return f"{_count(size, 'row')} of {config.max_length:,}" if config.packing else _count(size, "document")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{share:.1%}"
+
+
+# The picture.
+
+
+def _draw(found: Inspection) -> "Figure":
+    figure = new_figure(12.5, 4.6)
+    lengths, padding = figure.subplots(1, 2)
+    edges, counts = histogram(found.lengths, 40)
+    shown = edges if edges[-1] - edges[-2] == edges[1] - edges[0] else edges[:-1]  # the last may be far out
+    lengths.bar(shown[:-1], counts[: len(shown) - 1], np.diff(shown), align="edge", color=_COLORS["packed"])
+    beyond = int(counts[len(shown) - 1 :].sum())
+    along = f"tokens ({beyond:,} of {len(found.lengths):,} have more, to {found.lengths.max():,})"
+    frame(lengths, "How long are the documents?", along if beyond else "tokens", "documents")
+    if found.config.max_length < shown[-1]:
+        lengths.axvline(found.config.max_length, color=_COLORS[ORDINARY])
+        lengths.annotate(f" max_length {found.config.max_length:,}", (found.config.max_length, counts.max()))
+    lines = []
+    for name, shares in found.padding.items():
+        line = Line(_NAMES.get(name, name), _COLORS[name], list(shares), [100 * share for share in shares.values()])
+        padding.plot(line.xs, line.ys, color=line.color, marker="o", markersize=4)
+        lines.append(line)
+    padding.set_xscale("log", base=2)
+    padding.set_xticks(sizes := list(found.padding[ORDINARY]), list(map(str, sizes)))
+    padding.set_ylim(bottom=0)
+    frame(padding, "How much of a batch is padding?", "documents in a batch", "%")
+    label_ends(padding, lines)
+    return figure

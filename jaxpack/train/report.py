@@ -1,0 +1,155 @@
+"""The report of a run, finished or not, from `metrics.jsonl` and `about.json`: Markdown, and a picture beside it."""
+
+import io
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from jaxpack.errors import InputError, reason
+from jaxpack.train.metrics import ABOUT, METRICS, Record, read_records
+from jaxpack.utils.figures import frame, new_figure
+from jaxpack.utils.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ABOUT = ("started", "after", "num_steps", "padding_share", "model", "device", "versions", "remat", "plan", "settings")
+REPORT, PICTURE = "report.md", "report.png"
+_TRAIN, _EVAL = "#0072B2", "#D55E00"
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes `report.md` into the output folder of a run, which may have been stopped, or still go on: its path.
+
+    `report.png` is drawn beside it where matplotlib is installed, and two records are there to draw a line of. Reports
+    of before are replaced.
+
+    Raises:
+      InputError: the folder is not that of a run with a record, or cannot be written to.
+    """
+    folder = Path(folder)
+    records = read_records(folder)
+    training, _ = _by_kind(records)
+    if not training:
+        raise InputError(f"`folder` must hold {METRICS} with a record of a step, got {str(folder)!r} with none.")
+    about = _read_about(folder)
+    if len(training) < 2:
+        picture = "One record is not enough for a picture: a smaller `logging_steps` writes more."
+    elif find_spec("matplotlib") is None:
+        picture = f"No picture, for lack of matplotlib: `pip install 'jaxpack[bench]'`, then `{_again(folder)}`."
+    else:
+        image = io.BytesIO()
+        draw_run(records).savefig(image, format="png", dpi=100)
+        replace_file(folder / PICTURE, image.getvalue(), "folder")
+        picture = f"![Loss, tokens a second, memory and padding, by step]({PICTURE})"
+    path = folder / REPORT
+    replace_file(path, _text(folder, records, about, picture).encode(), "folder")
+    return path
+
+
+def draw_run(records: list[Record]) -> "Figure":
+    """Loss, tokens a second, memory and padding against the step, from the records of a `metrics.jsonl`."""
+    training, evaluations = _by_kind(records)
+    figure = new_figure(12.5, 6.8)
+    loss, *others = figure.subplots(2, 2).flat
+    steps = [record["step"] for record in training]
+    loss.plot(steps, [record["loss"] for record in training], color=_TRAIN, label="training, mean since the one before")
+    if evaluations:
+        points = ([record[name] for record in evaluations] for name in ("step", "eval_loss"))
+        loss.plot(*points, color=_EVAL, marker="o", markersize=4, label="evaluation")
+        loss.legend(frameon=False)
+    frame(loss, "Does it learn?", "step", "loss")
+    figures = (
+        ("How many real tokens a second?", "real tokens/s", "tokens_per_second", 1),
+        ("How much memory?", "peak so far, GiB", "peak_memory_bytes", 2**-30),
+        ("How much is padding?", "% of the positions", "padding_share", 100),
+    )
+    for panel, (title, unit, name, factor) in zip(others, figures, strict=True):
+        values = [factor * record[name] for record in training]
+        panel.plot(steps, values, color=_TRAIN)
+        panel.set_ylim(0, 1.1 * max(values) or 1)
+        panel.yaxis.set_major_formatter("{x:,.10g}")
+        frame(panel, title, "step", unit)
+    return figure
+
+
+def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Those of training steps, and those of evaluations."""
+    return [record for record in records if "loss" in record], [record for record in records if "eval_loss" in record]
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"`folder` must hold {ABOUT}, got {str(folder)!r}: {reason(error)}.") from error
+    missing = [name for name in _ABOUT if not isinstance(about, dict) or name not in about]
+    if missing:
+        raise InputError(f"`folder` must hold {ABOUT} of a run, got {str(folder)!r}, without {', '.join(missing)}.")
+    return about
+
+
+def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: str) -> str:
+    after, done = about["after"], max(record["step"] for record in records)
+    settings = yaml.safe_dump(about["settings"], sort_keys=False, default_flow_style=None, allow_unicode=True)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    began = f"went on from step {after:,} at" if after else "started at"
+    return "\n".join(
+        [
+            f"# {folder.resolve().name}: {done:,} of {about['num_steps']:,} steps",
+            "",
+            f"{about['model']}, {began} {about['started']} on {about['device']}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in _figures(records, about)),
+            "",
+            picture,
+            "",
+            "## Data and model",
+            "",
+            *(f"- {line}" for line in about["plan"]),
+            "",
+            "## Settings",
+            "",
+            "```yaml",
+            settings.rstrip("\n"),
+            "```",
+            "",
+            "## Versions",
+            "",
+            f"{versions}; {about['device']}",
+            "",
+        ]
+    )
+
+
+def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, str]]:
+    training, evaluations = _by_kind(records)
+    first, last = training[0], training[-1]
+    lines = [("loss, first and last record", f"{first['loss']:.4f}, {last['loss']:.4f} (step {last['step']:,})")]
+    if evaluations:
+        lines.append(("eval loss, last", _evaluation(evaluations[-1])))
+        best = min(evaluations, key=lambda record: math.inf if math.isnan(record["eval_loss"]) else record["eval_loss"])
+        lines.append(("eval loss, lowest", _evaluation(best)))
+    rate = float(np.median([record["tokens_per_second"] for record in training]))
+    lines.append(("real tokens/s, median of the records", f"{rate:,.0f}"))
+    lines.append(("peak memory", f"{max(record['peak_memory_bytes'] for record in training) / 2**30:.2f} GiB"))
+    lines.append(("padding, of all positions", f"{about['padding_share']:.2%}"))
+    lines.append(("what the backward pass keeps", f"`remat` {about['remat']}"))
+    start = f"{last['first_step_seconds']:.1f} s, {last['compile_seconds']:.1f} s of them for programs"
+    lines.append(("time to the first step", start))
+    return lines
+
+
+def _evaluation(record: Record) -> str:
+    return f"{record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f} (step {record['step']:,})"
+
+
+def _again(folder: Path) -> str:
+    return f"jaxpack.write_report({str(folder)!r})"

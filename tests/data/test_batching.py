@@ -1,0 +1,221 @@
+"""Batches: every document once an epoch, few shapes, and the same documents a step however they are laid out."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from models import random_documents
+
+from jaxpack.config import TrainConfig
+from jaxpack.data.batching import Batches, _order, _splitmix64, choose_buckets
+from jaxpack.data.packing import BatchLimits, PackedBatch
+from jaxpack.errors import InputError
+from jaxpack.train.trainer import describe
+
+LAYOUTS = [
+    pytest.param({"packing": True}, id="packed"),
+    pytest.param({}, id="padding_free"),
+    pytest.param({"padding_free": False}, id="padded"),
+]
+GOLDEN = [
+    [3, 5, 8, 6, 0, 2, 4, 9, 7, 1],
+    [9, 1, 5, 7, 2, 4, 8, 3, 6, 0],
+    [0, 3, 5, 2, 6, 8, 7, 4, 9, 1],
+]
+LENGTHS = np.random.default_rng(0).integers(2, 200, 101).tolist()
+
+
+def documents_in(batch: PackedBatch) -> list[tuple[int, ...]]:
+    """The tokens of every segment of a batch."""
+    T = batch.tokens.shape[-1]
+    found = []
+    for tokens, segments in zip(batch.tokens.reshape(-1, T), batch.segment_ids.reshape(-1, T), strict=True):
+        found += [tuple(tokens[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_epoch_has_every_document_once_in_an_order_of_its_own(layout, accumulation):
+    documents = random_documents(LENGTHS, masked=0)
+    config = TrainConfig(
+        max_length=256,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        **layout,
+    )
+    batches = Batches(documents, config)
+    expected = sorted(
+        tuple(documents.tokens[start : start + length].tolist())
+        for start, length in zip(documents.starts, documents.lengths, strict=True)
+    )
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        epochs.append([document for step in steps for document in documents_in(batches[step])])
+        assert sorted(epochs[-1]) == expected
+    assert epochs[0] != epochs[1]
+    assert len(batches) == 2 * batches.steps_per_epoch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_said_of_the_batches_is_what_they_are(layout):
+    config = TrainConfig(max_length=256, gradient_accumulation_steps=2, per_device_train_batch_size=4, **layout)
+    batches = Batches(random_documents(LENGTHS), config)
+    made = [batches[step] for step in range(len(batches))]
+    assert {batch.tokens.shape for batch in made} == set(batches.shapes)
+    assert len(batches.shapes) <= 4
+    assert all(T % 128 == 0 for *_, T in batches.shapes)
+    np.testing.assert_array_equal(batches.tokens_per_step, [(batch.segment_ids > 0).sum() for batch in made])
+    np.testing.assert_array_equal(batches.positions_per_step, [batch.tokens.size for batch in made])
+    assert batches.padding_share == pytest.approx(np.mean(np.concatenate([b.segment_ids.ravel() for b in made]) == 0))
+
+
+def test_padding_free_and_padded_steps_have_the_same_documents():
+    free, padded = (
+        Batches(random_documents(LENGTHS), TrainConfig(max_length=256, padding_free=choice)) for choice in (True, False)
+    )
+    assert len(free) == len(padded)
+    for step in range(len(free)):
+        assert documents_in(free[step]) == documents_in(padded[step])
+    assert free.padding_share < padded.padding_share
+
+
+@pytest.mark.parametrize("accumulation", [2, 5])
+def test_padding_free_micro_batches_are_about_as_long_as_each_other(accumulation):
+    config = TrainConfig(max_length=256, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4)
+    batches = Batches(random_documents(LENGTHS), config)
+    for step in range(batches.steps_per_epoch):
+        rows = (batches[step].segment_ids > 0).sum(axis=-1)
+        assert rows.max() - rows.min() <= 200  # the longest document: it went to the shortest row
+
+
+def test_packed_rows_are_shuffled():
+    # Best-fit decreasing puts the longest documents in the first rows: as they come, steps would be all long first.
+    batches = Batches(
+        random_documents(LENGTHS), TrainConfig(max_length=256, packing=True, per_device_train_batch_size=4)
+    )
+    per_step = [batches[step].segment_ids.max(axis=-1).mean() for step in range(batches.steps_per_epoch - 1)]
+    assert per_step != sorted(per_step)
+
+
+def test_the_order_follows_from_the_seed():
+    def first(seed: int) -> np.ndarray:
+        return Batches(random_documents(LENGTHS), TrainConfig(seed=seed))[0].tokens
+
+    np.testing.assert_array_equal(first(1), first(1))
+    assert first(1).shape != first(2).shape or (first(1) != first(2)).any()
+
+
+def test_the_order_is_one_for_all_versions_of_numpy():
+    # SplitMix64's published test vector, from the seed 1234567.
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert _splitmix64(1234567, 5).tolist() == [*published, 16408922859458223821]
+    assert [_order(42, epoch, 10).tolist() for epoch in range(3)] == GOLDEN
+    assert sorted(_order(2**70 + 1, 5, 1000)) == list(range(1000))
+
+
+def test_the_order_of_a_late_epoch_takes_no_longer():
+    assert _splitmix64(7, 2, skip=3).tolist() == _splitmix64(7, 5).tolist()[3:]
+    assert sorted(_order(7, 2**40, 10)) == list(range(10))  # what comes before would be terabytes
+
+
+def test_rows_meet_others_in_every_epoch():
+    """Places are as good as independent from epoch to epoch and from seed to seed: no correlation beyond chance."""
+    places = [np.argsort(_order(seed, epoch, 4000)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    correlations = np.corrcoef([np.arange(4000), *places])[np.triu_indices(10, 1)]
+    assert np.abs(correlations).max() < 5 / np.sqrt(4000)
+
+
+def test_truncation_is_counted_and_what_it_leaves_nothing_to_learn_is_dropped():
+    documents = random_documents([10, 50, 60, 20], masked=0)
+    documents.labels[10:50] = -100  # the second document: a long prompt
+    batches = Batches(documents, TrainConfig(max_length=32, per_device_train_batch_size=1))
+    assert (batches.truncation.documents, batches.truncation.tokens, batches.truncation.dropped) == (2, 18 + 28, 1)
+    assert sorted(len(d) for step in range(batches.steps_per_epoch) for d in documents_in(batches[step])) == [
+        10,
+        20,
+        32,
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_targets_that_come_first_in_a_piece_are_told_and_not_all_there_are(strategy):
+    """Nothing predicts them: an evaluation would divide by zero, and a run learn nothing."""
+    config = TrainConfig(max_length=32, packing=True, packing_strategy=strategy, max_steps=1)
+    documents = random_documents([64, 64], masked=0)
+    labels = np.full_like(documents.labels, -100)
+    labels[[32, 96]] = documents.tokens[[32, 96]]  # where the second piece begins
+    lost = dataclasses.replace(documents, labels=labels)
+    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to learn, got 32"):
+        Batches(lost, config)
+    labels = labels.copy()
+    labels[40] = documents.tokens[40]
+    some = dataclasses.replace(documents, labels=labels)
+    told = describe(some, Batches(some, config), config)
+    assert "2 tokens to train on come first in a piece of a document: nothing predicts them there" in told
+    whole = TrainConfig(max_length=64, packing=True, packing_strategy=strategy, max_steps=1)
+    assert not any("come first" in line for line in describe(documents, Batches(documents, whole), whole))
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_strategies_that_split_cut_nothing(strategy):
+    batches = Batches(
+        random_documents([10, 50, 60]), TrainConfig(max_length=32, packing=True, packing_strategy=strategy)
+    )
+    assert batches.truncation.tokens == 0
+    assert batches.tokens_per_step[: batches.steps_per_epoch].sum() == 120
+
+
+def test_a_max_length_that_leaves_nothing_to_learn_is_refused():
+    documents = random_documents([10, 10], masked=0)
+    documents.labels[[*range(5), *range(10, 15)]] = -100
+    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to learn, got 4"):
+        Batches(documents, TrainConfig(max_length=4))
+
+
+def test_max_steps_overrides_epochs():
+    assert len(Batches(random_documents(LENGTHS), TrainConfig(max_steps=7))) == 7
+    assert len(Batches(random_documents(LENGTHS), TrainConfig(num_train_epochs=0.5))) == 7  # of 13
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_steps", 10**12), ("num_train_epochs", 1e12)])
+def test_more_steps_than_can_be_planned_are_refused(name, value):
+    with pytest.raises(InputError, match=f"`{name}` must come to at most 10,000,000 steps, got 1,000,000,000,000"):
+        Batches(random_documents(LENGTHS), TrainConfig(**{name: value}))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buckets_waste_the_fewest_tokens(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 1200, rng.integers(1, 40))
+    buckets = choose_buckets(sizes, max_buckets=3)
+    rounded = np.unique(-(-sizes // 128) * 128)
+
+    def positions(buckets: np.ndarray) -> int:
+        return int(np.asarray(buckets)[np.searchsorted(buckets, sizes)].sum())
+
+    choices = [
+        sorted({*choice, int(rounded[-1])})
+        for count in range(3)
+        for choice in itertools.combinations(rounded.tolist(), count)
+    ]
+    assert len(buckets) <= 3
+    assert set(buckets.tolist()) <= set(rounded.tolist())
+    assert positions(buckets) == min(map(positions, choices))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_limits_are_the_most_that_any_batch_has(layout):
+    config = TrainConfig(per_device_train_batch_size=3, max_steps=7, max_length=256, **layout)
+    batches = Batches(random_documents(LENGTHS), config)
+    segments: dict[int, int] = {}
+    targets: dict[int, int] = {}
+    for batch in batches:
+        T = batch.tokens.shape[-1]
+        segments[T] = max(segments.get(T, 0), int(batch.segment_ids.max()))
+        in_micro = (batch.targets != -100).sum(axis=(1, 2)).max()
+        targets[T] = max(targets.get(T, 0), -(-int(in_micro) // 128) * 128)
+    assert batches.limits == {T: BatchLimits(segments[T], targets[T]) for T in segments}

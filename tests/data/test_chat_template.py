@@ -1,0 +1,653 @@
+"""Of a conversation exactly the assistant's turns and their end tokens are trained on, whatever template writes it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from chat_templates import CHATML, QWEN3, STYLES, Style, with_tags, without_tags
+from models import small_model
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers_for_tests import small_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from jaxpack.config import TrainConfig
+from jaxpack.data.reading import Documents, load_documents
+from jaxpack.errors import InputError
+from jaxpack.train.trainer import Trainer
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def load(rows: Any, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Documents:
+    return load_documents(rows, tokenizer, vocab_size=len(tokenizer), **options)
+
+
+def of_template(template: str, *specials: str, tags: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = small_tokenizer(specials=specials)
+    tokenizer.chat_template = with_tags(template) if tags else without_tags(template)
+    return tokenizer
+
+
+def whole(documents: Documents, tokenizer: PreTrainedTokenizerFast, which: int = 0) -> str:
+    return tokenizer.decode(documents.tokens[documents.starts[which] :][: documents.lengths[which]].tolist())
+
+
+def trained(documents: Documents, tokenizer: PreTrainedTokenizerFast, which: int = 0) -> list[str]:
+    """Each stretch of a document that is trained on, decoded."""
+    here = slice(documents.starts[which], documents.starts[which] + documents.lengths[which])
+    tokens, on = documents.tokens[here], documents.labels[here] != -100
+    assert (documents.labels[here][on] == tokens[on]).all()
+    borders = np.flatnonzero(np.diff(np.concatenate([[False], on, [False]])))
+    return [tokenizer.decode(tokens[begin:end].tolist()) for begin, end in borders.reshape(-1, 2)]
+
+
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    """A conversation in which user and assistant take turns."""
+    before = [] if system is None else [turn("system", system)]
+    return before + [turn("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
+
+
+CHATS = {
+    "one_turn": chat("the cab?", "ab, the cab."),
+    "turns": chat("a", "b", "the", "cab", "c", "d"),
+    "same_words": chat("ab", "ab", "ab", "ab"),
+    "unicode": chat("é 😀 ß?", "日本語 - e\u0301 👩‍👩‍👧", "ü", "😀"),
+    "empty_answer": chat("hi", "", "hi?", "yes"),
+    "empty_question": chat("", "yes"),
+    "outer_whitespace": chat("  hi \n", "\n\n  yes\n", "\n", " a  b "),
+    "code": chat("code", "    def f():\n        return 1\n\n\n    # the end"),
+    "template_words": chat("user\n", "assistant\n[INST] model\n", "ASSISTANT:", "\n\n"),
+    "ends_in_a_question": chat("a", "b", "c"),
+    "long": chat(*(f"turn {i} of the cab" for i in range(40))),
+}
+
+
+@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_the_assistants_turns_and_their_end_tokens_are_trained_on(style: Style, name: str, tags: bool) -> None:
+    tokenizer = style.tokenizer(tags=tags)
+    systems = [None, "be\n the cab"] if style.system else [None]
+    for system in systems:
+        messages = chat(*(message["content"] for message in CHATS[name]), system=system)
+        documents = load([{"messages": messages}], tokenizer)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert trained(documents, tokenizer) == [style.trained(answer) for answer in answers]
+        assert whole(documents, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOLS = [{"type": "function", "function": {"name": "cabs", "parameters": {"type": "object", "properties": {}}}}]
+CALLING = [
+    turn("user", "a cab?"),
+    {"role": "assistant", "tool_calls": [call("cabs", city="Köln", n=2)]},
+    turn("tool", '{"cabs": [1, "2"]}', name="cabs", tool_call_id="abcdefghi"),
+    turn("assistant", "two"),
+    turn("user", "more?"),
+    turn("assistant", "no"),
+]
+CALLED = {
+    "chatml": '<tool_call>\n{"name": "cabs", "arguments": {"city": "Köln", "n": 2}}\n</tool_call><|im_end|>',
+    "llama3": '{"name": "cabs", "parameters": {"city": "Köln", "n": 2}}<|eot_id|>',
+    "mistral": '[TOOL_CALLS] [{"name": "cabs", "arguments": {"city": "Köln", "n": 2}, "id": "abcdefghi"}]</s>',
+}
+
+
+@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
+@pytest.mark.parametrize("name", CALLED)
+def test_tool_calls_are_trained_on_and_their_results_are_not(name: str, tags: bool) -> None:
+    style = STYLES[name]
+    tokenizer = style.tokenizer(tags=tags)
+    answers = [CALLED[name], style.trained("two"), style.trained("no")]
+    for end, count in ((6, 3), (4, 2), (2, 1)):
+        messages = [turn("system", "be"), *CALLING[:end]]
+        documents = load([{"messages": messages, "tools": TOOLS}], tokenizer)
+        assert trained(documents, tokenizer) == answers[:count]
+        assert whole(documents, tokenizer) == tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+
+
+@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
+def test_arguments_may_be_json_and_are_written_as_the_template_takes_them(tags: bool) -> None:
+    style = STYLES["chatml"]
+    joined = style.template.replace("call.function.arguments | tojson", "call.function.arguments + ' '")
+    as_json = json.loads(json.dumps(CALLING[:2]))
+    function = as_json[1]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    for template, end in ((style.template, "}\n"), (joined, " }\n")):
+        tokenizer = of_template(template, *style.specials, tags=tags)
+        for messages in (CALLING[:2], as_json):
+            documents = load([{"messages": messages}], tokenizer)
+            assert trained(documents, tokenizer) == [CALLED["chatml"].replace("}\n", end)]
+
+
+def test_several_calls_beside_a_content_are_one_turn() -> None:
+    style = STYLES["chatml"]
+    tokenizer = style.tokenizer()
+    answer = turn("assistant", "let me see", tool_calls=[call("cabs", n=1), call("cabs", n=2)])
+    documents = load([{"messages": [turn("user", "a"), answer, turn("tool", "1"), turn("tool", "2")]}], tokenizer)
+    calls = [f'<tool_call>\n{{"name": "cabs", "arguments": {{"n": {n}}}}}\n</tool_call>' for n in (1, 2)]
+    assert trained(documents, tokenizer) == ["\n".join(["let me see", *calls]) + "<|im_end|>"]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]])
+def test_a_rows_tools_reach_the_template(tools: Any) -> None:
+    tokenizer = STYLES["chatml"].tokenizer()
+    rows = [{"messages": chat("a", "b"), "tools": tools}, {"messages": chat("a", "b"), "tools": None}]
+    documents = load(rows, tokenizer)
+    assert json.dumps(TOOLS[0]) in whole(documents, tokenizer)
+    assert "<tools>" not in whole(documents, tokenizer, 1)
+    assert trained(documents, tokenizer) == trained(documents, tokenizer, 1) == ["b<|im_end|>"]
+
+
+THINKING = {
+    "an_empty_thought": (chat("a", "b"), ["<think>\n\n</think>\n\nb<|im_end|>"]),
+    "earlier_ones_have_none": (chat("a", "b", "c", "d"), ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]),
+    "a_thought_in_the_content": (
+        chat("a", "<think>\nhm\n</think>\n\nb"),
+        ["<think>\nhm\n</think>\n\nb<|im_end|>"],
+    ),
+    "earlier_thoughts_are_dropped": (
+        chat("a", "<think>\nhm\n</think>\n\nb", "c", "<think>\noh\n</think>\n\nd"),
+        ["b<|im_end|>", "<think>\noh\n</think>\n\nd<|im_end|>"],
+    ),
+    "a_thought_of_its_own": (
+        [turn("user", "a"), turn("assistant", "b", reasoning_content="hm")],
+        ["<think>\nhm\n</think>\n\nb<|im_end|>"],
+    ),
+    "thoughts_between_tools": (
+        [
+            turn("user", "a"),
+            turn("assistant", "b", reasoning_content="hm"),
+            turn("tool", "1"),
+            turn("assistant", "c"),
+            turn("tool", "2"),
+            turn("assistant", "d", reasoning_content="oh"),
+        ],
+        ["<think>\nhm\n</think>\n\nb<|im_end|>", "c<|im_end|>", "<think>\noh\n</think>\n\nd<|im_end|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_that_a_template_writes_are_trained_on(name: str, tags: bool) -> None:
+    messages, expected = THINKING[name]
+    tokenizer = of_template(QWEN3, *CHATML_TOKENS, tags=tags)
+    documents = load([{"messages": messages}], tokenizer)
+    assert trained(documents, tokenizer) == expected
+
+
+def test_rows_have_thoughts_of_their_own() -> None:
+    tokenizer = of_template(QWEN3, *CHATML_TOKENS)
+    thoughts = ["hm", "oh", "the cab"]
+    rows = [{"messages": [turn("user", "a"), turn("assistant", "b", reasoning_content=one)]} for one in thoughts]
+    documents = load(rows, tokenizer)
+    for which, one in enumerate(thoughts):
+        assert trained(documents, tokenizer, which) == [f"<think>\n{one}\n</think>\n\nb<|im_end|>"]
+
+
+def test_an_empty_thought_is_not_trained_on_where_the_generation_prompt_writes_it() -> None:
+    tokenizer = of_template(QWEN3, *CHATML_TOKENS)
+    rows = [
+        {"messages": chat("a", "b"), "chat_template_kwargs": {"enable_thinking": thinking}}
+        for thinking in (False, True)
+    ]
+    documents = load(rows, tokenizer)
+    assert trained(documents, tokenizer, 0) == ["b<|im_end|>"]
+    assert trained(documents, tokenizer, 1) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+
+
+# Tokenizers that say in other ways of which characters a token is: without the spaces around it (Llama 3's, GPT-2's),
+# in pieces of a character, with a space of its own before the first word (SentencePiece's).
+def offsets_trimmed(specials: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    tokenizer = small_tokenizer(specials=specials)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+def sentencepiece(specials: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    words = ["<eos>", "<unk>", *specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehtu", "▁a", "▁ab"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [("▁", "a"), ("▁a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]  # keeps the first space
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<eos>", *specials)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def end_tokens_take_space(specials: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    tokenizer = small_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken(token, special=True, rstrip=True) for token in specials])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("make", [offsets_trimmed, sentencepiece, end_tokens_take_space], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", [name for name in STYLES if STYLES[name].eos == "<eos>"])
+def test_the_same_characters_are_trained_on_with_any_tokenizer(name: str, make: Callable) -> None:
+    style = STYLES[name]
+    for tags in (False, True):
+        tokenizer = make(style.specials)
+        tokenizer.chat_template = with_tags(style.template) if tags else without_tags(style.template)
+        for messages in CHATS.values():
+            documents = load([{"messages": messages}], tokenizer)
+            answers = [style.trained(message["content"]) for message in messages if message["role"] == "assistant"]
+            texts = trained(documents, tokenizer)
+            if make is end_tokens_take_space:
+                assert [text.strip() for text in texts] == [answer.strip() for answer in answers]
+            else:
+                assert texts == answers
+
+
+def test_a_token_of_template_and_answer_is_trained_on() -> None:
+    # "a" ends the template's text and begins no answer, but "ab" is one token.
+    template = (
+        "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '<a>a') + m.content }}"
+        "{% if m.role == 'user' %}<e>{% else %}b{% endif %}{% endfor %}{% if add_generation_prompt %}<a>a{% endif %}"
+    )
+    tokenizer = of_template(template, "<u>", "<a>", "<e>")
+    assert trained(load([{"messages": chat("c", "bcd", "c", "bca")}], tokenizer), tokenizer) == ["abcdb", "abcab"]
+    assert trained(load([{"messages": chat("c", "c", "c", "dc")}], tokenizer), tokenizer) == ["cb", "dcb"]
+
+
+def test_random_conversations_have_the_same_mask_by_tags_and_by_comparing() -> None:
+    random = np.random.default_rng(0)
+    words = ["a", "b", "ab", "the", " the", "\n", " ", "\t", "é", "😀"]
+    words += ["<|im_end|>", "[INST]", "user", "model\n", "</s>", "<end_of_turn>"]
+    rows = []
+    for _ in range(40):
+        contents = ["".join(random.choice(words, random.integers(0, 6))) for _ in range(random.integers(1, 7))]
+        rows.append({"messages": chat(*contents)})
+    for style in STYLES.values():
+        tokenizers = [style.tokenizer(tags=tags) for tags in (False, True)]
+        compared, tagged = (load(rows, tokenizer) for tokenizer in tokenizers)
+        np.testing.assert_array_equal(compared.tokens, tagged.tokens)
+        np.testing.assert_array_equal(compared.labels, tagged.labels)
+        assert len(compared) == sum(len(row["messages"]) > 1 for row in rows)
+
+
+# Other ways to begin and to end a turn, and what is trained on of `chat("a", "b", "c", "d")`.
+FORMS = {
+    "generation_prompt_that_asks_for_thoughts": (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a><think></think>' }}{{ m.content + '<e>' }}"
+        "{% endfor %}{% if add_generation_prompt %}<a>"
+        "{{ '<think>\n' if enable_thinking is not defined or enable_thinking else '<think></think>' }}{% endif %}",
+        ["b<e>", "d<e>"],
+    ),
+    "generation_prompt_that_forbids_thoughts": (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a><think>\n' }}{{ m.content + '<e>' }}"
+        "{% endfor %}{% if add_generation_prompt %}<a>"
+        "{{ '<think>\n' if enable_thinking is defined and enable_thinking else '<think></think>' }}{% endif %}",
+        ["b<e>", "d<e>"],
+    ),
+    "generation_prompt_that_says_more": (
+        "{% for m in messages %}{{ '<u>' + m.content if m.role == 'user' else '<a>' + m.content + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a><think>\n{% endif %}",
+        ["b<e>", "d<e>"],
+    ),
+    "another_end_of_the_last_turn": (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}"
+        "{% if m.role == 'assistant' and loop.last %}<r>{% else %}<e>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}",
+        ["b<e>", "d<r>"],
+    ),
+    "the_answer_begins_with_a_channel": (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a><r>final' }}{{ m.content + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}",
+        ["<r>finalb<e>", "<r>finald<e>"],
+    ),
+    "two_tokens_for_an_end": (
+        "{% for m in messages %}{{ '<u>' + m.content + '<e>' if m.role == 'user' else '<a>' + m.content + '<r><e>' }}"
+        "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
+        ["b<r><e>", "d<r><e>"],
+    ),
+    "words_for_an_end": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + ' END\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        ["b END", "d END"],
+    ),
+    "no_end": (
+        "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '<a>') + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}",
+        ["b", "d"],
+    ),
+    "an_end_of_the_text_alone": (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% else %}{{ eos_token }}{% endif %}",
+        ["b", "d\n<eos>"],
+    ),
+}
+
+
+def test_a_header_that_the_generation_prompt_leaves_out_after_a_tool_is_not_trained_on() -> None:
+    template = (
+        "{% for m in messages %}{{ '<u>' + m.role + '\n' + m.content + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}{{ '<u>assistant\n' }}{% endif %}"
+    )
+    tokenizer = of_template(template, "<u>", "<e>")
+    messages = [turn("user", "a"), turn("assistant", "b"), turn("tool", "c"), turn("assistant", "d")]
+    assert trained(load([{"messages": messages}], tokenizer), tokenizer) == ["b<e>", "d<e>"]
+
+
+def test_a_conversation_may_begin_with_the_assistant() -> None:
+    for name in ("chatml", "llama3", "phi3"):
+        tokenizer = STYLES[name].tokenizer()
+        documents = load([{"messages": [turn("assistant", "hi"), *chat("a", "b")]}], tokenizer)
+        assert trained(documents, tokenizer) == [STYLES[name].trained(answer) for answer in ("hi", "b")]
+
+
+@pytest.mark.parametrize("asks", ["<think>\\n", "<think></think>"])
+def test_a_call_without_a_thought_where_the_generation_prompt_has_one(asks: str) -> None:
+    # DeepSeek's and Qwen3.5's: an earlier answer has none, either, so its header is that of the call.
+    template = (
+        "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<u>' + m.content + '<e>' }}{% else %}"
+        "{{ '<a>' }}{% if loop.last and not m.tool_calls %}{{ ASKS }}{% endif %}"
+        "{% if m.tool_calls %}{{ '<r>' }}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}"
+        "{{ m.content + '<e>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' + ASKS }}{% endif %}"
+    )
+    tokenizer = of_template(template.replace("ASKS", f"'{asks}'"), "<u>", "<a>", "<e>", "<r>", "<think>", "</think>")
+    messages = [turn("user", "a"), turn("assistant", "", tool_calls=[call("cabs", n=1)]), turn("tool", "1")]
+    documents = load([{"messages": [*messages, turn("assistant", "b")]}], tokenizer)
+    assert trained(documents, tokenizer) == ['<r>{"n": 1}<e>', "b<e>"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_forms_of_turns(name: str, capsys: pytest.CaptureFixture) -> None:
+    template, expected = FORMS[name]
+    tokenizer = of_template(template, "<u>", "<a>", "<e>", "<r>")
+    documents = load([{"messages": chat("a", "b", "c", "d")}], tokenizer)
+    assert trained(documents, tokenizer) == expected
+    assert ("learn to stop" in capsys.readouterr().err) == (name in ("no_end", "words_for_an_end"))
+
+
+# --- Sources of conversations -----------------------------------------------------------------------------------------
+
+
+def test_prompt_and_completion_train_on_the_completions_turns_alone() -> None:
+    messages = chat("a", "b", "c", "d", "e", "f")
+    for style in STYLES.values():
+        for tags in (False, True):
+            tokenizer = style.tokenizer(tags=tags)
+            for prompt in (1, 3, 5):
+                documents = load([{"prompt": messages[:prompt], "completion": messages[prompt:]}], tokenizer)
+                answers = [style.trained(message["content"]) for message in messages[prompt::2]]
+                assert trained(documents, tokenizer) == answers
+                assert whole(documents, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_token_of_a_completion_is_trained_on_where_that_is_asked(style: str) -> None:
+    tokenizer = STYLES[style].tokenizer()
+    messages = chat("a", "b", "c", "d", "e", "f")
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    documents = load([row], tokenizer, assistant_only_loss=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    asked = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    assert whole(documents, tokenizer) == text
+    assert trained(documents, tokenizer) == [text.removeprefix(asked)] != [text]
+
+
+SHAREGPT = {
+    "conversations": [
+        {"from": "system", "value": "be"},
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"},
+        {"from": "tool", "value": "c"},
+        {"from": "gpt", "value": "d"},
+    ]
+}
+AS_MESSAGES = [
+    turn("system", "be"),
+    turn("user", "a"),
+    turn("assistant", "b"),
+    turn("tool", "c"),
+    turn("assistant", "d"),
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        SHAREGPT,
+        {"messages": SHAREGPT["conversations"]},
+        {"conversations": AS_MESSAGES},
+        {"conversations": SHAREGPT["conversations"][1:], "system": "be"},
+        {"messages": AS_MESSAGES, "system": "unused: they have their own"},
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in AS_MESSAGES]},
+    ],
+    ids=["sharegpt", "from_in_messages", "role_in_conversations", "system", "own_system", "parts"],
+)
+def test_conversations_in_other_words_are_the_same(row: dict) -> None:
+    tokenizer = STYLES["chatml"].tokenizer()
+    documents = load([row], tokenizer)
+    assert whole(documents, tokenizer) == tokenizer.apply_chat_template(AS_MESSAGES, tokenize=False)
+    assert trained(documents, tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+@pytest.mark.parametrize("given", ["", None, "the cab"])
+def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template(given: str | None, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = STYLES["llama3"].tokenizer()
+    documents = load([{"instruction": "a?", "input": given, "output": "b"}], tokenizer)
+    question = "a?\n\nthe cab" if given else "a?"
+    assert whole(documents, tokenizer) == tokenizer.apply_chat_template(chat(question, "b"), tokenize=False)
+    assert trained(documents, tokenizer) == ["b<|eot_id|>"]
+    assert "asked as in a chat" in capsys.readouterr().err
+
+
+def test_alpaca_has_its_own_words_where_the_tokenizer_has_no_template(capsys: pytest.CaptureFixture) -> None:
+    tokenizer = small_tokenizer()
+    rows = [{"instruction": "a?", "input": "the cab", "output": "b"}, {"instruction": "a?", "output": "b"}]
+    documents = load(rows, tokenizer)
+    assert whole(documents, tokenizer) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
+        " response that appropriately completes the request.\n\n### Instruction:\na?\n\n### Input:\nthe cab\n\n"
+        "### Response:\nb<eos>"
+    )
+    assert "### Input" not in whole(documents, tokenizer, 1)
+    assert trained(documents, tokenizer) == trained(documents, tokenizer, 1) == ["b<eos>"]
+    assert "Alpaca's words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "dataset"])
+def test_values_that_arrow_adds_do_not_reach_the_template(source: str, tmp_path: Path) -> None:
+    calls = [call("cabs", city="Köln"), call("cabs", n=2)]  # as Arrow has them, both with `city` and with `n`
+    rows = [
+        {
+            "messages": [
+                turn("user", "a"),
+                {"role": "assistant", "tool_calls": [one]},
+                turn("tool", "1", tool_call_id="x"),
+            ]
+        }
+        for one in calls
+    ]
+    if source == "jsonl":
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif source == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    dataset = datasets_of(rows) if source == "dataset" else tmp_path / f"rows.{source}"
+    tokenizer = STYLES["llama3"].tokenizer()
+    documents = load(dataset, tokenizer)
+    for which, arguments in enumerate(('{"city": "Köln"}', '{"n": 2}')):
+        assert trained(documents, tokenizer, which) == [f'{{"name": "cabs", "parameters": {arguments}}}<|eot_id|>']
+
+
+def datasets_of(rows: list[dict]) -> Any:
+    import datasets  # a GPU machine may not have it
+
+    return datasets.Dataset.from_list(rows)
+
+
+def test_every_token_of_messages_is_trained_on_where_that_is_asked() -> None:
+    tokenizer = STYLES["chatml"].tokenizer()
+    rows = [{"messages": chat("a", "b")}]
+    documents = load(rows, tokenizer, assistant_only_loss=False)
+    np.testing.assert_array_equal(documents.labels, documents.tokens)
+    np.testing.assert_array_equal(documents.tokens, load(rows, tokenizer).tokens)
+
+
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_the_trainer_trains_on_what_its_configuration_says(assistant_only: bool) -> None:
+    tokenizer = STYLES["chatml"].tokenizer()
+    model = small_model("qwen3", vocab_size=len(tokenizer))
+    trainer = Trainer(model, tokenizer, [{"messages": chat("a", "b")}], TrainConfig(assistant_only_loss=assistant_only))
+    labels = trainer.documents.labels
+    assert (labels == -100).any() == assistant_only
+
+
+# --- Nothing to learn -------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_an_answer_are_left_out_and_counted_aloud(capsys: pytest.CaptureFixture) -> None:
+    tokenizer = STYLES["chatml"].tokenizer()
+    rows = [{"messages": messages} for messages in (chat("a", "b"), chat("who?"), chat("c", "d"), chat("why?"))]
+    documents = load(rows, tokenizer)
+    assert [trained(documents, tokenizer, which) for which in range(len(documents))] == [
+        ["b<|im_end|>"],
+        ["d<|im_end|>"],
+    ]
+    said = capsys.readouterr().err
+    assert "2 of 4 rows have nothing to learn" in said and "row 1 of the dataset" in said and "who?" in said
+
+
+def test_rows_that_all_have_no_answer_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"At least one row must .* got 2 rows with none .* row 0 of the dataset: .*who"
+    ):
+        load([{"messages": chat("who?")}] * 2, STYLES["chatml"].tokenizer())
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> str:
+    with pytest.raises(InputError) as caught:
+        load(rows, tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and not message.endswith("..") and len(message) < 900, message
+    return message
+
+
+# (a template, the second row's messages, what the message says)
+UNDECIDED = {
+    "a_message_at_the_end": (
+        "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% else %}<u>be brief<e>{% endif %}",
+        chat("a", "b"),
+        ["a turn ends in '<e><u>', the last one in '<e><u>be brief<e>'"],
+    ),
+    "no_generation_prompt": (
+        "{% for m in messages %}{{ '<u>' + m.role + '\n' + m.content + '<e>\n' }}{% endfor %}",
+        chat("a", "b"),
+        ["no generation prompt", "<u>assistant"],
+    ),
+    "another_generation_prompt": (
+        "{% for m in messages %}{{ '<u>' + m.role + ' says\n' + m.content + '<e>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<u>assistant:\n' }}{% endif %}",
+        chat("a", "b"),
+        ["'<e>\\n<u>assistant says\\n'", "'<e>\\n<u>assistant:\\n'"],
+    ),
+    "the_header_depends_on_the_question": (
+        "{% for m in messages %}{{ '<u>' + m.content if m.role == 'user' else '<e><a>' }}"
+        "{% if m.role == 'assistant' %}{{ messages[loop.index0 - 1].content | length | string + m.content + '<e>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<e><a>{% endif %}",
+        chat("twelve words", "b"),
+        ["what surrounds message 1 depends on its content"],
+    ),
+    "the_answer_is_changed_elsewhere": (
+        "{{ messages | length }}{% for m in messages %}{% if m.content == 'b' %}!{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}",
+        chat("a", "b"),
+        ["what surrounds message 1 depends on its content"],
+    ),
+    "tags_in_a_macro": (
+        "{% macro say(m) %}<a> the assistant says: {% generation %}{{ m.content }}<e>{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<u>' + m.content }}{% else %}{{ say(m) }}{% endif %}"
+        "{% endfor %}",
+        chat("a", "b"),
+        ["tags are not where they seem"],
+    ),
+    "a_mark_in_the_text": (without_tags(CHATML), chat("a", "\ufdd0"), ["U+FDD0"]),
+}
+
+
+@pytest.mark.parametrize("name", UNDECIDED)
+def test_a_mask_that_cannot_be_told_is_refused_with_the_reason_and_a_way_out(name: str) -> None:
+    template, messages, fragments = UNDECIDED[name]
+    tokenizer = of_template(template, "<u>", "<a>", "<e>", *CHATML_TOKENS)
+    message = refusal([{"messages": chat("who?")}, {"messages": messages}], tokenizer)
+    for fragment in ("row 1 of the dataset", "generation %}", "`assistant_only_loss`", *fragments):
+        assert fragment in message
+    load([{"messages": messages}], tokenizer, assistant_only_loss=False)
+
+
+def test_what_the_template_leaves_out_is_refused() -> None:
+    questions = "{% for m in messages %}<u>{% if m.role == 'user' %}{{ m.content }}{% endif %}<e>{% endfor %}"
+    message = refusal([{"messages": chat("a", "b")}], of_template(questions, "<u>", "<e>"))
+    assert "leaves out the content of message 1 in row 0 of the dataset" in message
+    calling = [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": [call("cabs")]}]
+    for tags in (False, True):
+        message = refusal([{"messages": calling}], STYLES["gemma"].tokenizer(tags=tags))
+        assert "leaves out the tool calls of message 1 in row 0 of the dataset" in message
+
+
+BAD_ROWS = {
+    "message_is_text": ({"messages": ["hi"]}, ["A message must have `role` and `content`", "got 'hi'"]),
+    "message_without_role": ({"messages": [{"content": "hi"}]}, ["`from` and `value`", "got {'content': 'hi'}"]),
+    "speaker_is_a_list": (
+        {"messages": [{"from": ["gpt"], "value": "hi"}]},
+        ["`from` and `value`", "got {'from': ['gpt']"],
+    ),
+    "role_is_a_list": ({"messages": [turn(["user"], "hi")]}, ["A message must have `role`", "got {'role': ['user']"]),
+    "calls_are_text": (
+        {"messages": [*chat("a"), turn("assistant", "b", tool_calls="cabs()")]},
+        ["`tool_calls` must be a list of mappings", "got 'cabs()'"],
+    ),
+    "half_a_character": ({"messages": chat("a", "half an emoji: \ud83d")}, ["valid Unicode", "half an emoji"]),
+    "unknown_speaker": (
+        {"messages": [{"from": "bob", "value": "hi"}]},
+        ["`from` must be one of", "'gpt'", "got 'bob'"],
+    ),
+    "picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, ["must be text", "'image'"]),
+    "tools_are_no_json": ({"messages": chat("a", "b"), "tools": "[{"}, ["`tools` must be", "got '[{'"]),
+    "tools_are_a_number": ({"messages": chat("a", "b"), "tools": 5}, ["`tools` must be", "got 5"]),
+    "tools_are_words": ({"messages": chat("a", "b"), "tools": ["x"]}, ["`tools` must be", "got ['x']"]),
+    "system_is_a_list": ({"messages": chat("a", "b"), "system": ["x"]}, ["`system` must be a str", "got ['x']"]),
+    "options_are_text": (
+        {"messages": chat("a", "b"), "chat_template_kwargs": "x"},
+        ["`chat_template_kwargs`", "got 'x'"],
+    ),
+    "refused": ({"messages": chat("a", "b") + chat("c") * 2}, ["must accept every row", "alternate"]),
+}
+
+
+@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_conversation_is_named_with_its_rule_and_its_value(name: str, tags: bool) -> None:
+    row, fragments = BAD_ROWS[name]
+    message = refusal([{"messages": chat("a", "b")}, row], STYLES["gemma"].tokenizer(tags=tags))
+    for fragment in ("row 1 of the dataset", *fragments):
+        assert fragment in message
+
+
+def test_alpacas_fields_must_be_text() -> None:
+    for key in ("instruction", "output"):
+        rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", key: 5}]
+        for tokenizer in (small_tokenizer(), STYLES["phi3"].tokenizer()):
+            message = refusal(rows, tokenizer)
+            assert f"`{key}` must be a str, got 5 in row 1" in message

@@ -1,0 +1,220 @@
+"""What the backward pass keeps: the same gradients whatever it is, and nothing dear computed twice that was kept."""
+
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from kernels.cuda_lowering import lower_for_cuda, triton_modules
+from models import random_documents, small_config, small_model
+from programs import equations
+
+from jaxpack.config import LoraConfig, Remat, TrainConfig
+from jaxpack.data.batching import Batches
+from jaxpack.model.remat import (
+    KEPT,
+    NAMED,
+    NAMES,
+    OFFLOADED,
+    Layer,
+    Ranks,
+)
+from jaxpack.planning.predictions import Job, host_bytes, layer_bytes
+from jaxpack.train.step import loss_and_gradients, split_trainable
+
+CHOICES = get_args(Remat)
+BETWEEN = [("keep_attention",), ("keep_projections",)]
+LENGTHS = [17, 2, 40, 3, 22, 31, 9, 28, 5, 64]
+
+
+@functools.cache
+def parts(family: str, lora: bool, dtype=jnp.float32):
+    return split_trainable(small_model(family, lora=LoraConfig(r=8) if lora else None, dtype=dtype))
+
+
+@functools.cache
+def batch():
+    config = TrainConfig(max_length=128, per_device_train_batch_size=2, max_steps=1)
+    return jax.tree.map(jnp.asarray, Batches(random_documents(LENGTHS), config)[0])
+
+
+@functools.cache
+def results(family: str, lora: bool, remat: Remat):
+    graph, trainable, frozen = parts(family, lora)
+    return jax.jit(functools.partial(loss_and_gradients, graph, remat=remat))(trainable, frozen, batch())
+
+
+def slow(cases: Iterable[tuple]) -> list:
+    """Like others that are not."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "remat"),
+    [
+        *itertools.product(["qwen3"], [True], [*OFFLOADED, "full"]),
+        *slow(("qwen3", True, *between) for between in BETWEEN),
+        *slow(itertools.product(["llama"], [False], CHOICES[:-1])),
+        *slow(itertools.product(["qwen3"], [False], CHOICES[:-1])),
+        *slow(itertools.product(["llama"], [True], CHOICES[:-1])),
+        *slow([("gemma3", True, "keep_projections")]),
+    ],
+)
+def test_loss_and_gradients_are_the_same(family, lora, remat):
+    (loss, gradients), (want, want_gradients) = results(family, lora, remat), results(family, lora, "none")
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.fixture(params=["qwen3", "llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def any_family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_name_is_one_that_the_model_gives(any_family):
+    graph, trainable, frozen = parts(any_family, True)
+    program = jax.make_jaxpr(functools.partial(loss_and_gradients, graph, remat="none"))(trainable, frozen, batch())
+    given = {equation.params["name"] for equation in equations(program.jaxpr) if equation.primitive.name == "name"}
+    layer = Layer(small_config(any_family), Ranks(), 4)
+    assert given == {name for name in NAMES if name == "lora" or NAMED[name](layer)} | {"heads"}
+    assert all(set(names) <= {*NAMES, "heads"} for names in OFFLOADED.values())
+    assert all(set(names) <= set(NAMES) for names in KEPT.values() if names is not None)
+
+
+# In the step as a GPU gets it: how often it is that these run for a layer. Where layers are offloaded, the program has
+# the forward pass of one twice: the first is not in the loop.
+RUNS = {
+    "offload": {"attention": 2, "qkv": 2, "gate_up": 2, "out": 1},
+    "offload_heads": {"attention": 2, "qkv": 1, "gate_up": 2, "out": 1},
+    "full": {"attention": 2, "qkv": 2, "gate_up": 2, "out": 2},
+    "keep_attention": {"attention": 1, "qkv": 2, "gate_up": 2, "out": 2},
+    "keep_projections": {"attention": 1, "qkv": 1, "gate_up": 1, "out": 1},
+    "none": {"attention": 1, "qkv": 1, "gate_up": 1, "out": 1},
+}
+
+
+@pytest.mark.parametrize("remat", [*OFFLOADED, "full", "none", *slow(BETWEEN)])
+@pytest.mark.parametrize("any_family", ["qwen3", *slow([("llama",), ("gemma3",)])])
+def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
+    monkeypatch.setattr("jaxpack.model.transformer.unrolls", lambda remat: False)  # a layer's program once
+    graph, trainable, frozen = parts(any_family, True, jnp.bfloat16)
+    step = functools.partial(loss_and_gradients, graph, remat=remat)
+    lowered = lower_for_cuda(step, trainable, frozen, batch())
+    kernels = [module.name for module in triton_modules(lowered)]
+    config = small_config(any_family)
+    runs = RUNS[remat] | ({"out": 2} if remat in OFFLOADED and config.post_norms else {})  # which the norm reads again
+    first = int(remat in OFFLOADED)
+    assert kernels.count("jaxpack_attention") == runs["attention"] + first
+    assert kernels.count("jaxpack_attention_backward_kv") == 1
+    heads = config.num_heads + 2 * config.num_kv_heads
+    # By the matrix: the adapters' factors ride along, their ranks of 3 times 8 made up to 32.
+    matrices = {
+        "qkv": (config.hidden_size + 32, heads * config.head_dim),
+        "gate_up": (config.hidden_size + 16, 2 * config.intermediate_size),
+        "out": (config.num_heads * config.head_dim, config.hidden_size + 16),
+    }
+    for name, (rows, columns) in matrices.items():
+        matrix = f"tensor<{rows}x{columns}xbf16>) ->"
+        matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
+        # Attention's output and the product of the feed-forward have the same channels here. Without a norm after it,
+        # nothing needs the second projection again.
+        down = runs[name] if config.post_norms else 1
+        assert len(matmuls) == runs[name] + first + (down + first if name == "out" else 0), name
+
+
+# How many bytes that is.
+
+
+def kept_arrays(parts, remat: Remat, dropout: bool = False):
+    """Shapes and dtypes of what a row of 128 tokens leaves for the backward pass, with the kernels of a GPU."""
+    graph, trainable, frozen = parts
+
+    def kept(trainable, frozen, *row):
+        def hidden(trainable):
+            key = jax.random.key(0) if dropout else None
+            model = nnx.merge(graph, trainable, frozen)
+            return model(*row, remat=remat, implementation="pallas", dropout_key=key)
+
+        return jax.tree.leaves(jax.vjp(hidden, trainable)[1])
+
+    row = 3 * [jax.ShapeDtypeStruct((1, 128), jnp.int32)]
+    return jax.eval_shape(kept, trainable, frozen, *row)
+
+
+def kept_bytes(arrays, layer: Layer, remat: Remat) -> int:
+    """Of those, what layers keep of tokens, and matrices that no argument of the step is.
+
+    Only what is stacked: of what the others offload, the last layer's is gone before the backward pass of the next.
+    """
+    config = layer.config
+    (q, kv), D, F = layer.heads, config.hidden_size, config.intermediate_size
+    matrices = {(q + 2 * kv, D + layer.ranks.qkv), (2 * F, D + layer.ranks.gate_up)}
+
+    def counts(x) -> bool:
+        may_be_on_host = remat in OFFLOADED and x.ndim == 4 and x.dtype == jnp.bfloat16  # no table of `Shared`
+        if x.ndim < 3 or x.shape[0] not in (config.num_layers, config.num_layers - may_be_on_host):
+            return False
+        per_layer = x.shape[1:]
+        of_tokens = per_layer[:2] == (1, 128) or per_layer == (1, config.num_kv_heads, 128 * q // kv)
+        return of_tokens or (per_layer in matrices and x.dtype == jnp.bfloat16)
+
+    return sum(x.size * x.dtype.itemsize for x in arrays if counts(x))
+
+
+ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), None]
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "few", "full"])
+@pytest.mark.parametrize("remat", CHOICES)
+@pytest.mark.parametrize("any_family", ["qwen3", "gemma3", *slow([("llama",), ("qwen2",)])])
+def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):
+    model = small_model(any_family, lora=lora, dtype=jnp.bfloat16)
+    job = Job.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat), job.layer, remat)
+    if remat == "none":
+        heads = job.num_layers * 128 * job.layer.heads[0] * 2
+        got -= heads  # the output of attention, once as heads and once as channels
+        if model.config.qk_norm:
+            got += job.num_layers * 128 * sum(job.layer.heads) * 2  # turned heads, which XLA shares between the passes
+    assert got == job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
+
+
+@pytest.mark.parametrize("remat", CHOICES)
+def test_dropout_keeps_what_it_lets_through(remat):
+    model = small_model("llama", lora=LoraConfig(r=8, lora_dropout=0.1), dtype=jnp.bfloat16)
+    job = Job.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat, dropout=True), job.layer, remat)
+    predicted = job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
+    assert 0 <= predicted - got <= job.num_layers * 128 * 2 * sum(job.layer.ranks) * 2  # made up ranks
+
+
+# Offloading.
+
+
+@pytest.mark.parametrize("remat", [*OFFLOADED, "full", *slow([*BETWEEN, ("none",)])])
+@pytest.mark.parametrize(
+    ("any_family", "lora", "names"),
+    [
+        ("qwen3", True, {"offload": 2, "offload_heads": 3}),
+        *slow(
+            [("qwen3", False, {"offload": 1, "offload_heads": 1}), ("gemma3", True, {"offload": 1, "offload_heads": 2})]
+        ),
+    ],
+)
+def test_little_goes_to_the_host_and_comes_back(any_family, lora, names, remat):
+    """Of each layer its input; and, where that spares a matmul, what is between its halves, or what makes its heads."""
+    graph, trainable, frozen = parts(any_family, lora, jnp.bfloat16)
+    text = lower_for_cuda(
+        functools.partial(loss_and_gradients, graph, remat=remat), trainable, frozen, batch()
+    ).as_text()
+    there = [line for line in text.splitlines() if "annotate_device_placement" in line and '"pinned_host"' in line]
+    assert len(there) == names.get(remat, 0)
+    config = small_config(any_family)
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    assert {line.split("-> ")[-1].strip() for line in there} <= {f"tensor<1x128x{C}xbf16>" for C in (48, heads)}

@@ -1,0 +1,326 @@
+"""What a dataset's lengths promise is what a run then reports, and the advice follows from it."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from measured_runs import id_of, may_be_off, measured_runs
+from models import random_documents, small_config
+from rich.console import Console
+from shared_data import beside
+
+import jaxpack
+from jaxpack import InputError, Inspection, LoraConfig, TrainConfig, Trainer, Transformer
+from jaxpack.bench.cases import case_of
+from jaxpack.bench.measure import train_config
+from jaxpack.bench.models import SHAPES, abstract_model, drawn_documents
+from jaxpack.cli.demo import sample, train_tokenizer
+from jaxpack.config import Layout
+from jaxpack.data.batching import Batches
+from jaxpack.data.reading import Documents, Tokenizer, load_documents
+from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding
+from jaxpack.planning.predictions import RATES, Job, step_seconds
+
+ROOT = Path(__file__).parent.parent.parent
+LAYOUTS = get_args(Layout)
+
+
+@functools.cache
+def bundled() -> tuple[Tokenizer, Documents]:
+    """The demo's questions, and a tokenizer for them."""
+    tokenizer = train_tokenizer(sample())
+    return tokenizer, load_documents(sample(), tokenizer, vocab_size=2048)
+
+
+def model_for(tokenizer: Tokenizer) -> Transformer:
+    config = small_config("qwen3", vocab_size=len(tokenizer))
+    return Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def skewed(count: int = 300, seed: int = 1) -> Documents:
+    """Many short documents and a few long ones."""
+    lengths = np.random.default_rng(seed).gamma(1.5, 60, count).astype(int) + 4
+    return random_documents(lengths.tolist())
+
+
+@functools.cache
+def qwen() -> Transformer:
+    return abstract_model(SHAPES["Qwen3-4B"], LoraConfig(r=16))
+
+
+def printed(found: object, **options) -> str:
+    console = Console(width=120, **options)
+    with console.capture() as capture:
+        console.print(found)
+    return capture.get()
+
+
+# --- Padding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 9])
+def test_ordinary_padding_is_that_of_all_orders(batch_size):
+    lengths = np.array([3, 3, 5, 8, 13, 20])
+    orders = np.array(list(itertools.permutations(lengths)))
+    positions = 0
+    for begin in range(0, 6, batch_size):
+        batch = orders[:, begin : begin + batch_size]
+        positions += batch.max(axis=1) * batch.shape[1]
+    assert ordinary_padding(lengths, batch_size) == pytest.approx(1 - lengths.sum() / positions.mean(), abs=1e-12)
+
+
+def test_no_padding_is_none():
+    assert ordinary_padding(np.full(50_001, 77), 32) == pytest.approx(0, abs=1e-12)
+    assert ordinary_padding(np.arange(1, 70_000), 1) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"}, {"gradient_accumulation_steps": 3}],
+    ids=str,
+)
+def test_shares_are_counted_in_the_batches(changes):
+    documents = skewed()
+    found = jaxpack.inspect(documents, TrainConfig(max_length=256, per_device_train_batch_size=16, **changes))
+    for layout, promise in found.layouts.items():
+        assert promise.config.layout == layout
+        batches = Batches(documents, promise.config)
+        padding = [batches[step].segment_ids.reshape(-1) == 0 for step in range(len(batches))]
+        assert promise.padding_share == pytest.approx(np.concatenate(padding).mean())
+    assert found.run.config.layout == TrainConfig(**changes).layout
+    tokens = {layout: Batches(documents, p.config).tokens_per_step[:-1].mean() for layout, p in found.layouts.items()}
+    assert max(tokens.values()) < 1.25 * min(tokens.values())  # as many a step
+
+
+@pytest.mark.parametrize("layout", ["padding-free", "packed", pytest.param("padded", marks=pytest.mark.slow)])
+def test_a_trainer_reports_what_was_predicted(layout):
+    tokenizer, documents = bundled()
+    config = TrainConfig(max_length=128, max_steps=2).in_layout(layout, 2)
+    promised = jaxpack.inspect(documents, config).run
+    result = Trainer(model_for(tokenizer), tokenizer, sample(), config).train()
+    assert result.padding_share == promised.padding_share
+    assert result.compiled_shapes == len(promised.shapes)
+
+
+def test_all_of_gsm8k_is_as_its_trainer_has_it():
+    tokenizer, _ = bundled()
+    config = TrainConfig(max_length=512, packing=True)
+    trainer = Trainer(model_for(tokenizer), tokenizer, str(beside("gsm8k_train.jsonl")), config)
+    found = jaxpack.inspect(trainer.documents, config)
+    assert found.run.padding_share == trainer.batches.padding_share
+    assert (len(found.lengths), found.untrained) == (7473, 0)
+    for promise in found.layouts.values():
+        assert promise.padding_share == Batches(trainer.documents, promise.config).padding_share
+
+
+def test_padding_by_batch_size_is_that_of_an_epoch():
+    documents = skewed()
+    found = jaxpack.inspect(documents, TrainConfig(max_length=256))
+    for size in BATCH_SIZES:
+        for layout, padding_free in (("padded", False), ("padding-free", True)):
+            config = TrainConfig(
+                max_length=256, padding_free=padding_free, per_device_train_batch_size=size, num_train_epochs=1
+            )
+            assert found.padding[layout][size] == Batches(documents, config).padding_share
+    assert all(share < found.padding["padded"][size] for size, share in found.padding[ORDINARY].items())
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, (1,)), (5, (1, 2, 4)), (8, (1, 2, 4, 8))])
+def test_little_data_has_no_batch_that_is_larger(count, sizes):
+    documents = random_documents(count * [21], masked=0)
+    found = jaxpack.inspect(documents, TrainConfig(packing=True))
+    assert all(tuple(shares) == sizes for shares in found.padding.values())
+    assert found.layouts["padded"].config.per_device_train_batch_size == count
+    assert "The data has 1 row, and a step takes 8" in found.recommendation
+    text = printed(found)
+    assert f"20 to 21  {count}" in text and "0 to 1" not in text.split("documents  ")[0]
+    assert len(found.figure().axes[1].lines) == 4
+
+
+def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
+    documents = skewed(4000)
+    whole = jaxpack.inspect(documents, TrainConfig(max_length=256)).padding
+    monkeypatch.setattr("jaxpack.planning.inspect._SAMPLE", 2000)
+    sampled = jaxpack.inspect(documents, TrainConfig(max_length=256)).padding
+    assert sampled[ORDINARY] == whole[ORDINARY]
+    for layout in LAYOUTS:
+        assert sampled[layout] != whole[layout]
+        np.testing.assert_allclose(list(sampled[layout].values()), list(whole[layout].values()), atol=0.04)
+
+
+# --- Times ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", measured_runs(full_finetuning=False), ids=id_of)
+def test_tokens_a_second_are_those_that_were_measured(row):
+    """Of 4,000 documents drawn from Alpaca's lengths."""
+    config = SHAPES[row["model"]]
+    documents = drawn_documents(beside("alpaca_lengths.csv"), 4000, vocab_size=config.vocab_size)
+    model = abstract_model(config, LoraConfig(r=16))
+    found = jaxpack.inspect(documents, train_config(case_of(row)), model=model, gpu="H200").run
+    assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=may_be_off(row))
+    assert found.padding_share == pytest.approx(row["padding_share"], abs=0.01)  # of other steps: orders differ
+
+
+def alpaca() -> Documents:
+    return drawn_documents(beside("alpaca_lengths.csv"), 4000)
+
+
+def gsm8k() -> Documents:
+    from bench_training import text_documents
+
+    return text_documents(beside("gsm8k_train.jsonl"))
+
+
+@pytest.mark.parametrize("documents", [alpaca, gsm8k])
+def test_the_gain_of_packing_is_that_which_was_measured(documents, monkeypatch):
+    """Qwen3-4B on an H200: 32 documents a step, padded, beside as many tokens in packed rows."""
+    monkeypatch.syspath_prepend("benchmarks")
+    results = json.loads((ROOT / "benchmarks/results/2026-11-26_h200_layouts.json").read_text())["results"]
+    measured = {row["layout"]: row for row in results if documents.__name__ in row["data"]}
+    config = TrainConfig(per_device_train_batch_size=32, padding_free=False, remat="full")
+    found = jaxpack.inspect(documents(), config, model=qwen(), gpu="H200").layouts
+    gain = measured["packed"]["tokens_per_second"] / measured["padded"]["tokens_per_second"]
+    assert found["packed"].speedup == pytest.approx(gain, rel=0.15)
+    for layout, row in measured.items():
+        assert found[layout].config.per_device_train_batch_size == row["rows"]
+        assert found[layout].padding_share == pytest.approx(row["padding_share"], abs=0.01)
+
+
+def test_times_are_those_of_the_steps():
+    documents = skewed()
+    config = TrainConfig(max_length=256, per_device_train_batch_size=8, num_train_epochs=2, remat="none")
+    found = jaxpack.inspect(documents, config, model=qwen(), gpu="H200")
+    batches = Batches(documents, config)
+    steps = [step_seconds(Job.of_run(qwen(), batches, int(T)), "none", RATES["H200"]) for T in batches.row_lengths]
+    assert len(set(steps)) > 1
+    run, padded = found.run, found.layouts["padded"]
+    assert run.hours_per_epoch == pytest.approx(sum(steps) / 2 / 3600)
+    assert run.tokens_per_second * run.hours_per_epoch * 3600 == pytest.approx(batches.documents.num_tokens)
+    assert run.speedup == run.tokens_per_second / padded.tokens_per_second and padded.speedup == 1
+    assert (run.remat, found.device) == ("none", "H200")
+
+
+def test_the_gpu_that_is_here_says_how_much_fits(monkeypatch):
+    class Gpu(NamedTuple):
+        device_kind: str = "NVIDIA H200"
+        platform: str = "gpu"
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 130 * 2**30, "bytes_in_use": 0}
+
+    for module in ("diagnostics", "predictions"):
+        monkeypatch.setattr(f"jaxpack.{module}.current_device", Gpu)
+    found = jaxpack.inspect(skewed(), TrainConfig(packing=True, max_length=256), model=qwen())
+    assert (found.device, found.run.remat) == ("NVIDIA H200", "none")
+    assert found.run.tokens_per_second > 0
+
+
+def test_a_device_without_rates_has_speed_ups_of_positions():
+    assert jax.devices()[0].platform != "cpu" or jaxpack.inspect(skewed(), model=qwen()).device is None
+    found = jaxpack.inspect(skewed())
+    run = found.run
+    assert (run.remat, run.tokens_per_second, run.hours_per_epoch, found.device) == (None, None, None, None)
+    assert run.speedup == pytest.approx((1 - run.padding_share) / (1 - found.layouts["padded"].padding_share))
+
+
+def test_what_does_not_fit_says_so():
+    config = TrainConfig(per_device_train_batch_size=512, memory_limit=15)
+    found = jaxpack.inspect(skewed(2000), config, model=qwen(), gpu="H200")
+    padded, free, _ = (found.layouts[layout] for layout in LAYOUTS)
+    assert "`memory_limit` must be at least" in padded.refusal and free.refusal is None
+    assert padded.tokens_per_second is None and free.tokens_per_second > 0
+    assert "does not fit" in printed(found)
+
+
+def test_of_a_gpu_elsewhere_it_says_that_its_memory_is_not_known():
+    for limit, said in ((None, True), (100.0, False)):
+        found = jaxpack.inspect(skewed(), TrainConfig(max_length=256, memory_limit=limit), model=qwen(), gpu="H200")
+        assert (found.run.remat == "full") == said == ("so remat is full: `--memory-limit` says" in printed(found))
+
+
+def test_a_gpu_without_rates_is_refused():
+    with pytest.raises(InputError, match="`gpu` must be one of H200, H100, got 'A100'"):
+        jaxpack.inspect(skewed(), gpu="A100")
+
+
+# --- Truncation -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_cut_off_is_counted():
+    documents = random_documents([10, 100, 40, 50], masked=0)
+    documents.labels[:10] = -100  # the first is not trained on, and the last only beyond 32
+    documents.labels[150:185] = -100
+    found = jaxpack.inspect(documents, TrainConfig(max_length=32))
+    assert (found.num_tokens, found.num_targets, found.untrained) == (200, 99 + 39 + 15, 1)
+    assert found.truncation == (cut := Batches(documents, TrainConfig(max_length=32)).truncation)
+    assert (cut.documents, cut.tokens, cut.dropped) == (3, 68 + 8 + 18, 2)
+    assert found.targets_lost == 68 + 8 + 15
+    text = printed(found)
+    assert "3 documents: 94 tokens are lost (47%), 91 of those trained on (59%)" in text
+    assert "1 document; 2 once they are cut, and dropped" in text
+    advice = "But `--max-length 32` cuts off 47% of the tokens and 59% of those trained on: 128 would"
+    assert advice in found.recommendation
+
+
+def test_what_is_split_is_not_cut():
+    config = TrainConfig(max_length=32, packing=True, packing_strategy="bfd_split")
+    found = jaxpack.inspect(random_documents([10, 100, 40, 50], masked=0), config)
+    assert found.truncation.tokens == found.targets_lost == 0 and "But" not in found.recommendation
+
+
+# --- Advice -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "advice"),
+    [
+        (200 * [250, 256], 1024, ["Packing gains nothing here: padded batches of 8 documents are 1.2% padding"]),
+        (300 * [64, 64, 512], 1024, ["Pack (`--packing --per-device-train-batch-size 2`): padded"]),
+        (100 * [40, 40, 40, 350], 1024, ["Padding-free, the default, is enough: padded"]),
+        (100 * [620, 300, 620], 1024, ["Stay padding-free, the default: padded", "a larger `--max-length`"]),
+        (100 * [60, 100, 60, 130], 130, ["Stay padding-free, the default: padded", "130 takes 256 positions"]),
+        (100 * [530], 1024, ["Stay padding-free, the default: padded", "a larger `--max-length`"]),  # rows of 640
+        (5 * [21], 1024, ["The data has 5 documents, and a step takes 8: the rest of it is padding"]),
+    ],
+)
+def test_the_advice_goes_by_what_is_fastest(lengths, max_length, advice):
+    found = jaxpack.inspect(random_documents(lengths), TrainConfig(max_length=max_length))
+    assert found.recommendation.startswith(advice[0])
+    assert advice[-1] in found.recommendation and "cuts off" not in found.recommendation
+
+
+# --- How it is shown --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[1], [7, 7], [1, 5000], list(range(1, 900)), 99 * [50] + [100_000]], ids=len)
+def test_a_histogram_holds_every_document_once(lengths):
+    edges, counts = histogram(np.array(lengths))
+    assert counts.sum() == len(lengths) and len(counts) == len(edges) - 1 <= 17
+    assert (np.diff(edges) > 0).all() and edges[-1] > max(lengths)
+
+
+def test_the_picture_shows_the_figures():
+    found: Inspection = jaxpack.inspect(skewed(), TrainConfig(max_length=128))
+    lengths, padding = found.figure().axes
+    heights = [int(bar.get_height()) for bar in lengths.patches]
+    assert heights == histogram(found.lengths, 40)[1][: len(heights)].tolist() and sum(heights) > 290
+    for line, shares in zip(padding.lines, found.padding.values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), [100 * share for share in shares.values()])
+
+
+def test_the_tables_hold_the_figures():
+    found = jaxpack.inspect(skewed(), TrainConfig(max_length=128, packing=True), model=qwen(), gpu="H100")
+    text = printed(found)
+    for promise in found.layouts.values():
+        assert f"{promise.tokens_per_second:,.0f}" in text and f"{promise.speedup:.2f} x" in text
+    assert "packed *" in text and "<- max_length 128" in text
+    assert "predicted for H100, from the rates of its kernels, not measured" in text
+    assert text.rstrip().replace("\n", " ").endswith(found.recommendation[-40:])

@@ -1,0 +1,417 @@
+"""A checkpoint is whole, of one run alone, and all that the run needs to go on as if it had not stopped."""
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import random_documents, small_model
+from tensorboard_events import expected_scalars, scalars
+
+from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.errors import InputError
+from jaxpack.model.lora import adapters
+from jaxpack.model.transformer import Transformer
+from jaxpack.train import checkpoint
+from jaxpack.train.checkpoint import Checkpoints, Progress, checksums, identity_of, load_checkpoint, steps_in
+from jaxpack.train.step import TrainState
+from jaxpack.train.trainer import Run, Trainer, TrainResult, _Log
+
+LORA = LoraConfig(r=4, lora_dropout=0.2)
+ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
+CONFIG = TrainConfig(
+    max_length=64,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    max_steps=8,
+    learning_rate=1e-2,
+    lr_scheduler_type="cosine",
+    save_steps=3,
+)
+
+
+def trainer(output: Path | None, model: Transformer | None = None, rows: list = ROWS, **changes: object) -> Trainer:
+    output_dir = None if output is None else str(output)
+    config = dataclasses.replace(CONFIG, output_dir=output_dir, **changes)
+    return Trainer(small_model("qwen3", lora=LORA) if model is None else model, None, rows, config)
+
+
+def crash(training: Trainer, after: int) -> None:
+    """Trains, and fails where the metrics of a step are read."""
+    step = _Log.step
+
+    def fail(log: _Log, metrics: object) -> None:
+        step(log, metrics)
+        if len(log._done.losses) == after:
+            raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Log, "step", fail)
+        with pytest.raises(ZeroDivisionError):
+            training.train()
+
+
+def weights(model: Transformer) -> dict[tuple, np.ndarray]:
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def require_same(result: TrainResult, model: Transformer, expected: TrainResult, trained: Transformer) -> None:
+    np.testing.assert_array_equal(result.losses, expected.losses)
+    assert result.evaluations == expected.evaluations
+    for (path, got), want in zip(weights(model).items(), weights(trained).values(), strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=str(path))
+
+
+# --- Going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora"),
+    [
+        pytest.param({}, LORA, id="padding_free", marks=pytest.mark.slow),
+        pytest.param({"packing": True}, LORA, id="packed", marks=pytest.mark.slow),
+        pytest.param({"weight_decay": 0.1, "warmup_steps": 3}, None, id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_the_undisturbed_one(changes: dict, lora: LoraConfig | None, tmp_path: Path) -> None:
+    def begin(name: str, **more: object) -> Trainer:
+        return trainer(tmp_path / name, small_model("qwen3", lora=lora), logging_steps=2, **changes, **more)
+
+    whole = begin("whole")
+    expected = whole.train()
+    crash(begin("run", report_to="tensorboard"), after=7)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [3, 6]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss":')  # killed in the middle of a line
+    resumed = begin("run", report_to="tensorboard", resume_from_checkpoint="latest")
+    require_same(resumed.train(), resumed.model, expected, whole.model)
+    assert scalars(tmp_path / "run") == expected_scalars(tmp_path / "run")
+    found, records = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "whole")
+    )
+    for name in ("step", "epoch", "loss", "grad_norm", "learning_rate", "padding_share"):
+        assert [record[name] for record in found] == [record[name] for record in records]
+    assert all(record["tokens_per_second"] > 0 for record in found)
+
+
+def test_a_run_can_go_on_in_another_folder(stopped: Path, tmp_path: Path) -> None:
+    checkpoint = stopped / "checkpoints" / "3"
+    for choice in (stopped, stopped / "checkpoints", checkpoint):
+        assert trainer(tmp_path, resume_from_checkpoint=str(choice)).checkpoint == checkpoint
+    result = trainer(tmp_path, resume_from_checkpoint=str(checkpoint)).train()
+    assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [6, 8]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [8]
+
+
+def test_without_a_checkpoint_latest_is_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    crash(trainer(tmp_path), after=2)
+    result = trainer(tmp_path, resume_from_checkpoint="latest").train()
+    assert len(result.losses) == 8
+    assert f"no checkpoint in {tmp_path}: starts from the beginning" in capsys.readouterr().err
+
+
+def test_the_trainer_of_a_run_that_was_stopped_goes_on_like_a_new_one(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    expected = whole.train()
+    again = trainer(tmp_path / "run", resume_from_checkpoint="latest", logging_steps=1)
+    crash(again, after=5)
+    require_same(again.train(), again.model, expected, whole.model)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+
+    once = trainer(tmp_path / "once")
+    crash(once, after=5)
+    with pytest.raises(InputError, match="`output_dir` must be without checkpoints/"):
+        once.train()
+    assert steps_in(tmp_path / "once" / "checkpoints") == [3]
+
+
+def test_no_checkpoint_makes_way_for_one_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = trainer(tmp_path, save_steps=1, learning_rate=1e30, lr_scheduler_type="constant").train()
+    first = int(np.argmin(np.isfinite(result.losses)))
+    assert 0 < first < 7 and not np.isfinite(result.losses[first:]).any()
+    assert steps_in(tmp_path / "checkpoints")[-1] == first
+    said = capsys.readouterr().err
+    assert said.count(f"the loss of step {first + 1} is nan") == 1 and "step 8 is not saved: its loss is nan" in said
+
+
+def test_a_run_that_has_ended_has_nothing_left_to_do(tmp_path: Path) -> None:
+    done = trainer(tmp_path, save_steps=5)
+    expected = done.train()
+    again = trainer(tmp_path, resume_from_checkpoint="latest")
+    result = again.train()
+    require_same(result, again.model, expected, done.model)
+    assert result.tokens_per_second == 0
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+def other_weights(model: Transformer) -> Transformer:
+    weight = model.norm.scale
+    weight.set_value(weight[...].at[3].multiply(1 + 2**-20))
+    return model
+
+
+OTHERS: dict[str, tuple[Callable[[], dict], list[str]]] = {
+    "setting": (lambda: {"learning_rate": 0.02, "seed": 7}, ["`learning_rate` 0.01 (here 0.02)", "`seed` 42 (here 7)"]),
+    "steps": (lambda: {"max_steps": 9}, ["`max_steps` 8 (here 9)"]),
+    "rows": (lambda: {"rows": [*ROWS[:-1], {"input_ids": [1, 2]}]}, ["`train_dataset` '40 documents of"]),
+    "alpha": (
+        lambda: {"model": small_model("qwen3", lora=dataclasses.replace(LORA, lora_alpha=8.0))},
+        ["`adapters' lora_alpha` 32 (here 8.0)"],
+    ),
+    "no_adapters": (lambda: {"model": small_model("qwen3")}, ["`adapters' r` 4 (here None)"]),
+    "family": (
+        lambda: {"model": small_model("llama", lora=LORA)},
+        ["`architecture` 'Qwen3ForCausalLM' (here 'LlamaForCausalLM')"],
+    ),
+    "dtype": (lambda: {"model": small_model("qwen3", lora=LORA, dtype=jnp.bfloat16)}, ["`frozen ", "bfloat16"]),
+    "weights": (lambda: {"model": other_weights(small_model("qwen3", lora=LORA))}, ["`frozen norm.scale`"]),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    crash(trainer(folder), after=4)
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(name: str, stopped: Path) -> None:
+    make, fragments = OTHERS[name]
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    training = trainer(stopped, resume_from_checkpoint="latest", **make())
+    untrained = weights(training.model)
+    with pytest.raises(InputError, match=r"`resume_from_checkpoint` must be of the same run, got '.*/3' with") as error:
+        training.train()
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    for path, array in weights(training.model).items():
+        np.testing.assert_array_equal(array, untrained[path])
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_what_changes_no_number_may_differ(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(stopped / "checkpoints" / "3")
+    free = {"logging_steps": 1, "save_steps": 1, "save_total_limit": 1, "remat": "none"}
+    monkeypatch.delattr(Run, "compile")  # what comes next
+    with pytest.raises(AttributeError, match="compile"):
+        trainer(tmp_path, resume_from_checkpoint=path, compilation_cache_dir="none", **free).train()
+    shown = capsys.readouterr().err
+    assert "remat full, not none: losses may differ by rounding" in shown
+    assert f"goes on from {path}: 3 of 8 steps done" in shown
+
+
+def test_places_that_are_no_checkpoints_are_refused(stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`resume_from_checkpoint` must be the folder of a checkpoint"):
+        trainer(tmp_path, resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(InputError, match="`output_dir` must be without checkpoints/"):
+        trainer(stopped)
+    with pytest.raises(InputError, match="must be a folder where there is no `output_dir`, got 'latest'"):
+        trainer(None, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_of_another_program_is_refused(stopped: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(stopped / "checkpoints" / "3", tmp_path / "3")
+    (path / "run" / "metadata").write_text('{"epoch": 3}')
+    with pytest.raises(InputError, match=r"must be a checkpoint of jaxpack, got '.*/3' without \['evaluations', 'ide"):
+        trainer(None, resume_from_checkpoint=str(path)).train()
+
+
+def test_adapters_are_the_same_however_they_are_written() -> None:
+    def adapted(**lora: object) -> dict:
+        model = small_model("qwen3", lora=LoraConfig(r=4, **lora))
+        return identity_of(model, CONFIG, small_state(), nnx.State({}), train_dataset=None)
+
+    one = adapted(target_modules=("q_proj", "v_proj"), rank_pattern="q_proj=2,v_proj=8")
+    assert one == adapted(target_modules=("v_proj", "q_proj"), rank_pattern="v_proj=8,q_proj=2")
+    assert one != adapted(target_modules=("q_proj", "v_proj"), rank_pattern="q_proj=8,v_proj=2")
+    assert adapted() == adapted(target_modules=tuple(adapters(small_model("qwen3", lora=LORA))))
+
+
+def test_two_halves_of_documents_of_one_length_are_two_datasets() -> None:
+    documents = random_documents(8 * [20])
+    first, second = documents[np.arange(0, 8, 2)], documents[np.arange(1, 8, 2)]
+    assert checkpoint._describe(first) != checkpoint._describe(second)
+
+
+def test_checksums_see_values_and_places() -> None:
+    x = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    variants = [x, x[::-1], x[:, ::-1], x[..., ::-1], x.swapaxes(0, 1), np.nextafter(x, np.float32(100))]
+    variants += [x.astype(jnp.bfloat16), x.reshape(60), np.float32(3)]
+    sums = checksums([jnp.asarray(variant) for variant in variants])
+    assert len(set(sums.tolist())) == len(variants)
+    np.testing.assert_array_equal(checksums([jnp.array(x)]), sums[:1])
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def small_state(value: float = 0.0) -> TrainState:
+    return TrainState(nnx.State({"a": jnp.full((3, 5), value)}), {"mu": jnp.arange(4.0) + value}, jnp.int32(value))
+
+
+def progress_of(step: int, evaluations: dict[int, float] | None = None) -> Progress:
+    return Progress([1 / (1 + i) for i in range(step)], evaluations or {})
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    opened = Checkpoints(str(tmp_path), 2, {"learning_rate": 1.0}, {"device": "cpu"})
+    yield opened
+    opened.close()
+
+
+def load(folder: Path) -> tuple[TrainState, Progress]:
+    return load_checkpoint(folder, small_state(), {"learning_rate": 1.0}, {"device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ({}, [5, 6]),
+        ({2: 1.0, 3: 2.0, 4: 1.5, 6: 3.0}, [2, 5, 6]),
+        ({3: 1.0, 5: 0.5}, [5, 6]),
+        ({2: float("nan"), 3: 2.0}, [3, 5, 6]),
+    ],
+)
+def test_the_last_and_the_best_are_kept(losses: dict, kept: list, checkpoints: Checkpoints) -> None:
+    for step in range(1, 7):
+        checkpoints.save(step, small_state(step), progress_of(step, {s: x for s, x in losses.items() if s <= step}))
+    assert checkpoints.wait()
+    assert sorted(int(path.name) for path in checkpoints.folder.iterdir()) == kept
+    for step in kept:
+        state, progress = load(checkpoints.folder / str(step))
+        jax.tree.map(np.testing.assert_array_equal, state, small_state(step))
+        assert progress.losses == progress_of(step).losses
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_not_saved_whatever_the_loss_was(
+    value, checkpoints: Checkpoints, capsys
+) -> None:
+    checkpoints.save(1, small_state(1), progress_of(1))
+    state = small_state(2)
+    leaves, tree = jax.tree.flatten(state)
+    at = next(i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    leaves[at] = leaves[at].at[(0,) * leaves[at].ndim].set(value)
+    checkpoints.save(2, jax.tree.unflatten(tree, leaves), progress_of(2))
+    assert not checkpoints.wait()
+    assert steps_in(checkpoints.folder) == [1]
+    assert "step 2 is not saved: its weights are not finite" in capsys.readouterr().err
+
+
+def test_a_loss_that_was_no_number_before_is_no_fault_of_the_weights(checkpoints: Checkpoints) -> None:
+    checkpoints.save(2, small_state(2), Progress([np.inf, 0.5]))
+    assert checkpoints.wait() and steps_in(checkpoints.folder) == [2]
+
+
+def test_a_save_does_not_wait_for_the_disk_and_keeps_what_it_was_given(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, begun, proceed = checkpoint._write, threading.Event(), threading.Event()
+
+    def wait(*args: object) -> None:
+        begun.set()
+        assert proceed.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", wait)
+    state = small_state(3)
+    checkpoints.save(3, state, progress_of(3))
+    assert begun.wait(60) and steps_in(checkpoints.folder) == []
+    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)(state))
+    proceed.set()
+    assert checkpoints.wait()
+    jax.tree.map(np.testing.assert_array_equal, load(checkpoints.folder / "3")[0], small_state(3))
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    for name in ("4.orbax-checkpoint-tmp", "2.deleted", "3"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    Checkpoints(str(tmp_path), 2, {}, {}).close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_what_cannot_be_saved_is_told_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint._write
+
+    def refused(path: Path, *args: object) -> None:
+        if path.name == "6":
+            path = path.parent / "file" / "6"
+            path.parent.touch()
+        write(path, *args)
+
+    monkeypatch.setattr(checkpoint, "_write", refused)
+    training = trainer(tmp_path, save_steps=2)
+    result = training.train()
+    assert len(result.losses) == 8 and steps_in(tmp_path / "checkpoints") == [4, 8]
+    shown = capsys.readouterr().err
+    assert f"step 6 could not be saved in {tmp_path}/checkpoints/6: Not a directory; the run goes on" in shown
+
+
+@pytest.mark.parametrize("spare", [checkpoint._SPARE, -(2**30)], ids=["seen_before", "seen_by_orbax"])
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
+    spare: int, small_disk: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, ballast = Checkpoints._write, small_disk / "ballast"
+
+    def fill(self: Checkpoints, step: int, *args: object) -> bool:
+        if step == 4:
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+        elif step == 8:
+            ballast.unlink()
+        return write(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "_write", fill)
+    monkeypatch.setattr(checkpoint, "_SPARE", spare)
+    output = small_disk / "run"
+    result = trainer(output, save_steps=2, save_total_limit=5).train()
+    assert len(result.losses) == 8
+    assert steps_in(output / "checkpoints") == [2, 8]
+    shown = capfd.readouterr().err
+    for step in (4, 6):
+        assert f"/{step}: No space left on device; the run goes on" in shown
+    assert "Traceback" not in shown
+    assert [path.name for path in (output / "checkpoints").iterdir() if not path.name.isdecimal()] == []
+
+
+def test_no_part_of_a_damaged_checkpoint_is_taken(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoints.save(3, small_state(3), progress_of(3))
+    assert checkpoints.wait()
+    whole, damaged = checkpoints.folder / "3", tmp_path / "damaged"
+    refused = 0
+    for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
+        for keep in (None, 0.5):
+            shutil.copytree(whole, damaged)
+            if keep is None:
+                (damaged / file).unlink()
+            else:
+                os.truncate(damaged / file, int(keep * (whole / file).stat().st_size))
+            state = small_state(1)
+            try:
+                found, progress = load_checkpoint(damaged, state, {"learning_rate": 1.0}, {"device": "cpu"})
+            except InputError as error:
+                assert f"must be a whole checkpoint, got '{damaged}'" in str(error)
+                assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+                refused += 1
+            else:  # the file said nothing that another does not
+                jax.tree.map(np.testing.assert_array_equal, found, small_state(3))
+                assert progress == progress_of(3)
+            shutil.rmtree(damaged)
+    assert refused >= 6

@@ -1,0 +1,188 @@
+"""A folder appears whole or not at all; where it replaces another, or a file one, it is the old or the new one."""
+
+import errno
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxpack.errors import InputError
+from jaxpack.utils.files import (
+    from_home,
+    held_folder,
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    require_free_folder,
+    require_new_folder,
+    whole_folder,
+)
+
+
+def write(path: Path) -> None:
+    with whole_folder(path, "path") as folder:
+        (folder / "file").write_text("whole")
+
+
+@pytest.mark.parametrize("name", ["new", "deep/er/new", "x" * 250, "empty", "a/../new"])
+def test_it_appears_with_what_was_written(name: str, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / name)
+    assert [path.name for path in (tmp_path / name).resolve().iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_one_and_what_it_points_to_appears(exists: bool, tmp_path: Path):
+    """As one to another disk."""
+    target = tmp_path / "disk" / "folder"
+    target.parent.mkdir()
+    if exists:
+        target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (target / "file").read_text() == "whole"
+    assert os.listdir(target.parent) == ["folder"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    for error in (KeyError, KeyboardInterrupt, InputError):
+        with pytest.raises(error), whole_folder(tmp_path / "empty", "path") as folder:
+            (folder / "file").write_text("half")
+            raise error
+    assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "loop/below", "a\0b"])
+def test_a_path_that_cannot_be_is_one_clear_error(name: str, tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="`output` must be a folder, got") as refused:
+        require_free_folder(tmp_path / name, "output")
+    assert len(str(refused.value)) < 400
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Root may look into any: what the system says to others."""
+
+    def denied(path: Path, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(InputError, match=r"`output` must be a folder, got .*: Permission denied\."):
+        require_free_folder(tmp_path / "new", "output")
+
+
+def test_an_empty_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), Path("."), tmp_path):
+        with pytest.raises(InputError, match=r"`merged` must be a folder that can be replaced.*the working folder"):
+            require_new_folder(path, "merged")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    Path("disk").mkdir()
+    with pytest.raises(InputError, match=r"`path` must be a folder that can be replaced.*disk', which is a mount"):
+        write(tmp_path / "disk")
+    require_free_folder(tmp_path / "disk", "output")  # in which other folders may appear
+    write(tmp_path / "disk" / "merged")
+
+
+class Killed(BaseException):
+    pass
+
+
+def write_two(folder: Path, text: str) -> None:
+    with whole_folder(folder, "output") as temporary:
+        for name in ("a", "b"):
+            (temporary / name).write_text(text)
+
+
+def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for number in itertools.count(1):  # of the call that it is killed before: to rename, or to delete a tree
+        path = tmp_path / str(number) / "adapter"
+        write_two(path, "old")
+        mine = path.with_name("adapter.old")
+        mine.mkdir()
+        calls = itertools.count(1)
+
+        def counted(function, number=number, calls=calls):
+            def call(*args, **options):
+                if next(calls) >= number:
+                    raise Killed
+                return function(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", counted(Path.rename))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            try:
+                replace_folder(lambda folder: write_two(folder, "new"), path)
+                killed = False
+            except Killed:
+                killed = True
+        remove_leftovers(path)
+        assert sorted(path.parent.iterdir()) == [path, mine]
+        (text,) = {(path / name).read_text() for name in ("a", "b")}
+        ends.append(text)
+        if not killed:
+            break
+    assert ends[0] == "old" and ends[-1] == "new" and len(ends) == 6
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deeper" / "file"
+    for content in (b"old", b"older"):
+        replace_file(path, content, "output")
+        assert path.read_bytes() == content
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError) as refused:
+        replace_file(path, b"new", "output")
+    assert str(refused.value) == f"`output` must be writable, got '{path}': No space left on device."
+    assert path.read_bytes() == b"older"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_left_as_it_was(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "new"):
+        there = folder.exists()
+        for _ in range(2):
+            with held_folder(folder, "output"):
+                message = "`output` must be without another run, got"
+                with pytest.raises(InputError, match=message), held_folder(folder, "output"):
+                    pass
+                assert folder.is_dir()
+            assert folder.exists() == there
+    with held_folder(tmp_path / "kept", "output"):
+        (tmp_path / "kept" / "file").touch()
+    assert (tmp_path / "kept" / "file").exists()
+
+
+def test_a_process_that_is_killed_holds_no_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from jaxpack.utils.files import held_folder\n"
+        "with held_folder(Path(sys.argv[1]), 'output'): print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(InputError), held_folder(tmp_path, "output"):
+        pass
+    process.kill()
+    process.communicate()
+    with held_folder(tmp_path, "output"):
+        pass
+
+
+def test_a_path_is_shown_from_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert from_home(tmp_path / "me/.cache/programs") == "~/.cache/programs"
+    assert from_home(tmp_path / "memo") == str(tmp_path / "memo")
