@@ -26,7 +26,7 @@ from flax import nnx
 
 import torch_bridge
 from jaxpack.bench.models import SHAPES
-from jaxpack.config import ModelConfig
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 from torch_bridge.checkpoint import write_safetensors
 from torch_bridge.convert import tensor_shapes

@@ -41,7 +41,7 @@ from jaxpack.bench.report import draw_all, of_plan, print_tables
 from jaxpack.cli.bench import measure_elsewhere
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.cli.measure import measure_here
-from jaxpack.config import Layout
+from jaxpack.constants import Layout
 from jaxpack.data.reading import Documents, load_documents
 from jaxpack.errors import InputError
 

@@ -6,10 +6,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxpack.config import Llama3RopeScaling, LoraConfig, ModelConfig, RopeConfig
 from jaxpack.data.reading import Documents
+from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig
 from jaxpack.model.lora import adapters, add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
 
 _LLAMA3 = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
 

@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack.config import WHOLE_MODULES, LoraConfig
+from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters, add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
 from jaxpack.utils.files import whole_folder
 from torch_bridge.checkpoint import mismatches, read_json, some, write_tensors
 from torch_bridge.convert import tensor_shapes

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpack.config import ModelConfig
 from jaxpack.errors import InputError
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.prefetch import prefetched

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxpack.config import (
+from jaxpack.errors import InputError
+from jaxpack.model.config import (
     DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -18,7 +19,6 @@ from jaxpack.config import (
     RopeScaling,
     YarnRopeScaling,
 )
-from jaxpack.errors import InputError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"  # of `layer_types`

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpack.config import ModelConfig
 from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError, reason
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, get_args
 
-from jaxpack.config import Implementation, Layout, Remat
+from jaxpack.constants import Implementation, Layout, Remat
 from jaxpack.data.packing import packed_rows
 from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError

@@ -11,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxpack.config import LoraConfig, ModelConfig, RopeConfig
 from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError, reason
+from jaxpack.model.config import ModelConfig, RopeConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
 
 _COLUMNS = ("token_length_from", "token_length_to", "documents")
 _IDS = (10, 100_000)

@@ -14,7 +14,7 @@ from jaxpack.bench.models import save_documents
 from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
 from jaxpack.bench.report import draw_all, print_tables
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
-from jaxpack.config import Layout
+from jaxpack.constants import Layout
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
 from jaxpack.utils.figures import require_matplotlib

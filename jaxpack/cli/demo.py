@@ -13,11 +13,11 @@ import typer
 from rich.table import Table
 
 import torch_bridge
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.model.lora import add_lora
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Trainer, TrainResult
 from jaxpack.utils.console import console
 from jaxpack.utils.files import require_free_folder, whole_folder

@@ -16,11 +16,11 @@ from rich.text import Text
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
 from jaxpack.cli.reading import read_base
-from jaxpack.config import GenerateConfig
 from jaxpack.data.chat_template import Conversation
 from jaxpack.data.reading import load_prompts, text_prompt
 from jaxpack.errors import InputError, errors_name
 from jaxpack.generation.text import generate_text
+from jaxpack.settings import GenerateConfig
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console, visible
 from jaxpack.utils.files import replace_file, require_folder

@@ -11,12 +11,12 @@ from rich.console import Console
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.preview import show_row as shown
 from jaxpack.errors import InputError, errors_name, reason
 from jaxpack.planning.inspect import inspect as inspect_documents
 from jaxpack.planning.predictions import RATES
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.figures import require_matplotlib
 

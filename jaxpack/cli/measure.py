@@ -10,9 +10,9 @@ from jaxpack.bench.cases import Case
 from jaxpack.bench.measure import measure
 from jaxpack.bench.models import SHAPES, random_model, read_documents
 from jaxpack.bench.processes import Record, answer
-from jaxpack.config import LoraConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
 
 
 def measure_here(request: Path, result: Path, **options: Any) -> None:

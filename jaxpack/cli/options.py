@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from jaxpack.config import GenerateConfig, LoraConfig, TrainConfig
 from jaxpack.errors import errors_name
+from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
 
 Config = TypeVar("Config", TrainConfig, LoraConfig, GenerateConfig)
 

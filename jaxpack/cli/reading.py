@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch_bridge
 from jaxpack.bench.models import SHAPES, drawn_documents
-from jaxpack.config import ModelConfig
 from jaxpack.data.reading import Documents, Tokenizer, load_documents
 from jaxpack.errors import InputError, errors_name
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 
 MODEL_HELP = f"A Hugging Face folder or the id of one on the hub; or, with random weights, {', '.join(SHAPES)}."

@@ -12,9 +12,9 @@ from flax import nnx
 import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.metrics import METRICS, read_records, require_libraries
 from jaxpack.train.trainer import Trainer
 from jaxpack.utils.console import console

@@ -9,10 +9,11 @@ import math
 
 import numpy as np
 
-from jaxpack.config import LANES, TrainConfig
+from jaxpack.constants import LANES
 from jaxpack.data.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
 from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 
 MAX_SHAPES = 4
 MAX_STEPS = 10_000_000  # of a run: what is known of each before the first has its room in memory

@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpack.config import PackingStrategy
+from jaxpack.constants import IGNORE, PackingStrategy
 from jaxpack.errors import InputError
-
-IGNORE = -100  # the target of a position that has none, as in Hugging Face labels
 
 
 class PackedBatch(NamedTuple):

@@ -10,8 +10,8 @@ from rich.jupyter import JupyterMixin
 from rich.rule import Rule
 from rich.text import Text
 
+from jaxpack.constants import IGNORE
 from jaxpack.data.batching import Batches
-from jaxpack.data.packing import IGNORE
 from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.utils.console import visible

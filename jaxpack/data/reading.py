@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import (
     ChatTemplate,
     ChatTokenizer,
@@ -21,7 +22,6 @@ from jaxpack.data.chat_template import (
     read_instruction,
     without_none,
 )
-from jaxpack.data.packing import IGNORE
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpack.config import ModelConfig
 from jaxpack.kernels.attention import SegmentBounds, attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.rope import Angles, apply_rope, norm_rope
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.layers import Attention, Block, RMSNorm
 from jaxpack.model.transformer import Shared, Transformer
 

@@ -19,14 +19,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpack.config import DynamicRopeScaling, GenerateConfig
 from jaxpack.data.chat_template import ChatTemplate, Conversation, read_conversation
 from jaxpack.data.reading import Tokenizer, tokenize
 from jaxpack.errors import InputError, check_type
 from jaxpack.generation.decode import Cache, extend, prefill
+from jaxpack.model.config import DynamicRopeScaling
 from jaxpack.model.rope import last_length_alike
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import available_host_bytes, current_device, free_device_bytes
+from jaxpack.settings import GenerateConfig
 from jaxpack.utils.console import progress_bar
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to go on from, or messages to answer

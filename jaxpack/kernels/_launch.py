@@ -13,7 +13,6 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxpack.config import Implementation
 from jaxpack.errors import InputError
 
 # JAX 0.11 deprecated this backend and names no release that removes it; the upper bound on jax moves with the tests.
@@ -100,15 +99,3 @@ def check_no_byte_arrays(**arrays: jax.Array) -> None:
     for argument, array in arrays.items():
         if array.dtype.itemsize < 2:
             raise InputError(f"`{argument}` must have a dtype of two bytes or more, got {array.dtype}.")
-
-
-__all__ = [
-    "Implementation",
-    "check_no_byte_arrays",
-    "dispatch",
-    "launch",
-    "pl",
-    "plt",
-    "power_of_two_divisor",
-    "powers_of_two",
-]

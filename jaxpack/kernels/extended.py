@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import Implementation, dispatch, launch, pl, plt, power_of_two_divisor
+from jaxpack.kernels._launch import dispatch, launch, pl, plt, power_of_two_divisor
 from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
 

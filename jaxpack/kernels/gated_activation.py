@@ -5,23 +5,15 @@ Kept for the backward pass: gate and up, nothing else. Everything is computed in
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpack.constants import Activation, Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import (
-    Implementation,
-    check_no_byte_arrays,
-    dispatch,
-    launch,
-    pl,
-    power_of_two_divisor,
-)
-
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+from jaxpack.kernels._launch import check_no_byte_arrays, dispatch, launch, pl, power_of_two_divisor
 
 
 def gated_activation(

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpack.data.packing import IGNORE
+from jaxpack.constants import IGNORE, Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import Implementation
 from jaxpack.kernels.logsumexp import logsumexp
 
 CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k

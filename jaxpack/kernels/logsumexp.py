@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpack.kernels._launch import Implementation, dispatch, launch, pl, powers_of_two
+from jaxpack.constants import Implementation
+from jaxpack.kernels._launch import dispatch, launch, pl, powers_of_two
 
 _PIECE = 2048  # of a row
 _PIECES = 4  # at a time: sums are corrected for a higher maximum once for all of them

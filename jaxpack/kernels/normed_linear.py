@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import Implementation
 from jaxpack.kernels.adapter import check_factors, outer, padded
 from jaxpack.kernels.extended import extend_normed, extend_normed_backward
 

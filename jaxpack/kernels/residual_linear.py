@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxpack.constants import Activation, Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import Implementation
 from jaxpack.kernels.adapter import check_factors, outer, padded
 from jaxpack.kernels.extended import add_extended, extend
-from jaxpack.kernels.gated_activation import Activation, gated_activation, gated_activation_backward
+from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
 
 
 def residual_linear(

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import Implementation, dispatch, launch, pl, plt, power_of_two_divisor, powers_of_two
+from jaxpack.kernels._launch import dispatch, launch, pl, plt, power_of_two_divisor, powers_of_two
 
 
 class Angles(NamedTuple):

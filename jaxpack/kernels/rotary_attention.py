@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels import cudnn, rope
 from jaxpack.kernels._launch import dispatch
 from jaxpack.kernels.attention import (
     Heads,
-    Implementation,
     Options,
     SegmentBounds,
     attention_backward,

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from jaxpack.config import Activation, Implementation, ModelConfig
+from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.extended import refusal
@@ -23,6 +23,7 @@ from jaxpack.kernels.residual_linear import gated_residual_linear, residual_line
 from jaxpack.kernels.rms_norm import rms_norm
 from jaxpack.kernels.rope import Angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
+from jaxpack.model.config import ModelConfig
 
 
 class RowContext(NamedTuple):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpack.config import WHOLE_MODULES, LoraConfig
+from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.layers import Linear, LoraAdapter
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
 
 
 def add_lora(model: Transformer, config: LoraConfig) -> Transformer:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
-from jaxpack.config import ModelConfig, Remat
+from jaxpack.constants import Remat
+from jaxpack.model.config import ModelConfig
 from jaxpack.parallel.device import current_device
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxpack.config import (
+from jaxpack.kernels.rope import Angles, rotary_angles
+from jaxpack.model.config import (
     DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -21,7 +22,6 @@ from jaxpack.config import (
     RopeConfig,
     YarnRopeScaling,
 )
-from jaxpack.kernels.rope import Angles, rotary_angles
 
 
 def document_angles(

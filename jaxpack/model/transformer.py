@@ -11,12 +11,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpack.config import Implementation, LoraConfig, ModelConfig, Remat
+from jaxpack.constants import Implementation, Remat
 from jaxpack.kernels.attention import segment_bounds
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.layers import Block, RowContext, make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
+from jaxpack.settings import LoraConfig
 
 
 class Transformer(nnx.Module):

@@ -1,12 +1,16 @@
 """The device that a run is on, and the memory of it and of its host."""
 
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PINNED_LIMIT_GIB = 64  # of a process, where that is not set
@@ -27,10 +31,15 @@ def free_device_bytes(device: jax.Device) -> int | None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: the GPU allocator's own peak, or, on a CPU, that of the whole process."""
+    """Returns the most memory held so far: the GPU allocator's own peak, or, on a CPU, that of the whole process.
+
+    It is 0 on a CPU whose operating system does not say.
+    """
     statistics = current_device().memory_stats()
     if statistics is not None:
         return statistics["peak_bytes_in_use"]
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -11,7 +11,7 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 
-from jaxpack.config import Layout, Remat, TrainConfig
+from jaxpack.constants import Layout, Remat
 from jaxpack.data.batching import Batches, Truncation
 from jaxpack.data.packing import packed_rows
 from jaxpack.data.reading import Documents
@@ -19,6 +19,7 @@ from jaxpack.errors import InputError, check_type
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
 from jaxpack.planning.predictions import RATES, Rates, known_gpu, resolve, run_seconds
+from jaxpack.settings import TrainConfig
 from jaxpack.utils.figures import Line, frame, label_ends, new_figure
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Promise:
+class LayoutEstimate:
     """What a run in one layout comes to.
 
     Attributes:
@@ -85,13 +86,13 @@ class Inspection(JupyterMixin):
     untrained: int
     truncation: Truncation
     targets_lost: int
-    layouts: dict[Layout, Promise]
+    layouts: dict[Layout, LayoutEstimate]
     padding: dict[str, dict[int, float]]
     device: str | None
     recommendation: str
 
     @property
-    def run(self) -> Promise:
+    def run(self) -> LayoutEstimate:
         """The run that was asked about."""
         return self.layouts[self.config.layout]
 
@@ -130,7 +131,7 @@ def inspect(
     known = None if device is None else known_gpu(device)
     runs = _in_every_layout(documents, config)
     batches = {layout: Batches(documents, run) for layout, run in runs.items()}
-    layouts = {layout: _promise(run, batches[layout], batches["padded"]) for layout, run in runs.items()}
+    layouts = {layout: _estimate(run, batches[layout], batches["padded"]) for layout, run in runs.items()}
     if model is not None and known is not None:
         layouts = _timed(layouts, batches, model, RATES[known], gpu)
     run = batches[config.layout]
@@ -162,8 +163,8 @@ def _in_every_layout(documents: Documents, config: TrainConfig) -> dict[Layout, 
     return {layout: config.in_layout(layout, size) for layout, size in sizes.items()}
 
 
-def _promise(config: TrainConfig, batches: Batches, padded: Batches) -> Promise:
-    return Promise(
+def _estimate(config: TrainConfig, batches: Batches, padded: Batches) -> LayoutEstimate:
+    return LayoutEstimate(
         config=config,
         padding_share=batches.padding_share,
         shapes=batches.shapes,
@@ -172,26 +173,30 @@ def _promise(config: TrainConfig, batches: Batches, padded: Batches) -> Promise:
 
 
 def _timed(
-    layouts: dict[Layout, Promise], batches: dict[Layout, Batches], model: Transformer, rates: Rates, gpu: str | None
-) -> dict[Layout, Promise]:
+    layouts: dict[Layout, LayoutEstimate],
+    batches: dict[Layout, Batches],
+    model: Transformer,
+    rates: Rates,
+    gpu: str | None,
+) -> dict[Layout, LayoutEstimate]:
     """The same with times, of those that fit, and speed-ups from them."""
     timed = {}
-    for layout, promise in layouts.items():
+    for layout, estimate in layouts.items():
         run = batches[layout]
         try:
-            remat, _ = resolve(promise.config, model, run, 0, gpu)
+            remat, _ = resolve(estimate.config, model, run, 0, gpu)
         except InputError as error:
-            timed[layout] = dataclasses.replace(promise, refusal=str(error))
+            timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue
         seconds = run_seconds(model, run, remat, rates)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(
-            promise,
+            estimate,
             remat=remat,
             tokens_per_second=rate,
             hours_per_epoch=seconds / run.num_steps * run.steps_per_epoch / 3600,
-            speedup=rate / base if base is not None else promise.speedup,
+            speedup=rate / base if base is not None else estimate.speedup,
         )
     return timed
 
@@ -258,7 +263,7 @@ def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
     )
 
 
-def _advice(layouts: dict[Layout, Promise]) -> str:
+def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
     padded, free, packed = (layouts[layout] for layout in get_args(Layout))
     of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
     of_free = f"padding-free batches {_percent(free.padding_share)}"
@@ -359,13 +364,13 @@ def _layouts_table(found: Inspection) -> Table:
     columns = ("", "batch", "padding", "speed-up", *(("tokens/s", "hours/epoch", "remat") if found.device else ()))
     for name in columns:
         table.add_column(name, justify="left" if name in ("", "batch", "remat") else "right", no_wrap=True)
-    for layout, promise in found.layouts.items():
-        times = ["", "", "does not fit" if promise.refusal else ""]
-        if promise.tokens_per_second is not None:
-            hours = f"{promise.hours_per_epoch:{'.2f' if promise.hours_per_epoch >= 0.1 else '.2g'}}"
-            times = [f"{promise.tokens_per_second:,.0f}", hours, promise.remat]
-        name = f"{layout} *" if promise.config is found.run.config else layout
-        cells = (name, _batch(promise.config), _percent(promise.padding_share), f"{promise.speedup:.2f} x")
+    for layout, estimate in found.layouts.items():
+        times = ["", "", "does not fit" if estimate.refusal else ""]
+        if estimate.tokens_per_second is not None:
+            hours = f"{estimate.hours_per_epoch:{'.2f' if estimate.hours_per_epoch >= 0.1 else '.2g'}}"
+            times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat]
+        name = f"{layout} *" if estimate.config is found.run.config else layout
+        cells = (name, _batch(estimate.config), _percent(estimate.padding_share), f"{estimate.speedup:.2f} x")
         table.add_row(*cells, *times[: len(columns) - 4])
     return table
 

@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxpack.config import ModelConfig, Remat, TrainConfig
+from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
 from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import (
     KEPT,
@@ -42,6 +43,7 @@ from jaxpack.parallel.device import (
     free_device_bytes,
     pinned_limit_bytes,
 )
+from jaxpack.settings import TrainConfig
 
 _GIB = 2**30
 _ACCURACY = 0.1  # what is measured may be that much more than was predicted

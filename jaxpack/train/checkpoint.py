@@ -29,12 +29,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
-from jaxpack.config import TrainConfig
 from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
+from jaxpack.settings import TrainConfig
 from jaxpack.train.step import TrainState
 from jaxpack.utils.console import console
 

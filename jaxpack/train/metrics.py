@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxpack.config import TrainConfig
 from jaxpack.errors import InputError, reason
+from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.files import replace_file
 

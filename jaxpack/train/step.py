@@ -10,12 +10,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpack.config import Implementation, Remat, TrainConfig
-from jaxpack.data.packing import IGNORE, BatchLimits, PackedBatch
+from jaxpack.constants import IGNORE, Implementation, Remat
+from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import TrainConfig
 
 
 class TrainState(NamedTuple):

@@ -19,7 +19,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxpack.config import TrainConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.data.reading import Dataset, Documents, Tokenizer, load_documents
@@ -28,6 +27,7 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, free_device_bytes, peak_memory_bytes
 from jaxpack.planning.predictions import resolve
+from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import (
     LATEST,
     Checkpoints,

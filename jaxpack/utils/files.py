@@ -1,7 +1,6 @@
 """Folders and files that appear whole or not at all."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -9,6 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxpack.errors import InputError, reason
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind
+    fcntl = None
 
 
 def require_free_folder(path: Path, name: str) -> None:
@@ -61,12 +65,13 @@ def held_folder(path: Path, name: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"`{name}` must be writable, got {str(path)!r}: {reason(error)}.") from error
     try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"`{name}` must be without another run, got {str(path)!r} with one.") from None
-        except OSError:  # of a file system without locks
-            pass
+        if fcntl is not None:
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"`{name}` must be without another run, got {str(path)!r} with one.") from None
+            except OSError:  # of a file system without locks
+                pass
         yield
     finally:
         os.close(place)

@@ -12,9 +12,9 @@ from models import random_documents, small_model
 
 from jaxpack.bench.cases import Case
 from jaxpack.bench.measure import WARM_UP, measure, timed_steps, train_config
-from jaxpack.config import LoraConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
+from jaxpack.settings import LoraConfig
 from jaxpack.train.step import Metrics
 from jaxpack.train.trainer import Run, Trainer
 

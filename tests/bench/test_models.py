@@ -7,10 +7,10 @@ from flax import nnx
 from models import random_documents, small_config
 
 from jaxpack.bench.models import drawn_documents, drawn_lengths, random_model, read_documents, save_documents
-from jaxpack.config import LoraConfig
 from jaxpack.errors import InputError
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
 
 HEAD = "token_length_from,token_length_to,documents\n"
 

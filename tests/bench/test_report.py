@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jaxpack.bench import report
 from jaxpack.bench.cases import ABLATION, OFFLOADED, Case, Planned, ablation, batch_sizes, losses
-from jaxpack.config import Layout
+from jaxpack.constants import Layout
 
 GIB = 2**30
 

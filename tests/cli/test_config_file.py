@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jaxpack.config import LoraConfig, TrainConfig
+from jaxpack.settings import LoraConfig, TrainConfig
 
 # What no two runs have the same of.
 MEASURED = {"tokens_per_second", "peak_memory_bytes", "compile_seconds", "first_step_seconds"}

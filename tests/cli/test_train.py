@@ -18,9 +18,9 @@ from tokenizers_for_tests import small_tokenizer, write_checkpoint
 
 import torch_bridge
 from jaxpack import cli
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Run
 from torch_bridge.convert import model_tensors
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from models import random_documents
 
-from jaxpack.config import TrainConfig
 from jaxpack.data.batching import Batches, _order, _splitmix64, choose_buckets
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 from jaxpack.train.trainer import describe
 
 LAYOUTS = [

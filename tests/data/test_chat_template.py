@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tokenizers_for_tests import small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jaxpack.config import TrainConfig
 from jaxpack.data.reading import Documents, load_documents
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 from jaxpack.train.trainer import Trainer
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")

@@ -17,11 +17,11 @@ from tokenizers import normalizers, processors
 from tokenizers_for_tests import BOS, EOS, TURN_ENDS, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jaxpack.config import TrainConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import Rows, fill_batch
 from jaxpack.data.reading import Documents, load_documents
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 
 PLAIN, CHAT = small_tokenizer(), small_tokenizer(chat=True)
 VOCABULARY = len(PLAIN)

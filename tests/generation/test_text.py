@@ -14,9 +14,9 @@ from tokenizers_for_tests import EOS, TURN_ENDS, small_tokenizer
 
 import jaxpack
 from jaxpack import InputError, LoraConfig, Transformer, generate, generate_text
-from jaxpack.config import DynamicRopeScaling, LongRopeScaling, RopeConfig
 from jaxpack.data.chat_template import ChatTemplate, Conversation
 from jaxpack.generation.decode import extend, prefill
+from jaxpack.model.config import DynamicRopeScaling, LongRopeScaling, RopeConfig
 
 ORIGINAL = 30  # context of the ropes that depend on it: some prompts are shorter, some texts get longer
 _LONG = LongRopeScaling(

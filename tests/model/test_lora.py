@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from models import small_model
 
-from jaxpack.config import LoraConfig
 from jaxpack.errors import InputError
 from jaxpack.model.layers import Linear, LoraAdapter
 from jaxpack.model.lora import adapters, add_lora
+from jaxpack.settings import LoraConfig
 from jaxpack.train.step import split_trainable
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from models import random_documents, small_config, small_model
 
-from jaxpack.config import Implementation, LoraConfig, Remat, TrainConfig
+from jaxpack.constants import Implementation, Remat
 from jaxpack.data.batching import Batches
 from jaxpack.model.remat import compiler_options
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.step import loss_and_gradients, split_trainable
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
 
-from jaxpack.config import LoraConfig, Remat, TrainConfig
+from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.model.remat import (
     KEPT,
@@ -25,6 +25,7 @@ from jaxpack.model.remat import (
     Ranks,
 )
 from jaxpack.planning.predictions import Job, host_bytes, layer_bytes
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.step import loss_and_gradients, split_trainable
 
 CHOICES = get_args(Remat)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpack.config import DynamicRopeScaling, Llama3RopeScaling, LongRopeScaling, RopeConfig, YarnRopeScaling
+from jaxpack.model.config import DynamicRopeScaling, Llama3RopeScaling, LongRopeScaling, RopeConfig, YarnRopeScaling
 from jaxpack.model.rope import attention_factor, document_angles, rope_frequencies
 
 

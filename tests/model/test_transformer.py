@@ -9,10 +9,10 @@ from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
 
-from jaxpack.config import LoraConfig
 from jaxpack.data.packing import Rows, fill_batch
 from jaxpack.model.layers import RowContext
 from jaxpack.model.transformer import Transformer, segment_positions
+from jaxpack.settings import LoraConfig
 
 LENGTHS = [17, 1, 40, 3, 22]
 

@@ -22,7 +22,7 @@ from jaxpack.bench.cases import case_of
 from jaxpack.bench.measure import train_config
 from jaxpack.bench.models import SHAPES, abstract_model, drawn_documents
 from jaxpack.cli.demo import sample, train_tokenizer
-from jaxpack.config import Layout
+from jaxpack.constants import Layout
 from jaxpack.data.batching import Batches
 from jaxpack.data.reading import Documents, Tokenizer, load_documents
 from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding

@@ -19,7 +19,7 @@ from models import random_documents, small_config, small_model
 from jaxpack import LoraConfig, TrainConfig, Transformer
 from jaxpack.bench import models
 from jaxpack.bench.models import SHAPES
-from jaxpack.config import Remat
+from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from models import small_config
 
-from jaxpack.config import (
+from jaxpack.errors import InputError
+from jaxpack.model.config import (
     DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -21,7 +22,6 @@ from jaxpack.config import (
     RopeScaling,
     YarnRopeScaling,
 )
-from jaxpack.errors import InputError
 from torch_bridge.convert import build_model, model_tensors
 from torch_bridge.names import config_from_hf, config_to_hf, tensor_table
 

@@ -16,10 +16,10 @@ from flax import nnx
 from models import random_documents, small_model
 from tensorboard_events import expected_scalars, scalars
 
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train import checkpoint
 from jaxpack.train.checkpoint import Checkpoints, Progress, checksums, identity_of, load_checkpoint, steps_in
 from jaxpack.train.step import TrainState

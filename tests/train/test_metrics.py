@@ -12,8 +12,8 @@ import pytest
 from models import small_model
 from tensorboard_events import events, expected_scalars, records, scalars
 
-from jaxpack.config import TrainConfig
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 from jaxpack.train.metrics import Reports, TensorBoard, open_reports
 from jaxpack.train.trainer import Trainer
 

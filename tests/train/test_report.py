@@ -11,8 +11,8 @@ import yaml
 from models import small_model
 
 import jaxpack
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.errors import InputError
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.report import draw_run
 from jaxpack.train.trainer import Trainer, _Log
 

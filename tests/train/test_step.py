@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from models import random_documents, small_model
 
-from jaxpack.config import LoraConfig, TrainConfig
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch, Rows, fill_batch
 from jaxpack.data.reading import Documents
 from jaxpack.model.layers import Linear, LoraAdapter
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.step import (
     TrainState,
     loss_and_gradients,

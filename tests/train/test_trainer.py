@@ -17,8 +17,9 @@ from models import small_model
 
 import jaxpack.train.trainer as trainer_module
 from jaxpack.cli.demo import sample
-from jaxpack.config import Implementation, LoraConfig, Remat, TrainConfig
+from jaxpack.constants import Implementation, Remat
 from jaxpack.errors import InputError
+from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Trainer
 
 LORA = LoraConfig(r=4)

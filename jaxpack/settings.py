@@ -1,222 +1,26 @@
-"""What a model is, what LoRA adds to it, and how a run trains it: frozen dataclasses, checked when they are made."""
+"""What a user sets: adapters, a run, generation. Frozen dataclasses, checked when they are made."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from jaxpack.errors import InputError
-
-Layout = Literal["padded", "padding-free", "packed"]  # of the documents of a step
-PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-# From the frugal to the fast.
-Remat = Literal["offload", "offload_heads", "full", "keep_attention", "keep_projections", "none"]
-RematSetting = Literal["auto", Remat]  # what a user asks for; a step is made with one of the others
-Implementation = Literal["xla", "pallas"]
-WHOLE_MODULES = ("embed_tokens", "lm_head")  # that may be trained whole beside adapters, by their Hugging Face names
-Activation = Literal["silu", "gelu_tanh", "gelu"]
-Destination = Literal["tensorboard", "wandb"]  # of metrics, beside metrics.jsonl
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are rescaled for longer contexts, with the names that `config.json` uses.
-
-    One of the classes below; `rotary.py` says what each does.
-    """
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool:
-                _check(isinstance(value, bool), field.name, "must be true or false", value)
-            elif field.type == tuple[float, ...]:
-                is_list = isinstance(value, tuple) and all(map(_is_positive, value))
-                _check(is_list, field.name, "must be a list of positive numbers", value)
-            elif value is not None:
-                _check(_is_positive(value), field.name, "must be a positive number", value)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearRopeScaling(RopeScaling):
-    """Positions count as if divided by `factor`."""
-
-    factor: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicRopeScaling(RopeScaling):
-    """Dynamic NTK: does nothing up to `max_position_embeddings`, and beyond it more the longer the document."""
-
-    factor: float
-    max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling(RopeScaling):
-    """Llama 3.1's: only long wavelengths are stretched."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class YarnRopeScaling(RopeScaling):
-    """YaRN: only long wavelengths are stretched, and cosine and sine multiplied by `attention_factor`."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None  # None: follows from the factor and these:
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongRopeScaling(RopeScaling):
-    """LongRoPE: each wavelength is stretched by a factor of its own, by another in documents beyond the original."""
-
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    original_max_position_embeddings: int
-    factor: float
-    attention_factor: float | None = None  # None: follows from the factor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: the base, and how its frequencies are rescaled."""
-
-    theta: float
-    scaling: RopeScaling | None = None
-    partial_rotary_factor: float = 1.0  # share of a head's channels that are rotated: the first
-
-    def __post_init__(self) -> None:
-        _check(_is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
-        partial = self.partial_rotary_factor
-        _check(_is_positive(partial) and partial <= 1, "partial_rotary_factor", "must be in (0, 1]", partial)
-
-    def rotary_dim(self, head_dim: int) -> int:
-        """How many channels of a head are rotated."""
-        return int(head_dim * self.partial_rotary_factor)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only transformer. `torch_bridge` makes one from a Hugging Face `config.json`."""
-
-    architecture: str  # the Hugging Face class, which names the tensors of a checkpoint: "Qwen3ForCausalLM"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int  # equal to `num_heads`: multi-head; fewer: grouped queries; 1: multi-query
-    head_dim: int  # not always hidden_size / num_heads
-    rms_norm_eps: float
-    rope: RopeConfig
-    tie_word_embeddings: bool
-    activation: Activation = "silu"  # of the feed-forward's gate
-    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
-    qkv_bias: bool = False
-    out_bias: bool = False  # of attention's output projection
-    mlp_bias: bool = False  # of all three projections of the feed-forward
-    fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
-    max_position_embeddings: int | None = None  # tokens of the longest text that it is made for, where that is said
-    sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
-    local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
-    local_rope: RopeConfig | None = None  # of those layers, where they have another
-    attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(scores / cap)
-    final_logit_softcapping: float | None = None  # and logits
-    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: `head_dim`
-    scale_embeddings: bool = False  # by the root of `hidden_size`
-    unit_offset_norms: bool = False  # norms multiply by 1 + weight
-    post_norms: bool = False  # what each branch adds to the residual stream is normed before, as what it reads is
-    name_or_path: str = ""  # where the weights came from; adapters name it as their base model
-
-    def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            _check(isinstance(value, int) and value >= 1, name, "must be a whole number of at least 1", value)
-        _check(self.head_dim % 2 == 0, "head_dim", "must be even", self.head_dim)
-        _check(_is_positive(self.rms_norm_eps), "rms_norm_eps", "must be a positive number", self.rms_norm_eps)
-        _check(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads",
-            f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
-            self.num_heads,
-        )
-        for rope in {self.rope, self.local_rope} - {None}:
-            self._check_rope(rope)
-        activations = get_args(Activation)
-        _check(self.activation in activations, "activation", f"must be one of {activations}", self.activation)
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
-            value = getattr(self, name)
-            _check(value is None or _is_positive(value), name, "must be None or a positive number", value)
-        for name in ("max_position_embeddings", "sliding_window"):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and value >= 1
-            _check(value is None or is_whole, name, "must be None or a whole number of at least 1", value)
-        local = self.local_layers
-        _check(
-            local is None or len(local) == self.num_layers,
-            "local_layers",
-            f"must say it of each of `num_layers` ({self.num_layers})",
-            local,
-        )
-
-    def _check_rope(self, rope: RopeConfig) -> None:
-        partial, rotary_dim = rope.partial_rotary_factor, rope.rotary_dim(self.head_dim)
-        _check(
-            rotary_dim > 0 and rotary_dim % 2 == 0,
-            "partial_rotary_factor",
-            f"must rotate an even number of the {self.head_dim} channels of a head",
-            partial,
-        )
-        for name in ("short_factor", "long_factor"):
-            factors = getattr(rope.scaling, name, None)
-            half = rotary_dim // 2
-            _check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
-
-    @property
-    def attention_scale(self) -> float:
-        """What attention scores are multiplied by."""
-        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer."""
-        return tuple(self.sliding_window if is_local else None for is_local in self._local)
-
-    @property
-    def ropes(self) -> tuple[RopeConfig, ...]:
-        """The rope of each layer."""
-        return tuple(self.local_rope if is_local and self.local_rope else self.rope for is_local in self._local)
-
-    @property
-    def _local(self) -> tuple[bool, ...]:
-        return self.local_layers or self.num_layers * (True,)
-
+from jaxpack.constants import (
+    LANES,
+    WHOLE_MODULES,
+    Destination,
+    Implementation,
+    Layout,
+    PackingStrategy,
+    RematSetting,
+    Schedule,
+)
+from jaxpack.utils.checks import check, is_positive
 
 _SAVE_STEPS = 500
-LANES = 128  # what the length of every row is a multiple of
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -247,18 +51,18 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_seed(self.seed)
-        _check(self.r >= 1, "r", "must be at least 1", self.r)
-        _check(_is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
+        check(self.r >= 1, "r", "must be at least 1", self.r)
+        check(is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), rule, int if "whole" in rule else float))
         whole = () if self.modules_to_save is None else self.modules_to_save  # as PEFT says none
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", whole))
         unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
-        _check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
+        check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
+        check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
         if self.target_modules != "all-linear":
             names = _names("target_modules", self.target_modules)
-            _check(names != (), "target_modules", "must name at least one module", names)
+            check(names != (), "target_modules", "must name at least one module", names)
             object.__setattr__(self, "target_modules", names)
 
     @property
@@ -349,20 +153,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check(
+        check(
             self.max_length >= 2,
             "max_length",
             "must be at least 2 (one token to read, one to predict)",
             self.max_length,
         )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
-            _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+            check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         object.__setattr__(self, "report_to", _destinations(self.report_to))
-        _check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
+        check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
         for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir"):
             folder = getattr(self, name)
             object.__setattr__(self, name, folder if folder is None else os.path.expanduser(folder))
-        _check(
+        check(
             not self.report_to or self.output_dir is not None,
             "report_to",
             "must be 'none' where there is no `output_dir`",
@@ -370,57 +174,57 @@ class TrainConfig:
         )
         if self.eval_steps is not None:
             whole = type(self.eval_steps) is int and self.eval_steps >= 1
-            _check(whole, "eval_steps", "must be a whole number of at least 1, or None", self.eval_steps)
+            check(whole, "eval_steps", "must be a whole number of at least 1, or None", self.eval_steps)
         if self.resume_from_checkpoint is not None:
             resumed = self.resume_from_checkpoint
-            _check(resumed != "", "resume_from_checkpoint", "must be a folder or 'latest'", resumed)
-            _check(
+            check(resumed != "", "resume_from_checkpoint", "must be a folder or 'latest'", resumed)
+            check(
                 self.resume_from_checkpoint != "latest" or self.output_dir is not None,
                 "resume_from_checkpoint",
                 "must be a folder where there is no `output_dir`",
                 self.resume_from_checkpoint,
             )
-        _check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
+        check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
         row = self.max_length if self.packing else LANES
         positions = self.per_device_train_batch_size * self.gradient_accumulation_steps * row
-        _check(
+        check(
             positions < 2**31,
             "per_device_train_batch_size",
             "times `gradient_accumulation_steps` times the length of a row must be below 2**31",
             positions,
         )
-        _check(
+        check(
             self.max_steps > 0 or self.max_steps == -1,
             "max_steps",
             "must be positive, or -1 for whole epochs",
             self.max_steps,
         )
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
-            _check(_is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
+            check(is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
         _check_seed(self.seed)
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_steps"):
             value = getattr(self, name)
-            _check(value == 0 or _is_positive(value), name, "must be 0 or a positive number", value)
+            check(value == 0 or is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2"):
-            _check(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
+            check(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
         if self.lr_scheduler_type == "constant":
-            _check(
+            check(
                 self.warmup_steps == 0,
                 "warmup_steps",
                 "must be 0 with 'constant' (see 'constant_with_warmup')",
                 self.warmup_steps,
             )
         folder = self.compilation_cache_dir
-        _check(folder != "", "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder)
+        check(folder != "", "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder)
         if self.memory_limit is not None:
-            _check(_is_positive(self.memory_limit), "memory_limit", "must be a positive number", self.memory_limit)
-            _check(self.remat == "auto", "memory_limit", "must be None unless `remat` is 'auto'", self.memory_limit)
+            check(is_positive(self.memory_limit), "memory_limit", "must be a positive number", self.memory_limit)
+            check(self.remat == "auto", "memory_limit", "must be None unless `remat` is 'auto'", self.memory_limit)
         choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": RematSetting}
         if self.implementation is not None:
             choices["implementation"] = Implementation
         for name, values in choices.items():
             allowed = get_args(values)
-            _check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+            check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
 
     @property
     def layout(self) -> Layout:
@@ -459,16 +263,16 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("max_new_tokens", "batch_size"):
-            _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+            check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         _check_seed(self.seed)
         value = self.temperature
-        _check(value == 0 or _is_positive(value), "temperature", "must be 0 or a positive number", value)
+        check(value == 0 or is_positive(value), "temperature", "must be 0 or a positive number", value)
         k, p = self.top_k, self.top_p
-        _check(k is None or (type(k) is int and k >= 1), "top_k", "must be a whole number of at least 1", k)
-        _check(p is None or (_is_positive(p) and p <= 1), "top_p", "must be in (0, 1]", p)
+        check(k is None or (type(k) is int and k >= 1), "top_k", "must be a whole number of at least 1", k)
+        check(p is None or (is_positive(p) and p <= 1), "top_p", "must be in (0, 1]", p)
         for name in ("top_k", "top_p"):
             value = getattr(self, name)
-            _check(value is None or self.temperature > 0, name, "must be None unless `temperature` is above 0", value)
+            check(value is None or self.temperature > 0, name, "must be None unless `temperature` is above 0", value)
 
 
 def _names(field: str, value: Any) -> tuple[str, ...]:
@@ -476,7 +280,7 @@ def _names(field: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     names = tuple(value) if isinstance(value, Iterable) else (value,)
-    _check(all(isinstance(name, str) for name in names), field, "must be names, in a list or with commas", value)
+    check(all(isinstance(name, str) for name in names), field, "must be names, in a list or with commas", value)
     return names
 
 
@@ -486,7 +290,7 @@ def _destinations(value: Any) -> tuple[str, ...]:
     if names in (["none"], [None]):
         return ()
     allowed = get_args(Destination)
-    _check(all(name in allowed for name in names), "report_to", f"must be 'none' or among {allowed}", value)
+    check(all(name in allowed for name in names), "report_to", f"must be 'none' or among {allowed}", value)
     return tuple(dict.fromkeys(names))
 
 
@@ -499,11 +303,11 @@ def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, A
         else:
             pairs = [(key, number) for key, number in (value.items() if isinstance(value, Mapping) else value)]
         allowed = (int,) if kind is int else (int, float)
-        whole = all(isinstance(key, str) and type(number) in allowed and _is_positive(number) for key, number in pairs)
+        whole = all(isinstance(key, str) and type(number) in allowed and is_positive(number) for key, number in pairs)
         whole = whole and len(dict(pairs)) == len(pairs)  # none twice
     except (TypeError, ValueError):
         whole = False
-    _check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)
+    check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)
     return tuple(pairs)
 
 
@@ -517,25 +321,16 @@ def _check_types(config: Any) -> None:
             value = value.item() if isinstance(value, np.generic) else os.fspath(value)
             object.__setattr__(config, field.name, value)
         if field.type is int:
-            _check(type(value) is int, field.name, "must be a whole number", value)
+            check(type(value) is int, field.name, "must be a whole number", value)
         elif field.type is float:
-            _check(type(value) in (int, float), field.name, "must be a number", value)
+            check(type(value) in (int, float), field.name, "must be a number", value)
         elif field.type is bool:
-            _check(type(value) is bool, field.name, "must be true or false", value)
+            check(type(value) is bool, field.name, "must be true or false", value)
         elif field.type is str:
-            _check(isinstance(value, str), field.name, "must be text", value)
+            check(isinstance(value, str), field.name, "must be text", value)
         elif field.type == str | None:
-            _check(value is None or isinstance(value, str), field.name, "must be text or None", value)
+            check(value is None or isinstance(value, str), field.name, "must be text or None", value)
 
 
 def _check_seed(seed: int) -> None:
-    _check(0 <= seed < 2**32, "seed", "must be in [0, 2**32)", seed)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _check(ok: bool, name: str, rule: str, value: object) -> None:
-    if not ok:
-        raise InputError(f"`{name}` {rule}, got {value!r}.")
+    check(0 <= seed < 2**32, "seed", "must be in [0, 2**32)", seed)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxpack.config import GenerateConfig, LoraConfig, TrainConfig
 from jaxpack.errors import InputError
+from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
 
 
 @pytest.mark.parametrize(

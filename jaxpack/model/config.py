@@ -1,0 +1,200 @@
+"""The architecture of a model: frozen dataclasses, checked when they are made."""
+
+import dataclasses
+from typing import get_args
+
+from jaxpack.constants import Activation
+from jaxpack.utils.checks import check, is_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are rescaled for longer contexts, with the names that `config.json` uses.
+
+    One of the classes below; `model/rope.py` says what each does.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                check(isinstance(value, bool), field.name, "must be true or false", value)
+            elif field.type == tuple[float, ...]:
+                is_list = isinstance(value, tuple) and all(map(is_positive, value))
+                check(is_list, field.name, "must be a list of positive numbers", value)
+            elif value is not None:
+                check(is_positive(value), field.name, "must be a positive number", value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRopeScaling(RopeScaling):
+    """Positions count as if divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicRopeScaling(RopeScaling):
+    """Dynamic NTK: does nothing up to `max_position_embeddings`, and beyond it more the longer the document."""
+
+    factor: float
+    max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling(RopeScaling):
+    """Llama 3.1's: only long wavelengths are stretched."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRopeScaling(RopeScaling):
+    """YaRN: only long wavelengths are stretched, and cosine and sine multiplied by `attention_factor`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None  # None: follows from the factor and these:
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling(RopeScaling):
+    """LongRoPE: each wavelength is stretched by a factor of its own, by another in documents beyond the original."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float
+    attention_factor: float | None = None  # None: follows from the factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: the base, and how its frequencies are rescaled."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # share of a head's channels that are rotated: the first
+
+    def __post_init__(self) -> None:
+        check(is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
+        partial = self.partial_rotary_factor
+        check(is_positive(partial) and partial <= 1, "partial_rotary_factor", "must be in (0, 1]", partial)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer. `torch_bridge` makes one from a Hugging Face `config.json`."""
+
+    architecture: str  # the Hugging Face class, which names the tensors of a checkpoint: "Qwen3ForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int  # equal to `num_heads`: multi-head; fewer: grouped queries; 1: multi-query
+    head_dim: int  # not always hidden_size / num_heads
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    activation: Activation = "silu"  # of the feed-forward's gate
+    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False  # of all three projections of the feed-forward
+    fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
+    max_position_embeddings: int | None = None  # tokens of the longest text that it is made for, where that is said
+    sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
+    local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
+    local_rope: RopeConfig | None = None  # of those layers, where they have another
+    attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(scores / cap)
+    final_logit_softcapping: float | None = None  # and logits
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: `head_dim`
+    scale_embeddings: bool = False  # by the root of `hidden_size`
+    unit_offset_norms: bool = False  # norms multiply by 1 + weight
+    post_norms: bool = False  # what each branch adds to the residual stream is normed before, as what it reads is
+    name_or_path: str = ""  # where the weights came from; adapters name it as their base model
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            check(isinstance(value, int) and value >= 1, name, "must be a whole number of at least 1", value)
+        check(self.head_dim % 2 == 0, "head_dim", "must be even", self.head_dim)
+        check(is_positive(self.rms_norm_eps), "rms_norm_eps", "must be a positive number", self.rms_norm_eps)
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"must be a multiple of `num_kv_heads` ({self.num_kv_heads})",
+            self.num_heads,
+        )
+        for rope in {self.rope, self.local_rope} - {None}:
+            self._check_rope(rope)
+        activations = get_args(Activation)
+        check(self.activation in activations, "activation", f"must be one of {activations}", self.activation)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
+            value = getattr(self, name)
+            check(value is None or is_positive(value), name, "must be None or a positive number", value)
+        for name in ("max_position_embeddings", "sliding_window"):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and value >= 1
+            check(value is None or is_whole, name, "must be None or a whole number of at least 1", value)
+        local = self.local_layers
+        check(
+            local is None or len(local) == self.num_layers,
+            "local_layers",
+            f"must say it of each of `num_layers` ({self.num_layers})",
+            local,
+        )
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        partial, rotary_dim = rope.partial_rotary_factor, rope.rotary_dim(self.head_dim)
+        check(
+            rotary_dim > 0 and rotary_dim % 2 == 0,
+            "partial_rotary_factor",
+            f"must rotate an even number of the {self.head_dim} channels of a head",
+            partial,
+        )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(rope.scaling, name, None)
+            half = rotary_dim // 2
+            check(factors is None or len(factors) == half, name, f"must be a list of {half} numbers", factors)
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        return tuple(self.sliding_window if is_local else None for is_local in self._local)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rope of each layer."""
+        return tuple(self.local_rope if is_local and self.local_rope else self.rope for is_local in self._local)
+
+    @property
+    def _local(self) -> tuple[bool, ...]:
+        return self.local_layers or self.num_layers * (True,)

@@ -1,0 +1,17 @@
+"""Checks of what a user sets: each refusal names the argument, the rule and the value received."""
+
+import math
+from typing import Any
+
+from jaxpack.errors import InputError
+
+
+def check(ok: bool, name: str, rule: str, value: object) -> None:
+    """Raises an `InputError` that says "`name` rule, got value" unless `ok`."""
+    if not ok:
+        raise InputError(f"`{name}` {rule}, got {value!r}.")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether `value` is a finite number above 0."""
+    return isinstance(value, int | float) and 0 < value < math.inf
