@@ -1,26 +1,57 @@
-"""Packed, padding-free fine-tuning of language models in JAX."""
+"""Packed, padding-free fine-tuning of language models in JAX.
 
-from jaxpack.config import GenerateConfig as GenerateConfig
-from jaxpack.config import Llama3RopeScaling as Llama3RopeScaling
-from jaxpack.config import LoraConfig as LoraConfig
-from jaxpack.config import ModelConfig as ModelConfig
-from jaxpack.config import RopeConfig as RopeConfig
-from jaxpack.config import TrainConfig as TrainConfig
-from jaxpack.data.batching import Batches as Batches
-from jaxpack.data.packing import PackedBatch as PackedBatch
-from jaxpack.data.packing import pack_rows as pack_rows
-from jaxpack.data.preview import ShownRow as ShownRow
-from jaxpack.data.preview import show_row as show_row
-from jaxpack.data.reading import Documents as Documents
-from jaxpack.data.reading import load_documents as load_documents
-from jaxpack.errors import InputError as InputError
-from jaxpack.generation.text import generate as generate
-from jaxpack.generation.text import generate_text as generate_text
-from jaxpack.model.lora import add_lora as add_lora
-from jaxpack.model.transformer import Transformer as Transformer
-from jaxpack.planning.inspect import Inspection as Inspection
-from jaxpack.planning.inspect import Promise as Promise
-from jaxpack.planning.inspect import inspect as inspect
-from jaxpack.train.report import write_report as write_report
-from jaxpack.train.trainer import Trainer as Trainer
-from jaxpack.train.trainer import TrainResult as TrainResult
+The names in `__all__` are public, and only they are promised to stay.
+"""
+
+import warnings
+from typing import Any
+
+from jaxpack.data.batching import Batches
+from jaxpack.data.packing import PackedBatch, pack_rows
+from jaxpack.data.preview import ShownRow, show_row
+from jaxpack.data.reading import Documents, load_documents
+from jaxpack.errors import InputError
+from jaxpack.generation.text import generate, generate_text
+from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig
+from jaxpack.model.lora import add_lora
+from jaxpack.model.transformer import Transformer
+from jaxpack.planning.inspect import Inspection, LayoutEstimate, inspect
+from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
+from jaxpack.train.report import write_report
+from jaxpack.train.trainer import Trainer, TrainResult
+
+__all__ = [
+    "Batches",
+    "Documents",
+    "GenerateConfig",
+    "InputError",
+    "Inspection",
+    "LayoutEstimate",
+    "Llama3RopeScaling",
+    "LoraConfig",
+    "ModelConfig",
+    "PackedBatch",
+    "RopeConfig",
+    "ShownRow",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "Transformer",
+    "add_lora",
+    "generate",
+    "generate_text",
+    "inspect",
+    "load_documents",
+    "pack_rows",
+    "show_row",
+    "write_report",
+]
+
+_RENAMED = {"Promise": "LayoutEstimate"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"jaxpack.{name} is now jaxpack.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]
