@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError
-from jaxpack.model.layers import Linear, LoraAdapter
+from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console

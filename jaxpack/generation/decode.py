@@ -16,9 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpack.kernels.attention import SegmentBounds, attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.rope import Angles, apply_rope, norm_rope
+from jaxpack.model.attention import Attention
+from jaxpack.model.block import Block
 from jaxpack.model.config import ModelConfig
-from jaxpack.model.layers import Attention, Block, RMSNorm
-from jaxpack.model.transformer import Shared, Transformer
+from jaxpack.model.context import PerLayer
+from jaxpack.model.norm import RMSNorm
+from jaxpack.model.transformer import Transformer
 
 
 class Cache(NamedTuple):
@@ -66,7 +69,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     segments = segment_bounds((positions < lengths[:, None]).astype(jnp.int32))
     windows = model.config.windows
-    bounds = Shared.of(windows, lambda window: segments if window is None else segments.within(window))
+    bounds = PerLayer.of(windows, lambda window: segments if window is None else segments.within(window))
 
     def mix(q, k, v, cache: Cache, layer: Int[Array, ""], bounds: SegmentBounds):
         return attention(
@@ -104,7 +107,7 @@ def extend(
         k, v = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in cache)
         return _attend(q, k, v, seen, model.config)
 
-    seen = Shared.of(model.config.windows, seen_within)
+    seen = PerLayer.of(model.config.windows, seen_within)
     hidden, cache = _forward(model, tokens, positions, positions + 1, cache, seen, mix)
     return model.unembed(hidden)[:, 0], cache
 
@@ -115,7 +118,7 @@ def _forward(
     positions: Int[Array, "B T"],
     lengths: Int[Array, "B T"],
     cache: Cache,
-    patterns: Shared,
+    patterns: PerLayer,
     mix: Callable[..., Float[Array, "B T N H"]],
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states after the last norm, and the cache with the tokens' keys and values.
@@ -140,7 +143,7 @@ def _forward(
         return (x + _normed(feed_forward.post_norm, out), cache), None
 
     numbers = jnp.arange(model.config.num_layers, dtype=jnp.int32)
-    scanned = layers, numbers, patterns.places, angles.places
+    scanned = layers, numbers, patterns.index, angles.index
     (x, cache), _ = jax.lax.scan(layer, (model.embed(tokens), cache), scanned)
     return model.norm(x), cache
 

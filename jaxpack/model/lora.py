@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
-from jaxpack.model.layers import Linear, LoraAdapter
+from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 

@@ -1,20 +1,19 @@
 """The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.kernels.attention import segment_bounds
+from jaxpack.model.block import Block
 from jaxpack.model.config import ModelConfig
-from jaxpack.model.layers import Block, RowContext, make_norm
+from jaxpack.model.context import PerLayer, RowContext
+from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
@@ -77,7 +76,7 @@ class Transformer(nnx.Module):
         windows = [
             window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
         ]
-        bounds = Shared.of(windows, lambda window: segments if window is None else segments.within(window))
+        bounds = PerLayer.of(windows, lambda window: segments if window is None else segments.within(window))
         angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
@@ -89,7 +88,7 @@ class Transformer(nnx.Module):
             context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
             return nnx.merge(graph, parameters)(x, context, key)
 
-        scanned, shared = (layers, keys, bounds.places, angles.places), (bounds, angles)
+        scanned, shared = (layers, keys, bounds.index, angles.index), (bounds, angles)
         casts = self.norm.scale.dtype != self.dtype
         layer = recompute(layer, remat, offloaded(remat, self.config, casts=casts))
         x = self.embed(tokens)
@@ -106,10 +105,12 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
         return x
 
-    def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int) -> "Shared":
+    def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int) -> "PerLayer":
         """The rotary angles of each layer, see `document_angles`."""
         H = self.config.head_dim
-        return Shared.of(self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths, longest=longest))
+        return PerLayer.of(
+            self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths, longest=longest)
+        )
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -127,28 +128,6 @@ class Transformer(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         return _logits(*nnx.split(self), tokens, segment_ids)
-
-
-class Shared(NamedTuple):
-    """Arrays made of the batch, once for all layers with the same setting: a table of them where there are several."""
-
-    table: Any
-    places: Int[np.ndarray, " L"] | None  # in the table, of each layer; None where all layers share one
-
-    @classmethod
-    def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "Shared":
-        distinct = list(dict.fromkeys(settings))
-        made = [make(setting) for setting in distinct]
-        if len(made) == 1:
-            return cls(made[0], None)
-        places = np.array([distinct.index(setting) for setting in settings], np.int32)
-        return cls(jax.tree.map(lambda *arrays: jnp.stack(arrays), *made), places)
-
-    def at(self, place: Int[Array, ""] | None) -> Any:
-        """Those of the layer, whose place a scan over `places` gives."""
-        if place is None:
-            return self.table
-        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), self.table)
 
 
 @functools.partial(jax.jit, static_argnums=0)

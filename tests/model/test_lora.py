@@ -8,7 +8,7 @@ from flax import nnx
 from models import small_model
 
 from jaxpack.errors import InputError
-from jaxpack.model.layers import Linear, LoraAdapter
+from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters, add_lora
 from jaxpack.settings import LoraConfig
 from jaxpack.train.step import split_trainable

@@ -158,7 +158,7 @@ def kept_bytes(arrays, layer: Layer, remat: Remat) -> int:
     matrices = {(q + 2 * kv, D + layer.ranks.qkv), (2 * F, D + layer.ranks.gate_up)}
 
     def counts(x) -> bool:
-        may_be_on_host = remat in OFFLOADED and x.ndim == 4 and x.dtype == jnp.bfloat16  # no table of `Shared`
+        may_be_on_host = remat in OFFLOADED and x.ndim == 4 and x.dtype == jnp.bfloat16  # no table of `PerLayer`
         if x.ndim < 3 or x.shape[0] not in (config.num_layers, config.num_layers - may_be_on_host):
             return False
         per_layer = x.shape[1:]

@@ -10,7 +10,7 @@ from models import random_documents, small_config, small_model
 from programs import equations
 
 from jaxpack.data.packing import Rows, fill_batch
-from jaxpack.model.layers import RowContext
+from jaxpack.model.context import RowContext
 from jaxpack.model.transformer import Transformer, segment_positions
 from jaxpack.settings import LoraConfig
 

@@ -216,7 +216,7 @@ def test_the_gpu_that_is_here_says_how_much_fits(monkeypatch):
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 130 * 2**30, "bytes_in_use": 0}
 
-    for module in ("diagnostics", "predictions"):
+    for module in ("planning.predictions", "planning.inspect"):
         monkeypatch.setattr(f"jaxpack.{module}.current_device", Gpu)
     found = jaxpack.inspect(skewed(), TrainConfig(packing=True, max_length=256), model=qwen())
     assert (found.device, found.run.remat) == ("NVIDIA H200", "none")

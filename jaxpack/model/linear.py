@@ -1,10 +1,8 @@
-"""The parts of a transformer block. One layer's worth each: `transformer.py` stacks and scans them.
+"""Projections of one input, side by side in one matrix, with LoRA adapters that ride in its matmuls.
 
 Weights keep the orientation of a checkpoint, `[out, in]`: reading and writing one copies rows and transposes nothing.
 Projections that read the same input are one matrix (query, key and value; gate and up): one matmul instead of three.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +13,12 @@ from jaxtyping import Array, Float, Key
 
 from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
-from jaxpack.kernels.attention import SegmentBounds
 from jaxpack.kernels.extended import refusal
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
-from jaxpack.kernels.rms_norm import rms_norm
-from jaxpack.kernels.rope import Angles
-from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
-from jaxpack.model.config import ModelConfig
-
-
-class RowContext(NamedTuple):
-    """What a layer needs to know of the batch, computed once for all that need the same; and which kernels it runs."""
-
-    bounds: SegmentBounds
-    angles: Angles
-    max_segments: int | None
-    implementation: Implementation | None
-
-
-_NoKeys = tuple[None, None]  # no dropout
+from jaxpack.model.context import RowContext
+from jaxpack.model.norm import RMSNorm
 
 
 class LoraAdapter(nnx.Module):
@@ -158,112 +141,3 @@ class Linear(nnx.Module):
     @property
     def _dropout(self) -> float:
         return next(iter(self.lora.values())).dropout
-
-
-class RMSNorm(nnx.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, returned in the dtype of `x`.
-
-    Trained, and in a checkpoint, is `scale`: the weight itself or, with `unit_offset`, what it is above 1.
-    """
-
-    def __init__(self, features: int, eps: float, *, unit_offset: bool = False, dtype: DTypeLike):
-        self.scale = nnx.Param((jnp.zeros if unit_offset else jnp.ones)(features, dtype))
-        self.eps = eps
-        self.unit_offset = unit_offset
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.weight, eps=self.eps)
-
-    @property
-    def weight(self) -> Float[Array, " D"]:
-        """In float32, as a norm computes: bfloat16 has a hundredth between 1 and the next.
-
-        A cast also makes a kernel of taking a frozen layer's scale from the stack. A bare copy would wait for what is
-        offloaded: two copies to the host at a time leave no copy engine of the GPU free.
-        """
-        scale = self.scale[...].astype(jnp.float32)
-        return 1 + scale if self.unit_offset else scale
-
-
-def make_norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:
-    """The norm of a model: of `hidden_size` features, or of so many."""
-    features = config.hidden_size if features is None else features
-    return RMSNorm(features, config.rms_norm_eps, unit_offset=config.unit_offset_norms, dtype=dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and, in some families, a norm of every query and key head."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-        sizes = {"q_proj": N * H, "k_proj": K * H, "v_proj": K * H}
-        if config.fused_projections:
-            sizes = {"qkv_proj": sum(sizes.values())}
-        self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.out = Linear(N * H, {"o_proj": config.hidden_size}, bias=config.out_bias, dtype=dtype, rngs=rngs)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = make_norm(config, dtype, H), make_norm(config, dtype, H)
-        self.post_norm = make_norm(config, dtype) if config.post_norms else None
-        self.config = config
-
-    def __call__(
-        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
-    ) -> Float[Array, "B T D"]:
-        """`x + attention(norm(x))`."""
-        config = self.config
-        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-        x, heads = self.qkv.after_norm(norm, x, context, keys[0])
-        heads = checkpoint_name(heads, "heads")
-        mixed = rotary_attention(
-            heads.reshape(*x.shape[:2], N + 2 * K, H),
-            context.angles,
-            context.bounds,
-            num_heads=N,
-            norms=HeadNorms(self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None,
-            eps=config.rms_norm_eps,
-            scale=config.attention_scale,
-            softcap=config.attn_logit_softcapping,
-            max_segments=context.max_segments,
-            implementation=context.implementation,
-        )
-        return self.out.onto(x, mixed.reshape(*x.shape[:2], N * H), context, keys[1], post_norm=self.post_norm)
-
-
-class FeedForward(nnx.Module):
-    """A gated one: `down(act(gate(x)) * up(x))`."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        D, F = config.hidden_size, config.intermediate_size
-        sizes = {"gate_up_proj": 2 * F} if config.fused_projections else {"gate_proj": F, "up_proj": F}
-        self.gate_up = Linear(D, sizes, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.post_norm = make_norm(config, dtype) if config.post_norms else None
-        self.activation = config.activation
-
-    def __call__(
-        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | _NoKeys
-    ) -> Float[Array, "B T D"]:
-        """`x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
-        x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
-        return self.down.onto(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
-
-
-class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: norms and sums are part of their projections.
-
-    With `post_norms` each branch's output is normed before it is added.
-    """
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = make_norm(config, dtype)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.feed_forward_norm = make_norm(config, dtype)
-        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], context: RowContext, dropout_key: Key[Array, ""] | None
-    ) -> Float[Array, "B T D"]:
-        none = (None, None)
-        keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
-        x = checkpoint_name(self.attention(self.attention_norm, x, context, keys[0]), "residual")
-        return self.feed_forward(self.feed_forward_norm, x, context, keys[1])

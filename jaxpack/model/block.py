@@ -1,0 +1,34 @@
+"""One layer: attention, then feed-forward. `transformer.py` stacks and scans the layers."""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from jaxpack.model.attention import Attention
+from jaxpack.model.config import ModelConfig
+from jaxpack.model.context import RowContext
+from jaxpack.model.feed_forward import FeedForward
+from jaxpack.model.norm import make_norm
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: norms and sums are part of their projections.
+
+    With `post_norms` each branch's output is normed before it is added.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = make_norm(config, dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = make_norm(config, dtype)
+        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: RowContext, dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
+        none = (None, None)
+        keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
+        x = checkpoint_name(self.attention(self.attention_norm, x, context, keys[0]), "residual")
+        return self.feed_forward(self.feed_forward_norm, x, context, keys[1])

@@ -1,0 +1,29 @@
+"""The gated feed-forward part of a block."""
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from jaxpack.model.config import ModelConfig
+from jaxpack.model.context import NoKeys, RowContext
+from jaxpack.model.linear import Linear
+from jaxpack.model.norm import RMSNorm, make_norm
+
+
+class FeedForward(nnx.Module):
+    """A gated one: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        sizes = {"gate_up_proj": 2 * F} if config.fused_projections else {"gate_proj": F, "up_proj": F}
+        self.gate_up = Linear(D, sizes, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.post_norm = make_norm(config, dtype) if config.post_norms else None
+        self.activation = config.activation
+
+    def __call__(
+        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
+    ) -> Float[Array, "B T D"]:
+        """`x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
+        x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
+        return self.down.onto(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
