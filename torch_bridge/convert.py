@@ -17,7 +17,7 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.prefetch import prefetched
-from torch_bridge.checkpoint import mismatches, some
+from torch_bridge.io.folder import mismatches, some
 from torch_bridge.names import Entry, tensor_table
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

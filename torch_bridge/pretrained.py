@@ -16,7 +16,8 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
-from torch_bridge.checkpoint import (
+from torch_bridge.convert import TensorSource, build_model, model_tensors, tensor_shapes
+from torch_bridge.io.folder import (
     TORCH_WEIGHTS,
     WEIGHTS,
     SafetensorsFolder,
@@ -24,7 +25,6 @@ from torch_bridge.checkpoint import (
     read_json,
     write_safetensors,
 )
-from torch_bridge.convert import TensorSource, build_model, model_tensors, tensor_shapes
 from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

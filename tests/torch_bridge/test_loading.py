@@ -21,8 +21,8 @@ import torch_bridge
 from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
 from torch_bridge import convert
-from torch_bridge.checkpoint import SafetensorsFolder
 from torch_bridge.convert import model_tensors
+from torch_bridge.io.folder import SafetensorsFolder
 
 WEIGHTS = "model.safetensors"
 
@@ -129,7 +129,7 @@ def test_sizes_that_the_files_do_not_have_are_refused_before_they_are_made(tmp_p
 
 
 def test_shards_are_read_in_the_order_in_which_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("torch_bridge.checkpoint._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("torch_bridge.io.folder._SHARD_BYTES", 20_000)
     model = small_model("qwen3")
     torch_bridge.save_pretrained(model, str(tmp_path / "model"))
     source = SafetensorsFolder(tmp_path / "model")
