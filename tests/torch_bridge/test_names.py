@@ -22,8 +22,8 @@ from jaxpack.model.config import (
     RopeScaling,
     YarnRopeScaling,
 )
-from torch_bridge.convert import build_model, model_tensors
 from torch_bridge.names import config_from_hf, config_to_hf, tensor_table
+from torch_bridge.tensors import build_model, model_tensors
 
 LLAMA3 = Llama3RopeScaling(
     factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
@@ -545,5 +545,5 @@ def test_tensors_beyond_the_model_are_ignored_aloud(family: str, capsys: pytest.
 
 def test_reading_and_writing_needs_no_torch():
     """In a process of its own, where torch cannot be imported."""
-    code = "import sys; sys.modules['torch'] = None; import torch_bridge, torch_bridge.adapter, torch_bridge.convert"
+    code = "import sys; sys.modules['torch'] = None; import torch_bridge, torch_bridge.adapter, torch_bridge.tensors"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
