@@ -19,7 +19,7 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
-from torch_bridge.names import tensor_table
+from torch_bridge.config_json import tensor_table
 from torch_bridge.pretrained import write_folder
 from torch_bridge.tensors import model_tensors
 

@@ -17,8 +17,8 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.prefetch import prefetched
+from torch_bridge.config_json import Entry, tensor_table
 from torch_bridge.io.folder import mismatches, some
-from torch_bridge.names import Entry, tensor_table
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE = 16 << 20  # elements: 32 MiB of bfloat16, enough for the full speed of a disk and of the link to a GPU

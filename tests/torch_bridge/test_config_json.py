@@ -22,7 +22,7 @@ from jaxpack.model.config import (
     RopeScaling,
     YarnRopeScaling,
 )
-from torch_bridge.names import config_from_hf, config_to_hf, tensor_table
+from torch_bridge.config_json import config_from_hf, config_to_hf, tensor_table
 from torch_bridge.tensors import build_model, model_tensors
 
 LLAMA3 = Llama3RopeScaling(
