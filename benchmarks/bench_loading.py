@@ -28,9 +28,9 @@ import torch_bridge
 from jaxpack.bench.models import SHAPES
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
-from torch_bridge.checkpoint import write_safetensors
-from torch_bridge.convert import tensor_shapes
-from torch_bridge.names import config_to_hf
+from torch_bridge.config_json import config_to_hf
+from torch_bridge.io.folder import write_safetensors
+from torch_bridge.tensors import tensor_shapes
 
 _PIECE = 64 << 20
 

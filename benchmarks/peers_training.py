@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 def write_checkpoint(folder: Path, config: Any) -> None:
     """Writes a Qwen3 of `config`'s shape (a `ModelConfig`), and a tokenizer of bytes."""
-    from torch_bridge.names import config_to_hf
+    from torch_bridge.config_json import config_to_hf
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)

@@ -17,10 +17,9 @@ from jaxpack.model.lora import adapters, add_lora
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 from jaxpack.utils.files import whole_folder
-from torch_bridge.checkpoint import mismatches, read_json, some, write_tensors
-from torch_bridge.convert import tensor_shapes
-from torch_bridge.names import tensor_table
-from torch_bridge.safetensors_file import Tensor, read_header
+from torch_bridge.io.folder import mismatches, read_json, some, write_tensors
+from torch_bridge.io.safetensors_file import Tensor, read_header
+from torch_bridge.tensors import tensor_shapes, tensor_table
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

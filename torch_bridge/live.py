@@ -10,9 +10,9 @@ import torch
 
 from jaxpack.errors import InputError, reason
 from jaxpack.model.transformer import Transformer
-from torch_bridge.checkpoint import TORCH_WEIGHTS, some, tensors_of
-from torch_bridge.convert import build_model
-from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf
+from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf
+from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensors_of
+from torch_bridge.tensors import build_model
 
 _DTYPES = {getattr(torch, name): jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 

@@ -19,9 +19,8 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
-from torch_bridge.convert import model_tensors
-from torch_bridge.names import tensor_table
 from torch_bridge.pretrained import write_folder
+from torch_bridge.tensors import model_tensors, tensor_table
 
 _PROMPT = 64  # tokens
 

@@ -16,7 +16,8 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
-from torch_bridge.checkpoint import (
+from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
+from torch_bridge.io.folder import (
     TORCH_WEIGHTS,
     WEIGHTS,
     SafetensorsFolder,
@@ -24,8 +25,7 @@ from torch_bridge.checkpoint import (
     read_json,
     write_safetensors,
 )
-from torch_bridge.convert import TensorSource, build_model, model_tensors, tensor_shapes
-from torch_bridge.names import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
+from torch_bridge.tensors import TensorSource, build_model, model_tensors, tensor_shapes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5

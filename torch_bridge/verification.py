@@ -10,7 +10,7 @@ import numpy as np
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
-from torch_bridge.checkpoint import read_json
+from torch_bridge.io.folder import read_json
 from torch_bridge.pretrained import from_pretrained
 
 _RANDOM_TOKENS = 64

@@ -22,7 +22,7 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Run
-from torch_bridge.convert import model_tensors
+from torch_bridge.tensors import model_tensors
 
 RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}
 SETTINGS = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--logging-steps", "2"]

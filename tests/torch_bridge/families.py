@@ -20,7 +20,7 @@ from jaxpack.train.step import loss_and_gradients
 from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
-from torch_bridge.convert import model_tensors
+from torch_bridge.tensors import model_tensors
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 _LONGEST = 150

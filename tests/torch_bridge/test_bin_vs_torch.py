@@ -16,10 +16,10 @@ import torch
 from flax import nnx
 
 import torch_bridge
+import torch_bridge.tensors
 from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
 from tests.torch_bridge import hf
-from torch_bridge import convert
 
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
 
@@ -50,7 +50,7 @@ def save_bin(folder: Path, checkpoint: str, dtype: torch.dtype = torch.float32, 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_weights_are_those_of_the_module(shards: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(convert, "_PIECE", 50 * 48)
+    monkeypatch.setattr(torch_bridge.tensors, "_PIECE", 50 * 48)
     module = save_bin(tmp_path, "qwen3-tied", getattr(torch, dtype), shards)
     read, _ = torch_bridge.from_pretrained(str(tmp_path), dtype=dtype)
     assert_same(read, torch_bridge.from_torch(module, dtype=dtype))

@@ -329,7 +329,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     for shards in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if shards:
-                patch.setattr("torch_bridge.checkpoint._SHARD_BYTES", 100_000)
+                patch.setattr("torch_bridge.io.folder._SHARD_BYTES", 100_000)
             folders[shards] = tmp_path_factory.mktemp("good") / "model"
             torch_bridge.save_pretrained(small_model(FAMILY), str(folders[shards]))
         (folders[shards] / "generation_config.json").write_text("{}")

@@ -10,7 +10,7 @@ from flax import nnx
 import torch_bridge
 from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import families, hf
-from torch_bridge.names import config_from_hf, config_to_hf
+from torch_bridge.config_json import config_from_hf, config_to_hf
 
 # peft calls what transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

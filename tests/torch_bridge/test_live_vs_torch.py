@@ -197,7 +197,7 @@ def test_a_merged_peft_model_is_a_plain_one():
 def shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether checkpoints are written in many files: 20 kB hold one matrix of the small models, or a few."""
     if request.param == "sharded":
-        monkeypatch.setattr("torch_bridge.checkpoint._SHARD_BYTES", 20_000)
+        monkeypatch.setattr("torch_bridge.io.folder._SHARD_BYTES", 20_000)
     return request.param == "sharded"
 
 

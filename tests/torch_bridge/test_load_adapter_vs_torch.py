@@ -21,7 +21,7 @@ import torch_bridge
 from jaxpack import InputError, LoraConfig, TrainConfig, Trainer, Transformer, add_lora
 from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
-from torch_bridge.safetensors_file import Tensor, read_header
+from torch_bridge.io.safetensors_file import Tensor, read_header
 
 # peft calls what transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

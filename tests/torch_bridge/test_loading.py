@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import torch_bridge
+import torch_bridge.tensors
 from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
-from torch_bridge import convert
-from torch_bridge.checkpoint import SafetensorsFolder
-from torch_bridge.convert import model_tensors
+from torch_bridge.io.folder import SafetensorsFolder
+from torch_bridge.tensors import build_model, model_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -38,7 +38,7 @@ def test_a_model_does_not_depend_on_its_pieces(
     """Of single rows, of rows that leave a rest, of whole tensors."""
     expected = small_model(family)
     torch_bridge.save_pretrained(expected, str(tmp_path / "model"))
-    monkeypatch.setattr(convert, "_PIECE", piece)
+    monkeypatch.setattr(torch_bridge.tensors, "_PIECE", piece)
     model, _ = torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")
     for actual, wanted in zip(parameters(model), parameters(expected), strict=True):
         np.testing.assert_array_equal(actual, wanted)
@@ -46,11 +46,11 @@ def test_a_model_does_not_depend_on_its_pieces(
 
 @pytest.mark.parametrize("shape", [(1,), (97,), (128, 48), (97, 48), (151936, 4096), (50257, 4096), (4096, 12288)])
 def test_pieces_are_all_rows_and_of_few_sizes(shape: tuple[int, ...]):
-    pieces = list(convert._pieces(shape))
+    pieces = list(torch_bridge.tensors._pieces(shape))
     assert pieces[0][0] == 0 and pieces[-1][1] == shape[0]
     assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
     sizes = [last - first for first, last in pieces]
-    assert max(sizes) * np.prod(shape[1:]) <= convert._PIECE
+    assert max(sizes) * np.prod(shape[1:]) <= torch_bridge.tensors._PIECE
     assert len(set(sizes)) <= (2 if shape[0] == 50257 else 1)
 
 
@@ -58,7 +58,7 @@ def test_the_host_holds_a_few_pieces_and_not_the_largest_tensor(tmp_path: Path, 
     config = small_config("llama", vocab_size=40_000, hidden_size=64, num_layers=3)
     torch_bridge.save_pretrained(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), str(tmp_path / "model"))
     piece = 1 << 16
-    monkeypatch.setattr(convert, "_PIECE", piece)
+    monkeypatch.setattr(torch_bridge.tensors, "_PIECE", piece)
     torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")  # what is compiled is no part of this
     tracemalloc.start()  # NumPy's arrays are in it, those of the device are not
     torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")
@@ -101,7 +101,7 @@ def test_a_file_cut_after_it_was_checked_gives_no_model(tmp_path: Path):
     file = tmp_path / "model" / WEIGHTS
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(InputError, match="it ends before byte"):
-        convert.build_model(small_config("llama"), source, "float32")
+        build_model(small_config("llama"), source, "float32")
 
 
 def test_a_large_tied_head_is_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -110,7 +110,7 @@ def test_a_large_tied_head_is_compared_in_pieces(tmp_path: Path, monkeypatch: py
     tensors = load_file(tmp_path / "model" / WEIGHTS)
     head = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors | {"lm_head.weight": head}, tmp_path / "model" / WEIGHTS)
-    monkeypatch.setattr(convert, "_PIECE", 10 * 48)
+    monkeypatch.setattr(torch_bridge.tensors, "_PIECE", 10 * 48)
     torch_bridge.from_pretrained(str(tmp_path / "model"))
     head[-1, -1] += 1
     save_file(tensors | {"lm_head.weight": head}, tmp_path / "model" / WEIGHTS)
@@ -125,11 +125,11 @@ def test_sizes_that_the_files_do_not_have_are_refused_before_they_are_made(tmp_p
     fields = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"]
     for field in fields:
         with pytest.raises(InputError, match="must be at most"):
-            convert.build_model(dataclasses.replace(small_config("llama"), **{field: 10**9}), source, "float32")
+            build_model(dataclasses.replace(small_config("llama"), **{field: 10**9}), source, "float32")
 
 
 def test_shards_are_read_in_the_order_in_which_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("torch_bridge.checkpoint._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("torch_bridge.io.folder._SHARD_BYTES", 20_000)
     model = small_model("qwen3")
     torch_bridge.save_pretrained(model, str(tmp_path / "model"))
     source = SafetensorsFolder(tmp_path / "model")

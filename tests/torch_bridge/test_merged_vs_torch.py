@@ -115,7 +115,7 @@ def test_shards_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     _, folder = hf.save_model(tmp_path / "base", "qwen3-tied")
     model = adapted(folder, LORA["some"])
     torch_bridge.save_merged(model, str(tmp_path / "one"))
-    monkeypatch.setattr("torch_bridge.checkpoint._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("torch_bridge.io.folder._SHARD_BYTES", 20_000)
     torch_bridge.save_merged(model, str(tmp_path / "many"))
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
     one, many = (reread(tmp_path / name, caplog).state_dict() for name in ("one", "many"))

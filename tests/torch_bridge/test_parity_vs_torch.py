@@ -21,7 +21,7 @@ from jaxpack.model.lora import adapters
 from jaxpack.train.step import loss_and_gradients, split_trainable
 from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
-from torch_bridge.convert import model_tensors
+from torch_bridge.tensors import model_tensors
 
 # peft calls what transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

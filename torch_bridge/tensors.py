@@ -17,8 +17,9 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.prefetch import prefetched
-from torch_bridge.checkpoint import mismatches, some
-from torch_bridge.names import Entry, tensor_table
+from torch_bridge.families import FAMILIES
+from torch_bridge.families.base import Entry
+from torch_bridge.io.folder import mismatches, some
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE = 16 << 20  # elements: 32 MiB of bfloat16, enough for the full speed of a disk and of the link to a GPU
@@ -108,6 +109,26 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     count = next((count for count in range(least, 2 * least) if shape[0] % count == 0), least)
     rows = max(1, math.ceil(shape[0] / count))
     return ((first, min(first + rows, shape[0])) for first in range(0, shape[0], rows))
+
+
+def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
+    """Lists every tensor of a checkpoint: its name, where it goes, and the layer; None outside the layers."""
+    has = {
+        "lm_head": not config.tie_word_embeddings,
+        "blocks.attention.qkv.bias": config.qkv_bias,
+        "blocks.attention.out.bias": config.out_bias,
+        "blocks.feed_forward.gate_up.bias": config.mlp_bias,
+        "blocks.feed_forward.down.bias": config.mlp_bias,
+    }
+    table: dict[str, tuple[Entry, int | None]] = {}
+    for name, entry in FAMILIES[config.architecture].tensors.items():
+        if not has.get(entry.path, True):
+            continue
+        if "{i}" in name:
+            table |= {name.format(i=layer): (entry, layer) for layer in range(config.num_layers)}
+        else:
+            table[name] = (entry, None)
+    return table
 
 
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

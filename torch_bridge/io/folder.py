@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxpack.errors import InputError, reason
-from torch_bridge.safetensors_file import header_bytes, read_header
+from torch_bridge.io.safetensors_file import header_bytes, read_header
 
 Found = TypeVar("Found")
 

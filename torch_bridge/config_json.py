@@ -1,0 +1,94 @@
+"""Reads a Hugging Face `config.json` into a `ModelConfig`, and writes it back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpack.errors import InputError
+from jaxpack.model.config import ModelConfig
+from torch_bridge.families import FAMILIES
+from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
+from torch_bridge.families.rope import read_rope, rope_to_hf
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def _activation_field(family: Family) -> str:
+    return "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
+
+
+def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig:
+    """Reads a Hugging Face `config.json`, in the form of transformers 4 or 5.
+
+    Raises:
+      InputError: an architecture or an option that is not supported, or a field that is missing.
+    """
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
+        raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
+    family = FAMILIES[architectures[0]]
+    hf = {**family.fields, **hf}
+    require(hf, "model_type", family.model_type)  # by which transformers chooses the class
+    require(hf, "quantization_config", None)
+    field = _activation_field(family)
+    activation = first(hf.get(field), family.fields.get(field), "silu")
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        raise InputError(f"`{field}` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
+    special = family.read(hf)
+    num_heads, hidden_size = whole(hf, "num_attention_heads"), whole(hf, "hidden_size")
+    return ModelConfig(
+        architecture=architectures[0],
+        vocab_size=whole(hf, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=whole(hf, "intermediate_size"),
+        num_layers=whole(hf, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=whole(hf, "num_key_value_heads", default=num_heads),
+        head_dim=whole(hf, "head_dim", default=hidden_size // num_heads),
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=special.pop("rope", None) or read_rope(hf, allows_partial="partial_rotary_factor" in family.fields),
+        activation=_ACTIVATIONS[activation],
+        tie_word_embeddings=flag(hf, "tie_word_embeddings"),
+        max_position_embeddings=hf.get("max_position_embeddings"),
+        name_or_path=name_or_path,
+        **special,
+    )
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The part of a `config.json` that a `ModelConfig` says; `config_from_hf` reads it back."""
+    family = FAMILIES[config.architecture]
+    (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == config.activation)
+    rope = rope_to_hf(config.rope)
+    if config.local_rope is not None:
+        local = rope_to_hf(config.local_rope)["rope_parameters"]
+        rope["rope_parameters"] = {GLOBAL: rope["rope_parameters"], LOCAL: local}
+    special = {
+        "attention_bias": config.out_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    if config.max_position_embeddings is not None:
+        rope["max_position_embeddings"] = config.max_position_embeddings
+    if config.local_layers is not None:
+        special["layer_types"] = [LOCAL if is_local else GLOBAL for is_local in config.local_layers]
+    return {
+        "architectures": [config.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        _activation_field(family): activation,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **rope,
+        **{name: value for name, value in special.items() if name in family.fields},
+    }

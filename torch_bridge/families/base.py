@@ -1,0 +1,132 @@
+"""Holds what the families share: `Family` and `Entry`, tables of tensors, and readers of a `config.json`'s fields."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxpack.errors import InputError
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # of `layer_types`
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Says where a tensor goes: a parameter's path in `Transformer`, and the projection whose rows of it the tensor is.
+
+    A name with `{i}` goes to layer `i` of a stacked parameter.
+    """
+
+    path: str
+    projection: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Describes one architecture.
+
+    Attributes:
+      model_type: what transformers calls it.
+      tensors: by Hugging Face name; those of parameters that a model may lack are left out where it does.
+      read: from `config.json` to what is special about it.
+      fields: of a `config.json`, what `read` reads, with what transformers takes where it is not there.
+    """
+
+    model_type: str
+    tensors: Mapping[str, Entry]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    fields: Mapping[str, Any]
+
+
+EMBEDDING_AND_HEAD = {
+    "model.embed_tokens.weight": Entry("embedding"),
+    "model.norm.weight": Entry("norm.scale"),
+    "lm_head.weight": Entry("lm_head"),
+}
+
+NORMS = {
+    "model.layers.{i}.input_layernorm.weight": Entry("blocks.attention_norm.scale"),
+    "model.layers.{i}.post_attention_layernorm.weight": Entry("blocks.feed_forward_norm.scale"),
+}
+
+QK_NORMS = {
+    "model.layers.{i}.self_attn.q_norm.weight": Entry("blocks.attention.q_norm.scale"),
+    "model.layers.{i}.self_attn.k_norm.weight": Entry("blocks.attention.k_norm.scale"),
+}
+
+
+def _projections(kind: str) -> dict[str, Entry]:
+    """Names the "weight" or the "bias" of each."""
+    return {
+        f"model.layers.{{i}}.{module}.{projection}.{kind}": Entry(f"blocks.{linear}.{kind}", projection)
+        for module, linear, projections in (
+            ("self_attn", "attention.qkv", ("q_proj", "k_proj", "v_proj")),
+            ("self_attn", "attention.out", ("o_proj",)),
+            ("mlp", "feed_forward.gate_up", ("gate_proj", "up_proj")),
+            ("mlp", "feed_forward.down", ("down_proj",)),
+        )
+        for projection in projections
+    }
+
+
+PROJECTIONS = _projections("weight") | _projections("bias")
+LLAMA = EMBEDDING_AND_HEAD | NORMS | PROJECTIONS
+
+
+def attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads `attention_bias`, which says whether all projections of the attention have biases."""
+    bias = flag(hf, "attention_bias")
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
+def local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
+    """Reads which layers attend within `window`: from `layer_types`, or from `default` where that is not there.
+
+    Raises:
+      InputError: `layer_types` has not one kind for each layer, or has local layers without a window.
+    """
+    kinds = first(hf.get("layer_types"), default)
+    allowed = (GLOBAL,) if window is None else (GLOBAL, LOCAL)
+    count = whole(hf, "num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in allowed for kind in kinds):
+        allowed = " or ".join(map(repr, allowed))
+        raise InputError(f"`layer_types` must be a list of {count} that are {allowed}, got {kinds!r}.")
+    return {"sliding_window": window, "local_layers": None if window is None else tuple(k == LOCAL for k in kinds)}
+
+
+def whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: int = 1) -> int:
+    """Reads a whole number of at least `least`; where it is null or not there, that is `default`.
+
+    Raises:
+      InputError: the field is anything else, or is not there and has no default.
+    """
+    value = first(hf.get(field), default)
+    if type(value) is not int or value < least:
+        raise InputError(f"`{field}` must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def flag(hf: Mapping[str, Any], field: str) -> bool:
+    """Reads true or false; null is false, and so is a field that is not there.
+
+    Raises:
+      InputError: the field is anything else.
+    """
+    value = hf.get(field) or False
+    if not isinstance(value, bool):
+        raise InputError(f"`{field}` must be true or false, got {value!r}.")
+    return value
+
+
+def require(hf: Mapping[str, Any], field: str, expected: Any) -> None:
+    """Refuses a field that is neither `expected` nor null nor left out.
+
+    Raises:
+      InputError: it is something else.
+    """
+    if hf.get(field, expected) not in (expected, None):
+        raise InputError(f"`{field}` must be {expected!r}, got {hf[field]!r}.")
+
+
+def first(*values: Any) -> Any:
+    """Returns the first of some values that is there; None where none is."""
+    return next((value for value in values if value is not None), None)
