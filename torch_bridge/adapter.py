@@ -15,6 +15,7 @@ from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters, add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import weight_of
 from jaxpack.settings import LoraConfig
 from jaxpack.utils.files import whole_folder
 from torch_bridge.io.folder import mismatches, read_json, some, write_tensors
@@ -109,8 +110,8 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.asarray(adapter.lora_b[layer], np.float32)
     assert len(tensors) == 2 * len(found) * model.config.num_layers, "an adapter is missing from the name table"
     for name in model.lora_config.modules_to_save if model.lora_config else ():
-        matrix = model.head if name == "lm_head" else model.embedding[...]
-        tensors[f"{_PREFIX}{_WHOLE[name]}.weight"] = np.asarray(matrix, np.float32)
+        matrix = model.head if name == "lm_head" else weight_of(model.embedding)
+        tensors[f"{_PREFIX}{_WHOLE[name]}.weight"] = np.asarray(matrix.dense(jnp.float32))
     return tensors
 
 

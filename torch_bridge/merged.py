@@ -1,22 +1,25 @@
 """Merged checkpoints out: the adapters added to the weights, once, in float32, and what that does to the logits."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxpack.data.reading import Tokenizer
 from jaxpack.errors import InputError
+from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import MATRICES, Frozen, weight_of
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
 from torch_bridge.pretrained import write_folder
@@ -119,40 +122,84 @@ def _without_adapters(model: Transformer) -> Transformer:
 
 def _merged(model: Transformer, dtype: str) -> Transformer:
     view = nnx.merge(*nnx.split(model))
-    for _, module in list(nnx.iter_modules(view)):
-        if isinstance(module, LoraAdapter):
-            continue
-        for name, value in list(vars(module).items()):
-            if isinstance(value, nnx.Param):
-                merges = isinstance(module, Linear) and name == "weight"
-                setattr(module, name, _Rounded(value, module.lora if merges else {}, module, dtype))
+    modules = [module for _, module in nnx.iter_modules(view) if not isinstance(module, LoraAdapter)]
+    for module in modules:
+        for name, variable in list(vars(module).items()):
+            if not isinstance(variable, nnx.Variable):
+                continue
+            if name in MATRICES:
+                setattr(module, name, Frozen(MergedWeight.of(weight_of(variable), module, dtype)))
+            else:
+                value = variable.get_value()
+                setattr(module, name, Frozen(value.astype(dtype).astype(value.dtype)))
         if isinstance(module, Linear):
             module.lora = nnx.Dict()
     return view
 
 
-class _Rounded(nnx.Module):
-    """In place of a parameter: its value as it is written, made anew of one layer wherever that is read."""
+class _Part(NamedTuple):
+    """Some rows of a merged matrix: how many there are, and the adapter's scaling; None without an adapter."""
 
-    def __init__(self, parameter: nnx.Param, lora: dict[str, LoraAdapter], module: nnx.Module, dtype: str):
-        self.parameter = parameter
-        self.lora = nnx.Dict(dict(lora))
-        self.projections = module.projections if isinstance(module, Linear) else ()
-        self.dtype = dtype
+    size: int
+    scaling: float | None
 
-    def __getitem__(self, index: Any) -> jax.Array:
-        weight = self.parameter[...]
-        if not self.lora:
-            return weight.astype(self.dtype).astype(weight.dtype)[index]
-        rows, first = [], 0
-        for name, size in self.projections:
-            part, adapter = jax.lax.slice_in_dim(weight, first, first + size), self.lora.get(name)
-            if adapter is not None:
-                part = merge(part, adapter.lora_a[...], adapter.lora_b[...], adapter.scaling, self.dtype)
-            rows.append(part.astype(self.dtype))
-            first += size
-        return jnp.concatenate(rows).astype(weight.dtype)[index]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MergedWeight(Weight):
+    """A weight with its adapters merged, as it is written: made anew, of one layer, wherever it is read."""
+
+    base: Weight
+    factors: list[Any]  # for each part, `lora_a` and `lora_b`, or None
+    parts: tuple[_Part, ...] = dataclasses.field(metadata={"static": True})
+    written: str = dataclasses.field(metadata={"static": True})  # the dtype of the file
+    layer: Any = None
+
+    reads_by_number: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, base: Weight, module: nnx.Module, dtype: str) -> "MergedWeight":
+        """Returns a module's weight with the module's adapters."""
+        if not isinstance(module, Linear):
+            return cls(base, [None], (_Part(base.shape[-2], None),), dtype)
+        adapters = [(size, module.lora.get(name)) for name, size in module.projections]
+        factors = [None if one is None else (one.lora_a[...], one.lora_b[...]) for _, one in adapters]
+        parts = tuple(_Part(size, None if one is None else one.scaling) for size, one in adapters)
+        return cls(base, factors, parts, dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.parameter.shape
+        """The shape of the weight without adapters."""
+        return self.base.shape if self.layer is None else self.base.shape[-2:]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the weight without adapters."""
+        return self.base.dtype
+
+    def at(self, layer: Int[Array, ""] | int) -> "MergedWeight":
+        """Returns one layer of the stack."""
+        return dataclasses.replace(self, layer=layer)
+
+    def dense(self, dtype: DTypeLike) -> Float[Array, "O I"]:
+        """Returns the merged matrix: rounded as in the file, then cast."""
+        base, factors = self.base, self.factors
+        if self.layer is not None:
+            base = base.at(self.layer)
+            factors = [None if pair is None else tuple(factor[self.layer] for factor in pair) for pair in factors]
+        weight, rows, first = base.dense(base.dtype), [], 0
+        for part, pair in zip(self.parts, factors, strict=True):
+            here = jax.lax.slice_in_dim(weight, first, first + part.size)
+            if pair is not None:
+                here = merge(here, *pair, part.scaling, self.written)
+            rows.append(here.astype(self.written))
+            first += part.size
+        return jnp.concatenate(rows).astype(weight.dtype).astype(dtype)
+
+    def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
+        """Returns rows of an embedding, rounded as in the file: it has no adapter."""
+        return self.base.take(rows, self.base.dtype).astype(self.written).astype(self.base.dtype).astype(dtype)
+
+    def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Weight:
+        """Refuses: a view of a model is read only."""
+        raise TypeError("a merged view of a weight is read only")

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpack.errors import InputError
+from jaxpack.kernels.weight import Weight, write_rows
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console, progress_bar
@@ -61,10 +62,9 @@ def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) ->
     model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _check_shapes(model, source)
     _check_tied(config, source)
-    parameters = [parameter for _, parameter in nnx.iter_graph(model) if isinstance(parameter, nnx.Param)]
-    zeros = _zeros(tuple(jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) for parameter in parameters))
-    for parameter, value in zip(parameters, zeros, strict=True):
-        parameter.set_value(value)
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    model = nnx.merge(graph, tree.unflatten(_zeros(tuple(leaves))))
     fill(model, source)
     return model
 
@@ -92,8 +92,7 @@ def fill(model: Transformer, source: TensorSource) -> None:
             entry, layer = table[name]
             parameter = _parameter(model, entry)
             first += _rows(model, entry)[0]
-            start = np.zeros(len(parameter.shape), np.int32)
-            start[: 1 if layer is None else 2] = (first,) if layer is None else (layer, first)
+            start = np.array([first] if layer is None else [layer, first], np.int32)
             before = placed
             whole, placed = _place(parameter.get_value(), jax.device_put(part), start)
             parameter.set_value(whole)
@@ -142,9 +141,14 @@ def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
     """The tensors of a checkpoint of the model, by name, without those of adapters."""
     for name, (entry, layer) in tensor_table(model.config).items():
-        array = _parameter(model, entry)[...]
+        value = _parameter(model, entry).get_value()
+        if isinstance(value, Weight):
+            one = value if layer is None else value.at(layer)
+            array = one.dense(value.dtype)
+        else:
+            array = value if layer is None else value[layer]
         first, size = _rows(model, entry)
-        yield name, jax.lax.slice_in_dim(array if layer is None else array[layer], first, first + size)
+        yield name, jax.lax.slice_in_dim(array, first, first + size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -153,16 +157,13 @@ def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(whole: jax.Array, part: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`whole` with `part` in it, and a number that is there when that is done: `whole` itself is donated next."""
-    part = part.astype(whole.dtype).reshape((1,) * (whole.ndim - part.ndim) + part.shape)
-    # As bits: for bfloat16 a CPU would turn all of `whole` to float32 and back.
-    bits = (jax.lax.bitcast_convert_type(x, f"uint{8 * whole.dtype.itemsize}") for x in (whole, part))
-    placed = jax.lax.dynamic_update_slice(*bits, list(start))
-    return jax.lax.bitcast_convert_type(placed, whole.dtype), start[0]
+def _place(whole: Weight | jax.Array, part: jax.Array, start: jax.Array) -> tuple[Weight | jax.Array, jax.Array]:
+    """Returns `whole` with `part` in it, and a number that is there when that is done: `whole` is donated next."""
+    placed = whole.write(tuple(start), part) if isinstance(whole, Weight) else write_rows(whole, tuple(start), part)
+    return placed, start[0]
 
 
-def _parameter(model: Transformer, entry: Entry) -> nnx.Param:
+def _parameter(model: Transformer, entry: Entry) -> nnx.Variable:
     return operator.attrgetter(entry.path)(model)
 
 

@@ -1,19 +1,19 @@
 """`jaxpack export`: an adapter and its base in, one merged model out."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import typer
-from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.reading import read_base
 from jaxpack.errors import InputError, errors_name
 from jaxpack.utils.console import console
 from jaxpack.utils.files import require_new_folder, require_room
+from torch_bridge.tensors import tensor_shapes
 
 
 def export(
@@ -44,8 +44,7 @@ def export(
     # As it is stored, so that each weight is rounded only once, when it is merged.
     network, tokenizer = read_base(model, adapter, "auto")
     torch_bridge.load_adapter(network, str(adapter))
-    weights = nnx.state(network, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
-    written = sum(leaf.size for leaf in jax.tree.leaves(weights)) * jnp.dtype(dtype or "bfloat16").itemsize
+    written = sum(map(math.prod, tensor_shapes(network).values())) * jnp.dtype(dtype or "bfloat16").itemsize
     require_room(merged, "merged", written)
     with errors_name(path="merged", folder="merged"):
         torch_bridge.save_merged(network, str(merged), tokenizer, dtype=dtype)

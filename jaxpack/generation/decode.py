@@ -22,6 +22,7 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import PerLayer
 from jaxpack.model.norm import RMSNorm
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import reads_by_number, weights_at
 
 
 class Cache(NamedTuple):
@@ -126,12 +127,12 @@ def _forward(
     `mix(q, k, v, cache, layer, pattern)` is attention; `lengths` are those of the tokens' documents, see `rotary`.
     """
     angles = model.angles(positions, lengths, longest=cache.k.shape[2])
-    graph, layers = nnx.split(model.blocks)
+    graph, stacks, layers = nnx.split(model.blocks, reads_by_number, ...)
 
     def layer(carried: tuple[jax.Array, Cache], scanned: Any):
         x, cache = carried
         parameters, number, pattern, angle = scanned
-        block: Block = nnx.merge(graph, parameters)
+        block: Block = nnx.merge(graph, weights_at(stacks, number), parameters)
         q, k, v = _heads(block.attention, block.attention_norm(x), angles.at(angle))
         cache = cache.put(number, positions, k, v)
         mixed = mix(q, k, v, cache, number, patterns.at(pattern))

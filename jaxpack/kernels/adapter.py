@@ -8,9 +8,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxpack.errors import InputError
+from jaxpack.kernels.weight import Weight
 
 
-def check_factors(weight: jax.Array, lora_a: jax.Array | None, lora_b: jax.Array | None) -> None:
+def check_factors(weight: Weight, lora_a: jax.Array | None, lora_b: jax.Array | None) -> None:
     """Refuses factors that do not fit the weight, or each other."""
     if (lora_a is None) != (lora_b is None):
         raise InputError("`lora_a` and `lora_b` must be given both or neither, got one.")
@@ -33,7 +34,7 @@ def padded_rank(rank: int) -> int:
 def padded(
     lora_a: Float[Array, "R I"] | None,
     lora_b: Float[Array, "O R"] | None,
-    weight: Float[Array, "O I"],
+    weight: Weight,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "P I"], Float[Array, "O P"]]:
     """Both factors in `dtype`, with zeros up to rank P, see `padded_rank`; of no factors, rank 0."""

@@ -16,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpack.constants import IGNORE, Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.logsumexp import logsumexp
+from jaxpack.kernels.weight import Weight, as_weight, primal_of
 
 CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k
 
 
 def linear_cross_entropy(
     hidden: Float[Array, "*B D"],
-    head: Float[Array, "V D"],
+    head: Weight | Float[Array, "V D"],
     targets: Int[Array, "*B"],
     *,
     softcap: float | None = None,
@@ -41,6 +42,7 @@ def linear_cross_entropy(
         make the loss NaN.
       implementation: of the log-sum-exp, see `jaxpack.kernels`; the rest is XLA's.
     """
+    head = as_weight(head)
     _check(hidden, head, targets, softcap)
     if max_targets is not None and max_targets < 1:
         raise InputError(f"`max_targets` must be positive, got {max_targets}.")
@@ -49,13 +51,15 @@ def linear_cross_entropy(
 
 def token_losses(
     hidden: Float[Array, "*B D"],
-    head: Float[Array, "V D"],
+    head: Weight | Float[Array, "V D"],
     targets: Int[Array, "*B"],
     *,
     softcap: float | None = None,
 ) -> Float[Array, "*B"]:
     """What `linear_cross_entropy` adds up: the loss of each token, 0 without a target. Plain jnp, and the reference."""
+    head = as_weight(head)
     _check(hidden, head, targets, softcap)
+    head = head.dense(hidden.dtype)
     chunks = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
 
     @jax.checkpoint
@@ -68,7 +72,7 @@ def token_losses(
     return losses.reshape(-1)[: targets.size].reshape(targets.shape)
 
 
-def _check(hidden: jax.Array, head: jax.Array, targets: jax.Array, softcap: float | None) -> None:
+def _check(hidden: jax.Array, head: Weight, targets: jax.Array, softcap: float | None) -> None:
     if hidden.shape[:-1] != targets.shape:
         raise InputError(f"`targets` must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}.")
     if hidden.shape[-1] != head.shape[1]:
@@ -127,8 +131,9 @@ def _summed(hidden, head, targets, softcap, max_targets, implementation):
 
 
 def _forward(hidden, head, targets, softcap, max_targets, implementation):
-    arguments = hidden.value, head.value, targets.value, softcap, max_targets, implementation
-    loss, *gradients = _loss_and_gradients(*arguments, wanted=(hidden.perturbed, head.perturbed))
+    head, trains_head = primal_of(head)
+    arguments = hidden.value, head, targets.value, softcap, max_targets, implementation
+    loss, *gradients = _loss_and_gradients(*arguments, wanted=(hidden.perturbed, trains_head))
     return loss, gradients
 
 
@@ -136,8 +141,7 @@ def _backward(softcap, max_targets, implementation, gradients, d_loss):
     del softcap, max_targets, implementation
     if isinstance(d_loss, SymbolicZero):
         d_loss = jnp.zeros(d_loss.shape, d_loss.dtype)
-    scaled = (x if x is None else (d_loss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
-    return *scaled, None
+    return *jax.tree.map(lambda x: (d_loss * x.astype(jnp.float32)).astype(x.dtype), gradients), None
 
 
 _summed.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -145,14 +149,14 @@ _summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _loss_and_gradients(
     hidden: Float[Array, "*B D"],
-    head: Float[Array, "V D"],
+    head: Weight,
     targets: Int[Array, "*B"],
     softcap: float | None,
     max_targets: int | None,
     implementation: Implementation | None,
     *,
     wanted: tuple[bool, bool],
-) -> tuple[Float[Array, ""], Float[Array, "*B D"] | None, Float[Array, "V D"] | None]:
+) -> tuple[Float[Array, ""], Float[Array, "*B D"] | None, Weight | None]:
     """The loss, and the gradients of hidden states and head, those that are wanted."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets = hidden.reshape(-1, shape[-1]), targets.reshape(-1)
@@ -162,7 +166,7 @@ def _loss_and_gradients(
         hidden = hidden.at[kept].get(mode="fill", fill_value=0)
         targets = targets.at[kept].get(mode="fill", fill_value=IGNORE)
     chunks = _chunks(hidden, targets)
-    weights = head.astype(dtype)
+    weights = head.dense(dtype)
 
     def step(carry, chunk: _Chunks):
         total, d_head = carry
@@ -191,7 +195,7 @@ def _loss_and_gradients(
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(-1, shape[-1])[: len(targets)]
         d_hidden = (_put_back(d_hidden, present) if leave_out else d_hidden).reshape(shape)
-    return total, d_hidden, d_head if d_head is None else d_head.astype(head.dtype)
+    return total, d_hidden, None if d_head is None else head.cotangent(lambda: d_head)
 
 
 def _put_back(kept: Float[Array, "K D"], present: Bool[Array, " T"]) -> Float[Array, "T D"]:

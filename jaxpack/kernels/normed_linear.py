@@ -14,12 +14,13 @@ from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import check_factors, outer, padded
 from jaxpack.kernels.extended import extend_normed, extend_normed_backward
+from jaxpack.kernels.weight import Weight, as_weight, primal_of
 
 
 def normed_linear(
     x: Float[Array, "*B I"],
     scale: Float[Array, " I"],
-    weight: Float[Array, "O I"],
+    weight: Weight | Float[Array, "O I"],
     lora_a: Float[Array, "R I"] | None = None,
     lora_b: Float[Array, "O R"] | None = None,
     *,
@@ -31,12 +32,13 @@ def normed_linear(
     Who goes on with the `x` that is returned has its gradient added in the norm's own backward kernel.
 
     Args:
-      weight: frozen, or not; its gradient is computed where it is asked for.
+      weight: an array, or a `Weight` in any form; its gradient is computed where it is asked for.
       lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
       implementation: see `jaxpack.kernels`.
     """
     if scale.shape != x.shape[-1:]:
         raise InputError(f"`scale` must have shape {x.shape[-1:]}, got {scale.shape}.")
+    weight = as_weight(weight)
     if weight.shape[1] != x.shape[-1]:
         raise InputError(f"`weight` must have {x.shape[-1]} columns, as `x` has channels, got {weight.shape[1]}.")
     check_factors(weight, lora_a, lora_b)
@@ -50,19 +52,15 @@ def _normed_linear(x, scale, weight, a, b, eps, implementation):
 
 def _primal(x, scale, weight, a, b, eps, implementation):
     rows = extend_normed(x, scale, a, eps=eps, implementation=implementation)
-    rows, b = jax.lax.optimization_barrier((rows, b))
-    cast = weight.astype(b.dtype)
-    return (x, rows @ _beside(cast, b).T), (x, scale, weight, cast, a, b, rows)
-
-
-def _beside(weight, b) -> jax.Array:
-    """A copy of the weight with B behind it: made anew in each direction, where a barrier says when, and never kept."""
-    return jnp.concatenate([weight, b], axis=1)
+    (rows, b), weight = weight.after(rows, b)
+    cast = weight.cast(b.dtype)
+    # The copy is made anew in each direction, where a barrier says when, and never kept.
+    return (x, rows @ cast.append_columns(b).T), (x, scale, weight, cast, a, b, rows)
 
 
 def _forward(x, scale, weight, a, b, eps, implementation):
-    arguments = [argument.value for argument in (x, scale, weight, a, b)]
-    out, kept = _primal(*arguments, eps, implementation)
+    weight, _ = primal_of(weight)
+    out, kept = _primal(x.value, scale.value, weight, a.value, b.value, eps, implementation)
     # A norm that is frozen has no gradient to compute: said by what is kept, as only its structure is known later.
     return out, (*kept, jnp.zeros(()) if scale.perturbed else None)
 
@@ -70,11 +68,11 @@ def _forward(x, scale, weight, a, b, eps, implementation):
 def _backward(eps, implementation, kept, d):
     x, scale, weight, cast, a, b, rows, trained = kept
     d_x, d_out = (y if isinstance(y, jax.Array) else jnp.zeros(y.shape, y.dtype) for y in d)
-    d_out, b = jax.lax.optimization_barrier((d_out, b))
+    (d_out, b), cast = cast.after(d_out, b)
     I = x.shape[-1]  # noqa: E741
-    d_rows = d_out @ _beside(cast, b)
+    d_rows = d_out @ cast.append_columns(b)
     # The few columns too many cost less than to copy the others together.
-    d_weight = outer(d_out, rows)[:, :I].astype(weight.dtype)  # never computed where nothing asks for it
+    d_weight = weight.cotangent(lambda: outer(d_out, rows)[:, :I])
     d_a = outer(d_rows[..., I:], rows)[:, :I].astype(a.dtype)
     d_b = outer(d_out, rows[..., I:]).astype(b.dtype)
     d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # lets go of `d_out`

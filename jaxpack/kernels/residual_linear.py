@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxpack.constants import Activation, Implementation
@@ -17,12 +18,13 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import check_factors, outer, padded
 from jaxpack.kernels.extended import add_extended, extend
 from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
+from jaxpack.kernels.weight import Weight, as_weight, primal_of
 
 
 def residual_linear(
     residual: Float[Array, "*B O"] | None,
     x: Float[Array, "*B I"],
-    weight: Float[Array, "O I"],
+    weight: Weight | Float[Array, "O I"],
     lora_a: Float[Array, "R I"] | None = None,
     lora_b: Float[Array, "O R"] | None = None,
     *,
@@ -32,10 +34,11 @@ def residual_linear(
 
     Args:
       residual: None for the projection alone, as a norm of it wants it.
-      weight: frozen, or not; its gradient is computed where it is asked for.
+      weight: an array, or a `Weight` in any form; its gradient is computed where it is asked for.
       lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
       implementation: see `jaxpack.kernels`.
     """
+    weight = as_weight(weight)
     if weight.shape[1] != x.shape[-1]:
         raise InputError(f"`weight` must have {x.shape[-1]} columns, as `x` has channels, got {weight.shape[1]}.")
     factors = _factors(residual, x, weight, lora_a, lora_b)
@@ -45,7 +48,7 @@ def residual_linear(
 def gated_residual_linear(
     residual: Float[Array, "*B O"] | None,
     gate_up: Float[Array, "*B FF"],
-    weight: Float[Array, "O F"],
+    weight: Weight | Float[Array, "O F"],
     lora_a: Float[Array, "R F"] | None = None,
     lora_b: Float[Array, "O R"] | None = None,
     *,
@@ -57,6 +60,7 @@ def gated_residual_linear(
     Args:
       gate_up: gate and up side by side on the last axis.
     """
+    weight = as_weight(weight)
     if gate_up.shape[-1] != 2 * weight.shape[1]:
         raise InputError(
             f"`gate_up` must have twice as many channels as `weight` has columns, {2 * weight.shape[1]}, got "
@@ -67,8 +71,8 @@ def gated_residual_linear(
 
 
 def _factors(residual, x, weight, lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
-    if residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
-        raise InputError(f"`residual` must have shape {[*x.shape[:-1], len(weight)]}, got {list(residual.shape)}.")
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise InputError(f"`residual` must have shape {[*x.shape[:-1], weight.shape[0]]}, got {list(residual.shape)}.")
     check_factors(weight, lora_a, lora_b)
     return padded(lora_a, lora_b, weight, x.dtype)
 
@@ -82,22 +86,31 @@ def _residual_linear(residual, x, weight, a, b, adds, implementation):
 
 
 def _forward(residual, x, weight, a, b, adds, implementation):
+    residual, x, a, b = _values(residual, x, a, b)
+    weight, _ = primal_of(weight)
     out, narrow = _add_projected(residual, x, weight, a, b, implementation)
     return out, (x, weight, a, b, narrow)
 
 
 def _backward(adds, implementation, kept, d):
     x, weight, a, b, narrow = kept
+    d = _instantiated(d)
     d_x, d_narrow = _input_gradients(d, weight, a, b, implementation)
     return d if adds else None, d_x, *_weight_gradients(d, d_narrow, x, weight, a, b, narrow)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _gated_residual_linear(residual, gate_up, weight, a, b, adds, activation, implementation):
-    return _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementation)[0]
+    return _gated_primal(residual, gate_up, weight, a, b, activation, implementation)[0]
 
 
 def _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementation):
+    residual, gate_up, a, b = _values(residual, gate_up, a, b)
+    weight, _ = primal_of(weight)
+    return _gated_primal(residual, gate_up, weight, a, b, activation, implementation)
+
+
+def _gated_primal(residual, gate_up, weight, a, b, activation, implementation):
     gate_up = checkpoint_name(gate_up, "gate_up")
     product = gated_activation(gate_up, activation=activation, implementation=implementation)
     out, narrow = _add_projected(residual, product, weight, a, b, implementation)
@@ -106,6 +119,7 @@ def _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementa
 
 def _gated_backward(adds, activation, implementation, kept, d):
     gate_up, weight, a, b, narrow = kept
+    d = _instantiated(d)
     d_product, d_narrow = _input_gradients(d, weight, a, b, implementation)
     d_gate_up, _, product = gated_activation_backward(
         gate_up, None, d_product, activation=activation, with_product=True, in_place=True, implementation=implementation
@@ -117,27 +131,33 @@ def _gated_backward(adds, activation, implementation, kept, d):
 
 def _add_projected(residual, x, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
     """The output, and what is between the factors, `[*B, R]`."""
-    x, a = jax.lax.optimization_barrier((x, a))
-    rows = x @ _above(weight, a).T
-    narrow = checkpoint_name(rows[..., len(weight) :], "lora")
+    (x, a), weight = weight.after(x, a)
+    rows = x @ weight.append_rows(a).T
+    narrow = checkpoint_name(rows[..., weight.shape[0] :], "lora")
     return add_extended(rows, b, residual, implementation=implementation), narrow
 
 
 def _input_gradients(d, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
     """Of `x`, and of what is between the factors."""
     d_rows = extend(d, b.T, implementation) if len(a) else d
-    d_rows, a = jax.lax.optimization_barrier((d_rows, a))
-    return d_rows @ _above(weight, a), d_rows[..., len(weight) :]
+    (d_rows, a), weight = weight.after(d_rows, a)
+    return d_rows @ weight.append_rows(a), d_rows[..., weight.shape[0] :]
 
 
-def _weight_gradients(d, d_narrow, x, weight, a, b, narrow) -> tuple[jax.Array, jax.Array, jax.Array]:
-    d_weight = outer(d, x).astype(weight.dtype)  # never computed where nothing asks for it
+def _weight_gradients(d, d_narrow, x, weight, a, b, narrow) -> tuple[Weight | None, jax.Array, jax.Array]:
+    d_weight = weight.cotangent(lambda: outer(d, x))
     return d_weight, outer(d_narrow, x).astype(a.dtype), outer(d, narrow).astype(b.dtype)
 
 
-def _above(weight, a) -> jax.Array:
-    return jnp.concatenate([weight.astype(a.dtype), a])
+def _values(*arguments: CustomVJPPrimal | None) -> list[jax.Array | None]:
+    """The arrays of a forward rule with symbolic zeros."""
+    return [None if argument is None else argument.value for argument in arguments]
 
 
-_residual_linear.defvjp(_forward, _backward)
-_gated_residual_linear.defvjp(_gated_forward, _gated_backward)
+def _instantiated(d: jax.Array | SymbolicZero) -> jax.Array:
+    return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+
+
+# With symbolic zeros, for they say whether a frozen weight is differentiated.
+_residual_linear.defvjp(_forward, _backward, symbolic_zeros=True)
+_gated_residual_linear.defvjp(_gated_forward, _gated_backward, symbolic_zeros=True)

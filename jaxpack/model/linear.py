@@ -19,6 +19,7 @@ from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.model.context import RowContext
 from jaxpack.model.norm import RMSNorm
+from jaxpack.model.weights import weight_of
 
 
 class LoraAdapter(nnx.Module):
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
         """All projections of `x`, side by side, in plain jnp. Dropout acts on what the adapters read, with a key."""
-        out = self._biased(x @ self.weight[...].astype(x.dtype).T)
+        out = self._biased(weight_of(self.weight).matmul(x))
         if not self.lora:
             return out
         if self.drops(dropout_key):
@@ -65,7 +66,7 @@ class Linear(nnx.Module):
         """`x` for the residual connection, and all projections of the normed `x`, side by side."""
         if self.drops(dropout_key):
             return x, self(norm(x), dropout_key)
-        weights = norm.weight, self.weight[...], *self.factors()
+        weights = norm.weight, weight_of(self.weight), *self.factors()
         implementation = self._fitting(context.implementation, x)
         x, out = normed_linear(x, *weights, eps=norm.eps, implementation=implementation)
         return x, self._biased(out)
@@ -92,7 +93,7 @@ class Linear(nnx.Module):
             out = self(x, dropout_key)
             out = out if base is None else base + out
         else:
-            weights = self.weight[...], *self.factors()
+            weights = weight_of(self.weight), *self.factors()
             implementation = self._fitting(implementation, residual)
             if gated is None:
                 out = residual_linear(base, x, *weights, implementation=implementation)

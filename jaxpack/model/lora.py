@@ -10,6 +10,7 @@ from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import freeze
 from jaxpack.settings import LoraConfig
 
 
@@ -37,10 +38,8 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     whole = set(config.modules_to_save)
     if model.config.tie_word_embeddings and len(whole) == 1:
         raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
-    if "embed_tokens" in whole:
-        model.embedding = nnx.LoRAParam(model.embedding[...])
-    if "lm_head" in whole and not model.config.tie_word_embeddings:
-        model.lm_head = nnx.LoRAParam(model.lm_head[...])
+    trained = {"embed_tokens": "embedding", "lm_head": "embedding" if model.config.tie_word_embeddings else "lm_head"}
+    freeze(model, leave_out=tuple(trained[name] for name in whole))
     rngs = nnx.Rngs(config.seed)
     for linear in linears:
         *layers, _, in_features = linear.weight.shape

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.kernels.attention import segment_bounds
+from jaxpack.kernels.weight import Weight
 from jaxpack.model.block import Block
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import PerLayer, RowContext
@@ -17,6 +18,7 @@ from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
+from jaxpack.model.weights import is_trained, reads_by_number, weight_of, weights_at
 from jaxpack.settings import LoraConfig
 
 
@@ -80,17 +82,17 @@ class Transformer(nnx.Module):
         angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
-        graph, layers = nnx.split(self.blocks)
+        graph, stacks, layers = nnx.split(self.blocks, reads_by_number, ...)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def layer(x, scanned, shared):
-            (parameters, key, bound, angle), (bounds, angles) = scanned, shared
+            (parameters, key, number, bound, angle), (stacks, bounds, angles) = scanned, shared
             context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
-            return nnx.merge(graph, parameters)(x, context, key)
+            return nnx.merge(graph, weights_at(stacks, number), parameters)(x, context, key)
 
-        scanned, shared = (layers, keys, bounds.index, angles.index), (bounds, angles)
-        casts = self.norm.scale.dtype != self.dtype
-        layer = recompute(layer, remat, offloaded(remat, self.config, casts=casts))
+        numbers = jnp.arange(self.config.num_layers) if jax.tree.leaves(stacks) else None
+        scanned, shared = (layers, keys, numbers, bounds.index, angles.index), (stacks, bounds, angles)
+        layer = recompute(layer, remat, offloaded(remat, self.config, casts=self.casts_weights))
         x = self.embed(tokens)
         if remat in OFFLOADED:
             x = scan_offloaded(layer, x, scanned, shared)
@@ -100,7 +102,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""
-        x = self.embedding[...][tokens].astype(self.dtype)
+        x = weight_of(self.embedding).take(tokens, self.dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
         return x
@@ -113,13 +115,23 @@ class Transformer(nnx.Module):
         )
 
     @property
-    def head(self) -> Float[Array, "V D"]:
-        """The matrix that turns hidden states into logits: the embedding where they are tied."""
-        return (self.embedding if self.config.tie_word_embeddings else self.lm_head)[...]
+    def head(self) -> Weight:
+        """The matrix `[V, D]` that turns hidden states into logits: the embedding where they are tied."""
+        return weight_of(self.head_variable)
+
+    @property
+    def head_variable(self) -> nnx.Variable:
+        """The parameter that holds `head`."""
+        return self.embedding if self.config.tie_word_embeddings else self.lm_head
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether weights are trained, in float32, and cast to the narrower dtype of the matmuls in every step."""
+        return is_trained(self.norm.scale) and self.dtype != jnp.float32
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The logits of hidden states, in float32."""
-        logits = jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", hidden, self.head.dense(hidden.dtype), preferred_element_type=jnp.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

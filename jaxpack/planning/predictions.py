@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
@@ -36,6 +35,7 @@ from jaxpack.model.remat import (
     unrolls,
 )
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import TRAINED, is_trained
 from jaxpack.parallel.device import (
     PINNED_LIMIT,
     available_host_bytes,
@@ -75,20 +75,24 @@ class Job:
         """A step of this model, whose arrays may be abstract. Without the last two, every row is one document."""
         if keys_per_token is None:
             keys_per_token = _keys_per_token(model.config, np.array([shape[2]]))
-        full = not adapters(model)
-        casts = model.dtype != jnp.float32 and (full or model.norm.scale.dtype != model.dtype)
-        head = model.embedding if model.config.tie_word_embeddings else model.lm_head
+        full = is_trained(model.norm.scale)
         drops = any(adapter.dropout for adapter in adapters(model).values())
-        _, trained, frozen = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
+        _, trained, frozen = nnx.split(model, TRAINED, ...)
         block = model.blocks
         linears = (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down)
         return cls(
-            layer=Layer(model.config, Ranks(*(linear.rank for linear in linears)), model.dtype.itemsize, drops, casts),
+            layer=Layer(
+                model.config,
+                Ranks(*(linear.rank for linear in linears)),
+                model.dtype.itemsize,
+                drops,
+                model.casts_weights,
+            ),
             num_layers=model.config.num_layers,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
             full=full,
-            trains_head=full or isinstance(head, nnx.LoRAParam),
+            trains_head=is_trained(model.head_variable),
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpack.constants import IGNORE, Implementation, Remat
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
-from jaxpack.model.lora import adapters
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import TRAINED
 from jaxpack.settings import TrainConfig
 
 
@@ -35,13 +35,12 @@ class Metrics(NamedTuple):
 
 
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The model's structure, what is trained and what is frozen: the adapters where there are any, else everything.
+    """The model's structure, what is trained and what is frozen.
 
     Trained parameters come out as float32 copies: an update is often too small for bfloat16 to see, and the step
     donates them.
     """
-    kind = nnx.LoRAParam if adapters(model) else nnx.Param
-    graph, trainable, frozen = nnx.split(model, kind, ...)
+    graph, trainable, frozen = nnx.split(model, TRAINED, ...)
     return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
 
 
