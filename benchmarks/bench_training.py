@@ -42,7 +42,8 @@ from jaxpack.cli.bench import measure_elsewhere
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.cli.measure import measure_here
 from jaxpack.constants import Layout
-from jaxpack.data.reading import Documents, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
 from jaxpack.errors import InputError
 
 COPIES = ("MemcpyD2H", "MemcpyH2D")  # between device and host: on streams of their own

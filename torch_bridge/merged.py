@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxpack.data.reading import Tokenizer
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.model.layers import Linear, LoraAdapter
 from jaxpack.model.lora import adapters

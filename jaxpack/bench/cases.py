@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, get_args
 
 from jaxpack.constants import Implementation, Layout, Remat
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import packed_rows
-from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError
 
 REMAT = ("auto", *get_args(Remat))

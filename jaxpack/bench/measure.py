@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpack.bench.cases import Case
 from jaxpack.data.batching import Batches
-from jaxpack.data.reading import Documents
+from jaxpack.data.documents import Documents
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.planning.predictions import Job, predict, rates_of

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxpack.data.reading import Documents
+from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.model.config import ModelConfig, RopeConfig
 from jaxpack.model.lora import add_lora

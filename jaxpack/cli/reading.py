@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch_bridge
 from jaxpack.bench.models import SHAPES, drawn_documents
-from jaxpack.data.reading import Documents, Tokenizer, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer

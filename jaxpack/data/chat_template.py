@@ -13,8 +13,9 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from jaxpack.data.tokenizer import ChatTokenizer
 from jaxpack.errors import InputError, reason
 
 Span = tuple[int, int]  # of characters, the second one past the end
@@ -37,17 +38,6 @@ _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _QUESTION = {"role": "user", "content": _MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MAX_KNOWN = 1024  # forms of conversations, and edges of turns, to keep
-
-
-class ChatTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer to write conversations."""
-
-    chat_template: Any
-    special_tokens_map: Mapping[str, Any]
-
-    def apply_chat_template(self, conversation: list, *, tokenize: bool, **options: Any) -> Any: ...
-    def get_chat_template(self, chat_template: str | None = None, tools: list | None = None) -> str: ...
-    def get_added_vocab(self) -> dict[str, int]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpack.data.chat_template import ChatTemplate, Conversation, read_conversation
-from jaxpack.data.reading import Tokenizer, tokenize
+from jaxpack.data.tokenizer import Tokenizer, tokenize
 from jaxpack.errors import InputError, check_type
 from jaxpack.generation.decode import Cache, extend, prefill
 from jaxpack.model.config import DynamicRopeScaling

@@ -20,8 +20,10 @@ import optax
 from flax import nnx
 
 from jaxpack.data.batching import Batches
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import PackedBatch
-from jaxpack.data.reading import Dataset, Documents, Tokenizer, load_documents
+from jaxpack.data.reading import Dataset, load_documents
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, check_type, errors_name
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer

@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tokenizers_for_tests import small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jaxpack.data.reading import Documents, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
 from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
 from jaxpack.train.trainer import Trainer

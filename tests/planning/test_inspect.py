@@ -24,7 +24,9 @@ from jaxpack.bench.models import SHAPES, abstract_model, drawn_documents
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.constants import Layout
 from jaxpack.data.batching import Batches
-from jaxpack.data.reading import Documents, Tokenizer, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding
 from jaxpack.planning.predictions import RATES, Job, step_seconds
 
