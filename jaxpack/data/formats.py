@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxpack.constants import IGNORE
-from jaxpack.data.chat_template import (
-    ChatTemplate,
+from jaxpack.data.chat_template import ChatTemplate, common_prefix
+from jaxpack.data.conversation import (
     Conversation,
     alpaca_prompt,
-    common_prefix,
     instruction_message,
     read_conversation,
     read_instruction,

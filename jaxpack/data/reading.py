@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxpack.constants import IGNORE
-from jaxpack.data.chat_template import ChatTemplate, Conversation, without_none
+from jaxpack.data.chat_template import ChatTemplate
+from jaxpack.data.conversation import Conversation, without_none
 from jaxpack.data.documents import Documents
 from jaxpack.data.formats import TEXT_FIELD, Record, Where, encoder, question_of
 from jaxpack.data.tokenizer import Tokenizer
