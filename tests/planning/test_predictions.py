@@ -407,7 +407,7 @@ def test_a_run_prints_and_takes_the_choice(limit, expected, monkeypatch, capsys)
         given.append(remat)
         return make_train_step(*args, remat=remat, **options)
 
-    monkeypatch.setattr("jaxpack.train.trainer.make_train_step", recording)
+    monkeypatch.setattr("jaxpack.train.run.make_train_step", recording)
     rows = [{"input_ids": list(range(20))} for _ in range(4)]
     config = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=1, memory_limit=limit)
     Trainer(small_model("qwen3", lora=LORA), None, rows, config).train()
