@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 
 import torch_bridge
-from jaxpack.bench.models import SHAPES
 from jaxpack.model.config import ModelConfig
+from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
 from torch_bridge.checkpoint import write_safetensors
 from torch_bridge.convert import tensor_shapes

@@ -20,7 +20,7 @@ class Case:
     """One configuration of one system: what a process measures.
 
     Attributes:
-      model: a name of `models.SHAPES`, for random weights, or a Hugging Face folder.
+      model: a name of `presets.SHAPES`, for random weights, or a Hugging Face folder.
       system: "jaxpack", or an opponent.
       rows: of a step: rows of `max_length` where packed, else documents.
       remat: what the backward pass recomputes; an opponent has words of its own for it.

@@ -18,12 +18,12 @@ from models import random_documents, small_config, small_model
 
 from jaxpack import LoraConfig, TrainConfig, Transformer
 from jaxpack.bench import models
-from jaxpack.bench.models import SHAPES
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError
 from jaxpack.model.lora import add_lora
+from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import unrolls
 from jaxpack.planning.predictions import (
     RATES,
