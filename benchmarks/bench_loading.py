@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 
 import torch_bridge
-from jaxpack.bench.models import SHAPES
 from jaxpack.model.config import ModelConfig
+from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
 from torch_bridge.config_json import config_to_hf
 from torch_bridge.io.folder import write_safetensors

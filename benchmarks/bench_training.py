@@ -35,15 +35,17 @@ from timing import Event, jax_kernel_events
 
 from jaxpack.bench import cases
 from jaxpack.bench.cases import Case, Planned
-from jaxpack.bench.models import SHAPES, drawn_documents, save_documents
 from jaxpack.bench.processes import Results, in_own_process, read_records, request_of, run_all
 from jaxpack.bench.report import draw_all, of_plan, print_tables
 from jaxpack.cli.bench import measure_elsewhere
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.cli.measure import measure_here
 from jaxpack.constants import Layout
-from jaxpack.data.reading import Documents, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
+from jaxpack.data.synthetic import drawn_documents, save_documents
 from jaxpack.errors import InputError
+from jaxpack.model.presets import SHAPES
 
 COPIES = ("MemcpyD2H", "MemcpyH2D")  # between device and host: on streams of their own
 DEFAULT_REMAT = {"jaxpack": ["offload", "none"], "unsloth": ["unsloth", "none"], "trl": ["full"], "trl-liger": ["full"]}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpack.bench.models import drawn_lengths
+from jaxpack.data.synthetic import drawn_lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

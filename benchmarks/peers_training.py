@@ -201,7 +201,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_documents(request: dict[str, Any]) -> list[list[int]]:
-    """What `jaxpack.bench.models.save_documents` wrote, cut to the length that ours are cut to."""
+    """Reads what `jaxpack.data.synthetic.save_documents` wrote, cut to the length that ours are cut to."""
     with np.load(request["documents"]) as arrays:
         tokens, starts, lengths = (arrays[name] for name in ("tokens", "starts", "lengths"))
     ends = starts + np.minimum(lengths, request["max_length"])

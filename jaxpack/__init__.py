@@ -7,9 +7,10 @@ import warnings
 from typing import Any
 
 from jaxpack.data.batching import Batches
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import PackedBatch, pack_rows
 from jaxpack.data.preview import ShownRow, show_row
-from jaxpack.data.reading import Documents, load_documents
+from jaxpack.data.reading import load_documents
 from jaxpack.errors import InputError
 from jaxpack.generation.text import generate, generate_text
 from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig

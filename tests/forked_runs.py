@@ -63,7 +63,7 @@ def _before_call(owner: Any, name: str, number: int, act: Callable[[], None]) ->
 
 
 def _prepare(moment: list, number: int, output: str) -> None:
-    from jaxpack.train import checkpoint, trainer
+    from jaxpack.train import checkpoint, run
 
     def send() -> None:
         os.kill(os.getpid(), number)
@@ -73,7 +73,7 @@ def _prepare(moment: list, number: int, output: str) -> None:
 
     what, count, *seconds = moment
     if what == "step":
-        _before_call(trainer.Run, "step", count, send_later)
+        _before_call(run.Run, "step", count, send_later)
     elif what == "save":
         _before_call(checkpoint, "_write", count, send_later)
     else:

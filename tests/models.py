@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxpack.data.reading import Documents
+from jaxpack.data.documents import Documents
 from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig
 from jaxpack.model.lora import adapters, add_lora
 from jaxpack.model.transformer import Transformer

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxpack.data.reading import Tokenizer
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter

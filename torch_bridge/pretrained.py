@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpack.data.reading import Tokenizer
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, get_args
 
 from jaxpack.constants import Implementation, Layout, Remat
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import packed_rows
-from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError
 
 REMAT = ("auto", *get_args(Remat))
@@ -20,7 +20,7 @@ class Case:
     """One configuration of one system: what a process measures.
 
     Attributes:
-      model: a name of `models.SHAPES`, for random weights, or a Hugging Face folder.
+      model: a name of `presets.SHAPES`, for random weights, or a Hugging Face folder.
       system: "jaxpack", or an opponent.
       rows: of a step: rows of `max_length` where packed, else documents.
       remat: what the backward pass recomputes; an opponent has words of its own for it.

@@ -10,12 +10,12 @@ import numpy as np
 
 from jaxpack.bench.cases import Case
 from jaxpack.data.batching import Batches
-from jaxpack.data.reading import Documents
+from jaxpack.data.documents import Documents
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.planning.predictions import Job, predict, rates_of
 from jaxpack.settings import TrainConfig
-from jaxpack.train.trainer import Run
+from jaxpack.train.run import Run
 from jaxpack.utils.compilation_cache import ProgramCache
 
 WARM_UP = 3  # steps that are not timed

@@ -10,11 +10,11 @@ import typer
 
 from jaxpack.bench.cases import Case, Planned, ablation, batch_sizes, losses
 from jaxpack.bench.measure import train_config
-from jaxpack.bench.models import save_documents
 from jaxpack.bench.processes import Record, Results, in_own_process, request_of, run_all
 from jaxpack.bench.report import draw_all, print_tables
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.constants import Layout
+from jaxpack.data.synthetic import save_documents
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
 from jaxpack.utils.figures import require_matplotlib

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import torch_bridge
 from jaxpack.data.batching import Batches
-from jaxpack.data.reading import Tokenizer
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.model.lora import add_lora
 from jaxpack.settings import LoraConfig, TrainConfig

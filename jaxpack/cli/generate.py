@@ -16,8 +16,9 @@ from rich.text import Text
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
 from jaxpack.cli.reading import read_base
-from jaxpack.data.chat_template import Conversation
-from jaxpack.data.reading import load_prompts, text_prompt
+from jaxpack.data.conversation import Conversation
+from jaxpack.data.formats import text_prompt
+from jaxpack.data.reading import load_prompts
 from jaxpack.errors import InputError, errors_name
 from jaxpack.generation.text import generate_text
 from jaxpack.settings import GenerateConfig

@@ -8,9 +8,11 @@ from typing import Any
 import torch_bridge
 from jaxpack.bench.cases import Case
 from jaxpack.bench.measure import measure
-from jaxpack.bench.models import SHAPES, random_model, read_documents
+from jaxpack.bench.models import random_model
 from jaxpack.bench.processes import Record, answer
+from jaxpack.data.synthetic import read_documents
 from jaxpack.model.lora import add_lora
+from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 

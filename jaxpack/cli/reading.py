@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch_bridge
-from jaxpack.bench.models import SHAPES, drawn_documents
-from jaxpack.data.reading import Documents, Tokenizer, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
+from jaxpack.data.synthetic import drawn_documents
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.config import ModelConfig
+from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
 
 MODEL_HELP = f"A Hugging Face folder or the id of one on the hub; or, with random weights, {', '.join(SHAPES)}."

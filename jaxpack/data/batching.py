@@ -10,8 +10,8 @@ import math
 import numpy as np
 
 from jaxpack.constants import LANES
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
-from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jaxpack.constants import IGNORE
 from jaxpack.data.batching import Batches
-from jaxpack.data.reading import Tokenizer
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.utils.console import visible
 

@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxpack.data.chat_template import ChatTemplate, Conversation, read_conversation
-from jaxpack.data.reading import Tokenizer, tokenize
+from jaxpack.data.chat_template import ChatTemplate
+from jaxpack.data.conversation import Conversation, read_conversation
+from jaxpack.data.tokenizer import Tokenizer, tokenize
 from jaxpack.errors import InputError, check_type
 from jaxpack.generation.decode import Cache, extend, prefill
 from jaxpack.model.config import DynamicRopeScaling

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from jaxpack.constants import Layout, Remat
 from jaxpack.data.batching import Batches, Truncation
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import packed_rows
-from jaxpack.data.reading import Documents
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device

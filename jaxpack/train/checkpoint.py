@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
-from jaxpack.data.reading import Documents
+from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer

@@ -15,8 +15,9 @@ from jaxpack.bench.measure import WARM_UP, measure, timed_steps, train_config
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.settings import LoraConfig
+from jaxpack.train.run import Run
 from jaxpack.train.step import Metrics
-from jaxpack.train.trainer import Run, Trainer
+from jaxpack.train.trainer import Trainer
 
 LENGTHS = [5, 60, 33, 90, 12, 47, 71, 20] * 6
 DOCUMENTS = random_documents(LENGTHS, masked=0.0)

@@ -21,7 +21,7 @@ from jaxpack import cli
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.settings import LoraConfig, TrainConfig
-from jaxpack.train.trainer import Run
+from jaxpack.train.run import Run
 from torch_bridge.tensors import model_tensors
 
 RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}

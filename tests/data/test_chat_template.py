@@ -1,21 +1,17 @@
-"""Of a conversation exactly the assistant's turns and their end tokens are trained on, whatever template writes it."""
+"""Exactly the assistant's turns and their end tokens are trained on, whatever template writes the conversation."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from chat_templates import CHATML, QWEN3, STYLES, Style, with_tags, without_tags
+from conversations import TOOLS, call, chat, load, refusal, trained, turn, whole
 from models import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers_for_tests import small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jaxpack.data.reading import Documents, load_documents
 from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
 from jaxpack.train.trainer import Trainer
@@ -23,37 +19,10 @@ from jaxpack.train.trainer import Trainer
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
-def load(rows: Any, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Documents:
-    return load_documents(rows, tokenizer, vocab_size=len(tokenizer), **options)
-
-
 def of_template(template: str, *specials: str, tags: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = small_tokenizer(specials=specials)
     tokenizer.chat_template = with_tags(template) if tags else without_tags(template)
     return tokenizer
-
-
-def whole(documents: Documents, tokenizer: PreTrainedTokenizerFast, which: int = 0) -> str:
-    return tokenizer.decode(documents.tokens[documents.starts[which] :][: documents.lengths[which]].tolist())
-
-
-def trained(documents: Documents, tokenizer: PreTrainedTokenizerFast, which: int = 0) -> list[str]:
-    """Each stretch of a document that is trained on, decoded."""
-    here = slice(documents.starts[which], documents.starts[which] + documents.lengths[which])
-    tokens, on = documents.tokens[here], documents.labels[here] != -100
-    assert (documents.labels[here][on] == tokens[on]).all()
-    borders = np.flatnonzero(np.diff(np.concatenate([[False], on, [False]])))
-    return [tokenizer.decode(tokens[begin:end].tolist()) for begin, end in borders.reshape(-1, 2)]
-
-
-def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
-    """A conversation in which user and assistant take turns."""
-    before = [] if system is None else [turn("system", system)]
-    return before + [turn("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
 
 
 CHATS = {
@@ -85,11 +54,6 @@ def test_the_assistants_turns_and_their_end_tokens_are_trained_on(style: Style, 
         assert whole(documents, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def call(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-TOOLS = [{"type": "function", "function": {"name": "cabs", "parameters": {"type": "object", "properties": {}}}}]
 CALLING = [
     turn("user", "a cab?"),
     {"role": "assistant", "tool_calls": [call("cabs", city="Köln", n=2)]},
@@ -139,16 +103,6 @@ def test_several_calls_beside_a_content_are_one_turn() -> None:
     documents = load([{"messages": [turn("user", "a"), answer, turn("tool", "1"), turn("tool", "2")]}], tokenizer)
     calls = [f'<tool_call>\n{{"name": "cabs", "arguments": {{"n": {n}}}}}\n</tool_call>' for n in (1, 2)]
     assert trained(documents, tokenizer) == ["\n".join(["let me see", *calls]) + "<|im_end|>"]
-
-
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]])
-def test_a_rows_tools_reach_the_template(tools: Any) -> None:
-    tokenizer = STYLES["chatml"].tokenizer()
-    rows = [{"messages": chat("a", "b"), "tools": tools}, {"messages": chat("a", "b"), "tools": None}]
-    documents = load(rows, tokenizer)
-    assert json.dumps(TOOLS[0]) in whole(documents, tokenizer)
-    assert "<tools>" not in whole(documents, tokenizer, 1)
-    assert trained(documents, tokenizer) == trained(documents, tokenizer, 1) == ["b<|im_end|>"]
 
 
 THINKING = {
@@ -374,7 +328,7 @@ def test_other_forms_of_turns(name: str, capsys: pytest.CaptureFixture) -> None:
     assert ("learn to stop" in capsys.readouterr().err) == (name in ("no_end", "words_for_an_end"))
 
 
-# --- Sources of conversations -----------------------------------------------------------------------------------------
+# --- Whole rows -------------------------------------------------------------------------------------------------------
 
 
 def test_prompt_and_completion_train_on_the_completions_turns_alone() -> None:
@@ -399,97 +353,6 @@ def test_every_token_of_a_completion_is_trained_on_where_that_is_asked(style: st
     asked = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
     assert whole(documents, tokenizer) == text
     assert trained(documents, tokenizer) == [text.removeprefix(asked)] != [text]
-
-
-SHAREGPT = {
-    "conversations": [
-        {"from": "system", "value": "be"},
-        {"from": "human", "value": "a"},
-        {"from": "gpt", "value": "b"},
-        {"from": "tool", "value": "c"},
-        {"from": "gpt", "value": "d"},
-    ]
-}
-AS_MESSAGES = [
-    turn("system", "be"),
-    turn("user", "a"),
-    turn("assistant", "b"),
-    turn("tool", "c"),
-    turn("assistant", "d"),
-]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        SHAREGPT,
-        {"messages": SHAREGPT["conversations"]},
-        {"conversations": AS_MESSAGES},
-        {"conversations": SHAREGPT["conversations"][1:], "system": "be"},
-        {"messages": AS_MESSAGES, "system": "unused: they have their own"},
-        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in AS_MESSAGES]},
-    ],
-    ids=["sharegpt", "from_in_messages", "role_in_conversations", "system", "own_system", "parts"],
-)
-def test_conversations_in_other_words_are_the_same(row: dict) -> None:
-    tokenizer = STYLES["chatml"].tokenizer()
-    documents = load([row], tokenizer)
-    assert whole(documents, tokenizer) == tokenizer.apply_chat_template(AS_MESSAGES, tokenize=False)
-    assert trained(documents, tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
-
-
-@pytest.mark.parametrize("given", ["", None, "the cab"])
-def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template(given: str | None, capsys: pytest.CaptureFixture) -> None:
-    tokenizer = STYLES["llama3"].tokenizer()
-    documents = load([{"instruction": "a?", "input": given, "output": "b"}], tokenizer)
-    question = "a?\n\nthe cab" if given else "a?"
-    assert whole(documents, tokenizer) == tokenizer.apply_chat_template(chat(question, "b"), tokenize=False)
-    assert trained(documents, tokenizer) == ["b<|eot_id|>"]
-    assert "asked as in a chat" in capsys.readouterr().err
-
-
-def test_alpaca_has_its_own_words_where_the_tokenizer_has_no_template(capsys: pytest.CaptureFixture) -> None:
-    tokenizer = small_tokenizer()
-    rows = [{"instruction": "a?", "input": "the cab", "output": "b"}, {"instruction": "a?", "output": "b"}]
-    documents = load(rows, tokenizer)
-    assert whole(documents, tokenizer) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
-        " response that appropriately completes the request.\n\n### Instruction:\na?\n\n### Input:\nthe cab\n\n"
-        "### Response:\nb<eos>"
-    )
-    assert "### Input" not in whole(documents, tokenizer, 1)
-    assert trained(documents, tokenizer) == trained(documents, tokenizer, 1) == ["b<eos>"]
-    assert "Alpaca's words" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("source", ["jsonl", "parquet", "dataset"])
-def test_values_that_arrow_adds_do_not_reach_the_template(source: str, tmp_path: Path) -> None:
-    calls = [call("cabs", city="Köln"), call("cabs", n=2)]  # as Arrow has them, both with `city` and with `n`
-    rows = [
-        {
-            "messages": [
-                turn("user", "a"),
-                {"role": "assistant", "tool_calls": [one]},
-                turn("tool", "1", tool_call_id="x"),
-            ]
-        }
-        for one in calls
-    ]
-    if source == "jsonl":
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif source == "parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    dataset = datasets_of(rows) if source == "dataset" else tmp_path / f"rows.{source}"
-    tokenizer = STYLES["llama3"].tokenizer()
-    documents = load(dataset, tokenizer)
-    for which, arguments in enumerate(('{"city": "Köln"}', '{"n": 2}')):
-        assert trained(documents, tokenizer, which) == [f'{{"name": "cabs", "parameters": {arguments}}}<|eot_id|>']
-
-
-def datasets_of(rows: list[dict]) -> Any:
-    import datasets  # a GPU machine may not have it
-
-    return datasets.Dataset.from_list(rows)
 
 
 def test_every_token_of_messages_is_trained_on_where_that_is_asked() -> None:
@@ -532,14 +395,6 @@ def test_rows_that_all_have_no_answer_are_refused() -> None:
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
-
-
-def refusal(rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> str:
-    with pytest.raises(InputError) as caught:
-        load(rows, tokenizer)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".") and not message.endswith("..") and len(message) < 900, message
-    return message
 
 
 # (a template, the second row's messages, what the message says)
@@ -604,50 +459,3 @@ def test_what_the_template_leaves_out_is_refused() -> None:
     for tags in (False, True):
         message = refusal([{"messages": calling}], STYLES["gemma"].tokenizer(tags=tags))
         assert "leaves out the tool calls of message 1 in row 0 of the dataset" in message
-
-
-BAD_ROWS = {
-    "message_is_text": ({"messages": ["hi"]}, ["A message must have `role` and `content`", "got 'hi'"]),
-    "message_without_role": ({"messages": [{"content": "hi"}]}, ["`from` and `value`", "got {'content': 'hi'}"]),
-    "speaker_is_a_list": (
-        {"messages": [{"from": ["gpt"], "value": "hi"}]},
-        ["`from` and `value`", "got {'from': ['gpt']"],
-    ),
-    "role_is_a_list": ({"messages": [turn(["user"], "hi")]}, ["A message must have `role`", "got {'role': ['user']"]),
-    "calls_are_text": (
-        {"messages": [*chat("a"), turn("assistant", "b", tool_calls="cabs()")]},
-        ["`tool_calls` must be a list of mappings", "got 'cabs()'"],
-    ),
-    "half_a_character": ({"messages": chat("a", "half an emoji: \ud83d")}, ["valid Unicode", "half an emoji"]),
-    "unknown_speaker": (
-        {"messages": [{"from": "bob", "value": "hi"}]},
-        ["`from` must be one of", "'gpt'", "got 'bob'"],
-    ),
-    "picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, ["must be text", "'image'"]),
-    "tools_are_no_json": ({"messages": chat("a", "b"), "tools": "[{"}, ["`tools` must be", "got '[{'"]),
-    "tools_are_a_number": ({"messages": chat("a", "b"), "tools": 5}, ["`tools` must be", "got 5"]),
-    "tools_are_words": ({"messages": chat("a", "b"), "tools": ["x"]}, ["`tools` must be", "got ['x']"]),
-    "system_is_a_list": ({"messages": chat("a", "b"), "system": ["x"]}, ["`system` must be a str", "got ['x']"]),
-    "options_are_text": (
-        {"messages": chat("a", "b"), "chat_template_kwargs": "x"},
-        ["`chat_template_kwargs`", "got 'x'"],
-    ),
-    "refused": ({"messages": chat("a", "b") + chat("c") * 2}, ["must accept every row", "alternate"]),
-}
-
-
-@pytest.mark.parametrize("tags", [False, True], ids=["compared", "tags"])
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_conversation_is_named_with_its_rule_and_its_value(name: str, tags: bool) -> None:
-    row, fragments = BAD_ROWS[name]
-    message = refusal([{"messages": chat("a", "b")}, row], STYLES["gemma"].tokenizer(tags=tags))
-    for fragment in ("row 1 of the dataset", *fragments):
-        assert fragment in message
-
-
-def test_alpacas_fields_must_be_text() -> None:
-    for key in ("instruction", "output"):
-        rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", key: 5}]
-        for tokenizer in (small_tokenizer(), STYLES["phi3"].tokenizer()):
-            message = refusal(rows, tokenizer)
-            assert f"`{key}` must be a str, got 5 in row 1" in message

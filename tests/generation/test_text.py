@@ -14,7 +14,8 @@ from tokenizers_for_tests import EOS, TURN_ENDS, small_tokenizer
 
 import jaxpack
 from jaxpack import InputError, LoraConfig, Transformer, generate, generate_text
-from jaxpack.data.chat_template import ChatTemplate, Conversation
+from jaxpack.data.chat_template import ChatTemplate
+from jaxpack.data.conversation import Conversation
 from jaxpack.generation.decode import extend, prefill
 from jaxpack.model.config import DynamicRopeScaling, LongRopeScaling, RopeConfig
 

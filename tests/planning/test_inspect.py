@@ -20,11 +20,15 @@ import jaxpack
 from jaxpack import InputError, Inspection, LoraConfig, TrainConfig, Trainer, Transformer
 from jaxpack.bench.cases import case_of
 from jaxpack.bench.measure import train_config
-from jaxpack.bench.models import SHAPES, abstract_model, drawn_documents
+from jaxpack.bench.models import abstract_model
 from jaxpack.cli.demo import sample, train_tokenizer
 from jaxpack.constants import Layout
 from jaxpack.data.batching import Batches
-from jaxpack.data.reading import Documents, Tokenizer, load_documents
+from jaxpack.data.documents import Documents
+from jaxpack.data.reading import load_documents
+from jaxpack.data.synthetic import drawn_documents
+from jaxpack.data.tokenizer import Tokenizer
+from jaxpack.model.presets import SHAPES
 from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding
 from jaxpack.planning.predictions import RATES, Job, step_seconds
 

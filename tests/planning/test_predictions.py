@@ -18,12 +18,12 @@ from models import random_documents, small_config, small_model
 
 from jaxpack import LoraConfig, TrainConfig, Transformer
 from jaxpack.bench import models
-from jaxpack.bench.models import SHAPES
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError
 from jaxpack.model.lora import add_lora
+from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import unrolls
 from jaxpack.planning.predictions import (
     RATES,
@@ -407,7 +407,7 @@ def test_a_run_prints_and_takes_the_choice(limit, expected, monkeypatch, capsys)
         given.append(remat)
         return make_train_step(*args, remat=remat, **options)
 
-    monkeypatch.setattr("jaxpack.train.trainer.make_train_step", recording)
+    monkeypatch.setattr("jaxpack.train.run.make_train_step", recording)
     rows = [{"input_ids": list(range(20))} for _ in range(4)]
     config = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=1, memory_limit=limit)
     Trainer(small_model("qwen3", lora=LORA), None, rows, config).train()

@@ -22,8 +22,10 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train import checkpoint
 from jaxpack.train.checkpoint import Checkpoints, Progress, checksums, identity_of, load_checkpoint, steps_in
+from jaxpack.train.progress import Log
+from jaxpack.train.run import Run
 from jaxpack.train.step import TrainState
-from jaxpack.train.trainer import Run, Trainer, TrainResult, _Log
+from jaxpack.train.trainer import Trainer, TrainResult
 
 LORA = LoraConfig(r=4, lora_dropout=0.2)
 ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
@@ -46,15 +48,15 @@ def trainer(output: Path | None, model: Transformer | None = None, rows: list = 
 
 def crash(training: Trainer, after: int) -> None:
     """Trains, and fails where the metrics of a step are read."""
-    step = _Log.step
+    step = Log.step
 
-    def fail(log: _Log, metrics: object) -> None:
+    def fail(log: Log, metrics: object) -> None:
         step(log, metrics)
         if len(log._done.losses) == after:
             raise ZeroDivisionError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Log, "step", fail)
+        patch.setattr(Log, "step", fail)
         with pytest.raises(ZeroDivisionError):
             training.train()
 

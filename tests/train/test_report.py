@@ -13,8 +13,9 @@ from models import small_model
 import jaxpack
 from jaxpack.errors import InputError
 from jaxpack.settings import LoraConfig, TrainConfig
+from jaxpack.train.progress import Log
 from jaxpack.train.report import draw_run
-from jaxpack.train.trainer import Trainer, _Log
+from jaxpack.train.trainer import Trainer
 
 ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -111,14 +112,14 @@ def test_a_run_that_was_killed_is_reported_up_to_there(copied: Path) -> None:
 
 
 def test_a_run_that_is_stopped_has_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = _Log.step
+    step = Log.step
 
-    def stop(log: _Log, metrics: object) -> None:
+    def stop(log: Log, metrics: object) -> None:
         step(log, metrics)
         if len(log._done.losses) == 4:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(_Log, "step", stop)
+    monkeypatch.setattr(Log, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "run").train()
     assert (tmp_path / "run" / "report.md").read_text().startswith("# run: 5 of 7 steps\n")  # the fifth was running

@@ -12,8 +12,8 @@ from flax import nnx
 from models import random_documents, small_model
 
 from jaxpack.data.batching import Batches
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import PackedBatch, Rows, fill_batch
-from jaxpack.data.reading import Documents
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.step import (

@@ -1,11 +1,9 @@
 """The loop: what it reports is what it did, and the model it leaves is the one it trained."""
 
 import functools
-import itertools
 import json
 import signal
 import threading
-import time
 from typing import get_args
 
 import jax
@@ -14,23 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import small_model
+from short_runs import LORA, ROWS, SHORT, changed
 
-import jaxpack.train.trainer as trainer_module
-from jaxpack.cli.demo import sample
 from jaxpack.constants import Implementation, Remat
 from jaxpack.errors import InputError
-from jaxpack.settings import LoraConfig, TrainConfig
+from jaxpack.train.signals import StopSignal
 from jaxpack.train.trainer import Trainer
-
-LORA = LoraConfig(r=4)
-ROWS = [
-    {"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist(), "labels": None} for i in range(40)
-]
-SHORT = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=7, learning_rate=1e-2)
-
-
-def changed(config: TrainConfig, **changes: object) -> TrainConfig:
-    return TrainConfig(**(vars(config) | changes))
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
@@ -45,150 +32,8 @@ def test_only_what_is_trained_changes_and_arrays_held_elsewhere_live_on(lora):
         assert (np.asarray(old[...]) != np.asarray(new[...])).any() == trained, path
 
 
-def test_the_records_are_those_of_the_run(tmp_path):
-    trainer = Trainer(
-        small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, output_dir=str(tmp_path), logging_steps=3)
-    )
-    result = trainer.train()
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [3, 6, 7]
-    means = [result.losses[:3].mean(), result.losses[3:6].mean(), result.losses[6]]
-    np.testing.assert_allclose([record["loss"] for record in records], means, rtol=1e-6)
-    batches = trainer.batches
-    empty = 1 - batches.tokens_per_step[3:6].sum() / batches.positions_per_step[3:6].sum()
-    assert records[1]["padding_share"] == pytest.approx(empty)
-    assert records[-1]["learning_rate"] == pytest.approx(1e-2 * 1 / 7)
-    assert {record["compiled_shapes"] for record in records} == {1}
-
-
-def test_the_shapes_of_a_run_are_compiled_before_it_and_no_other(monkeypatch):
-    trainer = Trainer(
-        small_model("qwen3", lora=LORA),
-        None,
-        ROWS,
-        changed(SHORT, packing=False, max_steps=20, per_device_train_batch_size=8),
-    )
-    assert 1 < len(trainer.batches.shapes) <= 4
-    compiled = []
-    lower = jax.stages.Lowered.compile
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *args: compiled.append(args) or lower(*args))
-    result = trainer.train()
-    assert len(compiled) == result.compiled_shapes == len(trainer.batches.shapes)
-
-
-LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "padding_free": False}]
-
-
-@pytest.mark.parametrize(
-    "layout", [LAYOUTS[0], *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:])], ids=str
-)
-def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monkeypatch, tmp_path):
-    rows = [{"input_ids": [1 + i % 96 for i in range(len("".join(row.values())) // 16)]} for row in sample()]
-    config = TrainConfig(max_length=128, per_device_train_batch_size=12, num_train_epochs=1, logging_steps=1, **layout)
-    config = changed(config, output_dir=str(tmp_path), eval_steps=2, save_steps=4)
-    trainer = Trainer(small_model("qwen3", lora=LORA), None, rows, config, rows[:12])
-    compiled: list[str] = []  # by XLA, the small programs between the steps, too
-    by_step: list[int] = []
-
-    def count(event: str, _: float, **__: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    log_step = trainer_module._Log.step
-    monkeypatch.setattr(trainer_module._Log, "step", lambda *args: (log_step(*args), by_step.append(len(compiled)))[0])
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        trainer.train()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
-    assert len(by_step) == trainer.batches.steps_per_epoch > 5
-    assert by_step[0] >= len(trainer.batches.shapes) + len(trainer.eval_batches.shapes)
-    assert by_step[-1] == len(compiled) == by_step[0]
-
-
-@pytest.mark.parametrize("save_steps", [0, 3])
-def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(save_steps, monkeypatch, tmp_path):
-    """A read waits for the step that makes what is read. So each step but the second is started before the one ahead of
-    it is read, and the state is read where it is saved, and nowhere else.
-    """
-    config = changed(SHORT, logging_steps=1, output_dir=str(tmp_path), save_steps=save_steps)
-    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config)
-    events: list[tuple[str, object]] = []
-    metrics_of: dict[int, int] = {}  # by id of the array; `started` keeps them alive, so that no id is used again
-    started = []
-    run = jax.stages.Compiled.__call__
-
-    def start(program, *args):
-        state, metrics = run(program, *args)
-        metrics_of.update((id(leaf), len(started)) for leaf in metrics)
-        events.append(("start", len(started)))
-        started.append((state, metrics))
-        return state, metrics
-
-    def reading(read):
-        def spy(x, *args, **options):
-            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
-                events.append(("read", metrics_of.get(id(x), "something else")))
-            return read(x, *args, **options)
-
-        return spy
-
-    monkeypatch.setattr(jax.stages.Compiled, "__call__", start)
-    kind = type(jnp.zeros(()))
-    monkeypatch.setattr(kind, "_value", property(reading(kind._value.fget)))  # float(x), x.item(), device_get
-    for owner, name in (
-        (kind, "block_until_ready"),
-        (jax, "block_until_ready"),  # of several arrays, it does not call theirs
-        (np, "asarray"),  # on a CPU, it takes a buffer
-        (np, "array"),
-    ):
-        monkeypatch.setattr(owner, name, reading(getattr(owner, name)))
-    trainer.train()
-    monkeypatch.undo()
-
-    loop = events[events.index(("start", 0)) :]
-    steps = trainer.batches.num_steps
-    expected: list[tuple[str, object]] = []
-    waiting: list[tuple[str, object]] = []
-    for step in range(steps):
-        expected += [("start", step), *waiting]
-        waiting = [("read", step)]
-        if save_steps and ((step + 1) % save_steps == 0 or step + 1 == steps):
-            expected += [*waiting, ("read", "something else")]
-            waiting = []
-        elif step == 0:
-            expected += waiting
-            waiting = []
-    expected += waiting
-    assert [event for event, _ in itertools.groupby(loop)] == expected
-
-
-def test_a_second_start_finds_its_programs_and_does_the_same(tmp_path, capsys):
-    config = changed(SHORT, max_steps=3, compilation_cache_dir=str(tmp_path))
-    begin = time.perf_counter()
-    first, second = (Trainer(small_model("qwen3", lora=LORA), None, ROWS, config).train() for _ in range(2))
-    both = time.perf_counter() - begin
-    assert (first.found_programs, second.found_programs) == (0, second.compiled_shapes)
-    np.testing.assert_array_equal(first.losses, second.losses)
-    for result in (first, second):
-        assert 0 < result.compile_seconds < result.first_step_seconds
-    assert first.first_step_seconds + second.first_step_seconds < both
-    shown = capsys.readouterr().err
-    assert shown.count(f"compiled programs are kept in {tmp_path} (") == 2
-    assert "0 of 1 found compiled" in shown and "1 of 1 found compiled" in shown
-    assert f"first step after {second.first_step_seconds:.1f} s, {second.compile_seconds:.1f} s of them" in shown
-
-
-def test_a_run_goes_on_where_programs_cannot_be_kept(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    config = changed(SHORT, max_steps=2, compilation_cache_dir=str(tmp_path / "file"))
-    result = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config).train()
-    assert len(result.losses) == 2
-    assert f"compiled programs cannot be kept in {tmp_path}/file: File exists" in capsys.readouterr().err
-
-
 def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
-    class Asked(trainer_module._Stop):
+    class Asked(StopSignal):
         @property
         def asked(self) -> bool:
             before = super().asked
@@ -196,7 +41,7 @@ def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
                 self._received = signal.SIGINT  # right after it was looked for
             return before
 
-    monkeypatch.setattr(trainer_module, "_Stop", Asked)
+    monkeypatch.setattr("jaxpack.train.trainer.StopSignal", Asked)
     config = changed(SHORT, eval_steps=3, save_steps=6, output_dir=str(tmp_path))  # step 3 is waited for, and not saved
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config, ROWS[:9])
     with pytest.raises(KeyboardInterrupt):
@@ -235,7 +80,7 @@ def test_an_error_in_the_loop_ends_the_thread_that_makes_batches(monkeypatch):
     def interrupt(log, metrics):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxpack.train.trainer._Log.step", interrupt)
+    monkeypatch.setattr("jaxpack.train.progress.Log.step", interrupt)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt) as raised:
         Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT).train()
@@ -247,26 +92,6 @@ def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
     with pytest.raises(InputError, match=r"`output_dir` must be without metrics.jsonl"):
         Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == "mine"
-
-
-# --- Evaluation -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", [LAYOUTS[0], pytest.param(LAYOUTS[1], marks=pytest.mark.slow), LAYOUTS[2]], ids=str)
-def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
-    model = small_model("qwen3", lora=LoraConfig(r=4, lora_dropout=0.5))
-    rows = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in ROWS[:13]]
-    rows[5]["labels"] = [-100] + [token if i % 3 else -100 for i, token in enumerate(rows[5]["input_ids"][1:])]
-    config = changed(SHORT, max_steps=1, learning_rate=1e-9, gradient_accumulation_steps=2, **layout)
-    result = Trainer(model, None, ROWS, config, rows).train()
-    # Alone in its row: a token reads what is before it, and not the zeros after.
-    tokens = np.array([row["input_ids"] + [0] * (64 - len(row["input_ids"])) for row in rows])
-    losses = []
-    for row, logits in zip(rows, np.asarray(model.logits(jnp.array(tokens)), np.float64), strict=True):
-        logits = logits[: len(row["input_ids"])]
-        surprise = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(logits)), np.roll(row["input_ids"], -1)]
-        losses += surprise[:-1][np.array(row["labels"])[1:] != -100].tolist()
-    assert result.evaluations == {1: pytest.approx(np.mean(losses), rel=1e-5)}
 
 
 def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
@@ -308,25 +133,6 @@ def test_a_second_run_in_a_folder_is_refused_and_leaves_the_first_alone(latest, 
     first.train(on_start=meanwhile)
 
 
-def test_a_gradient_that_is_no_number_is_told(monkeypatch, tmp_path, capsys):
-    step = trainer_module.Run.step
-
-    def overflow(run, batch):
-        metrics = step(run, batch)
-        return metrics._replace(grad_norm=metrics.grad_norm * jnp.inf)
-
-    monkeypatch.setattr(trainer_module.Run, "step", overflow)
-    Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1)).train()
-    assert "the gradient of step 1 has norm inf: no step makes up for it" in capsys.readouterr().err
-
-
-def test_an_evaluation_that_does_not_fit_is_refused_before_the_first_step(monkeypatch):
-    monkeypatch.setattr(trainer_module, "free_device_bytes", lambda device: 1000)
-    trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1), ROWS[:9])
-    with pytest.raises(InputError, match=r"`eval_dataset` must leave room on the device: 1 x 2 x 128 tokens need"):
-        trainer.train(on_start=lambda: pytest.fail("it has started"))
-
-
 def test_settings_that_leave_the_best_unknown_are_refused(tmp_path):
     for changes, data, message in (
         ({"eval_steps": 3}, None, "`eval_steps` must be None without an `eval_dataset`, got 3"),
@@ -334,30 +140,6 @@ def test_settings_that_leave_the_best_unknown_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path), **changes), data)
-
-
-# --- Signals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_second_acts_as_ever(number):
-    acted = []
-    before = signal.signal(number, lambda *_: acted.append(number))
-    try:
-        with trainer_module._Stop() as stop:
-            assert not stop.asked
-            signal.raise_signal(number)
-            assert stop.asked and acted == []
-            signal.raise_signal(number)
-            assert acted == [number]
-        signal.raise_signal(number)
-        assert len(acted) == 2
-        signal.signal(number, signal.SIG_IGN)
-        with trainer_module._Stop() as stop:
-            signal.raise_signal(number)
-            assert not stop.asked
-    finally:
-        signal.signal(number, before)
 
 
 def test_a_thread_can_train():

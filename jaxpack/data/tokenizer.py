@@ -1,0 +1,45 @@
+"""Names the parts of a Hugging Face tokenizer that are used, and tokenises texts."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from jaxpack.errors import InputError
+
+
+class ChatTokenizer(Protocol):
+    """Names what is used of a Hugging Face tokenizer to write conversations."""
+
+    chat_template: Any
+    special_tokens_map: Mapping[str, Any]
+
+    def apply_chat_template(self, conversation: list, *, tokenize: bool, **options: Any) -> Any: ...
+    def get_chat_template(self, chat_template: str | None = None, tools: list | None = None) -> str: ...
+    def get_added_vocab(self) -> dict[str, int]: ...
+
+
+class Tokenizer(ChatTokenizer, Protocol):
+    """Names what is used of a Hugging Face fast tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: bool) -> Mapping[str, list]: ...
+    def decode(self, token_ids: list[int]) -> str: ...
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Any: ...
+
+
+def tokenize(
+    texts: list[str], tokenizer: Tokenizer, where: Callable[[int], str], **options: bool
+) -> Mapping[str, list]:
+    """Calls a tokenizer on texts, which `where` names by their index.
+
+    Raises:
+      InputError: one of them is not Unicode.
+    """
+    try:
+        return tokenizer(texts, **options)
+    except TypeError:
+        for index, text in enumerate(texts):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell half of a character
+                raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(index)}.") from None
+        raise

@@ -1,0 +1,139 @@
+"""A run's metrics are shown and written down while its steps are done."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+import optax
+
+from jaxpack.data.batching import Batches
+from jaxpack.parallel.device import peak_memory_bytes
+from jaxpack.settings import TrainConfig
+from jaxpack.train.checkpoint import Progress
+from jaxpack.train.metrics import Reports
+from jaxpack.train.step import Metrics
+from jaxpack.utils.console import progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Holds what came before a run's first step."""
+
+    begin: float  # when it was, by `time.perf_counter`
+    compile_seconds: float
+    found_programs: int
+
+
+class Log:
+    """Keeps a run's metrics: a progress bar, a line every `logging_steps`, and the same in `metrics.jsonl`.
+
+    Attributes:
+      first_step_seconds: from the start of `train()` to the first step's metrics, 0 before that.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        schedule: optax.Schedule,
+        start: Start,
+        progress: Progress,
+        reports: Reports,
+    ):
+        self._config, self._batches, self._start, self._done = config, batches, start, progress
+        self._reports = reports
+        self._first = len(progress.losses)  # step of this process, where it went on from a checkpoint
+        steps = np.arange(batches.num_steps)
+        self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
+        self._warm = ~batches.is_first_of_its_shape(self._first)
+        self._seconds = [0.0] * self._first
+        self.first_step_seconds = 0.0
+        self._grad_norm = 0.0  # of the last step
+        self._recorded = self._first
+        self._progress = progress_bar("training", transient=False)
+
+    def __enter__(self) -> "Log":
+        self._progress.start()
+        self._bar = self._progress.add_task("", total=self._batches.num_steps, completed=self._first, note="")
+        self.go_on()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def go_on(self) -> None:
+        """A step is timed from the one before, or from here."""
+        self._last = time.perf_counter()
+
+    def step(self, metrics: Metrics) -> None:
+        """Waits for a step's metrics and counts the step as done."""
+        loss, self._grad_norm = map(float, jax.device_get(metrics))
+        now = time.perf_counter()
+        self._seconds.append(now - self._last)
+        self._last = now
+        was_finite = math.isfinite(sum(self._done.losses[-1:]))
+        self._done.losses.append(loss)
+        done = len(self._done.losses)
+        if was_finite and not math.isfinite(loss + self._grad_norm):
+            what = f"loss of step {done} is {loss}"
+            if math.isfinite(loss):
+                what = f"gradient of step {done} has norm {self._grad_norm}"
+            line = f"the {what}: no step makes up for it; a lower `learning_rate` may avoid it"
+            self._progress.console.print(line, style="yellow")
+        if done == self._first + 1:
+            self.first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds
+            self._progress.console.print(
+                f"first step after {self.first_step_seconds:.1f} s, {compiling:.1f} s of them for programs"
+            )
+        evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
+        rate = self.rate(max(0, done - self._config.logging_steps))
+        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tok/s")
+        if done % self._config.logging_steps == 0 or done == self._batches.num_steps:
+            self.record()
+
+    def record(self) -> None:
+        """Writes down the steps since the last multiple of `logging_steps`, unless they are."""
+        done = len(self._done.losses)
+        if self._recorded == done:
+            return
+        self._recorded = done
+        since = (done - 1) // self._config.logging_steps * self._config.logging_steps
+        record = {
+            "step": done,
+            "epoch": round(done / self._batches.steps_per_epoch, 4),
+            "loss": float(np.mean(self._done.losses[since:])),
+            "grad_norm": self._grad_norm,
+            "learning_rate": float(self._learning_rates[done - 1]),
+            "tokens_per_second": self.rate(since),
+            "padding_share": float(
+                1 - self._batches.tokens_per_step[since:done].sum() / self._batches.positions_per_step[since:done].sum()
+            ),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "compiled_shapes": len(self._batches.shapes),
+            "compile_seconds": self._start.compile_seconds,
+            "first_step_seconds": self.first_step_seconds,
+        }
+        self._reports.write(record)
+        self._progress.console.print(
+            "step {step:>5}  loss {loss:.4f}  norm {grad_norm:.3f}  lr {learning_rate:.2e}  "
+            "{tokens_per_second:>7,.0f} tok/s  pad {padding_share:.1%}  {gib:.1f} GiB".format(
+                **record, gib=record["peak_memory_bytes"] / 2**30
+            )
+        )
+
+    def evaluation(self) -> None:
+        """Writes down the last evaluation, of the last step."""
+        step, loss = list(self._done.evaluations.items())[-1]
+        perplexity = math.exp(min(loss, 700.0))  # within float64
+        epoch = round(step / self._batches.steps_per_epoch, 4)
+        self._reports.write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
+        self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
+
+    def rate(self, since: int) -> float:
+        """Counts real tokens a second from step `since` on: of steps whose program ran before, where there are any."""
+        steps = slice(max(since, self._first), len(self._done.losses))
+        counted = self._warm[steps] | ~self._warm[steps].any()
+        seconds = np.array(self._seconds[steps])[counted].sum()
+        return float(self._batches.tokens_per_step[steps][counted].sum() / seconds) if seconds else 0.0

@@ -1,0 +1,148 @@
+"""A run takes a model through its batches: it holds what is trained, and compiles a program for each shape."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxpack.data.batching import Batches
+from jaxpack.data.packing import PackedBatch
+from jaxpack.errors import InputError
+from jaxpack.model.lora import adapters
+from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.device import current_device, free_device_bytes
+from jaxpack.planning.predictions import resolve
+from jaxpack.settings import TrainConfig
+from jaxpack.train.checkpoint import Progress, load_checkpoint
+from jaxpack.train.step import (
+    Metrics,
+    TrainState,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split_trainable,
+)
+from jaxpack.utils.compilation_cache import ProgramCache
+from jaxpack.utils.prefetch import prefetched
+
+
+class Run:
+    """A model's way through its batches: what is trained, and a program for each length of rows.
+
+    Attributes:
+      state, frozen: what a step changes, and what it does not. The model's trained parameters are set to those of the
+        former, which the first step donates.
+      started: how many steps are, counted from the run's beginning.
+      remat, explanation: see `predictions.resolve`.
+      programs, eval_programs: by T, once they are compiled.
+    """
+
+    def __init__(self, model: Transformer, batches: Batches, config: TrainConfig, eval_batches: Batches | None = None):
+        self._model, self._batches, self._eval_batches = model, batches, eval_batches
+        self.started = 0
+        graph, trainable, self.frozen = split_trainable(model)
+        nnx.update(model, trainable)  # lets go of the arrays that were copied
+        self.schedule = make_schedule(config, batches.num_steps)
+        optimizer = make_optimizer(config, self.schedule)
+        self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+        held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
+        self.remat, self.explanation = resolve(config, model, batches, held_bytes)
+        has_dropout = any(adapter.dropout for adapter in adapters(model).values())
+        self._step = make_train_step(
+            graph,
+            optimizer,
+            remat=self.remat,
+            implementation=config.implementation,
+            dropout_seed=config.seed if has_dropout else None,
+        )
+        self._eval_step = make_eval_step(graph, implementation=config.implementation)
+        self.programs: dict[int, jax.stages.Compiled] = {}
+        self.eval_programs: dict[int, jax.stages.Compiled] = {}
+
+    def compile(self, cache: ProgramCache) -> float:
+        """Compiles the programs, all of them so that none holds up the run, or finds them: in so many seconds."""
+        begin = time.perf_counter()
+        with cache.in_use():
+            for shape in self._batches.shapes:
+                lowered = self._step.lower(
+                    self.state, self.frozen, _abstract(shape), limits=self._batches.limits[shape[-1]]
+                )
+                self.programs[shape[-1]] = cache.compile(lowered)
+            for shape in self._eval_batches.shapes if self._eval_batches is not None else ():
+                limits = self._eval_batches.limits[shape[-1]]
+                lowered = self._eval_step.lower(self.state.trainable, self.frozen, _abstract(shape), limits=limits)
+                program = self.eval_programs[shape[-1]] = cache.compile(lowered)
+                _check_room(program, shape)
+        return time.perf_counter() - begin
+
+    def resume(self, path: Path, identity: dict[str, Any], notes: dict[str, str]) -> Progress:
+        """Goes on from a checkpoint: sets `state` and `started`, and the model's trained parameters."""
+        self.state, progress = load_checkpoint(path, self.state, identity, notes)
+        nnx.update(self._model, self.state.trainable)
+        self.started = len(progress.losses)
+        return progress
+
+    def step(self, batch: PackedBatch) -> Metrics:
+        """Starts one step, of a batch on the device."""
+        self.state, metrics = self.programs[batch.tokens.shape[-1]](self.state, self.frozen, batch)
+        self.started += 1
+        return metrics
+
+    def steps(self, pauses: Callable[[int], bool] = lambda step: False) -> Iterator[Metrics]:
+        """Takes all steps that are left. A step's metrics come when the next is started, so that the device always has
+        one to run; but after the first, a step that `pauses` (counted from 1), and the last, with nothing started:
+        `state` is then what that step made.
+
+        Where a program is launched kernel by kernel, starting it takes nearly as long as running it, for launches
+        queue up: only the time at which the metrics of a pause come is that of the step's end.
+        """
+        first = self.started + 1
+        with self._on_device(self._batches, self.started) as batches_on_device:
+            waiting = None
+            for batch in batches_on_device:
+                metrics = self.step(batch)
+                if waiting is not None:
+                    yield waiting
+                waiting = metrics
+                if self.started == first or pauses(self.started):
+                    yield waiting
+                    waiting = None
+            if waiting is not None:
+                yield waiting
+
+    def evaluate(self) -> float:
+        """The mean loss over all targets of the evaluation's batches. Waits for it, once, at the end."""
+        sums = []
+        with self._on_device(self._eval_batches) as batches_on_device:
+            for batch in batches_on_device:
+                program = self.eval_programs[batch.tokens.shape[-1]]
+                sums.append(program(self.state.trainable, self.frozen, batch))
+        return float(np.sum(jax.device_get(sums), dtype=np.float64)) / self._eval_batches.targets_per_epoch
+
+    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Iterator[PackedBatch]]:
+        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
+        device = self.state.step.sharding
+        made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
+        return contextlib.closing(made)
+
+
+def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
+    return PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
+
+
+def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
+    """Refuses an evaluation that the device has no room for beside the run: its documents may be longer."""
+    needed, free = program.memory_analysis().temp_size_in_bytes, free_device_bytes(current_device())
+    if free is not None and needed > free:
+        raise InputError(
+            f"`eval_dataset` must leave room on the device: {' x '.join(map(str, shape))} tokens need"
+            f" {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} that are free; a smaller `max_length` or"
+            " `per_device_train_batch_size` needs less."
+        )

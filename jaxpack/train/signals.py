@@ -1,0 +1,43 @@
+"""SIGINT and SIGTERM are noted while a run is under way, so that it ends in order."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """Within it, the first SIGINT or SIGTERM is noted, for the loop to end in order; the next one acts as ever.
+
+    Outside the main thread, and where a signal is ignored (`nohup`), nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self._received is not None
+
+    def error(self) -> BaseException:
+        """Returns what the run would have ended with at once: KeyboardInterrupt, or the exit status of the signal."""
+        return KeyboardInterrupt() if self._received == signal.SIGINT else SystemExit(128 + self._received)
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):  # None: not Python's to put back
+                    self._before[number] = handler
+                    signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+        self.__exit__()

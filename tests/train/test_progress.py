@@ -1,0 +1,40 @@
+"""The records and lines of a run are those of its steps."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import small_model
+from short_runs import LORA, ROWS, SHORT, changed
+
+from jaxpack.train.run import Run
+from jaxpack.train.trainer import Trainer
+
+
+def test_the_records_are_those_of_the_run(tmp_path):
+    trainer = Trainer(
+        small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, output_dir=str(tmp_path), logging_steps=3)
+    )
+    result = trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [3, 6, 7]
+    means = [result.losses[:3].mean(), result.losses[3:6].mean(), result.losses[6]]
+    np.testing.assert_allclose([record["loss"] for record in records], means, rtol=1e-6)
+    batches = trainer.batches
+    empty = 1 - batches.tokens_per_step[3:6].sum() / batches.positions_per_step[3:6].sum()
+    assert records[1]["padding_share"] == pytest.approx(empty)
+    assert records[-1]["learning_rate"] == pytest.approx(1e-2 * 1 / 7)
+    assert {record["compiled_shapes"] for record in records} == {1}
+
+
+def test_a_gradient_that_is_no_number_is_told(monkeypatch, tmp_path, capsys):
+    step = Run.step
+
+    def overflow(run, batch):
+        metrics = step(run, batch)
+        return metrics._replace(grad_norm=metrics.grad_norm * jnp.inf)
+
+    monkeypatch.setattr(Run, "step", overflow)
+    Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1)).train()
+    assert "the gradient of step 1 has norm inf: no step makes up for it" in capsys.readouterr().err
