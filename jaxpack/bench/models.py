@@ -1,41 +1,77 @@
 """Makes models of the right shapes where there is no checkpoint, with random weights or without any."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxpack.kernels.weight import DenseWeight, Weight
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import freeze
 from jaxpack.settings import LoraConfig
 
 
-def abstract_model(config: ModelConfig, lora: LoraConfig | None, dtype: DTypeLike = jnp.bfloat16) -> Transformer:
-    """A model of the right shapes without arrays, for predictions."""
+def abstract_model(
+    config: ModelConfig,
+    lora: LoraConfig | None,
+    dtype: DTypeLike = jnp.bfloat16,
+    store: Callable[[jax.Array], Weight] = DenseWeight,
+) -> Transformer:
+    """Makes a model of the right shapes without arrays, for predictions. See `random_model` for the arguments."""
 
     def make() -> Transformer:
         model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
-        return model if lora is None else add_lora(model, lora)
+        if lora is None:
+            return model
+        freeze(model, store)
+        return add_lora(model, lora)
 
     return nnx.eval_shape(make)
 
 
-def random_model(config: ModelConfig, lora: LoraConfig | None, dtype: DTypeLike = jnp.bfloat16) -> Transformer:
-    """A model of the right shapes with weights of the right size, made without holding any of them twice."""
-    graph, state = nnx.split(abstract_model(config, lora, dtype))
+def random_model(
+    config: ModelConfig,
+    lora: LoraConfig | None,
+    dtype: DTypeLike = jnp.bfloat16,
+    store: Callable[[jax.Array], Weight] = DenseWeight,
+) -> Transformer:
+    """Makes a model with weights of the right size, without holding any of them twice.
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    Args:
+      lora: None for a model that is trained whole.
+      store: makes the frozen weights of a model with adapters from dense matrices.
+    """
+    graph, state = nnx.split(abstract_model(config, lora, dtype, store))
+
+    def fill(path: tuple, value: Any) -> Any:
         names = {getattr(key, "key", None) for key in path}
+        if isinstance(value, Weight) and not isinstance(value, DenseWeight):
+            return _filled(value)
         if "scale" in names:
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.ones(value.shape, value.dtype)
         if "lora_b" in names:
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        return jax.jit(_noise, static_argnums=0)(leaf)
+            return jnp.zeros(value.shape, value.dtype)
+        return jax.tree.map(jax.jit(_noise, static_argnums=0), value)
 
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
+    state = jax.tree_util.tree_map_with_path(fill, state, is_leaf=lambda value: isinstance(value, Weight))
+    return nnx.merge(graph, state)
+
+
+def _filled(abstract: Weight) -> Weight:
+    """Returns a weight of random matrices, written one at a time."""
+    weight = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract))()
+    *layers, rows, columns = weight.shape
+    matrix = jax.jit(_noise, static_argnums=0)(jax.ShapeDtypeStruct((rows, columns), jnp.float32))
+    write = jax.jit(lambda weight, start: weight.write(start, matrix), donate_argnums=0)
+    for layer in range(math.prod(layers)):
+        weight = write(weight, (layer, 0) if layers else (0,))
+    return weight
 
 
 def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:

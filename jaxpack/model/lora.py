@@ -10,7 +10,7 @@ from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import freeze
+from jaxpack.model.weights import TRAINED, freeze, is_trained, weight_of
 from jaxpack.settings import LoraConfig
 
 
@@ -38,8 +38,13 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     whole = set(config.modules_to_save)
     if model.config.tie_word_embeddings and len(whole) == 1:
         raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
-    trained = {"embed_tokens": "embedding", "lm_head": "embedding" if model.config.tie_word_embeddings else "lm_head"}
-    freeze(model, leave_out=tuple(trained[name] for name in whole))
+    attributes = {"embed_tokens": "embedding", "lm_head": model.head_name}
+    trained = {attributes[name] for name in whole}
+    freeze(model, leave_out=trained)
+    for name in trained:
+        variable = getattr(model, name)
+        if not is_trained(variable):  # frozen before, perhaps in fewer bits
+            setattr(model, name, TRAINED(weight_of(variable).dense(model.dtype)))
     rngs = nnx.Rngs(config.seed)
     for linear in linears:
         *layers, _, in_features = linear.weight.shape

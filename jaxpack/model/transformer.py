@@ -122,7 +122,12 @@ class Transformer(nnx.Module):
     @property
     def head_variable(self) -> nnx.Variable:
         """The parameter that holds `head`."""
-        return self.embedding if self.config.tie_word_embeddings else self.lm_head
+        return getattr(self, self.head_name)
+
+    @property
+    def head_name(self) -> str:
+        """The attribute that holds `head`."""
+        return "embedding" if self.config.tie_word_embeddings else "lm_head"
 
     @property
     def casts_weights(self) -> bool:

@@ -5,7 +5,7 @@ matrix, in whatever form it is stored, and of a plain array for anything smaller
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import jax
@@ -35,7 +35,7 @@ def is_trained(variable: nnx.Variable) -> bool:
 
 
 def freeze(
-    model: nnx.Module, store: Callable[[Array], Weight] = DenseWeight, *, leave_out: tuple[str, ...] = ()
+    model: nnx.Module, store: Callable[[Array], Weight] = DenseWeight, *, leave_out: Collection[str] = ()
 ) -> None:
     """Turns all parameters of a model into frozen ones, in place.
 
