@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import IGNORE, Implementation, Remat
@@ -16,6 +17,8 @@ from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED
+from jaxpack.parallel.mesh import make_mesh
+from jaxpack.parallel.shard import shard_key, sum_over_shards
 from jaxpack.settings import TrainConfig
 
 
@@ -118,18 +121,44 @@ def loss_and_gradients(
     implementation: Implementation | None = None,
     limits: BatchLimits = BatchLimits(),  # noqa: B008
     dropout_key: Key[Array, ""] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], nnx.State]:
-    """Mean loss over all targets of a batch `[A, B, T]`, and its gradient: the A micro-batches one after another.
+    """Returns the mean loss over all targets of a batch `[A, B, T]`, and its gradient.
 
-    The loss is divided by the number of targets of the whole batch, so it does not depend on how the documents
-    are cut into micro-batches and rows. Without any target, loss and gradients are 0. See `Transformer` for
-    `remat` and `implementation`.
+    Each device of the mesh takes its own of the B rows, and the A micro-batches one after another. The loss is divided
+    by the number of targets of the whole batch, so it does not depend on how the documents are cut into devices,
+    micro-batches and rows. Without any target, loss and gradients are 0.
+
+    Args:
+      remat, implementation: see `Transformer`.
+      limits: of the rows of one device.
+      mesh: the devices; None is the one that arrays are made on.
     """
-    num_targets = jnp.maximum(1, jnp.sum(batch.targets != IGNORE))
+    mesh = make_mesh() if mesh is None else mesh
+
+    def local_sums(batch: PackedBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None):
+        options = {"remat": remat, "implementation": implementation, "limits": limits}
+        return _local_sums(graph, trainable, frozen, batch, dropout_key=shard_key(key, mesh), **options)
+
+    num_targets, total = sum_over_shards(local_sums, mesh)(batch, trainable, frozen, dropout_key)
+    # Divided only here, in float32: before the backward pass, 1 / num_targets would push float16 gradients to zero.
+    return jax.tree.map(lambda x: x / jnp.maximum(1, num_targets), total)
+
+
+def _local_sums(
+    graph: nnx.GraphDef,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    batch: PackedBatch,
+    *,
+    dropout_key: Key[Array, ""] | None,
+    **options: Any,
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], nnx.State]]:
+    """The number of targets of these rows, and the sum of their losses with its gradient."""
 
     def micro_loss(trainable: nnx.State, micro: PackedBatch, key: Key[Array, ""] | None) -> Float[Array, ""]:
         model = nnx.merge(graph, trainable, frozen)
-        return summed_loss(model, micro, remat=remat, implementation=implementation, limits=limits, dropout_key=key)
+        return summed_loss(model, micro, dropout_key=key, **options)
 
     gradient_of = jax.value_and_grad(micro_loss)
     num_micro = batch.tokens.shape[0]
@@ -143,8 +172,8 @@ def loss_and_gradients(
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
         total, _ = jax.lax.scan(accumulate, zero, (batch, keys))
-    # Divided only here, in float32: before the backward pass, 1 / num_targets would push float16 gradients to zero.
-    return jax.tree.map(lambda x: x / num_targets, total)
+    # As a float, so that devices add up numbers of one dtype, all in one go: exact up to 2^24 targets.
+    return jnp.sum(batch.targets != IGNORE).astype(jnp.float32), total
 
 
 def make_train_step(
@@ -154,12 +183,15 @@ def make_train_step(
     remat: Remat = "full",
     implementation: Implementation | None = None,
     dropout_seed: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
+    """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
     `state` is donated, `frozen` is not; `limits` are static. `dropout_seed` turns dropout on; each step draws anew from
-    it.
+    it. On a mesh of several devices, state and frozen weights lie whole on each of them (`replicate`), and the rows of
+    a batch are dealt to them (`batch_sharding`).
     """
+    mesh = make_mesh() if mesh is None else mesh
 
     def step(
         state: TrainState,
@@ -177,6 +209,7 @@ def make_train_step(
             implementation=implementation,
             limits=limits,
             dropout_key=key,
+            mesh=mesh,
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -188,12 +221,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    graph: nnx.GraphDef, *, implementation: Implementation | None = None
+    graph: nnx.GraphDef, *, implementation: Implementation | None = None, mesh: Mesh | None = None
 ) -> Callable[..., Float[Array, ""]]:
-    """The jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> loss`.
+    """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> loss`.
 
     The loss of a batch `[1, B, T]` is summed over its targets, as training has it, without dropout. Nothing is donated.
     """
+    mesh = make_mesh() if mesh is None else mesh
 
     def evaluate(
         trainable: nnx.State,
@@ -201,7 +235,10 @@ def make_eval_step(
         batch: PackedBatch,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
     ) -> Float[Array, ""]:
-        micro = jax.tree.map(lambda x: x.squeeze(0), batch)
-        return summed_loss(nnx.merge(graph, trainable, frozen), micro, implementation=implementation, limits=limits)
+        def local_loss(batch: PackedBatch, trainable: nnx.State, frozen: nnx.State) -> Float[Array, ""]:
+            micro = jax.tree.map(lambda x: x.squeeze(0), batch)
+            return summed_loss(nnx.merge(graph, trainable, frozen), micro, implementation=implementation, limits=limits)
+
+        return sum_over_shards(local_loss, mesh)(batch, trainable, frozen)
 
     return jax.jit(evaluate, static_argnames="limits")

@@ -1,0 +1,28 @@
+"""The mesh of devices that a run is on: one device is a mesh of one."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpack.errors import InputError
+from jaxpack.parallel.device import current_device
+
+DATA = "data"  # the mesh axis over which the rows of a batch are dealt
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with one axis, "data", over `devices`; None is the one device that arrays are made on.
+
+    Raises:
+      InputError: `devices` is empty or names a device twice.
+
+    Example:
+      >>> make_mesh().shape["data"]
+      1
+    """
+    devices = [current_device()] if devices is None else list(devices)
+    if not devices or len(set(devices)) != len(devices):
+        raise InputError(f"`devices` must be at least one device, each once, got {devices}.")
+    return Mesh(np.array(devices), (DATA,))
