@@ -18,7 +18,7 @@ from jaxtyping import Int
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
-from jaxpack.kernels.linear_cross_entropy import CHUNK as LOSS_CHUNK
+from jaxpack.kernels.logits import CHUNK as LOSS_CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import (

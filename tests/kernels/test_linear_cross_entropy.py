@@ -10,7 +10,7 @@ from kernels.oracles import quick_jit
 from programs import equations
 
 from jaxpack.errors import InputError
-from jaxpack.kernels import linear_cross_entropy as module
+from jaxpack.kernels import logits as module
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 
 

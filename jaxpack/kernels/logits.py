@@ -1,0 +1,96 @@
+"""Logits of a chunk of tokens at a time: what a loss and the log-probabilities of tokens have in common."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpack.constants import IGNORE
+from jaxpack.errors import InputError
+from jaxpack.kernels.weight import Weight
+
+CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k
+
+
+def check(
+    hidden: jax.Array, head: Weight, targets: jax.Array, softcap: float | None, max_targets: int | None = None
+) -> None:
+    """Refuses arguments of a loss that do not fit each other."""
+    if hidden.shape[:-1] != targets.shape:
+        raise InputError(f"`targets` must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}.")
+    if hidden.shape[-1] != head.shape[1]:
+        raise InputError(f"`head` must have {hidden.shape[-1]} columns, as `hidden` has channels, got {head.shape[1]}.")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"`softcap` must be positive, got {softcap}.")
+    if max_targets is not None and max_targets < 1:
+        raise InputError(f"`max_targets` must be positive, got {max_targets}.")
+
+
+def select(
+    values: Float[Array, "*B D"], targets: Int[Array, "*B"], max_targets: int | None
+) -> tuple[Float[Array, "K D"], Int[Array, " K"], Bool[Array, " T"] | None]:
+    """Returns the tokens that have a target, as rows, with their targets, so that nothing is computed for the others.
+
+    Args:
+      max_targets: how many rows to return, where that is fewer than there are tokens; None returns all tokens.
+
+    Returns:
+      Rows, targets, and which of all tokens have a target; None in place of the last where all tokens are returned.
+    """
+    values, targets = values.reshape(-1, values.shape[-1]), targets.reshape(-1)
+    if max_targets is None or max_targets >= len(targets):
+        return values, targets, None
+    present = targets != IGNORE
+    places = jnp.flatnonzero(present, size=max_targets, fill_value=len(targets))
+    values = values.at[places].get(mode="fill", fill_value=0)
+    return values, targets.at[places].get(mode="fill", fill_value=IGNORE), present
+
+
+def put_back(rows: Float[Array, "K D"], present: Bool[Array, " T"] | None) -> Float[Array, "T D"]:
+    """Returns the rows of `select` at the tokens that they were taken from, and zeros elsewhere."""
+    if present is None:
+        return rows
+    place = jnp.clip(jnp.cumsum(present) - 1, 0, len(rows) - 1)
+    return jnp.where(present[:, None], rows[place], 0)  # a gather: a scatter would be slow
+
+
+class Chunks(NamedTuple):
+    """Tokens in chunks of equal size; the last may reach past the end, where there are no targets."""
+
+    hidden: Float[Array, "n C D"]
+    targets: Int[Array, "n C"]
+
+
+def chunked(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> Chunks:
+    """Cuts tokens into chunks of at most `CHUNK`."""
+    length = max(1, len(targets))  # of no tokens, one that is padding
+    count, unit = -(-length // CHUNK), min(128, CHUNK, length)  # matmuls like multiples of 128
+    size = -(-length // (count * unit)) * unit
+    missing = count * size - len(targets)
+    return Chunks(
+        jnp.pad(hidden, ((0, missing), (0, 0))).reshape(count, size, -1),
+        jnp.pad(targets, (0, missing), constant_values=IGNORE).reshape(count, size),
+    )
+
+
+def capped_logits(
+    hidden: Float[Array, "C D"], head: Float[Array, "V D"], softcap: float | None
+) -> tuple[Float[Array, "C V"], Float[Array, "C V"] | None]:
+    """Returns float32 logits, and their tanh where they are capped."""
+    logits = jnp.einsum("TD,VD->TV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if softcap is None:
+        return logits, None
+    tanh = jnp.tanh(logits / softcap)
+    return softcap * tanh, tanh
+
+
+def nan_outside(lse: Float[Array, " C"], targets: Int[Array, " C"], vocab_size: int) -> Float[Array, " C"]:
+    """Returns the log-sum-exp, and NaN where a target is out of range: so are loss and gradients, which read it."""
+    in_range = (targets == IGNORE) | ((targets >= 0) & (targets < vocab_size))
+    return lse * jnp.where(in_range, 1.0, jnp.nan)  # multiplied, as that has a derivative that is NaN, too
+
+
+def pick(logits: Float[Array, "C V"], targets: Int[Array, " C"]) -> Float[Array, " C"]:
+    """Returns the logit of each target; any number where there is none."""
+    return jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]

@@ -1,0 +1,184 @@
+"""The log-probability of each token's target, without ever holding the logits of the whole batch.
+
+A token's log-probability is differentiated by its hidden state as `d (W[target] - sum_v p_v W[v])`, where only the
+number `d` comes from what is done with it. So the vector behind `d` is computed in the forward pass, beside the
+log-probability, from the same logits: as many matmuls as `linear_cross_entropy` has. The gradient of a head that is
+trained sums over tokens, each with its own `d`, and computes the logits again.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from jaxpack.constants import IGNORE, Implementation
+from jaxpack.kernels.linear_cross_entropy import (
+    Chunks,
+    capped_logits,
+    check,
+    chunked,
+    nan_outside,
+    pick,
+    put_back,
+    select,
+)
+from jaxpack.kernels.logsumexp import logsumexp
+from jaxpack.kernels.weight import Weight, as_weight, primal_of
+
+
+def token_log_probs(
+    hidden: Float[Array, "*B D"],
+    head: Weight | Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    softcap: float | None = None,
+    max_targets: int | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B"]:
+    """Returns `log_softmax(head @ hidden)[target]` of each token, float32; 0, with a gradient of 0, without a target.
+
+    Matmuls, and the gradients of logits, are in the dtype of `hidden`; logits are float32. A target that is neither
+    -100 nor in [0, V) makes its log-probability NaN.
+
+    Args:
+      softcap, max_targets, implementation: see `linear_cross_entropy`. With more than `max_targets` targets, all
+        log-probabilities are NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden, head = jnp.zeros((3, 8)), jnp.zeros((4, 8))
+      >>> token_log_probs(hidden, head, jnp.array([1, -100, 3])).round(2).tolist()
+      [-1.3899999856948853, 0.0, -1.3899999856948853]
+    """
+    head = as_weight(head)
+    check(hidden, head, targets, softcap, max_targets)
+    return _log_probs(hidden, head, targets, softcap, max_targets, implementation)
+
+
+def token_log_probs_reference(
+    hidden: Float[Array, "*B D"],
+    head: Weight | Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "*B"]:
+    """`token_log_probs` in plain jnp, which holds all logits."""
+    logits, _ = capped_logits(hidden.reshape(-1, hidden.shape[-1]), as_weight(head).dense(hidden.dtype), softcap)
+    found = pick(jax.nn.log_softmax(logits, axis=-1), targets.reshape(-1)).reshape(targets.shape)
+    return jnp.where(targets == IGNORE, 0.0, found)
+
+
+class TokenScores(NamedTuple):
+    """What an evaluation may want of each token: its loss, 0 without a target, and the likeliest next token."""
+
+    losses: Float[Array, "*B"]
+    predictions: Int[Array, "*B"]
+
+
+def token_scores(
+    hidden: Float[Array, "*B D"],
+    head: Weight | Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    softcap: float | None = None,
+    implementation: Implementation | None = None,
+) -> TokenScores:
+    """Returns the loss of each token, float32, and the likeliest next token, int32. It has no derivative."""
+    head = as_weight(head)
+    check(hidden, head, targets, softcap)
+    weights = head.dense(hidden.dtype)
+    chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+
+    def step(_: None, chunk: Chunks) -> tuple[None, TokenScores]:
+        logits, _ = capped_logits(chunk.hidden, weights, softcap)
+        lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
+        losses = jnp.where(chunk.targets == IGNORE, 0.0, lse - pick(logits, chunk.targets))
+        return None, TokenScores(losses, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    _, scores = jax.lax.scan(step, None, chunks)
+    return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _log_probs(hidden, head, targets, softcap, max_targets, implementation):
+    return _with_direction(hidden, head, targets, softcap, max_targets, implementation, wanted=False)[0]
+
+
+def _forward(hidden, head, targets, softcap, max_targets, implementation):
+    head, trains_head = primal_of(head)
+    hidden_is_perturbed, hidden, targets = hidden.perturbed, hidden.value, targets.value
+    settings = softcap, max_targets, implementation
+    out, direction = _with_direction(hidden, head, targets, *settings, wanted=hidden_is_perturbed)
+    return out, (direction, targets, (hidden, head) if trains_head else None)
+
+
+def _with_direction(hidden, head, targets, softcap, max_targets, implementation, *, wanted: bool):
+    """The log-probabilities, and where it is wanted what each is differentiated by, of the selected tokens."""
+    weights = head.dense(hidden.dtype)
+    flat, labels, selection = select(hidden, targets, max_targets)
+
+    def step(_: None, chunk: Chunks):
+        logits, tanh = capped_logits(chunk.hidden, weights, softcap)
+        lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
+        out = jnp.where(chunk.targets == IGNORE, 0.0, pick(logits, chunk.targets) - lse)
+        if not wanted:
+            return None, (out, None)
+        d_logits = _logit_gradients(logits, tanh, lse, chunk.targets).astype(hidden.dtype)
+        direction = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32)
+        return None, (out, direction.astype(hidden.dtype))
+
+    _, (out, direction) = jax.lax.scan(step, None, chunked(flat, labels))
+    out = put_back(out.reshape(-1, 1)[: len(labels)], selection)[:, 0].reshape(targets.shape)
+    if selection is not None:
+        out = jnp.where(jnp.sum(selection) > max_targets, jnp.nan, out)
+    return out, direction
+
+
+def _logit_gradients(logits, tanh, lse, targets) -> Float[Array, "C V"]:
+    """The gradient of each token's log-probability by its logits, before the cap."""
+    is_target = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
+    d_logits = is_target - jnp.exp(logits - lse[:, None])
+    if tanh is not None:
+        d_logits = d_logits * (1 - tanh * tanh)
+    return jnp.where(targets[:, None] == IGNORE, 0.0, d_logits)
+
+
+def _backward(softcap, max_targets, implementation, kept, d_out):
+    direction, targets, of_head = kept
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros(d_out.shape, d_out.dtype)
+    d_hidden = d_head = None
+    if direction is not None:
+        channels = direction.shape[-1]
+        d_selected, labels, selection = select(d_out[..., None], targets, max_targets)
+        scaled = d_selected * direction.reshape(-1, channels)[: len(labels)].astype(jnp.float32)
+        d_hidden = put_back(scaled.astype(direction.dtype), selection).reshape(*targets.shape, channels)
+    if of_head is not None:
+        hidden, head = of_head
+        d_head = head.cotangent(
+            lambda: _head_gradient(hidden, head, targets, d_out, softcap, max_targets, implementation)
+        )
+    return d_hidden, d_head, None
+
+
+def _head_gradient(hidden, head, targets, d_out, softcap, max_targets, implementation) -> Float[Array, "V D"]:
+    weights = head.dense(hidden.dtype)
+    flat, labels, _ = select(hidden, targets, max_targets)
+    d_selected, _, _ = select(d_out[..., None], targets, max_targets)
+    chunks = chunked(flat, labels)
+    d_chunks = chunked(d_selected, labels).hidden[..., 0]
+
+    def step(total, chunk):
+        (hidden, targets), d = chunk
+        logits, tanh = capped_logits(hidden, weights, softcap)
+        lse = nan_outside(logsumexp(logits, implementation=implementation), targets, len(weights))
+        d_logits = (d[:, None] * _logit_gradients(logits, tanh, lse, targets)).astype(hidden.dtype)
+        return total + jnp.einsum("TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32), None
+
+    return jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), (chunks, d_chunks))[0]
+
+
+_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
