@@ -16,24 +16,33 @@ from jaxpack.generation.text import generate, generate_text
 from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
+from jaxpack.objectives.objective import HiddenObjective, LogProbObjective, Objective, Sums
+from jaxpack.objectives.sft import SFT
 from jaxpack.planning.inspect import Inspection, LayoutEstimate, inspect
 from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
+from jaxpack.train.callbacks import Callback
 from jaxpack.train.report import write_report
 from jaxpack.train.trainer import Trainer, TrainResult
 
 __all__ = [
+    "SFT",
     "Batches",
+    "Callback",
     "Documents",
     "GenerateConfig",
+    "HiddenObjective",
     "InputError",
     "Inspection",
     "LayoutEstimate",
     "Llama3RopeScaling",
+    "LogProbObjective",
     "LoraConfig",
     "ModelConfig",
+    "Objective",
     "PackedBatch",
     "RopeConfig",
     "ShownRow",
+    "Sums",
     "TrainConfig",
     "TrainResult",
     "Trainer",

@@ -10,6 +10,7 @@ import torch
 
 from jaxpack.errors import InputError, reason
 from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.device import platform_of
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf
 from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensors_of
 from torch_bridge.tensors import build_model
@@ -85,7 +86,7 @@ class _ModuleTensors:
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array | np.ndarray:
         part = jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
         # An array of JAX would stay on the host, and all that is made of it.
-        return np.asarray(part) if part.device.platform == "cpu" else part
+        return np.asarray(part) if platform_of(part) == "cpu" else part
 
 
 class TorchFolder:

@@ -17,7 +17,7 @@ from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter
-from jaxpack.model.lora import adapters
+from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, weight_of
 from jaxpack.utils.console import console
@@ -55,7 +55,7 @@ def save_merged(
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, _PROMPT)).astype(np.int32)
     expected, plain, actual = (
-        np.asarray(one.logits(jnp.asarray(tokens))) for one in (model, _without_adapters(model), _merged(model, dtype))
+        np.asarray(one.logits(jnp.asarray(tokens))) for one in (model, without_adapters(model), _merged(model, dtype))
     )
     if not np.isfinite(expected).all():
         raise InputError("`model` must have weights that are finite, got logits that are not.")
@@ -109,15 +109,7 @@ def _merge_and_compare(weight, lora_a, lora_b, *, scaling, dtype):
     return merged, jnp.any(merged != weight.astype(dtype))
 
 
-# The model as the folder will have it, and the model without adapters: other structures around the same arrays.
-
-
-def _without_adapters(model: Transformer) -> Transformer:
-    view = nnx.merge(*nnx.split(model))
-    for _, module in nnx.iter_modules(view):
-        if isinstance(module, Linear):
-            module.lora = nnx.Dict()
-    return view
+# The model as the folder will have it: another structure around the same arrays.
 
 
 def _merged(model: Transformer, dtype: str) -> Transformer:

@@ -16,6 +16,7 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.weight import Weight, write_rows
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.device import current_device
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.prefetch import prefetched
 from torch_bridge.families import FAMILIES
@@ -55,7 +56,7 @@ def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) ->
       InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated.
     """
     if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if current_device().platform == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     _check_sizes(config, source)

@@ -68,3 +68,13 @@ def adapters(model: Transformer) -> dict[str, LoraAdapter]:
         if isinstance(linear, Linear)
         for name, adapter in linear.lora.items()
     }
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """Returns a view of the model, around the same arrays, that has no adapters."""
+    view = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(view):
+        if isinstance(module, Linear):
+            module.lora = nnx.Dict()
+    view.lora_config = None
+    return view

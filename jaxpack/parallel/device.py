@@ -24,6 +24,11 @@ def current_device() -> jax.Device:
     return jax.local_devices(backend=chosen)[0]
 
 
+def platform_of(array: jax.Array) -> str:
+    """Returns the platform that an array lies on: "cpu" or "gpu"."""
+    return next(iter(array.devices())).platform
+
+
 def free_device_bytes(device: jax.Device) -> int | None:
     """What its allocator has left; None where it does not say."""
     statistics = device.memory_stats() or {}

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
-from jaxpack.parallel.device import current_device
+from jaxpack.parallel.device import current_device, platform_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.step import TrainState
 from jaxpack.utils.console import console
@@ -140,10 +140,19 @@ class Checkpoints:
 
     Args:
       identity, notes: of the run; the latter may differ in one that goes on with it, which is told.
+      on_saved: is called, in the thread that writes, with the step and the folder of each checkpoint that is whole.
     """
 
-    def __init__(self, output_dir: str, keep: int, identity: dict[str, Any], notes: dict[str, str]):
+    def __init__(
+        self,
+        output_dir: str,
+        keep: int,
+        identity: dict[str, Any],
+        notes: dict[str, str],
+        on_saved: Callable[[int, Path], None] = lambda step, path: None,
+    ):
         self.folder = Path(output_dir) / FOLDER
+        self._on_saved = on_saved
         self._keep, self._about = keep, {"identity": identity, "notes": notes}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
@@ -184,6 +193,7 @@ class Checkpoints:
             console.print(f"step {step} could not be saved in {path}: {_reason(error)}; the run goes on", style="red")
             return False
         console.print(f"saved {path}")
+        self._on_saved(step, path)
         try:
             self._delete_all_but(self._kept(evaluations))
         except OSError as error:
@@ -220,7 +230,7 @@ def _fault(arrays: dict[str, np.ndarray]) -> str | None:
 
 def _on_host(leaf: Array) -> np.ndarray:
     # A CPU's array would come as a view of memory that the next step is given to write to.
-    return np.array(leaf) if leaf.devices().pop().platform == "cpu" else np.asarray(leaf)
+    return np.array(leaf) if platform_of(leaf) == "cpu" else np.asarray(leaf)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:

@@ -37,20 +37,25 @@ class Log:
         self,
         config: TrainConfig,
         batches: Batches,
-        schedule: optax.Schedule,
+        schedule: optax.Schedule | None,
         start: Start,
         progress: Progress,
         reports: Reports,
+        *,
+        is_cross_entropy: bool = True,
     ):
         self._config, self._batches, self._start, self._done = config, batches, start, progress
         self._reports = reports
+        self._is_cross_entropy = is_cross_entropy  # of a token: its exponential is a perplexity
         self._first = len(progress.losses)  # step of this process, where it went on from a checkpoint
         steps = np.arange(batches.num_steps)
-        self._learning_rates = np.asarray(jax.vmap(schedule)(steps))  # here, for a read-back would wait for the device
+        # Here, for a read-back would wait for the device.
+        self._learning_rates = None if schedule is None else np.asarray(jax.vmap(schedule)(steps))
         self._warm = ~batches.is_first_of_its_shape(self._first)
         self._seconds = [0.0] * self._first
         self.first_step_seconds = 0.0
-        self._grad_norm = 0.0  # of the last step
+        self._grad_norm = 0.0  # of the last step, as the next
+        self._more: dict[str, float] = {}
         self._recorded = self._first
         self._progress = progress_bar("training", transient=False)
 
@@ -67,9 +72,10 @@ class Log:
         """A step is timed from the one before, or from here."""
         self._last = time.perf_counter()
 
-    def step(self, metrics: Metrics) -> None:
-        """Waits for a step's metrics and counts the step as done."""
-        loss, self._grad_norm = map(float, jax.device_get(metrics))
+    def step(self, metrics: Metrics) -> dict[str, float]:
+        """Waits for a step's metrics, counts the step as done, and returns them by name."""
+        loss, self._grad_norm, more = jax.tree.map(float, jax.device_get(metrics))
+        self._more = more or {}
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
@@ -92,6 +98,7 @@ class Log:
         self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tok/s")
         if done % self._config.logging_steps == 0 or done == self._batches.num_steps:
             self.record()
+        return {"loss": loss, "grad_norm": self._grad_norm, **self._more}
 
     def record(self) -> None:
         """Writes down the steps since the last multiple of `logging_steps`, unless they are."""
@@ -105,7 +112,8 @@ class Log:
             "epoch": round(done / self._batches.steps_per_epoch, 4),
             "loss": float(np.mean(self._done.losses[since:])),
             "grad_norm": self._grad_norm,
-            "learning_rate": float(self._learning_rates[done - 1]),
+            **self._more,
+            **({} if self._learning_rates is None else {"learning_rate": float(self._learning_rates[done - 1])}),
             "tokens_per_second": self.rate(since),
             "padding_share": float(
                 1 - self._batches.tokens_per_step[since:done].sum() / self._batches.positions_per_step[since:done].sum()
@@ -116,20 +124,26 @@ class Log:
             "first_step_seconds": self.first_step_seconds,
         }
         self._reports.write(record)
+        rate = f"lr {record['learning_rate']:.2e}  " if "learning_rate" in record else ""
+        more = "".join(f"{name} {value:.4g}  " for name, value in self._more.items())
         self._progress.console.print(
-            "step {step:>5}  loss {loss:.4f}  norm {grad_norm:.3f}  lr {learning_rate:.2e}  "
-            "{tokens_per_second:>7,.0f} tok/s  pad {padding_share:.1%}  {gib:.1f} GiB".format(
-                **record, gib=record["peak_memory_bytes"] / 2**30
-            )
+            f"step {done:>5}  loss {record['loss']:.4f}  {more}norm {self._grad_norm:.3f}  {rate}"
+            f"{record['tokens_per_second']:>7,.0f} tok/s  pad {record['padding_share']:.1%}"
+            f"  {record['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
 
-    def evaluation(self) -> None:
-        """Writes down the last evaluation, of the last step."""
+    def evaluation(self, more: dict[str, float]) -> dict[str, float]:
+        """Writes down the last evaluation, of the last step, with other metrics of it; returns all of them by name."""
         step, loss = list(self._done.evaluations.items())[-1]
-        perplexity = math.exp(min(loss, 700.0))  # within float64
         epoch = round(step / self._batches.steps_per_epoch, 4)
-        self._reports.write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
-        self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
+        if self._is_cross_entropy:
+            more = {"perplexity": math.exp(min(loss, 700.0)), **more}  # within float64
+        metrics = {"eval_loss": loss} | {f"eval_{name}": value for name, value in more.items()}
+        self._reports.write({"step": step, "epoch": epoch, **metrics})
+        shown = {name: f"{value:{'.2f' if name == 'perplexity' else '.4g'}}" for name, value in more.items()}
+        line = "".join(f"  {name} {value}" for name, value in shown.items())
+        self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}{line}")
+        return metrics
 
     def rate(self, since: int) -> float:
         """Counts real tokens a second from step `since` on: of steps whose program ran before, where there are any."""

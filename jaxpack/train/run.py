@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from jaxpack.data.batching import Batches
@@ -16,19 +17,15 @@ from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
+from jaxpack.objectives.objective import Objective
+from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, free_device_bytes
+from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.predictions import resolve
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
-from jaxpack.train.step import (
-    Metrics,
-    TrainState,
-    make_eval_step,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    split_trainable,
-)
+from jaxpack.train.optimizer import resolve_optimizer
+from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.prefetch import prefetched
 
@@ -39,18 +36,29 @@ class Run:
     Attributes:
       state, frozen: what a step changes, and what it does not. The model's trained parameters are set to those of the
         former, which the first step donates.
+      schedule: the learning rate by step; None where the optimizer keeps it to itself.
       started: how many steps are, counted from the run's beginning.
       remat, explanation: see `predictions.resolve`.
       programs, eval_programs: by T, once they are compiled.
     """
 
-    def __init__(self, model: Transformer, batches: Batches, config: TrainConfig, eval_batches: Batches | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        batches: Batches,
+        config: TrainConfig,
+        eval_batches: Batches | None = None,
+        *,
+        objective: Objective = SFT(),  # noqa: B008
+        optimizer: optax.GradientTransformation | Callable[..., Any] | None = None,
+        compute_metrics: ComputeMetrics | None = None,
+    ):
         self._model, self._batches, self._eval_batches = model, batches, eval_batches
         self.started = 0
+        mesh = make_mesh()
         graph, trainable, self.frozen = split_trainable(model)
         nnx.update(model, trainable)  # lets go of the arrays that were copied
-        self.schedule = make_schedule(config, batches.num_steps)
-        optimizer = make_optimizer(config, self.schedule)
+        optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
         self.remat, self.explanation = resolve(config, model, batches, held_bytes)
@@ -58,11 +66,19 @@ class Run:
         self._step = make_train_step(
             graph,
             optimizer,
+            objective=objective,
             remat=self.remat,
             implementation=config.implementation,
             dropout_seed=config.seed if has_dropout else None,
+            mesh=mesh,
         )
-        self._eval_step = make_eval_step(graph, implementation=config.implementation)
+        self._eval_step = make_eval_step(
+            graph,
+            objective=objective,
+            compute_metrics=compute_metrics,
+            implementation=config.implementation,
+            mesh=mesh,
+        )
         self.programs: dict[int, jax.stages.Compiled] = {}
         self.eval_programs: dict[int, jax.stages.Compiled] = {}
 
@@ -95,10 +111,12 @@ class Run:
         self.started += 1
         return metrics
 
-    def steps(self, pauses: Callable[[int], bool] = lambda step: False) -> Iterator[Metrics]:
+    def steps(
+        self, pauses: Callable[[int], bool] = lambda step: False, on_start: Callable[[], None] = lambda: None
+    ) -> Iterator[Metrics]:
         """Takes all steps that are left. A step's metrics come when the next is started, so that the device always has
         one to run; but after the first, a step that `pauses` (counted from 1), and the last, with nothing started:
-        `state` is then what that step made.
+        `state` is then what that step made. `on_start` is called whenever a step has been started.
 
         Where a program is launched kernel by kernel, starting it takes nearly as long as running it, for launches
         queue up: only the time at which the metrics of a pause come is that of the step's end.
@@ -108,6 +126,7 @@ class Run:
             waiting = None
             for batch in batches_on_device:
                 metrics = self.step(batch)
+                on_start()
                 if waiting is not None:
                     yield waiting
                 waiting = metrics
@@ -117,14 +136,20 @@ class Run:
             if waiting is not None:
                 yield waiting
 
-    def evaluate(self) -> float:
-        """The mean loss over all targets of the evaluation's batches. Waits for it, once, at the end."""
+    def evaluate(self) -> dict[str, float]:
+        """Returns the mean loss over the evaluation's batches, as "loss", the objective's metrics, and a user's.
+
+        Waits for the device once, at the end.
+        """
         sums = []
         with self._on_device(self._eval_batches) as batches_on_device:
             for batch in batches_on_device:
                 program = self.eval_programs[batch.tokens.shape[-1]]
                 sums.append(program(self.state.trainable, self.frozen, batch))
-        return float(np.sum(jax.device_get(sums), dtype=np.float64)) / self._eval_batches.targets_per_epoch
+        objective, computed = jax.tree.map(lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums))
+        means = {"loss": objective.loss, **objective.metrics}
+        means = {name: float(total / (objective.weight or 1)) for name, total in means.items()}
+        return means | {name: float(total / (weight or 1)) for name, (total, weight) in computed.items()}
 
     def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Iterator[PackedBatch]]:
         # Named, for a thread does not inherit a `jax.default_device` of its caller's.

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from jaxpack.data.batching import Batches
@@ -19,14 +21,19 @@ from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, check_type, errors_name
 from jaxpack.model.transformer import Transformer
+from jaxpack.objectives.objective import Objective, check_objective
+from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.settings import TrainConfig
+from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
 from jaxpack.train.checkpoint import LATEST, Checkpoints, Progress, find_checkpoint, identity_of, notes_of
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
+from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.progress import Log, Start
 from jaxpack.train.report import write_report
 from jaxpack.train.run import Run
 from jaxpack.train.signals import StopSignal
+from jaxpack.train.step import ComputeMetrics
 from jaxpack.utils.compilation_cache import ProgramCache, size_of
 from jaxpack.utils.console import console
 from jaxpack.utils.files import from_home, held_folder
@@ -61,6 +68,15 @@ class Trainer:
       config: how to train.
       eval_dataset: rows that are not trained on, of any of the formats; their loss is taken as `eval_steps` says, in
         batches like those of training.
+      objective: what is minimised; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
+        `LogProbObjective` make one of a function.
+      optimizer: None is AdamW as `config` says. A schedule (a function from the step to the learning rate) takes the
+        place of the config's; an optax transformation takes the place of AdamW and schedule, behind the clipping to
+        `max_grad_norm` (0 turns that off).
+      callbacks: told of steps, evaluations, checkpoints and the end, see `Callback`.
+      compute_metrics: of an evaluation: `function(losses, predictions, batch) -> {name: (sum, weight)}`, in jax, for it
+        runs within the compiled evaluation. `losses` float32 and `predictions` (the likeliest next token) int32 are
+        `[B, T]`, as are the arrays of `batch`; the metric is the sum over the dataset, divided by that of the weights.
 
     Attributes:
       checkpoint: the one that the run goes on from, or None.
@@ -80,11 +96,22 @@ class Trainer:
         train_dataset: Dataset | Documents,
         config: TrainConfig | None = None,
         eval_dataset: Dataset | Documents | None = None,
+        *,
+        objective: Objective | None = None,
+        optimizer: optax.GradientTransformation | optax.Schedule | None = None,
+        callbacks: Sequence[Callback] = (),
+        compute_metrics: ComputeMetrics | None = None,
     ):
         config = TrainConfig() if config is None else config
         check_type("model", model, Transformer)
         check_type("config", config, TrainConfig)
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.objective = SFT() if objective is None else check_objective(objective)
+        self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
+        resolve_optimizer(optimizer, config, 1)  # refuses one that is none
+        check_function("compute_metrics", compute_metrics)
+        if compute_metrics is not None and eval_dataset is None:
+            raise InputError("`compute_metrics` must be None without an `eval_dataset`, which it is computed of.")
         _check_evaluation(config, eval_dataset is not None)
         require_libraries(config)
         self._look_behind()
@@ -142,11 +169,20 @@ class Trainer:
         config, batches = self.config, self.batches
         self._look_behind()  # once more: an earlier call may have been stopped
         cache = ProgramCache(config.compilation_cache_dir)
-        run = Run(self.model, batches, config, self.eval_batches)
+        run = Run(
+            self.model,
+            batches,
+            config,
+            self.eval_batches,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            compute_metrics=self.compute_metrics,
+        )
         plan = self._plan(run)
         for line in plan:
             console.print(line)
-        checkpoints = self._resume(run)
+        events = Events(self.callbacks)
+        checkpoints = self._resume(run, events)
         progress = self.progress
         if cache.folder is not None:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
@@ -155,14 +191,15 @@ class Trainer:
         programs = len(run.programs) + len(run.eval_programs)
         console.print(f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {programs} found compiled")
         reports = open_reports(config, self._about(run, plan), after=run.started if self.in_place else None)
-        log = Log(config, batches, run.schedule, start, progress, reports)
+        is_cross_entropy = isinstance(self.objective, SFT)
+        log = Log(config, batches, run.schedule, start, progress, reports, is_cross_entropy=is_cross_entropy)
 
         def saves(step: int) -> bool:
             every = 0 if checkpoints is None else config.steps_between_saves
             return every > 0 and (step % every == 0 or step == batches.num_steps)
 
         def pauses(step: int) -> bool:
-            return stop.asked or saves(step) or self._evaluates(step)
+            return stop.asked or events.ends or saves(step) or self._evaluates(step)
 
         with contextlib.ExitStack() as stack:
             if checkpoints is not None:
@@ -172,26 +209,38 @@ class Trainer:
             on_start()
             stop = stack.enter_context(StopSignal())
             stack.enter_context(log)
-            for metrics in stack.enter_context(contextlib.closing(run.steps(pauses))):
-                log.step(metrics)
+            for metrics in stack.enter_context(contextlib.closing(run.steps(pauses, events.tell))):
+                measured = log.step(metrics)
                 step = len(progress.losses)
+                events.add("step", step, measured)
                 if step < run.started:
+                    events.tell()
                     continue  # the next one is running
                 if self._evaluates(step):
-                    progress.evaluations[step] = run.evaluate()
-                    log.evaluation()
+                    more = run.evaluate()
+                    progress.evaluations[step] = more.pop("loss")
+                    events.add("evaluation", step, log.evaluation(more))
                 stops = stop.asked  # once: a signal may come between the two
-                if checkpoints is not None and (stops or saves(step)):
+                ends = events.ends and step < batches.num_steps
+                if checkpoints is not None and (stops or ends or saves(step)):
                     checkpoints.save(step, run.state, progress)
+                if ends and not stops:
+                    log.record()
+                    console.print(f"ended after step {step}, as a callback asked")
+                    break
                 if stops:
                     log.record()
                     saved = checkpoints is not None and checkpoints.wait()
                     console.print(f"stopped after step {step}, {'saved' if saved else 'without a checkpoint'}")
+                    events.tell()
                     self._report()
                     raise stop.error()
                 log.go_on()
         self._report()
-        return self._result(log, start)
+        result = self._result(log, start)
+        events.add("end", result)
+        events.tell()
+        return result
 
     def _result(self, log: Log, start: Start) -> TrainResult:
         return TrainResult(
@@ -218,13 +267,15 @@ class Trainer:
         every = self.config.save_steps if self.config.eval_steps is None else self.config.eval_steps
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
 
-    def _resume(self, run: Run) -> Checkpoints | None:
+    def _resume(self, run: Run, events: Events) -> Checkpoints | None:
         """Sets `progress` to what the run has behind it; where it is saved."""
         config, checkpoints, self.progress = self.config, None, Progress()
         if config.output_dir is None and self.checkpoint is None:
             return None
         datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
         identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
+        if not isinstance(self.objective, SFT):
+            identity["objective"] = type(self.objective).__name__
         notes = notes_of(run.remat, config.implementation)
         if self.checkpoint is not None:
             self.progress = run.resume(self.checkpoint, identity, notes)
@@ -232,7 +283,8 @@ class Trainer:
         elif config.resume_from_checkpoint is not None:
             console.print(f"no checkpoint in {config.output_dir}: starts from the beginning")
         if config.output_dir is not None:
-            checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes)
+            on_saved = functools.partial(events.add, "save")
+            checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes, on_saved)
             every = config.steps_between_saves
             when = f"every {every:,} steps and at the end" if every else "when it is stopped"
             console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")

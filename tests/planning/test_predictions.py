@@ -39,7 +39,8 @@ from jaxpack.planning.predictions import (
     run_seconds,
     step_seconds,
 )
-from jaxpack.train.step import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
+from jaxpack.train.optimizer import make_optimizer, make_schedule
+from jaxpack.train.step import TrainState, make_train_step, split_trainable
 from jaxpack.train.trainer import Trainer
 
 H200 = RATES["H200"]

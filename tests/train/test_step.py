@@ -16,14 +16,8 @@ from jaxpack.data.documents import Documents
 from jaxpack.data.packing import PackedBatch, Rows, fill_batch
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.settings import LoraConfig, TrainConfig
-from jaxpack.train.step import (
-    TrainState,
-    loss_and_gradients,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    split_trainable,
-)
+from jaxpack.train.optimizer import make_optimizer, make_schedule
+from jaxpack.train.step import TrainState, loss_and_gradients, make_train_step, split_trainable
 
 LENGTHS = [17, 2, 40, 3, 22, 31, 9, 28, 5, 64, 11, 8, 19, 33, 26, 14]
 LORA = LoraConfig(r=4)

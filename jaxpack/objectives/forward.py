@@ -1,0 +1,93 @@
+"""One pass of a model over a batch, as an objective sees it."""
+
+import functools
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jaxpack.constants import Implementation, Remat
+from jaxpack.data.packing import BatchLimits, PackedBatch
+from jaxpack.errors import InputError
+from jaxpack.kernels.token_log_probs import TokenScores, token_log_probs, token_scores
+from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.transformer import Transformer
+
+
+class Forward:
+    """A model and a batch `[B, T]` of rows, and what a pass over them gives: computed once, where it is asked for.
+
+    Attributes:
+      model: the model, with the weights of this step.
+      batch: rows of whole documents.
+      limits: how many documents and targets the rows have at most.
+      implementation: see `jaxpack.kernels`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: PackedBatch,
+        *,
+        remat: Remat = "full",
+        implementation: Implementation | None = None,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008
+        dropout_key: Key[Array, ""] | None = None,
+    ):
+        self.model, self.batch, self.limits, self.implementation = model, batch, limits, implementation
+        self._remat, self._dropout_key = remat, dropout_key
+
+    @functools.cached_property
+    def hidden(self) -> Float[Array, "B T D"]:
+        """The hidden states after the last norm, in the model's dtype."""
+        return self._hidden_of(self.model, self._dropout_key)
+
+    @functools.cached_property
+    def log_probs(self) -> Float[Array, "B T"]:
+        """The log-probability of each token's target, float32; 0 where there is none."""
+        return self._log_probs_of(self.model, self.hidden)
+
+    @functools.cached_property
+    def reference_log_probs(self) -> Float[Array, "B T"]:
+        """`log_probs` of the model without its adapters: what it was before training. They have no gradient.
+
+        Raises:
+          InputError: the model has no adapters, or trains the embedding or the head beside them.
+        """
+        config = self.model.lora_config
+        if not adapters(self.model) or (config is not None and config.modules_to_save):
+            raise InputError(
+                "`objective` must be without a reference where more than adapters is trained: the reference is the"
+                " model without its adapters. Use `add_lora` without `modules_to_save`."
+            )
+        graph, state = nnx.split(without_adapters(self.model))
+        reference = nnx.merge(graph, jax.lax.stop_gradient(state))
+        return jax.lax.stop_gradient(self._log_probs_of(reference, self._hidden_of(reference, None)))
+
+    @functools.cached_property
+    def scores(self) -> TokenScores:
+        """The loss of each token, and the likeliest next one. They have no gradient."""
+        softcap = self.model.config.final_logit_softcapping
+        options = {"softcap": softcap, "implementation": self.implementation}
+        return token_scores(self.hidden, self.model.head, self.batch.targets, **options)
+
+    def _hidden_of(self, model: Transformer, dropout_key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
+        return model(
+            self.batch.tokens,
+            self.batch.segment_ids,
+            self.batch.positions,
+            remat=self._remat,
+            max_segments=self.limits.max_segments,
+            implementation=self.implementation,
+            dropout_key=dropout_key,
+        )
+
+    def _log_probs_of(self, model: Transformer, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        return token_log_probs(
+            hidden,
+            model.head,
+            self.batch.targets,
+            softcap=model.config.final_logit_softcapping,
+            max_targets=self.limits.max_targets,
+            implementation=self.implementation,
+        )

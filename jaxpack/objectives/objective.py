@@ -1,0 +1,134 @@
+"""The contract of an objective, and objectives made of a user's own function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxpack.errors import InputError
+from jaxpack.objectives.forward import Forward
+
+
+class Sums(NamedTuple):
+    """What an objective gives of the rows that it is shown. All are sums, float32, so that those of rows, micro-batches
+    and devices can be added up.
+
+    Attributes:
+      loss: the sum that is minimised, before it is divided.
+      weight: what the sum over the whole step is divided by: a number of targets, say, or of documents.
+      metrics: other sums to report, by name, divided by `weight`, too.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Minimises something over a batch: called within the compiled step, on each device's own rows.
+
+    Attributes:
+      documents_together: how many documents of the dataset, one after another, belong together: they stand in one row.
+    """
+
+    documents_together: int
+
+    def __call__(self, forward: Forward) -> Sums:
+        """Returns the sums of the rows of `forward.batch`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenObjective:
+    """Minimises a function of hidden states: `function(hidden, model, batch) -> (sum, weight)`.
+
+    Args:
+      function: of hidden states `[B, T, D]`, the model and a `PackedBatch` of `[B, T]` arrays, in jax. Both numbers are
+        sums over the batch. It may return a third: a dict of sums to report, which are divided by the weight, too.
+      documents_together: see `Objective`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def small(hidden, model, batch):
+      ...     there = batch.segment_ids > 0
+      ...     return jnp.sum(jnp.where(there, jnp.sum(hidden**2, axis=-1), 0)), jnp.sum(there)
+      >>> objective = HiddenObjective(small)
+    """
+
+    function: Callable[..., tuple]
+    documents_together: int = 1
+
+    def __call__(self, forward: Forward) -> Sums:
+        """Returns what the function gives of a pass."""
+        return as_sums(self.function(forward.hidden, forward.model, forward.batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbObjective:
+    """Minimises a function of the log-probabilities of targets: `function(log_probs, batch) -> (sum, weight)`.
+
+    The logits of all tokens are never held, and the derivative computes none of them again (`token_log_probs`).
+
+    Args:
+      function: of `log_probs` float32 `[B, T]`, 0 where a token has no target, and a `PackedBatch` of `[B, T]` arrays,
+        in jax. See `HiddenObjective` for what it returns.
+      documents_together: see `Objective`.
+      with_reference: gives the function the log-probabilities of the model without its adapters, too:
+        `function(log_probs, reference_log_probs, batch)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def focal(log_probs, batch):
+      ...     there = batch.targets != -100
+      ...     return jnp.sum(-(1 - jnp.exp(log_probs)) ** 2 * log_probs * there), jnp.sum(there)
+      >>> objective = LogProbObjective(focal)
+    """
+
+    function: Callable[..., tuple]
+    documents_together: int = 1
+    with_reference: bool = False
+
+    def __call__(self, forward: Forward) -> Sums:
+        """Returns what the function gives of a pass."""
+        reference = (forward.reference_log_probs,) if self.with_reference else ()
+        return as_sums(self.function(forward.log_probs, *reference, forward.batch))
+
+
+def as_sums(result: Any) -> Sums:
+    """Returns what a user's function gave as `Sums`.
+
+    Raises:
+      InputError: it is no pair of numbers, or there are metrics that are no dict of numbers.
+    """
+    values = tuple(result) if isinstance(result, tuple | list) else (result,)
+    sums, metrics = values[:2], dict(values[2]) if len(values) == 3 and isinstance(values[2], dict) else {}
+    whole = len(values) == 2 or (len(values) == 3 and isinstance(values[2], dict))
+    if not whole or any(jnp.shape(x) != () for x in (*sums, *metrics.values())):
+        shown = jax.tree.map(jnp.shape, result)
+        raise InputError(
+            "`objective` must return (sum, weight), or (sum, weight, metrics) with a dict of metrics, all of them"
+            f" scalars, got arrays of these shapes: {shown!r:.200}. Sum over the batch, for example with jnp.sum."
+        )
+    loss, weight = (jnp.asarray(x, jnp.float32) for x in sums)
+    return Sums(loss, weight, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()})
+
+
+def check_objective(objective: Any) -> Objective:
+    """Returns the objective.
+
+    Raises:
+      InputError: it is none.
+    """
+    if not isinstance(objective, Objective) or isinstance(objective, type) or not callable(objective):
+        raise InputError(
+            "`objective` must be an objective such as `HiddenObjective(function)` or `LogProbObjective(function)`, got"
+            f" {objective!r:.100}."
+        )
+    together = objective.documents_together
+    if type(together) is not int or together < 1:
+        raise InputError(f"`documents_together` must be a whole number of at least 1, got {together!r}.")
+    return objective

@@ -1,0 +1,37 @@
+"""Supervised fine-tuning: the cross entropy of all targets."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from jaxpack.constants import IGNORE
+from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxpack.objectives.forward import Forward
+from jaxpack.objectives.objective import Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT:
+    """Minimises the mean cross entropy over all targets of a step, by the loss that makes its gradient beside it.
+
+    Example:
+      >>> SFT().documents_together
+      1
+    """
+
+    documents_together: ClassVar[int] = 1
+
+    def __call__(self, forward: Forward) -> Sums:
+        """Returns the summed cross entropy, and the number of targets."""
+        batch = forward.batch
+        loss = linear_cross_entropy(
+            forward.hidden,
+            forward.model.head,
+            batch.targets,
+            softcap=forward.model.config.final_logit_softcapping,
+            max_targets=forward.limits.max_targets,
+            implementation=forward.implementation,
+        )
+        # As a float, so that devices add up numbers of one dtype, all in one go: exact up to 2^24 targets.
+        return Sums(loss, jnp.sum(batch.targets != IGNORE).astype(jnp.float32), {})

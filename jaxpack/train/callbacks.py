@@ -1,0 +1,88 @@
+"""A user's own code beside a run: told what happened, while the device goes on."""
+
+import collections
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxpack.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxpack.train.trainer import TrainResult
+
+
+class Callback:
+    """Is told what a run has done. Override what is of use; the rest does nothing.
+
+    All but `on_end` are called after the next step has been started, so that the device never waits for them; after the
+    last step there is none to start. What a callback raises ends the run.
+
+    Example:
+      >>> class Stopper(Callback):
+      ...     def on_evaluation(self, step, metrics):
+      ...         return metrics["eval_loss"] < 0.5  # good enough
+    """
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> bool | None:
+        """Is called after each step, counted from 1, with "loss", "grad_norm" and the objective's own metrics.
+
+        Returns:
+          Whether the run is to end in order, as after its last step; None goes on.
+        """
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
+        """Is called after each evaluation, with "eval_loss" and what `compute_metrics` gave, as "eval_<name>".
+
+        Returns:
+          Whether the run is to end in order, as after its last step; None goes on.
+        """
+
+    def on_save(self, step: int, path: Path) -> None:
+        """Is called when a checkpoint is on the disk."""
+
+    def on_end(self, result: "TrainResult") -> None:
+        """Is called at the end of a run that was not interrupted."""
+
+
+class Events:
+    """Keeps what happened until the next step has been started, and tells callbacks then.
+
+    Attributes:
+      ends: whether a callback asked for the end of the run.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]):
+        self._callbacks = callbacks
+        self._waiting: collections.deque[tuple[str, tuple[Any, ...]]] = collections.deque()  # its methods are atomic
+        self.ends = False
+
+    def add(self, name: str, *arguments: Any) -> None:
+        """Keeps an event for the method `on_<name>`. May be called in any thread."""
+        if self._callbacks:
+            self._waiting.append((f"on_{name}", arguments))
+
+    def tell(self) -> None:
+        """Tells the callbacks all that is kept, in the order in which it came."""
+        while self._waiting:
+            name, arguments = self._waiting.popleft()
+            for callback in self._callbacks:
+                self.ends |= getattr(callback, name)(*arguments) is True
+
+
+def check_callbacks(callbacks: Any) -> list[Callback]:
+    """Returns the callbacks as a list.
+
+    Raises:
+      InputError: one is no `Callback`.
+    """
+    found = list(callbacks) if isinstance(callbacks, Sequence) and not isinstance(callbacks, str) else [callbacks]
+    for callback in found:
+        if not isinstance(callback, Callback):
+            raise InputError(f"`callbacks` must be a list of `jaxpack.Callback`s, got {callback!r:.80} in it.")
+    return found
+
+
+def check_function(name: str, function: Callable[..., Any] | None) -> None:
+    """Refuses what cannot be called."""
+    if function is not None and not callable(function):
+        raise InputError(f"`{name}` must be a function, got {function!r:.80}.")

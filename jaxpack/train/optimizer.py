@@ -1,0 +1,77 @@
+"""The optimizer of a run: AdamW by its settings, or one that a user brings."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
+
+
+def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step, as transformers has it: linear warm-up from 0, then decay to 0, or none."""
+    warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * num_steps
+    warmup = math.ceil(warmup)
+    decay_steps = max(1, num_steps - warmup)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "constant_with_warmup": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, decay_steps),
+    }[config.lr_scheduler_type]
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, max(1, warmup)), after], [warmup])
+
+
+def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns AdamW after clipping by the global norm. Norm scales and biases do not decay."""
+
+    def decays(parameters: nnx.State) -> nnx.State:
+        def is_matrix(path: tuple, _: jax.Array) -> bool:
+            return all(getattr(key, "key", None) not in ("scale", "bias") for key in path)
+
+        return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+
+    adamw = optax.adamw(
+        schedule,
+        config.adam_beta1,
+        config.adam_beta2,
+        config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    return _clipped(config, adamw)
+
+
+def resolve_optimizer(
+    optimizer: optax.GradientTransformation | Callable[..., Any] | None, config: TrainConfig, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+    """Returns a run's optimizer, and its learning rate by step where that is known.
+
+    Args:
+      optimizer: None is AdamW with the schedule of `config`; a schedule takes that one's place; an optax transformation
+        takes the place of AdamW and schedule, and gets gradients that are clipped to `max_grad_norm`.
+
+    Raises:
+      InputError: it is none of these.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        return _clipped(config, optimizer), None
+    if optimizer is None:
+        schedule = make_schedule(config, num_steps)
+    elif callable(optimizer) and not isinstance(optimizer, type):
+        schedule = optimizer
+    else:
+        raise InputError(
+            "`optimizer` must be an optax transformation such as optax.lion(1e-4), or a schedule (a function from the"
+            f" step to the learning rate), got {type(optimizer).__name__}."
+        )
+    return make_optimizer(config, schedule), schedule
+
+
+def _clipped(config: TrainConfig, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    return optax.chain(clip, optimizer)
