@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpack.constants import LANES
 from jaxpack.data.documents import Documents
-from jaxpack.data.packing import BatchLimits, PackedBatch, Rows, fill_batch, pack_rows
+from jaxpack.data.packing import BatchLimits, PackedBatch, Rows, fill_batch, members, pack_rows
 from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
 
@@ -22,7 +22,10 @@ _MAX_SIZES = 1024  # distinct row lengths to choose from; more are rounded up fu
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """What `max_length` cut: documents shortened, tokens lost, and documents left with nothing to learn and dropped."""
+    """Counts what `max_length` cost: documents shortened, tokens lost, and documents dropped.
+
+    A document that is left with nothing to learn is dropped, with all documents of its group.
+    """
 
     documents: int
     tokens: int
@@ -36,6 +39,16 @@ class Batches:
     padded batches of B rows, or, padding-free, in A rows with B = 1. Each epoch has an order of its own. Steps differ
     only in T, which takes at most 4 values, chosen to waste the fewest tokens.
 
+    With `documents_together=n` the documents n * i ... n * i + n - 1 are group i: a chosen and a rejected answer, say.
+    A group is trained on whole or not at all, and stands in one row, in its order and with no other document between:
+    segments 1 ... n of a row are a group, n + 1 ... 2 * n the next. In padded batches, its n rows follow each other
+    within one micro-batch. With `packing` each document is cut at `max_length // n`, so that any group fits a row.
+
+    Args:
+      documents: what to train on; with `documents_together=n`, their number is a multiple of n.
+      config: the settings of the run.
+      documents_together: n, the documents in a group.
+
     Attributes:
       documents: what is trained on, after truncation.
       truncation: what that cost.
@@ -45,13 +58,22 @@ class Batches:
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: real tokens in each step, int64 `[num_steps]`.
       limits: by T, what no batch has more of.
+
+    Raises:
+      InputError: groups of `documents_together` do not fit the documents, the batch size or the packing strategy, no
+        document is left with a token to learn, or the run has too many steps to plan.
     """
 
-    def __init__(self, documents: Documents, config: TrainConfig):
+    def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1):
+        _check_groups(documents, config, documents_together)
         self._config = config
-        self.documents, self.truncation = _fit(documents, config)
+        self.documents, self.truncation = _fit(documents, config, documents_together)
+        self._group_lengths = self.documents.lengths.reshape(-1, documents_together).sum(axis=1)
+        # Shuffling keeps so many rows of the plan together. A packed row holds whole groups, any other one document.
+        self._rows_together = 1 if config.packing else documents_together
         if config.packing:
-            self._rows = pack_rows(self.documents.lengths, config.max_length, config.packing_strategy)
+            groups = pack_rows(self._group_lengths, config.max_length, config.packing_strategy)
+            self._rows = groups.of_members(documents_together, self.documents.lengths)
         else:
             self._rows = Rows.grouped(np.arange(len(self.documents))[:, None], self.documents.lengths)
         self.num_rows = len(self._rows)
@@ -67,9 +89,12 @@ class Batches:
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
         self.targets_per_epoch = int(row_targets.sum())
         if not self.targets_per_epoch:
+            who, cut = "at least one document", f"all {len(documents)} are cut"
+            if documents_together > 1:
+                who = f"all {documents_together} documents of at least one group"
+                cut = f"each group has one that is cut at {_max_document(config, documents_together):,} tokens,"
             raise InputError(
-                f"`max_length` must leave at least one document a token to learn, got {config.max_length}: all "
-                f"{len(documents)} are cut before the first."
+                f"`max_length` must leave {who} a token to learn, got {config.max_length}: {cut} before the first."
             )
         # Of each step: its tokens, the longest row, and the most documents and targets in a row and a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
@@ -149,24 +174,26 @@ class Batches:
     def _which(self, step: int) -> np.ndarray:
         """The rows of a step, int64 `[A, ...]`; -1 fills up what lacks one, as in an epoch's last step."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = _order(self._config.seed, epoch, self.num_rows)[place * self.rows_per_step :][: self.rows_per_step]
+        together, accumulation = self._rows_together, self._config.gradient_accumulation_steps
+        per_step = self.rows_per_step // together
+        order = _order(self._config.seed, epoch, self.num_rows // together)[place * per_step :][:per_step]
         if self._end_to_end:
-            return _balanced(order, self.documents.lengths, self._config.gradient_accumulation_steps)
-        which = np.full(self.rows_per_step, -1)
+            return members(_balanced(order, self._group_lengths, accumulation), together)
+        which = np.full(per_step, -1)
         which[: len(order)] = order
-        return which.reshape(self._config.gradient_accumulation_steps, -1)
+        return members(which.reshape(accumulation, -1), together)
 
 
-def _balanced(documents: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
-    """Deals documents to rows of about the same length, longest first to the shortest row: the loss allows any cut."""
+def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
+    """Deals groups to rows of about the same length, longest first to the shortest row: the loss allows any cut."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     if num_rows == 1:
-        return documents[None]
+        return groups[None]
     filled = [0] * num_rows
-    for document in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
+    for group in groups[np.argsort(-lengths[groups], kind="stable")].tolist():
         row = filled.index(min(filled))
-        rows[row].append(document)
-        filled[row] += lengths[document]
+        rows[row].append(group)
+        filled[row] += lengths[group]
     return np.array([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
@@ -191,12 +218,37 @@ def _splitmix64(seed: int, count: int, *, skip: int = 0) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _fit(documents: Documents, config: TrainConfig) -> tuple[Documents, Truncation]:
-    """Cuts documents to `max_length`, unless they are split, and drops those that this leaves without a target."""
+def _check_groups(documents: Documents, config: TrainConfig, together: int) -> None:
+    """Refuses documents and settings that groups of `together` documents do not fit."""
+    if len(documents) % together:
+        raise InputError(
+            f"`documents` must hold a multiple of {together} documents, as each group has {together} that belong "
+            f"together, got {len(documents):,}. Complete the group that lacks some, or leave it out."
+        )
+    if config.packing and config.packing_strategy != "bfd" and together > 1:
+        raise InputError(
+            f"`packing_strategy` must be 'bfd' to keep {together} documents together, got "
+            f"{config.packing_strategy!r}, which splits documents. Use 'bfd', or no `packing`."
+        )
+    size = config.per_device_train_batch_size
+    if not config.packing and size % together:
+        raise InputError(
+            f"`per_device_train_batch_size` must be a multiple of {together}, as each group has {together} documents "
+            f"that belong together, got {size}. Use {-(-size // together) * together} instead."
+        )
+
+
+def _max_document(config: TrainConfig, together: int) -> int:
+    """Returns the tokens that a document may have: with packing, a group of `together` of them must fit a row."""
+    return config.max_length // together if config.packing else config.max_length
+
+
+def _fit(documents: Documents, config: TrainConfig, together: int) -> tuple[Documents, Truncation]:
+    """Cuts documents to `max_length`, unless they are split, and drops groups in which one is left without a target."""
     if config.packing and config.packing_strategy != "bfd":
         return documents, Truncation(0, 0, 0)
-    cut = documents.truncate(config.max_length)
-    keep = cut.num_targets > 0
+    cut = documents.truncate(_max_document(config, together))
+    keep = (cut.num_targets > 0).reshape(-1, together).all(axis=1).repeat(together)
     lost = documents.lengths - cut.lengths
     return cut[keep], Truncation(int((lost > 0).sum()), int(lost.sum()), int((~keep).sum()))
 

@@ -67,6 +67,28 @@ class Rows:
         offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
         return cls(document, np.zeros_like(document), lengths[document], offsets)
 
+    def of_members(self, size: int, lengths: np.ndarray) -> "Rows":
+        """Replaces each group of a plan of whole groups by its `size` documents, of lengths int `[documents]`."""
+        if size == 1:
+            return self
+        document = members(self.document, size)
+        return Rows(document, np.zeros_like(document), lengths[document], self.offsets * size)
+
+
+def members(groups: np.ndarray, size: int) -> np.ndarray:
+    """Lists the documents of groups, int `[..., groups]` -> `[..., groups * size]`; -1 is no group and no document.
+
+    Group i holds the documents `size * i` ... `size * i + size - 1`.
+
+    Example:
+      >>> members(np.array([[2, 0], [1, -1]]), 2).tolist()
+      [[4, 5, 0, 1], [2, 3, -1, -1]]
+    """
+    if size == 1:
+        return groups
+    documents = np.maximum(groups[..., None] * size + np.arange(size), -1)
+    return documents.reshape(*groups.shape[:-1], -1)
+
 
 def packed_rows(count: int, lengths: np.ndarray, max_length: int) -> int:
     """Packed rows that hold about as many tokens as `count` documents do, of lengths int `[documents]`."""

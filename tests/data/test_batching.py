@@ -1,6 +1,7 @@
 """Batches: every document once an epoch, few shapes, and the same documents a step however they are laid out."""
 
 import dataclasses
+import hashlib
 import itertools
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from models import random_documents
 
 from jaxpack.data.batching import Batches, _order, _splitmix64, choose_buckets
+from jaxpack.data.documents import Documents
 from jaxpack.data.packing import BatchLimits, PackedBatch
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, errors_name
 from jaxpack.settings import TrainConfig
 from jaxpack.train.trainer import describe
 
@@ -60,10 +62,11 @@ def test_every_epoch_has_every_document_once_in_an_order_of_its_own(layout, accu
     assert len(batches) == 2 * batches.steps_per_epoch
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_said_of_the_batches_is_what_they_are(layout):
+def test_what_is_said_of_the_batches_is_what_they_are(layout, together):
     config = TrainConfig(max_length=256, gradient_accumulation_steps=2, per_device_train_batch_size=4, **layout)
-    batches = Batches(random_documents(LENGTHS), config)
+    batches = Batches(random_documents(LENGTHS[: 101 - 101 % together]), config, together)
     made = [batches[step] for step in range(len(batches))]
     assert {batch.tokens.shape for batch in made} == set(batches.shapes)
     assert len(batches.shapes) <= 4
@@ -207,10 +210,11 @@ def test_buckets_waste_the_fewest_tokens(seed):
     assert positions(buckets) == min(map(positions, choices))
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_limits_are_the_most_that_any_batch_has(layout):
+def test_limits_are_the_most_that_any_batch_has(layout, together):
     config = TrainConfig(per_device_train_batch_size=3, max_steps=7, max_length=256, **layout)
-    batches = Batches(random_documents(LENGTHS), config)
+    batches = Batches(random_documents(LENGTHS[: 101 - 101 % together]), config, together)
     segments: dict[int, int] = {}
     targets: dict[int, int] = {}
     for batch in batches:
@@ -219,3 +223,159 @@ def test_limits_are_the_most_that_any_batch_has(layout):
         in_micro = (batch.targets != -100).sum(axis=(1, 2)).max()
         targets[T] = max(targets.get(T, 0), -(-int(in_micro) // 128) * 128)
     assert batches.limits == {T: BatchLimits(segments[T], targets[T]) for T in segments}
+
+
+def numbered(lengths: list[int], prompts: dict[int, int] | None = None) -> Documents:
+    """Documents whose tokens are their number; `prompts[number]` of these are not trained on."""
+    tokens = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    starts = np.cumsum(lengths) - lengths
+    labels = tokens.copy()
+    for document, length in (prompts or {}).items():
+        labels[starts[document] : starts[document] + length] = -100
+    return Documents(tokens, labels, starts, np.asarray(lengths, np.int64))
+
+
+def places_for_groups(batch: PackedBatch, padded: bool) -> list[list[int]]:
+    """The numbers of the documents in each place that a group may not leave: a row, or a padded micro-batch."""
+    _, B, T = batch.tokens.shape
+    assert not padded or batch.segment_ids.max() == 1
+    places = zip(*(array.reshape(-1, B if padded else 1, T) for array in batch), strict=True)
+    return [[document[0] for document in documents_in(PackedBatch(*place))] for place in places]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("together", [2, 3])
+def test_groups_are_whole_and_in_order_once_an_epoch(layout, accumulation, together):
+    config = TrainConfig(
+        max_length=200 * together,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+        per_device_train_batch_size=6,
+        **layout,
+    )
+    count = 101 - 101 % together
+    batches = Batches(numbered(LENGTHS[:count]), config, together)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        places = [place for step in steps for place in places_for_groups(batches[step], padded=not config.padding_free)]
+        for place in places:
+            assert len(place) % together == 0
+            for first in place[::together]:
+                assert first % together == 0
+            assert place == [first + n for first in place[::together] for n in range(together)]
+        epochs.append(list(itertools.chain(*places)))
+        assert sorted(epochs[-1]) == list(range(count))
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_a_batch_size_counts_documents_with_groups_too(layout):
+    config = TrainConfig(max_length=256, gradient_accumulation_steps=3, per_device_train_batch_size=4, **layout)
+    batches = Batches(numbered(LENGTHS[:100]), config, 2)
+    assert (batches.num_rows, batches.rows_per_step, batches.steps_per_epoch) == (100, 12, 9)
+    assert [len(documents_in(batches[step])) for step in range(9)] == [12] * 8 + [4]
+
+
+def test_padding_free_micro_batches_of_groups_are_about_as_long_as_each_other():
+    config = TrainConfig(max_length=256, gradient_accumulation_steps=3, per_device_train_batch_size=4)
+    batches = Batches(numbered(LENGTHS[:100]), config, 2)
+    longest = np.add(LENGTHS[:100:2], LENGTHS[1:100:2]).max()
+    for step in range(batches.steps_per_epoch):
+        rows = (batches[step].segment_ids > 0).sum(axis=-1)
+        assert rows.max() - rows.min() <= longest  # it went to the shortest row
+
+
+@pytest.mark.parametrize(
+    ("layout", "longest"),
+    [
+        pytest.param({"packing": True}, 33, id="packed"),  # 100 // 3: any three fit a row
+        pytest.param({}, 100, id="padding_free"),
+        pytest.param({"padding_free": False}, 100, id="padded"),
+    ],
+)
+def test_a_group_is_cut_document_by_document_and_trained_on_whole_or_not_at_all(layout, longest):
+    lengths = np.array([250, 20, 250, 20, 250, 20, 20, 20, 30, 250, 250, 250])
+    # Document 4 keeps only its prompt, and document 7 has nothing to learn from the start.
+    documents = numbered(lengths.tolist(), prompts={4: 101, 7: 20})
+    config = TrainConfig(max_length=100, per_device_train_batch_size=3, num_train_epochs=1, **layout)
+    batches = Batches(documents, config, 3)
+    cut = batches.truncation
+    assert (cut.documents, cut.tokens, cut.dropped) == (6, 6 * (250 - longest), 6)
+    found = [document for batch in batches for document in documents_in(batch)]
+    assert {document[0]: len(document) for document in found} == {
+        document: min(lengths[document], longest) for document in (0, 1, 2, 9, 10, 11)
+    }
+    assert len(found) == 6
+
+
+def test_the_longest_groups_fill_a_packed_row_each():
+    config = TrainConfig(max_length=100, packing=True, per_device_train_batch_size=2)
+    batches = Batches(numbered([300] * 8), config, 2)
+    assert batches.num_rows == 4 and batches.packing_efficiency == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_max_length_that_leaves_no_group_whole_is_refused(layout):
+    config = TrainConfig(max_length=8, per_device_train_batch_size=2, **layout)
+    documents = numbered([10, 3, 3, 10], prompts={0: 8, 3: 8})
+    limit = 4 if config.packing else 8
+    expected = (
+        f"`max_length` must leave all 2 documents of at least one group a token .* one that is cut at {limit} tokens"
+    )
+    with pytest.raises(InputError, match=expected):
+        Batches(documents, config, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_number_of_documents_that_makes_no_groups_is_refused(layout):
+    config = TrainConfig(per_device_train_batch_size=3, **layout)
+    with (
+        pytest.raises(InputError, match=r"`train_dataset` must hold a multiple of 3 documents, .* got 101\."),
+        errors_name(documents="train_dataset"),
+    ):
+        Batches(numbered(LENGTHS), config, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_a_batch_size_that_splits_groups_is_refused_but_with_packing(layout):
+    expected = "`per_device_train_batch_size` must be a multiple of 2, .* got 5. Use 6 instead"
+    with pytest.raises(InputError, match=expected):
+        Batches(numbered(LENGTHS[:100]), TrainConfig(per_device_train_batch_size=5, **layout), 2)
+    Batches(numbered(LENGTHS[:100]), TrainConfig(per_device_train_batch_size=5, packing=True), 2)
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_strategies_that_split_are_refused_with_groups(strategy):
+    config = TrainConfig(packing=True, packing_strategy=strategy)
+    with pytest.raises(InputError, match=f"`packing_strategy` must be 'bfd' .* got '{strategy}'"):
+        Batches(numbered(LENGTHS[:100]), config, 2)
+    Batches(numbered(LENGTHS[:100]), config)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        pytest.param({"packing": True}, "bf13c61d4c8a0aa9", id="packed"),
+        pytest.param({"packing": True, "packing_strategy": "bfd_split"}, "465c00e33d00054b", id="split"),
+        pytest.param({"packing": True, "packing_strategy": "wrapped"}, "fa9db9bd6e32afcc", id="wrapped"),
+        pytest.param({}, "d8a45b8f574b3234", id="padding_free"),
+        pytest.param({"padding_free": False}, "12cc3549c01c3654", id="padded"),
+    ],
+)
+def test_batches_of_documents_alone_are_those_before_there_were_groups(layout, expected):
+    """A resumed run must find its batches again, bit for bit: these are the digests from before there were groups."""
+    lengths = (_splitmix64(1, 103) % np.uint64(200)).astype(np.int64) + 1
+    tokens = (_splitmix64(2, lengths.sum()) % np.uint64(97)).astype(np.int32)
+    labels = np.where(_splitmix64(3, lengths.sum()) % np.uint64(10) < 3, -100, tokens).astype(np.int32)
+    documents = Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths)
+    config = TrainConfig(
+        max_length=150, gradient_accumulation_steps=2, num_train_epochs=2.5, per_device_train_batch_size=3, **layout
+    )
+    digest = hashlib.sha256()
+    for batch in Batches(documents, config):
+        for array in batch:
+            digest.update(repr(array.shape).encode() + array.astype("<i4").tobytes())
+    assert digest.hexdigest()[:16] == expected

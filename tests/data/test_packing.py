@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxpack.data.packing import Rows, fill_batch, pack_rows
+from jaxpack.data.packing import Rows, fill_batch, members, pack_rows
 from jaxpack.errors import InputError
 
 STRATEGIES = ["bfd", "bfd_split", "wrapped"]
@@ -180,3 +180,25 @@ def test_a_batch_holds_the_pieces_of_its_rows_and_nothing_else(strategy, seed):
             at += length
         for array, padding in zip(batch, (0, 0, 0, -100), strict=True):
             np.testing.assert_array_equal(array[b, at:], padding)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_plan_of_groups_becomes_one_of_their_documents(size):
+    lengths = np.random.default_rng(0).integers(1, 13, 30 * size)
+    groups = pack_rows(lengths.reshape(-1, size).sum(axis=1), 40)
+    rows = groups.of_members(size, lengths)
+    np.testing.assert_array_equal(rows.row_lengths, groups.row_lengths)
+    np.testing.assert_array_equal(rows.length, lengths[rows.document])
+    in_groups = [
+        [group * size + member for group in groups.document[a:b] for member in range(size)]
+        for a, b in itertools.pairwise(groups.offsets)
+    ]
+    assert [rows.document[a:b].tolist() for a, b in itertools.pairwise(rows.offsets)] == in_groups
+    assert not rows.start.any()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 0)])
+def test_groups_that_are_missing_have_no_documents(shape):
+    groups = np.full(shape, -1)
+    assert (members(groups, 2) == -1).all()
+    assert members(groups, 2).shape == (*shape[:-1], 2 * shape[-1])
