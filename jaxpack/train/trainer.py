@@ -116,15 +116,16 @@ class Trainer:
         require_libraries(config)
         self._look_behind()
         self.progress = Progress()
-        with errors_name(dataset="train_dataset"):
+        together = self.objective.documents_together
+        with errors_name(dataset="train_dataset", documents="train_dataset"):
             self.documents = self._load(train_dataset)
-        self.batches = Batches(self.documents, config)
+            self.batches = Batches(self.documents, config, together)
         self.eval_documents = self.eval_batches = None
         if eval_dataset is not None:
             once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1}
-            with errors_name(dataset="eval_dataset"):
+            with errors_name(dataset="eval_dataset", documents="eval_dataset"):
                 self.eval_documents = self._load(eval_dataset)
-            self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once))
+                self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once), together)
 
     def _look_behind(self) -> None:
         """Sets `checkpoint` and `in_place`, by what is there."""
