@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked at every call (not on a GPU machine that has no beartype). This must come
 # before the package's first import.
-_PARTS = ("attention", "block", "context", "feed_forward", "linear", "norm", "transformer")
+_PARTS = ("attention", "block", "cache", "context", "feed_forward", "linear", "norm", "transformer", "weights")
 _CHECKED = ("kernels", *(f"model.{part}" for part in _PARTS), "train.step", "generation.decode")
 _HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
 if _HAS_BEARTYPE:

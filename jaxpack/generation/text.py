@@ -9,21 +9,22 @@ over all before it says.
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool
 
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, read_conversation
 from jaxpack.data.tokenizer import Tokenizer, tokenize
 from jaxpack.errors import InputError, check_type
-from jaxpack.generation.decode import Cache, extend, prefill
+from jaxpack.generation.decode import decode_step, prefill
+from jaxpack.generation.sampling import DecodeState, SamplingParams, rounded_length
+from jaxpack.model.cache import Cache
 from jaxpack.model.config import DynamicRopeScaling
 from jaxpack.model.rope import last_length_alike
 from jaxpack.model.transformer import Transformer
@@ -32,10 +33,6 @@ from jaxpack.settings import GenerateConfig
 from jaxpack.utils.console import progress_bar
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to go on from, or messages to answer
-
-_LEAST = 32  # tokens that a program is made for
-_STOPS = 8  # and stop tokens
-_COLDEST = 1e-30  # temperature: a difference of logits divided by it is finite
 
 
 def generate(
@@ -67,7 +64,7 @@ def generate(
         list(prompt) if isinstance(prompt, Iterable) and type(prompt) is not str else prompt for prompt in prompts
     ]
     _check_prompts(model, prompts, config)
-    how = _How.of(config, _stops(stop_tokens))
+    params = SamplingParams.of(config, _stops(stop_tokens))
     graph, state = nnx.split(model)
     written: dict[int, list[int]] = {}
     # Prompts of like lengths together: less padding, fewer shapes.
@@ -77,11 +74,11 @@ def generate(
         bar = progress.add_task("", total=len(prompts), note="")
         for begin in range(0, len(order), config.batch_size):
             here = order[begin : begin + config.batch_size]
-            rows = _Rows.of([prompts[i] for i in here], here, num_rows, config)
+            rows = DecodeState.of([prompts[i] for i in here], here, num_rows, config)
             while (np.asarray(rows.lengths) < np.asarray(rows.limits)).any():
-                read = _rounded(int(rows.lengths.max()))
-                rows, cache = _read(graph, state, rows, how, num_tokens=read)
-                rows, _ = _write(graph, state, rows, cache, how)
+                read = rounded_length(int(rows.lengths.max()))
+                rows, cache = _read(graph, state, rows, params, num_tokens=read)
+                rows, _ = _write(graph, state, rows, cache, params)
             tokens, lengths = np.asarray(rows.tokens), np.asarray(rows.lengths)
             written |= {i: tokens[row, len(prompts[i]) : lengths[row]].tolist() for row, i in enumerate(here)}
             progress.advance(bar, len(here))
@@ -140,8 +137,8 @@ def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config:
                 f" `max_position_embeddings`, got {len(prompt):,} in prompt {number} and {config.max_new_tokens:,}."
             )
     num_rows = min(config.batch_size, len(prompts))
-    size = _rounded(max(map(len, prompts), default=0) + config.max_new_tokens)
-    needed, free = Cache.bytes_of(model, num_rows, size), _free_bytes()
+    size = rounded_length(max(map(len, prompts), default=0) + config.max_new_tokens)
+    needed, free = Cache.bytes_of(model.config, model.dtype, num_rows, size), _free_bytes()
     if free is not None and needed > free:
         raise InputError(
             f"`max_new_tokens` must leave room for the keys and values of {num_rows:,} prompts, got"
@@ -162,123 +159,41 @@ def _free_bytes() -> int | None:
     return available_host_bytes() if free is None else free
 
 
-def _rounded(length: int) -> int:
-    return max(_LEAST, 1 << (length - 1).bit_length())
-
-
 # Token ids.
 
 
-class _How(NamedTuple):
-    """How the next token is chosen, and which of them end a row. What is None is not part of the program.
-
-    Of `top_k` and `top_p` one alone has the other at infinity; `stop_tokens` are filled up with -1.
-    """
-
-    stop_tokens: Int[Array, " stops"]
-    temperature: Float[Array, ""] | None
-    top_k: Float[Array, ""] | None
-    top_p: Float[Array, ""] | None
-
-    @classmethod
-    def of(cls, config: GenerateConfig, stop_tokens: list[int]) -> "_How":
-        stops = sorted(stop_tokens)
-        stops += -len(stops) % _STOPS * [-1]
-        temperature = jnp.float32(max(config.temperature, _COLDEST)) if config.temperature else None
-        top_k, top_p = config.top_k or math.inf, config.top_p if config.top_p not in (None, 1) else math.inf
-        is_restricted = min(top_k, top_p) < math.inf
-        tops = (jnp.float32(top_k), jnp.float32(top_p)) if is_restricted else (None, None)
-        return cls(jnp.asarray(stops or _STOPS * [-1], jnp.int32), temperature, *tops)
-
-
-class _Rows(NamedTuple):
-    """Texts so far: of each row the first `lengths` tokens, on the way to `limits`. Each row draws with its own key."""
-
-    tokens: Int[Array, "B S"]
-    lengths: Int[Array, " B"]
-    limits: Int[Array, " B"]
-    keys: Key[Array, " B"]
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], numbers: Sequence[int], num_rows: int, config: GenerateConfig
-    ) -> "_Rows":
-        """Rows of prompts, and as many as are missing that have ended. `numbers` are the prompts', for their keys."""
-        lengths = np.ones(num_rows, np.int32)
-        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        limits = lengths + config.max_new_tokens * (np.arange(num_rows) < len(prompts))
-        tokens = np.zeros((num_rows, _rounded(int(limits.max()))), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        numbers = np.resize(np.asarray(numbers, np.int32), num_rows)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), numbers)
-        return cls(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits, jnp.int32), keys)
-
-    @property
-    def open(self) -> Bool[Array, " B"]:
-        """Which of them have not ended."""
-        return self.lengths < self.limits
-
-    def append(self, logits: Float[Array, "B V"], how: _How) -> "_Rows":
-        """The next token of each row that is open; one before a stop token ends there."""
-        chosen = _choose(logits, jax.vmap(jax.random.fold_in)(self.keys, self.lengths), how)
-        stops = (chosen[:, None] == how.stop_tokens[None, :]).any(axis=1)
-        grows = self.open & ~stops
-        row, place = jnp.arange(len(chosen)), jnp.where(grows, self.lengths, self.tokens.shape[1])
-        return self._replace(
-            tokens=self.tokens.at[row, place].set(chosen, mode="drop"),
-            lengths=self.lengths + grows,
-            limits=jnp.where(stops, self.lengths, self.limits),
-        )
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_tokens")
-def _read(graph: nnx.GraphDef, state: nnx.State, rows: _Rows, how: _How, *, num_tokens: int) -> tuple[_Rows, Cache]:
+def _read(
+    graph: nnx.GraphDef, state: nnx.State, rows: DecodeState, params: SamplingParams, *, num_tokens: int
+) -> tuple[DecodeState, Cache]:
     """Reads all rows, none of them longer than `num_tokens`, and appends a token."""
     model = nnx.merge(graph, state)
     logits, cache = prefill(model, rows.tokens[:, :num_tokens], rows.lengths, size=rows.tokens.shape[1])
-    return rows.append(logits, how), cache
+    return rows.append(logits, params), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _write(graph: nnx.GraphDef, state: nnx.State, rows: _Rows, cache: Cache, how: _How) -> tuple[_Rows, Cache]:
+def _write(
+    graph: nnx.GraphDef, state: nnx.State, rows: DecodeState, cache: Cache, params: SamplingParams
+) -> tuple[DecodeState, Cache]:
     """Appends tokens until all rows have ended, or one is to be read again. The last token is not in the cache."""
     model = nnx.merge(graph, state)
     alike = functools.reduce(
         jnp.minimum, [last_length_alike(rope, rows.lengths - 1) for rope in dict.fromkeys(model.config.ropes)]
     )
 
-    def goes_on(carried: tuple[_Rows, Cache]) -> Bool[Array, ""]:
+    def goes_on(carried: tuple[DecodeState, Cache]) -> Bool[Array, ""]:
         rows, _ = carried
         return rows.open.any() & ~(rows.open & (rows.lengths > alike)).any()
 
-    def step(carried: tuple[_Rows, Cache]) -> tuple[_Rows, Cache]:
+    def step(carried: tuple[DecodeState, Cache]) -> tuple[DecodeState, Cache]:
         rows, cache = carried
         positions = rows.lengths - 1
         last = jnp.take_along_axis(rows.tokens, positions[:, None], axis=1)[:, 0]
-        logits, cache = extend(model, last, positions, cache)
-        return rows.append(logits, how), cache
+        logits, cache = decode_step(model, last, positions, cache)
+        return rows.append(logits, params), cache
 
     return jax.lax.while_loop(goes_on, step, (rows, cache))  # with the cache, so that it stays where it is
-
-
-def _choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], how: _How) -> Int[Array, " B"]:
-    if how.temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / how.temperature
-    if how.top_k is not None:
-        logits = jnp.where(logits >= _least_kept(logits, how), logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _least_kept(logits: Float[Array, "B V"], how: _How) -> Float[Array, "B 1"]:
-    """The smallest logit that may be drawn: of the first `top_k`, the first that together reach `top_p`."""
-    ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    first = jnp.arange(logits.shape[1])[None, :] < how.top_k
-    share = jax.nn.softmax(ranked, axis=-1, where=first)
-    kept = first & (jnp.cumsum(share, axis=-1) - share < how.top_p)
-    kept = kept.at[:, 0].set(True)  # a `top_p` that is 0 in float32
-    return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
 
 
 # Text.

@@ -1,11 +1,16 @@
 """The attention part of a block."""
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
+from jaxpack.kernels.attention import attention
+from jaxpack.kernels.rope import apply_rope, norm_rope
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
+from jaxpack.model.cache import CacheSlot
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import NoKeys, RowContext
 from jaxpack.model.linear import Linear
@@ -28,23 +33,74 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
-    ) -> Float[Array, "B T D"]:
-        """`x + attention(norm(x))`."""
+        self,
+        norm: RMSNorm,
+        x: Float[Array, "B T D"],
+        context: RowContext,
+        keys: Key[Array, "2"] | NoKeys,
+        slot: CacheSlot | None = None,
+    ) -> tuple[Float[Array, "B T D"], CacheSlot | None]:
+        """Returns `x + attention(norm(x))`, and the slot with the keys and values of these tokens."""
         config = self.config
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         x, heads = self.qkv.after_norm(norm, x, context, keys[0])
-        heads = checkpoint_name(heads, "heads")
-        mixed = rotary_attention(
-            heads.reshape(*x.shape[:2], N + 2 * K, H),
-            context.angles,
-            context.bounds,
-            num_heads=N,
-            norms=HeadNorms(self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None,
-            eps=config.rms_norm_eps,
-            scale=config.attention_scale,
-            softcap=config.attn_logit_softcapping,
-            max_segments=context.max_segments,
-            implementation=context.implementation,
-        )
-        return self.out.onto(x, mixed.reshape(*x.shape[:2], N * H), context, keys[1], post_norm=self.post_norm)
+        heads = checkpoint_name(heads, "heads").reshape(*x.shape[:2], N + 2 * K, H)
+        if slot is not None:
+            mixed, slot = self._cached(heads, context, slot)
+        else:
+            mixed = rotary_attention(
+                heads,
+                context.angles,
+                context.bounds,
+                num_heads=N,
+                norms=self._norms,
+                eps=config.rms_norm_eps,
+                scale=config.attention_scale,
+                softcap=config.attn_logit_softcapping,
+                max_segments=context.max_segments,
+                implementation=context.implementation,
+            )
+        mixed = mixed.reshape(*x.shape[:2], N * H)
+        return self.out.onto(x, mixed, context, keys[1], post_norm=self.post_norm), slot
+
+    @property
+    def _norms(self) -> HeadNorms | None:
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else None
+
+    def _cached(
+        self, heads: Float[Array, "B T A H"], context: RowContext, slot: CacheSlot
+    ) -> tuple[Float[Array, "B T N H"], CacheSlot]:
+        """Attention of a prompt's tokens to each other, or of one more token to those in the cache."""
+        config, norms = self.config, self._norms
+        q, k, v = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+        if norms is None:
+            q, k = apply_rope(q, k, context.angles, implementation="xla")
+        else:
+            q, k = norm_rope(q, k, *norms, context.angles, eps=config.rms_norm_eps, implementation="xla")
+        slot = slot.put(k, v)
+        scale, softcap = config.attention_scale, config.attn_logit_softcapping
+        if slot.seen is not None:
+            return attend(q, *slot.get(), slot.seen, scale=scale, softcap=softcap), slot
+        # All else is plain jnp for text, but scores of a long prompt are many: the fastest kernel computes them.
+        options = {"scale": scale, "softcap": softcap, "max_segments": context.max_segments}
+        return attention(q, k, v, context.bounds, **options), slot
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    seen: Bool[Array, "B S"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Returns attention to the keys that are `seen`; scores and softmax are float32."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None, None, :])
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)

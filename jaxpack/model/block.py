@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jaxpack.model.attention import Attention
+from jaxpack.model.cache import CacheSlot
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import RowContext
 from jaxpack.model.feed_forward import FeedForward
@@ -26,9 +27,15 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: RowContext, dropout_key: Key[Array, ""] | None
-    ) -> Float[Array, "B T D"]:
+        self,
+        x: Float[Array, "B T D"],
+        context: RowContext,
+        dropout_key: Key[Array, ""] | None,
+        slot: CacheSlot | None = None,
+    ) -> tuple[Float[Array, "B T D"], CacheSlot | None]:
+        """Returns the layer's output; and, where text is written, its slot with the keys and values of these tokens."""
         none = (None, None)
         keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
-        x = checkpoint_name(self.attention(self.attention_norm, x, context, keys[0]), "residual")
-        return self.feed_forward(self.feed_forward_norm, x, context, keys[1])
+        x, slot = self.attention(self.attention_norm, x, context, keys[0], slot)
+        x = checkpoint_name(x, "residual")
+        return self.feed_forward(self.feed_forward_norm, x, context, keys[1]), slot

@@ -16,10 +16,13 @@ from jaxpack.kernels.rope import Angles
 class RowContext(NamedTuple):
     """What a layer needs to know of the batch, computed once for all that need the same; and which kernels it runs."""
 
-    bounds: SegmentBounds
+    bounds: SegmentBounds | None  # None where text is written: tokens attend to what is in a cache
     angles: Angles
     max_segments: int | None
     implementation: Implementation | None
+    # Whether adapters multiply apart from their matrix. Together they cost a copy of the matrix, which is most of the
+    # time where there are few tokens: that of text being written.
+    apart: bool = False
 
 
 NoKeys = tuple[None, None]  # no dropout

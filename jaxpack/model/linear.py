@@ -64,7 +64,7 @@ class Linear(nnx.Module):
         self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_key: Key[Array, ""] | None
     ) -> tuple[Float[Array, "B T I"], Float[Array, "B T O"]]:
         """`x` for the residual connection, and all projections of the normed `x`, side by side."""
-        if self.drops(dropout_key):
+        if context.apart or self.drops(dropout_key):
             return x, self(norm(x), dropout_key)
         weights = norm.weight, weight_of(self.weight), *self.factors()
         implementation = self._fitting(context.implementation, x)
@@ -87,8 +87,8 @@ class Linear(nnx.Module):
         """
         implementation = context.implementation
         base = residual if post_norm is None else None
-        if self.drops(dropout_key):
-            if gated is not None:  # dropout comes between the product and the adapter
+        if context.apart or self.drops(dropout_key):
+            if gated is not None:  # the adapter reads the product, perhaps after dropout
                 x = gated_activation(checkpoint_name(x, "gate_up"), activation=gated, implementation=implementation)
             out = self(x, dropout_key)
             out = out if base is None else base + out

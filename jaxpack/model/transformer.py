@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
         def layer(x, scanned, shared):
             (parameters, key, number, bound, angle), (stacks, bounds, angles) = scanned, shared
             context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
-            return nnx.merge(graph, weights_at(stacks, number), parameters)(x, context, key)
+            return nnx.merge(graph, weights_at(stacks, number), parameters)(x, context, key)[0]
 
         numbers = jnp.arange(self.config.num_layers) if jax.tree.leaves(stacks) else None
         scanned, shared = (layers, keys, numbers, bounds.index, angles.index), (stacks, bounds, angles)

@@ -16,7 +16,7 @@ import jaxpack
 from jaxpack import InputError, LoraConfig, Transformer, generate, generate_text
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation
-from jaxpack.generation.decode import extend, prefill
+from jaxpack.generation.decode import decode_step, prefill
 from jaxpack.model.config import DynamicRopeScaling, LongRopeScaling, RopeConfig
 
 ORIGINAL = 30  # context of the ropes that depend on it: some prompts are shorter, some texts get longer
@@ -113,7 +113,7 @@ def test_each_token_has_the_logits_of_a_forward_pass(kind, dtype):
     expected = np.asarray(model.logits(jnp.asarray(tokens)))
     atol = 1e-4 if dtype == jnp.float32 else 0.1 * expected.std()
     begin = quick_jit(lambda tokens, lengths: prefill(model, tokens, lengths, size=48))
-    step = quick_jit(lambda *arguments: extend(model, *arguments))
+    step = quick_jit(lambda *arguments: decode_step(model, *arguments))
     logits, cache = begin(jnp.asarray(tokens[:, :24]), jnp.asarray(lengths))
     for i in range(20):
         places = lengths + i
