@@ -131,8 +131,11 @@ class Transformer(nnx.Module):
 
     @property
     def casts_weights(self) -> bool:
-        """Whether weights are trained, in float32, and cast to the narrower dtype of the matmuls in every step."""
-        return is_trained(self.norm.scale) and self.dtype != jnp.float32
+        """Whether a step casts the weights to the narrower dtype of the matmuls: trained ones are float32, and those
+        that were trained before may be.
+        """
+        scale = self.norm.scale
+        return self.dtype != jnp.float32 and (is_trained(scale) or scale.dtype != self.dtype)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The logits of hidden states, in float32."""

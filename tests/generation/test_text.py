@@ -59,8 +59,11 @@ def make_model(kind: str, *, lora: bool = True, **settings: object) -> Transform
     family, changes = KINDS[kind]
     model = small_model(family, lora=LoraConfig(r=4) if lora else None, **changes, **settings)
     for _, parameter in nnx.iter_graph(model):
-        if isinstance(parameter, nnx.Param) and not isinstance(parameter, nnx.LoRAParam) and parameter.ndim == 3:
-            parameter.set_value(3 * parameter[...])
+        if isinstance(parameter, nnx.LoRAParam) or not isinstance(parameter, nnx.Variable):
+            continue
+        value = parameter.get_value()
+        if len(value.shape) == 3:
+            parameter.set_value(jax.tree.map(lambda x: 3 * x, value))
     return model
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import torch_bridge
 from jaxpack import Batches, Documents, LoraConfig, TrainConfig, Transformer, add_lora
 from jaxpack.model.lora import adapters
+from jaxpack.model.weights import Frozen
 from jaxpack.train.step import loss_and_gradients
 from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import hf
@@ -106,7 +107,7 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
     config = TrainConfig(max_length=128, packing=True, per_device_train_batch_size=3, num_train_epochs=1)
     batches = Batches(Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths), config)
     assert len(batches) == 1
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    graph, parameters, rest = nnx.split(model, nnx.Any(nnx.Param, Frozen), ...)
     loss, gradients = quick_jit(functools.partial(loss_and_gradients, graph))(parameters, rest, batches[0])
     model = nnx.merge(graph, gradients, rest)
     ours = adapter_tensors(model) | {name: np.asarray(x) for name, x in model_tensors(model)}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import torch_bridge
 from jaxpack import InputError, LoraConfig, TrainConfig, Trainer, Transformer, add_lora
 from jaxpack.model.lora import adapters
+from jaxpack.model.weights import TRAINED, Frozen
 from tests.torch_bridge import hf
 from torch_bridge.io.safetensors_file import Tensor, read_header
 
@@ -93,23 +94,24 @@ def test_training_goes_on_from_it(tmp_path: Path):
     _, base, adapter = save_peft(tmp_path, "llama-untied", settings)
     model, _ = torch_bridge.from_pretrained(base, dtype="float32")
     torch_bridge.load_adapter(model, adapter)
-    frozen = [np.array(x) for x in jax.tree.leaves(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))]
-    before = [np.array(x) for x in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))]
+    frozen = [np.array(x) for x in jax.tree.leaves(nnx.state(model, Frozen))]
+    before = [np.array(x) for x in jax.tree.leaves(nnx.state(model, TRAINED))]
     rows = [{"input_ids": document.tokens, "labels": document.labels} for document in hf.random_documents([20] * 8)]
     config = TrainConfig(max_steps=3, learning_rate=1e-2, max_length=32, per_device_train_batch_size=4)
     result = Trainer(model, None, rows, config).train()
     assert np.isfinite(result.losses).all() and len(set(result.losses)) == 3
-    after = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+    after = jax.tree.leaves(nnx.state(model, TRAINED))
     assert len(after) == 7  # two factors of three projections, and the head
     assert all((np.asarray(new) != old).any() for new, old in zip(after, before, strict=True))
-    still = jax.tree.leaves(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+    still = jax.tree.leaves(nnx.state(model, Frozen))
+    assert len(still) == 8  # the embedding, the last norm, and, stacked, two norms and four matrices
     assert all((np.asarray(new) == old).all() for new, old in zip(still, frozen, strict=True))
 
     torch_bridge.save_adapter(model, str(tmp_path / "trained"))
     reread, _ = torch_bridge.from_pretrained(base, dtype="float32")
     torch_bridge.load_adapter(reread, str(tmp_path / "trained"))
     assert reread.lora_config == model.lora_config
-    for new, old in zip(jax.tree.leaves(nnx.state(reread, nnx.LoRAParam)), after, strict=True):
+    for new, old in zip(jax.tree.leaves(nnx.state(reread, TRAINED)), after, strict=True):
         np.testing.assert_array_equal(new, old)
 
 

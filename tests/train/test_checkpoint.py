@@ -19,6 +19,7 @@ from tensorboard_events import expected_scalars, scalars
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import Frozen
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train import checkpoint
 from jaxpack.train.checkpoint import Checkpoints, Progress, checksums, identity_of, load_checkpoint, steps_in
@@ -62,7 +63,9 @@ def crash(training: Trainer, after: int) -> None:
 
 
 def weights(model: Transformer) -> dict[tuple, np.ndarray]:
-    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {
+        path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
+    }
 
 
 def require_same(result: TrainResult, model: Transformer, expected: TrainResult, trained: Transformer) -> None:

@@ -16,6 +16,7 @@ from short_runs import LORA, ROWS, SHORT, changed
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.errors import InputError
+from jaxpack.model.weights import Frozen
 from jaxpack.train.signals import StopSignal
 from jaxpack.train.trainer import Trainer
 
@@ -26,7 +27,7 @@ def test_only_what_is_trained_changes_and_arrays_held_elsewhere_live_on(lora):
     before = nnx.clone(model)
     Trainer(model, None, ROWS, SHORT).train()
     for (path, old), (_, new) in zip(
-        nnx.to_flat_state(nnx.state(before, nnx.Param)), nnx.to_flat_state(nnx.state(model, nnx.Param)), strict=True
+        *(nnx.to_flat_state(nnx.state(one, nnx.Any(nnx.Param, Frozen))) for one in (before, model)), strict=True
     ):
         trained = lora is None or path[-1] in ("lora_a", "lora_b")
         assert (np.asarray(old[...]) != np.asarray(new[...])).any() == trained, path
