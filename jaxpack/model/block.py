@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 from jaxpack.model.attention import Attention
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import RowContext
+from jaxpack.model.cost import CostContext, PartCost
 from jaxpack.model.feed_forward import FeedForward
 from jaxpack.model.norm import make_norm
 
@@ -32,3 +33,9 @@ class Block(nnx.Module):
         keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
         x = checkpoint_name(self.attention(self.attention_norm, x, context, keys[0]), "residual")
         return self.feed_forward(self.feed_forward_norm, x, context, keys[1])
+
+    def cost(self, context: CostContext) -> PartCost:
+        """Returns the cost of one layer. It names "residual", the residual stream between the layer's halves."""
+        size = self.feed_forward_norm.scale.shape[-1] * context.itemsize
+        attention = self.attention.cost(self.attention_norm, context).name_output("residual", size)
+        return attention + self.feed_forward.cost(self.feed_forward_norm, context).starting_from("residual")
