@@ -17,7 +17,7 @@ from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, free_device_bytes
-from jaxpack.planning.predictions import resolve
+from jaxpack.planning.choose import resolve
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
 from jaxpack.train.step import (
@@ -40,7 +40,7 @@ class Run:
       state, frozen: what a step changes, and what it does not. The model's trained parameters are set to those of the
         former, which the first step donates.
       started: how many steps are, counted from the run's beginning.
-      remat, explanation: see `predictions.resolve`.
+      remat, explanation: see `choose.resolve`.
       programs, eval_programs: by T, once they are compiled.
     """
 
