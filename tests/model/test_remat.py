@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
+from jaxpack.model.feed_forward import FeedForward
 from jaxpack.model.linear import Linear
 from jaxpack.model.remat import KEPT, OFFLOADED
 from jaxpack.model.transformer import Transformer
@@ -201,6 +203,29 @@ def test_dropout_keeps_what_it_lets_through(remat):
     predicted = step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
     linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
     assert 0 <= predicted - got <= step.num_layers * 128 * 2 * sum(linear.rank for linear in linears) * 2  # made up
+
+
+class Squared(FeedForward):
+    """A feed-forward behind which a square is added: a derivative reads what is squared, and it has a name."""
+
+    def __call__(self, norm, x, context, keys):
+        x = super().__call__(norm, x, context, keys)
+        return x + checkpoint_name(x / 2, "squared") ** 2
+
+    def cost(self, norm, context):
+        return super().cost(norm, context).name_output("squared", norm.scale.shape[-1] * context.itemsize)
+
+
+@pytest.mark.parametrize("remat", ["full", "keep_attention", *slow([("offload",), ("keep_projections",), ("none",)])])
+def test_a_part_with_one_more_name_keeps_the_bytes_that_it_declares(remat, monkeypatch):
+    monkeypatch.setattr("jaxpack.model.block.FeedForward", Squared)
+    monkeypatch.setitem(KEPT, "keep_attention", KEPT["keep_attention"] | {"squared"})
+    model = small_model("llama", lora=LoraConfig(r=8), dtype=jnp.bfloat16)
+    step = StepShape.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat), model, remat)
+    if remat == "none":
+        got -= step.num_layers * 128 * heads_of(model)[0] * 2  # see above
+    assert got == step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
 
 
 # Offloading.
