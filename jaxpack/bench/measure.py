@@ -13,7 +13,9 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
-from jaxpack.planning.predictions import Job, predict, rates_of
+from jaxpack.planning.choose import predict
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.time import rates_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.run import Run
 from jaxpack.utils.compilation_cache import ProgramCache
@@ -53,7 +55,7 @@ def measure(
     config = train_config(case)
     batches = Batches(documents, config)
     run = Run(model, batches, config)
-    job = Job.of_run(model, batches)
+    step = StepShape.of_run(model, batches)
     cache = ProgramCache(config.compilation_cache_dir)
     compile_seconds = run.compile(cache)
     timed = timed_steps(batches)
@@ -66,7 +68,7 @@ def measure(
         ends.append(time.perf_counter())
 
     seconds = np.diff(ends)
-    predicted = predict(job, rates_of(current_device().device_kind))[run.remat]
+    predicted = predict(step, rates_of(current_device().device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
     figures = {
         "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),

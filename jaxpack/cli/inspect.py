@@ -15,7 +15,7 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.preview import show_row as shown
 from jaxpack.errors import InputError, errors_name, reason
 from jaxpack.planning.inspect import inspect as inspect_documents
-from jaxpack.planning.predictions import RATES
+from jaxpack.planning.time import RATES
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.figures import require_matplotlib

@@ -13,8 +13,11 @@ from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 from jaxpack.model.cache import CacheSlot
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import NoKeys, RowContext
+from jaxpack.model.cost import Cost, CostContext, PartCost
 from jaxpack.model.linear import Linear
 from jaxpack.model.norm import RMSNorm, make_norm
+
+_TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
 
 
 class Attention(nnx.Module):
@@ -84,6 +87,38 @@ class Attention(nnx.Module):
         # All else is plain jnp for text, but scores of a long prompt are many: the fastest kernel computes them.
         options = {"scale": scale, "softcap": softcap, "max_segments": context.max_segments}
         return attention(q, k, v, context.bounds, **options), slot
+
+    def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
+        """Returns the cost of the part, whose output is the residual stream.
+
+        It names "heads", the projection of queries, keys and values; "qkv", the same as attention's backward pass reads
+        it; and "attention", the output and the float32 log-sum-exp of the attention kernel, which is not run again
+        where both are kept. Without norms, heads are turned in place and kept so; with norms, they are kept as they
+        are, and normed and turned again.
+        """
+        config, size = self.config, context.itemsize
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim  # channels; k and v alike
+        heads_bytes = (q + 2 * kv) * size
+        turn = Cost(bytes=2 * (q + kv) * size)
+        heads = self.qkv.after_norm_cost(norm, context).name_output("heads", heads_bytes, only_for="qkv")
+        if config.qk_norm:
+            turned = PartCost(unnamed=turn, shared_bytes=(q + kv) * size).name_output("qkv", heads_bytes)
+        else:
+            turned = PartCost(output=turn).name_output("qkv", heads_bytes)
+        operations = 4 * q * (context.keys_per_token + _TILE_KEYS)  # two products
+        mixed = PartCost(
+            output=Cost(attention=operations, bytes=(2 * q + 2 * kv) * size),
+            unnamed_bytes=self._per_layer_bytes(),
+            # Seven products for the two, in two kernels; norm and rotation of heads.
+            backward=Cost(attention=3.5 * operations, bytes=(6 * q + 4 * kv + 3 * (q + kv)) * size),
+        ).name_output("attention", q * size + 4 * config.num_heads)
+        return heads + turned + mixed + self.out.onto_cost(context, post_norm=self.post_norm)
+
+    def _per_layer_bytes(self) -> int:
+        """Returns the bytes a token of attention's bounds and of the angles of heads, where layers differ in them."""
+        config = self.config
+        bounds = 2 * 4 if len(set(config.windows)) > 1 else 0
+        return bounds + (4 * config.rope.rotary_dim(config.head_dim) if len(set(config.ropes)) > 1 else 0)
 
 
 def attend(

@@ -10,6 +10,7 @@ from jaxpack.model.attention import Attention
 from jaxpack.model.cache import CacheSlot
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import RowContext
+from jaxpack.model.cost import CostContext, PartCost
 from jaxpack.model.feed_forward import FeedForward
 from jaxpack.model.norm import make_norm
 
@@ -39,3 +40,9 @@ class Block(nnx.Module):
         x, slot = self.attention(self.attention_norm, x, context, keys[0], slot)
         x = checkpoint_name(x, "residual")
         return self.feed_forward(self.feed_forward_norm, x, context, keys[1]), slot
+
+    def cost(self, context: CostContext) -> PartCost:
+        """Returns the cost of one layer. It names "residual", the residual stream between the layer's halves."""
+        size = self.feed_forward_norm.scale.shape[-1] * context.itemsize
+        attention = self.attention.cost(self.attention_norm, context).name_output("residual", size)
+        return attention + self.feed_forward.cost(self.feed_forward_norm, context).starting_from("residual")

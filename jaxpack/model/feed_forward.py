@@ -6,8 +6,10 @@ from jaxtyping import Array, Float, Key
 
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import NoKeys, RowContext
+from jaxpack.model.cost import BackwardPeak, CostContext, PartCost
 from jaxpack.model.linear import Linear
 from jaxpack.model.norm import RMSNorm, make_norm
+from jaxpack.model.weights import weight_of
 
 
 class FeedForward(nnx.Module):
@@ -27,3 +29,19 @@ class FeedForward(nnx.Module):
         """`x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
         x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
         return self.down.onto(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
+
+    def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
+        """Returns the cost of the part, whose output is the residual stream.
+
+        It names "gate_up", both projections side by side. A layer's backward pass holds the most at the gated
+        activation: gradients of the product and of the layer's output, the latter also extended for the adapter, and a
+        copy of the matrix behind the product. By then the normed tokens and "gate_up" were computed again.
+        """
+        size, (D, F) = context.itemsize, weight_of(self.down.weight).shape[-2:]
+        gate_up = self.gate_up.after_norm_cost(norm, context).name_output("gate_up", 2 * F * size)
+        peak = BackwardPeak(
+            bytes=(F + 2 * D + self.down.rank) * size,
+            weight_bytes=F * (D + self.down.rank) * size,
+            rerun_bytes=(D + self.gate_up.rank + 2 * F) * size,
+        )
+        return gate_up + self.down.onto_cost(context, gated=True, post_norm=self.post_norm) + PartCost(peaks=(peak,))

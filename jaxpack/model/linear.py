@@ -18,8 +18,9 @@ from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.model.context import RowContext
+from jaxpack.model.cost import NO_COST, Cost, CostContext, NamedActivation, PartCost
 from jaxpack.model.norm import RMSNorm
-from jaxpack.model.weights import weight_of
+from jaxpack.model.weights import is_trained, weight_of
 
 
 class LoraAdapter(nnx.Module):
@@ -101,6 +102,62 @@ class Linear(nnx.Module):
                 out = gated_residual_linear(base, x, *weights, activation=gated, implementation=implementation)
             out = self._biased(out)
         return out if post_norm is None else residual + post_norm(checkpoint_name(out, "branch"))
+
+    def after_norm_cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
+        """Returns the cost of `after_norm`, whose output is the projections.
+
+        Derivatives read the normed tokens with what the adapters' first factor makes of them behind their channels; or,
+        with dropout, what it lets through, and its mask. A weight that is cast is kept as it was cast.
+        """
+        (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
+        matrix = O * (I + R)  # elements of the weight with the adapters' second factor behind its columns
+        copied = Cost(weight_bytes=2 * matrix * size)
+        rows = PartCost(
+            unnamed_bytes=self._dropout_bytes(context) if context.has_dropout else (I + R) * size,
+            cast_weight_bytes=matrix * size if context.casts_weights else 0,
+            unnamed=Cost(bytes=R * size) + copied,
+            output=Cost(matmul=2 * matrix),
+            backward=Cost(bytes=2 * R * size) + (NO_COST if context.casts_weights else copied),
+        )
+        return norm.cost(context) + rows + PartCost(backward=self._gradient_cost(matrix, context))
+
+    def onto_cost(self, context: CostContext, *, gated: bool = False, post_norm: RMSNorm | None = None) -> PartCost:
+        """Returns the cost of `onto`, whose output is the residual stream.
+
+        It names "lora", what the adapters pass between their factors: so small that every choice keeps it. With a
+        `post_norm` it also names "branch", what the norm reads. Its input is counted where that is named.
+        """
+        (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
+        matrix = (O + R) * I  # elements of the weight with the adapters' first factor behind its rows
+        copied = Cost(weight_bytes=2 * matrix * size)
+        part = PartCost(
+            unnamed_bytes=self._dropout_bytes(context) if context.has_dropout else 0,
+            output=Cost(matmul=2 * matrix, bytes=(3 * O + R) * size) + copied,
+            backward=self._gradient_cost(matrix, context) + copied,
+        )
+        if context.has_adapters:  # extends the gradient of the output
+            part += PartCost(backward=Cost(bytes=2 * O * size))
+        if gated:  # the activation, and its gradient with its product again
+            part += PartCost(output=Cost(bytes=3 * I * size), backward=Cost(bytes=6 * I * size))
+        if post_norm is not None:
+            part = part.name_output("branch", O * size) + post_norm.cost(context, adds_residual=True)
+        return PartCost(named={"lora": NamedActivation(R * size)}) + part
+
+    def _gradient_cost(self, matrix: int, context: CostContext) -> Cost:
+        """Returns the work of the gradients: of the input, of a trained weight, and of the adapters' factors."""
+        matmul = 2 * matrix * (2 if is_trained(self.weight) else 1)
+        return Cost(matmul=matmul, bytes=sum(self._shape) * context.itemsize if context.has_adapters else 0)
+
+    def _dropout_bytes(self, context: CostContext) -> int:
+        """Returns the bytes a token of what dropout lets through, its mask, and what is between the factors."""
+        _, I = self._shape  # noqa: E741
+        return I * (context.itemsize + 1) + self.rank * context.itemsize
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Output and input channels of all projections together."""
+        rows, columns = weight_of(self.weight).shape[-2:]
+        return rows, columns
 
     def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]] | tuple[None, None]:
         """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from jaxpack.kernels.rms_norm import rms_norm
 from jaxpack.model.config import ModelConfig
+from jaxpack.model.cost import Cost, CostContext, PartCost
 
 
 class RMSNorm(nnx.Module):
@@ -32,6 +33,17 @@ class RMSNorm(nnx.Module):
         """
         scale = self.scale[...].astype(jnp.float32)
         return 1 + scale if self.unit_offset else scale
+
+    def cost(self, context: CostContext, *, adds_residual: bool = False) -> PartCost:
+        """Returns the cost of a norm in front of a branch or, with `adds_residual`, of the one behind it.
+
+        In front, its result is what the projection behind it keeps (`Linear.after_norm_cost`), and its backward
+        kernel adds the gradient that goes past the branch. Behind, the norm adds the residual stream to its result.
+        """
+        row = self.scale.shape[-1] * context.itemsize  # bytes a token
+        if adds_residual:
+            return PartCost(output=Cost(bytes=3 * row), backward=Cost(bytes=4 * row))
+        return PartCost(unnamed=Cost(bytes=2 * row), backward=Cost(bytes=5 * row))
 
 
 def make_norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:

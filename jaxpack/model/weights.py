@@ -29,8 +29,8 @@ def weight_of(variable: nnx.Variable) -> Weight:
     return as_weight(variable.get_value())
 
 
-def is_trained(variable: nnx.Variable) -> bool:
-    """Whether training changes a variable."""
+def is_trained(variable: Any) -> bool:
+    """Whether an attribute of a module is a parameter that training changes."""
     return isinstance(variable, TRAINED)
 
 

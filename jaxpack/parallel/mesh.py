@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxpack.errors import InputError
 from jaxpack.parallel.device import current_device
@@ -12,8 +12,11 @@ from jaxpack.parallel.device import current_device
 DATA = "data"  # the mesh axis over which the rows of a batch are dealt
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with one axis, "data", over `devices`; None is the one device that arrays are made on.
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh | AbstractMesh:
+    """Returns a mesh with one axis, "data", over `devices`.
+
+    None is the mesh that is set in JAX (`jax.set_mesh`), where that has such an axis, and else the one device that
+    arrays are made on.
 
     Raises:
       InputError: `devices` is empty or names a device twice.
@@ -22,6 +25,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
       >>> make_mesh().shape["data"]
       1
     """
+    if devices is None and DATA in (already := jax.sharding.get_abstract_mesh()).axis_names:
+        return already
     devices = [current_device()] if devices is None else list(devices)
     if not devices or len(set(devices)) != len(devices):
         raise InputError(f"`devices` must be at least one device, each once, got {devices}.")

@@ -18,7 +18,8 @@ from jaxpack.data.packing import packed_rows
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
-from jaxpack.planning.predictions import RATES, Rates, known_gpu, resolve, run_seconds
+from jaxpack.planning.choose import resolve
+from jaxpack.planning.time import RATES, DeviceRates, known_gpu, run_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.figures import Line, frame, label_ends, new_figure
 
@@ -176,7 +177,7 @@ def _timed(
     layouts: dict[Layout, LayoutEstimate],
     batches: dict[Layout, Batches],
     model: Transformer,
-    rates: Rates,
+    rates: DeviceRates,
     gpu: str | None,
 ) -> dict[Layout, LayoutEstimate]:
     """The same with times, of those that fit, and speed-ups from them."""

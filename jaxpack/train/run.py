@@ -21,7 +21,7 @@ from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.mesh import make_mesh
-from jaxpack.planning.predictions import resolve
+from jaxpack.planning.choose import resolve
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
 from jaxpack.train.optimizer import resolve_optimizer
@@ -38,7 +38,7 @@ class Run:
         former, which the first step donates.
       schedule: the learning rate by step; None where the optimizer keeps it to itself.
       started: how many steps are, counted from the run's beginning.
-      remat, explanation: see `predictions.resolve`.
+      remat, explanation: see `choose.resolve`.
       programs, eval_programs: by T, once they are compiled.
     """
 

@@ -13,7 +13,7 @@ TRITON_CALL = "__gpu$xla.gpu.triton"
 # jax 0.11 takes the instruction set from the device of the mesh in context; jax 0.10 assumes a Hopper.
 _H200 = AbstractMesh(
     (1,),
-    ("x",),
+    ("data",),
     (AxisType.Auto,),
     abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
 )

@@ -10,21 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
-from jaxpack.model.remat import (
-    KEPT,
-    NAMED,
-    NAMES,
-    OFFLOADED,
-    Layer,
-    Ranks,
-)
-from jaxpack.planning.predictions import Job, host_bytes, layer_bytes
+from jaxpack.model.feed_forward import FeedForward
+from jaxpack.model.linear import Linear
+from jaxpack.model.remat import KEPT, OFFLOADED
+from jaxpack.model.transformer import Transformer
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.memory import host_bytes, layer_bytes
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.step import loss_and_gradients, split_trainable
 
@@ -82,10 +80,12 @@ def test_every_name_is_one_that_the_model_gives(any_family):
     graph, trainable, frozen = parts(any_family, True)
     program = jax.make_jaxpr(functools.partial(loss_and_gradients, graph, remat="none"))(trainable, frozen, batch())
     given = {equation.params["name"] for equation in equations(program.jaxpr) if equation.primitive.name == "name"}
-    layer = Layer(small_config(any_family), Ranks(), 4)
-    assert given == {name for name in NAMES if name == "lora" or NAMED[name](layer)} | {"heads"}
-    assert all(set(names) <= {*NAMES, "heads"} for names in OFFLOADED.values())
-    assert all(set(names) <= set(NAMES) for names in KEPT.values() if names is not None)
+    named = StepShape.of(nnx.merge(graph, trainable, frozen), (1, 1, 128)).layer.named
+    assert given == set(named) and all(activation.bytes for activation in named.values())
+    assert ("branch" in given) == small_config(any_family).post_norms
+    known = given | {"branch"}
+    assert all(names <= known for names in OFFLOADED.values())
+    assert all(names <= known - {"heads"} for names in KEPT.values() if names is not None)
 
 
 # In the step as a GPU gets it: how often it is that these run for a layer. Where layers are offloaded, the program has
@@ -148,14 +148,23 @@ def kept_arrays(parts, remat: Remat, dropout: bool = False):
     return jax.eval_shape(kept, trainable, frozen, *row)
 
 
-def kept_bytes(arrays, layer: Layer, remat: Remat) -> int:
-    """Of those, what layers keep of tokens, and matrices that no argument of the step is.
+def heads_of(model: Transformer) -> tuple[int, int]:
+    """Counts the channels of all query heads, and of all key heads."""
+    return model.config.num_heads * model.config.head_dim, model.config.num_kv_heads * model.config.head_dim
 
-    Only what is stacked: of what the others offload, the last layer's is gone before the backward pass of the next.
+
+def kept_bytes(arrays, model: Transformer, remat: Remat) -> int:
+    """Adds up what layers keep of tokens, and matrices that no argument of the step is.
+
+    Only what is stacked counts: of what the others offload, the last layer's is gone before the backward pass of the
+    next.
     """
-    config = layer.config
-    (q, kv), D, F = layer.heads, config.hidden_size, config.intermediate_size
-    matrices = {(q + 2 * kv, D + layer.ranks.qkv), (2 * F, D + layer.ranks.gate_up)}
+    config = model.config
+    (q, kv), D, F = heads_of(model), config.hidden_size, config.intermediate_size
+    matrices = {
+        (q + 2 * kv, D + model.blocks.attention.qkv.rank),
+        (2 * F, D + model.blocks.feed_forward.gate_up.rank),
+    }
 
     def counts(x) -> bool:
         may_be_on_host = remat in OFFLOADED and x.ndim == 4 and x.dtype == jnp.bfloat16  # no table of `PerLayer`
@@ -176,23 +185,47 @@ ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), 
 @pytest.mark.parametrize("any_family", ["qwen3", "gemma3", *slow([("llama",), ("qwen2",)])])
 def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):
     model = small_model(any_family, lora=lora, dtype=jnp.bfloat16)
-    job = Job.of(model, (1, 1, 128))
-    got = kept_bytes(kept_arrays(split_trainable(model), remat), job.layer, remat)
+    step = StepShape.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat), model, remat)
     if remat == "none":
-        heads = job.num_layers * 128 * job.layer.heads[0] * 2
+        heads = step.num_layers * 128 * heads_of(model)[0] * 2
         got -= heads  # the output of attention, once as heads and once as channels
         if model.config.qk_norm:
-            got += job.num_layers * 128 * sum(job.layer.heads) * 2  # turned heads, which XLA shares between the passes
-    assert got == job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
+            got += step.num_layers * 128 * sum(heads_of(model)) * 2  # turned heads, which XLA shares between the passes
+    assert got == step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
 
 
 @pytest.mark.parametrize("remat", CHOICES)
 def test_dropout_keeps_what_it_lets_through(remat):
     model = small_model("llama", lora=LoraConfig(r=8, lora_dropout=0.1), dtype=jnp.bfloat16)
-    job = Job.of(model, (1, 1, 128))
-    got = kept_bytes(kept_arrays(split_trainable(model), remat, dropout=True), job.layer, remat)
-    predicted = job.num_layers * layer_bytes(job, remat) + host_bytes(job, remat)
-    assert 0 <= predicted - got <= job.num_layers * 128 * 2 * sum(job.layer.ranks) * 2  # made up ranks
+    step = StepShape.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat, dropout=True), model, remat)
+    predicted = step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
+    linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
+    assert 0 <= predicted - got <= step.num_layers * 128 * 2 * sum(linear.rank for linear in linears) * 2  # made up
+
+
+class Squared(FeedForward):
+    """A feed-forward behind which a square is added: a derivative reads what is squared, and it has a name."""
+
+    def __call__(self, norm, x, context, keys):
+        x = super().__call__(norm, x, context, keys)
+        return x + checkpoint_name(x / 2, "squared") ** 2
+
+    def cost(self, norm, context):
+        return super().cost(norm, context).name_output("squared", norm.scale.shape[-1] * context.itemsize)
+
+
+@pytest.mark.parametrize("remat", ["full", "keep_attention", *slow([("offload",), ("keep_projections",), ("none",)])])
+def test_a_part_with_one_more_name_keeps_the_bytes_that_it_declares(remat, monkeypatch):
+    monkeypatch.setattr("jaxpack.model.block.FeedForward", Squared)
+    monkeypatch.setitem(KEPT, "keep_attention", KEPT["keep_attention"] | {"squared"})
+    model = small_model("llama", lora=LoraConfig(r=8), dtype=jnp.bfloat16)
+    step = StepShape.of(model, (1, 1, 128))
+    got = kept_bytes(kept_arrays(split_trainable(model), remat), model, remat)
+    if remat == "none":
+        got -= step.num_layers * 128 * heads_of(model)[0] * 2  # see above
+    assert got == step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
 
 
 # Offloading.

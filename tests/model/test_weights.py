@@ -19,7 +19,8 @@ from jaxpack.kernels.weight import DenseWeight
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import OFFLOADED
 from jaxpack.model.weights import Frozen, freeze, is_trained, weight_of
-from jaxpack.planning.predictions import Job, argument_bytes
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.memory import argument_bytes
 from jaxpack.train.step import loss_and_gradients, split_trainable
 from torch_bridge.tensors import fill, model_tensors
 
@@ -99,7 +100,7 @@ def test_a_run_predicts_its_bytes_and_trains_and_goes_on(store, tmp_path):
 
     first = trainer(max_steps=4, save_steps=2)
     frozen = jax.tree.leaves(nnx.state(first.model, Frozen))
-    assert Job.of_run(first.model, first.batches).frozen_bytes == sum(leaf.nbytes for leaf in frozen)
+    assert StepShape.of_run(first.model, first.batches).frozen_bytes == sum(leaf.nbytes for leaf in frozen)
     before = [np.array(leaf) for leaf in frozen]
     result = first.train()
     assert result.losses[-1] < result.losses[0]
@@ -134,8 +135,8 @@ def test_the_arguments_of_the_compiled_step_have_the_bytes_that_are_predicted(st
     graph, trainable, frozen = split_trainable(model)
     program = jax.jit(functools.partial(loss_and_gradients, graph)).lower(trainable, frozen, batch()).compile()
     got = program.memory_analysis().argument_size_in_bytes
-    job = Job.of(model, batch().tokens.shape)
-    predicted = argument_bytes(job) - 8 * job.trained  # without the moments of the optimizer
+    step = StepShape.of(model, batch().tokens.shape)
+    predicted = argument_bytes(step) - 8 * step.trained  # without the moments of the optimizer
     assert predicted <= got <= predicted * 1.001 + 2**14  # XLA gives each array a multiple of 64 bytes
 
 

@@ -29,8 +29,9 @@ from jaxpack.data.reading import load_documents
 from jaxpack.data.synthetic import drawn_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.model.presets import SHAPES
+from jaxpack.planning.cost import StepShape
 from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding
-from jaxpack.planning.predictions import RATES, Job, step_seconds
+from jaxpack.planning.time import RATES, step_seconds
 
 ROOT = Path(__file__).parent.parent.parent
 LAYOUTS = get_args(Layout)
@@ -203,7 +204,8 @@ def test_times_are_those_of_the_steps():
     config = TrainConfig(max_length=256, per_device_train_batch_size=8, num_train_epochs=2, remat="none")
     found = jaxpack.inspect(documents, config, model=qwen(), gpu="H200")
     batches = Batches(documents, config)
-    steps = [step_seconds(Job.of_run(qwen(), batches, int(T)), "none", RATES["H200"]) for T in batches.row_lengths]
+    shapes = [StepShape.of_run(qwen(), batches, int(T)) for T in batches.row_lengths]
+    steps = [step_seconds(shape, "none", RATES["H200"]) for shape in shapes]
     assert len(set(steps)) > 1
     run, padded = found.run, found.layouts["padded"]
     assert run.hours_per_epoch == pytest.approx(sum(steps) / 2 / 3600)
@@ -220,7 +222,7 @@ def test_the_gpu_that_is_here_says_how_much_fits(monkeypatch):
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 130 * 2**30, "bytes_in_use": 0}
 
-    for module in ("planning.predictions", "planning.inspect"):
+    for module in ("planning.choose", "planning.inspect"):
         monkeypatch.setattr(f"jaxpack.{module}.current_device", Gpu)
     found = jaxpack.inspect(skewed(), TrainConfig(packing=True, max_length=256), model=qwen())
     assert (found.device, found.run.remat) == ("NVIDIA H200", "none")

@@ -1,0 +1,80 @@
+"""The time that a step takes with each choice of `remat`, in seconds, at the rates of a device."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpack.constants import Remat
+from jaxpack.data.batching import Batches
+from jaxpack.model.cost import Cost
+from jaxpack.model.remat import OFFLOADED, unrolls
+from jaxpack.model.transformer import Transformer
+from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, loss_cost, recomputed_cost, update_cost
+from jaxpack.planning.memory import host_bytes
+
+
+class DeviceRates(NamedTuple):
+    """The work a second that a device sustains in the middle of a step: less than its best in a benchmark of one
+    kernel. And the seconds that a kernel takes beside its work."""
+
+    matmul: float  # floating-point operations, bfloat16
+    attention: float  # the same, within the attention kernels
+    memory: float  # bytes
+    link: float  # bytes to the host, and as many back
+    kernel: float  # on the device
+    start: float  # on the host, where it starts each by itself
+
+    def seconds(self, cost: Cost) -> float:
+        """Returns the seconds of a micro-batch's work (`Cost.for_tokens`), one kernel after another."""
+        moved = cost.bytes + cost.weight_bytes
+        return cost.matmul / self.matmul + cost.attention / self.attention + moved / self.memory
+
+
+# From the kernels of their steps (2026-11-26 and 2026-11-27): of the H100 its SXM's, from the link on the H200's.
+RATES = {
+    "H200": DeviceRates(720e12, 500e12, 3.0e12, 50e9, 2e-6, 7e-6),
+    "H100": DeviceRates(720e12, 500e12, 2.4e12, 50e9, 2e-6, 7e-6),
+}
+_UNKNOWN = DeviceRates(100e12, 50e12, 0.6e12, 10e9, 0, 0)  # or a CPU, that starts no kernels
+_SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
+
+
+def known_gpu(device_kind: str) -> str | None:
+    """Returns the GPU of `RATES` that jax calls `device_kind`; None for any other."""
+    words = set(device_kind.split())
+    return next((name for name in RATES if name in words and not words & _SLOWER), None)
+
+
+def rates_of(device_kind: str) -> DeviceRates:
+    """Returns the rates of the device that jax calls `device_kind`; low ones where they are not known."""
+    return RATES.get(known_gpu(device_kind), _UNKNOWN)
+
+
+def num_kernels(step: StepShape, remat: Remat) -> int:
+    """Returns about how many kernels a step runs, from the profiles of Qwen3's: adapters have many small ones, loops
+    copy arrays.
+    """
+    looped, unrolled = (75, 46) if step.trains_all else (110, 62)  # of a layer
+    return step.shape[0] * step.num_layers * (unrolled if unrolls(remat) else looped)
+
+
+def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
+    """Returns the seconds of a step, one kernel after another.
+
+    Copies to the host and back run beside kernels: they take longer where the link is slower than the computation.
+    Where kernels are started one by one, few tokens take what it takes to start them.
+    """
+    forward = step.num_layers * rates.seconds(forward_cost(step))
+    backward = step.num_layers * rates.seconds(backward_cost(step) + recomputed_cost(step, remat))
+    copy = host_bytes(step, remat) / rates.link
+    micro = max(forward, copy) + max(backward, copy) + rates.seconds(loss_cost(step))
+    count = num_kernels(step, remat)
+    seconds = step.shape[0] * micro + rates.seconds(update_cost(step)) + count * rates.kernel
+    return max(seconds, count * rates.start) if remat in OFFLOADED else seconds
+
+
+def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates) -> float:
+    """Returns the seconds of all steps of a run."""
+    lengths, counts = np.unique(batches.row_lengths, return_counts=True)
+    steps = (StepShape.of_run(model, batches, int(length)) for length in lengths)
+    return sum(count * step_seconds(step, remat, rates) for step, count in zip(steps, counts.tolist(), strict=True))

@@ -1,0 +1,254 @@
+"""Predictions are within a tenth of what was measured, and `remat="auto"` follows them."""
+
+import functools
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+import pytest
+from measured_runs import id_of, may_be_off
+from models import random_documents, small_model
+from planned_steps import (
+    GIB,
+    H200,
+    KEYS_PER_TOKEN,
+    LORA,
+    PACKED_RUNS,
+    PADDING_FREE_RUNS,
+    abstract_model,
+    model_of,
+)
+
+from jaxpack import LoraConfig, TrainConfig
+from jaxpack.constants import Remat
+from jaxpack.data.batching import Batches
+from jaxpack.errors import InputError
+from jaxpack.model.presets import SHAPES
+from jaxpack.model.remat import unrolls
+from jaxpack.planning.choose import fits, predict, resolve
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.memory import argument_bytes
+from jaxpack.planning.time import RATES, known_gpu, rates_of, step_seconds
+from jaxpack.train.step import make_train_step
+from jaxpack.train.trainer import Trainer
+
+
+def agrees(peak: int, row: dict) -> bool:
+    """Within a tenth; where the programs were found, nothing was held to choose kernels for them."""
+    return peak == pytest.approx(row["peak_memory_bytes"], rel=0.1) or (
+        row.get("found_programs", 0) > 0 and peak > row["peak_memory_bytes"]
+    )
+
+
+@pytest.mark.parametrize("row", PACKED_RUNS, ids=id_of)
+def test_predictions_are_within_a_tenth_of_what_was_measured(row):
+    [shape] = row["shapes"]
+    step = StepShape.of(model_of(row), tuple(shape), keys_per_token=KEYS_PER_TOKEN)
+    prediction = predict(step, rates_of(row["device"]))[row["remat"]]
+    assert agrees(prediction.peak_bytes, row)
+    assert prediction.seconds == pytest.approx(row["step_seconds"], rel=may_be_off(row))
+    assert argument_bytes(step) == pytest.approx(row["argument_bytes"], abs=100)  # counters
+    assert prediction.host_bytes == row["host_temporary_bytes"]
+
+
+@pytest.mark.parametrize("row", PADDING_FREE_RUNS, ids=id_of)
+def test_predictions_are_within_a_tenth_of_padding_free_steps_of_many_lengths(row):
+    lengths = np.array(row["shapes"])[:, 2]
+    steps_of = {T: StepShape.of(model_of(row), (1, 1, T), keys_per_token=KEYS_PER_TOKEN) for T in lengths.tolist()}
+    predicted = {T: step_seconds(step, row["remat"], H200) for T, step in steps_of.items()}
+    steps = lengths[np.searchsorted(lengths, row["tokens"][-row["steps"] :])].tolist()
+    assert len(set(steps)) > 1
+    assert np.mean([predicted[T] for T in steps]) == pytest.approx(row["step_seconds"], rel=may_be_off(row))
+    assert agrees(predict(steps_of[lengths.max()], H200)[row["remat"]].peak_bytes, row)
+
+
+def test_the_page_on_memory_says_what_is_predicted():
+    page = (Path(__file__).parent.parent.parent / "docs/memory.md").read_text()
+    rows = re.findall(r'^\| `"(\w+)"` \|.*?\| ([\d.]+ GiB, [\d.]+ s) \|', page, re.MULTILINE)
+    assert len(rows) == 6 + 2  # and those of what is offloaded
+
+    def predicted(model: str, remat: str) -> str:
+        step = StepShape.of(abstract_model(model, LORA), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN)
+        prediction = predict(step, H200)[remat]
+        return f"{prediction.peak_bytes / GIB:.1f} GiB, {prediction.seconds:.2f} s"
+
+    models_of_rows = ["Qwen3-4B"] * 6 + ["Qwen3-8B"] * 2
+    assert rows == [(remat, predicted(model, remat)) for model, (remat, _) in zip(models_of_rows, rows, strict=True)]
+
+
+def test_both_ends_and_both_gpus_were_measured():
+    assert {known_gpu(row["device"]) for row in PACKED_RUNS} == set(RATES)
+    assert {"offload", "none"} <= {row["remat"] for row in PACKED_RUNS if not row["full_finetuning"]}
+    assert any(row["full_finetuning"] for row in PACKED_RUNS)
+
+
+@pytest.mark.parametrize("lora", [LORA, LoraConfig(r=8, target_modules="q_proj,v_proj"), None], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 1024), (4, 2, 4096), (1, 1, 16384)], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_to_keep_more_takes_more_memory_and_less_time(name, shape, lora):
+    step = StepShape.of(abstract_model(name, lora), shape)
+    offload, heads, *others = predict(step, H200).values()
+    for less, more in itertools.pairwise(others):
+        assert less.seconds > more.seconds
+        # A loop has a place for all gradients from its start: without one, they come as what was kept goes.
+        unlooped = lora is None and unrolls(more.remat) and not unrolls(less.remat)
+        assert less.peak_bytes <= more.peak_bytes + (4 * step.trained if unlooped else 0)
+    # Offloading spares matmuls, with a link that keeps up; where weights are trained it spares none.
+    at_once = predict(step, H200._replace(link=math.inf))
+    assert offload.peak_bytes <= heads.peak_bytes and offload.peak_bytes <= others[0].peak_bytes
+    if lora is None:
+        assert at_once["offload"].seconds == at_once["offload_heads"].seconds == others[0].seconds
+    else:
+        assert at_once["offload_heads"].seconds < at_once["offload"].seconds < others[0].seconds
+        assert offload.host_bytes < heads.host_bytes
+
+
+# The choice.
+
+
+class FakeGpu(NamedTuple):
+    """As much of a device as is asked for its memory."""
+
+    limit: int
+    in_use: int
+    device_kind: str = "NVIDIA H200"
+    platform: str = "gpu"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use}
+
+
+PACKED = TrainConfig(packing=True, per_device_train_batch_size=16, max_steps=1)
+
+
+@functools.cache
+def batches() -> Batches:
+    return Batches(random_documents(200 * [120]), PACKED)
+
+
+@pytest.fixture
+def predictions() -> dict:
+    return predict(StepShape.of_run(abstract_model("Qwen3-4B", LORA), batches()), H200)
+
+
+@pytest.fixture
+def resolved(monkeypatch):
+    """`resolve` of Qwen3-4B on a GPU with so many bytes free, beside the 8 GiB that it holds and 3 of someone else."""
+
+    def resolved(free: float, host: float | None = None, platform: str = "gpu", **changes):
+        held, others = 8 * GIB, 3 * GIB
+        device = FakeGpu(limit=held + others + int(free), in_use=held + others, platform=platform)
+        monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: device)
+        monkeypatch.setattr("jaxpack.planning.choose.available_host_bytes", lambda: host)
+        config = TrainConfig(**(vars(PACKED) | changes))
+        return resolve(config, abstract_model("Qwen3-4B", LORA), batches(), held)
+
+    return resolved
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_auto_takes_the_fastest_that_fits(resolved, predictions, remat):
+    def fastest(memory: float) -> Remat:
+        fitting = [p for p in predictions.values() if p.peak_bytes <= memory]
+        return min(fitting, key=lambda p: p.seconds).remat
+
+    needed = predictions[remat].peak_bytes
+    assert resolved(1e6, memory_limit=(needed + 1) / GIB)[0] == fastest(needed)
+    assert resolved(1.1 * needed + 100 - 8 * GIB)[0] == fastest(needed)  # a tenth more than predicted
+    if remat != "offload":
+        assert resolved(1.09 * needed - 8 * GIB)[0] == fastest(0.991 * needed) != remat
+        assert resolved(1e6, memory_limit=(needed - 1) / GIB)[0] == fastest(needed - 1) != remat
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"), [("Qwen3-4B", 14, "offload"), ("Qwen3-8B", 22, "offload_heads")]
+)
+def test_what_is_offloaded_is_what_the_link_carries(name, memory, expected):
+    predictions = predict(StepShape.of(abstract_model(name, LORA), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN), H200)
+    assert fits(predictions.values(), memory * GIB)[0].remat == expected
+
+
+@pytest.mark.parametrize(("kind", "platform"), [("NVIDIA X1", "gpu"), ("cpu", "cpu")])
+def test_of_another_gpu_only_what_is_said_is_known(kind, platform, monkeypatch):
+    here = FakeGpu(limit=200 * GIB, in_use=0, device_kind=kind, platform=platform)
+    monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: here)
+    model = abstract_model("Qwen3-4B", LORA)
+    assert resolve(PACKED, model, batches(), 0, gpu="H200")[0] == "full"
+    limited = TrainConfig(**vars(PACKED) | {"memory_limit": 12.0})
+    assert resolve(limited, model, batches(), 0, gpu="H200")[0] == "offload"
+
+
+def test_what_is_asked_for_by_name_is_taken(resolved):
+    assert resolved(0, remat="none") == ("none", None)
+
+
+def test_auto_leaves_a_host_alone_that_has_no_room(resolved, predictions):
+    limit = (predictions["offload"].peak_bytes + GIB) / GIB
+    needed = predictions["offload"].host_bytes
+    assert resolved(0, host=needed, memory_limit=limit)[0] == "offload"
+    with pytest.raises(InputError, match=r'`memory_limit` must be at least 12.6 GiB \(remat "full"\)'):
+        resolved(0, host=needed - 1, memory_limit=limit)
+
+
+def test_too_little_host_memory_for_what_is_asked_for_is_refused(resolved, predictions):
+    needed = predictions["offload"].host_bytes
+    assert needed == 35 * 16 * 1024 * 2 * 2560 * 2  # 5.5 GiB
+    assert resolved(0, host=needed, remat="offload")[0] == "offload"
+    message = r'`remat` "offload" needs 5.5 GiB .* what the first 35 layers .*, got 5.4 GiB available'
+    with pytest.raises(InputError, match=message):
+        resolved(0, host=5.4 * GIB, remat="offload")
+    assert resolved(0, host=0, remat="full")[0] == "full"
+
+
+def test_no_more_is_offloaded_than_xla_pins(resolved, predictions, monkeypatch):
+    limit = (predictions["offload"].peak_bytes + GIB) / GIB
+    assert resolved(0, host=500 * GIB, memory_limit=limit)[0] == "offload"
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "5")
+    with pytest.raises(InputError, match=r"needs 5.5 GiB .*, got XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB of 5.0 GiB"):
+        resolved(0, host=500 * GIB, remat="offload")
+    with pytest.raises(InputError, match=r'`memory_limit` must be at least 12.6 GiB \(remat "full"\)'):
+        resolved(0, host=500 * GIB, memory_limit=limit)
+
+
+def test_nothing_is_offloaded_from_a_host_to_itself(resolved):
+    assert resolved(0, memory_limit=12)[0] == "offload"
+    with pytest.raises(InputError, match=r'at least 12.6 GiB \(remat "full"\)'):
+        resolved(0, memory_limit=12, platform="cpu")
+
+
+def test_the_choice_is_explained(resolved):
+    assert resolved(0, memory_limit=50)[1] == (
+        'remat "keep_projections": predicted 47.4 GiB of 50.0 GiB and 0.504 s a step; '
+        '"none" would take 58.8 GiB and 0.492 s'
+    )
+    following = resolved(0, memory_limit=14)[1].partition("; ")[2]
+    assert following == '"keep_projections" would take 47.4 GiB and 0.504 s'
+    assert resolved(0, memory_limit=100)[1] == 'remat "none": predicted 58.8 GiB of 100.0 GiB and 0.492 s a step'
+
+
+def test_a_step_that_fits_nowhere_is_refused(resolved):
+    step, need = "a step of 1 x 16 x 1024 tokens", r'9.8 GiB \(remat "offload"\)'
+    with pytest.raises(InputError, match=f"`memory_limit` must be at least {need} for {step}, got 9.0 GiB"):
+        resolved(0, memory_limit=9)
+    message = f"`per_device_train_batch_size` or `max_length` must be smaller: {step} needs {need}, got 8.2 GiB"
+    with pytest.raises(InputError, match=message):
+        resolved(GIB)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, "full"), (10, "none")])
+def test_a_run_prints_and_takes_the_choice(limit, expected, monkeypatch, capsys):
+    given = []
+
+    def recording(*args, remat: Remat, **options):
+        given.append(remat)
+        return make_train_step(*args, remat=remat, **options)
+
+    monkeypatch.setattr("jaxpack.train.run.make_train_step", recording)
+    rows = [{"input_ids": list(range(20))} for _ in range(4)]
+    config = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=1, memory_limit=limit)
+    Trainer(small_model("qwen3", lora=LORA), None, rows, config).train()
+    assert given == [expected]
+    assert capsys.readouterr().err.count(f'remat "{expected}": ') == 1

@@ -1,0 +1,47 @@
+"""Predicted times follow from a device's rates, its link, and how long it takes to start kernels."""
+
+import pytest
+from models import random_documents
+from planned_steps import H200, LORA, abstract_model
+
+from jaxpack import TrainConfig
+from jaxpack.data.batching import Batches
+from jaxpack.planning.choose import predict
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.time import RATES, known_gpu, rates_of, run_seconds, step_seconds
+
+
+def test_a_slow_link_is_waited_for():
+    step = StepShape.of(abstract_model("Qwen3-4B", LORA), (1, 16, 1024))
+    seconds = [predict(step, H200._replace(link=link))["offload"].seconds for link in (100e9, 50e9, 5e9)]
+    copy = 35 * 16 * 1024 * 2 * 2560 * 2 / 5e9  # in each direction: longer than a pass
+    assert seconds[0] == seconds[1]  # beside computation
+    assert 2 * copy < seconds[2] < 2 * copy + seconds[0]
+
+
+def test_steps_of_few_tokens_that_offload_take_as_long_as_starting_their_kernels():
+    def seconds(remat, *shape):
+        return step_seconds(StepShape.of(abstract_model("Qwen3-0.6B", LORA), shape), remat, H200)
+
+    for remat in ("offload", "offload_heads"):  # are started one by one
+        assert seconds(remat, 1, 1, 128) == seconds(remat, 1, 1, 256) < seconds(remat, 1, 8, 1024)
+        assert seconds(remat, 2, 1, 128) == 2 * seconds(remat, 1, 1, 128)
+    for remat in ("full", "none"):  # many at a time, in graphs
+        assert seconds(remat, 1, 1, 128) < seconds(remat, 1, 1, 256) < seconds("offload", 1, 1, 256)
+
+
+def test_rates_go_by_the_device():
+    assert rates_of("NVIDIA H200") == H200 != rates_of("NVIDIA H100 80GB HBM3") == RATES["H100"]
+    for other in ("cpu", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 MIG 1g.18gb"):
+        assert known_gpu(other) is None and rates_of(other) == rates_of("NVIDIA X1")
+    assert all(a <= b for a, b in zip(rates_of("NVIDIA X1"), RATES["H100"], strict=True))
+
+
+def test_a_run_takes_the_time_of_its_steps():
+    model = abstract_model("Qwen3-4B", LORA)
+    uneven = Batches(
+        random_documents([20, 500, 90, 260, 700, 40, 333]), TrainConfig(per_device_train_batch_size=3, max_steps=9)
+    )
+    each = [step_seconds(StepShape.of_run(model, uneven, int(T)), "full", H200) for T in uneven.row_lengths]
+    assert len(set(each)) > 1
+    assert run_seconds(model, uneven, "full", H200) == pytest.approx(sum(each))
