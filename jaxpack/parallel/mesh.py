@@ -9,10 +9,11 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxpack.errors import InputError
 from jaxpack.parallel.device import current_device
 
+DeviceMesh = Mesh | AbstractMesh
 DATA = "data"  # the mesh axis over which the rows of a batch are dealt
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh | AbstractMesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
     """Returns a mesh with one axis, "data", over `devices`.
 
     None is the mesh that is set in JAX (`jax.set_mesh`), where that has such an axis, and else the one device that

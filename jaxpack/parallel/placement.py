@@ -3,9 +3,9 @@
 from typing import TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpack.parallel.mesh import DATA
+from jaxpack.parallel.mesh import DATA, DeviceMesh
 
 Tree = TypeVar("Tree")
 
@@ -20,11 +20,11 @@ def spec(*axes: str) -> PartitionSpec:
     return PartitionSpec(*(MESH_AXES.get(axis) for axis in axes))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: DeviceMesh) -> NamedSharding:
     """Returns where the arrays `[A, B, T]` of a batch lie: each device has some of the B rows."""
     return NamedSharding(mesh, spec(*BATCH))
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
+def replicate(tree: Tree, mesh: DeviceMesh) -> Tree:
     """Returns the arrays of a pytree, whole, on every device of the mesh. On a mesh of one they are not touched."""
     return tree if mesh.size == 1 else jax.device_put(tree, NamedSharding(mesh, spec()))

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from jaxpack.parallel.mesh import DATA
+from jaxpack.parallel.mesh import DATA, DeviceMesh
 from jaxpack.parallel.placement import BATCH, spec
 
 
-def sum_over_shards(local: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def sum_over_shards(local: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
     """Returns `summed(batch, *whole)`: the sum of `local(rows, *whole)` over the devices' own rows of the batch.
 
     A kernel cannot be partitioned by the compiler, which would gather its operands on every device. So all of `local`
@@ -34,6 +33,6 @@ def sum_over_shards(local: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     return summed
 
 
-def shard_key(key: jax.Array | None, mesh: Mesh) -> jax.Array | None:
+def shard_key(key: jax.Array | None, mesh: DeviceMesh) -> jax.Array | None:
     """Returns, within `sum_over_shards`, a random key for each device: on a mesh of one, the key itself."""
     return key if key is None or mesh.size == 1 else jax.random.fold_in(key, jax.lax.axis_index(DATA))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import Implementation, Remat
@@ -18,7 +17,7 @@ from jaxpack.model.weights import TRAINED
 from jaxpack.objectives.forward import Forward
 from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
-from jaxpack.parallel.mesh import make_mesh
+from jaxpack.parallel.mesh import DeviceMesh, make_mesh
 from jaxpack.parallel.shard import shard_key, sum_over_shards
 
 # A user's function of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
@@ -81,7 +80,7 @@ def objective_and_gradients(
     implementation: Implementation | None = None,
     limits: BatchLimits = BatchLimits(),  # noqa: B008
     dropout_key: Key[Array, ""] | None = None,
-    mesh: Mesh | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Sums, nnx.State]:
     """Returns the objective over a batch `[A, B, T]`, its metrics, and the gradient of its loss.
 
@@ -146,7 +145,7 @@ def make_train_step(
     remat: Remat = "full",
     implementation: Implementation | None = None,
     dropout_seed: int | None = None,
-    mesh: Mesh | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
@@ -190,7 +189,7 @@ def make_eval_step(
     objective: Objective = SFT(),  # noqa: B008
     compute_metrics: ComputeMetrics | None = None,
     implementation: Implementation | None = None,
-    mesh: Mesh | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Callable[..., EvalSums]:
     """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> sums`.
 
