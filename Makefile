@@ -40,7 +40,7 @@ test-jax-%: .venv-jax-%/installed
 ON_GPU := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
 test-gpu:
 	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels tests/train/test_trainer.py::test_losses_follow_float32_whatever_is_kept
-	$(ON_GPU) -n 12 -m gpu tests/model/test_on_gpu.py tests/train/test_trainer.py
+	$(ON_GPU) -n 12 -m gpu tests/model tests/train/test_trainer.py
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	$(PYTHON) -m venv $(VENV)

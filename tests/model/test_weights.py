@@ -1,5 +1,6 @@
 """A model with frozen weights in another form trains, is predicted, is read and written as one with dense weights."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,13 +13,14 @@ from int8_weight import Int8Weight, dense_twin, mixed
 from models import random_documents, small_config, small_model
 
 import torch_bridge
-from jaxpack import Batches, LoraConfig, TrainConfig, Trainer, Transformer, add_lora, generate
-from jaxpack.bench.models import random_model
+from jaxpack import Batches, LoraConfig, PackedBatch, TrainConfig, Trainer, Transformer, add_lora, generate
+from jaxpack.bench.models import abstract_model, random_model
 from jaxpack.errors import InputError
 from jaxpack.kernels.weight import DenseWeight
 from jaxpack.model.lora import adapters
-from jaxpack.model.remat import OFFLOADED
-from jaxpack.model.weights import Frozen, freeze, is_trained, weight_of
+from jaxpack.model.presets import SHAPES
+from jaxpack.model.remat import OFFLOADED, compiler_options
+from jaxpack.model.weights import TRAINED, Frozen, freeze, is_trained, weight_of
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes
 from jaxpack.train.step import loss_and_gradients, split_trainable
@@ -205,3 +207,24 @@ def test_a_module_to_save_is_trained_from_its_dense_form():
     add_lora(model, LoraConfig(r=4, modules_to_save="lm_head"))
     np.testing.assert_array_equal(model.lm_head[...], dense)
     assert isinstance(weight_of(model.embedding), Int8Weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("remat", ["full", "offload", "none"])
+@all_stores
+def test_a_compiled_step_holds_one_dense_matrix_at_a_time(store, remat):
+    """Beside what a step with dense weights holds, which copies each matrix with its factor: nothing."""
+    config = dataclasses.replace(SHAPES["Qwen3-0.6B"], num_layers=8)
+
+    def temporary_bytes(form) -> int:
+        model = abstract_model(config, LoraConfig(r=16), store=lambda w: form(w) if w.ndim == 3 else DenseWeight(w))
+        graph, trainable, frozen = nnx.split(model, TRAINED, ...)
+        rows = PackedBatch(*4 * [jax.ShapeDtypeStruct((1, 4, 1024), jnp.int32)])
+        step = jax.jit(
+            functools.partial(loss_and_gradients, graph, remat=remat), compiler_options=compiler_options(remat)
+        )
+        return step.lower(trainable, frozen, rows).compile().memory_analysis().temp_size_in_bytes
+
+    dense = temporary_bytes(DenseWeight)
+    largest = 2 * 2 * config.intermediate_size * config.hidden_size  # gate and up, bfloat16
+    assert temporary_bytes(STORES[store]) <= dense + largest // 2

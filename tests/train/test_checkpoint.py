@@ -247,6 +247,37 @@ def test_adapters_are_the_same_however_they_are_written() -> None:
     assert adapted() == adapted(target_modules=tuple(adapters(small_model("qwen3", lora=LORA))))
 
 
+# Names in the checkpoints of 0.1.0, whose runs go on as long as they stay the same.
+FROZEN_NAMES = [
+    *("embedding", "lm_head", "norm.scale", "blocks.attention_norm.scale", "blocks.feed_forward_norm.scale"),
+    *("blocks.attention.qkv.weight", "blocks.attention.out.weight"),
+    *("blocks.feed_forward.gate_up.weight", "blocks.feed_forward.down.weight"),
+]
+ADAPTERS = {
+    "attention.qkv": ("q_proj", "k_proj", "v_proj"),
+    "attention.out": ("o_proj",),
+    "feed_forward.gate_up": ("gate_proj", "up_proj"),
+    "feed_forward.down": ("down_proj",),
+}
+
+
+def test_the_names_in_a_checkpoint_are_those_of_the_first_version() -> None:
+    training = trainer(None, small_model("llama", lora=LoraConfig(r=4)))
+    run = Run(training.model, training.batches, training.config)
+    identity = identity_of(training.model, training.config, run.state, run.frozen)
+    factors = [
+        f"blocks.{linear}.lora.{name}.lora_{side}"
+        for linear, names in ADAPTERS.items()
+        for name in names
+        for side in "ab"
+    ]
+    moments = [f"optimizer.1.0.{moment}.{factor}" for moment in ("mu", "nu") for factor in factors]
+    arrays = [*(f"trainable.{factor}" for factor in factors), *moments, "step"]
+    arrays += ["optimizer.1.0.count", "optimizer.1.2.count"]
+    assert {name for name in identity if name.startswith("array ")} == {f"array {name}" for name in arrays}
+    assert {name for name in identity if name.startswith("frozen ")} == {f"frozen {name}" for name in FROZEN_NAMES}
+
+
 def test_two_halves_of_documents_of_one_length_are_two_datasets() -> None:
     documents = random_documents(8 * [20])
     first, second = documents[np.arange(0, 8, 2)], documents[np.arange(1, 8, 2)]
