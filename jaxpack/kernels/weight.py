@@ -26,6 +26,7 @@ class Weight(abc.ABC):
     """
 
     is_trainable: ClassVar[bool] = False  # whether its leaves may be differentiated
+    is_dense: ClassVar[bool] = False  # whether it is read without a copy of its own
     reads_by_number: ClassVar[bool] = False  # whether a loop over layers gives it `at(number)` in place of a slice
 
     @property
@@ -101,6 +102,7 @@ class DenseWeight(Weight):
     value: Any  # [*L, O, I]; JAX puts other leaves in its place
 
     is_trainable = True
+    is_dense = True
 
     def __getitem__(self, index: Any) -> Array:
         """Indexes the array."""

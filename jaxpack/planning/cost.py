@@ -33,6 +33,7 @@ class StepShape:
       trains_all: whether all weights are trained.
       trains_head: whether the head is: with all weights, or whole beside adapters.
       casts_weights: see `Transformer.casts_weights`.
+      copies_head: whether the loss makes a dense copy of a head that is stored in another form.
       shape: A micro-batches of B rows of T tokens.
       max_targets: the most targets in a micro-batch.
       keys_per_token: how many tokens a token attends to, on average, over layers too.
@@ -46,6 +47,7 @@ class StepShape:
     trains_all: bool
     trains_head: bool
     casts_weights: bool
+    copies_head: bool
     shape: tuple[int, int, int]
     max_targets: int
     keys_per_token: float
@@ -86,6 +88,7 @@ class StepShape:
             trains_all=is_trained(model.norm.scale),
             trains_head=is_trained(model.head_variable),
             casts_weights=context.casts_weights,
+            copies_head=not model.head.is_dense,
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,

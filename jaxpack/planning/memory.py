@@ -38,10 +38,11 @@ def offloaded_bytes(step: StepShape, remat: Remat) -> int:
 def loss_bytes(step: StepShape) -> int:
     """Returns the most bytes that loss and its gradient hold: a chunk of logits in float32 and their gradient; hidden
     states before and after the last norm, those with a target, and their gradient; a trained head's gradient, and its
-    cast.
+    cast; a dense copy of a head that is stored in another form.
     """
     chunk = min(LOSS_CHUNK, step.max_targets) * step.config.vocab_size * (4 + step.itemsize)
     head = step.head * (4 + step.itemsize) if step.trains_head else 0
+    head += step.head * step.itemsize if step.copies_head else 0
     return chunk + 4 * step.tokens * step.input_bytes + head
 
 

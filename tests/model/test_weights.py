@@ -22,7 +22,7 @@ from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import OFFLOADED, compiler_options
 from jaxpack.model.weights import TRAINED, Frozen, freeze, is_trained, weight_of
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.memory import argument_bytes
+from jaxpack.planning.memory import argument_bytes, loss_bytes
 from jaxpack.train.step import loss_and_gradients, split_trainable
 from torch_bridge.tensors import fill, model_tensors
 
@@ -140,6 +140,12 @@ def test_the_arguments_of_the_compiled_step_have_the_bytes_that_are_predicted(st
     step = StepShape.of(model, batch().tokens.shape)
     predicted = argument_bytes(step) - 8 * step.trained  # without the moments of the optimizer
     assert predicted <= got <= predicted * 1.001 + 2**14  # XLA gives each array a multiple of 64 bytes
+
+
+def test_a_head_that_is_stored_in_another_form_is_predicted_with_its_dense_copy():
+    model = adapted("int8")
+    one, other = (loss_bytes(StepShape.of(form, (1, 2, 128))) for form in (model, dense_twin(model)))
+    assert one - other == 4 * math.prod(model.head.shape)
 
 
 @all_stores
