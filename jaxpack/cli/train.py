@@ -7,14 +7,13 @@ from typing import Annotated
 
 import jax
 import typer
-from flax import nnx
 
 import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
-from jaxpack.model.weights import TRAINED
+from jaxpack.model.weights import split_trained
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.metrics import METRICS, read_records, require_libraries
 from jaxpack.train.trainer import Trainer
@@ -99,8 +98,8 @@ def train(
         torch_bridge.load_adapter(network, str(adapter))
     elif not full_finetuning:
         add_lora(network, lora)
-    saved = jax.tree.leaves(nnx.state(network, TRAINED))
-    require_room(output, "output", sum(leaf.nbytes for leaf in saved))
+    _, trainable, _ = split_trained(network)
+    require_room(output, "output", sum(leaf.nbytes for leaf in jax.tree.leaves(trainable)))
     with errors_name(**_FLAG_OF):
         trainer = Trainer(network, tokenizer, data, config, eval_data)
     if trainer.checkpoint is None or not trainer.in_place:

@@ -34,6 +34,11 @@ def is_trained(variable: Any) -> bool:
     return isinstance(variable, TRAINED)
 
 
+def split_trained(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns a model's structure, the parameters that training changes, and all others; arrays may be abstract."""
+    return nnx.split(model, TRAINED, ...)
+
+
 def freeze(
     model: nnx.Module, store: Callable[[Array], Weight] = DenseWeight, *, leave_out: Collection[str] = ()
 ) -> None:

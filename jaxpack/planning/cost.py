@@ -7,7 +7,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from jaxpack.constants import Remat
@@ -17,7 +16,7 @@ from jaxpack.model.cost import NO_COST, Cost, CostContext, PartCost
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import KEPT, offloaded
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import TRAINED, is_trained
+from jaxpack.model.weights import is_trained, split_trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class StepShape:
         if keys_per_token is None:
             keys_per_token = _keys_per_token(model.config, np.array([shape[2]]))
         of_model = adapters(model).values()
-        _, trained, frozen = nnx.split(model, TRAINED, ...)
+        _, trained, frozen = split_trained(model)
         context = CostContext(
             itemsize=model.dtype.itemsize,
             keys_per_token=keys_per_token,

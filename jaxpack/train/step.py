@@ -13,7 +13,7 @@ from jaxpack.constants import Implementation, Remat
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import TRAINED
+from jaxpack.model.weights import split_trained
 from jaxpack.objectives.forward import Forward
 from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
@@ -53,7 +53,7 @@ def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.St
     Trained parameters come out as float32 copies: an update is often too small for bfloat16 to see, and the step
     donates them.
     """
-    graph, trainable, frozen = nnx.split(model, TRAINED, ...)
+    graph, trainable, frozen = split_trained(model)
     return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
 
 
