@@ -14,7 +14,7 @@ from jaxpack.errors import InputError
 from jaxpack.parallel.mesh import make_mesh
 from jaxpack.parallel.placement import BATCH, replicate, spec
 
-CASES = ["packed", "micro-batches", "padded, all weights", "objective"]
+CASES = ["packed, in micro-batches", "padded, all weights", "objective"]
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,7 @@ def squares(log_probs, batch):
 
 PACKED = {"packing": True, "per_device_train_batch_size": 2}
 CASES = {
-    "packed": (LoraConfig(r=8), PACKED, SFT(), "full"),
-    "micro-batches": (LoraConfig(r=8), PACKED | {"gradient_accumulation_steps": 2}, SFT(), "none"),
+    "packed, in micro-batches": (LoraConfig(r=8), PACKED | {"gradient_accumulation_steps": 2}, SFT(), "full"),
     "padded, all weights": (None, {"padding_free": False, "per_device_train_batch_size": 4}, SFT(), "full"),
     "objective": (LoraConfig(r=8), PACKED, LogProbObjective(squares), "offload"),
 }
