@@ -15,7 +15,8 @@ from jaxpack.model.lora import add_lora
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes, host_bytes, peak_bytes
-from jaxpack.train.step import TrainState, make_optimizer, make_schedule, make_train_step, split_trainable
+from jaxpack.train.optimizer import make_optimizer, make_schedule
+from jaxpack.train.step import TrainState, make_train_step, split_trainable
 
 
 @pytest.mark.parametrize(
