@@ -27,7 +27,7 @@ from jaxpack.train.step import loss_and_gradients, split_trainable
 from torch_bridge.tensors import fill, model_tensors
 
 STORES = {"int8": Int8Weight.of, "mixed": mixed}
-CHOICES = ["full", "offload", *(pytest.param(r, marks=pytest.mark.slow) for r in ("none", "keep_projections"))]
+CHOICES = ["offload", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "none", "keep_projections"))]
 all_stores = pytest.mark.parametrize("store", STORES)
 # Where programs are compiled, the stack of both forms shows what each alone does.
 either_store = pytest.mark.parametrize("store", ["mixed", pytest.param("int8", marks=pytest.mark.slow)])

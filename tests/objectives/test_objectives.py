@@ -67,10 +67,12 @@ def of_logits(hidden, model, batch):
     return -jnp.sum(log_probs), count(batch)
 
 
-@pytest.mark.parametrize("make", [lambda: LogProbObjective(cross_entropy), lambda: HiddenObjective(of_logits)])
+@pytest.mark.parametrize(
+    "objective", [LogProbObjective(cross_entropy), pytest.param(HiddenObjective(of_logits), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("changes", [{}, pytest.param({"lora": None}, marks=pytest.mark.slow)], ids=["lora", "full"])
-def test_cross_entropy_written_out_is_sft(make, changes):
-    assert_same(results(make(), model(**changes)), results(SFT(), model(**changes)), 5e-6)
+def test_cross_entropy_written_out_is_sft(objective, changes):
+    assert_same(results(objective, model(**changes)), results(SFT(), model(**changes)), 5e-6)
 
 
 def test_micro_batches_add_up_to_the_whole_step():
@@ -91,6 +93,7 @@ def test_without_weight_loss_and_gradients_are_zero():
     assert sums.loss == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_a_reference_is_the_model_before_training_and_has_no_gradient():
     def drift(log_probs, reference, batch):
         return jnp.sum((log_probs - reference) ** 2), 1.0
@@ -154,7 +157,7 @@ def test_dpo_learns_to_prefer_and_packing_changes_nothing():
 def test_dpo_follows_the_sums_written_out_document_by_document():
     trained = model()
     plain = without_adapters(trained)
-    documents = random_documents([9, 12, 20, 7], masked=0.2)
+    documents = random_documents([12, 12, 12, 12], masked=0.2)  # one shape, whose logits are compiled once
     config = TrainConfig(max_length=128, packing=True, per_device_train_batch_size=1, max_steps=1)
     rows = jax.tree.map(jnp.asarray, Batches(documents, config, documents_together=2)[0])
 
@@ -210,6 +213,7 @@ def test_what_is_no_objective_is_refused(objective):
         Trainer(model(), None, random_documents([20]), TrainConfig(), objective=objective)
 
 
+@pytest.mark.slow
 def test_an_objective_may_be_a_class_of_its_own():
     class Both:
         documents_together = 1

@@ -76,12 +76,14 @@ def test_a_head_that_is_trained_whole_beside_adapters_takes_its_memory(tied):
 
 def test_frozen_weights_in_float32_are_cast_as_trained_ones_are():
     model = small_model("llama", dtype=jnp.bfloat16)
-    assert not StepShape.of(add_lora(nnx.clone(model), LORA), (1, 1, 128)).layer.casts
+    assert not StepShape.of(add_lora(nnx.clone(model), LORA), (1, 1, 128)).casts_weights
     _, trainable, _ = split_trainable(model)
     nnx.update(model, trainable)  # as a run of all weights leaves it
     for tuned in (model, add_lora(nnx.clone(model), LORA)):
         step = StepShape.of(tuned, (1, 1, 128))
-        assert step.layer.casts and host_bytes(step, "offload") == (step.num_layers - 1) * 128 * 48 * 2  # inputs alone
+        assert (
+            step.casts_weights and host_bytes(step, "offload") == (step.num_layers - 1) * 128 * 48 * 2
+        )  # inputs alone
 
 
 # GiB beside its arguments that a step of all of Qwen3-0.6B's weights has on an H200 (2026-11-27, jax 0.11.2:

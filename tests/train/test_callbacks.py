@@ -99,33 +99,34 @@ def accuracy(losses, predictions, batch):
     return {"accuracy": (right, jnp.sum(there)), "loss_again": (jnp.sum(losses), jnp.sum(there))}
 
 
-def test_metrics_are_means_over_the_whole_dataset_however_it_is_cut(tmp_path):
+@pytest.mark.parametrize("size", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_metrics_are_means_over_the_whole_dataset_however_it_is_cut(size, tmp_path):
     found = []
 
     class Keep(Callback):
         def on_evaluation(self, step, metrics):
             found.append(metrics)
 
-    for size in (2, 5):
-        config = {"per_device_train_batch_size": size, "max_steps": 1}
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        lengths = [40, 12, 33, 21, 8]
-        trained = trainer(folder, eval_lengths=lengths, compute_metrics=accuracy, callbacks=[Keep()], config=config)
-        trained.train()
-        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        (evaluated,) = [record for record in records if "eval_loss" in record]
-        assert evaluated["eval_accuracy"] == found[-1]["eval_accuracy"]
-        np.testing.assert_allclose(found[-1]["eval_loss_again"], found[-1]["eval_loss"], rtol=1e-6)
-        documents, right, count = random_documents(lengths, seed=1), 0, 0
-        for start, length in zip(documents.starts, documents.lengths, strict=True):
-            tokens = jnp.asarray(documents.tokens[start : start + length])
-            likeliest = jnp.argmax(trained.model.logits(tokens[None])[0, :-1], axis=-1)
-            there = documents.labels[start + 1 : start + length] != -100
-            right, count = right + int(np.sum(there & (likeliest == tokens[1:]))), count + there.sum()
-        np.testing.assert_allclose(found[-1]["eval_accuracy"], right / count, rtol=1e-6)
+    config = {"per_device_train_batch_size": size, "max_steps": 1}
+    folder = tmp_path / str(size)
+    folder.mkdir()
+    lengths = [40, 12, 33, 21, 8]
+    trained = trainer(folder, eval_lengths=lengths, compute_metrics=accuracy, callbacks=[Keep()], config=config)
+    trained.train()
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = [record for record in records if "eval_loss" in record]
+    assert evaluated["eval_accuracy"] == found[-1]["eval_accuracy"]
+    np.testing.assert_allclose(found[-1]["eval_loss_again"], found[-1]["eval_loss"], rtol=1e-6)
+    documents, right, count = random_documents(lengths, seed=1), 0, 0
+    for start, length in zip(documents.starts, documents.lengths, strict=True):
+        tokens = jnp.asarray(documents.tokens[start : start + length])
+        likeliest = jnp.argmax(trained.model.logits(tokens[None])[0, :-1], axis=-1)
+        there = documents.labels[start + 1 : start + length] != -100
+        right, count = right + int(np.sum(there & (likeliest == tokens[1:]))), count + there.sum()
+    np.testing.assert_allclose(found[-1]["eval_accuracy"], right / count, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_schedule_takes_the_place_of_the_configs(tmp_path):
     schedule = optax.linear_schedule(1e-2, 0.0, 6)
     mine = trainer(tmp_path, optimizer=schedule, config={"learning_rate": 1.0}).train()
@@ -145,6 +146,10 @@ def test_an_optax_transformation_takes_the_place_of_adamw(tmp_path):
     assert not np.array_equal(adapter.lora_a[...], before)
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert "learning_rate" not in record
+
+
+@pytest.mark.slow
+def test_adam_as_a_transformation_is_adamw():
     slow = trainer(optimizer=optax.chain(optax.scale_by_adam(), optax.scale(-1e-2)), config={"max_grad_norm": 0})
     flat = trainer(optimizer=optax.constant_schedule(1e-2), config={"max_grad_norm": 0})
     np.testing.assert_allclose(slow.train().losses, flat.train().losses, rtol=1e-5)
