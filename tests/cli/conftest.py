@@ -57,7 +57,7 @@ def what_is_trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, 
         monkeypatch.setattr(command.torch_bridge, "load_adapter", lambda _, path: found.update(adapter=path))
         monkeypatch.setattr(command, "add_lora", lambda _, config: found.update(lora=config))
         monkeypatch.setattr(command, "require_room", lambda *_: None)
-        monkeypatch.setattr(command.nnx, "state", lambda *_: {})
+        monkeypatch.setattr(command, "split_trained", lambda *_: (None, {}, None))
         monkeypatch.setattr(command, "Trainer", trainer)
         monkeypatch.setattr(sys, "argv", ["jaxpack", "train", *map(str, arguments)])
         with pytest.raises(Stopped):
