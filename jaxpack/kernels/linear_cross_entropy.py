@@ -9,13 +9,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from jaxpack.constants import IGNORE, Implementation
-from jaxpack.kernels.logits import Chunks, capped_logits, check, chunked, nan_outside, pick, put_back, select
+from jaxpack.constants import Implementation
+from jaxpack.kernels.logits import (
+    Chunks,
+    capped_logits,
+    check,
+    chunked,
+    logit_gradients,
+    losses_of,
+    nan_outside,
+    put_back,
+    select,
+)
 from jaxpack.kernels.logsumexp import logsumexp
-from jaxpack.kernels.weight import Weight, as_weight, primal_of
+from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
 def linear_cross_entropy(
@@ -58,17 +67,13 @@ def token_losses(
     chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
 
     @jax.checkpoint
-    def losses_of(_: None, chunk: Chunks) -> tuple[None, Float[Array, " C"]]:
+    def of_chunk(_: None, chunk: Chunks) -> tuple[None, Float[Array, " C"]]:
         logits, _ = capped_logits(chunk.hidden, head, softcap)
         lse = nan_outside(jax.nn.logsumexp(logits, axis=-1), chunk.targets, len(head))
-        return None, _losses(logits, chunk.targets, lse)
+        return None, losses_of(logits, chunk.targets, lse)
 
-    _, losses = jax.lax.scan(losses_of, None, chunks)
+    _, losses = jax.lax.scan(of_chunk, None, chunks)
     return losses.reshape(-1)[: targets.size].reshape(targets.shape)
-
-
-def _losses(logits: Float[Array, "C V"], targets: Int[Array, " C"], lse: Float[Array, " C"]) -> Float[Array, " C"]:
-    return jnp.where(targets == IGNORE, 0.0, lse - pick(logits, targets))
 
 
 # The sum, and its gradients beside it.
@@ -89,8 +94,7 @@ def _forward(hidden, head, targets, softcap, max_targets, implementation):
 
 def _backward(softcap, max_targets, implementation, gradients, d_loss):
     del softcap, max_targets, implementation
-    if isinstance(d_loss, SymbolicZero):
-        d_loss = jnp.zeros(d_loss.shape, d_loss.dtype)
+    d_loss = instantiate(d_loss)
     return *jax.tree.map(lambda x: (d_loss * x.astype(jnp.float32)).astype(x.dtype), gradients), None
 
 
@@ -117,15 +121,11 @@ def _loss_and_gradients(
         total, d_head = carry
         logits, tanh = capped_logits(chunk.hidden, weights, softcap)
         lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
-        total = total + jnp.sum(_losses(logits, chunk.targets, lse))
+        total = total + jnp.sum(losses_of(logits, chunk.targets, lse))
         if not any(wanted):
             return (total, None), None
-        is_target = chunk.targets[:, None] == jnp.arange(len(weights), dtype=chunk.targets.dtype)[None, :]
-        d_logits = jnp.exp(logits - lse[:, None]) - is_target
-        if tanh is not None:
-            d_logits = d_logits * (1 - tanh * tanh)
         # In the dtype of the matmuls: a float32 operand would make them tf32, at half the speed.
-        d_logits = jnp.where(chunk.targets[:, None] == IGNORE, 0.0, d_logits).astype(dtype)
+        d_logits = logit_gradients(logits, tanh, lse, chunk.targets).astype(dtype)
         d_hidden = None
         if wanted[0]:
             d_hidden = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32).astype(dtype)

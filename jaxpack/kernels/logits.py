@@ -94,3 +94,19 @@ def nan_outside(lse: Float[Array, " C"], targets: Int[Array, " C"], vocab_size: 
 def pick(logits: Float[Array, "C V"], targets: Int[Array, " C"]) -> Float[Array, " C"]:
     """Returns the logit of each target; any number where there is none."""
     return jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+
+
+def losses_of(logits: Float[Array, "C V"], targets: Int[Array, " C"], lse: Float[Array, " C"]) -> Float[Array, " C"]:
+    """Returns the cross entropy of each token, and 0 where there is no target."""
+    return jnp.where(targets == IGNORE, 0.0, lse - pick(logits, targets))
+
+
+def logit_gradients(
+    logits: Float[Array, "C V"], tanh: Float[Array, "C V"] | None, lse: Float[Array, " C"], targets: Int[Array, " C"]
+) -> Float[Array, "C V"]:
+    """Returns the gradient of each token's cross entropy by its logits, before they are capped, float32."""
+    is_target = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
+    d_logits = jnp.exp(logits - lse[:, None]) - is_target
+    if tanh is not None:
+        d_logits = d_logits * (1 - tanh * tanh)
+    return jnp.where(targets[:, None] == IGNORE, 0.0, d_logits)

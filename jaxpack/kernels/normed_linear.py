@@ -14,7 +14,7 @@ from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import check_factors, outer, padded
 from jaxpack.kernels.extended import extend_normed, extend_normed_backward
-from jaxpack.kernels.weight import Weight, as_weight, primal_of
+from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
 def normed_linear(
@@ -67,7 +67,7 @@ def _forward(x, scale, weight, a, b, eps, implementation):
 
 def _backward(eps, implementation, kept, d):
     x, scale, weight, cast, a, b, rows, trained = kept
-    d_x, d_out = (y if isinstance(y, jax.Array) else jnp.zeros(y.shape, y.dtype) for y in d)
+    d_x, d_out = map(instantiate, d)
     (d_out, b), cast = cast.after(d_out, b)
     I = x.shape[-1]  # noqa: E741
     d_rows = d_out @ cast.append_columns(b)

@@ -8,9 +8,8 @@ into theirs, in their place, writes the product again on its way, as the gradien
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float
 
 from jaxpack.constants import Activation, Implementation
@@ -18,7 +17,7 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import check_factors, outer, padded
 from jaxpack.kernels.extended import add_extended, extend
 from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
-from jaxpack.kernels.weight import Weight, as_weight, primal_of
+from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
 def residual_linear(
@@ -94,7 +93,7 @@ def _forward(residual, x, weight, a, b, adds, implementation):
 
 def _backward(adds, implementation, kept, d):
     x, weight, a, b, narrow = kept
-    d = _instantiated(d)
+    d = instantiate(d)
     d_x, d_narrow = _input_gradients(d, weight, a, b, implementation)
     return d if adds else None, d_x, *_weight_gradients(d, d_narrow, x, weight, a, b, narrow)
 
@@ -119,7 +118,7 @@ def _gated_primal(residual, gate_up, weight, a, b, activation, implementation):
 
 def _gated_backward(adds, activation, implementation, kept, d):
     gate_up, weight, a, b, narrow = kept
-    d = _instantiated(d)
+    d = instantiate(d)
     d_product, d_narrow = _input_gradients(d, weight, a, b, implementation)
     d_gate_up, _, product = gated_activation_backward(
         gate_up, None, d_product, activation=activation, with_product=True, in_place=True, implementation=implementation
@@ -152,10 +151,6 @@ def _weight_gradients(d, d_narrow, x, weight, a, b, narrow) -> tuple[Weight | No
 def _values(*arguments: CustomVJPPrimal | None) -> list[jax.Array | None]:
     """The arrays of a forward rule with symbolic zeros."""
     return [None if argument is None else argument.value for argument in arguments]
-
-
-def _instantiated(d: jax.Array | SymbolicZero) -> jax.Array:
-    return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
 
 
 # With symbolic zeros, for they say whether a frozen weight is differentiated.

@@ -11,22 +11,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jaxpack.constants import IGNORE, Implementation
-from jaxpack.kernels.linear_cross_entropy import (
+from jaxpack.kernels.logits import (
     Chunks,
     capped_logits,
     check,
     chunked,
+    logit_gradients,
+    losses_of,
     nan_outside,
     pick,
     put_back,
     select,
 )
 from jaxpack.kernels.logsumexp import logsumexp
-from jaxpack.kernels.weight import Weight, as_weight, primal_of
+from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
 def token_log_probs(
@@ -95,7 +96,7 @@ def token_scores(
     def step(_: None, chunk: Chunks) -> tuple[None, TokenScores]:
         logits, _ = capped_logits(chunk.hidden, weights, softcap)
         lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
-        losses = jnp.where(chunk.targets == IGNORE, 0.0, lse - pick(logits, chunk.targets))
+        losses = losses_of(logits, chunk.targets, lse)
         return None, TokenScores(losses, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
     _, scores = jax.lax.scan(step, None, chunks)
@@ -123,10 +124,10 @@ def _with_direction(hidden, head, targets, softcap, max_targets, implementation,
     def step(_: None, chunk: Chunks):
         logits, tanh = capped_logits(chunk.hidden, weights, softcap)
         lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
-        out = jnp.where(chunk.targets == IGNORE, 0.0, pick(logits, chunk.targets) - lse)
+        out = 0.0 - losses_of(logits, chunk.targets, lse)  # 0, and not -0, without a target
         if not wanted:
             return None, (out, None)
-        d_logits = _logit_gradients(logits, tanh, lse, chunk.targets).astype(hidden.dtype)
+        d_logits = -logit_gradients(logits, tanh, lse, chunk.targets).astype(hidden.dtype)
         direction = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32)
         return None, (out, direction.astype(hidden.dtype))
 
@@ -137,19 +138,9 @@ def _with_direction(hidden, head, targets, softcap, max_targets, implementation,
     return out, direction
 
 
-def _logit_gradients(logits, tanh, lse, targets) -> Float[Array, "C V"]:
-    """The gradient of each token's log-probability by its logits, before the cap."""
-    is_target = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
-    d_logits = is_target - jnp.exp(logits - lse[:, None])
-    if tanh is not None:
-        d_logits = d_logits * (1 - tanh * tanh)
-    return jnp.where(targets[:, None] == IGNORE, 0.0, d_logits)
-
-
 def _backward(softcap, max_targets, implementation, kept, d_out):
     direction, targets, of_head = kept
-    if isinstance(d_out, SymbolicZero):
-        d_out = jnp.zeros(d_out.shape, d_out.dtype)
+    d_out = instantiate(d_out)
     d_hidden = d_head = None
     if direction is not None:
         channels = direction.shape[-1]
@@ -175,7 +166,7 @@ def _head_gradient(hidden, head, targets, d_out, softcap, max_targets, implement
         (hidden, targets), d = chunk
         logits, tanh = capped_logits(hidden, weights, softcap)
         lse = nan_outside(logsumexp(logits, implementation=implementation), targets, len(weights))
-        d_logits = (d[:, None] * _logit_gradients(logits, tanh, lse, targets)).astype(hidden.dtype)
+        d_logits = (-d[:, None] * logit_gradients(logits, tanh, lse, targets)).astype(hidden.dtype)
         return total + jnp.einsum("TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32), None
 
     return jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), (chunks, d_chunks))[0]

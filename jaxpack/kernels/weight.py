@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -177,6 +177,11 @@ def primal_of(weight: Weight) -> tuple[Weight, bool]:
     return jax.tree.map(lambda leaf: leaf.value, weight), is_perturbed
 
 
+def instantiate(d: Array | SymbolicZero) -> Array:
+    """Returns a cotangent of a backward rule with symbolic zeros as an array."""
+    return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+
+
 @jax.custom_vjp
 def _matmul(x, weight):
     return x @ weight.dense(x.dtype).T
@@ -190,9 +195,7 @@ def _matmul_forward(x, weight):
 
 def _matmul_backward(kept, d):
     weight, like = kept
-    if not isinstance(d, jax.Array):
-        d = jnp.zeros(d.shape, d.dtype)
-    (d,), weight = weight.after(d)
+    (d,), weight = weight.after(instantiate(d))
     return (d @ weight.dense(d.dtype)).astype(like.dtype), None
 
 

@@ -67,7 +67,7 @@ class Transformer(nnx.Module):
         """Hidden states after the last norm, in `dtype`. See `PackedBatch` for what the arguments hold.
 
         Args:
-          remat: what the backward pass computes again, see `memory`.
+          remat: what the backward pass computes again, see `model.remat`.
           max_segments: what no row has more documents than, where that is known; see `kernels.attention`.
           implementation: of all kernels; None takes the faster on each device. With "pallas", a projection that it has
             no kernel for is XLA's, see `kernels.extended.refusal`.
