@@ -1,7 +1,8 @@
 """How kernels start: which implementation runs, and the one place that knows the Pallas backend.
 
 The platform is decided where a program is lowered, not where it is traced: a kernel compiles on an NVIDIA GPU and is
-interpreted on a CPU, so that tests run the code that GPUs run, and a machine without a GPU can lower for one.
+interpreted on a CPU, so that tests run the code that GPUs run. A process without a GPU traces only what a CPU runs,
+which halves its tracing, unless the mesh in context is one of GPUs: then it can lower for them.
 """
 
 import functools
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxpack.errors import InputError
+from jaxpack.parallel.device import may_lower_for_gpu
 
 # JAX 0.11 deprecated this backend and names no release that removes it; the upper bound on jax moves with the tests.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -29,6 +31,8 @@ def dispatch(implementation: str | None, *, xla: Callable, pallas: Callable) -> 
     """
     named = {"xla": xla, "pallas": pallas}
     if implementation is None:
+        if not may_lower_for_gpu():
+            return xla
         return lambda *args: jax.lax.platform_dependent(*args, cuda=pallas, default=xla)
     if implementation not in named:
         raise InputError(f"`implementation` must be None or one of {', '.join(named)}, got {implementation!r}.")
@@ -69,6 +73,8 @@ def launch(
         name=f"jaxpack_{name}",
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
     )
+    if not may_lower_for_gpu():
+        return call(interpret=True)(*args)
     return jax.lax.platform_dependent(*args, cuda=call(interpret=False), cpu=call(interpret=True))
 
 

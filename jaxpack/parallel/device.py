@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.extend import backend
 
 try:
     import resource
@@ -22,6 +23,16 @@ def current_device() -> jax.Device:
     if isinstance(chosen, jax.Device):
         return chosen
     return jax.local_devices(backend=chosen)[0]
+
+
+def may_lower_for_gpu() -> bool:
+    """Returns whether a program that is traced now may be lowered for an NVIDIA GPU.
+
+    It may where this process has such a GPU, or where the mesh in context (`jax.sharding.use_abstract_mesh`) is one of
+    GPUs that are not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "cuda" in backend.backends() or (device is not None and device.platform == "gpu")
 
 
 def platform_of(array: jax.Array) -> str:

@@ -11,7 +11,7 @@ from jaxlib.triton import dialect as triton
 TRITON_CALL = "__gpu$xla.gpu.triton"
 
 # jax 0.11 takes the instruction set from the device of the mesh in context; jax 0.10 assumes a Hopper.
-_H200 = AbstractMesh(
+H200 = AbstractMesh(
     (1,),
     ("data",),
     (AxisType.Auto,),
@@ -36,7 +36,7 @@ class TritonModule(NamedTuple):
 
 def lower_for_cuda(f: Callable, *args: Any, platform: str = "cuda") -> jax.stages.Lowered:
     """`jax.jit(f)` as an H200 gets it; `args` may be `jax.ShapeDtypeStruct`s. Triton does not run yet: no PTX."""
-    with jax.sharding.use_abstract_mesh(_H200):
+    with jax.sharding.use_abstract_mesh(H200):
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,))
 
 

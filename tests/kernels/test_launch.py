@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from kernels.cuda_lowering import TRITON_CALL, lower_for_cuda, triton_modules
+from kernels.cuda_lowering import H200, TRITON_CALL, lower_for_cuda, triton_modules
 
 from jaxpack.errors import InputError
 from jaxpack.kernels._launch import check_no_byte_arrays, dispatch, power_of_two_divisor, powers_of_two
@@ -17,6 +17,7 @@ from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
+from jaxpack.parallel.device import current_device
 
 # Choosing.
 
@@ -35,6 +36,20 @@ def test_a_named_implementation_is_the_one_that_runs():
 def test_without_a_name_a_cpu_runs_xla():
     with jax.default_device(jax.devices("cpu")[0]):
         assert dispatch(None, xla=lambda x: x + 1, pallas=lambda x: x - 1)(jnp.zeros(())) == 1
+
+
+@pytest.mark.skipif(current_device().platform != "cpu", reason="this process has a GPU, and traces for both")
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_without_a_gpu_only_what_a_cpu_runs_is_traced(implementation):
+    def branches() -> int:
+        x = jnp.zeros((2, 8))
+        traced = jax.make_jaxpr(lambda x: gated_activation(x, x, activation="silu", implementation=implementation))(x)
+        return str(traced).count("interpret=False")
+
+    assert branches() == 0
+    with jax.sharding.use_abstract_mesh(H200):
+        assert branches() > 0
+    assert branches() == 0  # and neither is taken for the other
 
 
 # Sizes.
