@@ -68,10 +68,10 @@ def test_a_head_that_is_trained_whole_beside_adapters_takes_its_memory(tied):
     whole = ("lm_head", "embed_tokens") if tied else "lm_head"
     lora = LoraConfig(r=4, target_modules="q_proj", modules_to_save=whole)
     model = add_lora(Transformer(small_config("llama", tie_word_embeddings=tied, **sizes), rngs=nnx.Rngs(0)), lora)
-    temporary = compiled_temporary_bytes(model, (1, 1, 128))
     step = StepShape.of(model, (1, 1, 128))
-    # A CPU makes float32 of an untied head once more; without its gradient and cast, a half would be missing.
-    assert peak_bytes(step, "full") - argument_bytes(step) == pytest.approx(temporary, rel=0.25)
+    predicted = peak_bytes(step, "full") - argument_bytes(step)
+    copied = 0 if tied else 4 * model.config.vocab_size * model.config.hidden_size  # a CPU divides a gradient elsewhere
+    assert predicted + copied == pytest.approx(compiled_temporary_bytes(model, (1, 1, 128)), rel=0.1)
 
 
 def test_frozen_weights_in_float32_are_cast_as_trained_ones_are():
