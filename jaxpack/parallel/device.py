@@ -26,13 +26,13 @@ def current_device() -> jax.Device:
 
 
 def may_lower_for_gpu() -> bool:
-    """Returns whether a program that is traced now may be lowered for an NVIDIA GPU.
+    """Returns whether a program that is traced now may be lowered for a GPU.
 
-    It may where this process has such a GPU, or where the mesh in context (`jax.sharding.use_abstract_mesh`) is one of
-    GPUs that are not here.
+    It may where this process has any device but a CPU, or where the mesh in context (`jax.sharding.use_abstract_mesh`)
+    is one of GPUs that are not here.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return "cuda" in backend.backends() or (device is not None and device.platform == "gpu")
+    return set(backend.backends()) != {"cpu"} or (device is not None and device.platform == "gpu")
 
 
 def platform_of(array: jax.Array) -> str:
