@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need, in .venv.
+# Every target sets up what it needs, in .venv. `make help` lists the targets.
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV := .venv
@@ -11,24 +11,33 @@ UNOPTIMISED := XLA_FLAGS=--xla_backend_optimization_level=0
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.PHONY: demo test test-slow lint test-jax test-gpu clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format test-jax test-gpu clean
 
-demo: $(VENV)/installed
+help:  ## List the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+		printf '%-12s %s\n' "$$target" "$$text"; done
+
+demo: $(VENV)/installed  ## Fine-tune a small model on bundled questions, and check its adapter with PEFT
 	rm -rf build/demo
 	$(VENV)/bin/jaxpack demo --output build/demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed  ## Run the tests, but the slow ones
 	$(UNOPTIMISED) $(RUN) -m pytest $(PARALLEL)
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/installed  ## Run the slow tests
 	$(UNOPTIMISED) $(RUN) -m pytest $(PARALLEL) -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed  ## Check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+format: $(VENV)/installed  ## Format the code, and mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
 # The tests that need no torch, on the newer jax versions.
-test-jax: $(OTHER_JAX:%=test-jax-%)
+test-jax: $(OTHER_JAX:%=test-jax-%)  ## Run the tests that need no torch on the newer jax versions (needs Python 3.12)
 
 test-jax-%: .venv-jax-%/installed
 	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py'
@@ -38,7 +47,7 @@ test-jax-%: .venv-jax-%/installed
 # Side by side, since nearly all of the time goes into compiling; pytest-benchmark would warn of that, which is an error.
 # XLA takes its first choice of matmuls, and times none: that took most of it.
 ON_GPU := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
-test-gpu:
+test-gpu:  ## Run the tests of kernels and short runs on an NVIDIA GPU, in the environment that is there
 	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels tests/train/test_trainer.py::test_losses_follow_float32_whatever_is_kept
 	$(ON_GPU) -n 12 -m gpu tests/model tests/train/test_trainer.py
 
@@ -52,5 +61,5 @@ $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	.venv-jax-$*/bin/python -m pip install --quiet --constraint constraints/jax-$*.txt --editable '.[hf,dev]'
 	touch $@
 
-clean:
+clean:  ## Delete the environments and what was built
 	rm -rf .venv .venv-jax-* build
