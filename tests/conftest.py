@@ -1,9 +1,10 @@
-"""What all tests share: strict jax, shapes checked at every call, and small models of both families."""
+"""Settings and fixtures that all tests share: strict JAX, shapes checked at every call, the two model families."""
 
 import importlib.util
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes in signatures are checked at every call (not on a GPU machine that has no beartype). This must come
-# before the package's first import.
+# Shapes and dtypes in signatures are checked at every call, unless beartype is missing, as on some GPU machines. This
+# must come before the package's first import.
 _PARTS = ("attention", "block", "cache", "context", "feed_forward", "linear", "norm", "transformer", "weights")
 _CHECKED = ("kernels", *(f"model.{part}" for part in _PARTS), "train.step", "generation.decode")
 _HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
@@ -20,12 +21,21 @@ if _HAS_BEARTYPE:
     install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU, float32 references would be rounded to tf32
+jax.config.update("jax_default_matmul_precision", "highest")  # else a GPU rounds float32 references to tf32
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if _HAS_BEARTYPE:  # which warns of annotations within flax
+    if _HAS_BEARTYPE:  # beartype warns of annotations within flax
         config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked as slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks all but one in N cases of a test that is marked `one_in(N)` as slow, drawn by the name of the case."""
+    for item in items:
+        marker = item.get_closest_marker("one_in")
+        if marker is not None and zlib.crc32(item.name.encode()) % marker.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=["qwen3", "llama"])
@@ -35,14 +45,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def same_draws() -> None:
-    """What torch and PEFT draw without a generator of ours, which would be something else in every run."""
+    """Seeds torch, so that what torch and PEFT draw without a generator of ours is the same in every run."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A user's cache home for these tests alone: runs keep their programs there."""
+    """Sets a cache home for these tests alone; runs keep their compiled programs in it."""
     home = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
@@ -53,7 +63,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 4 MB."""
+    """Mounts a separate file system of 4 MiB. Skips the test where mounting is not permitted."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount")
     disk = tmp_path / "disk"

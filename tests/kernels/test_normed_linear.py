@@ -85,6 +85,7 @@ def test_output_and_gradients(shape, implementation):
         np.testing.assert_allclose(got[name], want[name], atol=2e-6 * np.abs(want[name]).max(), err_msg=name)
 
 
+@pytest.mark.one_in(2)
 @all_shapes
 def test_bfloat16_is_as_good_as_plain_bfloat16(shape, implementation):
     arguments, d = inputs(shape, jnp.bfloat16)

@@ -56,6 +56,7 @@ def results(f, *inputs, d_out):
     return dict(zip(NAMES, run(d_out, *inputs), strict=False))
 
 
+@pytest.mark.one_in(2)
 @activations
 @ranks
 @both_implementations
@@ -81,6 +82,7 @@ def test_without_a_residual_it_is_the_projection(activation, rank, implementatio
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=2e-6 * scale, err_msg=name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("activation", [None, "silu"], ids=str)
 @ranks
 @both_implementations

@@ -155,6 +155,7 @@ def test_position_257_is_not_256_in_bfloat16():
 # Numbers.
 
 
+@pytest.mark.one_in(2)
 @both_implementations
 @all_cases
 def test_rope_turns_pairs_and_its_gradient_turns_back(case, implementation):
@@ -168,6 +169,7 @@ def test_rope_turns_pairs_and_its_gradient_turns_back(case, implementation):
         )
 
 
+@pytest.mark.one_in(2)
 @both_implementations
 @all_cases
 def test_norm_rope_against_complex_numbers(case, implementation):

@@ -23,6 +23,9 @@ def results():
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     tests = Path(__file__).parent.parent
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    if jax.__version__.startswith("0.11."):
+        # Its Shardy partitioner crashes on a CPU where weights are frozen; that of jax 0.10 and 0.12 does not.
+        environment["JAX_USE_SHARDY_PARTITIONER"] = "false"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

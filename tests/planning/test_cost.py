@@ -1,4 +1,4 @@
-"""A step's cost is the sum of what its parts say, whatever parts those are."""
+"""Tests that a step's cost is the sum of the costs that its parts declare, whatever the parts are."""
 
 from typing import get_args
 
@@ -23,18 +23,18 @@ def test_a_window_bounds_the_keys_of_its_layers():
     model, windowed = (abstract_small("qwen2", sliding_window=window) for window in (None, 7))
     without, within = (StepShape.of(model, (1, 1, 128)).keys_per_token for model in (model, windowed))
     assert without == 129 / 2
-    # One layer of three: 1 + ... + 7 keys of the first seven tokens, 7 of each after.
+    # One layer of three has a window: 1 + ... + 7 keys for the first seven tokens, then 7 for each token.
     assert within == pytest.approx((2 * without + (28 + 121 * 7) / 128) / 3)
 
 
-# Parts that declare more than those of the model do: `planning` knows neither.
+# Two parts that declare other costs than the model's own parts do. `planning` knows neither of them.
 
 SHAPE = (1, 2, 128)
 TOKENS = 2 * 128
 
 
 class Routed(FeedForward):
-    """A feed-forward that names one more activation, of 12 bytes a token."""
+    """Is a feed-forward that names one more activation, of 12 bytes a token."""
 
     def cost(self, norm, context):
         routed = PartCost(output=Cost(matmul=1000, weight_bytes=7), backward=Cost(matmul=3000))
@@ -42,7 +42,7 @@ class Routed(FeedForward):
 
 
 class Tiled(FeedForward):
-    """A feed-forward that does without "gate_up", one tile of 64 tokens at a time."""
+    """Is a feed-forward that works on one tile of 64 tokens at a time and keeps no "gate_up"."""
 
     def cost(self, norm, context):
         whole = super().cost(norm, context)

@@ -1,4 +1,4 @@
-"""Predicted bytes agree with the model's own arrays, and with what compiled steps take."""
+"""Tests that predicted bytes agree with the model's own arrays and with the memory of compiled steps."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_arguments_are_those_of_the_step(family, lora):
 
 
 def compiled_temporary_bytes(model: Transformer, shape: tuple[int, int, int]) -> int:
-    """What XLA takes here, beside its arguments, for a step that recomputes everything."""
+    """Returns the bytes that XLA needs here, beside the arguments, for a step that recomputes everything."""
     graph, trainable, frozen = split_trainable(model)
     optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(1e-3))
     step = make_train_step(graph, optimizer, remat="full", implementation="xla")
@@ -52,7 +52,8 @@ def compiled_temporary_bytes(model: Transformer, shape: tuple[int, int, int]) ->
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gradients_of_all_weights_take_the_memory_of_a_step_with_few_tokens(accumulation):
-    # Where nothing else counts, a CPU's buffers are a GPU's, but for a copy of what the loop over layers has made.
+    # With so few tokens only gradients count. A CPU then needs the buffers of a GPU, and without accumulation also a
+    # copy of the gradients that the loop over layers has made.
     config = small_config("llama", hidden_size=512, intermediate_size=1536, num_heads=8, head_dim=64, vocab_size=4096)
     model = Transformer(config, rngs=nnx.Rngs(0))
     shape = (accumulation, 1, 128)
@@ -70,7 +71,8 @@ def test_a_head_that_is_trained_whole_beside_adapters_takes_its_memory(tied):
     model = add_lora(Transformer(small_config("llama", tie_word_embeddings=tied, **sizes), rngs=nnx.Rngs(0)), lora)
     step = StepShape.of(model, (1, 1, 128))
     predicted = peak_bytes(step, "full") - argument_bytes(step)
-    copied = 0 if tied else 4 * model.config.vocab_size * model.config.hidden_size  # a CPU divides a gradient elsewhere
+    # a CPU divides gradients out of place
+    copied = 0 if tied else 4 * model.config.vocab_size * model.config.hidden_size
     assert predicted + copied == pytest.approx(compiled_temporary_bytes(model, (1, 1, 128)), rel=0.1)
 
 
@@ -78,16 +80,16 @@ def test_frozen_weights_in_float32_are_cast_as_trained_ones_are():
     model = small_model("llama", dtype=jnp.bfloat16)
     assert not StepShape.of(add_lora(nnx.clone(model), LORA), (1, 1, 128)).casts_weights
     _, trainable, _ = split_trainable(model)
-    nnx.update(model, trainable)  # as a run of all weights leaves it
+    nnx.update(model, trainable)  # as full fine-tuning leaves the model
     for tuned in (model, add_lora(nnx.clone(model), LORA)):
         step = StepShape.of(tuned, (1, 1, 128))
         assert (
             step.casts_weights and host_bytes(step, "offload") == (step.num_layers - 1) * 128 * 48 * 2
-        )  # inputs alone
+        )  # the layers' inputs alone
 
 
-# GiB beside its arguments that a step of all of Qwen3-0.6B's weights has on an H200 (2026-11-27, jax 0.11.2:
-# `temp_size_in_bytes` of the step that is compiled there): of so many micro-batches, of one and of five rows of 1,024.
+# GiB beside the arguments that full fine-tuning of Qwen3-0.6B needs on an H200 (2026-11-27, jax 0.11.2:
+# `temp_size_in_bytes` of the step compiled there). Key: remat, micro-batches; value: one and five rows of 1,024 tokens.
 TEMPORARY = {
     ("full", 1): (2.545, 3.031),
     ("full", 2): (4.423, 5.907),

@@ -1,4 +1,7 @@
-"""How near jaxpack is to transformers and PEFT, family by family: `python -m tests.torch_bridge.families` prints it."""
+"""Measures how closely jaxpack matches transformers and PEFT for each model family.
+
+`python -m tests.torch_bridge.families` prints the table.
+"""
 
 import functools
 import tempfile
@@ -25,28 +28,28 @@ from torch_bridge.tensors import model_tensors
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 _LONGEST = 150
-LENGTHS = [90, 61, 33, 17, 5, 2, 100]  # past every window and every original context, and far below
+LENGTHS = [90, 61, 33, 17, 5, 2, 100]  # some exceed every window and every original context, some are far shorter
 
 
 class Figures(NamedTuple):
-    """The largest differences of one family, float32."""
+    """Holds the largest float32 differences between jaxpack and torch for one family."""
 
-    logits: float  # of whole rows, to transformers
-    loss: float  # with adapters, packed, to PEFT's of one document after another
-    gradients: float  # of all adapters and all weights, to PEFT's: |difference| / |value| of the worst tensor
-    packed: float  # logits of packed documents, to those of each alone
-    adapter_out: bool  # has the tensors that PEFT writes for all linear modules, and PEFT's own come out byte for byte
-    adapter_in: float  # logits with an adapter of PEFT's, to PEFT's
-    merged: float  # logits of the merged folder in transformers, to those of PEFT with the adapter beside
+    logits: float  # whole rows, compared with transformers
+    loss: float  # jaxpack: packed documents with adapters; PEFT: one document after another
+    gradients: float  # all adapters and weights, compared with PEFT: |difference| / |value| of the worst tensor
+    packed: float  # logits of packed documents, compared with each document alone
+    adapter_out: bool  # we write the tensors PEFT writes for "all-linear", and rewrite PEFT's own file byte for byte
+    adapter_in: float  # logits with an adapter that PEFT wrote, compared with PEFT
+    merged: float  # logits of the merged folder in transformers, compared with PEFT and the unmerged adapter
 
 
 def measure(checkpoint: str, folder: Path) -> Figures:
-    """Of a random checkpoint, which is written to `folder`."""
+    """Writes a random checkpoint to `folder` and measures its differences."""
     reference, path = hf.save_model(folder / "model", checkpoint)
     model, _ = torch_bridge.from_pretrained(path, dtype="float32")
     logits, packed = _logits(model, reference)
     add_lora(model, LORA)
-    for i, adapter in enumerate(adapters(model).values()):  # the gradient of A would be zero with B
+    for i, adapter in enumerate(adapters(model).values()):  # with B = 0 the gradient of A is zero
         adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.shape))
     torch_bridge.save_adapter(model, str(folder / "adapter"))
     theirs = peft.PeftModel.from_pretrained(reference, folder / "adapter")
@@ -62,14 +65,14 @@ def measure(checkpoint: str, folder: Path) -> Figures:
 
 
 def _round_trip(path: str, theirs: peft.PeftModel, folder: Path) -> tuple[float, float, bool]:
-    """PEFT's adapter in, and merged, and out again: the differences in logits, and whether it is the same file."""
+    """Loads an adapter of PEFT, merges it and writes it again: logit differences (loaded, merged) and equal bytes."""
     theirs.save_pretrained(folder / "theirs")
     model, _ = torch_bridge.from_pretrained(path, dtype="float32")
     torch_bridge.load_adapter(model, str(folder / "theirs"))
     torch_bridge.save_adapter(model, str(folder / "back"))
     read = [(folder / name / "adapter_model.safetensors").read_bytes() for name in ("theirs", "back")]
     torch_bridge.save_merged(model, str(folder / "merged"), dtype="float32")
-    tokens = hf.random_tokens(2, _LONGEST)  # torch's dynamic NTK keeps the frequencies of the longest row that it saw
+    tokens = hf.random_tokens(2, _LONGEST)  # torch's dynamic NTK keeps the frequencies of the longest row seen
     expected = hf.logits(theirs, tokens)
     ours = np.asarray(model.logits(jnp.asarray(tokens)))
     merged = hf.logits(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged"), tokens)
@@ -77,7 +80,7 @@ def _round_trip(path: str, theirs: peft.PeftModel, folder: Path) -> tuple[float,
 
 
 def _logits(model: Transformer, reference) -> tuple[float, float]:
-    """Two whole rows, then one with documents packed, then each of those alone: one program for all."""
+    """Compares logits with torch (two whole rows), and of packed documents with each alone, in one program."""
     lengths, T = [70, 1, 33, 46], _LONGEST
     assert sum(lengths) == T
     rows = hf.random_tokens(3, T)
@@ -100,7 +103,7 @@ def _logits(model: Transformer, reference) -> tuple[float, float]:
 
 
 def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
-    """The loss of one batch, and the gradients of everything there is."""
+    """Compares the loss of one batch, and the gradients of all adapters and weights, with PEFT."""
     documents = hf.random_documents(LENGTHS)
     tokens, labels = (np.concatenate(x).astype(np.int32) for x in zip(*documents, strict=True))
     lengths = np.array(LENGTHS)
@@ -114,7 +117,7 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
 
     theirs.requires_grad_(True)
     their_loss, count = 0.0, sum(label != -100 for document in documents for label in document.labels[1:])
-    for document in sorted(documents, key=lambda document: len(document.tokens)):  # alone, see `jaxpack.model.rope`
+    for document in sorted(documents, key=lambda document: len(document.tokens)):  # alone: see `jaxpack.model.rope`
         part = theirs(**hf.padded([document]), num_items_in_batch=count).loss
         part.backward()
         their_loss += part.item()
@@ -129,7 +132,7 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
 
 
 def main() -> None:
-    """The table, in Markdown."""
+    """Prints the table in Markdown."""
     print("| family | logits | loss | gradients | packed | adapter out | adapter in | merged out |")
     print("|---|---|---|---|---|---|---|---|")
     for name in hf.FAMILIES:

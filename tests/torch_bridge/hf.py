@@ -1,4 +1,4 @@
-"""The other side of every comparison: small random checkpoints that transformers makes, and its logits and losses."""
+"""Makes the torch side of every comparison: small random transformers checkpoints, their logits and losses."""
 
 import copy
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+torch.set_num_threads(1)  # the models are so tiny that threads would only wait for each other
 
 VOCAB_SIZE = 97
-ORIGINAL_CONTEXT = 64  # of the rope scalings: documents are longer
-WINDOW = 24  # of sliding windows: documents are longer by far
+ORIGINAL_CONTEXT = 64  # original context of the RoPE scalings; some documents are longer
+WINDOW = 24  # sliding window; some documents are far longer
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-# Of ten wavelengths, two stay (6 and 16 positions), one is in between (40) and the others are stretched.
+# The scaling leaves two of ten wavelengths as they are (6 and 16 positions), blends one (40) and stretches the others.
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -59,12 +59,12 @@ _GEMMA3_ROPES = {
 
 
 def scaled(kind: str) -> dict[str, Any]:
-    """The settings of a rope that is rescaled."""
+    """Returns the config settings of one kind of RoPE scaling."""
     settings = {"rope_parameters": _ROPE | {"rope_type": kind} | _SCALINGS[kind]}
     return settings | ({"max_position_embeddings": ORIGINAL_CONTEXT} if kind == "dynamic" else {})
 
 
-# By name: the prefix of the transformers classes, and what the model has that the others have not.
+# Maps each name to the prefix of its transformers classes and to the settings in which it differs from the others.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -81,7 +81,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", _GEMMA | {"rope_parameters": _GEMMA3_ROPES}),
 }
 
-# What has a form of its own in a folder: family, and whether the head is the embedding.
+# Checkpoints whose folders differ in form: the family, and whether the head is the embedding ("tied").
 CHECKPOINTS = (
     "gemma2-tied",
     "gemma3-tied",
@@ -102,7 +102,7 @@ CHECKPOINTS = (
 
 
 def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """One of `FAMILIES`, with grouped heads, and a head_dim that is not hidden / heads."""
+    """Makes one of `FAMILIES` with grouped heads and a head_dim that is not hidden_size / num_heads."""
     family, head = checkpoint.split("-")
     prefix, own = FAMILIES[family]
     settings = {
@@ -122,15 +122,15 @@ def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTraine
 
 
 def random_model(prefix: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with random weights, nothing near zero or one.
+    """Makes a model with random weights in which no part is near zero or the identity.
 
-    Weights have standard deviation 0.1, biases three times that, and norms scatter around what does nothing, so that
-    each changes the logits; so does an epsilon of 1e-3 of the norms, a tenth of the embedding's variance.
+    Weights have standard deviation 0.1, biases three times that, and norm weights scatter around their neutral value,
+    so that each part changes the logits. So does an RMSNorm epsilon of 1e-3, a tenth of the embedding's variance.
     """
     make = getattr(transformers, f"{prefix}ForCausalLM")
-    own: dict[str, Any] = {"pad_token_id": None}  # its embedding would have no gradient
+    own: dict[str, Any] = {"pad_token_id": None}  # the embedding of a padding token has no gradient
     if "attn_logit_softcapping" in settings:
-        own["attn_implementation"] = "eager"  # what some versions take by themselves leaves it out
+        own["attn_implementation"] = "eager"  # the default of some versions leaves soft-capping out
     model = make(make.config_class(**copy.deepcopy(settings | own))).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -140,12 +140,12 @@ def random_model(prefix: str, settings: dict[str, Any], dtype: torch.dtype = tor
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_((0.3 if parameter.ndim == 1 else 0.1) * noise)
-            parameter.data = parameter.data.to(dtype)  # not `model.to`: that would round RoPE's frequencies, too
+            parameter.data = parameter.data.to(dtype)  # `model.to` would also round RoPE's frequencies
     return model
 
 
 def save_model(folder: Path, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, str]:
-    """Writes a random model as a Hugging Face folder. Returns it, and the folder."""
+    """Writes a random model as a Hugging Face folder. Returns the model and the folder's path."""
     model = make_model(checkpoint, dtype)
     model.save_pretrained(folder)
     return model, str(folder)
@@ -157,19 +157,19 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """What a torch model says of whole rows of tokens, in float32."""
+    """Returns the float32 logits of a torch model for whole rows of tokens."""
     return model(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
 
 class Document(NamedTuple):
-    """A document as Hugging Face has it: labels are not shifted, and -100 where there is nothing to learn."""
+    """Holds a document in Hugging Face's form: labels are not shifted, and are -100 where nothing is trained on."""
 
     tokens: list[int]
     labels: list[int]
 
 
 def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
-    """Documents with a masked prompt of random length. Low tokens are likelier, so there is something to learn."""
+    """Draws documents with a masked prompt of random length. Low tokens are likelier, so that a model can learn."""
     rng = np.random.default_rng(seed)
     documents = []
     for length in lengths:
@@ -180,7 +180,7 @@ def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
 
 
 def padded(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-    """Documents as a padded batch: the arguments with which a transformers model computes their loss."""
+    """Pads documents into one batch: the arguments with which a transformers model computes the loss."""
     longest = max(len(document.tokens) for document in documents)
     padding = [longest - len(document.tokens) for document in documents]
     rows = list(zip(documents, padding, strict=True))

@@ -1,4 +1,4 @@
-"""PEFT reads the adapters that jaxpack writes as its own: the same files, the same scaling, the same model."""
+"""Tests that PEFT reads jaxpack's adapters like its own: the same files, the same scaling, the same model."""
 
 import json
 import math
@@ -22,11 +22,11 @@ from jaxpack import InputError, LoraConfig, Transformer, add_lora
 from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 
-# peft calls what transformers deprecates. All other warnings are errors, so PEFT's own of missing keys and unknown
-# fields are, too.
+# PEFT calls deprecated functions of transformers. All other warnings are errors, including PEFT's warnings of missing
+# keys and unknown fields.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# float32 rounding, as between the base models: a few 1e-6 in practice.
+# float32 rounding as between the base models, a few 1e-6 in practice.
 LOGITS_TOLERANCE = 1e-4
 
 LORA = {
@@ -48,7 +48,7 @@ def lora(request: pytest.FixtureRequest) -> LoraConfig:
 
 
 def adapted(folder: str, lora: LoraConfig, dtype: str = "float32") -> Transformer:
-    """A checkpoint with adapters that change it."""
+    """Loads a checkpoint and adds adapters that change its logits."""
     model, _ = torch_bridge.from_pretrained(folder, dtype=dtype)
     add_lora(model, lora)
     for i, adapter in enumerate(adapters(model).values()):
@@ -57,7 +57,7 @@ def adapted(folder: str, lora: LoraConfig, dtype: str = "float32") -> Transforme
 
 
 def peft_config(lora: LoraConfig) -> peft.LoraConfig:
-    """What a user of PEFT writes for the same adapters."""
+    """Returns the config that a user of PEFT writes for the same adapters."""
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     return peft.LoraConfig(
         r=lora.r,
@@ -76,7 +76,7 @@ def test_peft_computes_the_same_logits(checkpoint: str, lora: LoraConfig, tmp_pa
     actual, without = np.asarray(model.logits(jnp.asarray(tokens))), hf.logits(base, tokens)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # missing keys and unknown fields are only warned of
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns of missing keys and unknown fields
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     np.testing.assert_allclose(actual, hf.logits(loaded, tokens), rtol=0, atol=LOGITS_TOLERANCE)
     assert np.abs(actual - without).max() > 100 * LOGITS_TOLERANCE, "the adapter does nothing"
@@ -93,7 +93,7 @@ def test_peft_finds_every_key_and_no_other(checkpoint: str, lora: LoraConfig, tm
     result = model.load_adapter(tmp_path / "adapter", adapter_name="ours")
     assert result.missing_keys == []
     assert result.unexpected_keys == []
-    # And they are where they should be, to the bit.
+    # The adapters are in their places, to the bit.
     loaded = {name: p.numpy() for name, p in model.state_dict().items() if ".ours." in name}
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.replace(".ours.", ".") for name in loaded} == written.keys()
@@ -119,14 +119,14 @@ def test_files_are_those_that_peft_writes(checkpoint: str, lora: LoraConfig, dty
         json.loads((tmp_path / writer / "adapter_config.json").read_text()) for writer in ("ours", "theirs")
     )
     assert ours.keys() <= theirs.keys()
-    # PEFT lists whole paths for "all-linear", in no order; ours are their last parts.
+    # For "all-linear", PEFT lists whole paths in no order; we list their last parts.
     assert ours["target_modules"] == sorted({name.rpartition(".")[2] for name in theirs["target_modules"]})
     for field in ours.keys() - {"target_modules"}:
         assert ours[field] == theirs[field], field
 
 
 def test_adapters_are_never_initialised_again(checkpoint: str, tmp_path: Path):
-    """PEFT runs `init_lora_weights` when it loads, and some kinds (PiSSA) then change the base weights."""
+    """PEFT runs `init_lora_weights` when it loads; with some kinds (PiSSA) that changes the base weights."""
     base, folder = hf.save_model(tmp_path / "model", checkpoint)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     torch_bridge.save_adapter(adapted(folder, LORA["all-linear"]), str(tmp_path / "adapter"))
@@ -158,7 +158,7 @@ def test_a_model_without_adapters_is_refused(tmp_path: Path):
 
 # --- How adapters start ---
 
-_WIDE = LoraConfig(r=32, lora_alpha=64)  # many numbers, for statistics
+_WIDE = LoraConfig(r=32, lora_alpha=64)  # enough numbers for statistics
 
 
 def layers_of(model: Transformer) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -168,7 +168,7 @@ def layers_of(model: Transformer) -> Iterator[tuple[str, np.ndarray, np.ndarray]
 
 
 def test_lora_a_starts_as_peft_starts_it(checkpoint: str, tmp_path: Path):
-    """kaiming_uniform(a=sqrt(5)), which is uniform in +-1/sqrt(in), so of standard deviation 1/sqrt(3 in)."""
+    """PEFT uses kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(in), with a standard deviation of 1/sqrt(3 in)."""
     base, folder = hf.save_model(tmp_path / "model", checkpoint)
     model, _ = torch_bridge.from_pretrained(folder, dtype="float32")
     add_lora(model, _WIDE)
@@ -184,10 +184,10 @@ def test_lora_a_starts_as_peft_starts_it(checkpoint: str, tmp_path: Path):
         # The sample's standard deviation has a relative error of sqrt(0.2 / size) for a uniform distribution.
         tolerance = 5 * math.sqrt(0.2 / lora_a.size)
         assert lora_a.std() == pytest.approx(bound / math.sqrt(3), rel=tolerance), name
-        # The same distribution as PEFT's draw. With other seeds one comparison of 10,000 would fail.
+        # The draw has the distribution of PEFT's draw. With other seeds, one comparison in 10,000 would fail.
         assert stats.ks_2samp(lora_a.ravel(), theirs_by_shape[lora_a.shape].ravel()).pvalue > 1e-4, name
         assert not lora_b.any(), name
-    # No two are the same draw: correlations of independent ones have a standard deviation of 1 / sqrt(32 * 48).
+    # No two adapters share a draw: correlations of independent draws have a standard deviation of 1 / sqrt(32 * 48).
     same_size = np.stack([lora_a.ravel() for _, lora_a, _ in starts if lora_a.shape == (32, 48)])
     correlations = np.corrcoef(same_size) - np.eye(len(same_size))
     assert np.abs(correlations).max() < 6 / math.sqrt(32 * 48)
@@ -212,6 +212,6 @@ def test_new_adapters_change_no_more_of_the_logits_than_rounding(checkpoint: str
     tokens = jnp.asarray(hf.random_tokens(2, 40))
     before = np.asarray(model.logits(tokens))
     add_lora(model, _WIDE)
-    # Their factors are channels of the same matmuls, which then add up in another order.
+    # The adapters' factors are channels of the same matmuls, which then add up in another order.
     atol = {"float32": 1e-6, "bfloat16": 2**-7}[dtype] * np.abs(before).max()
     np.testing.assert_allclose(model.logits(tokens), before, rtol=0, atol=atol)

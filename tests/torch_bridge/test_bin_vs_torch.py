@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`: read as weights and nothing else, and only where there are no safetensors."""
+"""Tests that `pytorch_model.bin` is read as weights and nothing else, and only if there are no safetensors."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ def assert_same(actual: Transformer, expected: Transformer) -> None:
 
 
 def save_bin(folder: Path, checkpoint: str, dtype: torch.dtype = torch.float32, shards: int = 1) -> torch.nn.Module:
-    """As transformers 4 wrote it."""
+    """Writes a random checkpoint as `pytorch_model.bin`, whole or in shards, as transformers 4 did."""
     model, _ = hf.save_model(folder, checkpoint, dtype)
     (folder / WEIGHTS).unlink()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -87,7 +87,7 @@ def cut(folder: Path) -> None:
 
 
 def broken_pickle(folder: Path) -> None:
-    """Within a zip file that is whole."""
+    """Breaks the pickle inside a zip file that stays whole."""
     with zipfile.ZipFile(folder / BIN) as good:
         contents = {name: good.read(name) for name in good.namelist()}
     with zipfile.ZipFile(folder / BIN, "w") as bad:

@@ -1,4 +1,4 @@
-"""Asks what is read of a `config.json` and written back. Needs no torch."""
+"""Tests what is read from a `config.json` and written back. Needs no torch."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from torch_bridge.config_json import config_from_hf, config_to_hf
 LLAMA3 = Llama3RopeScaling(
     factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
-PUBLISHED = {  # as the models of transformers 4 have it
+PUBLISHED = {  # configs in the form of transformers 4
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -101,7 +101,7 @@ def test_published_configs_are_read(family: str):
     assert config.architecture == PUBLISHED[family]["architectures"][0]
     assert (config.vocab_size, config.num_layers) == ((151936, 28) if qwen3 else (128256, 28))
     assert (config.hidden_size, config.intermediate_size) == ((1024, 3072) if qwen3 else (3072, 8192))
-    # Qwen3 says its head_dim, which is not 1024 / 16; Llama leaves it out.
+    # Qwen3 states its head_dim, which is not 1024 / 16; Llama leaves it out.
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == ((16, 8, 128) if qwen3 else (24, 8, 128))
     assert config.rms_norm_eps == (1e-6 if qwen3 else 1e-5)
     assert config.max_position_embeddings == (40960 if qwen3 else 131072)
@@ -116,7 +116,7 @@ def test_old_and_new_forms_of_rope_read_the_same(family: str):
     theta, scaling = new.pop("rope_theta"), new.pop("rope_scaling")
     new["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
     assert config_from_hf(new) == config_from_hf(old)
-    if scaling is not None:  # older still: `type` for `rope_type`
+    if scaling is not None:  # still older configs say `type` for `rope_type`
         scaling = {("type" if field == "rope_type" else field): value for field, value in scaling.items()}
         assert config_from_hf(old | {"rope_scaling": scaling}) == config_from_hf(old)
 
@@ -146,7 +146,7 @@ UNSUPPORTED = [
     ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
-    ("model_type", {"model_type": "mistral"}),  # transformers goes by it
+    ("model_type", {"model_type": "mistral"}),  # transformers reads this field
     ("tie_word_embeddings", {"tie_word_embeddings": "false"}),
     ("num_key_value_heads", {"num_key_value_heads": True}),
     ("rope_theta", {"rope_theta": 0}),
@@ -179,7 +179,7 @@ def test_unsupported_options_are_refused_by_name(family: str, option: str, chang
     assert str(shown) in str(refused.value), "the value received is missing"
 
 
-# What is special about others, as they are published, and what is read of it.
+# The special fields of other families, as published, and the config values that are read from these fields.
 QWEN2 = PUBLISHED["qwen3"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 131072}
 MISTRAL = PUBLISHED["llama"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "rope_scaling": None}
 PHI3 = {
@@ -279,7 +279,7 @@ SPECIAL = {
         {"local_layers": 14 * (True, False)},
     ),
     "mistral": (MISTRAL | {"sliding_window": 4096}, {"sliding_window": 4096, "local_layers": None}),
-    "mistral-silent": (MISTRAL, {"sliding_window": 4096}),  # as transformers takes it
+    "mistral-silent": (MISTRAL, {"sliding_window": 4096}),  # the default of transformers
     "mistral-v0.3": (MISTRAL | {"sliding_window": None}, {"sliding_window": None}),
     "phi3-mini-128k": (
         PHI3
@@ -358,7 +358,7 @@ def test_an_activation_that_is_null_is_the_family_s():
 
 
 def test_a_rope_scaling_beside_other_rope_parameters_is_refused(family: str):
-    """As one that is added by hand to a config of transformers 5, which then goes by it."""
+    """A `rope_scaling` added by hand to a config of transformers 5 contradicts it: transformers uses the addition."""
     parameters = {"rope_type": "default", "rope_theta": 1e6}
     scaling = {"rope_type": "linear", "factor": 4.0}
     hf = PUBLISHED[family] | {"rope_parameters": parameters, "rope_scaling": scaling}
@@ -385,7 +385,7 @@ def test_missing_fields_of_the_scaling_are_named(field: str):
 
 
 def test_longrope_reads_what_is_beside_it():
-    """The original context of Phi-3 is not among the rope's parameters, and its factor is said by no one."""
+    """Phi-3 states its original context outside the RoPE parameters, and states its factor nowhere."""
     hf = PUBLISHED["llama"] | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 4096}
     scaling = config_from_hf(hf).rope.scaling
     assert (scaling.original_max_position_embeddings, scaling.factor) == (4096, 131072 / 4096)

@@ -1,7 +1,7 @@
-"""200 ways to break a good folder, drawn from a seed: each is one clear error, and none a model. Needs no torch.
+"""Tests that 200 seeded ways to break a good folder each give one clear error and never a model. Needs no torch.
 
-What cannot be noticed is not among them: a flipped bit in a tensor's own bytes, or 16-bit numbers said to be of the
-other kind. Nothing in the format says what they should be.
+The damage leaves out what cannot be noticed: a flipped bit in a tensor's own bytes, and 16-bit numbers declared as the
+other 16-bit dtype. Nothing in the format says what the numbers should be.
 """
 
 import functools
@@ -26,7 +26,7 @@ FAMILY = "qwen3"
 
 
 def read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a file, and the bytes behind it."""
+    """Returns the header of a safetensors file and the bytes behind the header."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -57,7 +57,7 @@ def longer_file(rng: random.Random, folder: Path) -> None:
 
 
 def flip_header(rng: random.Random, folder: Path) -> None:
-    """One bit of the header's length, or of what it says of tensors: not of its comments, nor of its last spaces."""
+    """Flips one bit of the header's length or of its tensor entries, not of its metadata or trailing spaces."""
     path = some_file(rng, folder)
     content = bytearray(path.read_bytes())
     (length,) = struct.unpack("<Q", content[:8])
@@ -108,7 +108,7 @@ def wrong_entry(rng: random.Random, folder: Path) -> None:
 
 
 def wrong_shape(rng: random.Random, folder: Path) -> None:
-    """One that agrees with the bytes, or says that there are more: zeros within it, or a product beyond 64 bits."""
+    """Declares a wrong shape: one of the same or another size, one with a zero, or a product beyond 64 bits."""
     path = some_file(rng, folder)
     header, data = read(path)
     entry = header[some_tensor(rng, header)]
@@ -128,7 +128,7 @@ def wrong_dtype(rng: random.Random, folder: Path) -> None:
 
 
 def offset_table(rng: random.Random, folder: Path) -> None:
-    """Tensors over each other, over the header, or beyond the file, each of the right size."""
+    """Moves a tensor, at its right size, onto another tensor, onto the header, or beyond the end of the file."""
     path = some_file(rng, folder)
     header, data = read(path)
     entry = header[some_tensor(rng, header)]
@@ -139,7 +139,7 @@ def offset_table(rng: random.Random, folder: Path) -> None:
 
 
 def same_place(rng: random.Random, folder: Path) -> None:
-    """Two tensors of one shape that are said to lie at one place: the file is as long as they say."""
+    """Gives two tensors of one shape the same offsets; the file keeps its length or loses one tensor's bytes."""
     path = folder / WEIGHTS
     gather(folder)
     header, data = read(path)
@@ -150,7 +150,7 @@ def same_place(rng: random.Random, folder: Path) -> None:
 
 
 def missing_tensor(rng: random.Random, folder: Path) -> None:
-    """Without a gap where it was."""
+    """Removes a tensor and closes the gap that it leaves."""
     path = some_file(rng, folder)
     header, data = read(path)
     begin, end = header.pop(some_tensor(rng, header))["data_offsets"]
@@ -171,7 +171,7 @@ def renamed_tensor(rng: random.Random, folder: Path) -> None:
 
 
 def doubled_tensor(rng: random.Random, folder: Path) -> None:
-    """Twice in one header: at the right place, after or before another one."""
+    """Writes one tensor's name twice in a header; the second entry is a copy or empty and comes first or last."""
     path = some_file(rng, folder)
     header, data = read(path)
     name = some_tensor(rng, header)
@@ -181,7 +181,7 @@ def doubled_tensor(rng: random.Random, folder: Path) -> None:
 
 
 def doubled_shard(rng: random.Random, folder: Path) -> None:
-    """A tensor in two files that the index lists."""
+    """Stores the tensors of one shard in a second file that the index lists, too."""
     path = some_file(rng, folder)
     shutil.copy(path, folder / "again.safetensors")
     name = some_tensor(rng, read(path)[0])
@@ -189,7 +189,7 @@ def doubled_shard(rng: random.Random, folder: Path) -> None:
 
 
 def index_entry(rng: random.Random, folder: Path) -> None:
-    """A path that leaves the folder, a file that is none, no name at all."""
+    """Replaces a file name in the index by a path out of the folder, a missing or other file, or by no name."""
     outside = folder.parent / "outside.safetensors"
     names = ["../outside.safetensors", str(outside), "./../outside.safetensors", "..", ".", "", "/etc/passwd", "a\0b"]
     names += ["x" * 5000, "a/b", "C:\\x", None, 7, [], {}, "\ud800", "missing.safetensors", "config.json"]
@@ -204,7 +204,7 @@ def index_entry(rng: random.Random, folder: Path) -> None:
 
 
 def index_that_disagrees(rng: random.Random, folder: Path) -> None:
-    """It says a tensor to be in another file than it is."""
+    """Makes the index name another shard for a tensor than the one that holds it."""
 
     def change(weights: dict[str, str]) -> dict[str, str]:
         name = rng.choice(sorted(weights))
@@ -219,7 +219,7 @@ def broken_index(rng: random.Random, folder: Path) -> None:
 
 
 def special_file(rng: random.Random, folder: Path) -> None:
-    """In place of a shard: a folder, a link to nothing or to itself, an endless device, a pipe without a writer."""
+    """Replaces a shard by a folder, a link to nothing or to itself, an endless device, or a pipe without a writer."""
     path = some_file(rng, folder)
     path.unlink()
     kind = rng.choice(["folder", "dangling", "loop", "zero", "pipe"])
@@ -271,7 +271,7 @@ def broken_config(rng: random.Random, folder: Path) -> None:
 
 
 def gather(folder: Path) -> None:
-    """One file of all shards."""
+    """Merges all shards into one file and removes the index."""
     header, data = {}, b""
     for path in sorted(folder.glob("*.safetensors")):
         tensors, more = read(path)
@@ -313,7 +313,7 @@ CASES = 200
 
 @functools.cache
 def cases() -> list[tuple[bool, Callable, int]]:
-    """Whether in shards, what breaks it, and its seed: each kind of damage about as often."""
+    """Draws the cases: whether the folder is sharded, the damage (each kind about as often), and the damage's seed."""
     rng = random.Random(0)
     drawn = []
     for case in range(CASES):
@@ -324,7 +324,7 @@ def cases() -> list[tuple[bool, Callable, int]]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The same model in one file and in shards, and that both are read."""
+    """Writes one model as a single file and as shards, and checks that both folders are read."""
     folders = {}
     for shards in (False, True):
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Every family computes what transformers and PEFT compute with the same weights: see `families.measure`."""
+"""Tests that each family computes what transformers and PEFT do with the same weights, see `families.measure`."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import families, hf
 from torch_bridge.config_json import config_from_hf, config_to_hf
 
-# peft calls what transformers deprecates.
+# PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-# What others have, too: left to `make test-slow`.
+# Families whose features other families have, too. Only `make test-slow` runs them.
 _VARIANTS = {
     "llama",
     "llama_biases",
@@ -72,11 +72,11 @@ def test_a_merged_folder_has_the_logits_of_the_adapter_beside(figures: families.
 
 # --- Random configs ---
 
-_LENGTH = 70  # of the rows: most windows and original contexts are shorter
+_LENGTH = 70  # tokens a row; most windows and original contexts are shorter
 
 
 def random_rope(rng: np.random.Generator, pairs: int, kinds: list[str]) -> tuple[dict[str, Any], int]:
-    """Of so many channel pairs, and the `max_position_embeddings` that it goes with."""
+    """Draws RoPE parameters for `pairs` channel pairs. Returns them and a matching `max_position_embeddings`."""
     kind, original = str(rng.choice(kinds)), int(rng.integers(16, 100))
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": float(rng.choice([100, 1e4, 1e6]))}
     if kind in ("linear", "dynamic", "llama3", "yarn"):
@@ -100,14 +100,14 @@ _KINDS = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 def random_settings(prefix: str, rng: np.random.Generator) -> dict[str, Any]:
-    """A config of a family, with everything that may differ within it."""
+    """Draws a config of a family in which every setting that may differ within the family is random."""
     K, H = int(rng.integers(1, 4)), int(rng.choice([8, 16, 24]))
     N, layers = K * int(rng.integers(1, 4)), int(rng.integers(1, 4))
     rope, longest = random_rope(rng, H // 2, _KINDS)
     flag = [False, True]
     settings = {
         "vocab_size": hf.VOCAB_SIZE,
-        "hidden_size": N * (H if prefix == "Phi3" else int(rng.integers(3, 9)) * 2),  # which says Phi-3's head_dim
+        "hidden_size": N * (H if prefix == "Phi3" else int(rng.integers(3, 9)) * 2),  # Phi-3's head_dim follows from it
         "intermediate_size": int(rng.integers(10, 60)),
         "num_hidden_layers": layers,
         "num_attention_heads": N,
@@ -163,6 +163,6 @@ def test_random_configs_have_the_logits_of_transformers(case: int):
     graph, state = nnx.split(model)
     actual = quick_jit(lambda state, tokens: nnx.merge(graph, state).logits(tokens))(state, jnp.asarray(tokens))
     expected = hf.logits(reference, tokens)
-    # Some of these have larger logits than those above, and so larger errors.
+    # Some random configs have larger logits than the families above, and so larger errors.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * max(1, expected.std()), err_msg=str(settings))
     assert config_from_hf(config_to_hf(model.config), model.config.name_or_path) == model.config

@@ -1,4 +1,4 @@
-"""Greedy text of every family is that of transformers, from prompts longer than windows, past original contexts."""
+"""Tests that each family's greedy text equals transformers' text, beyond windows and original contexts."""
 
 import jax
 import pytest
@@ -10,16 +10,16 @@ from jaxpack import generate
 from tests.torch_bridge import hf
 
 PROMPTS = [hf.random_tokens(length, seed=length) for length in (50, 30, 70)]
-NEW_TOKENS = 24  # the first text gets past `hf.ORIGINAL_CONTEXT`, the last begins beyond
+NEW_TOKENS = 24  # the first text grows past `hf.ORIGINAL_CONTEXT`, the last begins beyond it
 
-# What transformers has in its cache keeps the frequencies of shorter texts; Phi-3 reads a text again when it gets long.
+# Keys in transformers' cache keep the RoPE frequencies of the shorter text. Phi-3 alone reads the text again.
 _WITHOUT_CACHE = {"llama_dynamic", "llama_longrope"}
 _QUICK = {"llama_dynamic", "phi4_mini", "gemma2", "gemma3"}
 _PARAMETERS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in hf.FAMILIES]
 
 
 def make_model(family: str) -> PreTrainedModel:
-    """With smaller biases, which would have one token follow another whatever is before them."""
+    """Makes a model with smaller biases; larger ones would let each token alone decide the next one."""
     model = hf.make_model(f"{family}-untied")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -33,7 +33,7 @@ def test_greedy_text_is_that_of_transformers(family: str):
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
     expected = []
     for prompt in PROMPTS:
-        reference = make_model(family)  # each time: dynamic NTK keeps the frequencies of the longest text that it saw
+        reference = make_model(family)  # made anew: dynamic NTK keeps the frequencies of the longest text so far
         tokens = torch.tensor(prompt[None], dtype=torch.long)
         use_cache = family not in _WITHOUT_CACHE
         written = reference.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=use_cache, **options)

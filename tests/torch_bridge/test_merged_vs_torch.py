@@ -1,4 +1,4 @@
-"""Merged folders: transformers reads them without a word, and computes what PEFT does with the adapter."""
+"""Tests that transformers reads merged folders without a warning and computes what PEFT does with the adapter."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 from torch_bridge import merged
 
-# peft calls what transformers deprecates.
+# PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 LORA = {
@@ -45,7 +45,7 @@ def adapted(folder: str, lora: LoraConfig, dtype: str = "float32", size: float =
 
 
 def reread(folder: Path, caplog: pytest.LogCaptureFixture) -> torch.nn.Module:
-    """As transformers reads it: no warning of Python's, nothing logged, nothing missing or left over."""
+    """Reads a folder with transformers and requires no warning, no log record, no missing or unexpected key."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with caplog.at_level(logging.WARNING):
@@ -66,7 +66,7 @@ def test_transformers_computes_what_peft_does(
     difference = torch_bridge.save_merged(model, str(tmp_path / "merged"), dtype="float32")
     assert difference < 1e-4
     for after, old in zip(jax.tree.leaves(nnx.state(model)), before, strict=True):
-        np.testing.assert_array_equal(after, old)  # the model itself is as it was
+        np.testing.assert_array_equal(after, old)  # merging leaves the model itself unchanged
 
     torch_bridge.save_adapter(model, str(tmp_path / "adapter"))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -74,7 +74,7 @@ def test_transformers_computes_what_peft_does(
     expected = hf.logits(theirs, tokens)
     ours = reread(tmp_path / "merged", caplog)
     np.testing.assert_allclose(hf.logits(ours, tokens), expected, rtol=0, atol=1e-4)
-    # And weight by weight, to a few units in float32's last place: they are of size 0.1 to 1.
+    # Each weight, of size 0.1 to 1, agrees to a few units in float32's last place.
     for key, tensor in theirs.merge_and_unload().state_dict().items():
         np.testing.assert_allclose(ours.state_dict()[key], tensor, rtol=0, atol=1e-6, err_msg=key)
 
@@ -88,7 +88,7 @@ def test_transformers_computes_what_peft_does(
     ],
 )
 def test_sixteen_bits_are_rounded_once(dtype: str, written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Each weight is the float32 sum, rounded to nearest: no other number of this dtype is nearer."""
+    """Each weight is the float32 sum rounded to nearest: no other number of this dtype is nearer to the sum."""
     _, folder = hf.save_model(tmp_path / "base", "llama-untied")
     model = adapted(folder, LORA["all-linear"], dtype)
     model.source_files += (("generation_config.json", json.dumps({"eos_token_id": [3, 5]})),)
@@ -125,7 +125,7 @@ def test_shards_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_the_figures_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
     _, folder = hf.save_model(tmp_path / "base", "qwen3-tied")
     difference = torch_bridge.save_merged(adapted(folder, LORA["some"]), str(tmp_path / "merged"))
-    assert 1e-4 < difference < 0.5  # bfloat16 weights beside float32 ones
+    assert 1e-4 < difference < 0.5  # bfloat16 weights against float32 weights
     shown = capsys.readouterr().err
     assert f"6 of 6 adapted tensors changed; logits are within {difference:.2e}" in shown
     assert "by more than" not in shown
@@ -138,7 +138,7 @@ def test_a_merge_that_rounding_hides_is_said_aloud(tmp_path: Path, capsys: pytes
 
 
 def test_a_wrong_merge_shows_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Were the scaling left out, the figure would say so: it does not come from the merge alone."""
+    """The figure does not come from the merge alone: it is large if the merge leaves the scaling out."""
     _, folder = hf.save_model(tmp_path / "base", "qwen3-tied")
     model, merge = adapted(folder, LORA["some"]), merged.merge
     monkeypatch.setattr(merged, "merge", lambda *arguments: merge(*arguments[:3], 1.0, arguments[4]))
@@ -152,7 +152,7 @@ def new(model: Transformer) -> Transformer:
 
 
 def filled(model: Transformer, value: float) -> Transformer:
-    """1e6 is infinite in float16 alone."""
+    """Adds adapters and sets one factor to `value`; a value of 1e6 is infinite in float16 alone."""
     factor = adapters(new(model))["up_proj"].lora_b
     factor.set_value(jnp.full_like(factor[...], value))
     return model

@@ -1,4 +1,4 @@
-"""jaxpack computes what transformers and PEFT compute: logits, losses, gradients, and whole training curves."""
+"""Tests that jaxpack's logits, losses, gradients and training curves are those of transformers and PEFT."""
 
 import functools
 import json
@@ -23,18 +23,18 @@ from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
 from torch_bridge.tensors import model_tensors
 
-# peft calls what transformers deprecates.
+# PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# float32 rounds by 6e-8 of the value. Logits of up to 4 add that up over sums of 20 to 150 terms in two layers: 4e-6
-# was measured. Losses, of about 5, are means, in which it cancels: 5e-7, one bit.
+# float32 rounds by 6e-8 of the value. Logits of up to 4 accumulate rounding over sums of 20 to 150 terms in two layers:
+# we measured 4e-6. Losses, of about 5, are means, in which rounding cancels: 5e-7, one bit.
 LOGITS_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
-# |difference| / |value| of one tensor. Gradients are sums over tokens, and cancel less than their errors: 2e-6 was
-# measured. Adam divides by the gradient's size, so weights keep its relative error: 2e-6 after 20 steps.
+# |difference| / |value| of one tensor. Gradients are sums over tokens and cancel less than their errors: we measured
+# 2e-6. Adam divides by the gradient's size, so weights keep the gradient's relative error: 2e-6 after 20 steps.
 GRADIENT_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 1e-4
-# Each step starts from weights that differ by the rounding of all steps before it: 7e-7 was measured, still one bit.
+# Each step starts from weights that differ by the rounding of all earlier steps: we measured 7e-7, still one bit.
 CURVE_MAX_TOLERANCE = 1e-4
 CURVE_MEAN_TOLERANCE = 1e-5
 
@@ -51,7 +51,7 @@ LAYOUTS = {
 
 
 def with_lora(folder: str, config: LoraConfig) -> Transformer:
-    """The checkpoint with adapters whose B is not zero, or the gradient of A would be."""
+    """Loads the checkpoint with adapters whose B is not zero, since the gradient of A would be zero otherwise."""
     model, _ = torch_bridge.from_pretrained(folder, dtype="float32")
     add_lora(model, config)
     for i, adapter in enumerate(adapters(model).values()):
@@ -60,24 +60,24 @@ def with_lora(folder: str, config: LoraConfig) -> Transformer:
 
 
 def in_peft(model: Transformer, base: torch.nn.Module, folder: Path) -> PeftModel:
-    """The same adapters on the torch side, to be trained."""
+    """Returns a PEFT model with the same adapters, ready to train."""
     torch_bridge.save_adapter(model, str(folder))
     return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What a torch model trains, by its name in a file. A tied head is the embedding, and not named again."""
+    """Returns a torch model's trained parameters by their names in a file. A tied head counts as the embedding."""
     return {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def tensors_of(model: Transformer) -> dict[str, np.ndarray]:
-    """The same of a jaxpack model."""
+    """Returns the trained parameters of a jaxpack model by their names in a file."""
     named = adapter_tensors(model) if adapters(model) else dict(model_tensors(model))
     return {name: np.asarray(tensor) for name, tensor in named.items()}
 
 
 def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    """Each tensor, by the norm of the difference relative to its own."""
+    """Compares each tensor by the norm of the difference, relative to the norm of the expected tensor."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         size = np.linalg.norm(tensor)
@@ -96,12 +96,12 @@ def test_logits_equal_transformers(checkpoint: str, tmp_path: Path):
     model, _ = torch_bridge.from_pretrained(folder, dtype="float32")
 
     expected = hf.logits(reference, tokens)
-    assert expected.std() > 0.5  # or the tolerance would say little
+    assert expected.std() > 0.5  # with tiny logits the tolerance would prove little
     np.testing.assert_allclose(model.logits(jnp.asarray(tokens)), expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
 def test_the_llama3_scaling_shows_in_the_logits():
-    """Else the test above would pass without it: the same weights differ by far more than its tolerance."""
+    """The scaling changes logits far beyond the tolerance, so the test above would fail without the scaling."""
     scaled, plain = hf.make_model("llama3-untied"), hf.make_model("llama-untied")
     tokens = hf.random_tokens(2, 150)
     difference = np.abs(hf.logits(scaled, tokens) - hf.logits(plain, tokens)).max(axis=(0, 2))
@@ -115,7 +115,7 @@ _DOCUMENTS = hf.random_documents([90, 61, 33, 17, 5, 2, 100])  # 308 tokens: thr
 
 
 class Step(NamedTuple):
-    """Of one batch: its loss, and the gradients by Hugging Face or PEFT name."""
+    """Holds the loss of one batch and its gradients by Hugging Face or PEFT name."""
 
     loss: float
     gradients: dict[str, np.ndarray]
@@ -133,7 +133,7 @@ def jaxpack_step(model: Transformer, layout: str) -> Step:
     assert len(batches) == 1
     graph, trainable, frozen = split_trainable(model)
     loss, gradients = jax.jit(functools.partial(loss_and_gradients, graph))(trainable, frozen, batches[0])
-    # Gradients have the structure of the parameters, so they have their names.
+    # Gradients have the structure of the parameters, and so the names of the parameters.
     return Step(float(loss), tensors_of(nnx.merge(graph, gradients, frozen)))
 
 
@@ -154,7 +154,7 @@ def torch_step(model: torch.nn.Module) -> Step:
     ids="-".join,
 )
 def full_steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Step, Step]:
-    """One step of full fine-tuning: jaxpack's, and transformers' on the padded documents."""
+    """Computes one full fine-tuning step with jaxpack, and with transformers on the padded documents."""
     checkpoint, layout = request.param
     reference, folder = hf.save_model(tmp_path_factory.mktemp("model"), checkpoint)
     model, _ = torch_bridge.from_pretrained(folder, dtype="float32")
@@ -172,7 +172,7 @@ def full_steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     ids="-".join,
 )
 def lora_steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Step, Step]:
-    """One step of LoRA: jaxpack's, packed, and PEFT's on the padded documents."""
+    """Computes one LoRA step with jaxpack on packed documents, and with PEFT on padded documents."""
     checkpoint, lora = request.param
     reference, folder = hf.save_model(tmp_path_factory.mktemp("model"), checkpoint)
     model = with_lora(folder, LORA[lora])
@@ -219,7 +219,7 @@ _TRAIN = {
 
 
 def documents_of(batch: PackedBatch) -> Iterator[hf.Document]:
-    """The documents in the rows of a batch, with the labels that its targets came from."""
+    """Yields the documents in the rows of a batch, with the labels from which the targets were made."""
     for tokens, targets, segments in zip(
         *(array.reshape(-1, array.shape[-1]) for array in (batch.tokens, batch.targets, batch.segment_ids)), strict=True
     ):
@@ -229,7 +229,7 @@ def documents_of(batch: PackedBatch) -> Iterator[hf.Document]:
 
 
 def torch_curve(model: torch.nn.Module, steps: list[list[hf.Document]], config: TrainConfig) -> list[dict[str, float]]:
-    """The same run as it is written in torch: padded documents, AdamW as the Hugging Face trainer sets it up."""
+    """Trains the same run in torch, with padded documents and AdamW as the Hugging Face trainer sets it up."""
     parameters = trained(model)
     groups = [
         {"params": [p for name, p in parameters.items() if "norm" not in name], "weight_decay": config.weight_decay},
@@ -287,7 +287,7 @@ def test_training_curve_equals_torch(checkpoint: str, lora: LoraConfig | None, l
     trainer = Trainer(model, None, rows, config)
     steps = [list(documents_of(trainer.batches[step])) for step in range(_STEPS)]
     epoch = [document for step in steps[: trainer.batches.steps_per_epoch] for document in step]
-    # What is unpacked is what was given: the first label is never a target.
+    # The unpacked documents are the given ones, except for the first label, which is never a target.
     assert sorted(epoch) == sorted(hf.Document(tokens, [-100, *labels[1:]]) for tokens, labels in documents)
 
     losses = trainer.train().losses

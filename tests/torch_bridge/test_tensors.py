@@ -1,4 +1,4 @@
-"""Asks whether the tables name a checkpoint's tensors, and whether each goes to its place and back. Needs no torch."""
+"""Tests that the tables name a checkpoint's tensors, and that each goes to its place and back. Needs no torch."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 class FakeTensors:
-    """Tensors in memory, in place of a checkpoint."""
+    """Holds tensors in memory, in place of a checkpoint."""
 
     description = "the test"
 
@@ -34,7 +34,7 @@ class FakeTensors:
 
 
 def shapes_by_hand(family: str, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of `small_config`, as transformers names and shapes them."""
+    """Lists every tensor of a `small_config` checkpoint, as transformers names and shapes the tensors."""
     c = small_config(family)
     D, F, Q, KV = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
@@ -67,7 +67,7 @@ def test_the_table_names_the_tensors_of_a_checkpoint(family: str, tied: bool):
 
 
 def test_a_name_says_its_layer_when_there_are_many(family: str):
-    """Layers count as numbers: 2 comes before 10."""
+    """Layers are sorted as numbers: 2 comes before 10."""
     table = tensor_table(small_config(family, num_layers=12))
     for name, (_, layer) in table.items():
         assert (f".layers.{layer}." in name) == (layer is not None)
@@ -77,7 +77,7 @@ def test_a_name_says_its_layer_when_there_are_many(family: str):
 
 @TIED
 def test_every_element_is_filled_once(family: str, tied: bool):
-    """Tensors of ones leave no parameter at zero, and there are as many numbers in them as in the model."""
+    """Tensors of ones leave no parameter at zero, and hold as many numbers as the model."""
     config = small_config(family, tie_word_embeddings=tied)
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes_by_hand(family, tied).items()}
     source = FakeTensors(tensors)
@@ -104,7 +104,7 @@ def test_what_is_read_comes_out_again(family: str, tied: bool, dtype: str):
 
 
 def test_tensors_go_where_the_layers_read_them(family: str):
-    """Query, key and value are rows of one matrix, in this order, and so are gate and up; layers are stacked."""
+    """Query, key and value are rows of one matrix, in this order, as are gate and up; layers are stacked."""
     config = small_config(family, tie_word_embeddings=False)
     rng = np.random.default_rng(0)
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes_by_hand(family, False).items()}
@@ -143,7 +143,8 @@ def test_missing_and_misshapen_tensors_are_reported_together_before_any_is_read(
 
 def test_tensors_beyond_the_model_are_ignored_aloud(family: str, capsys: pytest.CaptureFixture[str]):
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes_by_hand(family, True).items()}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(10, np.float32)  # of old checkpoints: no weight
+    # old files hold it; it is no weight
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(10, np.float32)
     config = small_config(family, tie_word_embeddings=True)
     build_model(config, FakeTensors(tensors), "float32")
     assert "ignored" not in capsys.readouterr().err
@@ -153,6 +154,6 @@ def test_tensors_beyond_the_model_are_ignored_aloud(family: str, capsys: pytest.
 
 
 def test_reading_and_writing_needs_no_torch():
-    """In a process of its own, where torch cannot be imported."""
+    """The test runs a separate process in which torch cannot be imported."""
     code = "import sys; sys.modules['torch'] = None; import torch_bridge, torch_bridge.adapter, torch_bridge.tensors"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

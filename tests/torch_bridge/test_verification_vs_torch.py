@@ -1,4 +1,4 @@
-"""`verify`: true folders pass, in one line; those that torch reads otherwise do not."""
+"""Tests that `verify` reports correct folders in one line and refuses folders that torch reads differently."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from jaxpack import InputError, LoraConfig, add_lora
 from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 
-# peft calls what transformers deprecates.
+# PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -43,7 +43,7 @@ def test_a_model_means_the_same_to_transformers(tmp_path: Path, capsys: pytest.C
 
 def test_soft_caps_are_compared_whatever_attention_transformers_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, folder = hf.save_model(tmp_path, "gemma2-tied")
-    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as in 5.17
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as in transformers 5.17
     assert torch_bridge.verify(folder) < 1e-4
 
 
@@ -71,7 +71,7 @@ def test_a_prompt_is_read_by_the_folder_s_tokenizer(tmp_path: Path, capsys: pyte
 
 
 def test_logits_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As those of a peft that had read another scaling."""
+    """The logits are those of a PEFT that read another scaling."""
     _, base = hf.save_model(tmp_path / "base", "qwen3-tied")
     adapter = save_adapter(tmp_path / "adapter", base)
     read = peft.PeftModel.from_pretrained
