@@ -1,4 +1,4 @@
-"""The bars of the training step: which work, beside whom, how much faster, and in how much of their memory."""
+"""Defines the bars of the training step: the work, the opponents, and the required speed and memory ratios."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One piece of work.
+    """Holds one bar: a piece of work, its opponents, and the speed and memory to reach.
 
     Attributes:
-      peers: opponents, of whom the fastest counts.
-      speed: how many times its tokens a second are wanted; None where the two are only told side by side.
-      memory: the most of its peak memory; None where it does not matter.
+      peers: the opponents, of which the fastest counts.
+      speed: the required ratio of our tokens a second to the opponent's; None only shows both.
+      memory: the largest allowed ratio of our peak memory to the opponent's; None if memory does not matter.
     """
 
     work: str
@@ -32,9 +32,9 @@ class Bar:
 
 
 def _at_both_ends(model: str, frugal: str) -> tuple[Bar, Bar]:
-    """Little memory and all that is asked for, beside Unsloth: 16 packed rows of 1,024.
+    """Returns the bars for 16 packed rows of 1,024 tokens beside Unsloth, with little memory and with as much as asked.
 
-    `frugal` is our fastest choice in Unsloth's least memory.
+    `frugal` is our fastest memory choice within Unsloth's least memory.
     """
 
     def bar(what: str, remat: str, recompute: str) -> Bar:
@@ -45,7 +45,7 @@ def _at_both_ends(model: str, frugal: str) -> tuple[Bar, Bar]:
 
 
 def _padding_free(what: str, remat: str, recompute: str, speed: float | None) -> Bar:
-    """32 documents a step, about 4,000 tokens."""
+    """Returns a bar for padding-free batches of 32 documents a step, about 4,000 tokens."""
     ours, peer = (
         Case(system=system, layout="padding-free", remat=choice, **_DOCUMENTS)
         for system, choice in (("jaxpack", remat), ("unsloth", recompute))
@@ -54,9 +54,11 @@ def _padding_free(what: str, remat: str, recompute: str, speed: float | None) ->
 
 
 def _padded(what: str, remat: str, speed: float | None) -> Bar:
-    """16 packed rows of 1,024, about 128 documents, beside 32 documents that are padded to the longest of them.
+    """Returns a bar for 16 packed rows of 1,024 tokens (about 128 documents) beside 32 padded documents.
 
-    How long such a step takes follows from that one document: the mean of ten is known to 7 %.
+    The 32 documents are padded to the longest of them, which determines the time of such a step: the mean of ten steps
+    is
+    known to 7 %.
     """
     peer = Case(system="trl", layout="padded", remat="full", steps=100, **_DOCUMENTS)
     work = f"Qwen3-4B, packed against TRL's padding, {what}"
@@ -85,7 +87,7 @@ BARS = (
 
 
 def bars() -> list[Planned]:
-    """What is to be measured, opponents next to ours; what two bars ask of, once."""
+    """Returns the cases to measure, opponents next to ours; a case that two bars share comes once."""
     work = {case: bar.work for bar in reversed(BARS) for case in (bar.ours, *bar.peers)}
     cases = dict.fromkeys(case for bar in BARS for case in (bar.ours, *bar.peers))
     return [Planned("bars", work[case], case) for case in cases]
@@ -93,7 +95,7 @@ def bars() -> list[Planned]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A bar and what was reached on a device: the records, None where one is missing or failed."""
+    """Holds a bar and the two records measured for it on a device; None for a missing or failed record."""
 
     bar: Bar
     device: str
@@ -102,17 +104,17 @@ class Verdict:
 
     @property
     def speed(self) -> float | None:
-        """Our tokens a second over the opponent's."""
+        """Returns our tokens a second divided by the opponent's."""
         return self._ratio("tokens_per_second")
 
     @property
     def memory(self) -> float | None:
-        """Our peak memory over the opponent's."""
+        """Returns our peak memory divided by the opponent's."""
         return self._ratio("peak_memory_bytes")
 
     @property
     def passed(self) -> bool | None:
-        """Whether speed and memory reach the bar; None where that is not known, or not asked."""
+        """Returns whether speed and memory reach the bar; None if that is not known or not asked."""
         if self.speed is None or self.memory is None or self.bar.speed is None:
             return None
         return self.speed >= self.bar.speed and (self.bar.memory is None or self.memory <= self.bar.memory)
@@ -122,9 +124,9 @@ class Verdict:
 
 
 def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
-    """Ours beside the fastest of a bar's opponents, where all were measured: on one device, data and day; bar by bar.
+    """Compares, for each bar, ours with the fastest opponent; all measured on one device, data and day.
 
-    A day on which not all of them were is left out where they were on another.
+    A day with missing measurements is left out if another day has all of them.
     """
     found = []
     sittings: dict[tuple[str, ...], dict[Case, dict[str, Any]]] = {}
@@ -143,7 +145,7 @@ def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
 
 
 def bars_table(records: list[dict[str, Any]]) -> Table:
-    """One line for each bar."""
+    """Returns a table with one line for each bar."""
     table = Table(title="the bars: ours and the fastest opponent's")
     for heading in ("work", "on"):
         table.add_column(heading, no_wrap=True)
@@ -172,7 +174,7 @@ def _figures(record: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def draw_bars(records: list[dict[str, Any]]) -> "Figure":
-    """Two bars for each work whose opponents were measured, too: ours and the fastest opponent's."""
+    """Draws ours beside the fastest opponent, for each work whose opponents were measured, too."""
     found = [verdict for verdict in verdicts(records) if verdict.speed is not None]
     pairs = [record for verdict in found for record in (verdict.ours, verdict.peer)]
     places = np.concatenate([[-2.5 * i, -2.5 * i - 0.85] for i in range(len(found))])

@@ -1,11 +1,11 @@
-"""How fast a checkpoint folder is read into a model on the device, beside reading its bytes and copying them there.
+"""Measures how fast a checkpoint loads into a model on the device, beside a plain read and copy of its bytes.
 
     PYTHONPATH=. python benchmarks/bench_loading.py --model Qwen3-8B --folder /fast/disk
 
-Makes a random folder of the model's shape, bfloat16, and measures, each in a process of its own with the files in the
-page cache (`--cold`: none of them): `copy`, which reads the files piece by piece and puts each piece on the device, one
-after the other, and `load`, which is `torch_bridge.from_pretrained`, compilation included. Prints rates, their ratio
-and the most host memory that each took beyond what the process had before, then one JSON line.
+Makes a random bfloat16 folder of the model's shape and measures two ways, each in its own process with the files in the
+page cache (`--cold`: none of them). `copy` reads the files piece by piece and puts each piece on the device, one after
+the other. `load` is `torch_bridge.from_pretrained`, compilation included. Prints rates, their ratio and the peak host
+memory of each beyond what the process held before, then one JSON line.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _PIECE = 64 << 20
 
 
 def main() -> None:
-    """Makes the folder, measures each way in a process, prints what they took."""
+    """Makes the folder, measures each way in its own process, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
     parser.add_argument("--layers", type=int, help="fewer of them, for a smaller folder")
@@ -126,7 +126,7 @@ def _load(folder: Path) -> Transformer:
 
 
 def _host_bytes(field: str) -> int:
-    """VmRSS, what the process holds, or VmHWM, the most that it has held."""
+    """Returns a memory figure of this process: VmRSS (held now) or VmHWM (the most ever held)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 

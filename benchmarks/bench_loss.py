@@ -1,9 +1,9 @@
-"""The loss and its gradients at one shape: milliseconds, and the memory it takes beyond what it is given.
+"""Measures the loss and its gradients at one shape: milliseconds, and memory beyond its arguments.
 
     PYTHONPATH=. python benchmarks/bench_loss.py --tokens 16384 --vocab 248320 --hidden 2048
 
-Every token has a target. The peak is the allocator's own, of the whole process, with what XLA tries kernels on: a
-second process that finds the program in `JAX_COMPILATION_CACHE_DIR` holds arguments, gradients and what is temporary.
+Every token has a target. The peak is the allocator's own, of the whole process, and includes XLA's autotuning: a second
+process that finds the program in `JAX_COMPILATION_CACHE_DIR` holds only arguments, gradients and temporary arrays.
 """
 
 import argparse
@@ -23,7 +23,7 @@ REPEATS = 10
 
 
 def main() -> None:
-    """Measures, prints the kernels by their share and, last, one line of JSON."""
+    """Measures the loss, prints the kernels by their share of the time, and prints one line of JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--vocab", type=int, default=248_320)

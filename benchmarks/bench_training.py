@@ -1,19 +1,21 @@
-"""The training step beside its opponents: tokens a second, memory, and what each of our choices brings.
+"""Measures the training step beside its opponents: tokens a second, memory, and the gain of each choice.
 
     PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --plan bars --site SITE --output RESULTS.json
     PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --model Qwen3-4B --remat offload --profile
     PYTHONPATH=. python benchmarks/bench_training.py --draw RESULTS.json [RESULTS.json ...]
 
 Plans: `bars` (every bar, with its opponents), `batch_sizes` (1 to 32, every layout and system), `ablation` (padded to
-packed to kernels to memory choices), `losses` (of runs over the same text in every layout), and `cases`, the default:
-what the flags say, one for each --remat. Each case runs in a process of its own, on random weights and documents of the
-lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token_length_to` and `documents`. Real tokens
-are counted, of steps after the warm-up; peak memory is the allocator's own.
+packed to kernels to memory choices), `losses` (runs over the same text in every layout), and `cases`, the default:
+the case that the flags describe, for each --remat. Each case runs in its own process, on random weights and documents
+of the
+lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token_length_to` and `documents`. Rates count
+real
+tokens, of steps after the warm-up; peak memory is the allocator's own.
 
-RESULTS.json is written after each case, and what it holds is kept: a plan can be run in parts, by --only (a part of a
-line as it is printed), --missing (failures are held, too) and --seconds. Without matplotlib there are no pictures:
---draw makes the tables and the pictures on any machine, of all files together, beside the last. SITE is a folder with
-the opponents' packages (and a `libcudart.so` that one of them wants).
+RESULTS.json is written after each case, and older records are kept: a plan can be run in parts, by --only (a part of a
+printed line), --missing (skips recorded cases, failures too) and --seconds. Without matplotlib there are no pictures:
+--draw makes tables and pictures on any machine, of all files together, beside the last file. SITE is a folder with the
+opponents' packages (and a `libcudart.so` that one of them needs).
 """
 
 import argparse
@@ -47,7 +49,7 @@ from jaxpack.data.synthetic import drawn_documents, save_documents
 from jaxpack.errors import InputError
 from jaxpack.model.presets import SHAPES
 
-COPIES = ("MemcpyD2H", "MemcpyH2D")  # between device and host: on streams of their own
+COPIES = ("MemcpyD2H", "MemcpyH2D")  # copies between device and host, which have their own streams
 DEFAULT_REMAT = {"jaxpack": ["offload", "none"], "unsloth": ["unsloth", "none"], "trl": ["full"], "trl-liger": ["full"]}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -55,7 +57,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 
 
 def batch_sizes(base: Case) -> list[Planned]:
-    """Ours in every layout; Unsloth as it comes and packed, TRL padded. All with the least memory that they know."""
+    """Plans ours in every layout, Unsloth by default and packed, and TRL padded, each with its least memory."""
     lines = (
         ("jaxpack", "padded", "offload"),
         ("jaxpack", "padding-free", "offload"),
@@ -73,7 +75,7 @@ def batch_sizes(base: Case) -> list[Planned]:
 
 
 def losses(base: Case, documents: Documents) -> list[Planned]:
-    """150 steps of 32 documents, all weights trained: adapters of a random model have little to work with."""
+    """Plans 150 steps of 32 documents with all weights trained: adapters on a random model learn little."""
     base = dataclasses.replace(base, full_finetuning=True, steps=150, learning_rate=3e-4)
     return cases.losses(base, 32, documents)
 
@@ -87,7 +89,7 @@ PLANS: dict[str, Callable[[Case, Documents], list[Planned]]] = {
 
 
 def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
-    """The plan that the flags name, or the cases that they describe."""
+    """Returns the plan that the flags name, or the cases that they describe."""
     fields = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Case)}
     base = Case(**{name: value for name, value in fields.items() if value is not None and name != "remat"})
     if options.plan != "cases":
@@ -102,11 +104,11 @@ def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
 
 
 def text_documents(data: Path | None) -> Documents:
-    """Rows of text (without a file, the bundled questions), through a tokenizer that is trained on them."""
+    """Tokenizes rows of text (by default the bundled questions) with a tokenizer trained on them."""
     if data is None:
         rows = sample()
     else:
-        with data.open(encoding="utf-8") as lines:  # not `splitlines`: text may hold what that takes for line ends
+        with data.open(encoding="utf-8") as lines:  # `splitlines` would also split at characters inside a text
             rows = list(map(json.loads, lines))
     tokenizer = train_tokenizer(rows)
     return load_documents(rows, tokenizer, vocab_size=len(tokenizer))
@@ -116,7 +118,7 @@ def text_documents(data: Path | None) -> Documents:
 
 
 def measure_peer(planned: Planned, documents: Path, seconds: float | None, site: Path | None) -> dict[str, Any]:
-    """One case of an opponent, in a process that sees its packages first and no others of ours."""
+    """Measures a case of an opponent in a process that finds its packages first, and none of ours."""
     case = planned.case
     checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", case.model)
     if not (checkpoint / "config.json").exists():
@@ -135,7 +137,7 @@ def measure_peer(planned: Planned, documents: Path, seconds: float | None, site:
 
 
 def by_name(events: list[Event]) -> list[dict[str, Any]]:
-    """What ran in a step, longest first: how often and its seconds; of copies also those while a kernel ran."""
+    """Lists what ran in a step, longest first: count, seconds and, for copies, the seconds during a kernel."""
     found: dict[str, list[Event]] = collections.defaultdict(list)
     for event in events:
         found[event.name].append(event)
@@ -143,7 +145,7 @@ def by_name(events: list[Event]) -> list[dict[str, Any]]:
     begins, ends = np.array(computing).reshape(-1, 2).T
 
     def hidden(copy: Event) -> float:
-        """Kernels run one after another on their stream, so their time within the copy's adds up."""
+        """Returns the seconds of a copy during kernels, summed, since kernels run one after another on their stream."""
         last = copy.start + copy.seconds
         return float(np.sum(np.clip(np.minimum(ends, last) - np.maximum(begins, copy.start), 0, None)))
 
@@ -160,7 +162,7 @@ def by_name(events: list[Event]) -> list[dict[str, Any]]:
 
 
 def profile_lines(record: dict[str, Any]) -> list[str]:
-    """The forty longest kernels of a step."""
+    """Returns a table of the forty longest kernels of a step."""
     lines = []
     for kernel in record.get("kernels", [])[:40]:
         hidden = f", {1e3 * kernel['hidden_seconds']:.2f} ms of it beside kernels" if "hidden_seconds" in kernel else ""
@@ -169,7 +171,7 @@ def profile_lines(record: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measures what the flags say, then prints and draws."""
+    """Measures the cases that the flags choose, then prints tables and draws pictures."""
     if sys.argv[1:2] == ["--here"]:
         measure_here(*map(Path, sys.argv[2:]), profiled=lambda run: by_name(jax_kernel_events(run)))
         return
@@ -209,7 +211,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
-    """Measures; all records that there are now, and whether they have all that was asked for."""
+    """Measures, and returns all records and whether they cover every requested case."""
     with tempfile.TemporaryDirectory() as folder:
         lengths = options.lengths if options.plan != "losses" else None
         documents = drawn_documents(lengths, options.documents) if lengths else text_documents(options.data)
@@ -234,17 +236,17 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
 
 
 def report(records: list[dict[str, Any]], path: Path | None) -> None:
-    """The tables, and the pictures beside a file of results, where they can be drawn."""
+    """Prints the tables, and draws pictures beside the results file if matplotlib is installed."""
     print_tables(records, *([bars_table(records)] if of_plan(records, "bars") else []))
     try:
         for picture in draw_everything(records, path) if path else []:
             print(picture, flush=True)
-    except InputError as error:  # there is no matplotlib
+    except InputError as error:  # matplotlib is missing
         print(error, flush=True)
 
 
 def draw_everything(records: list[dict[str, Any]], path: Path) -> list[Path]:
-    """The pictures that `jaxpack bench` draws, and that of the bars."""
+    """Draws the pictures of `jaxpack bench` and the picture of the bars."""
     drawn = draw_all(records, path)
     if any(verdict.speed is not None for verdict in verdicts(records)):
         drawn.append(path.with_name(f"{path.stem}_bars.png"))

@@ -1,4 +1,4 @@
-"""The shapes and length mixes that kernels are measured at."""
+"""Defines the shapes and length mixes at which kernels are measured."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxpack.data.synthetic import drawn_lengths
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelShape:
-    """What the kernels see of a model: by default Qwen3-4B."""
+    """Holds the sizes of a model that kernels depend on; the default is Qwen3-4B."""
 
     num_heads: int = 32
     num_kv_heads: int = 8
@@ -20,12 +20,12 @@ class KernelShape:
     rank: int = 16
 
 
-KERNEL_TOKENS = (16_384, 2_048, 65_536)  # the first is what bars are set for
+KERNEL_TOKENS = (16_384, 2_048, 65_536)  # the bars are set for the first
 MIXES = ("alpaca", "long")
 
 
 def document_lengths(mix: str, tokens: int, lengths_csv: Path) -> list[int]:
-    """Lengths of the documents that fill one row: drawn from the histogram ("alpaca"), or four equal ones ("long")."""
+    """Returns document lengths that fill one row: drawn from the histogram ("alpaca"), or four equal ones ("long")."""
     if mix == "long":
         return [tokens // 4] * 4
     drawn = drawn_lengths(lengths_csv, max(4, tokens // 16), np.random.default_rng(0))
@@ -36,5 +36,5 @@ def document_lengths(mix: str, tokens: int, lengths_csv: Path) -> list[int]:
 
 
 def causal_pairs(lengths: list[int]) -> int:
-    """How many (query, key) pairs causal attention within documents has."""
+    """Counts the (query, key) pairs of causal attention within documents."""
     return sum(length * (length + 1) // 2 for length in lengths)

@@ -1,9 +1,9 @@
-"""How long a call takes on the device, measured alike in JAX and in torch.
+"""Measures the device time of a call in the same way in JAX and in torch.
 
-A call's time is what the device's own clock (CUPTI, through either framework's profiler) says of its kernels and
-copies, added up: without launches and without the gaps between them. Calls rotate over sets of arguments, so that at
-least `SPAN` bytes pass between two uses of a set and none is found in the L2 cache. Beside it stands a check by another
-way: in JAX the wall clock over a queue of calls, in torch events around each call with a flushed L2 cache. The check
+The time of a call is the sum over its kernels and copies by the device's own clock (CUPTI, through either framework's
+profiler), without launches and the gaps between them. Calls rotate over sets of arguments, so that at least `SPAN`
+bytes pass between two uses of a set and no set is found in the L2 cache. A check measures the time in another way: in
+JAX the wall clock over a queue of calls, in torch events around each call with a flushed L2 cache. The check
 includes launches that the device waits for, so for short calls it is larger.
 """
 
@@ -22,7 +22,7 @@ MIN_CALLS = 16
 
 
 class Times(NamedTuple):
-    """Of one call, in seconds. `method` says where `median` is from: "device" clock, or the "check" for want of it."""
+    """Holds times of one call in seconds; `median` is from `method`: the "device" clock, or the "check" without it."""
 
     median: float
     low: float
@@ -33,17 +33,17 @@ class Times(NamedTuple):
 
 
 def num_sets(bytes_per_call: int) -> int:
-    """How many sets of arguments calls rotate over."""
+    """Returns the number of sets of arguments over which calls rotate."""
     return min(MAX_SETS, max(MIN_SETS, math.ceil(SPAN / bytes_per_call)))
 
 
 def num_rounds(sets: int, consumed: bool) -> int:
-    """How often: once where a call overwrites its arguments."""
+    """Returns the number of passes over the sets: one if a call overwrites its arguments."""
     return 1 if consumed else math.ceil(MIN_CALLS / sets)
 
 
 class Event(NamedTuple):
-    """One kernel, copy or fill on the device; times in seconds."""
+    """Holds one kernel, copy or fill on the device, with times in seconds."""
 
     start: float
     seconds: float
@@ -51,13 +51,13 @@ class Event(NamedTuple):
 
 
 def from_events(events: Sequence[Event], calls: int, check: float) -> Times:
-    """From all that ran on the device during `calls` calls of one kind, one after another."""
+    """Computes the time of one call from everything that ran on the device during `calls` equal calls in sequence."""
     durations = [event.seconds for event in sorted(events)]
     each, rest = divmod(len(durations), calls)
     if not rest and each:
         per_call = [sum(durations[i : i + each]) for i in range(0, len(durations), each)]
         return Times(statistics.median(per_call), min(per_call), max(per_call), check, each, "device")
-    # Something else ran once, or the profiler lost something: by name, what a call has of it.
+    # Something else ran once, or the profiler lost an event: count by name what belongs to one call.
     by_name: dict[str, list[float]] = {}
     for event in events:
         by_name.setdefault(event.name, []).append(event.seconds)
@@ -84,12 +84,12 @@ def time_jax(
     consumed: bool,
     unrolled: tuple[Callable, int] | None = None,
 ) -> Times:
-    """Times a compiled `call(*arguments)`, each of whose results is an output of its program: none can be left out.
+    """Times a compiled `call(*arguments)`; each result is an output of its program, so XLA can drop none.
 
     Args:
-      make_sets: new sets of arguments.
-      consumed: a call overwrites its arguments, so that every set serves once.
-      unrolled: one program of several calls over `(arguments, ...)`, and how many; the check then runs that.
+      make_sets: makes new sets of arguments.
+      consumed: whether a call overwrites its arguments, so that every set serves once.
+      unrolled: one program of several calls over `(arguments, ...)`, and their number; the check then runs it.
     """
     import jax
 
@@ -133,7 +133,7 @@ def time_jax(
 
 
 def jax_kernel_events(run: Callable[[], None]) -> list[Event]:
-    """Everything that runs on the device during `run()`, which has to wait for it; empty where there is no profile."""
+    """Returns all device events during `run()`, which must wait for them; empty if there is no profile."""
     import jax
 
     options = jax.profiler.ProfileOptions()
@@ -151,13 +151,13 @@ def jax_kernel_events(run: Callable[[], None]) -> list[Event]:
 
 
 def device_events(profile: Any) -> list[Event]:
-    """Every kernel, copy and fill in a `jax.profiler.ProfileData`."""
+    """Returns every kernel, copy and fill in a `jax.profiler.ProfileData`."""
     events = []
     for plane in profile.planes:
         if not plane.name.startswith("/device:GPU"):
             continue
         lines = list(plane.lines)
-        # One line per stream; others ("XLA Ops", "XLA Modules", ...) repeat them by name.
+        # One line per stream; other lines ("XLA Ops", "XLA Modules", ...) repeat the same events by name.
         streams = [line for line in lines if line.name.startswith("Stream")] or [
             line for line in lines if not line.name.startswith(("XLA", "Framework", "TensorFlow", "Steps", "Source"))
         ]
@@ -170,7 +170,7 @@ def device_events(profile: Any) -> list[Event]:
 
 
 def time_torch(call: Callable, make_sets: Callable[[], list[tuple]], *, consumed: bool) -> Times:
-    """As `time_jax`, for a torch function. Makes every tensor anew before each pass where a call overwrites its own."""
+    """Times a torch function as `time_jax` does; makes new tensors before each pass if a call overwrites them."""
     import torch
 
     on_device = torch.cuda.is_available()
@@ -216,7 +216,7 @@ def _torch_events(run: Callable[[], None]) -> list[Event]:
 
 
 def _flushed(call: Callable, sets: list[tuple]) -> float:
-    """Median over the sets, by events, the L2 cache overwritten before each call, as `triton.testing.do_bench` does."""
+    """Returns the median over the sets by events, with the L2 cache overwritten before each call (as in `do_bench`)."""
     import torch
 
     cache = torch.empty(SPAN // 4, dtype=torch.int32, device="cuda")

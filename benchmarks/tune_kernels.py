@@ -1,9 +1,10 @@
-"""Which tiles are fastest: every kernel with each of a list of settings, on an NVIDIA GPU.
+"""Finds the fastest tiles: times every kernel with each of a list of settings on an NVIDIA GPU.
 
     python benchmarks/tune_kernels.py --lengths LENGTHS.csv --output RESULT.json
 
-Prints, for each kernel and mix of documents, its settings from fastest to slowest in milliseconds of device time. What
-a setting cannot be compiled for is listed with the reason. The tables in `jaxpack/kernels` are set by hand from these.
+Prints, for each kernel and mix of documents, its settings from fastest to slowest in milliseconds of device time. A
+setting that does not compile is listed with the reason. The tables in `jaxpack/kernels` are set by hand from the
+output.
 """
 
 import argparse
@@ -31,7 +32,7 @@ ROUNDS = 12
 
 
 class Candidate(NamedTuple):
-    """One kernel with one setting: `compile` makes a call of no arguments, `kernel` is its name in a profile."""
+    """Holds a kernel with one setting; `compile` makes a call without arguments, `kernel` is the name in a profile."""
 
     group: str
     setting: str
@@ -40,7 +41,7 @@ class Candidate(NamedTuple):
 
 
 def attention_candidates(mix: str, tokens: int, lengths_csv: Path, shape: KernelShape) -> Iterator[Candidate]:
-    """The three kernels of attention."""
+    """Yields the candidates of the three attention kernels."""
     lengths = document_lengths(mix, tokens, lengths_csv)
     ids = jnp.asarray(np.repeat(np.arange(1, len(lengths) + 1), lengths), jnp.int32)[None]
     bounds = segment_bounds(ids)
@@ -86,7 +87,7 @@ def attention_candidates(mix: str, tokens: int, lengths_csv: Path, shape: Kernel
 
 
 def elementwise_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidate]:
-    """RoPE, its norm, and gated activations."""
+    """Yields the candidates of RoPE, RoPE with norm, and gated activations."""
     N, K, H, F = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.intermediate_size
     keys = jax.random.split(jax.random.key(0), 4)
     q, k = (jax.random.normal(keys[i], (1, tokens, heads, H), jnp.bfloat16) for i, heads in enumerate((N, K)))
@@ -141,7 +142,7 @@ def elementwise_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidat
 
 
 def extended_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidate]:
-    """Norms, adapters' narrow products and residual connections."""
+    """Yields the candidates of norms, the adapters' narrow products and residual connections."""
     D, R = shape.hidden_size, 2 * shape.rank  # of gate and up
     keys = jax.random.split(jax.random.key(0), 4)
     x, d = (jax.random.normal(key, (tokens, D), jnp.bfloat16) for key in keys[:2])
@@ -170,7 +171,7 @@ def extended_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidate]:
 def _lowered(
     function: Callable, arguments: tuple, *, _patch: tuple[ModuleType, str, Any]
 ) -> tuple[jax.stages.Lowered, tuple]:
-    """The function lowered with a setting in place of the module's own."""
+    """Lowers the function with a setting in place of the module's own."""
     module, name, value = _patch
     kept = getattr(module, name)
     setattr(module, name, value)
@@ -181,7 +182,8 @@ def _lowered(
 
 
 def print_pallas_against_cudnn(shape: KernelShape) -> None:
-    """Attention of 16,384 tokens cut into rows and documents: from which length on cuDNN is faster."""
+    """Compares attention with cuDNN on 16,384 tokens in rows and documents, to find from which length cuDNN is
+    faster."""
     N, K, H = shape.num_heads, shape.num_kv_heads, shape.head_dim
     print("\nrows x documents x length: pallas and cudnn in ms, forward / forward and backward")
     for rows, documents, length in ((1, 8, 2048), (1, 4, 4096), (1, 2, 8192), (4, 4, 1024), (4, 2, 2048), (8, 1, 2048)):
@@ -207,7 +209,7 @@ def print_pallas_against_cudnn(shape: KernelShape) -> None:
 
 
 def times_of(members: list[tuple[Candidate, Callable]]) -> Iterator[tuple[str, float]]:
-    """Each setting and its median in seconds, from one profile of all: one after another, `ROUNDS` times each."""
+    """Returns each setting with its median seconds, from one profile of all settings, each run `ROUNDS` times."""
 
     def run(rounds: int) -> None:
         for _, call in members:

@@ -1,11 +1,11 @@
-"""The one error a user can cause."""
+"""Defines `InputError`, the one error that a user can cause, and helpers for its messages."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """What was given cannot be done as asked.
+    """Says that an argument, a setting or a file of the user cannot be used as given.
 
     The message names the argument, the rule and the value received. The command line prints it and exits with status 2;
     any other exception is a fault of jaxpack and keeps its traceback.
@@ -13,20 +13,23 @@ class InputError(ValueError):
 
 
 def check_type(name: str, value: object, kind: type) -> None:
-    """Refuses what is of another type than the argument has to be: a model of another library, say."""
+    """Refuses a value of another type than the argument must have, such as a model of another library."""
     if not isinstance(value, kind):
         raise InputError(f"`{name}` must be a jaxpack.{kind.__name__}, got {type(value).__name__}.")
 
 
 def reason(error: BaseException) -> str:
-    """What another library says is wrong, as the end of a sentence of ours: on one line, without its full stop."""
+    """Returns the message of another library's error on one line without its full stop, to end a sentence of ours."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()).rstrip(".")
 
 
 @contextlib.contextmanager
 def errors_name(**given: str) -> Iterator[None]:
-    """Has errors within name what a user gave (a flag, an argument) in place of the arguments that this became."""
+    """Renames arguments in the messages of errors raised inside to what the user gave, such as a flag.
+
+    `given` maps the name of an argument to the name that the user knows.
+    """
     try:
         yield
     except InputError as error:

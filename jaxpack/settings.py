@@ -1,4 +1,4 @@
-"""What a user sets: adapters, a run, generation. Frozen dataclasses, checked when they are made."""
+"""Holds the settings of adapters, runs and generation: frozen dataclasses that check their values when created."""
 
 import dataclasses
 import math
@@ -24,14 +24,16 @@ _SAVE_STEPS = 500
 
 
 def _option(default: Any, meaning: str) -> Any:
-    """A field that a user sets: its default, and what it means, in the words of `--help`."""
+    """Declares a setting: `default` is its default value, `meaning` its text in `--help`."""
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685), with the names that PEFT gives them, and their meaning;
-    but a string of `target_modules` is names with commas between, and not a pattern.
+    """Holds the settings of low-rank adapters (https://arxiv.org/abs/2106.09685).
+
+    The settings have PEFT's names and meaning, with one exception: a string of `target_modules` is a list of names with
+    commas between them, not a pattern.
     """
 
     r: int = _option(16, "Rank of the adapters.")
@@ -55,7 +57,7 @@ class LoraConfig:
         check(is_positive(self.lora_alpha), "lora_alpha", "must be a positive number", self.lora_alpha)
         for name, rule in (("rank_pattern", "whole numbers of at least 1"), ("alpha_pattern", "positive numbers")):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), rule, int if "whole" in rule else float))
-        whole = () if self.modules_to_save is None else self.modules_to_save  # as PEFT says none
+        whole = () if self.modules_to_save is None else self.modules_to_save  # PEFT writes None for no modules
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", whole))
         unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
         check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
@@ -67,26 +69,26 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What `lora_B @ lora_A @ x` is multiplied by, where no pattern says otherwise."""
+        """Returns the factor of `lora_B @ lora_A @ x` for projections without a pattern of their own."""
         return self.scaling_of("")
 
     def rank_of(self, projection: str) -> int:
-        """The rank of a projection's adapter."""
+        """Returns the rank of a projection's adapter."""
         return dict(self.rank_pattern).get(projection, self.r)
 
     def scaling_of(self, projection: str) -> float:
-        """What a projection's `lora_B @ lora_A @ x` is multiplied by."""
+        """Returns the factor of `lora_B @ lora_A @ x` for a projection."""
         rank, alpha = self.rank_of(projection), dict(self.alpha_pattern).get(projection, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a run trains. Names and meaning are those of TRL's `SFTConfig` where it has them.
+    """Holds the settings of a training run. They have the names and meaning of TRL's `SFTConfig` where it has them.
 
-    A step takes `per_device_train_batch_size * gradient_accumulation_steps` rows with `packing`, as many documents
-    without. Those of a micro-batch then lie end to end in one row (`padding_free=True`), or in one padded row each
-    (`padding_free=False`); the loss is the same.
+    An optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps` rows with `packing`, and as many
+    documents without it. Without `packing`, the documents of a micro-batch lie end to end in one row
+    (`padding_free=True`), or in one padded row each (`padding_free=False`); the loss is the same.
     """
 
     output_dir: str | None = _option(None, "Where metrics.jsonl, report.md and checkpoints/ go; None writes nothing.")
@@ -228,19 +230,22 @@ class TrainConfig:
 
     @property
     def layout(self) -> Layout:
-        """What `packing` and `padding_free` come to."""
+        """Returns the layout that `packing` and `padding_free` select."""
         if self.packing:
             return "packed"
         return "padding-free" if self.padding_free else "padded"
 
     @property
     def steps_between_saves(self) -> int:
-        """`save_steps`, whose default is rounded up to a multiple of `eval_steps`: each checkpoint has an eval loss."""
+        """Returns `save_steps`; its default is rounded up to a multiple of `eval_steps`.
+
+        So each checkpoint has an eval loss.
+        """
         is_rounded = self.eval_steps is not None and self.save_steps == _SAVE_STEPS
         return -(-self.save_steps // self.eval_steps) * self.eval_steps if is_rounded else self.save_steps
 
     def in_layout(self, layout: Layout, rows: int) -> "TrainConfig":
-        """The same run in another layout, with micro-batches of so many packed rows or documents."""
+        """Returns the same run in another layout, with `rows` packed rows or documents in a micro-batch."""
         return dataclasses.replace(
             self,
             packing=layout == "packed",
@@ -251,7 +256,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How text is generated. Names and meaning are those of transformers' `GenerationConfig` where it has them."""
+    """Holds the settings of text generation, named as in transformers' `GenerationConfig` where it has them."""
 
     max_new_tokens: int = _option(128, "Tokens to write after each prompt, unless it ends before.")
     temperature: float = _option(0.0, "Logits are divided by it before a token is drawn; 0 takes the likeliest.")
@@ -276,7 +281,7 @@ class GenerateConfig:
 
 
 def _names(field: str, value: Any) -> tuple[str, ...]:
-    """Names in a list, or in a string with commas."""
+    """Returns the names in a list, or in a string with commas between them."""
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     names = tuple(value) if isinstance(value, Iterable) else (value,)
@@ -285,7 +290,7 @@ def _names(field: str, value: Any) -> tuple[str, ...]:
 
 
 def _destinations(value: Any) -> tuple[str, ...]:
-    """What `report_to` names, each once."""
+    """Returns the destinations that `report_to` names, each once."""
     names = list(_names("report_to", value)) if isinstance(value, str | tuple | list) else [value]
     if names in (["none"], [None]):
         return ()
@@ -295,7 +300,7 @@ def _destinations(value: Any) -> tuple[str, ...]:
 
 
 def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, Any], ...]:
-    """Numbers by name, of a mapping, of pairs, or of a string such as 'q_proj=8,v_proj=4'."""
+    """Returns pairs of projection and number, read from a mapping, pairs, or a string such as 'q_proj=8,v_proj=4'."""
     try:
         if isinstance(value, str):
             pairs = [one.split("=") for one in _names(name, value)]
@@ -304,7 +309,7 @@ def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, A
             pairs = [(key, number) for key, number in (value.items() if isinstance(value, Mapping) else value)]
         allowed = (int,) if kind is int else (int, float)
         whole = all(isinstance(key, str) and type(number) in allowed and is_positive(number) for key, number in pairs)
-        whole = whole and len(dict(pairs)) == len(pairs)  # none twice
+        whole = whole and len(dict(pairs)) == len(pairs)  # no name occurs twice
     except (TypeError, ValueError):
         whole = False
     check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)
@@ -312,8 +317,9 @@ def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, A
 
 
 def _check_types(config: Any) -> None:
-    """Every plain field holds what it says: Python would take 2.5 rows, or "no" for true. What NumPy has for a number
-    becomes Python's, and a path text.
+    """Refuses values of the wrong type, since Python itself would accept 2.5 rows, or "no" as true.
+
+    NumPy scalars are converted to Python numbers, and paths to text.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

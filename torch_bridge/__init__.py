@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints and PEFT adapters, in and out."""
+"""Reads and writes Hugging Face checkpoints and PEFT adapters."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported by those who pass torch modules, and by nobody else.
+    # Only users who pass torch modules import torch.
     if name == "from_torch":
         from torch_bridge.live import from_torch
 

@@ -1,4 +1,4 @@
-"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel` has them."""
+"""Reads and writes PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 import math
@@ -25,25 +25,25 @@ from torch_bridge.tensors import tensor_shapes, tensor_table
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
-_WHOLE = {"lm_head": _HEAD, "embed_tokens": _EMBEDDING, _EMBEDDING: _EMBEDDING}  # as `modules_to_save` may name them
+_WHOLE = {"lm_head": _HEAD, "embed_tokens": _EMBEDDING, _EMBEDDING: _EMBEDDING}  # names for `modules_to_save`
 
-# What a PEFT config may say of its base, its writer or an earlier start: nothing that the adapter computes.
+# Fields of a PEFT config about its base, its writer or an earlier start; they do not change what an adapter computes.
 _TOLD = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"}
 _TOLD |= {"megatron_core", "qalora_group_size", "runtime_config"}
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
 _READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
-# Others change the base weights when they start, and PEFT then does that again when it loads them.
+# Other initialisations change the base weights, and PEFT changes them again when it loads the adapter.
 _STARTS = (True, False, None, "gaussian", "orthogonal")
 
 
 def save_adapter(model: Transformer, path: str) -> None:
-    """Writes the model's LoRA adapters in PEFT's format, float32; the folder appears whole or not at all.
+    """Writes the model's LoRA adapters in PEFT's format, in float32; the folder appears whole or not at all.
 
-    PEFT drops what it does not expect without a word: weights of modules that are not in `target_modules`, keys with a
-    wrong prefix. So both files are made from one table, and every adapter of the model must be in it.
+    PEFT silently drops what it does not expect: weights of modules that are not in `target_modules`, and keys with a
+    wrong prefix. Therefore one table makes both files, and every adapter of the model must be in the table.
 
     Raises:
-      InputError: the model has no adapters, `path` holds something, or the disk refused a write.
+      InputError: the model has no adapters, `path` is not empty, or the disk refused a write.
     """
     if not adapters(model):
         raise InputError("`model` must have LoRA adapters (`add_lora`), got one without.")
@@ -54,7 +54,7 @@ def save_adapter(model: Transformer, path: str) -> None:
 
 
 def require_files(adapter: str | os.PathLike, *names: str) -> Path:
-    """The adapter's folder, which has these files."""
+    """Returns the adapter's folder, or raises InputError if one of the files is missing."""
     for name in names:
         if not os.path.isfile(Path(adapter) / name):
             raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200} without.")
@@ -62,14 +62,15 @@ def require_files(adapter: str | os.PathLike, *names: str) -> Path:
 
 
 def load_adapter(model: Transformer, adapter: str) -> Transformer:
-    """Adds the adapters of a PEFT folder to a model, in place, and returns it; training may go on from them.
+    """Adds the adapters of a PEFT folder to a model in place, and returns the model; training may continue from it.
 
-    LoRA and rsLoRA, with ranks and alphas by projection, and with a head and an embedding that were trained whole.
-    Nothing that PEFT wrote is left out: a setting that changes what an adapter computes and is not one of these is
-    refused by its name, and so is a tensor too few or too many.
+    Supports LoRA and rsLoRA, with ranks and alphas per projection, and a fully trained head and embedding. Nothing that
+    PEFT wrote is ignored: any other setting that changes what an adapter computes is refused by its name, and so is a
+    missing or an extra tensor.
 
     Raises:
-      InputError: the folder is not whole, not of this model, or of another kind; the model has adapters already.
+      InputError: the folder is incomplete, belongs to another model or holds another kind of adapter, or the model
+        already has adapters.
     """
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
@@ -77,7 +78,7 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     _check_keys(_expected_shapes(model, lora), tensors, folder / ADAPTER_WEIGHTS)
-    read = {name: _read(tensor) for name, tensor in tensors.items()}  # all, before the model changes
+    read = {name: _read(tensor) for name, tensor in tensors.items()}  # read everything before the model changes
     head, embedding = (_PREFIX + f"{name}.weight" for name in (_HEAD, _EMBEDDING))
     both = model.config.tie_word_embeddings and {head, embedding} <= read.keys()
     if both and not np.array_equal(read[head], read[embedding]):
@@ -97,9 +98,9 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
 
 
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
-    """What is trained beside a frozen model, by PEFT's names, float32.
+    """Returns the trained tensors of a model with adapters by their PEFT names, in float32.
 
-    `lora_A` `[r, in]` and `lora_B` `[out, r]` of each layer's modules; the head and the embedding where they are saved.
+    These are `lora_A` `[r, in]` and `lora_B` `[out, r]` of each layer's modules, and the matrices of `modules_to_save`.
     """
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
@@ -116,7 +117,7 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
 
 
 def _modules(model: Transformer) -> Iterator[tuple[str, str, int]]:
-    """Each layer's projections: the module's Hugging Face name, the projection's, and the layer."""
+    """Yields each projection of each layer: the Hugging Face module name, the projection's name, and the layer."""
     for name, (entry, layer) in tensor_table(model.config).items():
         if entry.projection is not None and layer is not None and entry.path.endswith(".weight"):
             yield name.removesuffix(".weight"), entry.projection, layer
@@ -149,7 +150,7 @@ def _check_keys(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
 
 
 def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> LoraConfig:
-    """The configuration that a PEFT config says, for this model's modules."""
+    """Returns the `LoraConfig` that a PEFT config describes for this model's modules."""
 
     def require(ok: bool, name: str, rule: str) -> None:
         if not ok:
@@ -193,7 +194,7 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
 
 
 def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
-    """The projections that PEFT's `target_modules` mean: the ends of modules' names, or a pattern of whole names."""
+    """Returns the projections in PEFT's `target_modules`: ends of module names, or a pattern for whole names."""
     named = isinstance(wanted, list) and all(isinstance(name, str) for name in wanted)
     if not wanted or not (named or isinstance(wanted, str)):
         raise InputError(f"`target_modules` of {path} must be names or a pattern, got {wanted!r:.100}.")
@@ -228,7 +229,7 @@ def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
 def _by_projection(
     model: Transformer, targets: tuple[str, ...], peft: Mapping[str, Any], pattern: str, default: str, path: Path
 ) -> dict[str, Any]:
-    """What a pattern says of each projection that is not the default: the first key that ends a module's name."""
+    """Returns each projection's value that is not the default, from the first key that ends its module names."""
     values = peft.get(pattern) or {}
     found: dict[str, list[Any]] = {projection: [] for projection in targets}
     for module, projection, _ in _modules(model):
@@ -245,7 +246,7 @@ def _by_projection(
 
 
 def _peft_config(model: Transformer) -> dict:
-    # The fields that PEFT has had for long: older versions warn of any that they do not know.
+    # Only long-standing fields of PEFT: older versions warn about fields that they do not know.
     config = model.lora_config
     alpha = config.lora_alpha
     tying = {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
@@ -255,7 +256,7 @@ def _peft_config(model: Transformer) -> dict:
         "base_model_name_or_path": model.config.name_or_path or None,
         "revision": None,
         "r": config.r,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # PEFT's is a whole number
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # an integer in PEFT
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": False,
@@ -268,5 +269,5 @@ def _peft_config(model: Transformer) -> dict:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,  # never what it was initialised with: PEFT would do that again, to the base weights
+        "init_lora_weights": True,  # another value makes PEFT change the base weights again
     }

@@ -18,17 +18,17 @@ def _activation_field(family: Family) -> str:
 
 
 def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig:
-    """Reads a Hugging Face `config.json`, in the form of transformers 4 or 5.
+    """Reads the fields of a `config.json`, in the form of transformers 4 or 5, into a `ModelConfig`.
 
     Raises:
-      InputError: an architecture or an option that is not supported, or a field that is missing.
+      InputError: the architecture or an option is not supported, or a field is missing.
     """
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
         raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
     family = FAMILIES[architectures[0]]
     hf = {**family.fields, **hf}
-    require(hf, "model_type", family.model_type)  # by which transformers chooses the class
+    require(hf, "model_type", family.model_type)  # transformers chooses the class by it
     require(hf, "quantization_config", None)
     field = _activation_field(family)
     activation = first(hf.get(field), family.fields.get(field), "silu")
@@ -56,7 +56,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The part of a `config.json` that a `ModelConfig` says; `config_from_hf` reads it back."""
+    """Returns the fields of a `config.json` that a `ModelConfig` determines; `config_from_hf` reads them back."""
     family = FAMILIES[config.architecture]
     (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == config.activation)
     rope = rope_to_hf(config.rope)

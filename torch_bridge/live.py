@@ -1,4 +1,4 @@
-"""Torch modules in memory, through DLPack, and the files that torch writes: the one importer of torch in the bridge."""
+"""Reads torch modules (through DLPack) and files written by torch; the only module of the bridge that imports torch."""
 
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ _DTYPES = {getattr(torch, name): jnp.dtype(name) for name in ("float32", "bfloat
 
 
 def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transformer:
-    """A model with the weights of a transformers model in memory; the two share nothing afterwards.
+    """Builds a model from a transformers model in memory; the two share no memory afterwards.
 
-    `dtype` is that of `from_pretrained`.
+    `dtype` is as in `from_pretrained`.
 
     Raises:
-      InputError: the module is no transformers model, one that is not supported, or not in memory.
+      InputError: the module is no transformers model, is not supported, or is not in memory.
     """
     if not hasattr(getattr(module, "config", None), "to_dict") or hasattr(module, "peft_config"):
         raise InputError(f"`module` must be a plain transformers model, got {type(module).__name__}.")
@@ -39,15 +39,15 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
 
 @torch.no_grad()
 def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndarray:
-    """Of rows of tokens, float32, on the CPU: what transformers reads of a folder, or PEFT with an adapter's.
+    """Returns the float32 logits of rows of tokens, by transformers on the CPU, or by PEFT if `adapter` is given.
 
     Raises:
-      InputError: either package is missing, or does not read its folder, or not whole.
+      InputError: a package is missing, or cannot read its folder, or reads only part of it.
     """
     try:
         from transformers import AutoModelForCausalLM
 
-        # Some versions take an attention for Gemma 2 that leaves out its soft-cap.
+        # Some versions choose an attention for Gemma 2 that leaves out the soft-cap.
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
         module, found = AutoModelForCausalLM.from_pretrained(model, **options, output_loading_info=True)
         if adapter is not None:
@@ -56,7 +56,7 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
             module = PeftModel.from_pretrained(module, adapter)
     except ImportError as error:
         raise InputError(f"`verify` needs `pip install jaxpack[hf,torch]`, got no {error.name}.") from error
-    except Exception as error:  # each of their checks has a class of its own
+    except Exception as error:  # each check of these packages raises its own class
         where = model if adapter is None else f"{adapter} on {model}"
         raise InputError(
             f"{where} must be what torch reads, got a folder that it does not: {reason(error):.400}."
@@ -68,10 +68,10 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
 
 
 class _ModuleTensors:
-    """The tensors of a module, of any device; what else its state holds, such as packed parameters, is none of them.
+    """Provides the tensors of a module on any device; other entries of its state, as packed parameters, are left out.
 
     Raises:
-      InputError: a tensor has no numbers, as those that accelerate has offloaded.
+      InputError: a tensor holds no values, as after offloading by accelerate.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -85,17 +85,17 @@ class _ModuleTensors:
 
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array | np.ndarray:
         part = jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
-        # An array of JAX would stay on the host, and all that is made of it.
+        # A JAX array on the CPU would stay on the host, and so would everything computed from it.
         return np.asarray(part) if platform_of(part) == "cpu" else part
 
 
 class TorchFolder:
-    """The tensors of `pytorch_model.bin`, or of the shards that its index lists, through a memory map.
+    """Provides the tensors of `pytorch_model.bin`, or of the shards in its index, through a memory map.
 
-    They are pickles, which may run whatever code they like: only torch's weights-only loader ever reads them.
+    These files are pickles, which may run any code: only torch's weights-only loader reads them.
 
     Raises:
-      InputError: what `tensors_of` refuses, and a file that this loader does not read or that holds something else.
+      InputError: as in `tensors_of`; or the loader cannot read a file, or the file holds something else.
     """
 
     def __init__(self, folder: Path):
@@ -115,7 +115,7 @@ class TorchFolder:
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a broken pickle ends in any of them
+    except Exception as error:  # a broken pickle may raise any class
         raise InputError(
             f"{path} must be weights that `torch.load(weights_only=True, mmap=True)` reads, got a file that it does"
             f" not: {reason(error):.200}."

@@ -1,4 +1,4 @@
-"""Merged checkpoints out: the adapters added to the weights, once, in float32, and what that does to the logits."""
+"""Writes merged checkpoints: adapters are added to the weights once, in float32, and the logits are compared."""
 
 import dataclasses
 import functools
@@ -33,19 +33,20 @@ def save_merged(
 ) -> float:
     """Writes a model with its adapters merged as a Hugging Face folder that `AutoModelForCausalLM` reads.
 
-    Each weight is added up in float32 and rounded once, one tensor at a time: the device never holds a second model.
-    What the folder will compute is compared with the model as it is, over a prompt of random tokens, and printed.
+    Each weight is merged in float32 and rounded once, one tensor at a time: the device never holds a second model.
+    The logits of the merged weights are compared with those of the model on a prompt of random tokens, and the
+    difference is printed.
 
     Args:
-      dtype: "bfloat16", "float16" or "float32", of the weights that are written; None is float16 for a model in
-        float16, and bfloat16 for others.
+      dtype: the dtype of the weights that are written, "bfloat16", "float16" or "float32"; None is float16 for a model
+        in float16, and bfloat16 for others.
 
     Returns:
-      The largest difference of a logit.
+      The largest absolute difference between two logits.
 
     Raises:
-      InputError: the model has no adapters, merging them changes no weight, or makes one infinite; `path` holds
-        something, or the disk refused a write.
+      InputError: the model has no adapters, merging changes no weight or makes the logits infinite, `path` is not
+        empty, or the disk refused a write.
     """
     if not adapters(model):
         raise InputError("`model` must have LoRA adapters to merge (`save_pretrained` writes others), got one without.")
@@ -77,7 +78,7 @@ def save_merged(
 
 
 def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tuple[str, jax.Array]]:
-    """Those of the merged checkpoint; and for each with an adapter whether that changes it, in `changed`."""
+    """Yields the merged checkpoint's tensors; appends to `changed` whether each adapter changed its tensor."""
     found, table = adapters(model), tensor_table(model.config)
     for name, tensor in model_tensors(model):
         entry, layer = table[name]
@@ -98,7 +99,7 @@ def merge(
     scaling: float,
     dtype: DTypeLike,
 ) -> Float[Array, "O I"]:
-    """`weight + scaling * lora_b @ lora_a`, all in float32, rounded to `dtype` at the end."""
+    """Returns `weight + scaling * lora_b @ lora_a`, computed in float32 and rounded to `dtype` at the end."""
     product = jnp.matmul(lora_b, lora_a, precision="highest", preferred_element_type=jnp.float32)
     return (weight.astype(jnp.float32) + scaling * product).astype(dtype)
 
@@ -109,7 +110,7 @@ def _merge_and_compare(weight, lora_a, lora_b, *, scaling, dtype):
     return merged, jnp.any(merged != weight.astype(dtype))
 
 
-# The model as the folder will have it: another structure around the same arrays.
+# The model as the folder will hold it: a new module structure around the same arrays.
 
 
 def _merged(model: Transformer, dtype: str) -> Transformer:
@@ -130,7 +131,7 @@ def _merged(model: Transformer, dtype: str) -> Transformer:
 
 
 class _Part(NamedTuple):
-    """Some rows of a merged matrix: how many there are, and the adapter's scaling; None without an adapter."""
+    """Holds the number of rows of one projection in a merged matrix, and its adapter's scaling (None without one)."""
 
     size: int
     scaling: float | None
@@ -139,7 +140,7 @@ class _Part(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MergedWeight(Weight):
-    """A weight with its adapters merged, as it is written: made anew, of one layer, wherever it is read."""
+    """Holds a weight and its adapters; each read merges one layer anew, rounded as in the written file."""
 
     base: Weight
     factors: list[Any]  # for each part, `lora_a` and `lora_b`, or None
@@ -151,7 +152,7 @@ class MergedWeight(Weight):
 
     @classmethod
     def of(cls, base: Weight, module: nnx.Module, dtype: str) -> "MergedWeight":
-        """Returns a module's weight with the module's adapters."""
+        """Returns a view of `base` with the adapters of its module merged."""
         if not isinstance(module, Linear):
             return cls(base, [None], (_Part(base.shape[-2], None),), dtype)
         adapters = [(size, module.lora.get(name)) for name, size in module.projections]
@@ -161,12 +162,12 @@ class MergedWeight(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight without adapters."""
+        """Returns the shape of the base weight, which merging keeps."""
         return self.base.shape if self.layer is None else self.base.shape[-2:]
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the weight without adapters."""
+        """Returns the dtype of the base weight."""
         return self.base.dtype
 
     def at(self, layer: Int[Array, ""] | int) -> "MergedWeight":
@@ -189,9 +190,9 @@ class MergedWeight(Weight):
         return jnp.concatenate(rows).astype(weight.dtype).astype(dtype)
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
-        """Returns rows of an embedding, rounded as in the file: it has no adapter."""
+        """Returns rows of an embedding, rounded as in the file; an embedding has no adapter."""
         return self.base.take(rows, self.base.dtype).astype(self.written).astype(self.base.dtype).astype(dtype)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Weight:
-        """Refuses: a view of a model is read only."""
+        """Raises TypeError, since a merged view of a weight is read only."""
         raise TypeError("a merged view of a weight is read only")

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config, weights, tokenizer."""
+"""Reads and writes Hugging Face folders: config, weights and tokenizer."""
 
 import json
 import os
@@ -28,39 +28,39 @@ from torch_bridge.io.folder import (
 from torch_bridge.tensors import TensorSource, build_model, model_tensors, tensor_shapes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # by `dtype` and `rope_parameters`, since transformers 5
-_MAX_LAYERS = 10_000  # of which a config may be read into a list
-_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]  # of what lies on the hub
-_TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # the same model for other programs
+_REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # older names of `dtype` and `rope_parameters`
+_MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
+_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]  # the files of a hub model that describe it
+_TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
 
 
 def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer | None]:
     """Reads a model and its tokenizer from a Hugging Face folder, or from the hub.
 
     Args:
-      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. Where there is
+      name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. If there is
         only `pytorch_model.bin`, or its shards, torch's weights-only loader reads them.
-      dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
-        float32 on a CPU, where bfloat16 is slow; "auto" is what `config.json` says of the weights, else float32.
+      dtype: the dtype of the weights and of the computation, "bfloat16", "float16" or "float32"; None is bfloat16 on a
+        GPU and float32 on a CPU, where bfloat16 is slow; "auto" is the dtype in `config.json`, else float32.
 
     Returns:
-      The model, and its tokenizer; None where the folder has none.
+      The model and its tokenizer; the tokenizer is None if the folder has none.
 
     Raises:
-      InputError: what is there is not supported or not whole.
+      InputError: the model is not supported, or its files are missing or incomplete.
     """
     folder, described, config = _read(str(name_or_path), weights=True)
     if dtype == "auto":
         stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
-    tokenizer = _tokenizer(folder)  # before the weights, which take longer
+    tokenizer = _tokenizer(folder)  # first, so that an error comes before the slow read of the weights
     model = build_model(config, _weights(folder), dtype)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
     return model, tokenizer
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
-    """What `from_pretrained` reads, without the weights, which are not downloaded either."""
+    """Reads the config and the tokenizer as `from_pretrained` does; neither reads nor downloads weights."""
     folder, _, config = _read(str(name_or_path), weights=False)
     return config, _tokenizer(folder)
 
@@ -69,7 +69,7 @@ def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None =
     """Writes a fully trained model as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
     Raises:
-      InputError: the model has adapters (use `save_adapter`), `path` holds something, or the disk refused a write.
+      InputError: the model has adapters (use `save_adapter`), `path` is not empty, or the disk refused a write.
     """
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
@@ -85,7 +85,7 @@ def write_folder(
     dtype: str,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a checkpoint of the model's kind: config, generation config, weights of `dtype`, tokenizer.
+    """Writes a checkpoint: config, generation config, weights in `dtype` and tokenizer.
 
     Raises:
       OSError: the disk refused a write.
@@ -106,7 +106,7 @@ def write_folder(
 
 
 def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
-    """The folder, the files that describe its model, and what they say."""
+    """Returns the folder, the contents of its JSON files by name, and the `ModelConfig` that they describe."""
     folder = _folder(name_or_path, weights=weights)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
@@ -118,14 +118,14 @@ def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str
     except InputError as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Of a field that is of a type that no such model has: a list for a number, say.
+        # Some field has a type that no such model has: a list for a number, say.
         raise InputError(
             f"{folder / CONFIG_FILE} must describe a model, got one that cannot be read: {reason(error)}."
         ) from error
 
 
 def _folder(name_or_path: str, *, weights: bool) -> Path:
-    if os.path.isdir(name_or_path):  # false, unlike `Path.is_dir`, of what is no path, and of what may not be looked at
+    if os.path.isdir(name_or_path):  # unlike `Path.is_dir`, false for an invalid or forbidden path
         if not os.access(name_or_path, os.R_OK | os.X_OK):
             raise InputError(f"`model` must be a folder that may be read, got {name_or_path!r}.")
         return Path(name_or_path)
@@ -149,7 +149,7 @@ def _folder(name_or_path: str, *, weights: bool) -> Path:
             return download()
         folder = download("*.safetensors")
         return folder if has_weights(folder, WEIGHTS) else download("pytorch_model*.bin")
-    except Exception as error:  # no network, no such model, not permitted: the hub's own words say which
+    except Exception as error:  # no network, no such model, or no permission: the hub's message says which
         raise InputError(
             f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"
             f" {reason(error)}."
@@ -173,7 +173,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         console.print(f"{folder} has no tokenizer: it can be trained on rows of `input_ids` only")
         return None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns where there is no torch: none is needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns without torch, which is not needed
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -183,7 +183,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of its files, or of the config, which transformers checks too: any
+    except Exception as error:  # transformers raises any class for bad files or a bad config
         raise InputError(
             f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error):.400}."
         ) from error

@@ -1,4 +1,4 @@
-"""Applies a name table in either direction: tensors of a checkpoint to a model's stacked arrays, and back."""
+"""Applies a name table in both directions: checkpoint tensors to a model's stacked arrays, and back."""
 
 import contextlib
 import functools
@@ -29,28 +29,29 @@ _AHEAD = 2
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read a few rows at a time."""
+    """Provides named tensors, which are read a few rows at a time."""
 
     description: str  # what an error calls it
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors, in the order in which they are best read."""
+        """Returns the shape of each tensor by name, in the order in which the tensors are best read."""
         ...
 
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> Any:
-        """Rows `first` to `last`, without the latter, as anything `jax.device_put` takes: float32, bfloat16 or float16.
+        """Returns rows `first` to `last` (exclusive) of a tensor, in a form that `jax.device_put` takes.
 
-        May be called in a thread. What is returned may lie in `buffer`, uint8 with four bytes for each element.
+        The dtype is float32, bfloat16 or float16. May be called in a thread. The result may lie in `buffer`, which is
+        uint8 with four bytes for each element.
         """
         ...
 
 
 def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) -> Transformer:
-    """A model with the tensors of `source`.
+    """Builds a model with the tensors of `source`.
 
     Args:
-      dtype: "bfloat16", "float16" or "float32", of the weights and of the computation; None is bfloat16 on a GPU and
-        float32 on a CPU, where bfloat16 is slow.
+      dtype: the dtype of the weights and of the computation, "bfloat16", "float16" or "float32"; None is bfloat16 on a
+        GPU and float32 on a CPU, where bfloat16 is slow.
 
     Raises:
       InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated.
@@ -71,15 +72,16 @@ def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) ->
 
 
 def fill(model: Transformer, source: TensorSource) -> None:
-    """Reads the tensors of `source`, which has them all, into the model's parameters, in place on the device.
+    """Reads the tensors of `source` into the model's parameters, in place on the device.
 
-    They are read in a thread, in pieces of `_PIECE` elements, a few pieces ahead: that is all that the host holds.
+    `source` must hold all of them. A thread reads pieces of `_PIECE` elements, a few pieces ahead; the host holds no
+    more than these pieces.
     """
     table = tensor_table(model.config)
     shapes = {name: shape for name, shape in source.shapes().items() if name in table}
     pieces = [(name, first, last) for name, shape in shapes.items() for first, last in _pieces(shape)]
     size = max((last - first) * math.prod(shapes[name][1:]) for name, first, last in pieces)
-    # What is waiting to be read: pieces ahead, the one in use, and the one before it, which the device may still read.
+    # One buffer for each piece ahead, one for the piece in use, and one for the piece before, still read by the device.
     buffers = [np.empty(4 * size, np.uint8) for _ in range(_AHEAD + 2)]
 
     def read(index: int) -> Any:
@@ -98,13 +100,13 @@ def fill(model: Transformer, source: TensorSource) -> None:
             whole, placed = _place(parameter.get_value(), jax.device_put(part), start)
             parameter.set_value(whole)
             if before is not None:
-                before.block_until_ready()  # its buffer is written next
+                before.block_until_ready()  # the next read overwrites its buffer
             progress.advance(bar)
         jax.block_until_ready(placed)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The first and last rows of the pieces in which a tensor is read: where it can be of one size, as one program."""
+    """Yields the (first, last) rows of each piece of a tensor, of equal size if possible, for one program."""
     least = max(1, math.ceil(math.prod(shape) / _PIECE))
     count = next((count for count in range(least, 2 * least) if shape[0] % count == 0), least)
     rows = max(1, math.ceil(shape[0] / count))
@@ -112,7 +114,7 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
-    """Lists every tensor of a checkpoint: its name, where it goes, and the layer; None outside the layers."""
+    """Maps the name of every checkpoint tensor to its entry and its layer (None outside the layers)."""
     has = {
         "lm_head": not config.tie_word_embeddings,
         "blocks.attention.qkv.bias": config.qkv_bias,
@@ -132,7 +134,7 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
 
 
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors by name, for a model whose arrays may be abstract."""
+    """Returns the shapes of a checkpoint's tensors by name; the arrays of `model` may be abstract."""
     return {
         name: (_rows(model, entry)[1], *_parameter(model, entry).shape[1 if layer is None else 2 :])
         for name, (entry, layer) in tensor_table(model.config).items()
@@ -140,7 +142,7 @@ def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
-    """The tensors of a checkpoint of the model, by name, without those of adapters."""
+    """Yields the name and the value of each checkpoint tensor of the model, without its adapters."""
     for name, (entry, layer) in tensor_table(model.config).items():
         value = _parameter(model, entry).get_value()
         if isinstance(value, Weight):
@@ -159,7 +161,7 @@ def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _place(whole: Weight | jax.Array, part: jax.Array, start: jax.Array) -> tuple[Weight | jax.Array, jax.Array]:
-    """Returns `whole` with `part` in it, and a number that is there when that is done: `whole` is donated next."""
+    """Returns `whole` with `part` written into it, and a number to wait for, since the next call donates `whole`."""
     placed = whole.write(tuple(start), part) if isinstance(whole, Weight) else write_rows(whole, tuple(start), part)
     return placed, start[0]
 
@@ -169,7 +171,7 @@ def _parameter(model: Transformer, entry: Entry) -> nnx.Variable:
 
 
 def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:
-    """The first row and the number of rows that a tensor takes of one layer of its parameter."""
+    """Returns the first row and the number of rows of a tensor within one layer of its parameter."""
     parameter = _parameter(model, entry)
     if entry.projection is None:
         return 0, parameter.shape[1 if entry.path.startswith("blocks.") else 0]
@@ -182,7 +184,7 @@ def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:
 
 
 def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
-    """Refuses sizes that no tensor of the source has, before anything is made of them, even a list of the layers."""
+    """Refuses sizes larger than any tensor of the source, before anything is made of them, even a list of layers."""
     shapes = source.shapes()
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if config.num_layers > len(shapes):
@@ -203,7 +205,7 @@ def _check_shapes(model: Transformer, source: TensorSource) -> None:
     found, expected = source.shapes(), tensor_shapes(model)
     if problems := mismatches(found, expected):
         raise InputError(f"{source.description} must hold the tensors of its `config.json`, got {'; '.join(problems)}.")
-    known = {*expected, _HEAD}  # a tied head may be there or not
+    known = {*expected, _HEAD}  # a checkpoint may or may not store a tied head
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         console.print(
@@ -212,7 +214,7 @@ def _check_shapes(model: Transformer, source: TensorSource) -> None:
 
 
 def _check_tied(config: ModelConfig, source: TensorSource) -> None:
-    """A head that is there, and is not the embedding, belongs to another model than a tied one."""
+    """Refuses a head that differs from the embedding if the config says that they are tied."""
     shapes = source.shapes()
     if not config.tie_word_embeddings or _HEAD not in shapes:
         return

@@ -1,4 +1,4 @@
-"""Whether a folder means the same to torch: its logits by transformers, or PEFT for an adapter, beside jaxpack's."""
+"""Checks a folder against torch: compares the logits of transformers (PEFT for an adapter) with jaxpack's."""
 
 import os
 from pathlib import Path
@@ -14,22 +14,22 @@ from torch_bridge.io.folder import read_json
 from torch_bridge.pretrained import from_pretrained
 
 _RANDOM_TOKENS = 64
-_TOLERANCE = 1e-3  # of the largest logit: ten times what the order of float32 sums does in 36 layers
+_TOLERANCE = 1e-3  # of the largest logit: ten times the effect of the order of float32 sums in 36 layers
 
 
 def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -> float:
     """Reads a folder with torch and with jaxpack, in float32, and prints how far their logits on a prompt are apart.
 
     Args:
-      folder: a model, or a PEFT adapter.
-      base: an adapter's model; None is the one that its config names.
-      prompt: for the folder's tokenizer; None is 64 random tokens.
+      folder: a model folder or a PEFT adapter folder.
+      base: the base model of an adapter; None is the model that the adapter's config names.
+      prompt: a text for the folder's tokenizer; None is 64 random tokens.
 
     Returns:
-      The largest difference of a logit.
+      The largest absolute difference between two logits.
 
     Raises:
-      InputError: the folder cannot be read, torch's logits are others, or torch is missing.
+      InputError: the folder cannot be read, torch's logits differ too much, or torch is missing.
     """
     try:
         from torch_bridge.live import torch_logits
@@ -69,7 +69,7 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
 
 
 def base_of(adapter: str) -> str:
-    """The model that an adapter's config names."""
+    """Returns the name or path of the base model in an adapter's config."""
     name = read_json(require_files(adapter, ADAPTER_CONFIG) / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"`base_model_name_or_path` of {adapter} must name a model, got {name!r:.80}.")

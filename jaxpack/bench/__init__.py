@@ -1,1 +1,1 @@
-"""What a training step costs: cases, each measured in a process of its own, their records, a table and pictures."""
+"""Measures the cost of a training step: each case in its own process, then records, a table and pictures."""

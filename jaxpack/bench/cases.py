@@ -1,4 +1,4 @@
-"""What is measured: one case, and the plans that vary it."""
+"""Defines a case (one configuration to measure), and the plans that vary it."""
 
 import dataclasses
 from typing import Any, get_args
@@ -11,21 +11,21 @@ from jaxpack.errors import InputError
 REMAT = ("auto", *get_args(Remat))
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 ABLATION = ("padded", "padding-free", "packed", "with kernels", "keeping all")  # each adds to the one before
-_LEAST_DOCUMENTS = 128  # to time, where rows are not full: the mean length of fewer says little of that of all
-OFFLOADED = "with kernels, offloading"  # the other end of the memory choices: from "with kernels", too
+_LEAST_DOCUMENTS = 128  # to time if rows are not full: the mean length of fewer is a poor estimate
+OFFLOADED = "with kernels, offloading"  # the other memory choice, also compared with "with kernels"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One configuration of one system: what a process measures.
+    """Holds one configuration of one system, which one process measures.
 
     Attributes:
       model: a name of `presets.SHAPES`, for random weights, or a Hugging Face folder.
       system: "jaxpack", or an opponent.
-      rows: of a step: rows of `max_length` where packed, else documents.
-      remat: what the backward pass recomputes; an opponent has words of its own for it.
-      implementation: of our kernels.
-      steps: that are timed, after the warm-up.
+      rows: the batch size of a step, in rows of `max_length` if packed, else in documents.
+      remat: what the backward pass recomputes; an opponent has its own values.
+      implementation: the implementation of our kernels.
+      steps: the number of steps that are timed, after the warm-up.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A case within a plan; `label` is what it is there."""
+    """Holds a case within a plan; `label` names its part in the plan."""
 
     plan: str
     label: str
@@ -68,17 +68,17 @@ class Planned:
         return f"{self.plan}: {self.label}: {self.case}"
 
     def record(self, **figures: Any) -> dict[str, Any]:
-        """What is kept of a measurement: the case, and its figures beside it."""
+        """Returns the record of a measurement: the plan, the label, the case, and its figures."""
         return {"plan": self.plan, "label": self.label, **dataclasses.asdict(self.case), **figures}
 
 
 def case_of(record: dict[str, Any]) -> Case:
-    """The case that a record is of."""
+    """Returns the case that a record measured."""
     return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case) if field.name in record})
 
 
 def batch_sizes(base: Case, sizes: tuple[int, ...] = BATCH_SIZES) -> list[Planned]:
-    """The layout of `base` at each batch size, labelled by the line that a picture draws of them."""
+    """Plans `base` at each batch size; the label (system and layout) names a line of the picture."""
     least = 0 if base.layout == "packed" else _LEAST_DOCUMENTS
     return [
         Planned(
@@ -91,9 +91,9 @@ def batch_sizes(base: Case, sizes: tuple[int, ...] = BATCH_SIZES) -> list[Planne
 
 
 def ablation(base: Case, count: int, documents: Documents) -> list[Planned]:
-    """What each of our choices adds, at about the same tokens a step: those of `count` documents.
+    """Plans what each of our choices adds, at about the same tokens a step, those of `count` documents.
 
-    The first three run XLA's operations and recompute every layer, as a plain JAX program does.
+    The first three cases run XLA's operations and recompute every layer, as a plain JAX program does.
     """
     plain = dataclasses.replace(base, implementation="xla", remat="full")
     padded, free, packed = _layouts(plain, count, documents)
@@ -110,12 +110,12 @@ def ablation(base: Case, count: int, documents: Documents) -> list[Planned]:
 
 
 def losses(base: Case, count: int, documents: Documents) -> list[Planned]:
-    """The loss of a run in each layout, over the same documents with about the tokens of `count` of them a step."""
+    """Plans a run in each layout over the same documents, with about the tokens of `count` documents a step."""
     return [Planned("losses", case.layout, case) for case in _layouts(base, count, documents)]
 
 
 def _layouts(base: Case, count: int, documents: Documents) -> list[Case]:
-    """Padded, padding-free and packed, at about the same tokens a step."""
+    """Returns `base` padded, padding-free and packed, at about the same tokens a step."""
     rows = packed_rows(count, documents.lengths, base.max_length)
     return [
         dataclasses.replace(base, layout=layout, rows=rows if layout == "packed" else count)

@@ -1,4 +1,4 @@
-"""One case of ours, in this process: the trainer's own run, timed one step after another."""
+"""Measures one case of jaxpack in this process: the trainer's own `Run`, timed step by step."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ WARM_UP = 3  # steps that are not timed
 
 
 def train_config(case: Case) -> TrainConfig:
-    """How the run of a case trains."""
+    """Returns the `TrainConfig` of a case's run."""
     return TrainConfig(
         max_length=case.max_length,
         max_steps=WARM_UP + case.steps,
@@ -42,15 +42,16 @@ def measure(
     *,
     profiled: Callable[[Callable[[], None]], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Trains for a few steps, which uses the model up, and gives the figures of `case` (`cases.case_of`).
+    """Trains for a few steps, which consumes the model, and returns the figures of `case`.
 
-    Rates are of real tokens, over the steps after the warm-up whose program has run before. The device is waited for
-    where such steps begin and end, and not between them, as in training: their sum is exact, and one step's own time,
-    from the loss before its own to its own, is not, for a loss may come when most of the next step has run.
-    Compilation comes before them all, and is given apart. Peak memory is the allocator's, of the whole process.
+    Rates count real tokens, over the steps after the warm-up whose program has run before. As in training, the host
+    waits for the device only where such steps begin and end. Therefore the sum of their times is exact. The time of a
+    single step, from the previous loss to its own, is not: a loss may arrive when most of the next step has run.
+    Compilation comes before all steps and is a figure of its own. Peak memory is the allocator's, of the whole process.
 
     Args:
-      profiled: where given, is called with what runs one more step and waits for it; its result is "kernels".
+      profiled: if given, is called with a function that runs one more step and waits for it; its result becomes the
+        figure "kernels".
     """
     config = train_config(case)
     batches = Batches(documents, config)
@@ -76,7 +77,7 @@ def measure(
         "peak_memory_bytes": peak_memory_bytes(),
         "padding_share": batches.padding_share,
         "compile_seconds": compile_seconds,
-        "found_programs": cache.found,  # that an earlier process compiled
+        "found_programs": cache.found,  # programs that an earlier process compiled
         "warm_up_seconds": float(ends[WARM_UP] - ends[0]),
         "each_step_seconds": seconds[WARM_UP:].tolist(),
         "loss_seconds": (np.array(ends[1:]) - ends[0]).tolist(),  # from the first step's start to each loss
@@ -99,7 +100,7 @@ def measure(
 
 
 def timed_steps(batches: Batches) -> np.ndarray:
-    """Which steps count, bool `[num_steps]`: after the warm-up, those whose shape came before."""
+    """Marks the steps that count, bool `[num_steps]`: those after the warm-up that are not the first of their shape."""
     after = np.arange(batches.num_steps) >= WARM_UP
     warm = after & ~batches.is_first_of_its_shape()
     return warm if warm.any() else after

@@ -1,4 +1,4 @@
-"""Makes models of the right shapes where there is no checkpoint, with random weights or without any."""
+"""Makes models without a checkpoint: with random weights, or with shapes only."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def abstract_model(
     dtype: DTypeLike = jnp.bfloat16,
     store: Callable[[jax.Array], Weight] = DenseWeight,
 ) -> Transformer:
-    """Makes a model of the right shapes without arrays, for predictions. See `random_model` for the arguments."""
+    """Makes a model with shapes but no arrays, for predictions. See `random_model` for the arguments."""
 
     def make() -> Transformer:
         model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
@@ -41,10 +41,10 @@ def random_model(
     dtype: DTypeLike = jnp.bfloat16,
     store: Callable[[jax.Array], Weight] = DenseWeight,
 ) -> Transformer:
-    """Makes a model with weights of the right size, without holding any of them twice.
+    """Makes a model with random weights of a realistic size, and never holds a weight twice.
 
     Args:
-      lora: None for a model that is trained whole.
+      lora: the adapters; None for full fine-tuning.
       store: makes the frozen weights of a model with adapters from dense matrices.
     """
     graph, state = nnx.split(abstract_model(config, lora, dtype, store))
@@ -64,7 +64,7 @@ def random_model(
 
 
 def _filled(abstract: Weight) -> Weight:
-    """Returns a weight of random matrices, written one at a time."""
+    """Returns a weight that holds the same random matrix in each layer, written one layer at a time."""
     weight = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract))()
     *layers, rows, columns = weight.shape
     matrix = jax.jit(_noise, static_argnums=0)(jax.ShapeDtypeStruct((rows, columns), jnp.float32))
@@ -75,7 +75,7 @@ def _filled(abstract: Weight) -> Weight:
 
 
 def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Uniform, of standard deviation 0.02: a hash of each index, in one pass that needs no memory but the result's."""
+    """Returns uniform noise of standard deviation 0.02: a hash of each index, in one pass without extra memory."""
     x = jax.lax.iota(jnp.uint32, math.prod(like.shape)) * jnp.uint32(2654435761)
     for _ in range(2):
         x = (x ^ (x >> 16)) * jnp.uint32(73244475)

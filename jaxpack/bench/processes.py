@@ -1,4 +1,4 @@
-"""Cases one after another, each in a process of its own, and the file that keeps what they measured."""
+"""Runs cases one after another, each in its own process, and keeps their results in a file."""
 
 import dataclasses
 import datetime
@@ -19,17 +19,17 @@ from jaxpack.utils.console import console
 from jaxpack.utils.files import replace_file
 
 Record = dict[str, Any]
-Measure = Callable[[Planned, float | None], Record]  # a case's figures, or {"failed": why}, within so many seconds
+Measure = Callable[[Planned, float | None], Record]  # (case, seconds) -> its figures, or {"failed": why}
 
 
 class OutOfTime(Exception):
-    """There was not enough time left for a case: nothing is known of it."""
+    """Reports that too little time was left for a case, which then has no record."""
 
 
 class Results:
-    """Records by what they are of, in a JSON file (or None) that is written anew after each.
+    """Holds one record per plan, data and case, and rewrites a JSON file (unless `path` is None) after each.
 
-    A file that is there is read, and its records kept, but for those that are measured again; else its folder is made.
+    The records of an existing file are kept until they are measured again. If there is no file, its folder is made.
     """
 
     def __init__(self, path: Path | None):
@@ -42,28 +42,28 @@ class Results:
 
     @property
     def records(self) -> list[Record]:
-        """All of them, in the order in which their cases came first."""
+        """Returns all records, in the order in which their cases were first added."""
         return list(self._records.values())
 
     def add(self, record: Record) -> None:
-        """Adds a record, in the place of one of the same case in the same plan on the same data."""
+        """Adds a record; it replaces a record of the same case in the same plan on the same data."""
         self._records[_key(record)] = record
         if self._path is not None:
             content = json.dumps({"benchmark": "training", "results": self.records}, indent=1) + "\n"
             replace_file(self._path, content.encode(), "output")
 
     def of(self, planned: Planned, data: str) -> Record | None:
-        """What is known of a case on such data: figures or a failure."""
+        """Returns the record of a case on this data (figures or a failure), or None."""
         return self._records.get(_key(planned.record(data=data)))
 
     def longest(self, planned: Planned) -> float:
-        """The seconds that a case of the same system and model took at most, as far as is known."""
+        """Returns the most seconds that a case of the same system and model took, or 0 if none is recorded."""
         alike = planned.case.system, planned.case.model
         return max((r["process_seconds"] for r in self.records if (r["system"], r["model"]) == alike), default=0.0)
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file of results."""
+    """Reads the records of a results file, and raises InputError if it is not one."""
     try:
         records = json.loads(path.read_text())["results"]
         for record in records:
@@ -88,13 +88,13 @@ def run_all(
     seconds: float | None = None,
     only_missing: bool = False,
 ) -> None:
-    """Measures every case, prints a line for each, and keeps it at once. One that fails is recorded, the rest goes on.
+    """Measures every case, prints a line for each, and saves it at once; after a failure the next case runs.
 
     Args:
-      data: what the documents are called in the records.
-      seconds: a case that would take longer, going by `Results.longest`, is not started, and one that does is stopped
-        and not recorded; None is no end.
-      only_missing: leaves out what `results` has.
+      data: the name of the documents in the records.
+      seconds: the time for all cases. A case that needs more than is left, going by `Results.longest`, is not started;
+        a case that runs out of time is stopped and not recorded. None is no limit.
+      only_missing: skips cases that `results` already has.
     """
     end = math.inf if seconds is None else time.monotonic() + seconds
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -115,7 +115,7 @@ def run_all(
 
 
 def line_of(record: Record) -> str:
-    """The figures of a record in a few words."""
+    """Returns the figures of a record as one short line."""
     if "failed" in record:
         return f"failed: {record['failed']}"
     return (
@@ -126,13 +126,13 @@ def line_of(record: Record) -> str:
 
 
 def in_own_process(command: list[str], request: Any, *, seconds: float | None = None, **options: Any) -> Record:
-    """Runs `command REQUEST RESULT`, with the request as JSON in one file and the answer, JSON, in the other.
+    """Runs `command REQUEST RESULT`, two JSON files: the process reads the request and writes the answer.
 
-    What it prints is kept back, and its end shown where it fails, which is an answer: {"failed": why}. `options` are
-    those of `subprocess.run`.
+    The output of the process is shown only if it fails: its last 20 lines. A failure is an answer, too:
+    {"failed": why}. `options` go to `subprocess.run`.
 
     Raises:
-      OutOfTime: it took longer than `seconds`.
+      OutOfTime: the process took longer than `seconds`.
     """
     with tempfile.TemporaryDirectory(prefix="jaxpack-bench-") as folder:
         asked, answered, log = (Path(folder, name) for name in ("request.json", "result.json", "log.txt"))
@@ -149,7 +149,7 @@ def in_own_process(command: list[str], request: Any, *, seconds: float | None = 
             except subprocess.TimeoutExpired:
                 raise OutOfTime from None
         lines = log.read_text(errors="replace").splitlines()
-        if answered.exists():  # one may crash at its very end, when it has answered
+        if answered.exists():  # a process may crash at its very end, after it has answered
             record = json.loads(answered.read_text())
         else:
             last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
@@ -160,7 +160,7 @@ def in_own_process(command: list[str], request: Any, *, seconds: float | None = 
 
 
 def answer(result: Path, measure: Callable[[], Record]) -> None:
-    """Writes what `measure` gives to the file that `in_own_process` reads, or the error that it raises."""
+    """Writes the result of `measure`, or the error that it raises, to the file that `in_own_process` reads."""
     try:
         record = measure()
     except Exception as error:
@@ -171,5 +171,5 @@ def answer(result: Path, measure: Callable[[], Record]) -> None:
 
 
 def request_of(planned: Planned, **more: Any) -> Record:
-    """What a process is asked to measure."""
+    """Returns the request to measure a case, for `in_own_process`."""
     return {"case": dataclasses.asdict(planned.case), **more}

@@ -1,4 +1,4 @@
-"""Records as a table and as pictures. Needs no device, and matplotlib for the pictures alone."""
+"""Shows records as tables and as pictures. Needs no device; only the pictures need matplotlib."""
 
 import itertools
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito, who made them for all kinds of eyes; one for each system, wherever it is drawn.
+# Colors by Okabe and Ito, safe for color-blind readers; each system has the same one in every picture.
 COLORS = {"jaxpack": "#0072B2", "unsloth": "#D55E00", "trl": "#4D4D4D", "trl-liger": "#CC79A7"}
 NAMES = {"unsloth": "Unsloth", "trl": "TRL", "trl-liger": "TRL + Liger"}
 LINES = {"packed": ("-", "o"), "padding-free": ("--", "s"), "padded": (":", "^")}
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def results_table(records: list[Record]) -> Table:
-    """One line for each record, as they come."""
+    """Returns a table with one line for each record, in their order."""
     table = Table(title="real tokens a second and the allocator's peak, one process a line")
     for heading in ("plan", "system", "model", "layout", "rows", "remat", "kernels or attention"):
         table.add_column(heading, no_wrap=True)
@@ -55,7 +55,7 @@ def results_table(records: list[Record]) -> Table:
 
 
 def ablation_table(records: list[Record]) -> Table:
-    """What each choice multiplies the tokens a second by."""
+    """Returns a table of the factor by which each choice multiplies the tokens a second."""
     table = Table(title=f"ablation: each step adds to the one before; the factors multiply out\n{_about(records)}")
     for heading in ("", "real tokens/s", "factor", "since padded", "peak, GiB"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -71,15 +71,15 @@ def ablation_table(records: list[Record]) -> Table:
 
 
 def valid_share(record: Record) -> float:
-    """The share of a run's positions that hold a token."""
+    """Returns the share of a run's positions that hold a token."""
     return 1 - record["padding_share"]
 
 
 def ablation_stages(records: list[Record]) -> list[dict[str, Any]]:
-    """The stages in their order: `factor` is to the stage before (which offloading shares), `total` to the first.
+    """Returns the stages in order, with `factor` over the stage before and `total` over the first stage.
 
-    The records are `comparable`. Stages that are missing or failed are left out, and the next one's factor is then to
-    what came before them.
+    Offloading has the same stage before it as "keeping all". The records must be `comparable`. Missing and failed
+    stages are left out; the factor of the next stage is then over the last stage that is left.
     """
     found = {record["label"]: record for record in of_plan(records, "ablation")}
     chain = [found[label] for label in ABLATION if label in found]
@@ -99,12 +99,12 @@ def ablation_stages(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def of_plan(records: list[Record], plan: str) -> list[Record]:
-    """The records of a plan that have figures."""
+    """Returns the records of a plan that did not fail."""
     return [record for record in records if record["plan"] == plan and "failed" not in record]
 
 
 def comparable(records: list[Record]) -> list[list[Record]]:
-    """The records that may stand side by side: of one model, one kind of training, one dataset and one device."""
+    """Groups records that may be compared: same model, kind of training, maximum length, dataset and device."""
     fields = ("model", "full_finetuning", "max_length", "data", "device")
     groups: dict[tuple, list[Record]] = {}
     for record in records:
@@ -113,13 +113,13 @@ def comparable(records: list[Record]) -> list[list[Record]]:
 
 
 def print_tables(records: list[Record], *more: Table) -> None:
-    """What was measured, the ablations where there are any, and `more`: to stdout, wide where that is no terminal."""
+    """Prints the results, any ablations, and `more` to stdout, 240 columns wide if stdout is no terminal."""
     ablations = map(ablation_table, comparable(of_plan(records, "ablation")))
     Console(width=None if sys.stdout.isatty() else 240).print(results_table(records), *ablations, *more)
 
 
 def draw_all(records: list[Record], results: Path) -> list[Path]:
-    """The pictures of each plan that has one, beside the file of results."""
+    """Draws the pictures of each plan beside the results file, and returns their paths."""
     drawn = []
     for plan, draw in (("batch_sizes", draw_batch_sizes), ("ablation", draw_ablation), ("losses", draw_losses)):
         groups = comparable(of_plan(records, plan))
@@ -130,7 +130,7 @@ def draw_all(records: list[Record], results: Path) -> list[Path]:
 
 
 def draw_batch_sizes(records: list[Record]) -> "Figure":
-    """Tokens a second, memory and the valid tokens' share against the batch size, a line for each series."""
+    """Draws tokens a second, memory and the share of valid tokens against the batch size, a line per series."""
     figure = new_figure(15, 5.4)
     panels = figure.subplots(1, 3)
     titles = ("How many real tokens a second?", "How much memory?", "How much is not padding?")
@@ -142,7 +142,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
     )
     for panel, title, unit, figure_of in zip(panels, titles, units, figures, strict=True):
         lines = []
-        # Rows are filled alike by all: the share of tokens is drawn of one system, and is in the table of all.
+        # All systems fill rows alike: the share of valid tokens is drawn for one system; the table has it for all.
         shown = [r for r in records if unit != units[2] or r["system"] == records[0]["system"]]
         for label in dict.fromkeys(record["label"] for record in shown):
             series = sorted((r for r in shown if r["label"] == label), key=lambda record: record["rows"])
@@ -164,7 +164,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
 
 
 def draw_ablation(records: list[Record]) -> "Figure":
-    """Bars of tokens a second and of memory, stage by stage, with the factor of each."""
+    """Draws bars of tokens a second, with the factor of each stage, and bars of memory."""
     stages = ablation_stages(records)
     figure = new_figure(12, 0.75 * len(stages) + 2.2)
     speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -185,13 +185,13 @@ def draw_ablation(records: list[Record]) -> "Figure":
 
 
 def draw_losses(records: list[Record]) -> "Figure":
-    """The loss of each layout against steps, and against seconds."""
+    """Draws the loss of each layout against steps, and against seconds."""
     figure = new_figure(13, 5.2)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for record in records:
         window = max(1, len(record["losses"]) // 30)
         smooth = np.convolve(record["losses"], np.ones(window) / window, "valid")
-        width = {"padded": 3.6, "padding-free": 2.4, "packed": 1.4}[record["layout"]]  # the same losses hide none
+        width = {"padded": 3.6, "padding-free": 2.4, "packed": 1.4}[record["layout"]]  # equal losses then hide no line
         style = _style(record) | {"marker": "", "linewidth": width}
         by_step.plot(np.arange(window, len(record["losses"]) + 1), smooth, label=record["label"], **style)
         by_time.plot(record["loss_seconds"][window - 1 :], smooth, **style)
@@ -203,11 +203,11 @@ def draw_losses(records: list[Record]) -> "Figure":
     return figure
 
 
-# What these share.
+# Helpers.
 
 
 def _attention(record: Record) -> str:
-    """An opponent's, which says what runs it, or all of how it came to that."""
+    """Returns the name of an opponent's attention, from a record that holds its name or a dict with its `backend`."""
     found = record.get("attention", "-")
     return found["backend"] if isinstance(found, dict) else found
 
@@ -220,7 +220,7 @@ def _style(record: Record) -> dict[str, Any]:
 
 
 def _shade(system: str, strength: float) -> tuple[float, ...]:
-    """The color of a system, mixed with white."""
+    """Returns the RGB color of a system, mixed with white: `strength` 1 is pure color, 0 is white."""
     color = COLORS.get(system, "#009E73")
     return tuple(1 - strength * (1 - int(color[i : i + 2], 16) / 255) for i in (1, 3, 5))
 

@@ -1,4 +1,4 @@
-"""The front door: `jaxpack train`, `inspect`, `generate`, `export`, `bench`, `demo`. It may import torch_bridge."""
+"""Defines the commands of `jaxpack`: train, inspect, generate, export, bench, demo. May import torch_bridge."""
 
 import sys
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's tables cut the names of long flags
+    rich_markup_mode=None,  # rich's help tables cut the names of long flags
 )
 app.command()(train)
 app.command()(inspect)
@@ -29,8 +29,10 @@ app.command()(demo)
 
 
 def main() -> None:
-    """Runs a command. Bad input ends in one sentence and status 2, Ctrl-C, by typer, in status 130; a fault of jaxpack
-    keeps its traceback.
+    """Runs a command.
+
+    Bad input ends with one sentence and status 2, and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its
+    traceback.
     """
     try:
         app()

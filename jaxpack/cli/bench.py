@@ -1,4 +1,4 @@
-"""`jaxpack bench`: what a step costs on this device, by layout, batch size and what is kept, on a model and data."""
+"""Implements `jaxpack bench`: measures a step on this device, by layout, batch size and memory choice."""
 
 import dataclasses
 import sys
@@ -20,7 +20,7 @@ from jaxpack.utils.console import console
 from jaxpack.utils.figures import require_matplotlib
 from jaxpack.utils.files import require_free_folder
 
-_DRAWN = 4000  # documents, where their lengths are all that is known
+_DRAWN = 4000  # documents to draw if only their lengths are known
 _RESULTS = "results.json"
 
 
@@ -45,7 +45,7 @@ def bench(
     learning_rate: Annotated[float, typer.Option(help="Of losses.")] = 2e-4,
     full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter of rank 16.")] = False,
 ) -> None:
-    """Measure tokens a second and memory: each case in a process of its own, then a table and pictures."""
+    """Measure tokens a second and peak memory, each case in its own process; then print tables and draw pictures."""
     require_matplotlib()
     require_free_folder(output, "output")
     require_one(data, lengths)
@@ -57,7 +57,7 @@ def bench(
         steps=steps,
         learning_rate=learning_rate,
     )
-    train_config(base)  # refuses here what each case would be refused for
+    train_config(base)  # refuses bad settings now, not once per case
     batches = _sizes(sizes)
     for name, value in (("documents", documents), ("loss_steps", loss_steps)):
         if value < 1:
@@ -90,7 +90,7 @@ def bench(
 def measure_elsewhere(
     planned: Planned, documents: Path, seconds: float | None, command: tuple[str, ...] = ("-m", "jaxpack.cli.measure")
 ) -> Record:
-    """The figures of a case of ours, on the documents that `save_documents` wrote, from a process of its own."""
+    """Measures a case of jaxpack in its own process, on documents that `save_documents` wrote."""
     return in_own_process([sys.executable, *command], request_of(planned, documents=str(documents)), seconds=seconds)
 
 

@@ -1,4 +1,4 @@
-"""Settings files: the flags of a command in YAML or TOML, read in place of typing them, and written for a rerun."""
+"""Reads the flags of a command from a YAML or TOML settings file, and writes one for a rerun."""
 
 import inspect
 import re
@@ -21,10 +21,10 @@ _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (s
 
 
 def read_settings(path: Path, command: Callable) -> dict[str, Any]:
-    """The values that a file holds for the flags of a command, each as it would be typed. `null` is as not given.
+    """Reads a command's flags from a file, each value as a user would type it; `null` means not given.
 
     Raises:
-      InputError: the file cannot be read, or holds nothing, an unknown name, or a value of another type.
+      InputError: the file cannot be read, is empty, or holds an unknown name or a value of the wrong type.
     """
     found, kinds = _parse(path), _kinds(command)
     unknown = [f"{name!r}{_nearest(str(name), list(kinds))}" for name in found if name not in kinds]
@@ -37,14 +37,14 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes flags and their values, for `read_settings`."""
+    """Writes flags and their values to a YAML file that `read_settings` reads."""
     head = "# `jaxpack train --config THIS_FILE --output NEW_FOLDER` runs it again; flags override what is here.\n"
     text = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
     replace_file(path, (head + text).encode(), "output")
 
 
 def overridden(context: typer.Context, alternatives: list[list[str]]) -> set[str]:
-    """The flags of a settings file that give way, since the command line takes another of several alternatives."""
+    """Returns the flags of a settings file that yield, since the command line chose another alternative."""
 
     def come_from(source: str, names: list[str]) -> list[str]:
         sources = {name: context.get_parameter_source(name) for name in names}
@@ -55,16 +55,16 @@ def overridden(context: typer.Context, alternatives: list[list[str]]) -> set[str
     return {name for names in others for name in come_from("DEFAULT_MAP", names)}
 
 
-# What a file may hold.
+# Types of the values in a file.
 
 
 def _kinds(command: Callable) -> dict[str, Any]:
-    """The type of each flag's value: of the field that it sets, where it sets one."""
+    """Returns the type of each flag's value: the type of its dataclass field, if it sets one."""
     kinds = {}
     for name, parameter in inspect.signature(command).parameters.items():
         if get_args(parameter.annotation):
             kind, option, *field = get_args(parameter.annotation)
-            if not option.is_eager:  # as `--config` itself is
+            if not option.is_eager:  # only `--config` itself is eager
                 kinds[name] = field[0].type if field else kind
     return kinds
 
@@ -102,7 +102,7 @@ def _rule(kind: Any) -> str:
 
 def _typed(kind: Any, value: Any) -> Any:
     if Path in _alternatives(kind):
-        return str(Path(value).expanduser())  # as a shell does
+        return str(Path(value).expanduser())  # a shell would expand `~`
     if isinstance(value, dict):
         return ",".join(f"{name}={one}" for name, one in value.items())
     return ",".join(value) if isinstance(value, list) else value
@@ -132,7 +132,7 @@ def _parse(path: Path) -> dict[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes no name twice. Numbers are YAML 1.2's, in which 2e-4 is one, and dates are text."""
+    """Refuses a name that occurs twice; reads numbers as in YAML 1.2 (2e-4 is a number), and dates as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
@@ -147,7 +147,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what this or another reader would take for something other than text."""
+    """Quotes text that this loader or another YAML reader would not read as text."""
 
 
 _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "timestamp"))

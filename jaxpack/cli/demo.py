@@ -1,4 +1,4 @@
-"""`jaxpack demo`: the main job on an embedded default, offline: checkpoint in, packed fine-tuning, PEFT adapter out."""
+"""Implements `jaxpack demo`: fine-tunes a small checkpoint, packed and offline, and writes a PEFT adapter."""
 
 import dataclasses
 import importlib.util
@@ -31,7 +31,7 @@ def demo(
         "jaxpack-demo"
     ),
 ) -> None:
-    """Fine-tune a small model on 500 bundled questions, packed, and check the adapter with PEFT. Offline."""
+    """Fine-tune a small model on 500 bundled questions, packed, and check the adapter with PEFT. Works offline."""
     require_free_folder(output, "output")
     base, adapter = output / "base", output / "adapter"
     rows = sample()
@@ -73,7 +73,7 @@ def demo(
 
 
 def sample() -> list[dict[str, str]]:
-    """The bundled rows of GSM8K: `prompt` and `completion`."""
+    """Returns the bundled rows of GSM8K, each with `prompt` and `completion`."""
     text = resources.files("jaxpack.cli").joinpath("sample/gsm8k.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -81,7 +81,8 @@ def sample() -> list[dict[str, str]]:
 def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
     """Writes a random Qwen3 of 2.4 million parameters and a BPE tokenizer trained on `rows`, with transformers.
 
-    It has learned nothing. Its weights are larger than usual (0.08), so that adapters have features to work with.
+    The model is untrained. Its weights are larger than usual (standard deviation 0.08), so that adapters have features
+    to work with.
     """
     _require_torch()
     import torch
@@ -99,7 +100,7 @@ def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
         tie_word_embeddings=False,
         initializer_range=0.08,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,  # where `generate` ends a text
+        eos_token_id=tokenizer.eos_token_id,  # `generate` ends a text at this token
     )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)
@@ -109,7 +110,7 @@ def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def train_tokenizer(rows: list[dict[str, str]]) -> Tokenizer:
-    """A BPE tokenizer of bytes with 2,048 tokens, trained on `rows`, as transformers has it."""
+    """Trains a byte-level BPE tokenizer with 2,048 tokens on `rows`, and returns it as a transformers tokenizer."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -125,7 +126,7 @@ def train_tokenizer(rows: list[dict[str, str]]) -> Tokenizer:
 
 
 def peft_difference(trainer: Trainer, base: Path, adapter: Path) -> float:
-    """The largest difference between the logits of the trained model and of PEFT's, over a few documents."""
+    """Returns the largest difference between the trained model's logits and PEFT's, over the first 8 documents."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""`jaxpack export`: an adapter and its base in, one merged model out."""
+"""Implements `jaxpack export`, which merges an adapter into its base model."""
 
 import math
 import os
@@ -35,13 +35,13 @@ def export(
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the merged folder with torch, and compare logits.")] = False,
 ) -> None:
-    """Merge an adapter into its base model."""
+    """Merge an adapter into its base model, and write the merged model to a new folder."""
     require_new_folder(merged, "merged")
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     if not os.path.isdir(adapter):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
-    # As it is stored, so that each weight is rounded only once, when it is merged.
+    # "auto" keeps the stored dtype, so that each weight is rounded only once, when it is merged.
     network, tokenizer = read_base(model, adapter, "auto")
     torch_bridge.load_adapter(network, str(adapter))
     written = sum(map(math.prod, tensor_shapes(network).values())) * jnp.dtype(dtype or "bfloat16").itemsize

@@ -1,4 +1,4 @@
-"""`jaxpack generate`: what a model writes after a prompt, with its adapter, without it, or both."""
+"""Implements `jaxpack generate`, which completes prompts with an adapter, without it, or both."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def generate(
     ] = None,
     **flags: object,
 ) -> None:
-    """Generate text from a model, with its adapter or without."""
+    """Generate text from a model, with or without an adapter."""
     config = from_flags(GenerateConfig, flags)
     _check_arguments(model, adapter, prompt, prompts, compare, output)
     network, tokenizer = read_base(model, adapter, dtype)
@@ -95,7 +95,7 @@ def generate(
     try:
         _save(asked, written, output)
     except InputError:
-        _show(asked, written)  # for it may have taken long
+        _show(asked, written)  # generation may have taken long: the result is shown rather than lost
         raise
 
 
@@ -147,7 +147,7 @@ def _text(prompt: str | Conversation) -> str:
 
 
 def _save(asked: Sequence[str | Conversation], written: dict[str, list[str]], output: Path) -> None:
-    """One line a prompt: `prompt`, `completion` and, of two, `without_adapter`."""
+    """Writes one JSON line per prompt: `prompt`, `completion` and, with `compare`, `without_adapter`."""
     lines = []
     *others, completions = written.values()
     for i, prompt in enumerate(asked):

@@ -1,4 +1,4 @@
-"""`jaxpack inspect`: what a run would make of a dataset, before it is run."""
+"""Implements `jaxpack inspect`, which shows what a run would do with a dataset before the run."""
 
 import dataclasses
 import sys
@@ -20,7 +20,7 @@ from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.figures import require_matplotlib
 
-# What padding, times and the order of rows follow from; the rest of a run's settings do not matter here.
+# The settings that determine padding, times and the order of rows; other settings do not matter here.
 _USED = {
     "max_length",
     "packing",
@@ -70,7 +70,7 @@ def inspect(
     ] = None,
     **flags: object,
 ) -> None:
-    """Show what padding costs on a dataset, what packing would gain, and what is trained on. Reads no weights."""
+    """Show what padding costs on a dataset, what packing gains, and which tokens are trained on. Reads no weights."""
     flags |= {"per_device_train_batch_size": per_device_train_batch_size, "show_row": show_row}
     with errors_name(per_device_train_batch_size="batch_size"):
         config = from_flags(TrainConfig, flags)

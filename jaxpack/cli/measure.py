@@ -1,4 +1,4 @@
-"""`python -m jaxpack.cli.measure REQUEST RESULT`: the process that `jaxpack bench` starts for each case."""
+"""Runs as `python -m jaxpack.cli.measure REQUEST RESULT`, the process that `jaxpack bench` starts for each case."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from jaxpack.settings import LoraConfig
 
 
 def measure_here(request: Path, result: Path, **options: Any) -> None:
-    """Answers a request of `bench.measure_elsewhere` in this process; `options` are those of `measure`."""
+    """Answers a request of `bench.measure_elsewhere` in this process; `options` go to `measure`."""
 
     def figures() -> Record:
         asked = json.loads(request.read_text())

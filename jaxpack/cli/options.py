@@ -1,4 +1,4 @@
-"""Command-line flags from configuration dataclasses, so that a field, its default and its meaning are written once."""
+"""Makes command-line flags from dataclasses, so that a field, its default and its help are written once."""
 
 import dataclasses
 import inspect
@@ -13,13 +13,13 @@ from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
 
 Config = TypeVar("Config", TrainConfig, LoraConfig, GenerateConfig)
 
-FLAG_OF = {"r": "lora_r"}  # where a field's name says too little outside its class
+FLAG_OF = {"r": "lora_r"}  # field names that say too little outside their class
 
 
 def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Appends a flag for every field of the dataclasses to a command, which receives them in `**flags`.
 
-    A field that two of them have, such as `seed`, is one flag that sets both.
+    If two dataclasses have the same field, such as `seed`, one flag sets both.
     """
 
     def extend(command: Callable) -> Callable:
@@ -36,27 +36,27 @@ def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Calla
 
 
 def flag_of(field: dataclasses.Field) -> str:
-    """The name under which a command receives a field."""
+    """Returns the name under which a command receives a field."""
     return FLAG_OF.get(field.name, field.name)
 
 
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
-    """The dataclass that the flags of a command describe; `given` are the fields that have none."""
+    """Builds a dataclass from the flags of a command; `given` are the fields without a flag."""
     values = {field.name: flags.get(flag_of(field)) for field in dataclasses.fields(config)}
     with errors_name(**FLAG_OF):
         return config(**{name: value for name, value in values.items() if value is not None} | given)
 
 
-LORA_FLAGS = [flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"]  # a run has one too
+LORA_FLAGS = [flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"]  # also a run's flag
 
 
 def asks_for_adapter(flags: dict[str, Any]) -> bool:
-    """Whether flags of a new adapter are among those that were given."""
+    """Returns whether the user gave any flag of a new adapter."""
     return any(flags.get(name) is not None for name in LORA_FLAGS)
 
 
 def to_flags(config: TrainConfig | LoraConfig) -> dict[str, Any]:
-    """The flags that make the dataclass, with lists and mappings as a settings file has them."""
+    """Returns the flags that make the dataclass, with lists and mappings as in a settings file."""
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -67,7 +67,7 @@ def to_flags(config: TrainConfig | LoraConfig) -> dict[str, Any]:
 
 
 def is_pairs(kind: Any) -> bool:
-    """Whether a field's type is that of pairs, which a settings file has as a mapping."""
+    """Returns whether a field's type is a tuple of pairs, which is a mapping in a settings file."""
     return get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is tuple
 
 
@@ -76,7 +76,7 @@ def _parameter(field: dataclasses.Field) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     kind = field.type
     if get_origin(kind) in (UnionType, Union):
-        kind = next(one for one in get_args(kind) if one is not NoneType)  # not given, a flag is None
+        kind = next(one for one in get_args(kind) if one is not NoneType)  # a flag that is not given is None
     if get_origin(kind) is not Literal and kind not in (int, float, bool):
         kind = str
     option = typer.Option(

@@ -1,4 +1,4 @@
-"""A model and a dataset from the flags of a command."""
+"""Reads the model and the dataset that the flags of a command name."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ LENGTHS_HELP = (
 
 
 def require_one(data: Path | None, lengths: Path | None) -> None:
-    """Refuses what is not one of the two, or not a file."""
+    """Raises InputError unless exactly one of `data` and `lengths` is given, and `data` is a file."""
     if (data is None) == (lengths is None):
         given = "none" if data is None else "both"
         raise InputError(f"`data` or `lengths` must be given, and not both, got {given}.")
@@ -30,8 +30,9 @@ def require_one(data: Path | None, lengths: Path | None) -> None:
 
 
 def read_base(model: str | None, adapter: Path | None, dtype: str | None) -> tuple[Transformer, Tokenizer | None]:
-    """A model and its tokenizer: that which is named, or else that which an adapter's config names, in whose words an
-    error then is.
+    """Reads a model and its tokenizer: `model`, or else the base model that the adapter's config names.
+
+    In the second case an error names the config's field `base_model_name_or_path`.
     """
     base = torch_bridge.base_of(str(adapter)) if model is None else model
     with errors_name(model="base_model_name_or_path" if model is None else "model"):
@@ -47,7 +48,10 @@ def read_documents(
     text_field: str = "text",
     assistant_only_loss: bool = True,
 ) -> tuple[ModelConfig, Tokenizer | None, Documents]:
-    """The model's config and tokenizer, and the documents: tokenised, or so many that are drawn (None: as counted)."""
+    """Reads the model's config and tokenizer, and the documents, from `data` or drawn from `lengths`.
+
+    `drawn` is the number of documents to draw; None draws as many as `lengths` counts.
+    """
     config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
     if lengths is not None:
         return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)

@@ -1,4 +1,4 @@
-"""`jaxpack train`: a Hugging Face folder and a dataset in, an adapter or a trained model out."""
+"""Implements `jaxpack train`, which fine-tunes a Hugging Face model and writes an adapter or a model."""
 
 import tempfile
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jaxpack.utils.console import console
 from jaxpack.utils.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
 
 _SETTINGS = "run.yaml"
-_FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # of the trainer's arguments
+_FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # by trainer arguments
 
 
 def _read_settings(context: typer.Context, path: Path | None) -> Path | None:
@@ -71,9 +71,9 @@ def train(
     full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter.")] = False,
     **flags: object,
 ) -> None:
-    """Fine-tune a model on a dataset."""
+    """Fine-tune a model on a dataset, and write an adapter or a trained model."""
     given_up = overridden(context, [["full_finetuning"], ["adapter"], LORA_FLAGS])
-    given_up |= overridden(context, [["num_train_epochs"], ["max_steps"]]) & {"max_steps"}  # which goes before epochs
+    given_up |= overridden(context, [["num_train_epochs"], ["max_steps"]]) & {"max_steps"}  # max_steps wins over epochs
     full_finetuning = full_finetuning and "full_finetuning" not in given_up
     adapter = None if "adapter" in given_up else adapter
     flags = {name: None if name in given_up else value for name, value in flags.items()}
@@ -119,7 +119,7 @@ def train(
         **({} if full_finetuning or adapter is not None else to_flags(lora)),
     }
     del settings["output_dir"]
-    if trainer.in_place:  # the run has not begun there
+    if trainer.in_place:  # a rerun of this file starts from the beginning
         settings["resume_from_checkpoint"] = None
 
     def write(path: Path) -> None:
@@ -155,7 +155,7 @@ def train(
 
 
 def _refuse_finished(output: Path, trained: Path, num_steps: int) -> None:
-    """A run that is done, and has saved no checkpoint, would be repeated by `latest`."""
+    """Refuses a finished run without a checkpoint, since `latest` would train it again."""
     if max((record["step"] for record in read_records(output)), default=0) == num_steps:
         raise InputError(
             f"`resume_from_checkpoint` must be of a run with steps left, got 'latest' in {str(output)!r}, whose run is"
@@ -164,7 +164,7 @@ def _refuse_finished(output: Path, trained: Path, num_steps: int) -> None:
 
 
 def _save(write: Callable[[Path], None], path: Path) -> None:
-    """Writes what was trained to `path`, or, rather than lose it, to a temporary folder, which the error then names."""
+    """Writes the trained weights to `path`; if that fails, to a temporary folder that the error names."""
     try:
         write(path)
         console.print(f"saved {path}")

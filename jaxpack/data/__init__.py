@@ -1,1 +1,1 @@
-"""From rows of a user's data to the batches of a run: reading, chat templates, packing, batching. Imports no jax."""
+"""Turns a user's records into the batches of a run: reading, chat templates, packing, batching. Imports no jax."""

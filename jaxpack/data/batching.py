@@ -1,6 +1,6 @@
-"""Documents to the batches of a run: their order, and the few shapes that they are compiled for.
+"""Cuts documents into the batches of a run: chooses their order, and the few shapes that are compiled.
 
-The order follows from the seed, so the size of every batch is known before the first step.
+The order depends only on the seed, so the size of every batch is known before the first step.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
 
 MAX_SHAPES = 4
-MAX_STEPS = 10_000_000  # of a run: what is known of each before the first has its room in memory
-_MAX_SIZES = 1024  # distinct row lengths to choose from; more are rounded up further
+MAX_STEPS = 10_000_000  # in a run: the plan holds a few numbers in memory for each step
+_MAX_SIZES = 1024  # most distinct row lengths to choose from; more are first rounded up further
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
     """Counts what `max_length` cost: documents shortened, tokens lost, and documents dropped.
 
-    A document that is left with nothing to learn is dropped, with all documents of its group.
+    A document without a token left to learn is dropped, with all documents of its group.
     """
 
     documents: int
@@ -33,35 +33,37 @@ class Truncation:
 
 
 class Batches:
-    """The batches of a whole run, by step: `batches[step]` is a `PackedBatch` of `[A, B, T]`.
+    """Holds the batches of a whole run, by optimizer step: `batches[step]` is a `PackedBatch` of `[A, B, T]`.
 
-    A is `gradient_accumulation_steps`. With `packing` a step takes A * B packed rows, else as many documents: in A
-    padded batches of B rows, or, padding-free, in A rows with B = 1. Each epoch has an order of its own. Steps differ
-    only in T, which takes at most 4 values, chosen to waste the fewest tokens.
+    A is `gradient_accumulation_steps`. With `packing` a step takes A * B packed rows. Without it, a step takes
+    `per_device_train_batch_size` * A documents: in A padded micro-batches of B rows, or, padding-free, in A rows with
+    B = 1. Each epoch has an order of its own. Steps differ only in T, which takes at most 4 values, chosen to waste the
+    fewest tokens.
 
-    With `documents_together=n` the documents n * i ... n * i + n - 1 are group i: a chosen and a rejected answer, say.
-    A group is trained on whole or not at all, and stands in one row, in its order and with no other document between:
-    segments 1 ... n of a row are a group, n + 1 ... 2 * n the next. In padded batches, its n rows follow each other
-    within one micro-batch. With `packing` each document is cut at `max_length // n`, so that any group fits a row.
+    With `documents_together=n` the documents n * i ... n * i + n - 1 are group i: for example a chosen and a rejected
+    answer. A group is trained on whole or not at all. It lies in one row, in its order and with no other document
+    between: segments 1 ... n of a row are a group, n + 1 ... 2 * n the next. In padded batches, the n rows of a group
+    follow each other within one micro-batch. With `packing` each document is cut at `max_length // n`, so that any
+    group fits a row.
 
     Args:
-      documents: what to train on; with `documents_together=n`, their number is a multiple of n.
+      documents: the documents to train on; with `documents_together=n`, their number is a multiple of n.
       config: the settings of the run.
-      documents_together: n, the documents in a group.
+      documents_together: n, the number of documents in a group.
 
     Attributes:
-      documents: what is trained on, after truncation.
-      truncation: what that cost.
-      num_rows, rows_per_step: rows an epoch is made of, and a step; a document is one without packing.
-      steps_per_epoch, num_steps: optimizer steps.
+      documents: the documents that are trained on, after truncation.
+      truncation: what the truncation cost.
+      num_rows, rows_per_step: rows in an epoch, and in a step; without packing, each document counts as a row.
+      steps_per_epoch, num_steps: optimizer steps in an epoch, and in the run.
       targets_per_epoch: tokens that an epoch trains on.
       row_lengths: T of each step, int64 `[num_steps]`.
-      tokens_per_step: real tokens in each step, int64 `[num_steps]`.
-      limits: by T, what no batch has more of.
+      tokens_per_step: tokens in each step without padding, int64 `[num_steps]`.
+      limits: by T, the `BatchLimits` of all batches with that T.
 
     Raises:
-      InputError: groups of `documents_together` do not fit the documents, the batch size or the packing strategy, no
-        document is left with a token to learn, or the run has too many steps to plan.
+      InputError: `documents_together` does not fit the number of documents, the batch size or the packing strategy; no
+        document has a token left to learn; or the run has more than 10,000,000 steps.
     """
 
     def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1):
@@ -69,7 +71,7 @@ class Batches:
         self._config = config
         self.documents, self.truncation = _fit(documents, config, documents_together)
         self._group_lengths = self.documents.lengths.reshape(-1, documents_together).sum(axis=1)
-        # Shuffling keeps so many rows of the plan together. A packed row holds whole groups, any other one document.
+        # Shuffling keeps this many rows together. A packed row holds whole groups, any other row holds one document.
         self._rows_together = 1 if config.packing else documents_together
         if config.packing:
             groups = pack_rows(self._group_lengths, config.max_length, config.packing_strategy)
@@ -96,7 +98,7 @@ class Batches:
             raise InputError(
                 f"`max_length` must leave {who} a token to learn, got {config.max_length}: {cut} before the first."
             )
-        # Of each step: its tokens, the longest row, and the most documents and targets in a row and a micro-batch.
+        # For each step: its tokens, its longest row, the most documents in a row, the most targets in a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
         for step in range(self.num_steps):
             which = self._which(step)
@@ -135,19 +137,22 @@ class Batches:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """The shapes `(A, B, T)` that the run compiles."""
+        """Returns the shapes `(A, B, T)` that the run compiles, by ascending T."""
         config = self._config
         rows = 1 if self._end_to_end else config.per_device_train_batch_size
         return [(config.gradient_accumulation_steps, rows, int(T)) for T in np.unique(self.row_lengths)]
 
     @property
     def padding_share(self) -> float:
-        """Share of the run's positions that hold no token."""
+        """Returns the share of the run's positions that hold no token."""
         return float(1 - self.tokens_per_step.sum() / self.positions_per_step.sum())
 
     @property
     def packing_efficiency(self) -> float:
-        """Tokens over the room in an epoch's rows: `num_rows * max_length` with packing."""
+        """Returns the share of positions in an epoch's rows that hold a token.
+
+        Rows have `max_length` positions with packing, and those of the longest document without.
+        """
         lengths = self._rows.row_lengths
         return float(
             lengths.sum() / (len(lengths) * (self._config.max_length if self._config.packing else lengths.max()))
@@ -155,24 +160,24 @@ class Batches:
 
     @property
     def positions_per_step(self) -> np.ndarray:
-        """Positions computed in each step, A * B * T, int64 `[num_steps]`."""
+        """Returns the positions computed in each step, A * B * T, int64 `[num_steps]`."""
         A, B, _ = self.shapes[0]
         return A * B * self.row_lengths
 
     def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
-        """Of each step, bool `[num_steps]`: its program runs first there, where a process begins with step `start`."""
+        """Returns whether each step is the first one of its shape from step `start` on, bool `[num_steps]`."""
         _, first = np.unique(self.row_lengths[start:], return_index=True)
         return np.isin(np.arange(self.num_steps), start + first)
 
     def _row_targets(self) -> np.ndarray:
-        """Targets in each row of the plan, int64 `[num_rows]`."""
+        """Counts the targets in each row of the plan, int64 `[num_rows]`."""
         rows, documents = self._rows, self.documents
         of_piece = documents.targets_within(documents.starts[rows.document] + rows.start, rows.length)
         before = np.concatenate([[0], np.cumsum(of_piece)])
         return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
 
     def _which(self, step: int) -> np.ndarray:
-        """The rows of a step, int64 `[A, ...]`; -1 fills up what lacks one, as in an epoch's last step."""
+        """Returns the rows of a step, int64 `[A, ...]`; -1 stands for a missing row, as in an epoch's last step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         together, accumulation = self._rows_together, self._config.gradient_accumulation_steps
         per_step = self.rows_per_step // together
@@ -185,7 +190,10 @@ class Batches:
 
 
 def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
-    """Deals groups to rows of about the same length, longest first to the shortest row: the loss allows any cut."""
+    """Deals groups to rows of about the same length: each group, longest first, goes to the shortest row.
+
+    The loss of a step is the same however its groups are dealt.
+    """
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     if num_rows == 1:
         return groups[None]
@@ -199,18 +207,18 @@ def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndar
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """An epoch's order of the rows, int64 `[num_rows]`: the same with every version of everything.
+    """Returns an epoch's order of the rows, int64 `[num_rows]`, which is the same with every version of every library.
 
-    Row `i` comes by the `i`-th number of SplitMix64, which starts at the `epoch`-th of its own from `seed`: two numbers
-    out of 2^64 are hardly ever equal, and the lower row comes first where they are. NumPy does not promise that its
-    own permutations stay as they are, and a run that is resumed must find the order that it began with.
+    Rows are sorted by random 64-bit keys: row `i` has the `i`-th number of a SplitMix64 generator, whose seed is number
+    `epoch` of the generator seeded with `seed`. Equal keys are very unlikely; if they occur, the lower row comes first.
+    NumPy does not promise to keep its own permutations, and a resumed run must find the order that it began with.
     """
     start = int(_splitmix64(seed, 1, skip=epoch)[0])
     return np.argsort(_splitmix64(start, num_rows), kind="stable")
 
 
 def _splitmix64(seed: int, count: int, *, skip: int = 0) -> np.ndarray:
-    """`count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195) after the first `skip`, uint64."""
+    """Returns `count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195), uint64, after `skip` others."""
     places = np.arange(skip + 1, skip + count + 1, dtype=np.uint64)
     z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * places
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -219,7 +227,7 @@ def _splitmix64(seed: int, count: int, *, skip: int = 0) -> np.ndarray:
 
 
 def _check_groups(documents: Documents, config: TrainConfig, together: int) -> None:
-    """Refuses documents and settings that groups of `together` documents do not fit."""
+    """Refuses documents and settings that do not allow groups of `together` documents."""
     if len(documents) % together:
         raise InputError(
             f"`documents` must hold a multiple of {together} documents, as each group has {together} that belong "
@@ -239,12 +247,15 @@ def _check_groups(documents: Documents, config: TrainConfig, together: int) -> N
 
 
 def _max_document(config: TrainConfig, together: int) -> int:
-    """Returns the tokens that a document may have: with packing, a group of `together` of them must fit a row."""
+    """Returns the most tokens that a document may have: with packing, `together` documents must fit a row."""
     return config.max_length // together if config.packing else config.max_length
 
 
 def _fit(documents: Documents, config: TrainConfig, together: int) -> tuple[Documents, Truncation]:
-    """Cuts documents to `max_length`, unless they are split, and drops groups in which one is left without a target."""
+    """Cuts documents to the allowed length and drops groups with a document that has no target left.
+
+    Packing strategies that split documents lose nothing, so for them all documents stay as they are.
+    """
     if config.packing and config.packing_strategy != "bfd":
         return documents, Truncation(0, 0, 0)
     cut = documents.truncate(_max_document(config, together))
@@ -254,21 +265,21 @@ def _fit(documents: Documents, config: TrainConfig, together: int) -> tuple[Docu
 
 
 def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: int = LANES) -> np.ndarray:
-    """At most `max_buckets` multiples of `multiple`, ascending, that hold all `sizes` and waste the fewest tokens.
+    """Chooses at most `max_buckets` multiples of `multiple` that hold all `sizes` and waste the fewest tokens.
 
-    Exact, by dynamic programming over the distinct sizes; more than 1,024 of them are first rounded up to multiples of
-    more. `sizes` is int `[steps]`, each 1 or more.
+    The choice is exact, by dynamic programming over the distinct sizes. More than 1,024 distinct sizes are first
+    rounded up to larger multiples. `sizes` is int `[steps]`, each 1 or more. The result is ascending.
     """
     while len(np.unique(sizes // multiple)) > _MAX_SIZES:
         multiple *= 2
     sizes, counts = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
-    # cost[i, j]: positions computed when sizes i..j share the bucket sizes[j]; what is really needed is constant.
+    # cost[i, j]: positions computed if sizes i..j share the bucket sizes[j]. The tokens among them are constant.
     cost = (total[None, 1:] - total[:-1, None]) * sizes[None, :].astype(np.float64)
     cost[np.tril_indices(len(sizes), -1)] = np.inf
     best, splits = cost[0], []
     for _ in range(min(max_buckets, len(sizes)) - 1):
-        # One bucket more: the last one begins at size i, the ones before it end at i - 1.
+        # Add one bucket: the last bucket begins at size i, the buckets before it end at size i - 1.
         candidates = np.concatenate([cost[:1], best[:-1, None] + cost[1:]])
         splits.append(candidates.argmin(axis=0))
         best = candidates.min(axis=0)

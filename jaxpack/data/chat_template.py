@@ -1,10 +1,11 @@
-"""A chat template writes the text of a conversation, and shows which characters of it the assistant has to learn.
+"""Writes conversations with a chat template, and finds the characters that the assistant has to learn.
 
-They are what it would generate: from where the generation prompt ends to the token that ends its turn. A template
-with `{% generation %}` tags says where they are. With any other, a like conversation is written, with marks for
-contents: around them is the template's own text. The row is then found to be that text, to the letter, with its
-contents in the place of the marks. Where it is not (thoughts that are dropped, tool calls), each turn is replaced
-alone, and the row must begin and end as that does. What neither decides is refused.
+These are the characters that the assistant would generate: from the end of the generation prompt to the token that
+ends the assistant's turn. A template with `{% generation %}` tags marks them itself. With any other template, a similar
+conversation is written, with marks in the place of its contents: around the marks is the template's own text. The
+row's text must then equal that text, to the letter, with the row's contents in the place of the marks. If it does not
+(dropped thoughts, tool calls), each turn is replaced alone by a mark, and the row must begin and end as the text with
+the mark does. A row that neither way decides is refused.
 """
 
 import contextlib
@@ -19,21 +20,24 @@ from jaxpack.data.conversation import Conversation, Message, with_arguments
 from jaxpack.data.tokenizer import ChatTokenizer
 from jaxpack.errors import InputError, reason
 
-Span = tuple[int, int]  # of characters, the second one past the end
+Span = tuple[int, int]  # the first character, and the one after the last
 
-_MARK = "\ufdd0{}\ufdd1"  # Unicode keeps these two from text
+_MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
 _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _QUESTION = {"role": "user", "content": _MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MAX_KNOWN = 1024  # forms of conversations, and edges of turns, to keep
+_MAX_KNOWN = 1024  # most forms of conversations, and most edges of turns, to keep
 
 
 class _Undecided(Exception):
-    """Why the assistant's part of a text cannot be told from the template's."""
+    """Says why the assistant's part of a text cannot be told from the template's."""
 
 
 class _Edges(NamedTuple):
-    """Characters around an assistant's content that it learns, too, and how many of those after it must end a turn."""
+    """Counts characters around an assistant's content that are trained on with it.
+
+    `lead` characters stand before the content and `tail` after it; the last `end` of these must end the turn.
+    """
 
     lead: int
     tail: int
@@ -42,18 +46,19 @@ class _Edges(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """Conversations of the same roles: the template's text around contents, and which message's content is between."""
+    """Describes conversations with the same roles: the template's text around contents, and whose contents they are."""
 
-    between: list[str]  # one more than there are slots
-    slots: list[int]
-    edges: dict[int, _Edges]  # by slot, of the assistant's that are trained on
+    between: list[str]  # one text more than there are slots
+    slots: list[int]  # the number of the message whose content fills each slot
+    edges: dict[int, _Edges]  # by slot, for the assistant's turns that are trained on
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer that has one.
+    """Writes conversations with the chat template of a tokenizer, which must have one.
 
     Attributes:
-      endless: conversations so far whose last turn to learn ends in no token, so that no end is learned.
+      endless: the number of conversations so far whose last turn to learn ends without an added token, so that no end
+        of a turn is learned.
     """
 
     def __init__(self, tokenizer: ChatTokenizer):
@@ -67,16 +72,16 @@ class ChatTemplate:
         self._checked: set[tuple[str, bool]] = set()
 
     def write(self, conversation: Conversation, where: str) -> str:
-        """The text of a conversation. `where` names its row in errors."""
+        """Returns the text of a conversation. `where` names its row in errors."""
         return self._write(self._with_readable_calls(conversation), where)
 
     def write_question(self, conversation: Conversation, where: str) -> str:
-        """The text of a conversation, and what the template puts before the answer to it."""
+        """Returns the text of a conversation, followed by what the template puts before an answer."""
         conversation = self._with_readable_calls(conversation)
         return self._write(conversation, where, add_generation_prompt=True)
 
     def answer_end(self) -> str | None:
-        """The token that ends a plain answer; None where there is none, or where that is not decided."""
+        """Returns the token that ends a plain answer, or None if there is none or the template leaves it undecided."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         with contextlib.suppress(InputError):
             text, spans = self.write_with_spans(Conversation(messages), "a question")
@@ -85,15 +90,15 @@ class ChatTemplate:
         return None
 
     def write_with_spans(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
-        """The text, and which parts of it are trained on: ascending, apart.
+        """Returns the text of a conversation, and the spans of it that are trained on: ascending, without overlap.
 
         Raises:
-          InputError: the template refuses the conversation, or leaves it undecided which parts are the assistant's.
+          InputError: the template refuses the conversation, or does not show which parts are the assistant's.
         """
         conversation = self._with_readable_calls(conversation)
         try:
             template = self._tokenizer.get_chat_template(tools=conversation.tools)
-        except ValueError as error:  # several, and none of them the default
+        except ValueError as error:  # there are several templates, and none is the default
             raise _refused(error, where) from error
         tagged = _TAG.search(template) is not None
         try:
@@ -117,7 +122,7 @@ class ChatTemplate:
     def _write(self, conversation: Conversation, where: str, **options: Any) -> str:
         try:
             return self._apply(conversation, conversation.messages, **options)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise any exception
             raise _refused(error, where) from error
 
     def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
@@ -126,7 +131,7 @@ class ChatTemplate:
         )
 
     def _with_readable_calls(self, conversation: Conversation) -> Conversation:
-        """The conversation, with arguments of calls as JSON where the template takes nothing else (DeepSeek's)."""
+        """Returns the conversation, with arguments of calls as JSON text if the template requires it (DeepSeek's)."""
         if not any(message.get("tool_calls") for message in conversation.messages):
             return conversation
         messages = [
@@ -141,7 +146,7 @@ class ChatTemplate:
                 return candidate
         return conversation
 
-    # By the template's tags.
+    # Finding the assistant's parts by the template's tags.
 
     def _tagged(self, conversation: Conversation, template: str, where: str) -> tuple[str, list[Span]]:
         try:
@@ -161,7 +166,7 @@ class ChatTemplate:
             tagged = [trial[begin:end] for begin, end in trial_spans]
             answers = any(marked[i].get("role") == "assistant" for i in slots)
             if answers and any(tagged) and not any(map(_MARKS.search, tagged)):
-                # Within a macro, transformers takes the tags to be where the macro's text begins.
+                # transformers places tags that are within a macro at the beginning of the macro's text.
                 raise _Undecided("its tags are not where they seem, as within a macro")
             if answers:
                 self._checked.add((template, bool(calls)))
@@ -179,7 +184,7 @@ class ChatTemplate:
         )
         return texts[0], spans[0]
 
-    # By comparing what it writes.
+    # Finding the assistant's parts by comparing the texts that the template writes.
 
     def _compared(self, conversation: Conversation, text: str, where: str) -> list[Span]:
         messages = conversation.messages
@@ -228,7 +233,7 @@ class ChatTemplate:
     def _lead(
         self, conversation: Conversation, before: list[Message], opening: str, previous: int | None, *, plain: bool
     ) -> int:
-        """How much of the text before a content is the assistant's to write: what the generation prompt leaves."""
+        """Returns how many characters before a content the assistant writes: those that the generation prompt lacks."""
         given = self._given(conversation, before, previous)
         if given is None:
             prompt = self._generation_prompt(conversation)
@@ -238,7 +243,7 @@ class ChatTemplate:
                 )
             return len(opening) - opening.index(prompt) - len(prompt)
         shared = common_prefix(opening, given)
-        if shared < min(len(opening), len(given)):  # it may ask for a thought where the turn has none, or the reverse
+        if shared < min(len(opening), len(given)):  # the prompt may open a thought and the turn not, or the reverse
             others = (
                 self._given(conversation, before, previous, enable_thinking=thinking) or given
                 for thinking in (False, True)
@@ -254,14 +259,17 @@ class ChatTemplate:
             return 0
         rest = opening[shared:]
         prompt = self._generation_prompt(conversation) if rest.strip() else ""
-        if prompt and rest.lstrip().startswith(prompt.lstrip()):  # which it leaves out after this message alone
+        if prompt and rest.lstrip().startswith(prompt.lstrip()):  # it is omitted only after this message
             return len(rest.lstrip()) - len(prompt.lstrip())
         if rest.strip() and not prompt and self._writes_headers(conversation):
             raise _Undecided(f"it has no generation prompt to set {rest!r:.200} apart from an answer")
         return len(rest)
 
     def _headers(self, conversation: Conversation, before: list[Message], previous: int | None) -> Iterator[str]:
-        """What opens a plain answer in the place of one that calls tools or thinks, as the last turn and as another."""
+        """Yields the text that opens a plain answer in the place of one that calls tools or thinks.
+
+        The answer is tried as the last turn, and as one before a user's message.
+        """
         i = len(before)
         answer = {"role": "assistant", "content": _MARK.format(i)}
         for after in ([], [{"role": "user", "content": _MARK.format(i + 1)}]):
@@ -274,47 +282,47 @@ class ChatTemplate:
     def _given(
         self, conversation: Conversation, before: list[Message], previous: int | None, **options: Any
     ) -> str | None:
-        """What an answer after those messages follows, from the content of the `previous` one on; None if unknown."""
+        """Returns the text between the content of message `previous` and an answer after `before`; None if unknown."""
         try:
             text = self._apply(conversation, before, add_generation_prompt=True, **options)
-        except Exception:  # no template begins with nothing
+        except Exception:  # a template may refuse an empty conversation
             return None
         between, slots = _split(text)
         return between[-1] if slots and slots[-1] == previous else None
 
     def _generation_prompt(self, conversation: Conversation) -> str:
-        """What the template adds to a question for an answer to follow; nothing where it knows of no such thing."""
+        """Returns the text that the template adds to a question before an answer; empty if it adds none."""
         without, prompted = (self._try(conversation, [_QUESTION], add_generation_prompt=add) for add in (False, True))
         return prompted[common_prefix(without, prompted) :]
 
     def _writes_headers(self, conversation: Conversation) -> bool:
-        """Whether more than space opens a plain answer after what precedes it."""
+        """Returns whether the template writes more than white space before a plain answer to a question."""
         answer = {"role": "assistant", "content": _MARK.format(1)}
         alone, answered = (self._after(conversation, messages, 0) for messages in ([_QUESTION], [_QUESTION, answer]))
         return bool(answered[common_prefix(answered, alone) :].strip())
 
     def _tail(self, conversation: Conversation, marked: list[Message], i: int, after: str) -> tuple[int, int]:
-        """How much of the text after a content ends the turn, and how much of that is a token, or words, for it."""
+        """Returns how many characters after a content end the turn, and how many of them are its end token or words."""
         alone = followed = after
         if i + 1 < len(marked):
             alone = self._after(conversation, marked[: i + 1], i)
         else:
-            with contextlib.suppress(_Undecided):  # it may take no user's message here
+            with contextlib.suppress(_Undecided):  # the template may refuse a user's message here
                 followed = self._after(conversation, [*marked, {"role": "user", "content": _MARK.format(i + 1)}], i)
-        # What both share is neither the end of the text nor the beginning of the next message.
+        # The text that both share is neither the end of the text nor the beginning of the next message.
         shared = alone[: common_prefix(alone, followed)]
         for token in itertools.chain(self._added.finditer(alone), self._added.finditer(followed)):
             if token.start() < len(shared) < token.end():
                 shared = shared[: token.start()]
         tokens = list(self._added.finditer(shared))
         if tokens:
-            # After that, a text may end in EOS; anything else would be a message that the template adds.
+            # After the end token, only EOS may follow. Other text would be a message that the template adds.
             rest = shared[tokens[-1].end() :].strip() or alone[len(shared) :].strip()
             if rest and rest != self._tokenizer.special_tokens_map.get("eos_token"):
                 raise _Undecided(f"a turn ends in {followed!r:.200}, the last one in {alone!r:.200}")
             return tokens[-1].end(), len(tokens[-1].group())
         first = self._first_token(after)
-        if first and after != alone:  # the last turn may have another token than those before
+        if first and after != alone:  # the last turn may end in another token than turns before it
             first = first if self._first_token(alone) and self._ends_questions(conversation, first.group()) else None
         if first:
             return first.end(), len(first.group())
@@ -329,7 +337,7 @@ class ChatTemplate:
         return self._added.match(text, len(text) - len(text.lstrip()))
 
     def _ends_questions(self, conversation: Conversation, token: str) -> bool:
-        """Whether a token is no header of a user's message, for it comes before an answer as well."""
+        """Returns whether a token ends a question: it also stands before an answer, so it opens no user's message."""
         after = _split(self._try(conversation, [_QUESTION], add_generation_prompt=True))[0][-1]
         first = self._first_token(after)
         return first is not None and first.group() == token
@@ -347,7 +355,7 @@ class ChatTemplate:
             raise _Undecided(f"it refuses a like conversation ({reason(error)})") from None
 
     def _one_by_one(self, conversation: Conversation, text: str, form: _Form) -> list[Span]:
-        """Finds each turn as what changes when a mark takes its place."""
+        """Finds each turn as the part of the text that changes when a mark takes its place."""
         spans = []
         for slot, (lead, tail, end) in form.edges.items():
             i = form.slots[slot]
@@ -367,7 +375,7 @@ class ChatTemplate:
 
 
 def _keep(known: dict, key: Any, value: Any) -> None:
-    """Adds to what is known; where each row has a form of its own, that is soon too much."""
+    """Adds an entry, and first clears a full table: if each row had its own form, the table would grow without end."""
     if len(known) >= _MAX_KNOWN:
         known.clear()
     known[key] = value
@@ -389,7 +397,7 @@ def _to_json(arguments: Any) -> str:
 
 
 def _marked(message: Message, i: int) -> Message:
-    """The message with a mark for its content, and for the arguments of its calls."""
+    """Returns the message with a mark in the place of its content, and of the arguments of its calls."""
     mark = _MARK.format(i)
     calls = message.get("tool_calls")
     if message.get("role") != "assistant":
@@ -406,7 +414,10 @@ def _marked(message: Message, i: int) -> Message:
 
 
 def _split(text: str) -> tuple[list[str], list[int]]:
-    """The text around marks, and whose they are. What is between marks of one message is taken for a part of it."""
+    """Returns the texts around marks, and the number of the message of each mark.
+
+    Text between two marks of one message counts as a part of the message.
+    """
     between, slots, end = [], [], 0
     for match in _MARKS.finditer(text):
         i = int(match[1])
@@ -418,7 +429,7 @@ def _split(text: str) -> tuple[list[str], list[int]]:
 
 
 def _matched(text: str, form: _Form, messages: Sequence[Message]) -> list[Span] | None:
-    """The spans of a text that is the form's with the messages' contents, trimmed or not; None where it is another."""
+    """Returns the spans to train on if `text` is the form filled with the contents, trimmed or not; else None."""
     if not text.startswith(form.between[0]):
         return None
     spans, at = [], len(form.between[0])
@@ -437,13 +448,13 @@ def _matched(text: str, form: _Form, messages: Sequence[Message]) -> list[Span] 
 
 
 def _trimmed(content: Any) -> tuple[str, str]:
-    """What templates make of a content: nothing of one that is no text."""
+    """Returns a content as templates may write it: as it is and stripped; empty if it is not text."""
     content = content if isinstance(content, str) else ""
     return content, content.strip()
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
-    """How many items two sequences begin with alike."""
+    """Returns the number of leading items that two sequences share."""
     shared = min(len(a), len(b))
     return next((i for i in range(shared) if a[i] != b[i]), shared)
 

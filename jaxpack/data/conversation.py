@@ -1,4 +1,4 @@
-"""A row is read into a conversation, in whichever of the usual ways it is written."""
+"""Reads a row into a conversation, from any of the usual formats."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from jaxpack.errors import InputError
 
 Message = dict[str, Any]
 
-_ROLES = {  # of ShareGPT's `from`
+_ROLES = {  # the values of ShareGPT's `from`
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -26,7 +26,7 @@ _ROLES = {  # of ShareGPT's `from`
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Holds all that a chat template is given of a row. The first `prompt` messages are not trained on."""
+    """Holds all parts of a row that a chat template gets. The first `prompt` messages are not trained on."""
 
     messages: list[Message]
     tools: list | None = None
@@ -35,9 +35,9 @@ class Conversation:
 
 
 def read_conversation(row: Mapping[str, Any], messages: list, where: str, *, prompt: int = 0) -> Conversation:
-    """A conversation of `role` and `content`, or of ShareGPT's `from` and `value`, with the row's `system` and `tools`.
+    """Reads `messages`, with `role` and `content` or with ShareGPT's `from` and `value`, into a conversation.
 
-    `where` names the row in errors.
+    The conversation also has the row's `system`, `tools` and `chat_template_kwargs`. `where` names the row in errors.
     """
     turns = [_message(message, where) for message in messages]
     system = row.get("system")
@@ -53,7 +53,7 @@ def read_conversation(row: Mapping[str, Any], messages: list, where: str, *, pro
 
 
 def read_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
-    """Alpaca's instruction, input (empty where there is none) and output."""
+    """Returns Alpaca's instruction, input (empty if the row has none) and output."""
     texts = row.get("instruction"), row.get("input") or "", row.get("output")
     for key, text in zip(("instruction", "input", "output"), texts, strict=True):
         if not isinstance(text, str):
@@ -62,12 +62,12 @@ def read_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str, str]
 
 
 def instruction_message(instruction: str, given: str) -> Message:
-    """The user's message that asks an instruction of its input."""
+    """Returns the user's message with an instruction and, after an empty line, its input if there is one."""
     return {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
 
 
 def alpaca_prompt(instruction: str, given: str) -> str:
-    """The words in which Alpaca asks, for tokenizers without a chat template (Stanford Alpaca, Taori et al. 2023)."""
+    """Returns Alpaca's prompt, for tokenizers without a chat template (Stanford Alpaca, Taori et al. 2023)."""
     paired = ", paired with an input that provides further context" if given else ""
     return (
         f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"
@@ -102,14 +102,14 @@ def _message(message: Any, where: str) -> Message:
 
 
 def with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> Mapping[str, Any]:
-    """Changes the arguments of a tool call, whether it is a `function` or has one."""
+    """Applies `change` to the arguments of a tool call, which are in its `function` or in the call itself."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": with_arguments(call["function"], change)}
     return {**call, "arguments": change(call.get("arguments", {}))}
 
 
 def _from_json(arguments: Any) -> Any:
-    """Arguments as most templates take them. OpenAI's are JSON, which those would quote once more."""
+    """Parses arguments that are JSON of a mapping, as OpenAI's are; most templates would quote the JSON once more."""
     with contextlib.suppress(TypeError, ValueError):
         found = json.loads(arguments)
         return found if isinstance(found, Mapping) else arguments
@@ -117,14 +117,14 @@ def _from_json(arguments: Any) -> Any:
 
 
 def without_none(value: Any) -> Any:
-    """A row of Arrow's as it was: there, every mapping has the keys of all, some of them without a value."""
+    """Removes keys with the value None, since Arrow gives every mapping in a row the keys of all mappings."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _tools(tools: Any, where: str) -> list | None:
-    """A row's tools: a list, or JSON of one; each of them may be JSON, too."""
+    """Reads a row's tools from a list, or from JSON of a list; each tool may be JSON, too."""
     try:
         found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
         if isinstance(found, list):

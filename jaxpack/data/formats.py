@@ -1,4 +1,4 @@
-"""A row is in one of several formats; here each is told by its fields, and encoded into token ids and labels."""
+"""Tells the format of a dataset's rows by their fields, and encodes rows into token ids and labels."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,18 +23,18 @@ from jaxpack.utils.console import console
 Record = Mapping[str, Any]
 Rows = Sequence[Record]
 Encoded = Iterator[tuple[Sequence[int], Sequence[int]]]  # ids and labels of each row
-Encoder = Callable[[Rows, int], Encoded]  # from rows, and the number of the first of them
+Encoder = Callable[[Rows, int], Encoded]  # takes rows, and the number of the first of them
 
-TEXT_FIELD = "text"  # of rows of plain text, where no other is named
+TEXT_FIELD = "text"  # the field of plain text, unless the user names another
 
 
 class Where:
-    """Names a row as its user knows it: a line of a file, or an index. Counts what is told at the end."""
+    """Names a row in errors as its user knows it, by line or index, and counts rows for a message at the end."""
 
     def __init__(self, source: str, lines: Sequence[int] | None = None, *, of_arrow: bool = False):
         self.source, self.lines = source, lines
-        self.of_arrow = of_arrow  # every mapping has the keys of all, some with None
-        self.diverging = 0  # rows whose prompt is no prefix of prompt and completion
+        self.of_arrow = of_arrow  # in Arrow, every mapping has the keys of all mappings, some with the value None
+        self.diverging = 0  # rows in which the tokens of the prompt change when the completion follows
 
     def __call__(self, row: int) -> str:
         return f"row {row} of {self.source}" if self.lines is None else f"line {self.lines[row]} of {self.source}"
@@ -48,7 +48,10 @@ def encoder(
     assistant_only: bool,
     where: Where,
 ) -> Encoder:
-    """Chooses the format by the first row: a function from rows, and the number of the first, to ids and labels."""
+    """Chooses the format by the first row, and returns the function that encodes rows into ids and labels.
+
+    The function takes rows, and the number of the first of them.
+    """
     is_chosen = text_field != TEXT_FIELD
     if is_chosen and text_field not in first:
         raise InputError(
@@ -99,12 +102,12 @@ def encoder(
 
 
 def text_prompt(text: str, *, chat: bool) -> str | Conversation:
-    """A text as a user's message with `chat`; if not, as it is."""
+    """Returns `text` as a user's message with `chat`, and unchanged without."""
     return Conversation([{"role": "user", "content": text}]) if chat else text
 
 
 def question_of(record: Record, row: int, where: Where, chat: bool) -> str | Conversation:
-    """Reads what a row asks: a text to go on from, or a conversation that waits for an answer."""
+    """Reads the question of a row: a text to continue, or a conversation that waits for an answer."""
     key = next((key for key in ("messages", "conversations", "prompt") if key in record), None)
     if key is not None:
         kinds = (str, list) if key == "prompt" else (list,)
@@ -128,7 +131,7 @@ def question_of(record: Record, row: int, where: Where, chat: bool) -> str | Con
 
 
 def _column(rows: Rows, begin: int, key: str, kinds: tuple[type, ...], where: Where) -> list:
-    """The values under `key`, each checked to be there, of one of `kinds` and not empty of meaning."""
+    """Returns the values under `key`; each row must have the key, with a value of one of the types `kinds`."""
     for row, record in enumerate(rows, begin):
         if key not in record:
             raise InputError(
@@ -146,7 +149,7 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
         _check_masks(record, where(row))
     ids = _integers(_column(rows, begin, "input_ids", kinds, where), begin, "input_ids", where)
     labelled = rows
-    if not has_labels:  # then a row may have labels and need not: without, it is trained on whole
+    if not has_labels:  # later rows may still have labels; a row without labels is trained on whole
         labelled = [row if row.get("labels") is not None else {"labels": row["input_ids"]} for row in rows]
     labels = _integers(_column(labelled, begin, "labels", kinds, where), begin, "labels", where)
     for row, (document, trained) in enumerate(zip(ids, labels, strict=True), begin):
@@ -158,7 +161,10 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
 
 
 def _check_masks(record: Record, where: str) -> None:
-    """Refuses what other libraries say by a mask, and would be read over here: padding, or what is not trained on."""
+    """Refuses masks of other libraries with zeros, since jaxpack would ignore them.
+
+    Such masks mark padding, or tokens that are not trained on.
+    """
     masks = ["attention_mask"]
     if record.get("labels") is None:
         masks += ["completion_mask", "assistant_masks"]
@@ -174,7 +180,7 @@ def _integers(column: list, begin: int, name: str, where: Where) -> list[np.ndar
     for row, values in enumerate(column, begin):
         try:
             array = np.asarray(values, dtype=None if len(values) else np.int64)
-        except (ValueError, OverflowError):  # ragged, or past 64 bits
+        except (ValueError, OverflowError):  # the list is ragged, or a number exceeds 64 bits
             array = np.empty(0)
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise InputError(f"`{name}` must be a flat list of integers, got {values!r:.80} in {where(row)}.")
@@ -210,7 +216,7 @@ def _encode_completions(
 
 def _after_prompts(prompt_ids: list[list[int]], whole_ids: list[list[int]], where: Where) -> Encoded:
     for prompt, ids in zip(prompt_ids, whole_ids, strict=True):
-        # A token may straddle the border: then it is trained on, with the completion.
+        # A token that straddles the border between prompt and completion is trained on, with the completion.
         prefix = common_prefix(prompt, ids)
         where.diverging += prefix + 1 < len(prompt)
         yield ids, [IGNORE] * prefix + list(ids[prefix:])
@@ -246,7 +252,7 @@ def _encode_chats(
     assistant_only: bool,
     where: Where,
 ) -> Encoded:
-    options = {"add_special_tokens": False}  # the template has written them
+    options = {"add_special_tokens": False}  # the template has written the special tokens
     if not assistant_only:
         prompts, texts = [], []
         for row, conversation in enumerate(conversations, begin):
@@ -271,7 +277,7 @@ def _encode_chats(
         trained = np.zeros(len(tokens), bool)
         for start, end in spans:
             trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-            # The template's last token before that may take spaces that follow it (Phi-3's), the answer's own, too.
+            # The template's last token before a span may absorb spaces after it (as in Phi-3), even the answer's own.
             trained &= ~((offsets[:, 0] < start) & (offsets[:, 1] > start) & np.isin(tokens, added))
         yield tokens, np.where(trained, tokens, IGNORE)
 

@@ -1,6 +1,6 @@
-"""Lays documents end to end in rows: which piece of which document goes where, and the arrays of a batch.
+"""Lays documents end to end in rows: plans which piece of a document goes where, and fills the arrays of a batch.
 
-Planning looks at lengths alone, so a whole dataset is planned before the first step and every shape is known.
+Planning needs only lengths, so a whole dataset is planned, and every shape is known, before the first step.
 """
 
 import bisect
@@ -14,11 +14,11 @@ from jaxpack.errors import InputError
 
 
 class PackedBatch(NamedTuple):
-    """Rows of documents, int32 arrays of one shape `[..., T]`. A pytree, of NumPy or of JAX arrays.
+    """Holds rows of documents as four int32 arrays of one shape `[..., T]`: a pytree of NumPy or JAX arrays.
 
     `segment_ids` count 1, 2, ... within a row and never decrease; 0 is padding, at the tail only. `positions` restart
-    at 0 with each segment. `targets[..., t]` is the token to predict at t, -100 where there is none: the last token of
-    a document, a prompt token, padding.
+    at 0 with each segment. `targets[..., t]` is the token to predict at t, or -100 if there is none: at the last token
+    of a document, before a token that is not trained on (such as a prompt), and at padding.
     """
 
     tokens: np.ndarray
@@ -28,9 +28,9 @@ class PackedBatch(NamedTuple):
 
 
 class BatchLimits(NamedTuple):
-    """What no batch of a shape has more of, for the program that is compiled for it; None where that is not known.
+    """Holds upper limits for all batches of a shape, which its compiled program may rely on; None is unknown.
 
-    `max_segments`: documents in a row. `max_targets`: targets in a micro-batch `[B, T]`.
+    `max_segments` is the most documents in a row, `max_targets` the most targets in a micro-batch `[B, T]`.
     """
 
     max_segments: int | None = None
@@ -39,10 +39,10 @@ class BatchLimits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A plan: row `r` holds the pieces `offsets[r]:offsets[r + 1]`, in order.
+    """Holds a plan of rows: row `r` has the pieces `offsets[r]:offsets[r + 1]`, in order.
 
-    A piece is the `length` tokens of `document` from its token `start` on. All arrays are int64: `document`, `start`
-    and `length` have one entry a piece, `offsets` one more than there are rows.
+    A piece is `length` tokens of `document`, from its token `start` on. All arrays are int64: `document`, `start` and
+    `length` have one entry for each piece, `offsets` has one more entry than there are rows.
     """
 
     document: np.ndarray
@@ -55,20 +55,20 @@ class Rows:
 
     @property
     def row_lengths(self) -> np.ndarray:
-        """Tokens in each row, int64 `[rows]`."""
+        """Returns the number of tokens in each row, int64 `[rows]`."""
         ends = np.concatenate([[0], np.cumsum(self.length)])
         return ends[self.offsets[1:]] - ends[self.offsets[:-1]]
 
     @classmethod
     def grouped(cls, groups: np.ndarray, lengths: np.ndarray) -> "Rows":
-        """Whole documents, in rows: row `r` holds those of `groups[r]`, int `[rows, documents]`; -1 is no document."""
+        """Plans rows of whole documents: row `r` holds `groups[r]`, int `[rows, documents]`; -1 is no document."""
         used = groups >= 0
         document = groups[used]
         offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
         return cls(document, np.zeros_like(document), lengths[document], offsets)
 
     def of_members(self, size: int, lengths: np.ndarray) -> "Rows":
-        """Replaces each group of a plan of whole groups by its `size` documents, of lengths int `[documents]`."""
+        """Replaces each group in a plan of whole groups by its `size` documents; `lengths` is int `[documents]`."""
         if size == 1:
             return self
         document = members(self.document, size)
@@ -91,19 +91,22 @@ def members(groups: np.ndarray, size: int) -> np.ndarray:
 
 
 def packed_rows(count: int, lengths: np.ndarray, max_length: int) -> int:
-    """Packed rows that hold about as many tokens as `count` documents do, of lengths int `[documents]`."""
+    """Returns the number of packed rows, at least 1, with about as many tokens as `count` documents.
+
+    `lengths`, int `[documents]`, gives the mean length of a document after truncation to `max_length`.
+    """
     return max(1, round(count * np.minimum(lengths, max_length).mean() / max_length))
 
 
 def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = "bfd") -> Rows:
     """Plans rows of at most `max_length` tokens for documents of the given lengths, int `[documents]`.
 
-    "bfd": best-fit decreasing over all documents; what a document has beyond `max_length` is left out.
-    "bfd_split": longer documents are first cut into pieces of `max_length`. "wrapped": documents in their own order,
-    cut wherever a row is full. A piece is a document of its own to the model. Empty documents are dropped.
+    "bfd" is best-fit decreasing over all documents; tokens of a document beyond `max_length` are left out. "bfd_split"
+    first cuts longer documents into pieces of `max_length`. "wrapped" keeps the order of the documents and cuts them
+    wherever a row is full. The model sees each piece as a document of its own. Empty documents are dropped.
 
-    The rows are those of TRL's strategies of the same names, with best-fit over the whole dataset and not within
-    chunks of 1,000. Those of the first two come out longest document first: shuffle them before training.
+    The strategies are TRL's of the same names, but best fit works on the whole dataset and not within chunks of 1,000.
+    Rows of "bfd" and "bfd_split" come out longest document first: shuffle the rows before training.
     """
     if max_length < 1:
         raise InputError(f"`max_length` must be at least 1, got {max_length}.")
@@ -124,12 +127,12 @@ def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = 
 
 
 def _best_fit_decreasing(document: np.ndarray, start: np.ndarray, length: np.ndarray, capacity: int) -> Rows:
-    # Equal lengths are placed together. Best fit fills the fullest row that still has room until it has none, so a run
+    # Equal lengths are placed together. Best fit fills the fullest row that has room until the row has none. So a run
     # of equal lengths moves whole lists of rows with equal free space, and the work grows with the number of distinct
-    # lengths and not with the number of documents.
+    # lengths, not with the number of documents.
     order = np.argsort(-length, kind="stable")
     row_of = np.empty(len(order), np.int64)  # by place in `order`
-    free: dict[int, list[int]] = {}  # free space -> rows that have it, oldest first
+    free: dict[int, list[int]] = {}  # free space -> rows with that free space, oldest first
     spaces: list[int] = []  # the keys of `free`, ascending
     num_rows = 0
 
@@ -173,7 +176,7 @@ def _wrapped(lengths: np.ndarray, max_length: int) -> Rows:
     total = int(ends[-1]) if len(ends) else 0
     begins = ends - lengths
     cuts = np.concatenate([begins, np.arange(0, total, max_length), [total]]).astype(np.int64)
-    cuts.sort(kind="stable")  # a merge: both parts are sorted
+    cuts.sort(kind="stable")  # fast, as both parts are sorted: the stable sort merges them
     cuts = cuts[np.diff(cuts, prepend=-1) > 0]
     at = cuts[:-1]
     document = np.searchsorted(ends, at, side="right")
@@ -188,10 +191,10 @@ def fill_batch(
     """Writes the rows `which` of a plan into arrays of `row_length` tokens.
 
     Args:
-      tokens, labels: all documents end to end, int32 `[total]`; a label is the token, or -100 where not trained on.
-      starts: where each document begins in them, int `[documents]`.
+      tokens, labels: all documents end to end, int32 `[total]`; a label is the token, or -100 if it is not trained on.
+      starts: the index in `tokens` at which each document begins, int `[documents]`.
       rows: the plan.
-      which: int `[...]`, the rows to write; -1 writes a row of padding.
+      which: the rows to write, int `[...]`; -1 writes a row of padding.
       row_length: T; no row may be longer.
 
     Returns:
@@ -200,7 +203,7 @@ def fill_batch(
     flat = which.reshape(-1)
     real = np.flatnonzero(flat >= 0)
     first, count = rows.offsets[flat[real]], np.diff(rows.offsets)[flat[real]]
-    segment = _count_up(count)  # of each piece within its row, from 0
+    segment = _count_up(count)  # number of each piece within its row, from 0
     piece = np.repeat(first, count) + segment
     row, length = np.repeat(real, count), rows.length[piece]
 
@@ -222,5 +225,5 @@ def fill_batch(
 
 
 def _count_up(counts: np.ndarray) -> np.ndarray:
-    """`[2, 3]` -> `[0, 1, 0, 1, 2]`."""
+    """Counts up from 0 for each entry: `[2, 3]` -> `[0, 1, 0, 1, 2]`."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,4 +1,4 @@
-"""A row of a run's batches, decoded: which documents lie in it, and which of their tokens are trained on."""
+"""Decodes a row of a run's batches, to show its documents and which of their tokens are trained on."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from jaxpack.utils.console import visible
 
 
 class Span(NamedTuple):
-    """Tokens side by side that are all trained on, or none of them: their text, or ids without a tokenizer."""
+    """Holds adjacent tokens that are either all trained on or all not, as text, or as ids without a tokenizer."""
 
     text: str
     num_tokens: int
@@ -27,9 +27,9 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShownRow(JupyterMixin):
-    """A row of a run, decoded: the spans of each document in it, and the padding behind them.
+    """Holds a decoded row of a run: the spans of each document in the row, and the amount of padding after them.
 
-    rich prints it, and a notebook shows it.
+    rich can print a `ShownRow`, and a notebook displays it.
     """
 
     number: int
@@ -56,7 +56,7 @@ class ShownRow(JupyterMixin):
 
 
 def show_row(batches: Batches, number: int, tokenizer: Tokenizer | None) -> ShownRow:
-    """Decodes a row of a run's batches, counted from its first.
+    """Decodes a row of a run's batches; `number` counts rows from the first of the run.
 
     Raises:
       InputError: the run has no such row.
@@ -66,7 +66,7 @@ def show_row(batches: Batches, number: int, tokenizer: Tokenizer | None) -> Show
         raise InputError(f"`show_row` must be in [0, {batches.num_steps * A * B}), the run's rows, got {number}.")
     step, place = divmod(number, A * B)
     tokens, segment_ids, _, targets = (array.reshape(A * B, -1)[place] for array in batches[step])
-    trained = np.concatenate([[False], targets[:-1] != IGNORE])  # a target is the token after
+    trained = np.concatenate([[False], targets[:-1] != IGNORE])  # a target is the next token
     documents = []
     for segment in range(1, segment_ids.max(initial=0) + 1):
         inside = segment_ids == segment
@@ -81,7 +81,7 @@ def _spans(tokens: Sequence[int], trained: np.ndarray, tokenizer: Tokenizer | No
         if tokenizer is None:
             text = " ".join(map(str, tokens[begin:end])) + " "
         else:
-            # Where a span ends within a character, that is the next one's.
+            # A character that straddles two spans goes to the second one.
             upto = len(whole) if end == len(tokens) else len(tokenizer.decode(tokens[:end]).rstrip("\ufffd"))
             text, shown = whole[shown:upto], upto
         spans.append(Span(text, end - begin, bool(trained[begin])))

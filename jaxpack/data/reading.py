@@ -1,4 +1,4 @@
-"""Reads a dataset, a file or an iterable of rows, into documents."""
+"""Reads a dataset (a file or an iterable of rows) into documents."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from jaxpack.utils.console import console, progress_bar
 
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
-_CHUNK = 1024  # rows handed to the tokenizer at a time; it spreads them over the cores
+_CHUNK = 1024  # rows handed to the tokenizer at a time, which it spreads over the cores
 
 
 def load_documents(
@@ -31,34 +31,35 @@ def load_documents(
 ) -> Documents:
     """Reads and tokenises a dataset, with a progress bar.
 
-    Each row is in one of these formats; all rows are in the first row's:
+    Each row has one of these formats. The first row decides the format of all rows:
 
-    - `input_ids`, optionally `labels` (-100 where a token is not trained on): taken as they are, without padding.
-    - `messages` (or `conversations`), of `role` and `content`, or of ShareGPT's `from` and `value`: through the
-      tokenizer's chat template, trained on what the assistant writes and on the token that ends its turn. `tools`, a
-      list or JSON of one, `system` and `chat_template_kwargs` of the row go with them.
-    - `prompt` and `completion`, two strings, trained on the completion alone, or two lists of messages, trained on what
+    - `input_ids`, optionally `labels` (-100 for a token that is not trained on): taken as they are, and must have no
+      padding.
+    - `messages` (or `conversations`), with `role` and `content`, or with ShareGPT's `from` and `value`: written by the
+      tokenizer's chat template, and trained on what the assistant writes and on the token that ends its turn. The
+      template also gets the row's `tools` (a list, or JSON of one), `system` and `chat_template_kwargs`.
+    - `prompt` and `completion`: two strings, trained on the completion alone, or two lists of messages, trained on what
       the assistant writes in the completion.
-    - `text` (or what `text_field` names): every token is trained on. Another name than this one is read whatever else
-      the rows have.
-    - `instruction`, optionally `input`, and `output`: a question and an answer through the chat template, as above,
-      or, where the tokenizer has none, prompt and completion in Alpaca's words.
+    - `text` (or the field that `text_field` names): every token is trained on. A `text_field` other than `text` is read
+      whatever other fields the rows have.
+    - `instruction`, optionally `input`, and `output`: a question and an answer in the chat template, as above. If the
+      tokenizer has no chat template, they are a prompt and a completion in Alpaca's wording.
 
-    Strings that do not end in the tokenizer's EOS token get one; a chat template sees to its own. A token with any
-    character of what is trained on is trained on whole. Rows without a token to learn are left out and counted aloud.
+    Strings that do not end in the tokenizer's EOS token get one; a chat template writes its own. A token is trained on
+    if any of its characters is. Rows without a token to learn are left out, and their number is printed.
 
     Args:
-      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts; documents
-        that were loaded before are returned as they are.
-      tokenizer: a fast Hugging Face tokenizer; None will do for rows of `input_ids`.
-      vocab_size: token ids from here on are refused.
+      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
+        `Documents` that were loaded before are checked and returned as they are.
+      tokenizer: a fast Hugging Face tokenizer; may be None for rows of `input_ids`.
+      vocab_size: the model's vocabulary size; token ids from this number on are refused.
       text_field: the key of plain text.
-      assistant_only_loss: False trains on every token of `messages`, of `conversations`, of a completion of messages,
-        and of questions and answers, where a chat template writes them.
+      assistant_only_loss: False trains on every token of all that a chat template writes: `messages`, `conversations`,
+        a completion of messages, and questions with their answers.
 
     Raises:
-      InputError: the dataset is empty or unreadable, or a row is, or no row has a token to learn, or a chat template
-        does not show what the assistant writes; the message says which row, and what it needs.
+      InputError: the dataset is empty or unreadable, a row is unreadable, no row has a token to learn, or a chat
+        template does not show what the assistant writes. The message says which row, and what it needs.
     """
     if isinstance(dataset, Documents):
         return _within(vocab_size, dataset)
@@ -91,16 +92,17 @@ def load_documents(
 
 
 def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
-    """What is asked in each row of a dataset, in the formats of `load_documents` that ask something.
+    """Reads the question of each row of a dataset, in those formats of `load_documents` that have a question.
 
-    These are `prompt`, a string or messages; `messages` or `conversations`, without the answer at their end; and
-    `instruction`, with its `input`.
+    These formats are `prompt` (a string or messages), `messages` or `conversations` (without the answer at their end),
+    and `instruction` with its `input`.
 
     Args:
-      chat: a string is a user's message; if not, a text to go on from, and instructions are put in Alpaca's words.
+      chat: True takes a string as a user's message. False takes it as a text to continue, and puts instructions in
+        Alpaca's wording.
 
     Raises:
-      InputError: the dataset is empty or unreadable, or a row is; the message says which.
+      InputError: the dataset is empty or unreadable, or a row is unreadable. The message says which one.
     """
     records, where = _read(dataset)
     records = without_none(list(records)) if where.of_arrow else records
@@ -129,13 +131,13 @@ def _ids(values: Sequence[int], vocab_size: int, where: Where, row: int, *, labe
 
 
 def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
-    """Those that are not in the vocabulary, -100 aside where they are labels."""
+    """Returns the ids that are not in the vocabulary; as a label, -100 is allowed."""
     wrong = (ids < 0) | (ids >= vocab_size)
     return ids[wrong & (ids != IGNORE) if labels else wrong]
 
 
 def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: Where) -> Documents:
-    """The documents with a token to learn; says how many have none, and shows the first."""
+    """Returns the documents with a token to learn; prints how many have none, and shows the first of these."""
     keep = documents.num_targets > 0
     if keep.all():
         return documents

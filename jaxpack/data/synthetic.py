@@ -1,4 +1,4 @@
-"""Draws documents where there are none: random ids, with lengths from a histogram."""
+"""Draws synthetic documents: random token ids, with lengths from a histogram."""
 
 import csv
 import dataclasses
@@ -14,10 +14,10 @@ _IDS = (10, 100_000)
 
 
 def drawn_lengths(histogram: Path, count: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of documents, int64 `[count]`, drawn from a histogram; None draws as many as were counted for it.
+    """Draws document lengths from a histogram, int64 `[count]`; None draws as many as the histogram counts.
 
-    The file has the columns `token_length_from`, `token_length_to` and `documents`: a bin is drawn in proportion to
-    its documents, then a length uniformly within it.
+    The CSV file has the columns `token_length_from`, `token_length_to` and `documents`. A bin is drawn in proportion to
+    its documents, then a length uniformly within the bin. Each length is at least 2.
     """
     try:
         with histogram.open(newline="") as file:
@@ -35,7 +35,7 @@ def drawn_lengths(histogram: Path, count: int | None, rng: np.random.Generator) 
 
 
 def drawn_documents(histogram: Path, count: int | None, *, vocab_size: int = _IDS[1], seed: int = 0) -> Documents:
-    """Documents of random ids with lengths drawn from a histogram, trained on whole."""
+    """Draws documents of random token ids with lengths from a histogram; every token is trained on."""
     rng = np.random.default_rng(seed)
     lengths = drawn_lengths(histogram, count, rng)
     high = min(_IDS[1], vocab_size)
@@ -44,11 +44,11 @@ def drawn_documents(histogram: Path, count: int | None, *, vocab_size: int = _ID
 
 
 def save_documents(path: Path, documents: Documents) -> None:
-    """Writes documents for other processes to read, without pickles: an `.npz` of the fields."""
+    """Writes documents to an `.npz` file without pickles, for other processes to read."""
     np.savez(path, **{field.name: getattr(documents, field.name) for field in dataclasses.fields(Documents)})
 
 
 def read_documents(path: Path) -> Documents:
-    """Reads what `save_documents` wrote."""
+    """Reads documents that `save_documents` wrote."""
     with np.load(path) as arrays:
         return Documents(**{field.name: arrays[field.name] for field in dataclasses.fields(Documents)})

@@ -1,4 +1,4 @@
-"""Names the parts of a Hugging Face tokenizer that are used, and tokenises texts."""
+"""Declares the parts of a Hugging Face tokenizer that jaxpack uses, and tokenises texts."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from jaxpack.errors import InputError
 
 
 class ChatTokenizer(Protocol):
-    """Names what is used of a Hugging Face tokenizer to write conversations."""
+    """Declares the methods of a Hugging Face tokenizer that are needed to write conversations."""
 
     chat_template: Any
     special_tokens_map: Mapping[str, Any]
@@ -19,7 +19,7 @@ class ChatTokenizer(Protocol):
 
 
 class Tokenizer(ChatTokenizer, Protocol):
-    """Names what is used of a Hugging Face fast tokenizer."""
+    """Declares the methods of a fast Hugging Face tokenizer that jaxpack uses."""
 
     eos_token_id: int | None
 
@@ -31,15 +31,15 @@ class Tokenizer(ChatTokenizer, Protocol):
 def tokenize(
     texts: list[str], tokenizer: Tokenizer, where: Callable[[int], str], **options: bool
 ) -> Mapping[str, list]:
-    """Calls a tokenizer on texts, which `where` names by their index.
+    """Calls a tokenizer on texts. `where` returns the name of a text in errors, given its index.
 
     Raises:
-      InputError: one of them is not Unicode.
+      InputError: one of the texts is not valid Unicode.
     """
     try:
         return tokenizer(texts, **options)
     except TypeError:
         for index, text in enumerate(texts):
-            if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell half of a character
+            if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can encode half of a surrogate pair
                 raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(index)}.") from None
         raise

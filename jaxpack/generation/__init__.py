@@ -1,1 +1,1 @@
-"""Text from a model: decoding with a cache, sampling, and prompts in and text out."""
+"""Generates text from a model: decoding with a cache, sampling, and the way from prompts to text."""

@@ -1,7 +1,8 @@
-"""The model over prompts, and from there token by token, with the keys and values of all tokens before in a cache.
+"""Runs the model over prompts, then token by token, with the keys and values of earlier tokens in a cache.
 
-The blocks are those of training, adapters unmerged. All but the attention of prompts is plain jnp, and adapters
-multiply apart from their matrices: with one token a row, the time goes into reading the weights.
+The blocks are the same as in training, with unmerged adapters. Everything but the attention of prompts is plain jnp.
+Adapters are multiplied separately from their base weights: with one token a row, most of the time is spent reading
+weights.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ def prefill(
     """Reads the first `lengths` tokens of each row.
 
     Returns:
-      The logits of what follows, float32, and a cache that has room for `size` tokens a row.
+      The float32 logits of each row's next token, and a cache that has room for `size` tokens a row.
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
@@ -45,10 +46,10 @@ def prefill(
 def decode_step(
     model: Transformer, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads one more token of each row, at `positions`; those before are in the cache.
+    """Reads one more token of each row, at `positions`; the tokens before it are in the cache.
 
     Returns:
-      The logits of what follows, float32, and the cache with these tokens.
+      The float32 logits of each row's next token, and the cache with the tokens that were read.
     """
     tokens, positions = tokens[:, None], positions[:, None]
     key = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None, :]
@@ -72,10 +73,10 @@ def _forward(
     bounds: PerLayer | None = None,
     seen: PerLayer | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states after the last norm, and the cache with the tokens' keys and values.
+    """Returns the hidden states after the last norm, and the cache with the tokens' keys and values written.
 
-    Tokens attend to each other within `bounds`, or to those of the cache that are `seen`. `lengths` are those of the
-    tokens' documents, see `model.rope`.
+    Tokens attend to each other within `bounds`, or to the cached tokens that `seen` marks. `lengths` are the lengths of
+    the tokens' documents, see `model.rope`.
     """
     angles = model.angles(positions, lengths, longest=cache.k.shape[2])
     patterns = seen if bounds is None else bounds

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and the rows of tokens that grow by it."""
+"""Chooses the next token of each row, and appends it to the row."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpack.settings import GenerateConfig
 
-_LEAST = 32  # tokens that a program is made for
-_STOPS = 8  # and stop tokens
-_COLDEST = 1e-30  # temperature: a difference of logits divided by it is finite
+_LEAST = 32  # the fewest tokens that a program is compiled for
+_STOPS = 8  # stop tokens are padded to a multiple of this number
+_COLDEST = 1e-30  # the least temperature: a difference of logits divided by it is still finite
 
 
 def rounded_length(length: int) -> int:
-    """Returns how many tokens a program is made for that holds `length`: a power of two, of which few are compiled."""
+    """Returns `length` rounded up to a power of two (at least 32), so that few programs are compiled."""
     return max(_LEAST, 1 << (length - 1).bit_length())
 
 
 class SamplingParams(NamedTuple):
-    """How the next token is chosen, and which of them end a row. What is None is not part of the program.
+    """Holds the settings that choose the next token, and the tokens that end a row.
 
-    Of `top_k` and `top_p` one alone has the other at infinity; `stop_tokens` are filled up with -1.
+    A field that is None leaves its computation out of the program. If only one of `top_k` and `top_p` is set, the other
+    is infinity. `stop_tokens` are padded with -1.
     """
 
     stop_tokens: Int[Array, " stops"]
@@ -44,7 +45,10 @@ class SamplingParams(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """Texts so far: of each row the first `lengths` tokens, on the way to `limits`. Each row draws with its own key."""
+    """Holds the texts so far: the first `lengths` tokens of each row, which ends when it reaches `limits` tokens.
+
+    Each row draws with its own key.
+    """
 
     tokens: Int[Array, "B S"]
     lengths: Int[Array, " B"]
@@ -55,7 +59,10 @@ class DecodeState(NamedTuple):
     def of(
         cls, prompts: Sequence[Sequence[int]], numbers: Sequence[int], num_rows: int, config: GenerateConfig
     ) -> "DecodeState":
-        """Rows of prompts, and as many as are missing that have ended. `numbers` are the prompts', for their keys."""
+        """Makes one row for each prompt, and adds rows that have already ended up to `num_rows`.
+
+        `numbers` are the prompts' numbers, from which their keys are made.
+        """
         lengths = np.ones(num_rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         limits = lengths + config.max_new_tokens * (np.arange(num_rows) < len(prompts))
@@ -68,11 +75,11 @@ class DecodeState(NamedTuple):
 
     @property
     def open(self) -> Bool[Array, " B"]:
-        """Which of them have not ended."""
+        """Returns which rows have not ended."""
         return self.lengths < self.limits
 
     def append(self, logits: Float[Array, "B V"], params: SamplingParams) -> "DecodeState":
-        """The next token of each row that is open; one before a stop token ends there."""
+        """Appends a token to each open row; a row whose next token is a stop token ends without it."""
         chosen = _choose(logits, jax.vmap(jax.random.fold_in)(self.keys, self.lengths), params)
         stops = (chosen[:, None] == params.stop_tokens[None, :]).any(axis=1)
         grows = self.open & ~stops
@@ -94,10 +101,10 @@ def _choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], params: Samplin
 
 
 def _least_kept(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B 1"]:
-    """The smallest logit that may be drawn: of the first `top_k`, the first that together reach `top_p`."""
+    """Returns the smallest logit that may be drawn: the last of the top k that are needed to reach `top_p`."""
     ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     first = jnp.arange(logits.shape[1])[None, :] < params.top_k
     share = jax.nn.softmax(ranked, axis=-1, where=first)
     kept = first & (jnp.cumsum(share, axis=-1) - share < params.top_p)
-    kept = kept.at[:, 0].set(True)  # a `top_p` that is 0 in float32
+    kept = kept.at[:, 0].set(True)  # the likeliest stays even where `top_p` is 0 in float32
     return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)

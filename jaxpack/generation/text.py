@@ -1,9 +1,9 @@
-"""Text from a model, greedy or drawn, with or without its adapters: enough to see what it has learned.
+"""Generates text from a model, greedy or sampled, with or without adapters: enough to see what it has learned.
 
-Prompts are padded to a power of two of tokens, and so are the caches, so that a few programs serve all of them: one
-reads prompts, and one writes until every row has ended. Where a rope's angles depend on the length of the document
-(see `rotary`), the text so far is read again as soon as they change, so that a token follows from what a forward pass
-over all before it says.
+Prompts and caches are padded to a power of two of tokens, so that few programs serve all of them: one program reads
+prompts, and one writes until every row has ended. Where a rope's angles depend on the length of the document (see
+`model.rope`), the text so far is read again as soon as the angles change, so that each token follows from a forward
+pass over all tokens before it.
 """
 
 import dataclasses
@@ -38,20 +38,21 @@ Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to go on from,
 def generate(
     model: Transformer, prompts: Sequence[Sequence[int]], *, stop_tokens: Iterable[int] = (), **options: Any
 ) -> list[list[int]]:
-    """Writes on from each prompt, of token ids.
+    """Continues each prompt, given and returned as token ids.
 
-    What it writes after a prompt does not depend on the others, but for the order of float sums.
+    The continuation of a prompt does not depend on the other prompts, but for the order of float sums.
 
     Args:
       stop_tokens: a text ends before any of these.
-      options: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `batch_size`: the fields of `GenerateConfig`.
+      options: the fields of `GenerateConfig`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `batch_size`.
 
     Returns:
-      The new tokens of each: `max_new_tokens`, or fewer where a stop token would be next.
+      The new tokens of each prompt: `max_new_tokens`, or fewer where a stop token would be next.
 
     Raises:
-      InputError: options unknown or out of range, an empty prompt, ids outside the vocabulary, or more tokens than
-        memory has room for, or than the model's `max_position_embeddings`, beyond which only dynamic NTK is made to go.
+      InputError: an option is unknown or out of range, a prompt is empty or has ids outside the vocabulary, or there
+        are more tokens than fit into memory or than the model's `max_position_embeddings`, beyond which only dynamic
+        NTK is made to go.
     """
     allowed = [field.name for field in dataclasses.fields(GenerateConfig)]
     if unknown := [name for name in options if name not in allowed]:
@@ -67,7 +68,7 @@ def generate(
     params = SamplingParams.of(config, _stops(stop_tokens))
     graph, state = nnx.split(model)
     written: dict[int, list[int]] = {}
-    # Prompts of like lengths together: less padding, fewer shapes.
+    # Prompts of similar lengths run together, which saves padding and shapes.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     num_rows = min(config.batch_size, len(prompts))
     with progress_bar("generating") as progress:
@@ -93,15 +94,15 @@ def generate_text(
     stop_tokens: Iterable[int] | None = None,
     **options: Any,
 ) -> list[str]:
-    """`generate` from texts, and from messages, to answer through the tokenizer's chat template, to text.
+    """Continues texts, and answers lists of messages through the tokenizer's chat template; returns the new texts.
 
     Args:
-      stop_tokens: None for those that end a text by the tokenizer, by the model's `config.json` and
-        `generation_config.json` and, of messages, by the chat template.
-      options: those of `generate`.
+      stop_tokens: a text ends before any of these. None takes the end tokens of the tokenizer, of the model's
+        `config.json` and `generation_config.json` and, for messages, of the chat template.
+      options: the options of `generate`.
 
     Raises:
-      InputError: as `generate` does; messages without a chat template, or that it refuses.
+      InputError: `generate` raises it, or messages come without a chat template, or the template refuses them.
     """
     check_type("model", model, Transformer)
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
@@ -154,19 +155,19 @@ def _stops(stop_tokens: Any) -> list[int]:
 
 
 def _free_bytes() -> int | None:
-    """Where arrays go, on the GPU or, without one, the host; None where that is not known."""
+    """Returns the free bytes where arrays are made, on the GPU or else the host; None where that is unknown."""
     free = free_device_bytes(current_device())
     return available_host_bytes() if free is None else free
 
 
-# Token ids.
+# Programs over token ids.
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_tokens")
 def _read(
     graph: nnx.GraphDef, state: nnx.State, rows: DecodeState, params: SamplingParams, *, num_tokens: int
 ) -> tuple[DecodeState, Cache]:
-    """Reads all rows, none of them longer than `num_tokens`, and appends a token."""
+    """Reads all rows, none of which is longer than `num_tokens`, and appends one token to each."""
     model = nnx.merge(graph, state)
     logits, cache = prefill(model, rows.tokens[:, :num_tokens], rows.lengths, size=rows.tokens.shape[1])
     return rows.append(logits, params), cache
@@ -176,7 +177,7 @@ def _read(
 def _write(
     graph: nnx.GraphDef, state: nnx.State, rows: DecodeState, cache: Cache, params: SamplingParams
 ) -> tuple[DecodeState, Cache]:
-    """Appends tokens until all rows have ended, or one is to be read again. The last token is not in the cache."""
+    """Appends tokens until all rows have ended, or one has to be read again; the last token is not in the cache."""
     model = nnx.merge(graph, state)
     alike = functools.reduce(
         jnp.minimum, [last_length_alike(rope, rows.lengths - 1) for rope in dict.fromkeys(model.config.ropes)]
@@ -193,17 +194,17 @@ def _write(
         logits, cache = decode_step(model, last, positions, cache)
         return rows.append(logits, params), cache
 
-    return jax.lax.while_loop(goes_on, step, (rows, cache))  # with the cache, so that it stays where it is
+    return jax.lax.while_loop(goes_on, step, (rows, cache))  # the loop carries the cache, to update it in place
 
 
-# Text.
+# Prompts as text and messages.
 
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenize([prompt], tokenizer, lambda _: where)["input_ids"][0]
         eos = tokenizer.eos_token_id
-        # Some tokenizers end every text: after that, there is nothing to go on with.
+        # Some tokenizers append an end token to every text. A text that has ended cannot be continued.
         if ids and ids[-1] == eos and not prompt.endswith(tokenizer.decode([eos])):
             ids = ids[:-1]
     else:
@@ -213,7 +214,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError(f"`tokenizer` must have a chat template for messages, got one without for {where}.")
         text = ChatTemplate(tokenizer).write_question(conversation, where)
-        # The template has written special tokens.
+        # The template has already written the special tokens.
         ids = tokenize([text], tokenizer, lambda _: where, add_special_tokens=False)["input_ids"][0]
     if not ids:
         raise InputError(f"`prompts` must have at least one token each, got {prompt!r:.80} for {where}.")

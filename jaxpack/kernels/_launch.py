@@ -1,8 +1,8 @@
-"""How kernels start: which implementation runs, and the one place that knows the Pallas backend.
+"""Chooses implementations and launches kernels. This is the only module that knows the Pallas backend.
 
-The platform is decided where a program is lowered, not where it is traced: a kernel compiles on an NVIDIA GPU and is
-interpreted on a CPU, so that tests run the code that GPUs run. A process without a GPU traces only what a CPU runs,
-which halves its tracing, unless the mesh in context is one of GPUs: then it can lower for them.
+The platform is decided where a program is lowered, not where it is traced. A kernel compiles on an NVIDIA GPU and is
+interpreted on a CPU, so that tests run the code that GPUs run. A process without a GPU traces only the code for a CPU,
+which halves its tracing, unless the mesh in context consists of GPUs: then the process can lower for GPUs.
 """
 
 import functools
@@ -22,12 +22,12 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 
 
 def dispatch(implementation: str | None, *, xla: Callable, pallas: Callable) -> Callable:
-    """The function to call: the one that is named, or without a name Pallas on an NVIDIA GPU and XLA elsewhere.
+    """Returns the function to call: the named one, or for None Pallas on an NVIDIA GPU and XLA elsewhere.
 
-    All take the same arguments, arrays only, and return arrays of the same shapes and dtypes.
+    Both functions take the same arguments, arrays only, and return arrays of the same shapes and dtypes.
 
     Raises:
-      InputError: any other name.
+      InputError: `implementation` is another name.
     """
     named = {"xla": xla, "pallas": pallas}
     if implementation is None:
@@ -51,17 +51,17 @@ def launch(
 ) -> Any:
     """Runs `kernel(*input_refs, *output_refs)` once for every index of `grid`; the refs are whole arrays.
 
-    Whole arrays, because a block that hangs over an array's edge is not masked on a GPU, and because indices into each
-    axis stay below 2^31 where offsets into the array do not: Pallas multiplies them out in 64 bits for an array of more
-    than 4 GiB, in 32 below.
+    The refs are whole arrays for two reasons. On a GPU, a block that reaches past an array's edge is not masked. And
+    indices into each axis stay below 2^31 where offsets into the array do not: Pallas computes offsets from them in 64
+    bits for an array of more than 4 GiB, and in 32 bits otherwise.
 
     Args:
-      name: of the kernel in a profile.
+      name: the kernel's name in a profile, without the prefix `jaxpack_`.
       grid: at most three axes; the first varies fastest.
       out_shape: a `jax.ShapeDtypeStruct` or a pytree of them.
-      num_warps: of 32 threads, for each index of the grid.
-      num_stages: how deep loads of a loop run ahead of the arithmetic.
-      input_output_aliases: the index of an input to that of the output which takes its place in memory. Where the
+      num_warps: warps of 32 threads for each index of the grid.
+      num_stages: how many iterations the loads of a loop run ahead of the arithmetic.
+      input_output_aliases: maps the index of an input to the index of the output that takes its place in memory. If the
         caller still needs the input, XLA copies it.
     """
     call = functools.partial(
@@ -81,7 +81,7 @@ def launch(
 def powers_of_two(size: int, *, limit: int | None = None) -> list[tuple[int, int]]:
     """Cuts `[0, size)` into pieces `(start, length)` whose lengths are powers of two, longest first.
 
-    Triton's blocks have such lengths. 128 stays whole, 80 is 64 + 16: no lane is masked, none is idle.
+    Triton's blocks must have such lengths. 128 stays whole and 80 becomes 64 + 16, so no lane is masked or idle.
     """
     pieces, start = [], 0
     while start < size:
@@ -93,7 +93,7 @@ def powers_of_two(size: int, *, limit: int | None = None) -> list[tuple[int, int
 
 
 def power_of_two_divisor(*sizes: int, limit: int) -> int:
-    """The largest power of two that divides all `sizes`, at most `limit`."""
+    """Returns the largest power of two that divides all `sizes` and is at most `limit`."""
     divisor = 1
     while 2 * divisor <= limit and all(size % (2 * divisor) == 0 for size in sizes):
         divisor *= 2
@@ -101,7 +101,10 @@ def power_of_two_divisor(*sizes: int, limit: int) -> int:
 
 
 def check_no_byte_arrays(**arrays: jax.Array) -> None:
-    """Refuses one-byte dtypes, whose offsets Pallas computes in 32 bits up to 2^32 elements: they would overflow."""
+    """Raises an InputError for one-byte dtypes: Pallas computes their offsets in 32 bits up to 2^32 elements.
+
+    Such offsets would overflow.
+    """
     for argument, array in arrays.items():
         if array.dtype.itemsize < 2:
             raise InputError(f"`{argument}` must have a dtype of two bytes or more, got {array.dtype}.")

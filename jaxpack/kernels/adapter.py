@@ -1,4 +1,4 @@
-"""The factors of a LoRA adapter (https://arxiv.org/abs/2106.09685): `x W^T + (x A^T) B^T`."""
+"""Checks and pads the factors of a LoRA adapter (https://arxiv.org/abs/2106.09685): `x W^T + (x A^T) B^T`."""
 
 import math
 
@@ -12,7 +12,7 @@ from jaxpack.kernels.weight import Weight
 
 
 def check_factors(weight: Weight, lora_a: jax.Array | None, lora_b: jax.Array | None) -> None:
-    """Refuses factors that do not fit the weight, or each other."""
+    """Raises an InputError for factors that do not fit the weight or each other."""
     if (lora_a is None) != (lora_b is None):
         raise InputError("`lora_a` and `lora_b` must be given both or neither, got one.")
     if lora_a is None:
@@ -27,7 +27,7 @@ def check_factors(weight: Weight, lora_a: jax.Array | None, lora_b: jax.Array | 
 
 
 def padded_rank(rank: int) -> int:
-    """The next rank that is a block of a kernel: 16 or 32 or 64 and so on."""
+    """Returns the smallest rank that kernels take and that is at least `rank`: 16, 32, 64 and so on."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
@@ -37,7 +37,7 @@ def padded(
     weight: Weight,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "P I"], Float[Array, "O P"]]:
-    """Both factors in `dtype`, with zeros up to rank P, see `padded_rank`; of no factors, rank 0."""
+    """Returns both factors in `dtype`, padded with zeros to `padded_rank`; without factors, empty ones of rank 0."""
     if lora_a is None:
         return jnp.zeros((0, weight.shape[1]), dtype), jnp.zeros((weight.shape[0], 0), dtype)
     missing = padded_rank(len(lora_a)) - len(lora_a)
@@ -46,6 +46,6 @@ def padded(
 
 
 def outer(d: Float[Array, "*B O"], x: Float[Array, "*B I"]) -> Float[Array, "O I"]:
-    """Sum over tokens of `d x^T`, float32."""
+    """Returns the sum over tokens of `d x^T`, float32."""
     d, x = (array.reshape(math.prod(array.shape[:-1]), array.shape[-1]) for array in (d, x))
     return jnp.einsum("TO,TI->OI", d, x, preferred_element_type=jnp.float32)

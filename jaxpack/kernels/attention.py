@@ -1,9 +1,10 @@
 """Causal attention confined to segments: a token attends to the tokens of its own document at or before it.
 
-The keys of a query are an interval, `first[t] .. t`, and so are the queries of a key, `s .. last[s] - 1`. Both are
-computed once per batch (`segment_bounds`), and every kernel runs its loop between them: a block of another segment is
-never touched. With grouped heads, a program takes the G query heads of a key head together: its rows are pairs (token,
-head of the group), so that a tile of 64 rows spans 64 / G tokens and little of it lies outside a short document.
+Query t attends to the keys `first[t] .. t`, and key s is attended to by the queries `s .. last[s] - 1`. The bounds
+`first` and `last` are computed once per batch (`segment_bounds`), and every kernel loops only between them, so it never
+reads a block of another segment. With grouped heads, a program takes the G query heads of a key head together. Its rows
+are pairs (token, head of the group), so a tile of 64 rows spans 64 / G tokens and little of it lies outside a short
+document.
 """
 
 import functools
@@ -20,26 +21,28 @@ from jaxpack.kernels import cudnn
 from jaxpack.kernels._launch import dispatch, launch, pl, plt, powers_of_two
 
 Implementation = Literal["xla", "pallas", "cudnn"]
-LANES = 128  # the kernels' T is a multiple of this; `attention` pads
+LANES = 128  # the kernels need T to be a multiple of this; `attention` pads T to one
 
 
 class SegmentBounds(NamedTuple):
-    """The attention pattern of a batch, for all layers, forward and backward. Both int32 `[B, T]`, never decreasing.
+    """Holds the attention pattern of a batch, which all layers share in the forward and the backward pass.
+
+    Both arrays are int32 `[B, T]` and never decrease within a row.
 
     Attributes:
-      first: the first token of each token's segment; for padding, that of the next segment, or T.
-      last: one past the last token of each token's segment; for padding, that of the segment before, or 0.
+      first: the first token of each token's segment. For padding: the first token of the next segment, or T.
+      last: one past the last token of each token's segment. For padding: the `last` of the previous segment, or 0.
     """
 
     first: Int[Array, "B T"]
     last: Int[Array, "B T"]
 
     def within(self, window: int) -> "SegmentBounds":
-        """The pattern of a sliding window: a token attends to itself and the `window - 1` tokens before it.
+        """Returns the bounds of a sliding window: a token attends to itself and the `window - 1` tokens before it.
 
-        What `attention` computes of these and with its option `window` is the same; but these are data, which layers
-        that share a program can choose from. They are no segments any more, as cuDNN reads them: without a
-        `max_segments`, it is not asked.
+        `attention` gives the same result with these bounds as with its option `window`. But bounds are data, so layers
+        with different windows can share one program. These bounds no longer describe segments as cuDNN reads them, so
+        pass no `max_segments` with them: without it, cuDNN is never chosen.
         """
         token = jnp.arange(self.first.shape[1], dtype=jnp.int32)[None, :]
         first, last = _lower(self.first, token, window), _upper(self.last, token, window)
@@ -47,7 +50,10 @@ class SegmentBounds(NamedTuple):
 
 
 def segment_bounds(segment_ids: Int[Array, "B T"]) -> SegmentBounds:
-    """Where each token's segment begins and ends. Ids never decrease within a row, but for 0: padding."""
+    """Returns where each token's segment begins and ends.
+
+    Segment ids never decrease within a row, except for 0, which marks padding.
+    """
     T = segment_ids.shape[1]
     index = jnp.arange(T, dtype=jnp.int32)[None, :]
     real = segment_ids > 0
@@ -75,23 +81,25 @@ def attention(
     max_segments: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention within segments, causal, with scores `scale * q k^T`.
+    """Computes causal softmax attention within segments, with scores `scale * q k^T`.
 
-    Grouped queries: query head `n` reads key and value head `n // (N / K)`. Padding yields zeros. Scores and softmax
-    are float32; the result has the dtype of `q`. What lies in another segment has weight exactly 0, so it cannot change
-    a result in its last bit. The backward pass recomputes scores, block by block.
+    Query head `n` reads key and value head `n // (N / K)` (grouped queries). Padding yields zeros. Scores and softmax
+    are float32; the result has the dtype of `q`. Tokens of another segment have weight exactly 0, so they cannot change
+    a result even in its last bit. The backward pass recomputes scores, block by block.
 
     Args:
-      bounds: `segment_bounds` of the batch.
-      scale: 1 / sqrt(H) unless given.
+      bounds: the result of `segment_bounds` for the batch.
+      scale: the factor of the scores (default: 1 / sqrt(H)).
       window: a token attends to itself and the `window - 1` tokens before it.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
       sinks: one logit per query head that takes part in the softmax and has no value (GPT-OSS).
-      max_segments: what no row has more segments than, where that is known: long documents take larger tiles.
-      implementation: see `jaxpack.kernels`; "cudnn", too, which None takes for rows of a few long documents.
+      max_segments: an upper bound on the segments of any row, if known. With few, long segments the kernels use larger
+        tiles, and None may choose cuDNN.
+      implementation: see `jaxpack.kernels`; also "cudnn", which None chooses for rows of a few long documents.
 
     Raises:
-      InputError: arrays that do not fit each other, options out of range, and "cudnn" for what cuDNN cannot do.
+      InputError: arrays do not fit each other, an option is out of range, or "cudnn" is named for a case that cuDNN
+        cannot compute.
     """
     options = make_options(q.shape[3], scale, window, softcap, max_segments, implementation)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape != v.shape or q.shape[2] % k.shape[2]:
@@ -108,7 +116,11 @@ def attention(
 
 
 def takes_cudnn(x: Float[Array, "B T A H"], sinks: jax.Array | None, options: "Options") -> bool:
-    """Whether cuDNN computes the attention of the heads of `x`: because it is named, or because it is faster."""
+    """Returns whether cuDNN computes attention for the heads of `x`: because it is named, or because it is faster.
+
+    Raises:
+      InputError: "cudnn" is named, but cuDNN cannot compute this case.
+    """
     T, H = x.shape[1], x.shape[3]
     if options.implementation not in (None, "cudnn"):
         return False
@@ -123,11 +135,12 @@ def takes_cudnn(x: Float[Array, "B T A H"], sinks: jax.Array | None, options: "O
     return refusal is None and H <= 128 and options.max_segments <= few and T // options.max_segments >= long
 
 
-_CUDNN_FASTER = 4, 2048  # with at most so many segments in a row, of at least so many tokens on average (an H200)
+# cuDNN is faster for rows of at most this many segments, with at least this many tokens on average (on an H200).
+_CUDNN_FASTER = 4, 2048
 
 
 class Options(NamedTuple):
-    """What is fixed when a program is traced. See `attention`."""
+    """Holds the options of `attention` that are fixed when a program is traced."""
 
     scale: float
     window: int | None
@@ -144,7 +157,7 @@ def make_options(
     max_segments: int | None,
     implementation: Implementation | None,
 ) -> Options:
-    """Checks the options of `attention`."""
+    """Returns the options of `attention`, checked, with the default scale filled in."""
     for argument, value in (("window", window), ("softcap", softcap), ("max_segments", max_segments)):
         if value is not None and not value > 0:
             raise InputError(f"`{argument}` must be positive, got {value}.")
@@ -155,15 +168,17 @@ def make_options(
 
 
 def check_sinks(sinks: jax.Array | None, num_heads: int) -> None:
-    """Refuses anything but one sink per query head."""
+    """Raises an InputError unless `sinks` is None or holds one sink per query head."""
     if sinks is not None and sinks.shape != (num_heads,):
         raise InputError(f"`sinks` must have shape {(num_heads,)}, one per query head, got {sinks.shape}.")
 
 
 # The reference.
 
-_MIN_CHUNK = 256  # float32 scores exist for this many queries of a row at a time,
-_MAX_CHUNKS = 16  # or for a sixteenth of it: each chunk is a part of the program
+# Float32 scores exist for one chunk of a row's queries at a time: 256 queries, or a sixteenth of a longer row, because
+# each chunk is unrolled into the program.
+_MIN_CHUNK = 256
+_MAX_CHUNKS = 16
 
 
 def attention_reference(
@@ -174,10 +189,10 @@ def attention_reference(
     sinks: Float[Array, " N"] | None,
     options: Options,
 ) -> Float[Array, "B T N H"]:
-    """`attention` in plain jnp: dense scores, for a chunk of queries at a time."""
+    """Computes `attention` in plain jnp, with dense scores for one chunk of queries at a time."""
     T = q.shape[1]
     chunk = max(_MIN_CHUNK, -(-T // _MAX_CHUNKS))
-    # Keys after a chunk are never attended to, so they are not read.
+    # No query attends to keys after its chunk, so these keys are not read.
     outputs = [
         _attend(q[:, begin:end], k[:, :end], v[:, :end], bounds.first[:, begin:end], sinks, options)
         for begin, end in ((begin, min(begin + chunk, T)) for begin in range(0, T, chunk))
@@ -215,28 +230,28 @@ def _attend(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total = total + jnp.exp(sink - largest)
-    weights = weights / jnp.where(total > 0, total, 1.0)  # a row of padding allows nothing
+    weights = weights / jnp.where(total > 0, total, 1.0)  # padding has no allowed key
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 
-# The kernels. Scores are kept in units of log2, for exp2: `_LOG2E` is part of the scale.
+# The kernels. Scores are in units of log2, because the kernels use exp2: `_LOG2E` is part of the scale.
 
 _LOG2E = math.log2(math.e)
-_MASKED = -1e30  # far below any score, and finite: the difference of two is not NaN
-_NO_MAXIMUM = -1e29  # above it: the weight of a masked score is 0 before any other was seen
+_MASKED = -1e30  # far below any score, but finite: the difference of two masked scores is not NaN
+_NO_MAXIMUM = -1e29  # above _MASKED, so a masked score has weight 0 even before an allowed score was seen
 
 
 class Heads(NamedTuple):
-    """Some of the heads of `array`, `[B, T, A, H]`: those from `first`. q, k and v may share one array."""
+    """Selects the heads of `array`, `[B, T, A, H]`, from head `first` on. q, k and v may share one array."""
 
     array: jax.Array
     first: int = 0
 
 
 class Tiles(NamedTuple):
-    """Of one kernel: rows (token, head of the group), keys, and how it is compiled.
+    """Sets the tile size of one kernel, in rows (token, head of the group) and keys, and how the kernel is compiled.
 
-    `split`: the blocks of keys that no row masks have a loop of their own.
+    With `split`, the blocks of keys that no row masks have a loop of their own, without a mask.
     """
 
     rows: int
@@ -247,19 +262,19 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tiles of the three kernels."""
+    """Holds the tiles of the three attention kernels."""
 
     forward: Tiles
     d_q: Tiles
     d_kv: Tiles
 
 
-_LONG = 1024  # tokens in a segment on average, from which larger tiles pay
+_LONG = 1024  # larger tiles are faster from this many tokens per segment on average
 
 
 def plan(head_dim: int, itemsize: int, row_length: int, max_segments: int | None) -> Plan:
-    """Tiles by shape: measured on an H200 in bfloat16 (`benchmarks/tune_kernels.py`)."""
-    if itemsize > 2:  # float32 is for comparison: without tensor cores, by far slower whatever its tiles
+    """Returns the tiles for a shape, as measured on an H200 in bfloat16 (`benchmarks/tune_kernels.py`)."""
+    if itemsize > 2:  # float32 is for comparison only: it uses no tensor cores and is by far slower with any tiles
         return Plan(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
     if head_dim > 128:
         return Plan(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))
@@ -269,7 +284,7 @@ def plan(head_dim: int, itemsize: int, row_length: int, max_segments: int | None
 
 
 class _Rows(NamedTuple):
-    """Rows of one tile: which they are of the `T * G` of a key head, and the token and query head of each."""
+    """Holds the rows of one tile: their index in the `T * G` rows of a key head, and their token and query head."""
 
     index: jax.Array
     token: jax.Array
@@ -291,7 +306,7 @@ class _Rows(NamedTuple):
         start, length = piece
         shape = (len(self.index), length)
         channel = start + jnp.arange(length, dtype=jnp.int32)
-        # Pallas takes all indices as arrays or none.
+        # Pallas accepts array indices only if all indices are arrays.
         return (
             jnp.full(shape, row, jnp.int32),
             jnp.broadcast_to(self.token[:, None], shape),
@@ -305,25 +320,26 @@ def _load_keys(ref: Any, row: Any, start: Any, count: int, head: Any) -> list[ja
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Tensor cores multiply blocks of 16 by 16: of the narrower pieces of a head of 20 or 72, Triton would make wrong
-    # products, without an error. They are multiplied in float32, which tensor cores would round to tf32.
+    # Tensor cores multiply blocks of 16 by 16. For narrower pieces (a head_dim of 20 or 72 has some), Triton returns
+    # wrong products without an error. So these pieces are multiplied in float32, at a precision that keeps tensor cores
+    # from rounding to tf32.
     if min(*a.shape, *b.shape) < 16:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return plt.dot(a, b, precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def _dot_transposed(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """`a b^T`, over all pieces of the head."""
+    """Returns `a b^T`, summed over all pieces of the head."""
     return sum(_dot(x, y.T) for x, y in zip(a, b, strict=True))
 
 
 class _Scores(NamedTuple):
-    """Scores in units of log2 from `q k^T`, and the way back."""
+    """Turns `q k^T` into scores in units of log2, and the gradient of scores back."""
 
     options: Options
 
     def forward(self, product: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The scores, and where they are capped their tanh."""
+        """Returns the scores, and their tanh if they are capped (None otherwise)."""
         scale, _, softcap = self.options[:3]
         if softcap is None:
             return product * (scale * _LOG2E), None
@@ -331,22 +347,22 @@ class _Scores(NamedTuple):
         return tanh * (softcap * _LOG2E), tanh
 
     def backward(self, d_scores: jax.Array, tanh: jax.Array | None) -> jax.Array:
-        """The gradient with respect to `scale * q k^T`."""
+        """Returns the gradient with respect to `scale * q k^T`."""
         return d_scores if tanh is None else d_scores * (1 - tanh * tanh)
 
 
 def _lower(first: jax.Array, token: jax.Array, window: int | None) -> jax.Array:
-    """The first key that a token attends to."""
+    """Returns the first key that a token attends to."""
     return first if window is None else jnp.maximum(first, token - (window - 1))
 
 
 def _upper(last: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
-    """One past the last token that attends to a key."""
+    """Returns one past the last token that attends to a key."""
     return last if window is None else jnp.minimum(last, key + window)
 
 
 class _KeyLoop(NamedTuple):
-    """The keys of a tile of rows, from the first that its first row attends to, to its last row's own token."""
+    """Loops over the keys of a tile of rows: from the first row's first key to the last row's own token."""
 
     begin: Any
     end: Any
@@ -363,13 +379,16 @@ class _KeyLoop(NamedTuple):
         return cls(begin, tokens[1] + 1, tiles, first_ref.shape[1], rows, lower)
 
     def run(self, body: Callable, carry: Any, unmasked_until: Any = None) -> Any:
-        """Folds `body(start of a block of keys, allowed or None, carry)` over the blocks."""
+        """Folds `body(start, allowed, carry)` over blocks of keys.
+
+        `start` is the first key of a block. `allowed` is its mask, or None for blocks that end by `unmasked_until`.
+        """
         keys = self.tiles.keys
         count = jnp.maximum(self.end - self.begin + keys - 1, 0) // keys
 
         def masked(j: Any, carry: Any) -> Any:
-            # The last block would reach past the row: it is moved back, and what it has in common with the one before
-            # is masked.
+            # The last block could reach past the row. It is moved back, and the keys that it then shares with the block
+            # before are masked.
             begin = self.begin + j * keys
             start = jnp.minimum(begin, self.row_length - keys)
             key = start + jnp.arange(keys, dtype=jnp.int32)
@@ -394,7 +413,10 @@ def attention_forward(
     sinks: Float[Array, " N"] | None,
     options: Options,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K TG"]]:
-    """Output, and the log-sum-exp of each row's scores in units of log2, rows in their order: by token, then head."""
+    """Returns the output, and the log-sum-exp of each row's scores in units of log2.
+
+    Rows of the log-sum-exp are ordered by token, then by head of the group.
+    """
     B, T, _, H = q.array.shape
     group = num_heads // num_kv_heads
     tiles = plan(H, q.array.dtype.itemsize, T, options.max_segments).forward
@@ -431,12 +453,12 @@ def attention_forward(
         out = [jnp.zeros((tiles.rows, length), jnp.float32) for _, length in powers_of_two(H)]
         unmasked_until = None
         if tiles.split:
-            # Of one segment and without a window, all rows attend to all keys before the first row's own.
+            # If all rows have the same first key, all of them attend to every key up to the first row's own token.
             token, last_token = start // group, (start + tiles.rows - 1) // group
             lower = _lower(first_ref[row, last_token], last_token, options.window)
             unmasked_until = jnp.where(lower == loop.begin, token + 1, loop.begin)
         largest, total, out = loop.run(step, (largest, total, out), unmasked_until)
-        total = jnp.where(total > 0, total, 1.0)  # padding attends to nothing
+        total = jnp.where(total > 0, total, 1.0)  # padding attends to no key
         rows.store(out_ref, row, 0, [o / total[:, None] for o in out])
         lse_ref[row, head, pl.ds(start, tiles.rows)] = largest + jnp.log2(total)
 
@@ -469,7 +491,10 @@ def attention_backward(
     d_out: Float[Array, "B T N H"],
     options: Options,
 ) -> tuple[Float[Array, "B T A H"], Float[Array, " N"] | None]:
-    """Gradients with respect to q, k and v, as heads 0, N and N + K of one array, A = N + 2 K; and to the sinks."""
+    """Returns the gradients of q, k and v in one array, and the gradient of the sinks (None without sinks).
+
+    In the array of A = N + 2 K heads, the gradients of q, k and v begin at heads 0, N and N + K.
+    """
     B, T, N, H = d_out.shape
     K = lse.shape[1]
     group = N // K
@@ -485,7 +510,7 @@ def attention_backward(
         rows = _Rows.at(start, tiles.d_q.rows, head, group)
         loop = _KeyLoop.of(first_ref, row, rows, start, group, tiles.d_q, options)
         queries, d_outs = rows.load(q_ref, row, q.first), rows.load(d_out_ref, row, 0)
-        # The row sums that the softmax's gradient needs are those of d_out * out; the other kernel reads them again.
+        # The softmax's gradient needs the row sums of d_out * out. They are written out for the other kernel.
         delta = sum(
             jnp.sum(o.astype(jnp.float32) * d.astype(jnp.float32), axis=1)
             for o, d in zip(rows.load(out_ref, row, 0), d_outs, strict=True)
@@ -528,7 +553,7 @@ def attention_backward(
         d_qkv_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, last_ref: Any, lse_ref: Any, delta_ref: Any,
         d_out_ref: Any, out_ref: Any,
     ) -> None:  # fmt: skip
-        del d_qkv_ref  # the same memory as `out_ref`: the gradients of q are there already
+        del d_qkv_ref  # the same memory as `out_ref`, which already holds the gradient of q
         block, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         keys_per_block, rows_per_block = tiles.d_kv.keys, tiles.d_kv.rows
         start = block * keys_per_block
@@ -543,7 +568,7 @@ def attention_backward(
 
         def step(i: Any, carry: Any) -> Any:
             d_keys, d_values = carry
-            # The last block is moved back as in `_KeyLoop`.
+            # The last block is moved back, as in `_KeyLoop`.
             block_begin = begin + i * rows_per_block
             block_start = jnp.minimum(block_begin, T * group - rows_per_block)
             rows = _Rows.at(block_start, rows_per_block, head, group)
@@ -590,7 +615,7 @@ def attention_backward(
 
 
 def _d_sinks(sinks: Float[Array, " N"], lse: Float[Array, "B K TG"], delta: Float[Array, "B K TG"]):
-    """A sink's weight has no value, so its score's gradient is `-weight * delta`."""
+    """Returns the gradient of the sinks: a sink has no value, so its score's gradient is `-weight * delta`."""
     B, K, _ = lse.shape
     group = len(sinks) // K
     by_head = (B, K, -1, group)
@@ -624,7 +649,7 @@ def _attention_forward(q, k, v, bounds, sinks, options):
 
 
 def no_lse(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K TG"]:
-    """What stands in for the log-sum-exp where the reference runs, whose gradients do not read it."""
+    """Returns zeros in place of the log-sum-exp for the reference, whose backward pass does not read them."""
     B, T, N, _ = q.shape
     return jnp.zeros((B, num_kv_heads, -(-T // LANES) * LANES * (N // num_kv_heads)), jnp.float32)
 
@@ -645,7 +670,7 @@ def _attention_backward(options, residuals, d_out):
 
 
 def pad_tokens(bounds: SegmentBounds, *arrays: jax.Array) -> tuple[SegmentBounds, *tuple[jax.Array, ...]]:
-    """The same with T rounded up to a multiple of 128: what is added is padding. Axis 1 of `arrays` is T."""
+    """Pads bounds and arrays to the next multiple of 128 tokens. Axis 1 of `arrays` is T; new tokens are padding."""
     T = bounds.first.shape[1]
     missing = -T % LANES
     if not missing:

@@ -1,9 +1,9 @@
-"""Attention by cuDNN, for rows of a few long documents. See `attention.attention`, which chooses it.
+"""Attention by cuDNN, for rows of a few long documents. `attention.attention` chooses it.
 
-cuDNN takes packed rows by the offset and length of each segment. It keeps a log-sum-exp for every one of the
-`max_segments` that a row may have, `[B * max_segments, N, T]` in float32, and its backward pass is slow with many: so
-there are at most 8. XLA's own custom calls are called, not jax's function of them, which computes the offsets anew for
-every layer and pass: in ten small kernels, 1 % of the time.
+cuDNN takes packed rows as the offset and length of each segment. It keeps a log-sum-exp for each of the `max_segments`
+that a row may have, `[B * max_segments, N, T]` in float32, and its backward pass is slow with many segments. So at most
+8 are allowed. This module calls XLA's custom calls directly. The function that jax has for them computes the offsets
+anew for every layer and pass, in ten small kernels that take 1 % of the time.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxpack.kernels._launch import launch, pl, plt, power_of_two_divisor, power
 from jaxpack.parallel.device import current_device
 
 MAX_SEGMENTS = 8
-_FIRST_JAX = (0, 11)  # the first whose XLA was measured and compared
+_FIRST_JAX = (0, 11)  # the first jax version whose XLA was measured and compared
 
 
 def refusal(
@@ -33,7 +33,7 @@ def refusal(
     sinks: jax.Array | None,
     max_segments: int | None,
 ) -> str | None:
-    """Why cuDNN cannot compute that of heads `[B, T, A, H]` here, as what it needs; None where it can."""
+    """Returns what cuDNN needs that attention on heads `[B, T, A, H]` does not meet here; None if cuDNN can run."""
     head_dim = shape[3]
     if window is not None or softcap is not None or sinks is not None:
         return "no `window`, `softcap` or `sinks`"
@@ -43,7 +43,7 @@ def refusal(
         return f"a head_dim of at most 256 and a multiple of 8, got {head_dim}"
     if max_segments is None or max_segments > MAX_SEGMENTS:
         return f"`max_segments` of at most {MAX_SEGMENTS}, got {max_segments}"
-    if math.prod(shape) >= 2**31:  # its offsets are int32
+    if math.prod(shape) >= 2**31:  # cuDNN's offsets are int32
         return f"fewer than 2^31 elements, got {list(shape)}"
     if jax.__version_info__ < _FIRST_JAX:
         return f"jax {'.'.join(map(str, _FIRST_JAX))} or newer, got {jax.__version__}"
@@ -51,7 +51,7 @@ def refusal(
 
 
 def _device_refusal() -> str | None:
-    device = current_device()  # the one choice that is made where a program is traced
+    device = current_device()  # the only choice that is made at tracing, not at lowering
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return f"an NVIDIA GPU, got {device.platform}"
     capability = device.compute_capability
@@ -70,17 +70,21 @@ def attention(
     scale: float,
     max_segments: int,
 ) -> Float[Array, "B T N H"]:
-    """`attention.attention` of what has no `refusal`. A row of more than `max_segments` segments yields NaN."""
-    return _attention(q, k, v, first, last, scale, max(2, max_segments))  # of one segment XLA takes no offset
+    """Computes `attention.attention` with cuDNN, for arguments that have no `refusal`.
+
+    In a row of more than `max_segments` segments, the tokens of the segments beyond yield NaN.
+    """
+    # At least 2: with one segment, XLA takes no offsets.
+    return _attention(q, k, v, first, last, scale, max(2, max_segments))
 
 
 class SegmentTable(NamedTuple):
-    """Up to S segments of each row, as cuDNN takes them; those that a row lacks are empty.
+    """Holds S segments of each row in cuDNN's form; a row with fewer segments has empty ones behind.
 
     Attributes:
       lengths: `[B * S]` int32, in tokens.
-      q_offsets, kv_offsets: `[B * S + 1]` int32, in elements of q, and of k or v; the last is their size.
-      covered: `[B]` int32, where in a row the segment after the S-th begins, or T.
+      q_offsets, kv_offsets: `[B * S + 1]` int32, in elements of q, and of k or v; the last offset is the array's size.
+      covered: `[B]` int32, the token of a row at which the segment after the S-th begins, or T.
     """
 
     lengths: jax.Array
@@ -92,10 +96,10 @@ class SegmentTable(NamedTuple):
 def segment_table(
     first: Int[Array, "B T"], last: Int[Array, "B T"], count: int, q_stride: int, kv_stride: int
 ) -> SegmentTable:
-    """The first `count` segments of each row; a stride is the elements of one token.
+    """Returns the first `count` segments of each row. A stride is the number of elements of one token.
 
-    The first token after a segment knows where the next one begins, so this is a walk of `count` steps: in one kernel,
-    since as many small ones would take 4 % of the time of the attention.
+    The bounds of the token behind a segment say where the next segment begins, so `count` steps find all segments. They
+    run in one kernel, because that many small kernels would take 4 % of the time of the attention.
     """
     B, T = first.shape
 
@@ -116,7 +120,7 @@ def segment_table(
             put(row * count + segment, row * T + start)
             following = first_ref[row, jnp.minimum(end, T - 1)]
             start = jnp.where(real & (end < T), following, T)
-        put(B * count, jnp.int32(B * T))  # by every row, the same
+        put(B * count, jnp.int32(B * T))  # every row writes the same value
         covered_ref[row] = start
 
     shapes = SegmentTable((B * count,), (B * count + 1,), (B * count + 1,), (B,))
@@ -167,8 +171,8 @@ def _backward(scale, max_segments, residuals, d_out):
 
 _attention.defvjp(_forward, _backward)
 
-# XLA wants each matmul of the attention described, of arrays [B, T, N, H] and [B, N, T, S]: the axis of each operand
-# that is summed over, and the axis of each that holds the heads.
+# XLA needs a description of each matmul of the attention, on arrays [B, T, N, H] and [B, N, T, S]: for both operands,
+# the axis that is summed over, and then the axis that holds the heads.
 _FORWARD = {"bmm1": ((3, 3), (2, 2)), "bmm2": ((3, 1), (1, 2))}
 _BACKWARD = {
     "bmm1_grad_gemm1": ((2, 1), (1, 2)),
@@ -179,7 +183,10 @@ _BACKWARD = {
 
 
 def _custom_call(target, matmuls, q, k, v, *operands, table: SegmentTable, results, scale) -> list[jax.Array]:
-    """XLA's call of cuDNN. Of `results`, which are like them, those of four axes are `[B, T, A, H]`."""
+    """Calls cuDNN through XLA and returns arrays of the shapes and dtypes of `results`.
+
+    Results with four axes are heads, `[B, T, A, H]`.
+    """
     B, T, N, _ = q.shape
     config = {
         "algorithm": {"algo_id": "0", "math_type": "TENSOR_OP_MATH", "is_cudnn_frontend": True, "workspace_size": "0"},
@@ -209,12 +216,12 @@ def _custom_call(target, matmuls, q, k, v, *operands, table: SegmentTable, resul
     def is_heads(x: Any) -> bool:
         return x.ndim == 4
 
-    # Such a result is [B, A, T, H] to XLA, in the memory of [B, T, A, H].
+    # XLA returns heads as [B, A, T, H], in the memory layout of [B, T, A, H].
     shapes = [tuple(x.shape[i] for i in (0, 2, 1, 3)) if is_heads(x) else x.shape for x in results]
     found = jax.ffi.ffi_call(
         target,
         [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, results, strict=True)]
-        + [jax.ShapeDtypeStruct((0,), jnp.uint8)],  # the workspace, whose size XLA fills in
+        + [jax.ShapeDtypeStruct((0,), jnp.uint8)],  # the workspace; XLA fills in its size
         output_layouts=[(0, 2, 1, 3) if is_heads(x) else None for x in results] + [None],
         custom_call_api_version=2,
         legacy_backend_config=json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": config}),
@@ -222,11 +229,14 @@ def _custom_call(target, matmuls, q, k, v, *operands, table: SegmentTable, resul
     return [jnp.swapaxes(x, 1, 2) if is_heads(x) else x for x in found[:-1]]
 
 
-_TOKENS, _CHANNELS = 16, 1024  # of a program, and of one of its stores
+_TOKENS, _CHANNELS = 16, 1024  # tokens of one program, and channels of one of its stores
 
 
 def _blank(arrays: Sequence[jax.Array], first: Int[Array, "B T"], covered: Int[Array, " B"]) -> tuple[jax.Array, ...]:
-    """Fills in, in place, what cuDNN does not write of `[B, T, A, H]`: zeros at padding, else NaN from `covered` on."""
+    """Fills in, in place, the tokens of `[B, T, A, H]` that cuDNN does not write.
+
+    Padding becomes 0; real tokens from `covered` on become NaN.
+    """
     B, T = first.shape
     flat = [x.reshape(B, T, -1) for x in arrays]
     count = power_of_two_divisor(T, limit=_TOKENS)

@@ -1,12 +1,12 @@
-"""Tokens extended by what adapters pass between their factors: `[x, x A^T]`, R channels behind the D of `x`.
+"""Kernels that append an adapter's product to its tokens: `[x, x A^T]`, R channels behind the D channels of `x`.
 
-In that form an adapter rides in its projection's own matmul, as a few more channels that it sums over or yields:
+In that form the adapter is part of its projection's matmul, as a few more channels to sum over or to return:
 
     [x, x A^T] [W, B]^T = x W^T + (x A^T) B^T        x [W; A]^T = [x W^T, x A^T]
 
-and the gradients alike. Shapes call D + R channels E; R is a power of two from 16, or 0. What is left is done here,
-each in one pass over the residual stream where its parts would take five: the norm that makes `x`, the narrow products,
-the residual connection. Where there is a `refusal`, None takes XLA.
+The same holds for the gradients. E is D + R channels; R is a power of two from 16, or 0. The kernels here compute the
+rest: the norm that makes `x`, the narrow products with A and B, and the residual connection. Each kernel is one pass
+over the residual stream, where separate operations would take five. Where `refusal` gives a reason, None takes XLA.
 """
 
 import functools
@@ -26,9 +26,9 @@ from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
 
 
 def refusal(tokens: int, channels: int, rank: int) -> str | None:
-    """Why the kernels cannot take `[tokens, channels]` and factors of this rank, as what they need; None if they can.
+    """Returns what the kernels need that `[tokens, channels]` and `rank` do not meet, or None if the kernels can run.
 
-    Their matmuls are of blocks of 16 by 16 and more, and hold a token's R channels in registers.
+    Their matmuls take blocks of at least 16 by 16, and hold a token's R channels in registers.
     """
     if tokens % 16 or channels % 16:
         return f"multiples of 16 tokens and channels, got {tokens} and {channels}"
@@ -40,7 +40,7 @@ def refusal(tokens: int, channels: int, rank: int) -> str | None:
 def extend(
     x: Float[Array, "*B D"], a: Float[Array, "R D"], implementation: Implementation | None = None
 ) -> Float[Array, "*B E"]:
-    """`[x, x A^T]`."""
+    """Returns `[x, x A^T]`."""
     return _by_token(_extend_reference, _extend_kernel, implementation, a.shape, x)(a)
 
 
@@ -52,7 +52,7 @@ def extend_normed(
     eps: float,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B E"]:
-    """`[n, n A^T]`, n the RMS norm of `x`: see `rms_norm`."""
+    """Returns `[n, n A^T]`, where `n = rms_norm(x, scale)`."""
     xla, pallas = (functools.partial(f, eps=eps) for f in (_extend_normed_reference, _extend_normed_kernel))
     return _by_token(xla, pallas, implementation, a.shape, x)(scale, a)
 
@@ -69,7 +69,10 @@ def extend_normed_backward(
     with_scale: bool,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"] | None]:
-    """From the gradient of `extend_normed` that of `x`, with `d_residual` added, and on request that of `scale`."""
+    """Returns the gradients of `x` and `scale` from the gradient of the output of `extend_normed`.
+
+    `d_residual` is added to the gradient of `x`. The gradient of `scale` is None unless `with_scale`.
+    """
     settings = {"eps": eps, "with_scale": with_scale}
     xla, pallas = (functools.partial(f, **settings) for f in (_backward_reference, _backward_kernel))
     return _by_token(xla, pallas, implementation, a.shape, x, d_residual, d_extended, extended)(scale, a)
@@ -82,7 +85,7 @@ def add_extended(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B D"]:
-    """Of `[y, z]`: `residual + y + z B^T`, rounded once; without a residual, `y + z B^T`."""
+    """Returns `residual + y + z B^T` for `extended = [y, z]`, rounded once; without a residual, `y + z B^T`."""
     if not b.shape[1]:
         return extended if residual is None else residual + extended
     arrays = [extended] if residual is None else [residual, extended]
@@ -96,9 +99,13 @@ def _by_token(
     factor: tuple[int, int],
     *arrays: jax.Array,
 ) -> Callable:
-    """The implementation, to be called with what is not by token; before it come `arrays` as `[tokens, channels]`.
+    """Chooses the implementation and returns a function that calls it with `arrays` and then its own arguments.
 
-    `factor` is the shape of A, or of B the other way round.
+    `arrays` are passed as `[tokens, channels]`; two-axis results get their batch axes back. The returned function takes
+    the arguments without a token axis. `factor` is the shape of A, or the transposed shape of B.
+
+    Raises:
+      InputError: "pallas" is named, but the kernels cannot take these sizes.
     """
     batch, (rank, channels) = arrays[0].shape[:-1], factor
     tokens = math.prod(batch)
@@ -141,29 +148,29 @@ def _add_reference(*arrays):
     return sum(terms[1:], start=terms[0]).astype(extended.dtype)
 
 
-# The kernels, on `[tokens, channels]`. A program takes a block of tokens; of the channels one piece after another, and
-# where a sum over all of them must come first, twice: the second time they are in the cache.
+# The kernels, on `[tokens, channels]`. A program takes a block of tokens and reads its channels piece by piece. Where a
+# sum over all channels must come first, it reads them twice: the second time they are in the cache.
 
 
 class _Tile(NamedTuple):
-    """What one program takes at most: measured on an H200 (`benchmarks/tune_kernels.py`)."""
+    """Sets the most that one program takes, as measured on an H200 (`benchmarks/tune_kernels.py`)."""
 
     tokens: int
-    channels: int  # at a time
+    channels: int  # of one piece
     num_warps: int
-    num_stages: int  # what feeds a matmul is loaded so many pieces ahead, of factors of a low rank
+    num_stages: int  # how many pieces ahead a matmul's operands are loaded, for ranks up to _LOW_RANK
 
 
 _EXTEND = _Tile(64, 128, 8, 3)
 _EXTEND_NORMED = _Tile(32, 128, 8, 3)
 _BACKWARD = _Tile(16, 256, 4, 3)
 _ADD = _Tile(32, 256, 8, 1)
-_LOW_RANK = 64  # beyond, three pieces of a factor are more than the shared memory holds
+_LOW_RANK = 64  # for higher ranks, three pieces of a factor do not fit into the shared memory
 _MAX_RANK = 256
 
 
 class _Blocks:
-    """Cuts tokens and channels without a remainder."""
+    """Cuts tokens and channels into blocks without a remainder."""
 
     def __init__(self, x: jax.Array | jax.ShapeDtypeStruct, rank: int, tile: _Tile):
         self.shape = x.shape
@@ -175,13 +182,14 @@ class _Blocks:
         self.num_stages = tile.num_stages if rank <= _LOW_RANK else 1
 
     def here(self) -> Any:
-        """In a kernel: the index of the program's tokens."""
+        """Returns the index of the program's tokens. To be called in a kernel."""
         return pl.ds(pl.program_id(0) * self.tokens, self.tokens)
 
     def for_each_piece(self, body: Callable, init: Any, *, again: bool = False) -> Any:
-        """Runs `value = body(index, value)` for one piece of the channels after another.
+        """Runs `value = body(index, value)` for each piece of the channels in turn and returns the last value.
 
-        Again, it begins with what was read last: that is still in the cache, where a whole row of tokens is not.
+        With `again`, the order is reversed: the pieces that were read last are still in the cache, while the whole
+        block of tokens would not fit into it.
         """
         count = self.shape[1] // self.channels
 
@@ -191,17 +199,17 @@ class _Blocks:
         return jax.lax.fori_loop(0, count, step, init)
 
     def zeros(self) -> jax.Array:
-        """To add pieces up in, across which a sum over the channels comes only once, at the end."""
+        """Returns a float32 accumulator of one piece, which is summed over its channels only once, at the end."""
         return jnp.zeros((self.tokens, self.channels), jnp.float32)
 
     @property
     def ranks(self) -> Any:
-        """The index of all rows of A, or columns of B."""
+        """Returns the index of all rows of A, or all columns of B."""
         return pl.ds(0, self.rank)
 
     @property
     def behind(self) -> Any:
-        """The index of the channels behind."""
+        """Returns the index of the R channels behind the D channels."""
         return pl.ds(self.shape[1], self.rank)
 
 
@@ -277,7 +285,8 @@ def _backward_kernel(x, d_residual, d_extended, extended, scale, a, *, eps, with
 
         squares, products = blocks.for_each_piece(sums, (blocks.zeros(), blocks.zeros()))
         inverse = _inverse_norm(squares, D, eps)
-        # The mean of g n, with g = scale * (d + d_z A): the adapter's share of it is the sum of d_z z, as z = n A^T.
+        # This is the mean of g n, with g = scale * (d + d_z A). The adapter's part of the sum is d_z z, because
+        # z = (n * scale) A^T.
         mean = jnp.sum(products, axis=1)[:, None] * inverse
         if a_refs:
             mean += jnp.sum(_load(d_ref, here, blocks.behind) * _load(z_ref, here, blocks.behind), axis=1)[:, None]

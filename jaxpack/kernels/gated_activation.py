@@ -1,6 +1,6 @@
 """Gated activations (https://arxiv.org/abs/2002.05202): `act(gate) * up`.
 
-Kept for the backward pass: gate and up, nothing else. Everything is computed in float32 and rounded once.
+The backward pass keeps gate and up, and nothing else. Everything is computed in float32 and rounded once.
 """
 
 import functools
@@ -23,10 +23,11 @@ def gated_activation(
     activation: Activation = "silu",
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B F_out"]:
-    """`act(gate) * up`: SwiGLU for "silu", GeGLU for "gelu" (exact, by erf) and "gelu_tanh" (its approximation).
+    """Computes `act(gate) * up`: SwiGLU for "silu", GeGLU for "gelu" (exact, by erf) and "gelu_tanh" (approximate).
 
     Args:
-      gate: or, without `up`, gate and up side by side on the last axis: `[..., 2F]`, as one projection yields them.
+      gate: the gate. Without `up`, gate and up side by side on the last axis, `[..., 2F]`, as one projection yields
+        them.
       implementation: see `jaxpack.kernels`.
     """
     return _gated_activation(gate, up, _checked(gate, up, activation), implementation)
@@ -42,16 +43,17 @@ def gated_activation_backward(
     in_place: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"] | None, Float[Array, "*B F_out"] | None]:
-    """Gradients of `gate` and `up`, in one array where those were, and on request `act(gate) * up` once more.
+    """Returns the gradients of `gate` and `up` and, with `with_product`, the product `act(gate) * up` again.
 
-    The product is what the gradient of the projection behind it needs: computed again here, it need not be kept.
+    The gradient of the projection behind needs the product. Because it is computed again here, it need not be kept.
 
     Args:
-      in_place: the gradients take the memory of `gate` and `up`, the product that of `d_out`. Where XLA does not see
-        that these are read no more, it copies them first.
+      in_place: the gradients take the memory of `gate` and `up`, and the product takes the memory of `d_out`. If XLA
+        does not see that these arrays are no longer read, it copies them first.
 
     Returns:
-      `(d_gate, d_up, product)`; without `up`, `d_gate` holds both and `d_up` is None.
+      `(d_gate, d_up, product)`. Without `up`, `d_gate` holds both gradients side by side and `d_up` is None; `product`
+      is None unless requested.
     """
     _checked(gate, up, activation)
     features = gate.shape[-1] // (2 if up is None else 1)
@@ -76,24 +78,24 @@ def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activati
     return activation
 
 
-# The arithmetic, for the reference and the kernels alike: float32 in, float32 out.
+# The arithmetic of the kernels: float32 in, float32 out.
 
 
 def _activate(gate: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array]:
-    """`act(gate)` and its derivative."""
+    """Returns `act(gate)` and its derivative."""
     if activation == "silu":
         sigmoid = 1 / (1 + jnp.exp(-gate))
         return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
     if activation == "gelu_tanh":
         inner = gate * (_TANH_LINEAR + _TANH_CUBIC * gate * gate)
-        # (1 + tanh(z)) / 2 = sigmoid(2 z), whose derivative is 2 e / (1 + e)^2 without any cancellation.
+        # (1 + tanh(z)) / 2 = sigmoid(2 z). Its derivative, 2 e / (1 + e)^2, has no cancellation.
         e = jnp.exp(-2 * jnp.abs(inner))
         inverse = 1 / (1 + e)
         half = jnp.where(inner < 0, e, 1.0) * inverse
         slope = 2 * e * inverse * inverse * (_TANH_LINEAR + 3 * _TANH_CUBIC * gate * gate)
         return gate * half, half + gate * slope
     tail = 0.5 * _erfc(jnp.abs(gate) * math.sqrt(0.5))
-    cumulative = jnp.where(gate < 0, tail, 1 - tail)  # of the normal distribution
+    cumulative = jnp.where(gate < 0, tail, 1 - tail)  # distribution function of the normal distribution
     density = jnp.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
     return gate * cumulative, cumulative + gate * density
 
@@ -117,10 +119,10 @@ _ERFC_LIMIT = 4.0
 
 
 def _erfc(t: jax.Array) -> jax.Array:
-    """`1 - erf(t)` for t >= 0, since Triton has no erf: `exp2(-t^2 log2(e) - t r(t))`, r a polynomial.
+    """Computes `1 - erf(t)` for t >= 0 as `exp2(-t^2 log2(e) - t r(t))`, where r is a polynomial: Triton has no erf.
 
-    It was fitted at Chebyshev nodes of [0, 4] to `-log2(erfc(t) exp(t^2)) / t`; off by at most 8e-8 everywhere and,
-    relatively, by 2e-6 up to t = 4. Beyond 4, where erfc is under 2e-8, r stays what it was.
+    r was fitted at Chebyshev nodes of [0, 4] to `-log2(erfc(t) exp(t^2)) / t`. The absolute error is at most 8e-8
+    everywhere, the relative error 2e-6 up to t = 4. Beyond 4, where erfc is under 2e-8, r keeps its value at 4.
     """
     near = jnp.minimum(t, _ERFC_LIMIT)
     r = _ERFC_COEFFICIENTS[-1]
@@ -135,7 +137,7 @@ def _erfc(t: jax.Array) -> jax.Array:
 def gated_activation_reference(
     gate: Float[Array, "*B F"], up: Float[Array, "*B F"] | None, activation: Activation
 ) -> Float[Array, "*B F_out"]:
-    """`gated_activation` in plain jnp."""
+    """Computes `gated_activation` in plain jnp."""
     dtype = gate.dtype
     gate, up = (x.astype(jnp.float32) for x in (jnp.split(gate, 2, axis=-1) if up is None else (gate, up)))
     act = {
@@ -150,7 +152,7 @@ def gated_activation_reference(
 
 
 class _Tile(NamedTuple):
-    """What one program takes at most: measured on an H200 (`benchmarks/tune_kernels.py`)."""
+    """Sets the most that one program takes, as measured on an H200 (`benchmarks/tune_kernels.py`)."""
 
     elements: int
     channels: int
@@ -171,7 +173,8 @@ class _Blocks:
         self.features = features
 
     def here(self) -> tuple[Any, Any]:
-        """In a kernel: the program's block, and the same channels of the second half."""
+        """Returns the index of the program's block, and of its channels in the second half. To be called in a
+        kernel."""
         rows = pl.ds(pl.program_id(1) * self.rows, self.rows)
         channel = pl.program_id(0) * self.channels
         return (rows, pl.ds(channel, self.channels)), (rows, pl.ds(self.features + channel, self.channels))

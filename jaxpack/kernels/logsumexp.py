@@ -10,15 +10,15 @@ from jaxtyping import Array, Float
 from jaxpack.constants import Implementation
 from jaxpack.kernels._launch import dispatch, launch, pl, powers_of_two
 
-_PIECE = 2048  # of a row
-_PIECES = 4  # at a time: sums are corrected for a higher maximum once for all of them
+_PIECE = 2048  # logits of a row in one piece
+_PIECES = 4  # pieces at a time: sums are corrected for a higher maximum once for all of them
 _NUM_WARPS = 8
 
 
 def logsumexp(logits: Float[Array, "C V"], *, implementation: Implementation | None = None) -> Float[Array, " C"]:
-    """`jax.nn.logsumexp` over the last axis, of float32. It has no derivative where Pallas computes it.
+    """Computes `jax.nn.logsumexp` over the last axis of float32 logits. The Pallas kernel has no derivative.
 
-    XLA reads the logits for their maximum, and again for the sum.
+    XLA reads the logits twice, once for their maximum and once for the sum; the kernel reads them once.
     """
     return dispatch(implementation, xla=_reference, pallas=_kernel)(logits)
 
@@ -31,13 +31,13 @@ def _kernel(logits: jax.Array) -> jax.Array:
     C, V = logits.shape
     block = _PIECES * _PIECE
     whole = V // block * block
-    lowest = jnp.finfo(jnp.float32).min  # of an empty sum: -inf - -inf would be NaN
+    lowest = jnp.finfo(jnp.float32).min  # maximum of an empty sum; not -inf, as -inf - -inf is NaN
 
     def kernel(logits_ref: Any, out_ref: Any) -> None:
         row = pl.program_id(0)
         top, total = jnp.float32(lowest), jnp.float32(0)
         if whole:
-            # Every lane has a maximum and a sum of its own: what they share is found once, at the end.
+            # Every lane has a maximum and a sum of its own. They are combined once, at the end.
             def step(i: Any, lanes: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 pieces = [logits_ref[row, pl.ds(i * block + j * _PIECE, _PIECE)] for j in range(_PIECES)]
                 highest = functools.reduce(jnp.maximum, pieces, lanes[0])

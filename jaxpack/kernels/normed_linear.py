@@ -1,7 +1,7 @@
 """The projection behind a norm, with or without a LoRA adapter, at the start of a branch of the residual stream.
 
-One kernel norms the tokens and makes what the adapter reads of them; one more turns all gradients that arrive at the
-residual stream here, through the projection, through its adapter and past both, into one.
+In the forward pass, one kernel norms the tokens and computes the adapter's product `n A^T`. In the backward pass, one
+kernel adds up the three gradients of the residual stream: through the projection, through its adapter and past both.
 """
 
 import functools
@@ -27,13 +27,13 @@ def normed_linear(
     eps: float,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*B I"], Float[Array, "*B O"]]:
-    """`x` itself, and `n W^T + (n A^T) B^T` with `n = rms_norm(x, scale)`, in the dtype of `x`.
+    """Returns `x` itself, and `n W^T + (n A^T) B^T` with `n = rms_norm(x, scale)`, in the dtype of `x`.
 
-    Who goes on with the `x` that is returned has its gradient added in the norm's own backward kernel.
+    Use the returned `x` for the residual connection: its gradient is then added in the norm's own backward kernel.
 
     Args:
-      weight: an array, or a `Weight` in any form; its gradient is computed where it is asked for.
-      lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
+      weight: an array, or a `Weight` in any form; its gradient is computed only if it is requested.
+      lora_a, lora_b: the adapter's factors; `lora_b` includes the adapter's scaling.
       implementation: see `jaxpack.kernels`.
     """
     if scale.shape != x.shape[-1:]:
@@ -54,14 +54,14 @@ def _primal(x, scale, weight, a, b, eps, implementation):
     rows = extend_normed(x, scale, a, eps=eps, implementation=implementation)
     (rows, b), weight = weight.after(rows, b)
     cast = weight.cast(b.dtype)
-    # The copy is made anew in each direction, where a barrier says when, and never kept.
+    # The copy `[W, B]` is made anew in each direction, at a time that a barrier fixes, and is never kept.
     return (x, rows @ cast.append_columns(b).T), (x, scale, weight, cast, a, b, rows)
 
 
 def _forward(x, scale, weight, a, b, eps, implementation):
     weight, _ = primal_of(weight)
     out, kept = _primal(x.value, scale.value, weight, a.value, b.value, eps, implementation)
-    # A norm that is frozen has no gradient to compute: said by what is kept, as only its structure is known later.
+    # A frozen norm needs no gradient. The residuals say so by their structure, all that is known later at tracing.
     return out, (*kept, jnp.zeros(()) if scale.perturbed else None)
 
 
@@ -71,11 +71,11 @@ def _backward(eps, implementation, kept, d):
     (d_out, b), cast = cast.after(d_out, b)
     I = x.shape[-1]  # noqa: E741
     d_rows = d_out @ cast.append_columns(b)
-    # The few columns too many cost less than to copy the others together.
+    # Computing a few columns too many costs less than copying the other columns together.
     d_weight = weight.cotangent(lambda: outer(d_out, rows)[:, :I])
     d_a = outer(d_rows[..., I:], rows)[:, :I].astype(a.dtype)
     d_b = outer(d_out, rows[..., I:]).astype(b.dtype)
-    d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # lets go of `d_out`
+    d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # frees `d_out`
     options = {"eps": eps, "with_scale": trained is not None, "implementation": implementation}
     d_x, d_scale = extend_normed_backward(d_rows, rows, x, scale, a, d_x, **options)
     return d_x, None if d_scale is None else d_scale.astype(scale.dtype), d_weight, d_a, d_b

@@ -1,8 +1,9 @@
-"""The projection at the end of a branch of the residual stream, with or without a LoRA adapter: added in the same pass.
+"""The projection at the end of a branch of the residual stream, with or without a LoRA adapter.
 
-Apart, a gated activation and the projection behind it would keep the product between them, or compute it in the
-backward pass by a kernel of its own. Together, only gate and up are kept: the kernel that turns the product's gradient
-into theirs, in their place, writes the product again on its way, as the gradients of the weights read it.
+The residual is added in the same pass. As separate operations, a gated activation and the projection behind it would
+keep the product between them, or recompute it in the backward pass with a kernel of its own. Together they keep only
+gate and up: one kernel writes the gradients of gate and up in their place, and also the product again, which the
+gradients of the weights read.
 """
 
 import functools
@@ -29,12 +30,12 @@ def residual_linear(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B O"]:
-    """`residual + x W^T + (x A^T) B^T`, in the dtype of `x`.
+    """Returns `residual + x W^T + (x A^T) B^T`, in the dtype of `x`.
 
     Args:
-      residual: None for the projection alone, as a norm of it wants it.
-      weight: an array, or a `Weight` in any form; its gradient is computed where it is asked for.
-      lora_a, lora_b: the adapter's factors; `lora_b` with its scaling in it.
+      residual: None for the projection alone, for models that norm it before they add it.
+      weight: an array, or a `Weight` in any form; its gradient is computed only if it is requested.
+      lora_a, lora_b: the adapter's factors; `lora_b` includes the adapter's scaling.
       implementation: see `jaxpack.kernels`.
     """
     weight = as_weight(weight)
@@ -54,10 +55,10 @@ def gated_residual_linear(
     activation: Activation = "silu",
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B O"]:
-    """`residual_linear` of `gated_activation(gate_up)`.
+    """Applies `residual_linear` to `gated_activation(gate_up)`.
 
     Args:
-      gate_up: gate and up side by side on the last axis.
+      gate_up: gate and up side by side on the last axis; FF is 2 F.
     """
     weight = as_weight(weight)
     if gate_up.shape[-1] != 2 * weight.shape[1]:
@@ -76,7 +77,7 @@ def _factors(residual, x, weight, lora_a, lora_b) -> tuple[jax.Array, jax.Array]
     return padded(lora_a, lora_b, weight, x.dtype)
 
 
-# `adds` says whether there is a residual: the backward pass knows only what was kept.
+# `adds` says whether there is a residual: the backward pass cannot tell from what the forward pass kept.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -124,12 +125,12 @@ def _gated_backward(adds, activation, implementation, kept, d):
         gate_up, None, d_product, activation=activation, with_product=True, in_place=True, implementation=implementation
     )
     d_weight, d_a, d_b = _weight_gradients(d, d_narrow, product, weight, a, b, narrow)
-    d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # lets go of the product
+    d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # frees the product
     return d if adds else None, d_gate_up, d_weight, d_a, d_b
 
 
 def _add_projected(residual, x, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
-    """The output, and what is between the factors, `[*B, R]`."""
+    """Returns the output, and the product `x A^T` between the adapter's factors, `[*B, R]`."""
     (x, a), weight = weight.after(x, a)
     rows = x @ weight.append_rows(a).T
     narrow = checkpoint_name(rows[..., weight.shape[0] :], "lora")
@@ -137,7 +138,7 @@ def _add_projected(residual, x, weight, a, b, implementation) -> tuple[jax.Array
 
 
 def _input_gradients(d, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
-    """Of `x`, and of what is between the factors."""
+    """Returns the gradients of `x` and of `x A^T`."""
     d_rows = extend(d, b.T, implementation) if len(a) else d
     (d_rows, a), weight = weight.after(d_rows, a)
     return d_rows @ weight.append_rows(a), d_rows[..., weight.shape[0] :]
@@ -149,10 +150,10 @@ def _weight_gradients(d, d_narrow, x, weight, a, b, narrow) -> tuple[Weight | No
 
 
 def _values(*arguments: CustomVJPPrimal | None) -> list[jax.Array | None]:
-    """The arrays of a forward rule with symbolic zeros."""
+    """Returns the arrays behind the arguments of a forward rule with symbolic zeros."""
     return [None if argument is None else argument.value for argument in arguments]
 
 
-# With symbolic zeros, for they say whether a frozen weight is differentiated.
+# Symbolic zeros tell `primal_of` whether a frozen weight is differentiated.
 _residual_linear.defvjp(_forward, _backward, symbolic_zeros=True)
 _gated_residual_linear.defvjp(_gated_forward, _gated_backward, symbolic_zeros=True)

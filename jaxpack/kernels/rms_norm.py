@@ -1,4 +1,4 @@
-"""Root mean square norm (https://arxiv.org/abs/1910.07467), which keeps its input for the backward pass and no more."""
+"""Root mean square norm (https://arxiv.org/abs/1910.07467), which keeps only its inputs for the backward pass."""
 
 import functools
 
@@ -10,9 +10,9 @@ from jaxpack.errors import InputError
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, in the dtype of `x`. Gemma's is `1 + scale`.
+    """Computes `scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32; the result has the dtype of `x`.
 
-    JAX's own derivative would keep three float32 arrays of the size of `x`.
+    For Gemma, `scale` is `1 + weight`. JAX's own derivative would keep three float32 arrays of the size of `x`.
     """
     if scale.shape != x.shape[-1:]:
         raise InputError(f"`scale` must have shape {x.shape[-1:]}, got {scale.shape}.")
@@ -20,7 +20,7 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) 
 
 
 def rms_norm_reference(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """`rms_norm` in plain jnp."""
+    """Computes `rms_norm` in plain jnp."""
     return (_normed(x, eps)[0] * _wide(scale, x.ndim)).astype(x.dtype)
 
 
@@ -42,7 +42,7 @@ def _rms_norm(x, scale, eps):
 def rms_norm_backward(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], d_out: Float[Array, "*B D"], *, eps: float
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"]]:
-    """The gradients of `x` and `scale`, float32."""
+    """Returns the gradients of `x` and `scale`, float32."""
     n, inverse = _normed(x, eps)
     d_out = d_out.astype(jnp.float32)
     g = d_out * _wide(scale, x.ndim)

@@ -1,11 +1,11 @@
-"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), alone and after a norm of every head.
+"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), alone or after a norm of every head.
 
-Channel `i` of a head is paired with `i + rotary_dim / 2`, the Hugging Face layout:
+Channel `i` of a head is paired with channel `i + rotary_dim / 2` (the Hugging Face layout):
 
     out[i]        = x[i] cos - x[i + half] sin
     out[i + half] = x[i + half] cos + x[i] sin        half = rotary_dim / 2
 
-and channels from `rotary_dim` on are left as they are. Everything is computed in float32 and rounded once.
+Channels from `rotary_dim` on stay as they are. Everything is computed in float32 and rounded once.
 """
 
 import functools
@@ -24,7 +24,10 @@ from jaxpack.kernels._launch import dispatch, launch, pl, plt, power_of_two_divi
 
 
 class Angles(NamedTuple):
-    """Cosine and sine of every token's angles, float32 `[B, T, rotary_dim / 2]`: once per batch, for every layer."""
+    """Holds the cosine and sine of every token's angles, float32 `[B, T, rotary_dim / 2]`.
+
+    They are computed once per batch and used by every layer.
+    """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
@@ -35,10 +38,10 @@ def rotary_angles(
     inverse_frequencies: Float[Array, " half"] | Float[Array, "B T half"],
     scale: float = 1.0,
 ) -> Angles:
-    """The angles `position * inverse_frequency` of each token, whatever scaling the frequencies have had; they are the
-    same for all tokens, or each token's own.
+    """Returns the cosine and sine of `position * inverse_frequency` for each token, times `scale`.
 
-    float32, because bfloat16 rounds position 257 to 256, and sin(257) is far from sin(256). `scale` multiplies both:
+    The inverse frequencies are the same for all tokens or given for each token; any scaling of them is done before.
+    Angles are float32, because bfloat16 rounds position 257 to 256, and sin(257) is far from sin(256). `scale` is
     YaRN's attention factor.
     """
     if inverse_frequencies.ndim == 1:
@@ -54,12 +57,13 @@ def apply_rope(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """Rotates queries and keys by their positions, in one launch and, where they are not needed again, in place.
+    """Rotates queries and keys by their positions, in one launch and, if they are not needed again, in place.
 
     Args:
-      angles: those of `rotary_angles`; `rotary_dim` is twice their width, at most H.
-      implementation: see `jaxpack.kernels`. The kernel takes the place of `q` and `k`, as fast as a copy of them; if
-        they are needed afterwards, XLA copies them first, and "xla" is the faster one.
+      angles: the result of `rotary_angles`; `rotary_dim` is twice its width, at most H.
+      implementation: see `jaxpack.kernels`. The kernel writes over `q` and `k` and is as fast as a copy of them. If
+      they
+        are needed afterwards, XLA copies them first, and "xla" is faster.
     """
     _check(q, k, angles)
     return _rope(q, k, angles, implementation)
@@ -75,13 +79,13 @@ def norm_rope(
     eps: float,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """RMSNorm of every head, then RoPE, as Qwen3 and Gemma 3 have it: one launch forward, one backward.
+    """Applies RMSNorm to every head, then RoPE, as in Qwen3 and Gemma 3: one launch forward, one backward.
 
-    `y = x / sqrt(mean(x^2) + eps) * scale` over the H channels of a head is rotated before it is rounded. Keeps `q` and
-    `k` for the backward pass, and nothing else.
+    `y = x / sqrt(mean(x^2) + eps) * scale` over the H channels of a head is rotated before it is rounded. The backward
+    pass keeps `q` and `k`, and no other array of their size.
 
     Args:
-      q_scale, k_scale: the norms' weights; Gemma's are `1 + weight`.
+      q_scale, k_scale: the weights of the norms (for Gemma, `1 + weight`).
       angles, implementation: as in `apply_rope`.
     """
     _check(q, k, angles)
@@ -106,18 +110,18 @@ def _check(q: jax.Array, k: jax.Array, angles: Angles) -> None:
         raise InputError(f"`angles` must be at most head_dim / 2 = {q.shape[3] // 2} wide, got {angles.cos.shape[2]}.")
 
 
-# The reference, of one array of heads.
+# The reference, for one array of heads.
 
 
 def rotate_reference(x: Float[Array, "B T A H"], angles: Angles) -> Float[Array, "B T A H"]:
-    """RoPE in plain jnp."""
+    """Applies RoPE in plain jnp."""
     return _rotated(x.astype(jnp.float32), angles).astype(x.dtype)
 
 
 def norm_rotate_reference(
     x: Float[Array, "B T A H"], scale: Float[Array, " H"], angles: Angles, eps: float
 ) -> Float[Array, "B T A H"]:
-    """RMSNorm and RoPE in plain jnp."""
+    """Applies RMSNorm and RoPE in plain jnp."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return _rotated(normed * scale.astype(jnp.float32)[None, None, None, :], angles).astype(x.dtype)
@@ -130,11 +134,14 @@ def _rotated(x: Float[Array, "B T A H"], angles: Angles) -> Float[Array, "B T A 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-# The kernels. Each program takes a block of tokens and of heads, which share the tokens' angles.
+# The kernels. Each program takes a block of tokens and of heads; the heads share the angles of the tokens.
 
 
 class Heads(NamedTuple):
-    """Where a launch reads some heads and where it writes them, each as (which array, first head) of `[B, T, A, H]`."""
+    """Says where a launch reads and writes some heads.
+
+    `source` and `target` are pairs (index of the array, first head in it); each array is `[B, T, A, H]`.
+    """
 
     source: tuple[int, int]
     target: tuple[int, int]
@@ -144,7 +151,10 @@ class Heads(NamedTuple):
 def rotate_heads(
     arrays: Sequence[jax.Array], heads: Sequence[Heads], angles: Angles, *, backward: bool = False
 ) -> tuple[jax.Array, ...]:
-    """RoPE of some heads of some arrays, in place; other heads stay as they are. `backward` rotates the other way."""
+    """Applies RoPE to some heads of `arrays`, in place; other heads stay as they are.
+
+    With `backward`, it rotates the other way, as the gradient needs.
+    """
     half = angles.cos.shape[-1]
     blocks = _Blocks.of(arrays[0], heads, _ROTATE)
 
@@ -179,9 +189,9 @@ def norm_rotate_heads(
     angles: Angles,
     eps: float,
 ) -> tuple[jax.Array, ...]:
-    """RMSNorm and RoPE of some heads of `arrays`, into new arrays of `num_heads` heads each.
+    """Applies RMSNorm and RoPE to some heads of `arrays` and returns new arrays, of `num_heads[i]` heads each.
 
-    There is a scale `[H]` for every entry of `heads`.
+    `scales` holds one scale `[H]` for every entry of `heads`.
     """
     B, T, _, H = arrays[0].shape
     half = angles.cos.shape[-1]
@@ -221,9 +231,9 @@ def norm_rotate_heads_backward(
     angles: Angles,
     eps: float,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Gradients of `norm_rotate_heads`: with respect to the heads, in place of `gradients`, and to the scales.
+    """Returns the gradients of `norm_rotate_heads`: of the heads, in place of `gradients`, and of the scales.
 
-    `heads` says where each is read and written in `gradients` (`target`) and in `arrays` (`source`).
+    `heads` says where the heads are in `gradients`, which are read and written (`target`), and in `arrays` (`source`).
     """
     H = arrays[0].shape[3]
     half = angles.cos.shape[-1]
@@ -243,7 +253,8 @@ def norm_rotate_heads_backward(
                 target = here.heads(one.target[1])
                 x = _wide(_load(x_refs[one.source[0]], here.heads(one.source[1]), H, half))
                 dy = _wide(_load(inputs[one.target[0]], target, H, half))
-                # With n = x / |x|, dy turned back, g = scale * dy: dx = (g - n mean(g n)) / |x|, dscale = sum(dy n).
+                # With |x| the root mean square, n = x / |x|, dy rotated back and g = scale * dy:
+                # dx = (g - n mean(g n)) / |x| and dscale = sum(dy n).
                 inverse = _inverse_norm(x, H, eps)
                 n = [part * inverse for _, part in x]
                 dy = [part for _, part in turn(dy)]
@@ -275,19 +286,19 @@ def norm_rotate_heads_backward(
         num_warps=_NORM_ROTATE_BACKWARD.num_warps,
         input_output_aliases={i: i for i in range(len(gradients))},
     )
-    # One sum for each program, added up here in a fixed order: first over all tokens, which is most of the work.
+    # Each program wrote one sum. They are added up here in a fixed order, first over all tokens: most of the work.
     ends = np.cumsum([one.count // blocks.heads for one in heads])
     parts = jnp.split(jnp.sum(d_scale, axis=(0, 1)), ends[:-1])
     return gradients, [jnp.sum(part, axis=0).astype(scale.dtype) for part, scale in zip(parts, scales, strict=True)]
 
 
 class _Tile(NamedTuple):
-    """What one program takes at most: measured on an H200 (`benchmarks/tune_kernels.py`)."""
+    """Sets the most that one program takes, as measured on an H200 (`benchmarks/tune_kernels.py`)."""
 
-    tokens: int  # with as many heads; with fewer, more of them
+    tokens: int  # with `heads` heads; a block of fewer heads takes more tokens
     heads: int
     num_warps: int
-    steps: int = 1  # so many blocks of tokens, one after another
+    steps: int = 1  # how many blocks of tokens a program takes, one after another
 
 
 _ROTATE = _Tile(1, 8, 4)
@@ -296,7 +307,7 @@ _NORM_ROTATE_BACKWARD = _Tile(1, 2, 1, steps=16)
 
 
 class _Where(NamedTuple):
-    """The block of one program, `(row, block of tokens, block of heads)`, and where it lies at one of its steps."""
+    """Holds the block of one program, `(row, block of tokens, block of heads)`, and its place at one of its steps."""
 
     program: tuple[Any, Any, Any]
     first_token: Any
@@ -306,20 +317,20 @@ class _Where(NamedTuple):
 
     @property
     def tokens(self) -> tuple[Any, Any]:
-        """The index of its tokens."""
+        """Returns the index of the block's tokens."""
         return self.program[0], pl.ds(self.first_token, self.num_tokens)
 
     def heads(self, first: int) -> tuple[Any, Any, Any]:
-        """The index of its heads, in an array whose heads begin at `first`."""
+        """Returns the index of the block's heads, in an array whose heads begin at `first`."""
         return *self.tokens, pl.ds(first + self.first_head, self.num_heads)
 
     def step(self, i: Any) -> "_Where":
-        """The same, `i` blocks of tokens further on."""
+        """Returns the block moved on by `i` blocks of tokens."""
         return self._replace(first_token=self.first_token + i * self.num_tokens)
 
 
 class _Blocks(NamedTuple):
-    """Cuts all tokens and heads without a remainder."""
+    """Cuts all tokens and heads into blocks without a remainder."""
 
     entries: Sequence[Heads]
     tokens: int
@@ -339,12 +350,12 @@ class _Blocks(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Programs of the same tokens run side by side, and find their angles in the L2 cache."""
+        """Returns a grid in which programs for the same tokens run side by side and share angles in the L2 cache."""
         rows, tokens, heads = self.counts
         return tokens * heads, rows
 
     def for_each(self, body: Callable[[Heads, _Where], None]) -> None:
-        """In a kernel: runs `body` for the one entry that the program's block of heads is of."""
+        """Runs `body` for the one entry that holds the program's block of heads. To be called in a kernel."""
         tokens, block = jnp.divmod(pl.program_id(0), self.counts[2])
         row = pl.program_id(1)
         begin = 0
@@ -359,8 +370,8 @@ class _Blocks(NamedTuple):
             begin = end
 
 
-# A block in a kernel, in pieces `((start, length), [tokens, heads, length])` of the channels: of the first half, their
-# partners in the second, and of those that are not rotated.
+# A block in a kernel, as pieces `((start, length), [tokens, heads, length])` of the channels: first the pieces of the
+# first half, then their partners in the second half, then the channels that are not rotated.
 _Pieces = list[tuple[tuple[int, int], jax.Array]]
 
 
@@ -380,7 +391,7 @@ def _wide(pieces: _Pieces) -> _Pieces:
 
 def _store(ref: Any, at: tuple, pieces: _Pieces) -> None:
     for piece, value in pieces:
-        # Not to be read here again: to make room for what is costs less than to keep it in the L2 cache.
+        # The result is not read here again, so it should make room in the L2 cache for data that is.
         plt.store(ref.at[*at, pl.ds(*piece)], value.astype(ref.dtype), eviction_policy="evict_first")
 
 

@@ -1,1 +1,1 @@
-"""The transformer: its parts, how they are stacked and scanned, its adapters, and what a backward pass keeps."""
+"""Defines the transformer: its parts, how layers are scanned, its adapters, and which residuals are kept."""

@@ -1,4 +1,4 @@
-"""The attention part of a block."""
+"""Defines the attention part of a block."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ from jaxpack.model.cost import Cost, CostContext, PartCost
 from jaxpack.model.linear import Linear
 from jaxpack.model.norm import RMSNorm, make_norm
 
-_TILE_KEYS = 64  # that the attention kernels compute and mask, for each token
+_TILE_KEYS = 64  # keys a token that the attention kernels compute and then mask
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and, in some families, a norm of every query and key head."""
+    """Computes grouped-query attention with rotary positions; some families also norm every query and key head."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         keys: Key[Array, "2"] | NoKeys,
         slot: CacheSlot | None = None,
     ) -> tuple[Float[Array, "B T D"], CacheSlot | None]:
-        """Returns `x + attention(norm(x))`, and the slot with the keys and values of these tokens."""
+        """Returns `x + attention(norm(x))`, and the cache slot with these tokens' keys and values written."""
         config = self.config
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         x, heads = self.qkv.after_norm(norm, x, context, keys[0])
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
     def _cached(
         self, heads: Float[Array, "B T A H"], context: RowContext, slot: CacheSlot
     ) -> tuple[Float[Array, "B T N H"], CacheSlot]:
-        """Attention of a prompt's tokens to each other, or of one more token to those in the cache."""
+        """Computes attention among a prompt's tokens, or from one more token of each row to the cached tokens."""
         config, norms = self.config, self._norms
         q, k, v = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
         if norms is None:
@@ -84,17 +84,17 @@ class Attention(nnx.Module):
         scale, softcap = config.attention_scale, config.attn_logit_softcapping
         if slot.seen is not None:
             return attend(q, *slot.get(), slot.seen, scale=scale, softcap=softcap), slot
-        # All else is plain jnp for text, but scores of a long prompt are many: the fastest kernel computes them.
+        # Generation otherwise uses plain jnp, but a long prompt has many scores: the fastest kernel computes them.
         options = {"scale": scale, "softcap": softcap, "max_segments": context.max_segments}
         return attention(q, k, v, context.bounds, **options), slot
 
     def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of the part, whose output is the residual stream.
 
-        It names "heads", the projection of queries, keys and values; "qkv", the same as attention's backward pass reads
-        it; and "attention", the output and the float32 log-sum-exp of the attention kernel, which is not run again
-        where both are kept. Without norms, heads are turned in place and kept so; with norms, they are kept as they
-        are, and normed and turned again.
+        The cost names "heads", the projection of queries, keys and values; "qkv", the same heads in the form that
+        attention's backward pass reads; and "attention", the output and the float32 log-sum-exp of the attention
+        kernel, which does not run again where both are kept. Without head norms, "qkv" holds the rotated heads. With
+        head norms it holds the heads as projected, and the backward pass norms and rotates them again.
         """
         config, size = self.config, context.itemsize
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim  # channels; k and v alike
@@ -105,17 +105,17 @@ class Attention(nnx.Module):
             turned = PartCost(unnamed=turn, shared_bytes=(q + kv) * size).name_output("qkv", heads_bytes)
         else:
             turned = PartCost(output=turn).name_output("qkv", heads_bytes)
-        operations = 4 * q * (context.keys_per_token + _TILE_KEYS)  # two products
+        operations = 4 * q * (context.keys_per_token + _TILE_KEYS)  # two matmuls: scores and output
         mixed = PartCost(
             output=Cost(attention=operations, bytes=(2 * q + 2 * kv) * size),
             unnamed_bytes=self._per_layer_bytes(),
-            # Seven products for the two, in two kernels; norm and rotation of heads.
+            # Two kernels do seven matmuls for the forward pass's two. The bytes include norm and rotation of heads.
             backward=Cost(attention=3.5 * operations, bytes=(6 * q + 4 * kv + 3 * (q + kv)) * size),
         ).name_output("attention", q * size + 4 * config.num_heads)
         return heads + turned + mixed + self.out.onto_cost(context, post_norm=self.post_norm)
 
     def _per_layer_bytes(self) -> int:
-        """Returns the bytes a token of attention's bounds and of the angles of heads, where layers differ in them."""
+        """Returns the bytes a token of the attention bounds and rotary angles, counted only where layers differ."""
         config = self.config
         bounds = 2 * 4 if len(set(config.windows)) > 1 else 0
         return bounds + (4 * config.rope.rotary_dim(config.head_dim) if len(set(config.ropes)) > 1 else 0)
@@ -130,7 +130,7 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Returns attention to the keys that are `seen`; scores and softmax are float32."""
+    """Returns the attention of `q` to the keys that `seen` marks; scores and softmax are float32."""
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)

@@ -1,4 +1,4 @@
-"""One layer: attention, then feed-forward. `transformer.py` stacks and scans the layers."""
+"""Defines one layer: attention, then feed-forward. `transformer.py` stacks and scans the layers."""
 
 import jax
 from flax import nnx
@@ -16,9 +16,10 @@ from jaxpack.model.norm import make_norm
 
 
 class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: norms and sums are part of their projections.
+    """Computes `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 
-    With `post_norms` each branch's output is normed before it is added.
+    The projections compute the norms and the sums along with their matmuls. With `post_norms`, each branch's output is
+    normed before it is added.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -34,7 +35,7 @@ class Block(nnx.Module):
         dropout_key: Key[Array, ""] | None,
         slot: CacheSlot | None = None,
     ) -> tuple[Float[Array, "B T D"], CacheSlot | None]:
-        """Returns the layer's output; and, where text is written, its slot with the keys and values of these tokens."""
+        """Returns the layer's output and, in generation, its cache slot with these tokens' keys and values written."""
         none = (None, None)
         keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
         x, slot = self.attention(self.attention_norm, x, context, keys[0], slot)
@@ -42,7 +43,7 @@ class Block(nnx.Module):
         return self.feed_forward(self.feed_forward_norm, x, context, keys[1]), slot
 
     def cost(self, context: CostContext) -> PartCost:
-        """Returns the cost of one layer. It names "residual", the residual stream between the layer's halves."""
+        """Returns the cost of one layer, which names "residual": the residual stream between the layer's halves."""
         size = self.feed_forward_norm.scale.shape[-1] * context.itemsize
         attention = self.attention.cost(self.attention_norm, context).name_output("residual", size)
         return attention + self.feed_forward.cost(self.feed_forward_norm, context).starting_from("residual")

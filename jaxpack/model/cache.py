@@ -1,4 +1,4 @@
-"""The keys and values of tokens that were read before, for text that is written token by token."""
+"""Stores the keys and values of earlier tokens, for text that is generated token by token."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from jaxpack.model.config import ModelConfig
 
 
 class Cache(NamedTuple):
-    """Rotated keys, and values, of all layers and of S tokens a row, each at its position."""
+    """Holds the rotated keys and the values of all layers for S tokens a row, each token at its position."""
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
@@ -24,18 +24,18 @@ class Cache(NamedTuple):
 
     @classmethod
     def bytes_of(cls, config: ModelConfig, dtype: DTypeLike, num_rows: int, size: int) -> int:
-        """Returns the bytes of an empty one."""
+        """Returns the bytes of a cache that `empty` makes from these arguments, without allocating it."""
         shapes = jax.eval_shape(lambda: cls.empty(config, dtype, num_rows, size))
         return sum(x.size * x.dtype.itemsize for x in shapes)
 
 
 class CacheSlot(NamedTuple):
-    """One layer's place in a cache, for the tokens that the layer reads.
+    """Gives one layer its place in the cache, for the tokens that the layer reads.
 
     Attributes:
-      cache: of all layers.
+      cache: the cache of all layers.
       layer: the number of the layer.
-      positions: where the tokens stand in their rows.
+      positions: the positions of the tokens in their rows.
       seen: which tokens of the cache each row attends to; None while a prompt is read, whose tokens attend to each
         other.
     """
@@ -46,7 +46,7 @@ class CacheSlot(NamedTuple):
     seen: Bool[Array, "B S"] | None
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "CacheSlot":
-        """Returns the slot with keys and values written: in place, where the cache is what a loop carries."""
+        """Returns the slot with keys and values written: in place, if the cache is carried by a loop."""
         here = self.layer, jnp.arange(len(k))[:, None], self.positions
         return self._replace(cache=Cache(self.cache.k.at[here].set(k), self.cache.v.at[here].set(v)))
 

@@ -1,4 +1,4 @@
-"""The architecture of a model: frozen dataclasses, checked when they are made."""
+"""Defines the architecture of a model as frozen dataclasses, which are checked when they are made."""
 
 import dataclasses
 from typing import get_args
@@ -9,9 +9,9 @@ from jaxpack.utils.checks import check, is_positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are rescaled for longer contexts, with the names that `config.json` uses.
+    """Describes how rotary frequencies are rescaled for longer contexts, with the names that `config.json` uses.
 
-    One of the classes below; `model/rope.py` says what each does.
+    This is the base of the classes below; `model/rope.py` computes the frequencies of each.
     """
 
     def __post_init__(self) -> None:
@@ -28,14 +28,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearRopeScaling(RopeScaling):
-    """Positions count as if divided by `factor`."""
+    """Divides positions by `factor`."""
 
     factor: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicRopeScaling(RopeScaling):
-    """Dynamic NTK: does nothing up to `max_position_embeddings`, and beyond it more the longer the document."""
+    """Stretches wavelengths (dynamic NTK) in documents beyond `max_position_embeddings`: the longer, the more."""
 
     factor: float
     max_position_embeddings: int
@@ -43,7 +43,7 @@ class DynamicRopeScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling(RopeScaling):
-    """Llama 3.1's: only long wavelengths are stretched."""
+    """Stretches only long wavelengths, as Llama 3.1 does."""
 
     factor: float
     low_freq_factor: float
@@ -53,36 +53,39 @@ class Llama3RopeScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnRopeScaling(RopeScaling):
-    """YaRN: only long wavelengths are stretched, and cosine and sine multiplied by `attention_factor`."""
+    """Stretches only long wavelengths, and multiplies cosine and sine by `attention_factor` (YaRN)."""
 
     factor: float
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    attention_factor: float | None = None  # None: follows from the factor and these:
+    attention_factor: float | None = None  # None: computed from `factor` and the two fields below
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRopeScaling(RopeScaling):
-    """LongRoPE: each wavelength is stretched by a factor of its own, by another in documents beyond the original."""
+    """Stretches each wavelength by its own factor (LongRoPE), with other factors in documents of a longer context.
+
+    `short_factor` holds the factors for documents up to `original_max_position_embeddings`, `long_factor` the others.
+    """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     original_max_position_embeddings: int
     factor: float
-    attention_factor: float | None = None  # None: follows from the factor
+    attention_factor: float | None = None  # None: computed from `factor`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: the base, and how its frequencies are rescaled."""
+    """Describes the rotary position embedding: its base, and how its frequencies are rescaled."""
 
     theta: float
     scaling: RopeScaling | None = None
-    partial_rotary_factor: float = 1.0  # share of a head's channels that are rotated: the first
+    partial_rotary_factor: float = 1.0  # the share of a head's channels, from the first, that is rotated
 
     def __post_init__(self) -> None:
         check(is_positive(self.theta), "rope_theta", "must be a positive number", self.theta)
@@ -90,13 +93,13 @@ class RopeConfig:
         check(is_positive(partial) and partial <= 1, "partial_rotary_factor", "must be in (0, 1]", partial)
 
     def rotary_dim(self, head_dim: int) -> int:
-        """How many channels of a head are rotated."""
+        """Returns how many channels of a head are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. `torch_bridge` makes one from a Hugging Face `config.json`."""
+    """Describes a decoder-only transformer. `torch_bridge` makes one from a Hugging Face `config.json`."""
 
     architecture: str  # the Hugging Face class, which names the tensors of a checkpoint: "Qwen3ForCausalLM"
     vocab_size: int
@@ -109,22 +112,22 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
-    activation: Activation = "silu"  # of the feed-forward's gate
+    activation: Activation = "silu"  # activation of the feed-forward's gate
     qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
     qkv_bias: bool = False
-    out_bias: bool = False  # of attention's output projection
-    mlp_bias: bool = False  # of all three projections of the feed-forward
+    out_bias: bool = False  # bias of attention's output projection
+    mlp_bias: bool = False  # bias of all three projections of the feed-forward
     fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
-    max_position_embeddings: int | None = None  # tokens of the longest text that it is made for, where that is said
-    sliding_window: int | None = None  # a token attends to so many, itself included; None: to all before it
-    local_layers: tuple[bool, ...] | None = None  # which of the layers the window is for; None: for all
-    local_rope: RopeConfig | None = None  # of those layers, where they have another
+    max_position_embeddings: int | None = None  # tokens of the longest supported text; None: unknown
+    sliding_window: int | None = None  # how many tokens a token attends to, with itself; None: no limit
+    local_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all layers
+    local_rope: RopeConfig | None = None  # rope of the local layers; None: `rope`
     attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(scores / cap)
-    final_logit_softcapping: float | None = None  # and logits
-    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: `head_dim`
-    scale_embeddings: bool = False  # by the root of `hidden_size`
+    final_logit_softcapping: float | None = None  # the same for logits
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: `head_dim`
+    scale_embeddings: bool = False  # multiplied by the square root of `hidden_size`
     unit_offset_norms: bool = False  # norms multiply by 1 + weight
-    post_norms: bool = False  # what each branch adds to the residual stream is normed before, as what it reads is
+    post_norms: bool = False  # each branch's output is normed, too, before it is added
     name_or_path: str = ""  # where the weights came from; adapters name it as their base model
 
     def __post_init__(self) -> None:
@@ -182,17 +185,17 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """Returns the factor that attention scores are multiplied by."""
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer."""
+        """Returns the sliding window of each layer, None where there is none."""
         return tuple(self.sliding_window if is_local else None for is_local in self._local)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """The rope of each layer."""
+        """Returns the rope of each layer."""
         return tuple(self.local_rope if is_local and self.local_rope else self.rope for is_local in self._local)
 
     @property

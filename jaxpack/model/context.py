@@ -1,4 +1,4 @@
-"""What every layer is told of a batch, computed once, and which kernels it runs."""
+"""Holds the values of a batch that every layer reads, computed once, and the choice of kernels."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from jaxpack.kernels.rope import Angles
 
 
 class RowContext(NamedTuple):
-    """What a layer needs to know of the batch, computed once for all that need the same; and which kernels it runs."""
+    """Holds the values of a batch that a layer reads (segment bounds, rotary angles), and which kernels it runs."""
 
-    bounds: SegmentBounds | None  # None where text is written: tokens attend to what is in a cache
+    bounds: SegmentBounds | None  # None in a decoding step: tokens attend to a cache
     angles: Angles
     max_segments: int | None
     implementation: Implementation | None
-    # Whether adapters multiply apart from their matrix. Together they cost a copy of the matrix, which is most of the
-    # time where there are few tokens: that of text being written.
+    # Whether adapters are multiplied separately from the base weight. One matmul for both needs a copy of the weight,
+    # which takes most of the time where there are few tokens, as in text generation.
     apart: bool = False
 
 
@@ -29,8 +29,9 @@ NoKeys = tuple[None, None]  # no dropout
 
 
 class PerLayer(NamedTuple):
-    """Per-layer values (attention bounds, RoPE tables), stored once per distinct setting: layer i uses
-    `table[index[i]]`.
+    """Holds per-layer values (attention bounds, RoPE tables), stored once per distinct setting.
+
+    Layer i uses `table[index[i]]`.
     """
 
     table: Any
@@ -38,7 +39,7 @@ class PerLayer(NamedTuple):
 
     @classmethod
     def of(cls, settings: Sequence[Hashable], make: Callable[[Any], Any]) -> "PerLayer":
-        """Calls `make` once for each distinct setting of the layers."""
+        """Returns the values of layers with these `settings`, calling `make` once for each distinct setting."""
         distinct = list(dict.fromkeys(settings))
         made = [make(setting) for setting in distinct]
         if len(made) == 1:
@@ -47,7 +48,7 @@ class PerLayer(NamedTuple):
         return cls(jax.tree.map(lambda *arrays: jnp.stack(arrays), *made), index)
 
     def at(self, place: Int[Array, ""] | None) -> Any:
-        """Returns the value of a layer: `place` is its slice of `index`, as a scan gives it."""
+        """Returns the value of one layer; `place` is the layer's slice of `index`, which a scan over layers gives."""
         if place is None:
             return self.table
         return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), self.table)

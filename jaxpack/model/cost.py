@@ -1,10 +1,11 @@
-"""A part of a layer declares in these types what it costs: the activations that it names, their bytes, and its work.
+"""Defines the types in which a part of a layer declares its cost: named activations, their bytes, and its work.
 
-Attention, the feed-forward and others have a method `cost`, beside the `__call__` that it describes. `planning/` adds
-the parts up and knows none of them: a new part needs no line there. The choices of `remat` are sets of the names.
+Attention, the feed-forward and other parts have a method `cost`, beside the `__call__` that it describes. `planning/`
+adds up the costs without knowing the parts: a new part needs no line there. The choices of `remat` are sets of the
+names.
 
-Figures are for one layer. Those of activations and of work are for each token; those of weights, which are read, copied
-or cast once for all tokens, are for each micro-batch. They are for the kernels of a GPU.
+All figures are for one layer and for GPU kernels. Activations and work are counted for each token. Weights, which are
+read, copied or cast once for all tokens, are counted for each micro-batch.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ from collections.abc import Collection, Iterable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostContext:
-    """The settings of a step that the cost of a part depends on, beside the part itself.
+    """Holds the settings of a step that the cost of a part depends on, beside the part itself.
 
     Attributes:
       itemsize: bytes of an element of the activations.
-      keys_per_token: how many tokens a token attends to, on average over layers, too.
-      has_adapters: whether any projection of the model has a LoRA adapter. The others are then counted as if they had.
+      keys_per_token: how many tokens a token attends to, on average over tokens and layers.
+      has_adapters: whether any projection of the model has a LoRA adapter. If so, all are counted as if they had one.
       has_dropout: whether adapters read their input after dropout.
       casts_weights: whether weights are trained, in float32, and cast to the dtype of the activations.
     """
@@ -32,7 +33,7 @@ class CostContext:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The work of kernels, which adds up with `+`.
+    """Holds the work of kernels; `+` adds up the work of several.
 
     >>> (Cost(matmul=2, bytes=3) + Cost(bytes=1, weight_bytes=10)).for_tokens(100)
     Cost(matmul=200, attention=0, bytes=400, weight_bytes=10)
@@ -40,8 +41,8 @@ class Cost:
     Attributes:
       matmul: floating-point operations of matmuls, a token.
       attention: floating-point operations within attention kernels, a token.
-      bytes: what all other kernels read and write, a token.
-      weight_bytes: what they read and write once, however many tokens there are.
+      bytes: bytes that all other kernels read and write, a token.
+      weight_bytes: bytes that they read and write once, however many tokens there are.
     """
 
     matmul: float = 0
@@ -58,7 +59,7 @@ class Cost:
         )
 
     def for_tokens(self, tokens: int) -> "Cost":
-        """Returns the cost of a micro-batch: what is for each token `tokens` times, and what is once as it is."""
+        """Returns the cost of a micro-batch: the figures a token times `tokens`, and `weight_bytes` once."""
         return Cost(self.matmul * tokens, self.attention * tokens, self.bytes * tokens, self.weight_bytes)
 
 
@@ -67,13 +68,13 @@ NO_COST = Cost()
 
 @dataclasses.dataclass(frozen=True)
 class NamedActivation:
-    """An activation that the forward pass names (`jax.ad_checkpoint.checkpoint_name`).
+    """Describes an activation that the forward pass names (`jax.ad_checkpoint.checkpoint_name`).
 
     Attributes:
       bytes: its size, a token.
-      cost: the work to compute it from what comes before it.
-      only_for: the one named activation that is made from it, in its place, if nothing else reads it. Derivatives then
-        do not read it, and it is computed again only if the other one is.
+      cost: the work to compute it from the activation before it.
+      only_for: the name of the activation that replaces this one, if nothing else reads this one. The derivatives then
+        do not read it, and it is computed again only if the other activation is.
     """
 
     bytes: int
@@ -87,12 +88,12 @@ class NamedActivation:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardPeak:
-    """A moment of the backward pass of a part at which a layer may hold the most, beside what is kept.
+    """Describes a moment of a part's backward pass at which a layer may hold the most memory beside its residuals.
 
     Attributes:
-      bytes: gradients and temporary arrays, a token.
-      weight_bytes: the copies of weights that are there.
-      rerun_bytes: what is there, a token, when the part alone was computed again, from its input.
+      bytes: bytes of gradients and temporary arrays, a token.
+      weight_bytes: bytes of the copies of weights that exist then.
+      rerun_bytes: bytes of recomputed activations, a token, if only this part was computed again, from its input.
       starts_from: the name of that input; None where the whole layer is computed again before.
     """
 
@@ -104,7 +105,7 @@ class BackwardPeak:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """The cost of a part of a layer, or of a whole layer. `+` adds parts up that run one after another.
+    """Holds the cost of a part of a layer, or of a whole layer; `+` adds up parts that run one after another.
 
     >>> branch = PartCost(output=Cost(matmul=6)).name_output("residual", 4)
     >>> layer = branch + PartCost(unnamed_bytes=8, unnamed=Cost(bytes=5), output=Cost(matmul=3))
@@ -112,15 +113,16 @@ class PartCost:
     (12, 9, Cost(matmul=0, attention=0, bytes=5, weight_bytes=0))
 
     Attributes:
-      named: the activations with a name, in the order of the forward pass. Where parts give the same name, they add up.
-      unnamed_bytes: what derivatives read beside those and the layer's input, a token.
-      shared_bytes: what is kept beside all that derivatives read where nothing is computed again, a token: XLA then
-        sees that both passes compute the same.
-      cast_weight_bytes: weights that are cast once and kept, for both passes to read.
-      unnamed: the work behind `unnamed_bytes`.
+      named: the named activations, in the order of the forward pass. Activations of the same name in several parts are
+        added up.
+      unnamed_bytes: bytes that derivatives read beside the named activations and the layer's input, a token.
+      shared_bytes: further bytes, a token, that are kept if no activation is recomputed: XLA then recognises a value
+        that both passes compute, computes it once and keeps it.
+      cast_weight_bytes: bytes of weights that are cast once and kept for both passes.
+      unnamed: the work to compute what `unnamed_bytes` counts.
       output: the work between the last name and the output of the part. The backward pass never repeats it.
-      backward: the work of the backward pass, without what it computes again.
-      peaks: where the backward pass may hold the most; a part that never does declares none.
+      backward: the work of the backward pass, without recomputation.
+      peaks: the moments at which the backward pass may hold the most memory; empty for a part that never does.
     """
 
     named: dict[str, NamedActivation] = dataclasses.field(default_factory=dict)
@@ -140,32 +142,32 @@ class PartCost:
         return PartCost(named=named, **{name: getattr(self, name) + getattr(other, name) for name in others})
 
     def name_output(self, name: str, size: int, *, only_for: str | None = None) -> "PartCost":
-        """Returns the cost of the same part when its output has a name, and `size` bytes a token."""
+        """Returns the cost of the same part with its output named, at `size` bytes a token."""
         output = PartCost(named={name: NamedActivation(size, self.output, only_for)})
         return dataclasses.replace(self, output=NO_COST) + output
 
     def starting_from(self, name: str) -> "PartCost":
-        """Returns the cost of the same part when its input has a name, from which it can be computed again."""
+        """Returns the cost of the same part with its input named, so that the part can be computed again from it."""
         return dataclasses.replace(
             self, peaks=tuple(dataclasses.replace(peak, starts_from=name) for peak in self.peaks)
         )
 
     @property
     def read_bytes(self) -> int:
-        """All that derivatives read except the layer's input and weights, in bytes a token."""
+        """Returns the bytes a token that derivatives read, without the layer's input and weights."""
         return self.unnamed_bytes + sum(each.bytes for each in self.named.values() if each.only_for is None)
 
     @property
     def forward(self) -> Cost:
-        """The work of the forward pass."""
+        """Returns the work of the forward pass."""
         return sum((each.cost for each in self.named.values()), start=self.unnamed + self.output)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """Returns the bytes a token of the activations with these names; a name that no part gives counts nothing."""
+        """Returns the bytes a token of the activations with these names; unknown names count as 0."""
         return sum(self.named[name].bytes for name in names if name in self.named)
 
     def recomputed(self, there: Collection[str]) -> Cost:
-        """Returns the work of the forward pass that is done again in a backward pass that finds these names `there`."""
+        """Returns the work of the forward pass that a backward pass repeats if the names in `there` are kept."""
 
         def is_again(name: str) -> bool:
             only_for = self.named[name].only_for

@@ -1,4 +1,4 @@
-"""The gated feed-forward part of a block."""
+"""Defines the gated feed-forward part of a block."""
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -13,7 +13,7 @@ from jaxpack.model.weights import weight_of
 
 
 class FeedForward(nnx.Module):
-    """A gated one: `down(act(gate(x)) * up(x))`."""
+    """Computes the gated feed-forward `down(act(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
@@ -26,16 +26,16 @@ class FeedForward(nnx.Module):
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
     ) -> Float[Array, "B T D"]:
-        """`x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
+        """Returns `x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
         x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
         return self.down.onto(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
 
     def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of the part, whose output is the residual stream.
 
-        It names "gate_up", both projections side by side. A layer's backward pass holds the most at the gated
-        activation: gradients of the product and of the layer's output, the latter also extended for the adapter, and a
-        copy of the matrix behind the product. By then the normed tokens and "gate_up" were computed again.
+        The cost names "gate_up", both projections, concatenated. A layer's backward pass holds the most memory at the
+        gated activation: the gradients of the product and of the layer's output, a copy of the latter extended for the
+        adapter, and a copy of the `down` matrix. By then the normed tokens and "gate_up" were computed again.
         """
         size, (D, F) = context.itemsize, weight_of(self.down.weight).shape[-2:]
         gate_up = self.gate_up.after_norm_cost(norm, context).name_output("gate_up", 2 * F * size)

@@ -1,7 +1,8 @@
-"""Projections of one input, side by side in one matrix, with LoRA adapters that ride in its matmuls.
+"""Holds projections of the same input in one matrix, and computes their LoRA adapters within its matmuls.
 
 Weights keep the orientation of a checkpoint, `[out, in]`: reading and writing one copies rows and transposes nothing.
-Projections that read the same input are one matrix (query, key and value; gate and up): one matmul instead of three.
+Projections that read the same input (query, key and value; gate and up) are rows of one matrix, so that they need one
+matmul instead of two or three.
 """
 
 import jax
@@ -24,7 +25,7 @@ from jaxpack.model.weights import is_trained, weight_of
 
 
 class LoraAdapter(nnx.Module):
-    """`scaling * lora_b @ lora_a`, added to one projection's weight; float32 factors, applied in the input's dtype."""
+    """Adds `scaling * lora_b @ lora_a` to one projection's weight: float32 factors, applied in the input's dtype."""
 
     def __init__(self, lora_a: Float[Array, "*L R I"], lora_b: Float[Array, "*L O R"], scaling: float, dropout: float):
         self.lora_a = nnx.LoRAParam(lora_a)
@@ -34,10 +35,10 @@ class LoraAdapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """One or more projections of the same input, side by side in one `weight` `[sum(out), in]`, with a bias or not.
+    """Holds one or more projections of the same input as one `weight` `[sum(out), in]`, with or without a bias.
 
-    `projections` names them, with their output sizes, in the order of the rows. `lora` holds an adapter for each
-    that has one.
+    `projections` holds their names and output sizes, in the order of the rows. `lora` maps the name of each projection
+    that has an adapter to that adapter.
     """
 
     def __init__(
@@ -50,13 +51,16 @@ class Linear(nnx.Module):
         self.lora = nnx.Dict()
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
-        """All projections of `x`, side by side, in plain jnp. Dropout acts on what the adapters read, with a key."""
+        """Returns all projections of `x`, concatenated, in plain jnp.
+
+        With a `dropout_key`, dropout acts on the input of the adapters.
+        """
         out = self._biased(weight_of(self.weight).matmul(x))
         if not self.lora:
             return out
         if self.drops(dropout_key):
             keep = jax.random.bernoulli(dropout_key, 1 - self._dropout, x.shape)
-            kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 has no 0.9
+            kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
             x = jnp.where(keep, kept, 0)
         lora_a, lora_b = (factor.astype(x.dtype) for factor in self.factors())
         return out + x @ lora_a.T @ lora_b.T
@@ -64,7 +68,7 @@ class Linear(nnx.Module):
     def after_norm(
         self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_key: Key[Array, ""] | None
     ) -> tuple[Float[Array, "B T I"], Float[Array, "B T O"]]:
-        """`x` for the residual connection, and all projections of the normed `x`, side by side."""
+        """Returns `x` for the residual connection, and all projections of `norm(x)`, concatenated."""
         if context.apart or self.drops(dropout_key):
             return x, self(norm(x), dropout_key)
         weights = norm.weight, weight_of(self.weight), *self.factors()
@@ -82,14 +86,14 @@ class Linear(nnx.Module):
         gated: Activation | None = None,
         post_norm: "RMSNorm | None" = None,
     ) -> Float[Array, "B T O"]:
-        """`residual` and the projection of `x`, added; normed before that where there is a `post_norm`.
+        """Returns `residual` plus the projection of `x`, which a `post_norm` norms before it is added.
 
-        What is projected is `x`, or, with `gated`, `act(gate) * up` of the two that `x` holds side by side.
+        With `gated`, `x` holds gate and up, concatenated, and `act(gate) * up` is projected instead of `x`.
         """
         implementation = context.implementation
         base = residual if post_norm is None else None
         if context.apart or self.drops(dropout_key):
-            if gated is not None:  # the adapter reads the product, perhaps after dropout
+            if gated is not None:  # the adapter needs the product as an array, perhaps for dropout
                 x = gated_activation(checkpoint_name(x, "gate_up"), activation=gated, implementation=implementation)
             out = self(x, dropout_key)
             out = out if base is None else base + out
@@ -106,11 +110,12 @@ class Linear(nnx.Module):
     def after_norm_cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of `after_norm`, whose output is the projections.
 
-        Derivatives read the normed tokens with what the adapters' first factor makes of them behind their channels; or,
-        with dropout, what it lets through, and its mask. A weight that is cast is kept as it was cast.
+        The derivatives read the normed tokens, with their product with the adapters' A factors appended as further
+        channels. With dropout they read the dropped-out input, its mask and that product. A weight that is cast is kept
+        in its cast form.
         """
         (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
-        matrix = O * (I + R)  # elements of the weight with the adapters' second factor behind its columns
+        matrix = O * (I + R)  # elements of the weight with the adapters' B factors appended as columns
         copied = Cost(weight_bytes=2 * matrix * size)
         rows = PartCost(
             unnamed_bytes=self._dropout_bytes(context) if context.has_dropout else (I + R) * size,
@@ -124,43 +129,44 @@ class Linear(nnx.Module):
     def onto_cost(self, context: CostContext, *, gated: bool = False, post_norm: RMSNorm | None = None) -> PartCost:
         """Returns the cost of `onto`, whose output is the residual stream.
 
-        It names "lora", what the adapters pass between their factors: so small that every choice keeps it. With a
-        `post_norm` it also names "branch", what the norm reads. Its input is counted where that is named.
+        The cost names "lora", the product of the input with the adapters' A factors, which is so small that every
+        choice of `remat` keeps it. With a `post_norm` it also names "branch", the input of that norm. The input of the
+        projection is counted by the part that names it.
         """
         (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
-        matrix = (O + R) * I  # elements of the weight with the adapters' first factor behind its rows
+        matrix = (O + R) * I  # elements of the weight with the adapters' A factors appended as rows
         copied = Cost(weight_bytes=2 * matrix * size)
         part = PartCost(
             unnamed_bytes=self._dropout_bytes(context) if context.has_dropout else 0,
             output=Cost(matmul=2 * matrix, bytes=(3 * O + R) * size) + copied,
             backward=self._gradient_cost(matrix, context) + copied,
         )
-        if context.has_adapters:  # extends the gradient of the output
+        if context.has_adapters:  # the backward pass copies the output's gradient to append channels for the adapters
             part += PartCost(backward=Cost(bytes=2 * O * size))
-        if gated:  # the activation, and its gradient with its product again
+        if gated:  # the gated activation; then its gradient, which also recomputes the product
             part += PartCost(output=Cost(bytes=3 * I * size), backward=Cost(bytes=6 * I * size))
         if post_norm is not None:
             part = part.name_output("branch", O * size) + post_norm.cost(context, adds_residual=True)
         return PartCost(named={"lora": NamedActivation(R * size)}) + part
 
     def _gradient_cost(self, matrix: int, context: CostContext) -> Cost:
-        """Returns the work of the gradients: of the input, of a trained weight, and of the adapters' factors."""
+        """Returns the work to compute the gradients of the input, of a trained weight and of the adapters' factors."""
         matmul = 2 * matrix * (2 if is_trained(self.weight) else 1)
         return Cost(matmul=matmul, bytes=sum(self._shape) * context.itemsize if context.has_adapters else 0)
 
     def _dropout_bytes(self, context: CostContext) -> int:
-        """Returns the bytes a token of what dropout lets through, its mask, and what is between the factors."""
+        """Returns the bytes a token of the dropped-out input, its mask, and its product with the A factors."""
         _, I = self._shape  # noqa: E741
         return I * (context.itemsize + 1) + self.rank * context.itemsize
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Output and input channels of all projections together."""
+        """Returns the output and input channels of all projections together."""
         rows, columns = weight_of(self.weight).shape[-2:]
         return rows, columns
 
     def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]] | tuple[None, None]:
-        """Those of all adapters as one, scaled: the A factors side by side, the B factors as blocks on a diagonal."""
+        """Returns the factors of all adapters as one pair: A factors stacked, scaled B factors on a block diagonal."""
         if not self.lora:
             return None, None
         adapters = [(size, self.lora.get(name)) for name, size in self.projections]
@@ -177,23 +183,24 @@ class Linear(nnx.Module):
 
     @property
     def rank(self) -> int:
-        """Of all adapters together, made up to what kernels take; 0 without."""
+        """Returns the rank of all adapters together, padded to a rank that the kernels take; 0 without adapters."""
         rank = sum(adapter.lora_a.shape[-2] for adapter in self.lora.values())
         return padded_rank(rank) if rank else 0
 
     def drops(self, dropout_key: Key[Array, ""] | None) -> bool:
-        """Whether the adapters read something else than the projection: their input after dropout."""
+        """Returns whether dropout acts, so that the adapters read another input than the projection."""
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
 
     def _fitting(self, implementation: Implementation | None, residual: Float[Array, "B T D"]) -> Implementation | None:
-        """That of a model, but XLA where "pallas" has no kernel for projections from, or onto, this residual stream."""
+        """Returns `implementation`, or "xla" where "pallas" has no kernel for a residual stream of this shape."""
         B, T, D = residual.shape
         return "xla" if implementation == "pallas" and refusal(B * T, D, self.rank) else implementation
 
     def _biased(self, out: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
         if self.bias is None:
             return out
-        # Its gradient is a sum over all tokens: bfloat16 adds nothing to 256 that is below 1.
+        # The bias is added in float32 because its gradient is a sum over all tokens: in bfloat16, adding less than 1 to
+        # 256 changes nothing.
         return (out.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None, :]).astype(out.dtype)
 
     @property

@@ -1,4 +1,4 @@
-"""LoRA: which projections get an adapter, and how it starts. The algebra is in `layers.Linear`."""
+"""Adds LoRA adapters to projections and initialises them; `model/linear.py` computes with them."""
 
 import math
 
@@ -15,13 +15,13 @@ from jaxpack.settings import LoraConfig
 
 
 def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
-    """Adds adapters to a model, in place, and returns it; from then on only they, and `modules_to_save`, are trained.
+    """Adds adapters to a model, in place, and returns it; only adapters and `modules_to_save` stay trained.
 
-    Initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32.
+    The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32.
 
     Raises:
-      InputError: a name in `target_modules` is no projection of this model, one in a pattern has no adapter, only one
-        of two tied matrices is in `modules_to_save`, or the model has adapters already.
+      InputError: a name in `target_modules` is no projection of this model, a name in a pattern has no adapter, only
+        one of two tied matrices is in `modules_to_save`, or the model has adapters already.
     """
     check_type("config", config, LoraConfig)
     if adapters(model):
@@ -43,7 +43,7 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     freeze(model, leave_out=trained)
     for name in trained:
         variable = getattr(model, name)
-        if not is_trained(variable):  # frozen before, perhaps in fewer bits
+        if not is_trained(variable):  # it was frozen before, perhaps quantized
             setattr(model, name, TRAINED(weight_of(variable).dense(model.dtype)))
     rngs = nnx.Rngs(config.seed)
     for linear in linears:
@@ -60,8 +60,8 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
 
 
 def adapters(model: Transformer) -> dict[str, LoraAdapter]:
-    """The model's adapters by projection name; empty without LoRA. Their factors are stacked over layers."""
-    check_type("model", model, Transformer)  # of all who ask what a model has before they do anything with it
+    """Returns the model's adapters by projection name, empty without LoRA; their factors are stacked over layers."""
+    check_type("model", model, Transformer)  # checked here for all callers
     return {
         name: adapter
         for _, linear in nnx.iter_modules(model)

@@ -1,4 +1,4 @@
-"""RMSNorm, whose scale may be stored as what it is above 1."""
+"""Defines RMSNorm, whose scale may be stored as its offset from 1."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,9 +11,10 @@ from jaxpack.model.cost import Cost, CostContext, PartCost
 
 
 class RMSNorm(nnx.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, returned in the dtype of `x`.
+    """Computes `weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32; returns the dtype of `x`.
 
-    Trained, and in a checkpoint, is `scale`: the weight itself or, with `unit_offset`, what it is above 1.
+    The trained parameter, which is also the one in a checkpoint, is `scale`: the weight or, with `unit_offset`, the
+    weight minus 1.
     """
 
     def __init__(self, features: int, eps: float, *, unit_offset: bool = False, dtype: DTypeLike):
@@ -26,19 +27,20 @@ class RMSNorm(nnx.Module):
 
     @property
     def weight(self) -> Float[Array, " D"]:
-        """In float32, as a norm computes: bfloat16 has a hundredth between 1 and the next.
+        """Returns the weight in float32, in which norms compute: the bfloat16 after 1 is about 0.01 larger.
 
-        A cast also makes a kernel of taking a frozen layer's scale from the stack. A bare copy would wait for what is
-        offloaded: two copies to the host at a time leave no copy engine of the GPU free.
+        The cast also turns the slice of a frozen layer's scale out of the stack into a kernel. A plain copy would wait
+        for offloaded residuals: two copies to the host at a time leave no copy engine of the GPU free.
         """
         scale = self.scale[...].astype(jnp.float32)
         return 1 + scale if self.unit_offset else scale
 
     def cost(self, context: CostContext, *, adds_residual: bool = False) -> PartCost:
-        """Returns the cost of a norm in front of a branch or, with `adds_residual`, of the one behind it.
+        """Returns the cost of a norm before a branch or, with `adds_residual`, of a norm after it.
 
-        In front, its result is what the projection behind it keeps (`Linear.after_norm_cost`), and its backward
-        kernel adds the gradient that goes past the branch. Behind, the norm adds the residual stream to its result.
+        The result of a norm before a branch is a residual of the next projection, which counts it
+        (`Linear.after_norm_cost`), and the backward kernel adds the gradient of the residual connection. A norm after a
+        branch adds the residual stream to its result.
         """
         row = self.scale.shape[-1] * context.itemsize  # bytes a token
         if adds_residual:
@@ -47,6 +49,6 @@ class RMSNorm(nnx.Module):
 
 
 def make_norm(config: ModelConfig, dtype: DTypeLike, features: int | None = None) -> RMSNorm:
-    """The norm of a model: of `hidden_size` features, or of so many."""
+    """Returns an RMSNorm over `features` channels (default: `hidden_size`), as `config` defines it."""
     features = config.hidden_size if features is None else features
     return RMSNorm(features, config.rms_norm_eps, unit_offset=config.unit_offset_norms, dtype=dtype)

@@ -1,10 +1,10 @@
-"""A loop over layers that leaves with the host what the backward pass reads again, and fetches it a layer ahead.
+"""Scans over layers, moves their residuals to the host, and fetches them one layer ahead in the backward pass.
 
-`jax.checkpoint` can offload what it keeps within `jax.lax.scan`, and XLA can shift the copies by a turn, to run beside
-computation. But those of the last layer then stand outside of the loops, where XLA copies with kernels that leave the
-GPU to nothing else: 20 of 1,100 ms with Qwen3-8B. Here the loops themselves are shifted, so that every copy is in one:
-each turn of the first sends what the layer before it made, the last layer keeps its own, and each turn of the second
-fetches what the next one reads.
+`jax.checkpoint` can offload residuals within `jax.lax.scan`, and XLA can shift the copies by one iteration, so that
+they overlap with computation. But then the copies of the last layer stand outside the loops, where XLA copies with
+kernels that block the GPU for everything else: 20 of 1,100 ms with Qwen3-8B. Here the loops themselves are shifted, so
+that every copy is inside a loop. Each forward iteration sends the residuals of the layer before, the last layer keeps
+its own on the device, and each backward iteration fetches the residuals that the next iteration reads.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ _Layer = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 def scan_offloaded(layer: _Layer, x: jax.Array, stacks: Any, shared: Any) -> jax.Array:
-    """`x` after `x = layer(x, slices, shared)` for each slice of what is stacked in `stacks`.
+    """Applies `x = layer(x, slices, shared)` for each slice along the first axis of `stacks`, and returns `x`.
 
-    Of what a layer keeps for its backward pass (`jax.checkpoint` says what that is), all that is as large as `x` waits
-    in pinned memory of the host. `shared` has no gradient.
+    Moves residuals at least as large as `x` to pinned host memory; smaller ones stay on the device. `jax.checkpoint`
+    in `layer` decides which residuals there are. `shared` gets no gradient.
     """
     leaves, tree = jax.tree.flatten(stacks)
-    if leaves[0].shape[0] == 1:  # there is nothing to copy beside
+    if leaves[0].shape[0] == 1:  # no other layer runs that a copy could overlap with
         return layer(x, jax.tree.map(lambda leaf: leaf[0], stacks), shared)
     return _scan(lambda x, leaves, shared: layer(x, tree.unflatten(leaves), shared), x, leaves, shared)
 
@@ -39,11 +39,11 @@ def _scan(layer, x, leaves, shared):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pullback:
-    """A layer's derivative by its input and some of its leaves, apart from the arrays that it reads."""
+    """Holds a layer's pullback (for its input and some of its leaves) without the arrays that the pullback reads."""
 
-    varied: tuple[int, ...]  # the places of those leaves
+    varied: tuple[int, ...]  # the indices of the leaves that get a gradient
     tree: Any
-    places: tuple[int, ...]  # of each array, among those that are kept and, after them, those that are there anyway
+    places: tuple[int, ...]  # for each array that the pullback reads: its index in [*kept, *there]
 
     def __call__(self, d: jax.Array, kept: _Arrays, there: _Arrays) -> tuple[jax.Array, dict[int, jax.Array]]:
         arrays = [*kept, *there]
@@ -53,7 +53,10 @@ class _Pullback:
 def _take_apart(
     derivative: Any, varied: tuple[int, ...], x: jax.Array, there: _Arrays
 ) -> tuple[_Pullback, _Arrays, _Arrays]:
-    """Of what `jax.vjp` gives: also what is to be kept for it, first what is as large as `x`, then the rest."""
+    """Splits a pullback of `jax.vjp` into its structure, its residuals at least as large as `x`, and the smaller ones.
+
+    Arrays in `there` exist anyway (the layer's leaves and `shared`), so they are not counted as residuals.
+    """
     arrays, tree = jax.tree.flatten(derivative)
     known = {id(array) for array in there}
     kept = list({id(array): array for array in arrays if id(array) not in known}.values())
@@ -69,7 +72,7 @@ def _forward(layer, x, leaves, shared):
     pullback = None
 
     def one_layer(x, i):
-        nonlocal pullback  # each layer's is the same
+        nonlocal pullback  # the same structure for every layer
         of_layer = _at(leaves, i)
 
         def of_varied(x, some):
@@ -98,21 +101,22 @@ def _backward(layer, kept, d):
     def turn(state):
         turns, d, large, gradients = state
         i = num_layers - 1 - turns
-        fetched = [jax.device_put(array, jax.memory.Space.Device) for array in _at(on_host, i - 1)]  # at the end, any
+        # In the last iteration i - 1 is -1: it fetches the first slice, which nothing reads.
+        fetched = [jax.device_put(array, jax.memory.Space.Device) for array in _at(on_host, i - 1)]
         d, of_layer = pullback(d, large + _at(small, i), _at(leaves, i) + jax.tree.leaves(shared))
         update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, allow_negative_indices=False)
         updated = jax.tree.map(update, gradients, of_layer)
         return turns + 1, d, fetched, updated
 
-    # Where to copy from must follow from the number of turns by sums alone: else XLA copies with kernels here, too. A
-    # scan over the numbers of layers would read it from an array.
+    # XLA must be able to compute the source of each copy from the iteration number by additions alone, or it copies
+    # with kernels here, too. A scan over the layer numbers would read the source from an array: hence a while loop.
     zeros = {place: jnp.zeros_like(leaves[place]) for place in pullback.varied}
     _, d, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, (0, d, large, zeros))
     return d, [gradients.get(place) for place in range(len(leaves))], None
 
 
 def _at(stacks: _Arrays, i: jax.Array | int) -> _Arrays:
-    """One slice of each; of a negative number the first."""
+    """Returns slice `i` of each stack; a negative `i` gives the first slice."""
     return [jax.lax.dynamic_index_in_dim(stack, i, keepdims=False, allow_negative_indices=False) for stack in stacks]
 
 

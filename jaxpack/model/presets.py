@@ -4,7 +4,7 @@ from jaxpack.model.config import ModelConfig, RopeConfig
 
 
 def qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, tied: bool) -> ModelConfig:
-    """Qwen3 of a given size; the sizes share vocabulary, head_dim, key/value heads and rope."""
+    """Returns a Qwen3 of the given size; all sizes share vocabulary, head_dim, key/value heads and rope."""
     return ModelConfig(
         architecture="Qwen3ForCausalLM",
         vocab_size=151_936,

@@ -1,10 +1,10 @@
-"""Each choice of `remat` says what the backward pass keeps of each layer, where, and what it computes again.
+"""Defines the choices of `remat`: which residuals of a layer are kept, where, and what is computed again.
 
-The parts of a layer name what is dear to compute (`jax.ad_checkpoint.checkpoint_name`) and say what it costs (`cost`).
-Each choice is a set of those names: what is named is kept, the rest is computed again from the layer's input. The input
-is kept always: in the device's memory or, offloaded, in pinned memory of the host (`offload.py`). With it goes the
-residual stream between a layer's halves, so that each half is computed again for itself.
-`planning/` says what a choice comes to for a whole step, and which one is best.
+The parts of a layer name the activations that are expensive to compute (`jax.ad_checkpoint.checkpoint_name`) and
+declare their cost (`cost`). Each choice is a set of such names: named activations are kept, and the rest is computed
+again from the layer's input. The input is always kept: in device memory or, offloaded, in pinned host memory
+(`offload.py`). The residual stream between a layer's halves is offloaded with it, so that each half is computed again
+by itself. `planning/` estimates what a choice costs for a whole step, and picks the best one.
 """
 
 from collections.abc import Callable, Collection
@@ -16,21 +16,20 @@ from jaxpack.constants import Remat
 from jaxpack.model.config import ModelConfig
 from jaxpack.parallel.device import current_device
 
-# The names that each choice keeps on the device. "lora" is so small that all keep it. A model need not give every name:
-# only one with norms behind its branches gives "branch".
+# The names that each choice keeps on the device. "lora" is so small that all choices keep it. Not every model has every
+# name: only models with norms after their branches have "branch".
 KEPT: dict[Remat, frozenset[str] | None] = {
     "offload": frozenset({"lora"}),
     "offload_heads": frozenset({"lora"}),
     "full": frozenset({"lora"}),
     "keep_attention": frozenset({"attention", "lora"}),
     "keep_projections": frozenset({"qkv", "attention", "residual", "gate_up", "branch", "lora"}),
-    "none": None,  # all that the derivatives read, named or not
+    "none": None,  # keeps everything that the derivatives read, named or not
 }
 assert set(KEPT) == set(get_args(Remat))
 
-# The names that wait in the host's memory with a layer's input. "residual" spares the backward pass the matmul before
-# it, and "heads", which become queries, keys and values, one more: where the link carries that much in the time of the
-# forward pass.
+# The names that are offloaded to host memory with a layer's input. "residual" saves the backward pass the matmul before
+# it. "heads", the queries, keys and values, saves one more, if the link can carry that much during the forward pass.
 OFFLOADED: dict[Remat, frozenset[str]] = {
     "offload": frozenset({"residual"}),
     "offload_heads": frozenset({"residual", "heads"}),
@@ -40,8 +39,8 @@ OFFLOADED: dict[Remat, frozenset[str]] = {
 def offloaded(remat: Remat, config: ModelConfig, *, casts: bool) -> frozenset[str]:
     """Returns the names of `OFFLOADED` that a model offloads.
 
-    With a norm behind a projection, which reads the projection's output again, "residual" spares nothing and is left
-    out. Where weights are trained, and so cast, nothing is offloaded but inputs: see `RMSNorm.weight`.
+    A norm after a branch reads the projection's output again, so "residual" saves nothing there and is left out. Where
+    weights are trained, and therefore cast, only the layers' inputs are offloaded: see `RMSNorm.weight`.
 
     Args:
       casts: whether weights are trained, in float32, and read in a narrower dtype (`Transformer.casts_weights`).
@@ -52,31 +51,36 @@ def offloaded(remat: Remat, config: ModelConfig, *, casts: bool) -> frozenset[st
 
 
 def unrolls(remat: Remat) -> bool:
-    """Whether layers are laid out one after another in the program, and not a loop over them.
+    """Returns whether the program repeats the code of each layer instead of looping over the layers.
 
-    A loop copies all that is kept into arrays stacked over layers, and out again: 12 % of a step where much is kept.
-    But it compiles in a fifth of the time.
+    A loop copies all residuals into arrays stacked over layers, and out again: 12 % of a step where much is kept. But a
+    loop compiles in a fifth of the time.
     """
     return remat in ("keep_projections", "none")
 
 
 def recompute(layer: Callable[..., Any], remat: Remat, with_input: Collection[str]) -> Callable[..., Any]:
-    """`layer(x, ...)`, for use in a scan, keeping what the choice says, and what is `offloaded` with its input."""
+    """Wraps `layer(x, ...)`, for use in a scan, to keep the names of the choice and those in `with_input`.
+
+    `with_input` holds the names that are offloaded with the layer's input, see `offloaded`.
+    """
     names = KEPT[remat]
     if names is None:
         return layer
     policy = jax.checkpoint_policies.save_only_these_names(*names, *with_input)
-    # Within a loop there is nothing to share with the forward pass; in a program without, XLA would share all of it.
+    # Without a loop, XLA would merge the recomputation with the forward pass, and so keep everything. Within a loop
+    # there is no forward pass to merge with, so nothing has to be prevented.
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))
 
 
 def compiler_options(remat: Remat) -> dict[str, Any]:
-    """What a step wants of XLA on a GPU: by itself it starts kernels many at a time, in CUDA graphs.
+    """Returns the XLA options of a step: with offloading on a GPU, they turn CUDA graphs off; otherwise empty.
 
-    With "none", 1,024 tokens of Qwen3-0.6B take 12.0 ms so for 15.5 without; 16,384 of Qwen3-4B gain 0.2 %. But a graph
-    holds back copies between device and host until its kernels are done: without, what a layer left with the host is
-    fetched while the layer after it is at work. Two such layers at a time in a loop, and nothing is copied from a place
-    for the next layer's into one for this layer's.
+    CUDA graphs, XLA's default, start many kernels at a time. With "none", a step of 1,024 tokens of Qwen3-0.6B takes
+    12.0 ms with graphs and 15.5 ms without; 16,384 tokens of Qwen3-4B gain 0.2 %. But a graph holds back copies between
+    device and host until its kernels are done. With graphs off, layer i's residuals are fetched while layer i + 1 runs.
+    Double buffering puts two layers into each iteration of the loop, so that the fetched residuals need not be copied
+    from the next layer's buffer into this layer's.
     """
     if current_device().platform != "gpu" or remat not in OFFLOADED:
         return {}

@@ -1,10 +1,10 @@
-"""Rotary angles of a batch, by the frequencies that a checkpoint's rope has.
+"""Computes the rotary angles of a batch from the frequencies of a checkpoint's rope.
 
-Most scalings have the same frequencies for all documents. Two do not: LongRoPE has others for documents longer than
-the original context, and dynamic NTK stretches the base with each token beyond `max_position_embeddings`. Here the
-length of a token's own document decides, so that a packed document gets what it gets alone. transformers goes by the
-longest row of a batch, padding and neighbours included; on one document at a time the two agree. Rows that are no
-longer than either limit have one set of frequencies, known when the program is made.
+Most scalings have the same frequencies for all documents. Two do not: LongRoPE has other frequencies for documents
+longer than the original context, and dynamic NTK stretches the base with each token beyond `max_position_embeddings`.
+Here the length of a token's own document decides, so that a packed document gets the angles that it gets alone.
+transformers uses the longest row of a batch, padding and neighbours included; on one document at a time the two agree.
+Rows within both limits have one set of frequencies, known when the program is compiled.
 """
 
 import math
@@ -27,9 +27,10 @@ from jaxpack.model.config import (
 def document_angles(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int
 ) -> Angles:
-    """The angles of tokens at `positions` of documents of `lengths`, once per batch, for all layers with that rope.
+    """Returns the rotary angles of a batch, for all layers with this rope.
 
-    No document has more than `longest` tokens.
+    `positions` are the tokens' positions in their documents, and `lengths` the lengths of those documents, of which
+    none has more than `longest` tokens.
     """
     scaling = rope.scaling
     frequencies, factor = jnp.asarray(rope_frequencies(rope, head_dim)), attention_factor(rope)
@@ -38,7 +39,8 @@ def document_angles(
         long = jnp.asarray(rope_frequencies(rope, head_dim, is_long=True))
         frequencies = jnp.where(is_long, long[None, None, :], frequencies[None, None, :])
     elif isinstance(scaling, DynamicRopeScaling) and longest > (usual := scaling.max_position_embeddings):
-        # The base times s^(R / (R - 2)): the longest wavelength is stretched by s, 1 + factor * excess / usual.
+        # The base is multiplied by s^(R / (R - 2)), which stretches the longest wavelength by
+        # s = 1 + factor * excess / usual.
         stretch = 1 + scaling.factor * (jnp.maximum(lengths, usual) / usual - 1)
         R = rope.rotary_dim(head_dim)
         powers = jnp.asarray(np.arange(0, R, 2, dtype=np.float32) / np.float32(R - 2))
@@ -47,7 +49,7 @@ def document_angles(
 
 
 def last_length_alike(rope: RopeConfig, length: Int[Array, " B"]) -> Int[Array, " B"]:
-    """How long a document of `length` tokens may get before the angles of its tokens change."""
+    """Returns the length up to which a document of `length` tokens can grow without a change of its angles."""
     match rope.scaling:
         case LongRopeScaling(original_max_position_embeddings=original):
             return jnp.where(length > original, _ALWAYS, original)
@@ -60,9 +62,9 @@ _ALWAYS = np.iinfo(np.int32).max
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, *, is_long: bool = False) -> Float[np.ndarray, " half"]:
-    """Radians per position of each channel pair, float32: `theta^(-2i / R)`, rescaled; of long documents, or others.
+    """Returns the rescaled frequencies `theta^(-2i / R)` of the channel pairs, in radians per position, float32.
 
-    R is the number of channels that are rotated.
+    R is the number of channels that are rotated. `is_long` selects LongRoPE's factors for long documents.
     """
     R = rope.rotary_dim(head_dim)
     channels = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
@@ -80,7 +82,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, *, is_long: bool = False) 
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cosine and sine are multiplied by: where the checkpoint does not say it, what its scaling's paper does."""
+    """Returns the factor of cosine and sine: the checkpoint's or, without one, that of the scaling's paper."""
     scaling = rope.scaling
     if not isinstance(scaling, YarnRopeScaling | LongRopeScaling):
         return 1.0
@@ -95,10 +97,12 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def _llama3(frequencies: Float[np.ndarray, " half"], scaling: Llama3RopeScaling) -> Float[np.ndarray, " half"]:
-    """Llama 3.1 keeps wavelengths up to L / high_freq_factor, divides the frequency by `factor` for those beyond
-    L / low_freq_factor, and goes from one to the other linearly in L / wavelength; L is the original context length.
+    """Rescales frequencies as Llama 3.1 does.
+
+    Wavelengths up to L / high_freq_factor keep their frequency, and those beyond L / low_freq_factor have it divided by
+    `factor`. Between them the result is interpolated linearly in L / wavelength. L is the original context length.
     """
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # over the original context
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # rotations over the original context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
@@ -107,14 +111,16 @@ def _llama3(frequencies: Float[np.ndarray, " half"], scaling: Llama3RopeScaling)
 def _yarn(
     frequencies: Float[np.ndarray, " half"], scaling: YarnRopeScaling, theta: float
 ) -> Float[np.ndarray, " half"]:
-    """YaRN (https://arxiv.org/abs/2309.00071) keeps channels that turn more than `beta_fast` times over the original
-    context, divides the frequency by `factor` for those that turn less than `beta_slow` times, and goes from one to the
-    other linearly in the channel.
+    """Rescales frequencies as YaRN does (https://arxiv.org/abs/2309.00071).
+
+    Channels that rotate more than `beta_fast` times over the original context keep their frequency, and channels that
+    rotate less than `beta_slow` times have it divided by `factor`. Between them the result is interpolated linearly in
+    the channel.
     """
     half = len(frequencies)
 
     def channel(turns: float) -> float:
-        """The one that turns so often."""
+        """Returns the (fractional) index of the channel pair that rotates `turns` times over the original context."""
         return half * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
     first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
@@ -122,6 +128,6 @@ def _yarn(
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
     if first == last:
-        last += 0.001  # no division by zero
+        last += 0.001  # avoids a division by zero
     stretch = np.clip((np.arange(half, dtype=np.float32) - first) / (last - first), 0, 1)
     return (1 - stretch) * frequencies + stretch * frequencies / scaling.factor

@@ -1,4 +1,4 @@
-"""The model: embed, scan over stacked blocks, norm; and the head that turns hidden states into logits."""
+"""Defines the model: embedding, a scan over stacked blocks, a norm, and the head that computes logits."""
 
 import functools
 
@@ -23,16 +23,17 @@ from jaxpack.settings import LoraConfig
 
 
 class Transformer(nnx.Module):
-    """A decoder-only language model over packed rows.
+    """Computes a decoder-only language model over packed rows.
 
     The parameters of `blocks` are stacked over layers, `[num_layers, ...]`, and scanned, so that compile time does not
     grow with depth. A new instance has random weights: `torch_bridge.from_pretrained` fills in a checkpoint's.
 
     Attributes:
       config: the architecture.
-      dtype: of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast to it.
-      lora_config: how adapters were added; None without them.
-      source_files: names and texts of the JSON files that the model was read with, for those to be written with it.
+      dtype: the dtype of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast
+        to it.
+      lora_config: the settings with which adapters were added; None without adapters.
+      source_files: names and texts of the JSON files that the model was read with, which are written with it again.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
@@ -64,17 +65,17 @@ class Transformer(nnx.Module):
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm, in `dtype`. See `PackedBatch` for what the arguments hold.
+        """Returns the hidden states after the last norm, in `dtype`; `PackedBatch` documents the arrays.
 
         Args:
-          remat: what the backward pass computes again, see `model.remat`.
-          max_segments: what no row has more documents than, where that is known; see `kernels.attention`.
-          implementation: of all kernels; None takes the faster on each device. With "pallas", a projection that it has
-            no kernel for is XLA's, see `kernels.extended.refusal`.
+          remat: the choice of what the backward pass computes again, see `model.remat`.
+          max_segments: an upper bound on the documents in a row, if known; see `kernels.attention`.
+          implementation: the implementation of all kernels; None picks the faster one on each device. With "pallas",
+            XLA computes the projections that have no Pallas kernel, see `kernels.extended.refusal`.
           dropout_key: turns the dropout of LoRA adapters on.
         """
         segments = segment_bounds(segment_ids)
-        # In rows that it spans, a window is none.
+        # A window as long as the row limits nothing.
         windows = [
             window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
         ]
@@ -101,14 +102,14 @@ class Transformer(nnx.Module):
         return self.norm(x)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first layer reads."""
+        """Returns the input of the first layer: the tokens' embeddings, scaled where the architecture does so."""
         x = weight_of(self.embedding).take(tokens, self.dtype)
         if self.config.scale_embeddings:
-            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to it, as transformers does
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to `dtype`, as transformers does
         return x
 
     def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], *, longest: int) -> "PerLayer":
-        """The rotary angles of each layer, see `document_angles`."""
+        """Returns the rotary angles of each layer, see `document_angles`."""
         H = self.config.head_dim
         return PerLayer.of(
             self.config.ropes, lambda rope: document_angles(rope, H, positions, lengths, longest=longest)
@@ -116,35 +117,39 @@ class Transformer(nnx.Module):
 
     @property
     def head(self) -> Weight:
-        """The matrix `[V, D]` that turns hidden states into logits: the embedding where they are tied."""
+        """Returns the matrix `[V, D]` that turns hidden states into logits: the embedding where they are tied."""
         return weight_of(self.head_variable)
 
     @property
     def head_variable(self) -> nnx.Variable:
-        """The parameter that holds `head`."""
+        """Returns the variable that holds `head`."""
         return getattr(self, self.head_name)
 
     @property
     def head_name(self) -> str:
-        """The attribute that holds `head`."""
+        """Returns the name of the attribute that holds `head`."""
         return "embedding" if self.config.tie_word_embeddings else "lm_head"
 
     @property
     def casts_weights(self) -> bool:
-        """Whether a step casts the weights to the narrower dtype of the matmuls: trained ones are float32, and those
-        that were trained before may be.
+        """Returns whether a step casts the weights to a narrower dtype for its matmuls.
+
+        Trained weights are float32, and weights that were trained before may be.
         """
         scale = self.norm.scale
         return self.dtype != jnp.float32 and (is_trained(scale) or scale.dtype != self.dtype)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The logits of hidden states, in float32."""
+        """Returns the logits of hidden states, in float32."""
         logits = jnp.einsum("BTD,VD->BTV", hidden, self.head.dense(hidden.dtype), preferred_element_type=jnp.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
-        """Logits in float32, for looking at; training never holds them. Without `segment_ids` a row is one document."""
+        """Returns logits in float32, for inspection; training never holds them.
+
+        Without `segment_ids`, each row is one document.
+        """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         return _logits(*nnx.split(self), tokens, segment_ids)
@@ -159,7 +164,7 @@ def _logits(
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Each token's place in its own segment, from where the ids change."""
+    """Returns each token's position in its own segment; a segment starts where the ids change."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,7 +1,7 @@
-"""What is trained and what is frozen, and how a model holds its matrices.
+"""Distinguishes trained from frozen parameters, and defines how a model holds its matrices.
 
-A parameter that is trained is an `nnx.Param` of an array. What is frozen is a `Frozen` variable: of a `Weight` for a
-matrix, in whatever form it is stored, and of a plain array for anything smaller.
+A trained parameter is an `nnx.Param` that holds an array. A frozen parameter is a `Frozen` variable. It holds a matrix
+as a `Weight`, in whatever form that is stored, and anything smaller as a plain array.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxpack.kernels.weight import DenseWeight, Weight, as_weight
 
-TRAINED = nnx.Param  # the one filter that says what is trained: adapters' factors are kinds of it
+TRAINED = nnx.Param  # the one filter for trained parameters; `nnx.LoRAParam` is a subclass
 MATRICES = ("weight", "embedding", "lm_head")  # the attributes of modules that hold a matrix
 
 
 class Frozen(nnx.Variable):
-    """A parameter that is not trained."""
+    """Holds a parameter that is not trained."""
 
 
 def weight_of(variable: nnx.Variable) -> Weight:
@@ -30,7 +30,7 @@ def weight_of(variable: nnx.Variable) -> Weight:
 
 
 def is_trained(variable: Any) -> bool:
-    """Whether an attribute of a module is a parameter that training changes."""
+    """Returns whether an attribute of a module is a parameter that training changes."""
     return isinstance(variable, TRAINED)
 
 
@@ -45,8 +45,8 @@ def freeze(
     """Turns all parameters of a model into frozen ones, in place.
 
     Args:
-      store: makes the weight of a matrix, or of a stack of them.
-      leave_out: the attributes of the model itself that stay trained.
+      store: makes a `Weight` from a matrix, or from a stack of matrices.
+      leave_out: names of attributes of the model itself that stay trained.
     """
     for path, module in list(nnx.iter_modules(model)):
         for name, variable in list(vars(module).items()):
@@ -56,24 +56,24 @@ def freeze(
 
 
 def reads_by_number(_: Any, variable: Any) -> bool:
-    """A filter for variables whose weight a loop over layers reads by the number of the layer (`Weight.at`)."""
+    """Selects, as an nnx filter, the weights that a loop over layers reads by layer number (`Weight.at`)."""
     value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
     return isinstance(value, Weight) and value.reads_by_number
 
 
 def weights_at(stacks: nnx.State, layer: Int[Array, ""] | None) -> nnx.State:
-    """Returns one layer's view of weights that are read by number."""
+    """Returns one layer's view of weights that are read by layer number."""
     return jax.tree.map(lambda weight: weight.at(layer), stacks, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MixedWeight(Weight):
-    """A stack whose layers are stored in several forms: 4-bit with single layers left in 16 bits, say.
+    """Holds a stack whose layers are stored in several forms, for example most in 4 bits and a few in 16.
 
     Attributes:
-      parts: a stack for each form.
-      places: for each layer, its part and its number there.
+      parts: one stack for each form.
+      places: for each layer, the index of its part and its index within that part.
       layer: the layer that is read; None for the whole stack.
     """
 
@@ -85,17 +85,17 @@ class MixedWeight(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one matrix, or of the stack of all layers."""
+        """Returns the shape of one matrix, or of the stack of all layers."""
         matrix = self.parts[0].shape[-2:]
         return (len(self.places), *matrix) if self.layer is None else matrix
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The widest dtype of the parts."""
+        """Returns the dtype that the parts' dtypes promote to."""
         return jnp.result_type(*(part.dtype for part in self.parts))
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "MixedWeight":
-        """Returns the stack with rows of one layer stored in the form that this layer has."""
+        """Returns the stack with `rows` of one layer replaced, stored in the form of that layer."""
         layer, row = start
         parts = list(self.parts)
         for kind, part in enumerate(parts):
@@ -111,7 +111,7 @@ class MixedWeight(Weight):
         return dataclasses.replace(self, layer=layer)
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
-        """Returns the layer that is read, or all layers."""
+        """Returns the layer that is read, or all layers, as a dense array."""
         if self.layer is None:
             return jnp.stack([self.at(layer).dense(dtype) for layer in range(len(self.places))])
         return self._choose(lambda weight: weight.dense(dtype))
@@ -129,7 +129,10 @@ class MixedWeight(Weight):
         return self._choose(lambda weight: weight.append_rows(a))
 
     def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "MixedWeight"]:
-        """Orders the number of the layer, from which all else is read, behind the arrays."""
+        """Returns the arrays, and this weight read only after they are computed.
+
+        A barrier orders the layer number after the arrays, and every read of the weight depends on that number.
+        """
         *arrays, layer = jax.lax.optimization_barrier((*arrays, jnp.asarray(self.layer)))
         return tuple(arrays), self.at(layer)
 

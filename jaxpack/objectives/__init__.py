@@ -1,1 +1,1 @@
-"""Objectives: what training minimises, as sums over a batch that can be added over rows, micro-batches and devices."""
+"""Objectives are what training minimises: sums over a batch that add up over rows, micro-batches and devices."""

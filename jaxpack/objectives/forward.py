@@ -1,4 +1,4 @@
-"""One pass of a model over a batch, as an objective sees it."""
+"""Gives an objective the results of one forward pass of a model over a batch."""
 
 import functools
 
@@ -15,11 +15,11 @@ from jaxpack.model.transformer import Transformer
 
 
 class Forward:
-    """A model and a batch `[B, T]` of rows, and what a pass over them gives: computed once, where it is asked for.
+    """Holds a model, a batch `[B, T]` of rows and the results of a pass, each computed once when first asked for.
 
     Attributes:
       model: the model, with the weights of this step.
-      batch: rows of whole documents.
+      batch: rows of whole documents, as arrays `[B, T]`.
       limits: how many documents and targets the rows have at most.
       implementation: see `jaxpack.kernels`.
     """
@@ -39,17 +39,17 @@ class Forward:
 
     @functools.cached_property
     def hidden(self) -> Float[Array, "B T D"]:
-        """The hidden states after the last norm, in the model's dtype."""
+        """Returns the hidden states after the last norm, in the model's dtype."""
         return self._hidden_of(self.model, self._dropout_key)
 
     @functools.cached_property
     def log_probs(self) -> Float[Array, "B T"]:
-        """The log-probability of each token's target, float32; 0 where there is none."""
+        """Returns the log-probability of each token's target, float32; 0 where there is no target."""
         return self._log_probs_of(self.model, self.hidden)
 
     @functools.cached_property
     def reference_log_probs(self) -> Float[Array, "B T"]:
-        """`log_probs` of the model without its adapters: what it was before training. They have no gradient.
+        """Returns `log_probs` of the model without its adapters, as it was before training. They have no gradient.
 
         Raises:
           InputError: the model has no adapters, or trains the embedding or the head beside them.
@@ -66,7 +66,7 @@ class Forward:
 
     @functools.cached_property
     def scores(self) -> TokenScores:
-        """The loss of each token, and the likeliest next one. They have no gradient."""
+        """Returns the loss of each token and the likeliest next token. They have no gradient."""
         softcap = self.model.config.final_logit_softcapping
         options = {"softcap": softcap, "implementation": self.implementation}
         return token_scores(self.hidden, self.model.head, self.batch.targets, **options)

@@ -1,4 +1,4 @@
-"""The contract of an objective, and objectives made of a user's own function."""
+"""Defines the contract of an objective, and objectives that wrap a user's own function."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,13 +13,12 @@ from jaxpack.objectives.forward import Forward
 
 
 class Sums(NamedTuple):
-    """What an objective gives of the rows that it is shown. All are sums, float32, so that those of rows, micro-batches
-    and devices can be added up.
+    """Holds an objective's float32 sums over some rows, which add up over rows, micro-batches and devices.
 
     Attributes:
-      loss: the sum that is minimised, before it is divided.
-      weight: what the sum over the whole step is divided by: a number of targets, say, or of documents.
-      metrics: other sums to report, by name, divided by `weight`, too.
+      loss: the sum that is minimised, not yet divided by the weight.
+      weight: divides the loss summed over the whole step: for example the number of targets, or of documents.
+      metrics: other sums to report, by name; they are divided by `weight`, too.
     """
 
     loss: Float[Array, ""]
@@ -29,16 +28,16 @@ class Sums(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """Minimises something over a batch: called within the compiled step, on each device's own rows.
+    """Gives the sums to minimise over a batch. Called within the compiled step, on each device's own rows.
 
     Attributes:
-      documents_together: how many documents of the dataset, one after another, belong together: they stand in one row.
+      documents_together: how many successive documents of the dataset belong together and are put into one row.
     """
 
     documents_together: int
 
     def __call__(self, forward: Forward) -> Sums:
-        """Returns the sums of the rows of `forward.batch`."""
+        """Returns the sums over the rows of `forward.batch`."""
         ...
 
 
@@ -47,8 +46,9 @@ class HiddenObjective:
     """Minimises a function of hidden states: `function(hidden, model, batch) -> (sum, weight)`.
 
     Args:
-      function: of hidden states `[B, T, D]`, the model and a `PackedBatch` of `[B, T]` arrays, in jax. Both numbers are
-        sums over the batch. It may return a third: a dict of sums to report, which are divided by the weight, too.
+      function: a jax function of hidden states `[B, T, D]`, the model and a `PackedBatch` of `[B, T]` arrays. It
+        returns two sums over the batch, and may return a third value: a dict of sums to report, which are divided by
+        the weight, too.
       documents_together: see `Objective`.
 
     Example:
@@ -63,7 +63,7 @@ class HiddenObjective:
     documents_together: int = 1
 
     def __call__(self, forward: Forward) -> Sums:
-        """Returns what the function gives of a pass."""
+        """Returns the sums that the function makes of the hidden states."""
         return as_sums(self.function(forward.hidden, forward.model, forward.batch))
 
 
@@ -71,13 +71,13 @@ class HiddenObjective:
 class LogProbObjective:
     """Minimises a function of the log-probabilities of targets: `function(log_probs, batch) -> (sum, weight)`.
 
-    The logits of all tokens are never held, and the derivative computes none of them again (`token_log_probs`).
+    The logits of all tokens are never held at once, and the derivative does not recompute them (`token_log_probs`).
 
     Args:
-      function: of `log_probs` float32 `[B, T]`, 0 where a token has no target, and a `PackedBatch` of `[B, T]` arrays,
-        in jax. See `HiddenObjective` for what it returns.
+      function: a jax function of `log_probs` float32 `[B, T]`, 0 where a token has no target, and a `PackedBatch` of
+        `[B, T]` arrays. See `HiddenObjective` for what it returns.
       documents_together: see `Objective`.
-      with_reference: gives the function the log-probabilities of the model without its adapters, too:
+      with_reference: whether the function also gets the log-probabilities of the model without its adapters:
         `function(log_probs, reference_log_probs, batch)`.
 
     Example:
@@ -93,16 +93,16 @@ class LogProbObjective:
     with_reference: bool = False
 
     def __call__(self, forward: Forward) -> Sums:
-        """Returns what the function gives of a pass."""
+        """Returns the sums that the function makes of the log-probabilities."""
         reference = (forward.reference_log_probs,) if self.with_reference else ()
         return as_sums(self.function(forward.log_probs, *reference, forward.batch))
 
 
 def as_sums(result: Any) -> Sums:
-    """Returns what a user's function gave as `Sums`.
+    """Returns the result of a user's function as `Sums`.
 
     Raises:
-      InputError: it is no pair of numbers, or there are metrics that are no dict of numbers.
+      InputError: the result is neither (sum, weight) nor (sum, weight, metrics), all scalars.
     """
     values = tuple(result) if isinstance(result, tuple | list) else (result,)
     sums, metrics = values[:2], dict(values[2]) if len(values) == 3 and isinstance(values[2], dict) else {}
@@ -118,10 +118,10 @@ def as_sums(result: Any) -> Sums:
 
 
 def check_objective(objective: Any) -> Objective:
-    """Returns the objective.
+    """Returns the objective if it is a valid one.
 
     Raises:
-      InputError: it is none.
+      InputError: it is not an `Objective`, or its `documents_together` is no whole number of at least 1.
     """
     if not isinstance(objective, Objective) or isinstance(objective, type) or not callable(objective):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the cross entropy of all targets."""
+"""The objective of supervised fine-tuning (SFT): the cross entropy of all targets."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,7 +13,8 @@ from jaxpack.objectives.objective import Sums
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Minimises the mean cross entropy over all targets of a step, by the loss that makes its gradient beside it.
+    """Minimises the mean cross entropy over a step's targets, with the loss that makes its gradient in the forward
+    pass.
 
     Example:
       >>> SFT().documents_together
@@ -33,5 +34,5 @@ class SFT:
             max_targets=forward.limits.max_targets,
             implementation=forward.implementation,
         )
-        # As a float, so that devices add up numbers of one dtype, all in one go: exact up to 2^24 targets.
+        # A float like the other sums, so that devices add all of them in one all-reduce; exact up to 2^24 targets.
         return Sums(loss, jnp.sum(batch.targets != IGNORE).astype(jnp.float32), {})

@@ -1,1 +1,1 @@
-"""Devices: which one a run is on, and how much memory it and its host have."""
+"""Places a run on devices: the current device and its memory, the mesh, and how arrays are sharded over it."""

@@ -1,4 +1,4 @@
-"""The device that a run is on, and the memory of it and of its host."""
+"""Finds the device that a run is on, and measures the memory of the device and of its host."""
 
 import os
 import sys
@@ -10,15 +10,15 @@ from jax.extend import backend
 
 try:
     import resource
-except ImportError:  # Windows has none
+except ImportError:  # Windows has no `resource`
     resource = None
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-_PINNED_LIMIT_GIB = 64  # of a process, where that is not set
+_PINNED_LIMIT_GIB = 64  # GiB a process, if the variable above is not set
 
 
 def current_device() -> jax.Device:
-    """Where arrays are made: by `jax.default_device`, or the first of this process."""
+    """Returns the device that arrays are made on: `jax.default_device`, or the first device of this process."""
     chosen = jax.config.jax_default_device
     if isinstance(chosen, jax.Device):
         return chosen
@@ -28,8 +28,8 @@ def current_device() -> jax.Device:
 def may_lower_for_gpu() -> bool:
     """Returns whether a program that is traced now may be lowered for a GPU.
 
-    It may where this process has any device but a CPU, or where the mesh in context (`jax.sharding.use_abstract_mesh`)
-    is one of GPUs that are not here.
+    It may if this process has any device but CPUs, or if the mesh in context (`jax.sharding.use_abstract_mesh`) is one
+    of GPUs, which this process need not have.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return set(backend.backends()) != {"cpu"} or (device is not None and device.platform == "gpu")
@@ -41,15 +41,15 @@ def platform_of(array: jax.Array) -> str:
 
 
 def free_device_bytes(device: jax.Device) -> int | None:
-    """What its allocator has left; None where it does not say."""
+    """Returns the bytes that the device's allocator has left, or None if the allocator does not report them."""
     statistics = device.memory_stats() or {}
     return statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None
 
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory held so far: the GPU allocator's own peak, or, on a CPU, that of the whole process.
+    """Returns the peak memory so far, in bytes: the GPU allocator's or, on a CPU, that of the whole process.
 
-    It is 0 on a CPU whose operating system does not say.
+    It is 0 on a CPU whose operating system does not report it.
     """
     statistics = current_device().memory_stats()
     if statistics is not None:
@@ -61,7 +61,7 @@ def peak_memory_bytes() -> int:
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """What Linux says can be allocated without swapping, within the limit of a container; None elsewhere."""
+    """Returns the bytes that can be allocated without swapping, within a container's limit; None outside Linux."""
     try:
         available = _counters(root / "proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, ValueError, KeyError):
@@ -70,13 +70,13 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
 
 
 def pinned_limit_bytes() -> int:
-    """The most of the host's memory that XLA pins for a GPU."""
+    """Returns the most host memory, in bytes, that XLA pins for a GPU."""
     setting = os.environ.get(PINNED_LIMIT, "")
     return (int(setting) if setting.isdecimal() else _PINNED_LIMIT_GIB) * 2**30
 
 
-# In versions 2 and 1 of control groups: the folder; its limit, what is used, and what of that is files read before,
-# which make way.
+# For versions 2 and 1 of control groups: the folder, and the names of the limit, of the memory in use, and of the part
+# of it that caches files, which Linux frees when memory is needed.
 _GROUPS = (
     ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -89,10 +89,10 @@ def _left_in_containers(root: Path) -> Iterator[int]:
         try:
             limit, used = (int((group / name).read_text()) for name in names)
             yield max(0, limit - used + _counters(group / "memory.stat")[cached])
-        except (OSError, ValueError, KeyError):  # no container, or no limit: "max"
+        except (OSError, ValueError, KeyError):  # there is no container, or no limit ("max")
             continue
 
 
 def _counters(path: Path) -> dict[str, int]:
-    """The numbers behind the first word of each line."""
+    """Returns the number after the first word of each line, by that word."""
     return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}

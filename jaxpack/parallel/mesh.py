@@ -1,4 +1,4 @@
-"""The mesh of devices that a run is on: one device is a mesh of one."""
+"""Makes the mesh of devices that a run is on; one device is a mesh of one."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ DATA = "data"  # the mesh axis over which the rows of a batch are dealt
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
     """Returns a mesh with one axis, "data", over `devices`.
 
-    None is the mesh that is set in JAX (`jax.set_mesh`), where that has such an axis, and else the one device that
-    arrays are made on.
+    With None, it is the mesh that is set in JAX (`jax.set_mesh`), if that mesh has such an axis, and otherwise a mesh
+    of the one device that arrays are made on.
 
     Raises:
       InputError: `devices` is empty or names a device twice.

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh: one table from logical axes to mesh axes."""
+"""Places arrays on a mesh by one table from logical axes to mesh axes."""
 
 from typing import TypeVar
 
@@ -9,22 +9,22 @@ from jaxpack.parallel.mesh import DATA, DeviceMesh
 
 Tree = TypeVar("Tree")
 
-# A logical axis that is not named here lies whole on every device.
+# A logical axis that is not named here is whole on every device.
 MESH_AXES: dict[str, str] = {"batch": DATA}
 
 BATCH = ("micro", "batch", "token")  # the logical axes of a `PackedBatch`
 
 
 def spec(*axes: str) -> PartitionSpec:
-    """Returns where an array with these logical axes lies."""
+    """Returns the partition of an array with these logical axes."""
     return PartitionSpec(*(MESH_AXES.get(axis) for axis in axes))
 
 
 def batch_sharding(mesh: DeviceMesh) -> NamedSharding:
-    """Returns where the arrays `[A, B, T]` of a batch lie: each device has some of the B rows."""
+    """Returns the sharding of a batch's arrays `[A, B, T]`, which gives each device a share of the B rows."""
     return NamedSharding(mesh, spec(*BATCH))
 
 
 def replicate(tree: Tree, mesh: DeviceMesh) -> Tree:
-    """Returns the arrays of a pytree, whole, on every device of the mesh. On a mesh of one they are not touched."""
+    """Returns a pytree with its arrays whole on every device of the mesh; a mesh of one changes nothing."""
     return tree if mesh.size == 1 else jax.device_put(tree, NamedSharding(mesh, spec()))

@@ -1,1 +1,1 @@
-"""Predictions of what a run will cost in memory and time, and what to choose by them."""
+"""Predicts what a run will cost in memory and time, and chooses settings by the predictions."""

@@ -1,8 +1,8 @@
-"""The choice of `remat`: the predicted memory and time of a step with each, and the fastest one that fits.
+"""Chooses `remat`: predicts the memory and time of a step with each choice, and takes the fastest one that fits.
 
-Predictions are within 10 % of what was measured on an H200 and an H100 (`benchmarks/results/`, and the tests): adapters
-of Qwen3-0.6B to 8B, all weights of 0.6B. Steps of under 30 ms can be off by 30 %: they go by the host, and one took 19,
-22 and 31 ms.
+Predictions are within 10 % of measurements on an H200 and an H100 (`benchmarks/results/`, and the tests): adapters of
+Qwen3-0.6B to 8B, and all weights of 0.6B. Steps of under 30 ms can be off by 30 %, because the host sets their pace:
+one such step took 19, 22 and 31 ms.
 """
 
 import math
@@ -28,11 +28,11 @@ from jaxpack.planning.time import DeviceRates, rates_of, step_seconds
 from jaxpack.settings import TrainConfig
 
 _GIB = 2**30
-_ACCURACY = 0.1  # what is measured may be that much more than was predicted
+_ACCURACY = 0.1  # Measured memory may exceed the prediction by this share.
 
 
 class Prediction(NamedTuple):
-    """The memory and time that a step takes with one choice."""
+    """Holds the predicted memory and time of a step with one choice of `remat`."""
 
     remat: Remat
     peak_bytes: int
@@ -52,7 +52,7 @@ def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
 
 
 def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
-    """Returns the predictions within `memory` bytes of the device and the free memory of the host, fastest first."""
+    """Returns the predictions that fit in `memory` bytes on the device and in free host memory, fastest first."""
     host = _host_room()
     room = [p for p in predictions if p.peak_bytes <= memory and p.host_bytes <= host]
     return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
@@ -61,14 +61,14 @@ def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
 def resolve(
     config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int, gpu: str | None = None
 ) -> tuple[Remat, str | None]:
-    """Returns a run's choice; and, where `remat` left it open, a line that says what was chosen and why.
+    """Returns a run's choice of `remat`, and a line with the reason if the setting is "auto", else None.
 
     Args:
-      held_bytes: the bytes of the device's memory that the run's own weights and optimizer state take already.
-      gpu: a name in `time.RATES`, for a run on another device than this machine's. Nothing is known of its memory.
+      held_bytes: the bytes of device memory that the run's own weights and optimizer state take already.
+      gpu: a name in `time.RATES`, for a run on another device than this machine's. Its free memory is not known.
 
     Raises:
-      InputError: a step fits with no choice, or the host has too little memory for one that is asked for by name.
+      InputError: a step fits with no choice, or the host has too little memory for the choice that the user named.
     """
     step = StepShape.of_run(model, batches)
     if config.remat != "auto":
@@ -81,7 +81,7 @@ def resolve(
     if memory is None:
         return "full", 'remat "full": this device does not say how much memory is free; a `memory_limit` may allow more'
     predictions = list(predict(step, rates_of(gpu or device.device_kind)).values())
-    if gpu is None and device.platform == "cpu":  # has no memory but the host's
+    if gpu is None and device.platform == "cpu":  # Its only memory is the host's.
         predictions = [p for p in predictions if not p.host_bytes]
     if not (fitting := fits(predictions, memory)):
         raise InputError(_refusal(config, step, fits(predictions, math.inf), memory))
@@ -99,13 +99,13 @@ def _check_host(step: StepShape, remat: Remat) -> None:
 
 
 def _host_room() -> int:
-    """Returns the bytes that can wait in the host's memory."""
+    """Returns how many bytes can be offloaded to the host's memory."""
     available, limit = available_host_bytes(), pinned_limit_bytes()
     return limit if available is None else min(available, limit)
 
 
 def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:
-    """Returns the bytes that a run may take in all: the free ones and its own, less what a prediction may be off by."""
+    """Returns the device bytes that a run may take: the free ones and its own, less a margin for the predictions."""
     free = free_device_bytes(device)
     return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
 

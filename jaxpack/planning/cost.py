@@ -1,6 +1,6 @@
-"""A step's shape, and the work of its passes: sums over what the parts of the model say that they cost (`model.cost`).
+"""The shape of a step and the work of its passes, summed over the costs that the model's parts declare (`model.cost`).
 
-The arithmetic is for the kernels of a GPU and bfloat16; plain XLA (`implementation="xla"`) takes more memory and time.
+The figures are for GPU kernels and bfloat16; plain XLA (`implementation="xla"`) takes more memory and time.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxpack.model.weights import is_trained, split_trained
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The figures of a model and a batch that the memory and time of a step follow from.
+    """Holds the figures of a model and a batch from which the memory and time of a step follow.
 
     Attributes:
       config: the architecture.
@@ -30,12 +30,12 @@ class StepShape:
       trained: how many parameters are trained, in float32.
       frozen_bytes: the bytes of all other parameters.
       trains_all: whether all weights are trained.
-      trains_head: whether the head is: with all weights, or whole beside adapters.
+      trains_head: whether the head is trained: with all weights, or in full beside adapters.
       casts_weights: see `Transformer.casts_weights`.
-      copies_head: whether the loss makes a dense copy of a head that is stored in another form.
+      copies_head: whether the loss makes a dense copy of the head, because it is stored in another form.
       shape: A micro-batches of B rows of T tokens.
       max_targets: the most targets in a micro-batch.
-      keys_per_token: how many tokens a token attends to, on average, over layers too.
+      keys_per_token: how many tokens a token attends to, on average over tokens and layers.
     """
 
     config: ModelConfig
@@ -60,7 +60,7 @@ class StepShape:
         max_targets: int | None = None,
         keys_per_token: float | None = None,
     ) -> "StepShape":
-        """Returns the shape of a step of this model, whose arrays may be abstract.
+        """Returns the shape of a step of a model, whose arrays may be abstract.
 
         Args:
           shape: `(A, B, T)`.
@@ -107,42 +107,44 @@ class StepShape:
 
     @property
     def num_layers(self) -> int:
-        """The layers of the model."""
+        """Returns the number of layers of the model."""
         return self.config.num_layers
 
     @property
     def tokens(self) -> int:
-        """The tokens of a micro-batch, with its padding."""
+        """Returns the number of tokens in a micro-batch, padding included."""
         return self.shape[1] * self.shape[2]
 
     @property
     def input_bytes(self) -> int:
-        """A layer's input in bytes a token, which every choice keeps: offloaded, in the host's memory."""
+        """Returns the bytes a token of a layer's input, which every choice keeps on the device or, offloaded, the
+        host."""
         return self.config.hidden_size * self.itemsize
 
     @property
     def head(self) -> int:
-        """The elements of the matrix that makes logits."""
+        """Returns the number of elements in the matrix that makes logits."""
         return self.config.vocab_size * self.config.hidden_size
 
     def offloaded(self, remat: Remat) -> frozenset[str]:
-        """Returns the names that wait in the host's memory beside inputs."""
+        """Returns the names of the activations that a choice offloads to the host beside the layer inputs."""
         return offloaded(remat, self.config, casts=self.casts_weights)
 
 
 def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"]) -> float:
-    """The average over layers, and over the tokens of documents of these lengths."""
+    """Returns how many tokens a token attends to, averaged over layers and over tokens of documents of these
+    lengths."""
     lengths = lengths.astype(np.float64)
 
     def pairs(window: int | None) -> float:
-        """Counts tokens and those that they attend to: all before them, or as many as the window has."""
+        """Counts pairs of a token and one that it attends to: itself and those before it, within the window if any."""
         within = lengths if window is None else np.minimum(lengths, window)
         return float(np.sum(within * (within + 1) / 2 + (lengths - within) * within))
 
     return float(np.mean([pairs(window) for window in config.windows]) / lengths.sum())
 
 
-# The work of one layer and micro-batch.
+# Work of one layer on one micro-batch.
 
 
 def forward_cost(step: StepShape) -> Cost:
@@ -151,22 +153,23 @@ def forward_cost(step: StepShape) -> Cost:
 
 
 def recomputed_cost(step: StepShape, remat: Remat) -> Cost:
-    """Returns the work of a layer's forward pass that its backward pass does again."""
+    """Returns the part of a layer's forward work that its backward pass repeats."""
     names = KEPT[remat]
     return NO_COST if names is None else step.layer.recomputed(names | step.offloaded(remat)).for_tokens(step.tokens)
 
 
 def backward_cost(step: StepShape) -> Cost:
-    """Returns the work of a layer's backward pass, all but what is computed again."""
+    """Returns the work of a layer's backward pass, without what it recomputes."""
     return step.layer.backward.for_tokens(step.tokens)
 
 
-# The work that layers have no part in.
+# Work outside of the layers.
 
 
 def loss_cost(step: StepShape) -> Cost:
-    """Returns the work of a micro-batch's loss: logits, the gradients that come from them, and float32 logits read and
-    written.
+    """Returns the work of a micro-batch's loss.
+
+    It computes the logits and the gradients from them, and writes and reads float32 logits.
     """
     matmuls = 3 if step.trains_head else 2
     of_target = Cost(matmul=2 * matmuls * step.head, bytes=step.config.vocab_size * (2 * 4 + step.itemsize))
@@ -174,7 +177,8 @@ def loss_cost(step: StepShape) -> Cost:
 
 
 def update_cost(step: StepShape) -> Cost:
-    """Returns the work of a step's update, which reads gradients twice, and reads and writes parameters and both
-    moments.
+    """Returns the work of a step's update.
+
+    It reads gradients twice, and reads and writes the parameters and both moments.
     """
     return Cost(weight_bytes=7 * 4 * step.trained)

@@ -1,4 +1,4 @@
-"""What a dataset's lengths promise: how much of each layout is padding, what that costs, and what is trained on."""
+"""Predicts from the lengths of documents how much of each layout is padding, what it costs, and what is trained on."""
 
 import bisect
 import dataclasses
@@ -27,28 +27,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-ORDINARY = "padded to the longest"  # what other trainers do, for whom no shape is compiled
-_SAMPLE = 16_384  # documents, where there are more, that padding by batch size is counted of
-_WORTH = 1.05  # a speed-up to speak of
-_LOSS = 0.005  # a share of tokens, cut off, to speak of
+ORDINARY = "padded to the longest"  # Other trainers do this: they compile no shapes, so any length will do.
+_SAMPLE = 16_384  # The padding by batch size is counted on at most this many documents.
+_WORTH = 1.05  # A smaller speed-up is not worth a recommendation.
+_LOSS = 0.005  # A smaller share of tokens cut off is not worth a warning.
 _NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, in as many tokens"}
 _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", "packed": "#0072B2"}
 
 
-# What is found.
+# The result.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayoutEstimate:
-    """What a run in one layout comes to.
+    """Holds the predictions for a run in one layout.
 
     Attributes:
-      config: the run. Its trainer will report the same padding share.
-      padding_share: of its positions.
-      shapes: `(A, B, T)`, which it compiles.
-      speedup: its tokens a second to those of the padded run; where times are not predicted, from the positions.
+      config: the settings of the run. Its trainer will report the same padding share.
+      padding_share: the share of padding among the run's positions.
+      shapes: the shapes `(A, B, T)` that the run compiles.
+      speedup: tokens a second divided by those of the padded run. Follows from the number of positions where times
+        are not predicted.
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
-      refusal: why it does not fit in the device's memory, where it does not.
+      refusal: the reason why the run does not fit in the device's memory; None where it fits or times are not
+        predicted.
     """
 
     config: TrainConfig
@@ -63,20 +65,20 @@ class LayoutEstimate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection(JupyterMixin):
-    """What `inspect` found. rich prints it (`rich.print`), a notebook shows it, and `figure` draws it.
+    """Holds the result of `inspect`: print it with `rich.print`, show it in a notebook, or draw it with `figure`.
 
     Attributes:
-      config: the run that was asked about.
-      lengths: of all documents, int64 `[documents]`.
-      num_tokens, num_targets: in them; a target is a token that is trained on.
-      untrained: documents that have no target.
-      truncation: what `max_length` costs the run, the untrained documents among those dropped.
+      config: the settings of the run that was asked about.
+      lengths: the lengths of all documents in tokens, int64 `[documents]`.
+      num_tokens, num_targets: the tokens and the targets in all documents; a target is a token that is trained on.
+      untrained: how many documents have no target.
+      truncation: what `max_length` costs the run. Its dropped documents include the untrained ones.
       targets_lost: how many targets are cut off.
       layouts: the run in each layout, with about as many tokens a step.
-      padding: by batch size in documents, those of `BATCH_SIZES` that there are documents for, of each layout and of
-        `ORDINARY` batches, whose share is the exact expectation over all orders; the others' is counted, of 16,384
-        documents where there are more.
-      device: whose times are predicted; None where they are not.
+      padding: padding shares by layout (and `ORDINARY`), then by batch size in documents: the sizes of `BATCH_SIZES`
+        that the data has enough documents for. The share of `ORDINARY` batches is the exact expectation over all
+        orders; the other shares are counted, on at most 16,384 documents.
+      device: the device whose times are predicted; None where times are not predicted.
       recommendation: what to do, and why.
     """
 
@@ -94,11 +96,11 @@ class Inspection(JupyterMixin):
 
     @property
     def run(self) -> LayoutEstimate:
-        """The run that was asked about."""
+        """Returns the estimate for the layout that was asked about."""
         return self.layouts[self.config.layout]
 
     def figure(self) -> "Figure":
-        """The lengths, and the padding share by batch size."""
+        """Draws the lengths of the documents, and the padding share by batch size."""
         return _draw(self)
 
     def __rich__(self) -> RenderableType:
@@ -110,16 +112,16 @@ class Inspection(JupyterMixin):
 def inspect(
     documents: Documents, config: TrainConfig | None = None, *, model: Transformer | None = None, gpu: str | None = None
 ) -> Inspection:
-    """Predicts what a run will make of a dataset, and what it would be in another layout. Runs no model.
+    """Predicts padding, lost tokens and, with a model, times of a run in each layout. Runs no model.
 
     Args:
-      documents: from `load_documents`.
-      config: the run; its batch size is of documents, or, with `packing`, of rows.
-      model: what times are predicted of; its arrays may be abstract.
-      gpu: "H200" or "H100", for times there; None is this machine's device.
+      documents: the dataset, from `load_documents`.
+      config: the settings of the run. The batch size counts documents or, with `packing`, rows.
+      model: the model whose times are predicted; its arrays may be abstract. None predicts no times.
+      gpu: the GPU whose times are predicted, "H200" or "H100"; None takes this machine's device.
 
     Raises:
-      InputError: the run can have no batches, `documents` are something else, or `gpu` is not known.
+      InputError: the run can have no batches, an argument has the wrong type, or `gpu` is not known.
     """
     config = TrainConfig() if config is None else config
     check_type("documents", documents, Documents)
@@ -156,7 +158,7 @@ def inspect(
 
 
 def _in_every_layout(documents: Documents, config: TrainConfig) -> dict[Layout, TrainConfig]:
-    """The run, and what it would be in the other layouts at about as many tokens a step."""
+    """Returns the settings of the run in every layout, with about as many tokens a step in each."""
     size, lengths = config.per_device_train_batch_size, np.minimum(documents.lengths, config.max_length)
     rows = size if config.packing else packed_rows(size, lengths, config.max_length)
     whole = min(len(lengths), max(1, round(size * config.max_length / lengths.mean()))) if config.packing else size
@@ -180,7 +182,7 @@ def _timed(
     rates: DeviceRates,
     gpu: str | None,
 ) -> dict[Layout, LayoutEstimate]:
-    """The same with times, of those that fit, and speed-ups from them."""
+    """Adds predicted times and speed-ups to the estimates, and the reason to each layout that does not fit."""
     timed = {}
     for layout, estimate in layouts.items():
         run = batches[layout]
@@ -206,10 +208,11 @@ def _timed(
 
 
 def ordinary_padding(lengths: np.ndarray, batch_size: int) -> float:
-    """The padding share of batches of documents in random order, each padded to its longest document.
+    """Returns the padding share of batches in random order that are each padded to their longest document.
 
-    1 - tokens / positions, with the exact expectation of the positions over all orders of the documents: that of the
-    longest of a batch follows from how many documents there are of up to each length. The last batch may be smaller.
+    The share is 1 - tokens / positions, with the exact expectation of the positions over all orders of the documents.
+    The expected longest document of a batch follows from how many documents there are of up to each length. The last
+    batch may be smaller.
     """
     ordered = np.sort(lengths).astype(np.float64)
     whole, rest = divmod(len(ordered), batch_size)
@@ -219,15 +222,15 @@ def ordinary_padding(lengths: np.ndarray, batch_size: int) -> float:
 
 
 def _mean_longest(ordered: np.ndarray, count: int) -> float:
-    """Of so many of the lengths, which ascend, drawn without putting any back."""
-    chance = np.ones(len(ordered))  # that all of them are among the first 1, 2, ...
+    """Returns the expected longest of `count` lengths that are drawn from ascending ones without replacement."""
+    chance = np.ones(len(ordered))  # Probability that all draws are among the first 1, 2, ... lengths.
     for drawn in range(count):
         chance *= np.maximum(np.arange(1, len(ordered) + 1) - drawn, 0) / (len(ordered) - drawn)
     return float(ordered @ np.diff(chance, prepend=0.0))
 
 
 def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[str, dict[int, float]]:
-    """By batch size, of an epoch; `cut` are the documents within `max_length`."""
+    """Returns an epoch's padding share by layout and batch size; `cut` are the documents within `max_length`."""
     all_lengths = cut.lengths
     documents, cut = _sampled(documents, config.seed), _sampled(cut, config.seed)
     shares: dict[str, dict[int, float]] = {name: {} for name in (ORDINARY, *get_args(Layout))}
@@ -241,7 +244,7 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
 
 
 def _sampled(documents: Documents, seed: int) -> Documents:
-    """As many of the documents as will do, trained on whole."""
+    """Returns at most `_SAMPLE` of the documents, drawn at random, with every token a target."""
     if len(documents) <= _SAMPLE:
         return documents
     lengths = np.random.default_rng(seed).choice(documents.lengths, _SAMPLE, replace=False)
@@ -253,7 +256,10 @@ def _sampled(documents: Documents, seed: int) -> Documents:
 
 
 def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
-    """Where a step takes more than the data has: then the layouts differ in how much of a batch is empty."""
+    """Returns advice if one step takes more rows than the data has, else None.
+
+    The speed-ups then only say how much of a batch is empty in each layout.
+    """
     if run.num_rows >= run.rows_per_step:
         return None
     has = _count(run.num_rows, "row" if config.packing else "document")
@@ -305,7 +311,10 @@ def _advice_on_length(documents: Documents, cut: Truncation, targets_lost: int, 
 
 
 def histogram(lengths: np.ndarray, most: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Edges, int `[bins + 1]`, and documents in each bin: of a round width, the last for what is beyond 99.5 %."""
+    """Returns bin edges, int `[bins + 1]`, and how many documents each bin holds.
+
+    Bins have a round width. A last, wider one takes the documents beyond the 99.5 % quantile that fit no other bin.
+    """
     high = max(1, int(np.quantile(lengths, 0.995, method="higher")))
     width = next(step * 10**power for power in range(12) for step in (1, 2, 5) if (most - 1) * step * 10**power > high)
     edges = np.arange(0, (high // width + 1) * width + 1, width)
@@ -377,7 +386,7 @@ def _layouts_table(found: Inspection) -> Table:
 
 
 def _basis(found: Inspection) -> str:
-    """What the figures rest on."""
+    """Returns a line that says what the figures rest on."""
     if found.device is None:
         return "Speed-ups are of the positions computed, not of times; `--gpu` predicts those of a GPU elsewhere."
     if found.run.refusal is not None:
@@ -410,7 +419,7 @@ def _draw(found: Inspection) -> "Figure":
     figure = new_figure(12.5, 4.6)
     lengths, padding = figure.subplots(1, 2)
     edges, counts = histogram(found.lengths, 40)
-    shown = edges if edges[-1] - edges[-2] == edges[1] - edges[0] else edges[:-1]  # the last may be far out
+    shown = edges if edges[-1] - edges[-2] == edges[1] - edges[0] else edges[:-1]  # the last edge may be far out
     lengths.bar(shown[:-1], counts[: len(shown) - 1], np.diff(shown), align="edge", color=_COLORS["packed"])
     beyond = int(counts[len(shown) - 1 :].sum())
     along = f"tokens ({beyond:,} of {len(found.lengths):,} have more, to {found.lengths.max():,})"

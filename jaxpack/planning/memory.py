@@ -1,4 +1,4 @@
-"""The memory that a step takes with each choice of `remat`, in bytes: of the device, and of the host."""
+"""Predicts the memory that a step takes with each choice of `remat`, in bytes on the device and on the host."""
 
 from jaxpack.constants import Remat
 from jaxpack.kernels.logits import CHUNK as LOSS_CHUNK
@@ -8,15 +8,17 @@ from jaxpack.planning.cost import StepShape
 
 
 def argument_bytes(step: StepShape) -> int:
-    """Returns the bytes that a step is given: weights, trained ones in float32 with AdamW's two moments, and the batch,
-    four int32.
+    """Returns the bytes of a step's arguments.
+
+    These are the frozen weights, the trained ones in float32 with AdamW's two moments, and the batch of four int32
+    arrays.
     """
     A, B, T = step.shape
     return step.frozen_bytes + 3 * 4 * step.trained + 4 * 4 * A * B * T
 
 
 def layer_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the bytes that the device keeps of one layer for its backward pass."""
+    """Returns the bytes of one layer's residuals that stay on the device for its backward pass."""
     names, layer = KEPT[remat], step.layer
     if names is None:
         return _whole_layer_bytes(step) + step.tokens * layer.shared_bytes
@@ -24,21 +26,23 @@ def layer_bytes(step: StepShape, remat: Remat) -> int:
 
 
 def _whole_layer_bytes(step: StepShape) -> int:
-    """Returns the bytes of all that the derivatives of a layer read."""
+    """Returns the bytes of everything that the derivatives of a layer read."""
     return step.tokens * (step.input_bytes + step.layer.read_bytes) + step.layer.cast_weight_bytes
 
 
 def offloaded_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the bytes of one layer that wait in the host's memory."""
+    """Returns the bytes of one layer's residuals that are offloaded to the host."""
     if remat not in OFFLOADED:
         return 0
     return step.tokens * (step.input_bytes + step.layer.bytes_of(step.offloaded(remat)))
 
 
 def loss_bytes(step: StepShape) -> int:
-    """Returns the most bytes that loss and its gradient hold: a chunk of logits in float32 and their gradient; hidden
-    states before and after the last norm, those with a target, and their gradient; a trained head's gradient, and its
-    cast; a dense copy of a head that is stored in another form.
+    """Returns the most bytes that the loss and its gradient hold.
+
+    These are a chunk of logits in float32 and their gradient; the hidden states before and after the last norm, the
+    ones with a target, and their gradient; the gradient and the cast of a trained head; and a dense copy of a head
+    that is stored in another form.
     """
     chunk = min(LOSS_CHUNK, step.max_targets) * step.config.vocab_size * (4 + step.itemsize)
     head = step.head * (4 + step.itemsize) if step.trains_head else 0
@@ -47,10 +51,11 @@ def loss_bytes(step: StepShape) -> int:
 
 
 def backward_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the most bytes that the backward pass of one layer holds beside what is kept.
+    """Returns the most bytes that the backward pass of one layer holds beside the residuals on the device.
 
-    By then all of the layer was computed again, or only the part that comes next, from its input if that was offloaded;
-    a loop over layers has copied out what was kept, too. What was fetched is there, also of the next layer.
+    By then the whole layer has been recomputed, or only its next part if the input of that part was offloaded. A loop
+    over layers also holds a copy of the layer's residuals. Residuals fetched from the host are there for this layer and
+    the next one.
     """
 
     def held(peak: BackwardPeak) -> int:
@@ -58,7 +63,7 @@ def backward_bytes(step: StepShape, remat: Remat) -> int:
             again = 0
         elif peak.starts_from in step.offloaded(remat):
             again = step.tokens * peak.rerun_bytes
-        else:  # all but what was kept, or fetched
+        else:  # Recomputes all but the residuals that were kept or fetched.
             there = unrolls(remat) * layer_bytes(step, remat) + offloaded_bytes(step, remat)
             again = _whole_layer_bytes(step) - there
         return again + step.tokens * peak.bytes + peak.weight_bytes
@@ -67,11 +72,11 @@ def backward_bytes(step: StepShape, remat: Remat) -> int:
 
 
 def peak_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the most bytes that a step holds on the device: at the loss, in the first layer that goes backward, or at
-    the end.
+    """Returns the most bytes that a step holds on the device.
 
-    Gradients of the trained parameters are float32. A loop over layers has a place for all of them from its start;
-    without one they are stacked after the last. Micro-batches add theirs to another copy.
+    The peak is at the loss, in the first layer that goes backward, or at the end. Gradients of the trained parameters
+    are float32. A loop over layers allocates the gradients of all layers at its start; without a loop they are stacked
+    after the last layer. Several micro-batches add their gradients to another copy.
     """
     kept = step.num_layers * layer_bytes(step, remat)
     gradients = 4 * step.trained
@@ -86,8 +91,8 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
 def autotuning_bytes(step: StepShape) -> int:
     """Returns the most bytes that are held before the first step, while XLA times kernels for each matmul.
 
-    All but the batch is there already. The largest matmul makes a chunk of logits, or a trained head's gradient, in
-    float32: from operands of its own, and twice, to compare.
+    All arguments but the batch are there already. The largest matmul makes a chunk of logits, or a trained head's
+    gradient, in float32. XLA allocates its operands, and its output twice, to compare results.
     """
     chunk = min(LOSS_CHUNK, step.max_targets)
     hidden, logits = chunk * step.config.hidden_size, chunk * step.config.vocab_size
@@ -98,5 +103,5 @@ def autotuning_bytes(step: StepShape) -> int:
 
 
 def host_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the bytes that wait in the host's memory, of all layers but the last."""
+    """Returns the bytes that are offloaded to the host, from all layers but the last."""
     return (step.num_layers - 1) * offloaded_bytes(step, remat)

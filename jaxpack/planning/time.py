@@ -1,4 +1,4 @@
-"""The time that a step takes with each choice of `remat`, in seconds, at the rates of a device."""
+"""Predicts the seconds that a step takes with each choice of `remat`, at the rates of a device."""
 
 from typing import NamedTuple
 
@@ -14,29 +14,31 @@ from jaxpack.planning.memory import host_bytes
 
 
 class DeviceRates(NamedTuple):
-    """The work a second that a device sustains in the middle of a step: less than its best in a benchmark of one
-    kernel. And the seconds that a kernel takes beside its work."""
+    """Holds the work a second that a device sustains within a step, and the seconds that each kernel adds.
 
-    matmul: float  # floating-point operations, bfloat16
-    attention: float  # the same, within the attention kernels
-    memory: float  # bytes
-    link: float  # bytes to the host, and as many back
-    kernel: float  # on the device
-    start: float  # on the host, where it starts each by itself
+    Sustained rates are lower than the best rates of a benchmark of one kernel.
+    """
+
+    matmul: float  # bfloat16 floating-point operations a second
+    attention: float  # floating-point operations a second within attention kernels
+    memory: float  # bytes a second
+    link: float  # bytes a second to the host, and as many back
+    kernel: float  # seconds a kernel on the device, beside its work
+    start: float  # seconds a kernel on the host, where it starts kernels one by one
 
     def seconds(self, cost: Cost) -> float:
-        """Returns the seconds of a micro-batch's work (`Cost.for_tokens`), one kernel after another."""
+        """Returns the seconds of a micro-batch's work (`Cost.for_tokens`), with kernels running one after another."""
         moved = cost.bytes + cost.weight_bytes
         return cost.matmul / self.matmul + cost.attention / self.attention + moved / self.memory
 
 
-# From the kernels of their steps (2026-11-26 and 2026-11-27): of the H100 its SXM's, from the link on the H200's.
+# Measured from kernels of steps (2026-11-26 and 2026-11-27). The H100 is the SXM; from `link` on it has H200 figures.
 RATES = {
     "H200": DeviceRates(720e12, 500e12, 3.0e12, 50e9, 2e-6, 7e-6),
     "H100": DeviceRates(720e12, 500e12, 2.4e12, 50e9, 2e-6, 7e-6),
 }
-_UNKNOWN = DeviceRates(100e12, 50e12, 0.6e12, 10e9, 0, 0)  # or a CPU, that starts no kernels
-_SLOWER = {"PCIe", "NVL", "MIG"}  # of the same name, with less power, or parts of one
+_UNKNOWN = DeviceRates(100e12, 50e12, 0.6e12, 10e9, 0, 0)  # also for a CPU, which starts no kernels
+_SLOWER = {"PCIe", "NVL", "MIG"}  # Variants of the same name with less power, or slices of a GPU.
 
 
 def known_gpu(device_kind: str) -> str | None:
@@ -46,23 +48,24 @@ def known_gpu(device_kind: str) -> str | None:
 
 
 def rates_of(device_kind: str) -> DeviceRates:
-    """Returns the rates of the device that jax calls `device_kind`; low ones where they are not known."""
+    """Returns the rates of the device that jax calls `device_kind`, or low ones for an unknown device."""
     return RATES.get(known_gpu(device_kind), _UNKNOWN)
 
 
 def num_kernels(step: StepShape, remat: Remat) -> int:
-    """Returns about how many kernels a step runs, from the profiles of Qwen3's: adapters have many small ones, loops
-    copy arrays.
+    """Returns the approximate number of kernels in a step, from profiles of Qwen3 models.
+
+    Adapters have many small kernels, and loops copy arrays.
     """
-    looped, unrolled = (75, 46) if step.trains_all else (110, 62)  # of a layer
+    looped, unrolled = (75, 46) if step.trains_all else (110, 62)  # kernels a layer
     return step.shape[0] * step.num_layers * (unrolled if unrolls(remat) else looped)
 
 
 def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
-    """Returns the seconds of a step, one kernel after another.
+    """Returns the seconds of a step, with kernels running one after another.
 
-    Copies to the host and back run beside kernels: they take longer where the link is slower than the computation.
-    Where kernels are started one by one, few tokens take what it takes to start them.
+    Copies to the host and back run beside kernels, so they only add time where the link is slower than the computation.
+    Where the host starts kernels one by one (the choices that offload), a small step takes as long as starting them.
     """
     forward = step.num_layers * rates.seconds(forward_cost(step))
     backward = step.num_layers * rates.seconds(backward_cost(step) + recomputed_cost(step, remat))
@@ -74,7 +77,7 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
 
 
 def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates) -> float:
-    """Returns the seconds of all steps of a run."""
+    """Returns the predicted seconds of all steps of a run."""
     lengths, counts = np.unique(batches.row_lengths, return_counts=True)
     steps = (StepShape.of_run(model, batches, int(length)) for length in lengths)
     return sum(count * step_seconds(step, remat, rates) for step, count in zip(steps, counts.tolist(), strict=True))

@@ -1,1 +1,1 @@
-"""The training step and the run around it: metrics, evaluation, checkpoints, reports."""
+"""The training step, and the run around it with metrics, evaluation, checkpoints and reports."""

@@ -1,4 +1,4 @@
-"""A user's own code beside a run: told what happened, while the device goes on."""
+"""Callbacks run a user's own code during training, without making the device wait."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Is told what a run has done. Override what is of use; the rest does nothing.
+    """Is told what a run has done. Override the methods that you need; the others do nothing.
 
-    All but `on_end` are called after the next step has been started, so that the device never waits for them; after the
-    last step there is none to start. What a callback raises ends the run.
+    All methods but `on_end` are called after the next step has been started, if there is one, so that the device never
+    waits for them. An exception that a callback raises ends the run.
 
     Example:
       >>> class Stopper(Callback):
@@ -27,42 +27,43 @@ class Callback:
         """Is called after each step, counted from 1, with "loss", "grad_norm" and the objective's own metrics.
 
         Returns:
-          Whether the run is to end in order, as after its last step; None goes on.
+          True ends the run in order, as after its last step; False or None goes on.
         """
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
-        """Is called after each evaluation, with "eval_loss" and what `compute_metrics` gave, as "eval_<name>".
+        """Is called after each evaluation, with "eval_loss" and every other metric as "eval_<name>".
 
         Returns:
-          Whether the run is to end in order, as after its last step; None goes on.
+          True ends the run in order, as after its last step; False or None goes on.
         """
 
     def on_save(self, step: int, path: Path) -> None:
-        """Is called when a checkpoint is on the disk."""
+        """Is called once a checkpoint is on the disk."""
 
     def on_end(self, result: "TrainResult") -> None:
         """Is called at the end of a run that was not interrupted."""
 
 
 class Events:
-    """Keeps what happened until the next step has been started, and tells callbacks then.
+    """Collects events until the next step has been started, and then tells the callbacks.
 
     Attributes:
-      ends: whether a callback asked for the end of the run.
+      ends: whether a callback asked to end the run.
     """
 
     def __init__(self, callbacks: Sequence[Callback]):
         self._callbacks = callbacks
-        self._waiting: collections.deque[tuple[str, tuple[Any, ...]]] = collections.deque()  # its methods are atomic
+        # Another thread may add: its methods are atomic.
+        self._waiting: collections.deque[tuple[str, tuple[Any, ...]]] = collections.deque()
         self.ends = False
 
     def add(self, name: str, *arguments: Any) -> None:
-        """Keeps an event for the method `on_<name>`. May be called in any thread."""
+        """Collects an event for the method `on_<name>`. May be called in any thread."""
         if self._callbacks:
             self._waiting.append((f"on_{name}", arguments))
 
     def tell(self) -> None:
-        """Tells the callbacks all that is kept, in the order in which it came."""
+        """Tells the callbacks all collected events, in the order in which they came."""
         while self._waiting:
             name, arguments = self._waiting.popleft()
             for callback in self._callbacks:
@@ -73,7 +74,7 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
     """Returns the callbacks as a list.
 
     Raises:
-      InputError: one is no `Callback`.
+      InputError: one of them is not a `Callback`.
     """
     found = list(callbacks) if isinstance(callbacks, Sequence) and not isinstance(callbacks, str) else [callbacks]
     for callback in found:
@@ -83,6 +84,6 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
 
 
 def check_function(name: str, function: Callable[..., Any] | None) -> None:
-    """Refuses what cannot be called."""
+    """Raises an `InputError` if an argument is neither None nor callable."""
     if function is not None and not callable(function):
         raise InputError(f"`{name}` must be a function, got {function!r:.80}.")

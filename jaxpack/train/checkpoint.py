@@ -1,8 +1,8 @@
-"""Save and resume: a run's state in folders that are whole or not there, written by orbax while the run goes on.
+"""Saves and resumes a run: orbax writes checkpoints beside the run, and a folder is either whole or not there.
 
-`checkpoints/<step>` holds the arrays of the state (trained weights, the optimizer's, the step) with the losses so far,
-and in `run` what the run was made of. The order of the data and dropout follow from the seed and the step alone
-(`batching`, `training`), so this is all of the random state.
+`checkpoints/<step>` holds the arrays of the state (trained weights, optimizer state, step) with the losses so far and,
+in `run`, what the run was made of. The order of the data and dropout follow from the seed and the step alone
+(`data.batching`, `train.step`), so a checkpoint needs no other random state.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ from jaxpack.utils.console import console
 FOLDER = "checkpoints"
 LATEST = "latest"
 
-_STATE, _RUN, _LOSSES = "state", "run", "losses"  # parts of a checkpoint, and an array of the first
-_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # how folders end that are no checkpoints
-_SPARE = 2**20  # bytes, beyond those of the arrays
-# What may differ between a run and the one that goes on with it. The last two change how a step is rounded, no more.
+_STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, and an array in the first
+_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # Folders with these endings are no checkpoints.
+_SPARE = 2**20  # Bytes that a checkpoint may take beside its arrays.
+# Settings that may differ between a run and its continuation. The last two change only how a step is rounded.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
@@ -53,25 +53,26 @@ _FREE = {
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has measured so far: the loss of each step, and, by step, those of evaluations."""
+    """Holds what a run has measured so far: the loss of each step, and the evaluation losses by step."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
-# --- What a checkpoint is of ------------------------------------------------------------------------------------------
+# --- Identity of a run ------------------------------------------------------------------------------------------------
 
 
 def identity_of(
     model: Transformer, config: TrainConfig, state: TrainState, frozen: nnx.State, **datasets: Documents | None
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on where another stopped, by the name that a user knows it by.
+    """Returns all that must be equal for one run to continue another, under names that a user knows.
 
-    Model, adapters, settings and arrays as they are; data and frozen weights by their checksums.
+    Model, adapters, settings and the shapes and dtypes of arrays are listed as they are; data and frozen weights are
+    represented by checksums.
     """
     settings = {name: value for name, value in vars(config).items() if name not in _FREE}
     lora = {} if model.lora_config is None else dataclasses.asdict(model.lora_config)
-    if lora:  # whatever way it was written
+    if lora:  # Resolved and sorted, because a user can write the same adapters in several ways.
         lora["target_modules"] = sorted(adapters(model))
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
@@ -90,7 +91,7 @@ def identity_of(
         | {"jax_default_prng_impl": str(jax.config.jax_default_prng_impl)}
         | {"jax_threefry_partitionable": jax.config.jax_threefry_partitionable}
     )
-    return json.loads(json.dumps(identity))  # as a checkpoint has it: tuples are lists
+    return json.loads(json.dumps(identity))  # as a checkpoint stores it: JSON turns tuples into lists
 
 
 def _describe(documents: Documents) -> str:
@@ -101,7 +102,10 @@ def _describe(documents: Documents) -> str:
 
 
 def checksums(arrays: list[Array]) -> UInt32[np.ndarray, " arrays"]:
-    """Of each array, from its bits and where they are: on the device, in one pass, the same on every device."""
+    """Returns a checksum of each array, from its bits and their positions.
+
+    The device computes them in one pass; every device gives the same numbers.
+    """
     return np.asarray(_checksums(arrays)) if arrays else np.zeros(0, np.uint32)
 
 
@@ -109,7 +113,7 @@ def checksums(arrays: list[Array]) -> UInt32[np.ndarray, " arrays"]:
 def _checksums(arrays: list[Array]) -> Array:
     def checksum(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        while bits.ndim:  # axis by axis, for an index of all elements may need more than 32 bits
+        while bits.ndim:  # Axis by axis: an index over all elements may need more than 32 bits.
             weights = jax.lax.iota(jnp.uint32, bits.shape[-1]) * jnp.uint32(2) + jnp.uint32(1)
             bits = (bits * jnp.broadcast_to(weights, bits.shape)).sum(axis=-1, dtype=jnp.uint32)
             bits = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
@@ -119,7 +123,7 @@ def _checksums(arrays: list[Array]) -> Array:
 
 
 def _named(tree: Any) -> dict[str, Array]:
-    """The arrays of a pytree by their paths, such as `trainable.blocks.mlp.down.lora_a`."""
+    """Returns the arrays of a pytree by their paths, such as `trainable.blocks.mlp.down.lora_a`."""
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         keys = [next(getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)) for key in path]
@@ -132,15 +136,18 @@ def _named(tree: Any) -> dict[str, Array]:
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `output_dir/checkpoints`: the last few, and that of the lowest eval loss.
+    """Keeps a run's checkpoints in `output_dir/checkpoints`: the last few, and the one with the lowest eval loss.
 
-    A save waits for the arrays to reach the host and no longer: a thread writes them, to a folder that gets its name
-    when it is whole. Then those that are not kept any more lose theirs, and are deleted. What cannot be saved (a full
-    disk) is told and does not end the run; the checkpoints before it stay.
+    A save only waits until the arrays are on the host. A thread then writes them to a folder that gets its final name
+    once it is whole. After that, checkpoints that are no longer kept are renamed and deleted. A save that fails (a full
+    disk) prints a message and does not end the run; the earlier checkpoints stay.
 
     Args:
-      identity, notes: of the run; the latter may differ in one that goes on with it, which is told.
-      on_saved: is called, in the thread that writes, with the step and the folder of each checkpoint that is whole.
+      output_dir: the folder of the run.
+      keep: how many of the last checkpoints are kept.
+      identity: what must be the same in a run that goes on from a checkpoint, see `identity_of`.
+      notes: what may differ in such a run, which is then told so, see `notes_of`.
+      on_saved: is called, in the writing thread, with the step and the folder of each finished checkpoint.
     """
 
     def __init__(
@@ -157,11 +164,11 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
         for pattern in (f"*{_UNFINISHED}", f"*{_DELETED}"):
-            for leftover in self.folder.glob(pattern):  # of a run that was killed
+            for leftover in self.folder.glob(pattern):  # from a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Saves the state after `step` steps, which may be donated from then on. Waits for the save before it."""
+        """Saves the state after `step` steps, once the previous save is done; the state may then be donated."""
         self.wait()
         arrays = {name: _on_host(leaf) for name, leaf in _named(state).items()}
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
@@ -169,15 +176,15 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write, step, arrays, evaluations)
 
     def wait(self) -> bool:
-        """Waits until nothing is being written; whether the last save, if there was one, is on the disk."""
+        """Waits until nothing is being written, and returns whether the last save, if any, is on the disk."""
         return self._writing is None or self._writing.result()
 
     def close(self) -> None:
-        """Waits for what is being written, and ends the thread."""
+        """Waits for the save that is being written, and ends the thread."""
         self._writer.shutdown()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float]) -> bool:
-        if (fault := _fault(arrays)) is not None:  # those before, which have none, would make way for it
+        if (fault := _fault(arrays)) is not None:  # It would push out earlier, sound checkpoints.
             console.print(f"step {step} is not saved: {fault}", style="yellow")
             return False
         path = self.folder / str(step)
@@ -185,10 +192,10 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             needed = sum(array.nbytes for array in arrays.values()) + _SPARE
-            if shutil.disk_usage(self.folder).free < needed:  # orbax, out of room, prints pages
+            if shutil.disk_usage(self.folder).free < needed:  # or orbax prints pages
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             _write(path, arrays, about)
-        except Exception as error:  # of what orbax writes with, which raises what it likes
+        except Exception as error:  # The libraries under orbax raise errors of any type.
             shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
             console.print(f"step {step} could not be saved in {path}: {_reason(error)}; the run goes on", style="red")
             return False
@@ -207,19 +214,23 @@ class Checkpoints:
 
     def _delete_all_but(self, kept: set[int]) -> None:
         for step in set(steps_in(self.folder)) - kept:
-            # First it loses its name: half of a checkpoint must never look like one.
+            # Renamed first: a half-deleted checkpoint must never look like a whole one.
             shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}"))
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in a folder, ascending."""
+    """Returns the steps that have a checkpoint in a folder, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def _fault(arrays: dict[str, np.ndarray]) -> str | None:
-    """What a run cannot go on from. A loss is that of the weights before its step: the step's own may be none still."""
+    """Returns why a run could not go on from these arrays, or None.
+
+    Checks the last loss and the weights: a loss is computed before its step's update, so it can be finite while the
+    updated weights are not.
+    """
     if not math.isfinite(loss := arrays[_LOSSES][-1]):
         return f"its loss is {loss}"
     state = [array for name, array in arrays.items() if name != _LOSSES]
@@ -229,12 +240,12 @@ def _fault(arrays: dict[str, np.ndarray]) -> str | None:
 
 
 def _on_host(leaf: Array) -> np.ndarray:
-    # A CPU's array would come as a view of memory that the next step is given to write to.
+    # Copied on a CPU: `np.asarray` would give a view of memory that is donated to the next step.
     return np.array(leaf) if platform_of(leaf) == "cpu" else np.asarray(leaf)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # here, for it takes half a second
+    import orbax.checkpoint as ocp  # Here, because the import takes half a second.
 
     parts = {_STATE: ocp.args.StandardSave(arrays), _RUN: ocp.args.JsonSave(about)}
     with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(*parts)) as checkpointer:
@@ -245,10 +256,10 @@ def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that a run is to go on from, or None: a fresh start.
+    """Returns the checkpoint that a run goes on from, or None for a fresh start.
 
     Raises:
-      InputError: `output_dir` holds a run that this one does not go on with, or there is no such checkpoint.
+      InputError: `output_dir` holds a run that this one does not continue, or there is no checkpoint to resume from.
     """
     own = None if config.output_dir is None else Path(config.output_dir) / FOLDER
     newest = None if own is None or not (steps := steps_in(own)) else own / str(steps[-1])
@@ -276,10 +287,10 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 def load_checkpoint(
     path: Path, state: TrainState, identity: dict[str, Any], notes: dict[str, str]
 ) -> tuple[TrainState, Progress]:
-    """Reads a checkpoint into the place of `state`, whose arrays are deleted one by one as the new ones come.
+    """Reads a checkpoint in place of `state`, whose arrays are deleted one by one as the new ones arrive.
 
     Raises:
-      InputError: it is of another run, damaged, or not readable; `state` is then as it was.
+      InputError: the checkpoint is of another run, damaged, or not readable; `state` is then unchanged.
     """
     import orbax.checkpoint as ocp
 
@@ -287,7 +298,7 @@ def load_checkpoint(
         try:
             with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(name)) as checkpointer:
                 return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{name: args}))[name]
-        except Exception as error:  # of what orbax reads with, which raises what it likes
+        except Exception as error:  # The libraries under orbax raise errors of any type.
             raise InputError(
                 f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {_reason(error)}."
             ) from error
@@ -306,15 +317,15 @@ def load_checkpoint(
         console.print(f"the checkpoint is from {'; '.join(changed)}: losses may differ by rounding", style="yellow")
     leaves = []
     for name, leaf in named.items():
-        device = leaf.sharding if leaf.committed else None  # the same program is compiled for it
-        leaf.delete()  # first, for a device may have no room for both
+        device = leaf.sharding if leaf.committed else None  # kept as before, so that the same program is compiled
+        leaf.delete()  # Deleted first: a device may have no room for both.
         leaves.append(jax.device_put(found.pop(name), device))
     evaluations = {int(step): loss for step, loss in about["evaluations"].items()}
     return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(found[_LOSSES].tolist(), evaluations)
 
 
 def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
-    """What may round differently in the same run elsewhere."""
+    """Returns what may change the rounding of a run but not its meaning: remat, kernels, device and versions."""
     versions = {name: version(name) for name in ("jax", "jaxlib")}
     device = {"device": current_device().device_kind}
     return {"remat": remat, "implementation": str(implementation)} | device | versions
@@ -324,7 +335,7 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     differ = [name for name in here | there if there.get(name) != here.get(name)]
     if not differ:
         return
-    # Where sizes or settings differ, arrays do too: they are told where nothing else is.
+    # Arrays differ wherever sizes or settings do, so they are named only where nothing else differs.
     told = [name for name in differ if not name.startswith(("array ", "frozen "))] or differ
     what = ", ".join(f"`{name}` {there.get(name)!r} (here {here.get(name)!r})" for name in told[:4])
     more = f" and {len(told) - 4} more" if len(told) > 4 else ""
@@ -332,14 +343,14 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
 
 
 def _reason(error: BaseException) -> str:
-    """What orbax says is wrong: of the pages that it may say it in, the operating system's part, or the beginning."""
+    """Returns the cause of an orbax error, which may fill pages: the operating system's reason, or the beginning."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return reason(error)[:200] if code is None else os.strerror(int(code[1]))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what orbax logs of an error that it raises, too, and that its other tasks then find no event loop."""
+    """Silences orbax's log of errors that it also raises, and its tasks' complaints about a closed event loop."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
@@ -351,7 +362,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except Exception:
-        time.sleep(0.5)  # until they have
+        time.sleep(0.5)  # Lets the other tasks fail before the hook goes back.
         raise
     finally:
         sys.unraisablehook = hook

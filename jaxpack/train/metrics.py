@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: `metrics.jsonl`, and what `report_to` names. A class for each, and one for all."""
+"""Writes the metrics of a run to `metrics.jsonl` and to the destinations in `report_to`, one class for each."""
 
 import contextlib
 import importlib.util
@@ -17,25 +17,25 @@ from jaxpack.utils.files import replace_file
 METRICS, ABOUT = "metrics.jsonl", "about.json"
 TENSORBOARD = "tensorboard"  # the folder of its events, within `output_dir`
 
-Record = dict[str, float]  # of a step: of training, or, with `eval_loss`, of an evaluation
+Record = dict[str, float]  # The metrics of a step: of an evaluation if it has `eval_loss`, else of training.
 
 _LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Destination(Protocol):
-    """Takes the records of a run, in their order. What cannot take one raises OSError."""
+    """Takes the records of a run in order, and raises OSError if it cannot take one."""
 
     name: str
 
     def write(self, record: Record) -> None:
-        """Keeps a record, from then on."""
+        """Stores a record for good, before it returns."""
 
     def close(self) -> None:
-        """Once, after the last record."""
+        """Closes the destination. Called once, after the last record."""
 
 
 class Reports:
-    """The destinations of a run. One that fails is told and closed; the others and the run go on."""
+    """Writes to all destinations of a run. One that fails is closed with a warning; the run and the others go on."""
 
     def __init__(self, destinations: list[Destination]):
         self._destinations = destinations
@@ -52,7 +52,7 @@ class Reports:
         self._destinations = []
 
     def write(self, record: Record) -> None:
-        """Hands a record to all."""
+        """Writes a record to every destination."""
         for destination in list(self._destinations):
             try:
                 destination.write(record)
@@ -68,18 +68,22 @@ def _tell(destination: Destination, error: OSError) -> None:
 
 
 def require_libraries(config: TrainConfig) -> None:
-    """Raises where what `report_to` names is not installed."""
+    """Raises an `InputError` if the library of a destination in `report_to` is not installed."""
     for name in config.report_to:
         if importlib.util.find_spec(_LIBRARIES[name]) is None:
             raise InputError(f"`report_to` {name!r} needs `pip install jaxpack[{name}]`, got no {_LIBRARIES[name]}.")
 
 
 def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) -> Reports:
-    """Opens the destinations of a run, and writes beside them what the run is made of; without `output_dir`, none.
+    """Opens the destinations of a run and writes `about.json` beside them; without `output_dir` there are none.
 
     Args:
-      about: `about.json`, for `run_report`; `settings` in it are those that Weights & Biases shows.
-      after: the step that the run in the folder goes on from, whose records up to there stay; None: it is a new one.
+      config: names the destinations and their folder.
+      about: the content of `about.json`, for `write_report`; Weights & Biases shows the `settings` in it.
+      after: the step that the run in the folder goes on from: its records up to that step stay. None for a new run.
+
+    Raises:
+      InputError: `output_dir` cannot be written to, or Weights & Biases does not start.
     """
     opened: list[Destination] = []
     if config.output_dir is None:
@@ -87,7 +91,7 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if "wandb" in config.report_to:  # first: it may refuse, and nothing of ours is there yet
+        if "wandb" in config.report_to:  # First: if it refuses, no file of ours is written yet.
             opened.append(WandB(folder, about["settings"], after))
         replace_file(folder / ABOUT, json.dumps(about, indent=1).encode() + b"\n", "output_dir")
         if "tensorboard" in config.report_to:
@@ -102,7 +106,8 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a record a line, whole lines only, each in the file at once."""
+    """Writes `metrics.jsonl`, one record a line. Each line is written at once, without a buffer, and whole or not at
+    all."""
 
     name = METRICS
 
@@ -114,7 +119,7 @@ class MetricsFile:
             self._file.seek(0, os.SEEK_END)
 
     def write(self, record: Record) -> None:
-        """A full disk leaves the lines before."""
+        """Appends a record. If the disk is full, the lines before it stay whole."""
         end = self._file.tell()
         line = json.dumps(record).encode() + b"\n"
         try:
@@ -130,7 +135,7 @@ class MetricsFile:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The whole records of a run's `metrics.jsonl`; the last line may be half of one, of a run that was killed."""
+    """Reads the whole records of `metrics.jsonl`, without a half-written last line of a run that was killed."""
     try:
         return [record for _, record in _whole_records((folder / METRICS).read_bytes())]
     except OSError as error:
@@ -138,7 +143,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def _whole_records(content: bytes) -> Iterator[tuple[int, Record]]:
-    """The records up to the first line that is none, each with the place where its line ends."""
+    """Yields the records up to the first line that is none, each after the byte offset where its line ends."""
     end = 0
     for line in content.splitlines(keepends=True):
         try:
@@ -152,10 +157,10 @@ def _whole_records(content: bytes) -> Iterator[tuple[int, Record]]:
 
 
 class TensorBoard:
-    """An event file of this process, in the folder of those of the run's earlier ones.
+    """Writes a TensorBoard event file for this process, beside those of the run's earlier processes.
 
-    tensorboardX's writer of files, not its `SummaryWriter`: that one's thread would end at a full disk, and the queue
-    before it then block the run.
+    Uses tensorboardX's file writer and not its `SummaryWriter`, whose thread would end at a full disk; its full queue
+    would then block the run.
     """
 
     name = "tensorboard"
@@ -167,14 +172,14 @@ class TensorBoard:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # two starts within a second, too
-        if after is not None:  # what was written of later steps is no longer shown
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # also differs within a second
+        if after is not None:  # TensorBoard then hides what was written for later steps.
             start = Event(step=after + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
             self._writer.write_event(start)
         self._writer.flush()
 
     def write(self, record: Record) -> None:
-        """Scalars, at the record's step."""
+        """Writes the values of a record as scalars at its step."""
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in _tagged(record).items()]
         event = self._event(step=record["step"], wall_time=time.time(), summary=self._summary(value=values))
         self._writer.write_event(event)
@@ -186,9 +191,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, in the project that WANDB_PROJECT names, or "jaxpack"; the same one after a resume.
+    """Logs to a Weights & Biases run in the project WANDB_PROJECT (default "jaxpack"); a resume continues that run.
 
-    The step is a value beside the others, and their axis: wandb's own counter would drop the steps that are repeated.
+    The step is logged as a value that serves as the axis: wandb's own counter would drop the steps that a resume
+    repeats.
     """
 
     name = "wandb"
@@ -196,7 +202,7 @@ class WandB:
     def __init__(self, folder: Path, settings: dict[str, Any], after: int | None):
         import wandb
 
-        # The file of its last run here has the id in its name.
+        # The name of the last run's file in this folder holds the run id.
         before = [] if after is None else list(folder.glob("wandb/latest-run/run-*.wandb"))
         self._error = wandb.Error
         try:
@@ -214,18 +220,18 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
-        """Values, with the record's step."""
+        """Logs the values of a record with its step."""
         try:
             self._run.log(_tagged(record) | {"step": record["step"]})
         except self._error as error:
             raise OSError(reason(error)) from error
 
     def close(self) -> None:
-        """Waits until what is left is sent."""
+        """Waits until all values are sent, and ends the run."""
         self._run.finish()
 
 
 def _tagged(record: Record) -> dict[str, float]:
-    """The values of a record by the names that transformers' Trainer gives them: `train/loss`, `eval/loss`."""
+    """Returns a record's values under the names of transformers' Trainer, such as `train/loss` and `eval/loss`."""
     group = "eval" if "eval_loss" in record else "train"
     return {f"{group}/{name.removeprefix('eval_')}": value for name, value in record.items() if name != "step"}

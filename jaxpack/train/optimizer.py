@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW by its settings, or one that a user brings."""
+"""Makes the optimizer of a run: AdamW with the run's settings, or the user's own."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxpack.settings import TrainConfig
 
 
 def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step, as transformers has it: linear warm-up from 0, then decay to 0, or none."""
+    """Returns the learning rate by step, as in transformers: linear warm-up from 0, then a decay to 0 or a constant."""
     warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * num_steps
     warmup = math.ceil(warmup)
     decay_steps = max(1, num_steps - warmup)
@@ -27,7 +27,7 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW after clipping by the global norm. Norm scales and biases do not decay."""
+    """Returns AdamW behind clipping by the global gradient norm. Norm scales and biases have no weight decay."""
 
     def decays(parameters: nnx.State) -> nnx.State:
         def is_matrix(path: tuple, _: jax.Array) -> bool:
@@ -49,14 +49,14 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
 def resolve_optimizer(
     optimizer: optax.GradientTransformation | Callable[..., Any] | None, config: TrainConfig, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
-    """Returns a run's optimizer, and its learning rate by step where that is known.
+    """Returns a run's optimizer, and its learning rate by step, or None where that is not known.
 
     Args:
-      optimizer: None is AdamW with the schedule of `config`; a schedule takes that one's place; an optax transformation
-        takes the place of AdamW and schedule, and gets gradients that are clipped to `max_grad_norm`.
+      optimizer: None is AdamW with the schedule of `config`. A schedule replaces the schedule of `config`. An optax
+        transformation replaces AdamW and the schedule, and gets gradients that are clipped to `max_grad_norm`.
 
     Raises:
-      InputError: it is none of these.
+      InputError: `optimizer` is none of these.
     """
     if isinstance(optimizer, optax.GradientTransformation):
         return _clipped(config, optimizer), None

@@ -1,4 +1,4 @@
-"""A run's metrics are shown and written down while its steps are done."""
+"""Shows and records the metrics of a run while it trains."""
 
 import dataclasses
 import math
@@ -19,18 +19,18 @@ from jaxpack.utils.console import progress_bar
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Holds what came before a run's first step."""
+    """Holds what is known of a run before its first step."""
 
-    begin: float  # when it was, by `time.perf_counter`
+    begin: float  # start of `train()`, by `time.perf_counter`
     compile_seconds: float
     found_programs: int
 
 
 class Log:
-    """Keeps a run's metrics: a progress bar, a line every `logging_steps`, and the same in `metrics.jsonl`.
+    """Logs a run's metrics: a progress bar, and a line and a record for `reports` every `logging_steps`.
 
     Attributes:
-      first_step_seconds: from the start of `train()` to the first step's metrics, 0 before that.
+      first_step_seconds: seconds from the start of `train()` to the first step's metrics; 0 before that.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Log:
     ):
         self._config, self._batches, self._start, self._done = config, batches, start, progress
         self._reports = reports
-        self._is_cross_entropy = is_cross_entropy  # of a token: its exponential is a perplexity
-        self._first = len(progress.losses)  # step of this process, where it went on from a checkpoint
+        self._is_cross_entropy = is_cross_entropy  # Only the exponential of a cross entropy is a perplexity.
+        self._first = len(progress.losses)  # Steps that were done when this process went on.
         steps = np.arange(batches.num_steps)
-        # Here, for a read-back would wait for the device.
+        # Computed before the first step: reading values back later would wait for the device.
         self._learning_rates = None if schedule is None else np.asarray(jax.vmap(schedule)(steps))
         self._warm = ~batches.is_first_of_its_shape(self._first)
         self._seconds = [0.0] * self._first
         self.first_step_seconds = 0.0
-        self._grad_norm = 0.0  # of the last step, as the next
-        self._more: dict[str, float] = {}
+        self._grad_norm = 0.0  # of the last step
+        self._more: dict[str, float] = {}  # the objective's own metrics of the last step
         self._recorded = self._first
         self._progress = progress_bar("training", transient=False)
 
@@ -69,7 +69,7 @@ class Log:
         self._progress.stop()
 
     def go_on(self) -> None:
-        """A step is timed from the one before, or from here."""
+        """Restarts the clock: the next step is timed from here, and not from the step before."""
         self._last = time.perf_counter()
 
     def step(self, metrics: Metrics) -> dict[str, float]:
@@ -101,7 +101,7 @@ class Log:
         return {"loss": loss, "grad_norm": self._grad_norm, **self._more}
 
     def record(self) -> None:
-        """Writes down the steps since the last multiple of `logging_steps`, unless they are."""
+        """Records the steps since the last multiple of `logging_steps`, unless they are recorded already."""
         done = len(self._done.losses)
         if self._recorded == done:
             return
@@ -133,11 +133,11 @@ class Log:
         )
 
     def evaluation(self, more: dict[str, float]) -> dict[str, float]:
-        """Writes down the last evaluation, of the last step, with other metrics of it; returns all of them by name."""
+        """Records the last evaluation with its other metrics, and returns all of its metrics by name."""
         step, loss = list(self._done.evaluations.items())[-1]
         epoch = round(step / self._batches.steps_per_epoch, 4)
         if self._is_cross_entropy:
-            more = {"perplexity": math.exp(min(loss, 700.0)), **more}  # within float64
+            more = {"perplexity": math.exp(min(loss, 700.0)), **more}  # capped to stay within float64
         metrics = {"eval_loss": loss} | {f"eval_{name}": value for name, value in more.items()}
         self._reports.write({"step": step, "epoch": epoch, **metrics})
         shown = {name: f"{value:{'.2f' if name == 'perplexity' else '.4g'}}" for name, value in more.items()}
@@ -146,7 +146,8 @@ class Log:
         return metrics
 
     def rate(self, since: int) -> float:
-        """Counts real tokens a second from step `since` on: of steps whose program ran before, where there are any."""
+        """Returns real tokens a second from step `since` on, without the first step of each shape if there are
+        others."""
         steps = slice(max(since, self._first), len(self._done.losses))
         counted = self._warm[steps] | ~self._warm[steps].any()
         seconds = np.array(self._seconds[steps])[counted].sum()

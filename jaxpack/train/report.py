@@ -1,4 +1,4 @@
-"""The report of a run, finished or not, from `metrics.jsonl` and `about.json`: Markdown, and a picture beside it."""
+"""Reports on a run, finished or not, from `metrics.jsonl` and `about.json`: Markdown with a picture beside it."""
 
 import io
 import json
@@ -24,13 +24,13 @@ _TRAIN, _EVAL = "#0072B2", "#D55E00"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes `report.md` into the output folder of a run, which may have been stopped, or still go on: its path.
+    """Writes `report.md` into the output folder of a run, stopped or still going on, and returns its path.
 
-    `report.png` is drawn beside it where matplotlib is installed, and two records are there to draw a line of. Reports
-    of before are replaced.
+    Draws `report.png` beside it if matplotlib is installed and there are at least two training records. Replaces
+    earlier reports.
 
     Raises:
-      InputError: the folder is not that of a run with a record, or cannot be written to.
+      InputError: the folder holds no run with a training record, or cannot be written to.
     """
     folder = Path(folder)
     records = read_records(folder)
@@ -53,7 +53,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def draw_run(records: list[Record]) -> "Figure":
-    """Loss, tokens a second, memory and padding against the step, from the records of a `metrics.jsonl`."""
+    """Draws loss, tokens a second, memory and padding against the step, from the records of a `metrics.jsonl`."""
     training, evaluations = _by_kind(records)
     figure = new_figure(12.5, 6.8)
     loss, *others = figure.subplots(2, 2).flat
@@ -79,7 +79,7 @@ def draw_run(records: list[Record]) -> "Figure":
 
 
 def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """Those of training steps, and those of evaluations."""
+    """Returns the records of training steps, and the records of evaluations."""
     return [record for record in records if "loss" in record], [record for record in records if "eval_loss" in record]
 
 

@@ -1,4 +1,4 @@
-"""A run takes a model through its batches: it holds what is trained, and compiles a program for each shape."""
+"""A run trains a model on its batches: it holds the training state and compiles a program for each batch shape."""
 
 import contextlib
 import time
@@ -31,15 +31,15 @@ from jaxpack.utils.prefetch import prefetched
 
 
 class Run:
-    """A model's way through its batches: what is trained, and a program for each length of rows.
+    """Trains a model on its batches, with one compiled program for each row length.
 
     Attributes:
-      state, frozen: what a step changes, and what it does not. The model's trained parameters are set to those of the
-        former, which the first step donates.
-      schedule: the learning rate by step; None where the optimizer keeps it to itself.
-      started: how many steps are, counted from the run's beginning.
-      remat, explanation: see `choose.resolve`.
-      programs, eval_programs: by T, once they are compiled.
+      state: the arrays that a step changes. The model shares its trained parameters, until the first step donates them.
+      frozen: the weights that no step changes.
+      schedule: the learning rate by step; None where the user's optimizer has its own.
+      started: how many steps were started, counted from the beginning of the run (resumed steps included).
+      remat, explanation: the choice of `remat` and the reason for it, see `choose.resolve`.
+      programs, eval_programs: the compiled programs by row length T; empty before `compile`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Run:
         self.started = 0
         mesh = make_mesh()
         graph, trainable, self.frozen = split_trainable(model)
-        nnx.update(model, trainable)  # lets go of the arrays that were copied
+        nnx.update(model, trainable)  # Frees the arrays that were copied.
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
@@ -83,7 +83,7 @@ class Run:
         self.eval_programs: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, cache: ProgramCache) -> float:
-        """Compiles the programs, all of them so that none holds up the run, or finds them: in so many seconds."""
+        """Compiles all programs before the run, or finds them in the cache; returns the seconds that it took."""
         begin = time.perf_counter()
         with cache.in_use():
             for shape in self._batches.shapes:
@@ -99,14 +99,14 @@ class Run:
         return time.perf_counter() - begin
 
     def resume(self, path: Path, identity: dict[str, Any], notes: dict[str, str]) -> Progress:
-        """Goes on from a checkpoint: sets `state` and `started`, and the model's trained parameters."""
+        """Loads a checkpoint: sets `state`, `started` and the model's trained parameters, and returns its progress."""
         self.state, progress = load_checkpoint(path, self.state, identity, notes)
         nnx.update(self._model, self.state.trainable)
         self.started = len(progress.losses)
         return progress
 
     def step(self, batch: PackedBatch) -> Metrics:
-        """Starts one step, of a batch on the device."""
+        """Starts one step on a batch that is on the device, and returns its metrics without waiting for them."""
         self.state, metrics = self.programs[batch.tokens.shape[-1]](self.state, self.frozen, batch)
         self.started += 1
         return metrics
@@ -114,12 +114,18 @@ class Run:
     def steps(
         self, pauses: Callable[[int], bool] = lambda step: False, on_start: Callable[[], None] = lambda: None
     ) -> Iterator[Metrics]:
-        """Takes all steps that are left. A step's metrics come when the next is started, so that the device always has
-        one to run; but after the first, a step that `pauses` (counted from 1), and the last, with nothing started:
-        `state` is then what that step made. `on_start` is called whenever a step has been started.
+        """Runs all steps that are left, and yields the metrics of each.
 
-        Where a program is launched kernel by kernel, starting it takes nearly as long as running it, for launches
-        queue up: only the time at which the metrics of a pause come is that of the step's end.
+        A step's metrics are yielded once the next step is started, so that the device always has work. After the first
+        step, a pause and the last step they are yielded with nothing else started: `state` is then the result of that
+        step.
+
+        Where a program is launched kernel by kernel, starting it takes nearly as long as running it, because launches
+        queue up. So only at a pause do the metrics arrive when the step ends.
+
+        Args:
+          pauses: returns whether to pause after a step, counted from 1.
+          on_start: is called whenever a step has been started.
         """
         first = self.started + 1
         with self._on_device(self._batches, self.started) as batches_on_device:
@@ -137,7 +143,7 @@ class Run:
                 yield waiting
 
     def evaluate(self) -> dict[str, float]:
-        """Returns the mean loss over the evaluation's batches, as "loss", the objective's metrics, and a user's.
+        """Returns means over the evaluation's batches: "loss", the objective's metrics, and the user's metrics.
 
         Waits for the device once, at the end.
         """
@@ -152,7 +158,7 @@ class Run:
         return means | {name: float(total / (weight or 1)) for name, (total, weight) in computed.items()}
 
     def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Iterator[PackedBatch]]:
-        # Named, for a thread does not inherit a `jax.default_device` of its caller's.
+        # The device is named, because a thread does not inherit its caller's `jax.default_device`.
         device = self.state.step.sharding
         made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
         return contextlib.closing(made)
@@ -163,7 +169,7 @@ def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
 
 
 def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
-    """Refuses an evaluation that the device has no room for beside the run: its documents may be longer."""
+    """Raises if the device has no room for an evaluation, whose documents may be longer than those of training."""
     needed, free = program.memory_analysis().temp_size_in_bytes, free_device_bytes(current_device())
     if free is not None and needed > free:
         raise InputError(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM are noted while a run is under way, so that it ends in order."""
+"""Notes SIGINT and SIGTERM during a run, so that the run ends in order."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StopSignal:
-    """Within it, the first SIGINT or SIGTERM is noted, for the loop to end in order; the next one acts as ever.
+    """Notes the first SIGINT or SIGTERM within a `with` block, so that a loop can end in order; a second acts as usual.
 
     Outside the main thread, and where a signal is ignored (`nohup`), nothing changes.
     """
@@ -21,14 +21,14 @@ class StopSignal:
         return self._received is not None
 
     def error(self) -> BaseException:
-        """Returns what the run would have ended with at once: KeyboardInterrupt, or the exit status of the signal."""
+        """Returns the exception of the signal: KeyboardInterrupt, or SystemExit with 128 + the signal's number."""
         return KeyboardInterrupt() if self._received == signal.SIGINT else SystemExit(128 + self._received)
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 handler = signal.getsignal(number)
-                if handler not in (signal.SIG_IGN, None):  # None: not Python's to put back
+                if handler not in (signal.SIG_IGN, None):  # None: Python did not set it and cannot restore it
                     self._before[number] = handler
                     signal.signal(number, self._note)
         return self

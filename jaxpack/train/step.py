@@ -1,4 +1,4 @@
-"""One optimizer step: objective, gradient, update, metrics. Pure functions on pytrees, compiled per batch shape."""
+"""One optimizer step (objective, gradient, update, metrics) as pure functions on pytrees, compiled per batch shape."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
 from jaxpack.parallel.shard import shard_key, sum_over_shards
 
-# A user's function of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
+# A user's function that computes metrics of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
 ComputeMetrics = Callable[..., dict[str, tuple[Any, Any]]]
 
 
 class TrainState(NamedTuple):
-    """What a step changes, and donates: float32 trainable parameters, the optimizer's state, the number of the step."""
+    """Holds what a step changes and donates: float32 trained parameters, optimizer state, and the number of steps."""
 
     trainable: nnx.State
     optimizer: optax.OptState
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step measures, float32: its loss, the gradient's norm before clipping, and an objective's own metrics."""
+    """Holds a step's float32 metrics: loss, gradient norm before clipping, and the objective's own metrics."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
@@ -41,17 +41,17 @@ class Metrics(NamedTuple):
 
 
 class EvalSums(NamedTuple):
-    """Sums of one batch of an evaluation: those of the objective, and (sum, weight) of each of a user's metrics."""
+    """Holds the sums of one evaluation batch: the objective's, and (sum, weight) of each metric of the user."""
 
     objective: Sums
     computed: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Returns the model's structure, what is trained and what is frozen.
+    """Returns the model's structure, its trained parameters and its frozen weights.
 
-    Trained parameters come out as float32 copies: an update is often too small for bfloat16 to see, and the step
-    donates them.
+    Trained parameters are float32 copies: many updates are too small for bfloat16 to represent, and the step donates
+    the arrays.
     """
     graph, trainable, frozen = split_trained(model)
     return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
@@ -64,7 +64,7 @@ def loss_and_gradients(
     batch: PackedBatch,
     **options: Any,
 ) -> tuple[Float[Array, ""], nnx.State]:
-    """Returns the loss of `objective_and_gradients`, and its gradient."""
+    """Returns only the loss and the gradients of `objective_and_gradients`."""
     sums, gradients = objective_and_gradients(graph, trainable, frozen, batch, **options)
     return sums.loss, gradients
 
@@ -82,18 +82,19 @@ def objective_and_gradients(
     dropout_key: Key[Array, ""] | None = None,
     mesh: DeviceMesh | None = None,
 ) -> tuple[Sums, nnx.State]:
-    """Returns the objective over a batch `[A, B, T]`, its metrics, and the gradient of its loss.
+    """Returns the objective over a batch `[A, B, T]` with its metrics, and the gradient of its loss.
 
-    Each device of the mesh takes its own of the B rows, and the A micro-batches one after another. The loss is divided
-    by the weight of the whole batch (for SFT its number of targets), so it does not depend on how the documents are cut
-    into devices, micro-batches and rows. Where the weight is 0, loss and gradients are 0.
+    Each device of the mesh takes its share of the B rows and works through the A micro-batches one after another. Loss,
+    metrics and gradients are divided by the weight of the whole batch (for SFT its number of targets), so they do not
+    depend on how the documents are spread over devices, micro-batches and rows. With a weight of 0 they are not divided
+    (the loss and the gradients of SFT are then 0).
 
     Args:
       objective: what is minimised.
       remat, implementation: see `Transformer`.
       limits: how many documents and targets the rows of one device have at most.
-      dropout_key: turns the dropout of adapters on.
-      mesh: the devices; None is the one that arrays are made on.
+      dropout_key: turns the dropout of adapters on; None turns it off.
+      mesh: the devices; None is the one device that arrays are made on.
     """
     mesh = make_mesh() if mesh is None else mesh
 
@@ -109,7 +110,7 @@ def objective_and_gradients(
         return _accumulated(jax.value_and_grad(micro_sums, has_aux=True), trainable, batch, shard_key(key, mesh))
 
     sums, gradients = sum_over_shards(local_sums, mesh)(batch, trainable, frozen, dropout_key)
-    # Divided only here, in float32: before the backward pass, 1 / weight would push float16 gradients to zero.
+    # Divide only here, in float32: before the backward pass, 1 / weight would push float16 gradients to zero.
     weight = jnp.where(sums.weight == 0, 1.0, sums.weight)
     loss, metrics, gradients = jax.tree.map(lambda x: x / weight, (sums.loss, sums.metrics, gradients))
     return Sums(loss, sums.weight, metrics), gradients
@@ -118,7 +119,7 @@ def objective_and_gradients(
 def _accumulated(
     gradient_of: Callable[..., Any], trainable: nnx.State, batch: PackedBatch, key: Key[Array, ""] | None
 ) -> tuple[Sums, nnx.State]:
-    """The sums and gradients of all micro-batches, one after another."""
+    """Returns the sums and gradients of all micro-batches, which are computed one after another and added up."""
 
     def of_micro(micro: PackedBatch, key: Key[Array, ""] | None) -> tuple[Sums, nnx.State]:
         (_, sums), gradients = gradient_of(trainable, micro, key)
@@ -149,9 +150,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
-    `state` is donated, `frozen` is not; `limits` are static. `dropout_seed` turns dropout on; each step draws anew from
-    it. On a mesh of several devices, state and frozen weights lie whole on each of them (`replicate`), and the rows of
-    a batch are dealt to them (`batch_sharding`).
+    `state` is donated, `frozen` is not; `limits` are static. `dropout_seed` turns dropout on; each step draws new masks
+    from the seed and its number. On a mesh of several devices, each device holds the whole state and all frozen weights
+    (`replicate`), and gets its share of a batch's rows (`batch_sharding`).
     """
     mesh = make_mesh() if mesh is None else mesh
 
@@ -193,10 +194,10 @@ def make_eval_step(
 ) -> Callable[..., EvalSums]:
     """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> sums`.
 
-    The objective of a batch `[1, B, T]` is summed as in training, without dropout. Nothing is donated.
+    Sums the objective over a batch `[1, B, T]` as in training, without dropout. Nothing is donated.
 
     Args:
-      compute_metrics: see `Trainer`.
+      compute_metrics: a user's function, see `Trainer`.
     """
     mesh = make_mesh() if mesh is None else mesh
 

@@ -1,4 +1,4 @@
-"""The trainer fine-tunes a model: it reads data, takes a run through its steps, and logs, evaluates and saves it."""
+"""The trainer fine-tunes a model: it reads the data, runs the steps, and logs, evaluates and saves on the way."""
 
 import contextlib
 import dataclasses
@@ -41,52 +41,54 @@ from jaxpack.utils.files import from_home, held_folder
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run did. The rate leaves out compilation, and the first step of each shape where there are others.
-    Those inside the run are told apart by when metrics came, which may be a step late.
+    """Holds the results of a run.
 
-    Of a run that was resumed, losses and evaluations are those of all of it, rate and seconds those since then.
+    `tokens_per_second` excludes compilation and, where there are other steps, the first step of each shape. Steps are
+    timed by the arrival of their metrics, which may be a step late. After a resume, losses and evaluations cover the
+    whole run; the rate and the seconds cover only the time since the resume.
     """
 
     losses: np.ndarray  # mean over targets, float64 [steps]
     evaluations: dict[int, float]  # mean loss over the targets of `eval_dataset`, by step
-    tokens_per_second: float  # real tokens
+    tokens_per_second: float  # real tokens, no padding
     padding_share: float
     compiled_shapes: int
-    found_programs: int  # compiled by an earlier run: of these, and of those that evaluate
+    found_programs: int  # programs, for training and evaluation, that an earlier run compiled
     compile_seconds: float
     first_step_seconds: float  # from the start of `train()` to the first step's metrics, compilation included
     peak_memory_bytes: int
 
 
 class Trainer:
-    """Fine-tunes a model: its adapters where it has any (`add_lora`), else all of it.
+    """Fine-tunes a model: its adapters if it has any (`add_lora`), otherwise all of its weights.
+
+    Creating a trainer reads, tokenises and plans, so that a mistake in the input shows before training starts.
 
     Args:
-      model: trained in place; `trainer.model` is the same object.
-      tokenizer: turns the dataset's text to tokens, see `load_documents`; may be None for rows of `input_ids`.
+      model: the model, which is trained in place; `trainer.model` is the same object.
+      tokenizer: turns the dataset's text into tokens, see `load_documents`; may be None for rows of `input_ids`.
       train_dataset: a JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
-      config: how to train.
-      eval_dataset: rows that are not trained on, of any of the formats; their loss is taken as `eval_steps` says, in
-        batches like those of training.
+      config: the settings of the run; None takes the defaults of `TrainConfig`.
+      eval_dataset: rows that are not trained on, in any of the formats. Their loss is computed every `eval_steps`
+        steps, in batches like those of training.
       objective: what is minimised; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
-        `LogProbObjective` make one of a function.
-      optimizer: None is AdamW as `config` says. A schedule (a function from the step to the learning rate) takes the
-        place of the config's; an optax transformation takes the place of AdamW and schedule, behind the clipping to
-        `max_grad_norm` (0 turns that off).
-      callbacks: told of steps, evaluations, checkpoints and the end, see `Callback`.
-      compute_metrics: of an evaluation: `function(losses, predictions, batch) -> {name: (sum, weight)}`, in jax, for it
-        runs within the compiled evaluation. `losses` float32 and `predictions` (the likeliest next token) int32 are
-        `[B, T]`, as are the arrays of `batch`; the metric is the sum over the dataset, divided by that of the weights.
+        `LogProbObjective` make an objective from a function.
+      optimizer: None is AdamW with the settings of `config`. A schedule (a function from the step to the learning rate)
+        replaces the schedule of `config`. An optax transformation replaces AdamW and the schedule; its gradients are
+        still clipped to `max_grad_norm` (0 turns clipping off).
+      callbacks: objects that are told of steps, evaluations, checkpoints and the end, see `Callback`.
+      compute_metrics: computes metrics of an evaluation: `function(losses, predictions, batch) -> {name: (sum,
+        weight)}`. Write it in jax, for it runs within the compiled evaluation. `losses` float32 and `predictions` (the
+        likeliest next token) int32 are `[B, T]`, as are the arrays of `batch`. Each metric is its sum over the dataset
+        divided by the sum of its weights.
 
     Attributes:
-      checkpoint: the one that the run goes on from, or None.
-      in_place: whether the run continues that of `output_dir`, which may have been stopped before its first checkpoint.
-      progress: what `train()` has measured so far, of steps that are done, those before a resume among them.
-
-    Reading, tokenising and planning happen here, so that what is wrong with the input shows before training starts.
+      checkpoint: the checkpoint that the run goes on from, or None.
+      in_place: whether the run continues the one in `output_dir`, which may have stopped before its first checkpoint.
+      progress: what `train()` has measured in all finished steps, including those before a resume.
 
     Raises:
-      InputError: what was given cannot be trained on; the message says what and where.
+      InputError: the model cannot be trained on this input; the message says what is wrong and where.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Trainer:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.objective = SFT() if objective is None else check_objective(objective)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
-        resolve_optimizer(optimizer, config, 1)  # refuses one that is none
+        resolve_optimizer(optimizer, config, 1)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
         if compute_metrics is not None and eval_dataset is None:
             raise InputError("`compute_metrics` must be None without an `eval_dataset`, which it is computed of.")
@@ -128,7 +130,7 @@ class Trainer:
                 self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once), together)
 
     def _look_behind(self) -> None:
-        """Sets `checkpoint` and `in_place`, by what is there."""
+        """Sets `checkpoint` and `in_place` by what `output_dir` and `resume_from_checkpoint` hold."""
         config = self.config
         self.checkpoint = find_checkpoint(config)
         output = None if config.output_dir is None else Path(config.output_dir)
@@ -150,16 +152,21 @@ class Trainer:
             )
 
     def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
-        """Runs all steps and leaves the trained weights in `self.model`. Prints the plan, then progress, and writes a
-        report at the end. `on_start` is called when there is nothing left to refuse, before the first step.
+        """Runs all steps and leaves the trained weights in `self.model`.
 
-        SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running, with a checkpoint where there is an
-        `output_dir`: then it raises KeyboardInterrupt or SystemExit. A second one does not wait.
+        Prints the plan, then the progress, and writes a report at the end.
 
-        Called again, after a stop, it goes on or is refused as a new process would be.
+        SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running. The run then saves a checkpoint if there
+        is an `output_dir`, and raises KeyboardInterrupt or SystemExit. A second signal ends it at once.
+
+        A second call, after a stop, continues or is refused just as a new process would be.
+
+        Args:
+          on_start: is called before the first step, once all checks have passed.
 
         Raises:
-          InputError: the checkpoint to go on from is of another run, or damaged; another run is in `output_dir`.
+          InputError: the checkpoint to go on from is damaged or belongs to another run, or another run is in
+            `output_dir`.
         """
         output = self.config.output_dir
         with contextlib.nullcontext() if output is None else held_folder(Path(output), "output_dir"):
@@ -168,7 +175,7 @@ class Trainer:
     def _train(self, on_start: Callable[[], object]) -> TrainResult:
         begin = time.perf_counter()
         config, batches = self.config, self.batches
-        self._look_behind()  # once more: an earlier call may have been stopped
+        self._look_behind()  # Again, because an earlier call may have been stopped.
         cache = ProgramCache(config.compilation_cache_dir)
         run = Run(
             self.model,
@@ -216,12 +223,12 @@ class Trainer:
                 events.add("step", step, measured)
                 if step < run.started:
                     events.tell()
-                    continue  # the next one is running
+                    continue  # The next step is running already.
                 if self._evaluates(step):
                     more = run.evaluate()
                     progress.evaluations[step] = more.pop("loss")
                     events.add("evaluation", step, log.evaluation(more))
-                stops = stop.asked  # once: a signal may come between the two
+                stops = stop.asked  # Read once: a signal may come between the two uses.
                 ends = events.ends and step < batches.num_steps
                 if checkpoints is not None and (stops or ends or saves(step)):
                     checkpoints.save(step, run.state, progress)
@@ -257,9 +264,9 @@ class Trainer:
         )
 
     def _take(self, run: Run) -> None:
-        """Gives the model what the run has trained."""
+        """Writes the trained parameters of a run back to the model."""
         trainable = run.state.trainable
-        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a step that failed took them
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a failed step has donated them
             nnx.update(self.model, trainable)
 
     def _evaluates(self, step: int) -> bool:
@@ -269,7 +276,7 @@ class Trainer:
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
 
     def _resume(self, run: Run, events: Events) -> Checkpoints | None:
-        """Sets `progress` to what the run has behind it; where it is saved."""
+        """Loads the checkpoint to go on from, if any, and sets `progress`; returns where the run saves, or None."""
         config, checkpoints, self.progress = self.config, None, Progress()
         if config.output_dir is None and self.checkpoint is None:
             return None
@@ -292,7 +299,7 @@ class Trainer:
         return checkpoints
 
     def _plan(self, run: Run) -> list[str]:
-        """What is trained on what, in a few lines."""
+        """Returns a few lines that say what is trained on which data."""
         lines = describe(self.documents, self.batches, self.config)
         if self.eval_batches is not None:
             evaluated = self.eval_batches
@@ -306,7 +313,7 @@ class Trainer:
         return lines if run.explanation is None else [*lines, run.explanation]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
-        """What `run_report` tells of a run beside its metrics."""
+        """Returns what `write_report` needs beside the metrics: the content of `about.json`."""
         lora = self.model.lora_config
         return {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -322,7 +329,7 @@ class Trainer:
         }
 
     def _report(self) -> None:
-        """A run that is done is not ended by what is wrong with its report."""
+        """Writes the report. A report that cannot be written prints a warning, because the run itself is done."""
         if self.config.output_dir is not None:
             try:
                 console.print(f"wrote {write_report(self.config.output_dir)}")
@@ -334,11 +341,11 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"  # run from its folder
+        return "not installed"  # jaxpack runs from a source folder without being installed
 
 
 def describe(documents: Documents, batches: Batches, config: TrainConfig) -> list[str]:
-    """The plan of a run in a few lines: what is trained on, what was cut, how rows are filled, which shapes compile."""
+    """Returns a run's plan: what is trained on, what is cut, how rows are filled, and which shapes compile."""
     trained = int(documents.num_targets.sum())
     lines = [
         f"{len(documents):,} documents, {documents.num_tokens:,} tokens, {trained:,} of them to train on"

@@ -1,1 +1,1 @@
-"""Small things that every room uses: the console, files that appear whole, figures, prefetching, compiled programs."""
+"""Holds helpers that every package uses: console, atomic file writes, figures, prefetching, compilation cache."""

@@ -1,4 +1,4 @@
-"""Checks of what a user sets: each refusal names the argument, the rule and the value received."""
+"""Checks the values that a user sets. Each error names the argument, the rule and the value received."""
 
 import math
 from typing import Any
@@ -13,5 +13,5 @@ def check(ok: bool, name: str, rule: str, value: object) -> None:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether `value` is a finite number above 0."""
+    """Returns whether `value` is a finite number above 0."""
     return isinstance(value, int | float) and 0 < value < math.inf

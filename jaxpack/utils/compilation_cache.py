@@ -1,4 +1,4 @@
-"""Compiled programs, kept in a folder that the next run takes them from: JAX's persistent cache, in use for a while."""
+"""Keeps compiled programs in a folder for the next run: JAX's persistent cache, switched on for part of a process."""
 
 import contextlib
 import os
@@ -14,37 +14,37 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxpack.errors import reason
 from jaxpack.utils.console import console
 
-_SETTINGS_LOCK = threading.RLock()  # of JAX, which has one of each for all threads
+_SETTINGS_LOCK = threading.RLock()  # JAX has one copy of its settings for all threads
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
 class ProgramCache:
-    """Keeps what is compiled within `with cache.in_use()`, or finds it.
+    """Stores programs that are compiled within `with cache.in_use()`, and finds those that were stored before.
 
     Args:
-      choice: a folder; "auto": the one that JAX is set to, else `default_folder()`; or "none". A folder that cannot be
-        written to is "none", with a warning.
+      choice: a folder, "auto" or "none". "auto" takes the folder that JAX is set to, else `default_folder()`. A folder
+        that cannot be written to counts as "none", with a warning.
 
     Attributes:
-      folder: None where programs are not kept.
-      found: how many of the programs that `compile` was asked for were there.
+      folder: the folder in use, or None if programs are not kept.
+      found: the number of programs that `compile` found in the folder.
     """
 
     def __init__(self, choice: str):
-        with _SETTINGS_LOCK:  # another thread may have JAX set to a folder of its own
+        with _SETTINGS_LOCK:  # another thread may have pointed JAX to its own folder
             self.folder = _folder(choice)
         self.found = 0
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Points JAX to the folder, and back to what it was set to; for one thread at a time."""
-        # JAX has one cache for all of the process, opened where its first program was compiled, and used from then on
-        # whatever its settings say. So it is closed on both ends: what a user compiles around a run is theirs alone.
+        """Points JAX to the folder, and restores its settings at the end. Only one thread at a time can be inside."""
+        # JAX has one cache for the whole process. It opens with the first compilation and ignores later changes of the
+        # settings. So the cache is reset on entry and on exit: a user's own programs stay out of our folder.
         settings: dict[str, Any] = {
             "jax_compilation_cache_dir": self.folder,
-            "jax_persistent_cache_min_compile_time_secs": 0.0,  # a run's programs are few
-            # XLA could keep the tilings it has tried, for programs that are new but alike: that saves 0.7 of 8 s where
-            # only the batch has another size, and makes the folder's path a part of every key.
+            "jax_persistent_cache_min_compile_time_secs": 0.0,  # a run has few programs: keep them all
+            # XLA could also keep its autotuned tilings, for new but similar programs. This saves 0.7 of 8 s if only the
+            # batch size changes, but makes the folder's path a part of every cache key.
             "jax_persistent_cache_enable_xla_caches": "none",
         }
         with _SETTINGS_LOCK:
@@ -59,7 +59,7 @@ class ProgramCache:
                 _set(before)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """Compiles a program, or finds it in the folder."""
+        """Compiles a program, or loads it from the folder."""
         hits = []
 
         def count(event: str, **_: str | int) -> None:
@@ -76,16 +76,16 @@ class ProgramCache:
 
 
 def default_folder() -> Path:
-    """`jaxpack/programs` in the user's cache home: XDG_CACHE_HOME, where it is set to an absolute path, or ~/.cache."""
+    """Returns `jaxpack/programs` in the user's cache home: XDG_CACHE_HOME if it is an absolute path, else ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "jaxpack" / "programs"
 
 
 def size_of(folder: str) -> int:
-    """Bytes of the files in a folder."""
+    """Returns the total size of the files in a folder, in bytes."""
     size = 0
     for file in Path(folder).rglob("*"):
-        with contextlib.suppress(OSError):  # another run may be deleting it
+        with contextlib.suppress(OSError):  # another run may be deleting the file
             size += file.stat().st_size if file.is_file() else 0
     return size
 
@@ -98,10 +98,10 @@ def _folder(choice: str) -> str | None:
     folder = "the cache home"
     try:
         folder = default_folder() if choice == "auto" else Path(choice).absolute()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # JAX runs what it finds there
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: JAX runs the programs that it finds there
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         console.print(f"compiled programs cannot be kept in {folder}: {reason(error)}", style="yellow")
         return None
 

@@ -1,11 +1,11 @@
-"""Where a run speaks to people: one console, so that progress bars and lines do not overwrite each other."""
+"""Holds the one console that a run prints to, so that progress bars and lines do not overwrite each other."""
 
 import importlib.util
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# No markup: paths and other people's messages have brackets of their own. No wrapping: a line is a line.
+# Markup is off because paths and foreign messages contain brackets. Wrapping is off so that a line stays one line.
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -13,14 +13,14 @@ _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0
 
 
 def visible(text: str) -> str:
-    """Text of others, with signs for control characters: none moves a terminal's cursor, or turns its text around."""
+    """Replaces control characters by visible signs, so foreign text cannot move the cursor or change text direction."""
     return text.translate(_VISIBLE)
 
 
 def progress_bar(what: str, *, transient: bool = True) -> Progress:
-    """A progress bar for a terminal, or for a notebook that has widgets; elsewhere nothing.
+    """Returns a progress bar, which shows in a terminal or in a notebook with ipywidgets and is disabled elsewhere.
 
-    A task's `note` is shown behind it.
+    The bar of a task shows the task's `note` behind its count, so each task must have that field.
     """
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return Progress(

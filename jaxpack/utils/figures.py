@@ -1,4 +1,4 @@
-"""What pictures share: a figure without a window, axes that stay back, lines that are named where they end."""
+"""Helpers that all figures share: figures without a window, light axes, and labels at the ends of lines."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Line(NamedTuple):
-    """A line of a panel, and the color of its name."""
+    """Holds a line of a panel: its points, its label, and the color of the label."""
 
     label: str
     color: Any
@@ -23,24 +23,24 @@ class Line(NamedTuple):
 
 
 def require_matplotlib() -> None:
-    """Raises where no picture can be drawn."""
+    """Raises an `InputError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("pictures need `pip install jaxpack[bench]`, got no matplotlib.")
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Of so many inches."""
+    """Creates an off-screen figure of `width` x `height` inches."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's settings say
+    FigureCanvasAgg(figure)  # opens no window, whatever backend the user has set
     return figure
 
 
 def frame(panel: "Axes", title: str, along: str, up: str) -> None:
-    """The panel's question, and what its axes count."""
+    """Sets a panel's title, the labels of its x axis (`along`) and y axis (`up`), and a light grid."""
     panel.set_title(title, loc="left", fontsize=12, fontweight="bold")
     panel.set_xlabel(along)
     panel.set_ylabel(up)
@@ -50,7 +50,7 @@ def frame(panel: "Axes", title: str, along: str, up: str) -> None:
 
 
 def label_ends(panel: "Axes", lines: list[Line]) -> None:
-    """Names each line at the panel's right, at the height of its end, moved apart where ends are close."""
+    """Labels each line at the right edge of its panel, at the height of its end; close labels are moved apart."""
     panel.figure.canvas.draw()
     last = max(line.xs[-1] for line in lines)
     lines = sorted(lines, key=lambda line: line.ys[-1])
@@ -65,14 +65,14 @@ def label_ends(panel: "Axes", lines: list[Line]) -> None:
 
 
 def head(figure: "Figure", about: str) -> None:
-    """A line above all panels: of what, on what, when."""
+    """Writes a line above all panels that says what was measured, on which machine and when."""
     figure.suptitle(about, x=0.01, ha="left", fontsize=10, color="#555555")
 
 
 def lying_bars(
     panel: "Axes", places: np.ndarray, values: list[float], colors: list, texts: list[str], room: float = 1.3
 ) -> None:
-    """Horizontal bars, with a text at the end of each, for which the panel is `room` times as wide as the longest."""
+    """Draws horizontal bars with a text at the end of each; the panel is `room` times as wide as the longest bar."""
     panel.barh(places, values, 0.62, color=colors)
     for place, value, text in zip(places, values, texts, strict=True):
         panel.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
@@ -81,7 +81,7 @@ def lying_bars(
 
 
 def apart(wanted: np.ndarray, least: float) -> np.ndarray:
-    """The places nearest to `wanted`, which ascends, that are at least so far apart: groups about their mean."""
+    """Moves the ascending places `wanted` at least `least` apart, as little as possible: groups keep their mean."""
     groups: list[list[float]] = []
     for offset in wanted - least * np.arange(len(wanted)):
         groups.append([offset])

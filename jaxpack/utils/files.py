@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all."""
+"""Writes folders and files so that they appear whole or not at all, and checks paths before a run writes to them."""
 
 import contextlib
 import os
@@ -16,17 +16,17 @@ except ImportError:  # Windows has no locks of this kind
 
 
 def require_free_folder(path: Path, name: str) -> None:
-    """Refuses a path that holds something: nothing of a user's is ever overwritten."""
+    """Refuses a path that already holds files, because no file of a user is ever overwritten."""
     require_folder(path, name)
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"`{name}` must be empty or not exist yet, got {str(path)!r}, which holds files.")
 
 
 def require_folder(path: Path, name: str) -> None:
-    """Refuses a path that is no folder to write to, and cannot become one."""
+    """Refuses a path that is not a writable folder and cannot become one."""
     try:
         existing = _existing(path)
-    except (OSError, ValueError) as error:  # too long, not permitted, a loop of links
+    except (OSError, ValueError) as error:  # the path is too long, not permitted, or a loop of links
         raise InputError(f"`{name}` must be a folder, got {str(path)!r:.200}: {reason(error)}.") from error
     if not existing.is_dir():
         raise InputError(f"`{name}` must be a folder, got {str(path)!r}, where the file {existing} is.")
@@ -35,7 +35,10 @@ def require_folder(path: Path, name: str) -> None:
 
 
 def require_new_folder(path: Path, name: str) -> None:
-    """Refuses what `require_free_folder` does, and an empty folder that cannot be replaced by a whole one."""
+    """Refuses a path as `require_free_folder` does, and also a mount point or the working folder.
+
+    Neither of these can be replaced by the finished folder, even if it is empty.
+    """
     require_free_folder(path, name)
     place = path.resolve()
     if place.is_mount() or place == Path.cwd():
@@ -44,7 +47,7 @@ def require_new_folder(path: Path, name: str) -> None:
 
 
 def require_room(path: Path, name: str, needed: int) -> None:
-    """Refuses a path on a disk with fewer than `needed` bytes free: better before training than after it."""
+    """Refuses a path on a disk with fewer than `needed` bytes free: a run should fail before training, not after it."""
     existing = _existing(path)
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -53,10 +56,10 @@ def require_room(path: Path, name: str, needed: int) -> None:
 
 @contextlib.contextmanager
 def held_folder(path: Path, name: str) -> Iterator[None]:
-    """Has a folder, made if it is not there, for one process at a time: until the end, or until it is killed.
+    """Locks a folder, created if missing, for one process, until the block ends or the process is killed.
 
     Raises:
-      InputError: another has it, or it cannot be made.
+      InputError: another process holds the folder, or the folder cannot be created.
     """
     there = path.exists()
     try:
@@ -70,7 +73,7 @@ def held_folder(path: Path, name: str) -> Iterator[None]:
                 fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"`{name}` must be without another run, got {str(path)!r} with one.") from None
-            except OSError:  # of a file system without locks
+            except OSError:  # the file system has no locks
                 pass
         yield
     finally:
@@ -82,9 +85,9 @@ def held_folder(path: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, name: str) -> Iterator[Path]:
-    """Gives a temporary folder beside `path` to write into; renames it to `path` at the end, or removes it on an error.
+    """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it on an error.
 
-    Where `path` is a link, this is done where it points.
+    If `path` is a link, the folder that it points to is written.
 
     Raises:
       InputError: `path` holds something, or the disk refused a write (full, read-only, not permitted).
@@ -100,7 +103,7 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
-        temporary.rename(path)  # over an empty folder this is allowed, and atomic
+        temporary.rename(path)  # atomic, and allowed over an empty folder
     except OSError as error:
         raise InputError(
             f"`{name}` must be writable, got {str(given)!r}: {reason(error)} (nothing was left there)."
@@ -111,13 +114,13 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
 
 
 def from_home(path: Path) -> str:
-    """As a shell takes it: `~/...` within the user's home, so that what a notebook keeps names nobody's."""
+    """Returns `path` as a shell accepts it, `~/...` within the user's home, so that notebooks show no user name."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def replace_folder(write: Callable[[Path], None], path: Path) -> None:
-    """Lets `write` make a folder, and puts it in the place of the one that is there, if any."""
+    """Lets `write` create a folder, and puts the folder in the place of an existing one at `path`."""
     if not path.exists():
         write(path)
         return
@@ -129,12 +132,12 @@ def replace_folder(write: Callable[[Path], None], path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes, name: str) -> None:
-    """Puts a file in the place of the one that is there, if any: a reader finds the one or the other, and no part.
+    """Replaces or creates a file atomically: a reader finds the old or the new content, never a part of it.
 
     Raises:
-      InputError: the disk refused a write; the file that was there still is.
+      InputError: the disk refused a write. The file that was there is unchanged.
     """
-    partial = path.with_name(f".{path.name}")  # of a process that was killed, too: the next one takes it
+    partial = path.with_name(f".{path.name}")  # a fixed name: the next write overwrites what a killed process left
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -149,22 +152,25 @@ def replace_file(path: Path, content: bytes, name: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Deletes what a process that was killed has left beside `path`, of `whole_folder` or `replace_folder`."""
+    """Deletes what a killed process left beside `path` in `whole_folder` or `replace_folder`.
+
+    If it was killed between the two renames of `replace_folder`, the old folder gets its place back.
+    """
     new, old = _beside(path)
     if old.exists() and not path.exists():
-        old.rename(path)  # it was killed between the two renames
+        old.rename(path)  # the process was killed between the two renames
     for name in (path.name, new.name):
         for leftover in path.parent.glob(f".{name}-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where `replace_folder` has what comes to `path` and what was there."""
+    """Returns the paths at which `replace_folder` keeps the new and the old folder while it replaces `path`."""
     return path.with_name(f".{path.name}-new"), path.with_name(f".{path.name}-old")
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Returns the path itself if it exists, else the nearest folder above it that does."""
     for place in (path.absolute(), *path.absolute().parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             place.stat()

@@ -1,4 +1,4 @@
-"""What a loop needs next, made in a thread of its own while the loop does something else."""
+"""Makes the next items of a loop in a separate thread while the loop works on the current one."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,10 +9,11 @@ Item = TypeVar("Item")
 
 
 def prefetched(make: Callable[[int], Item], count: int, ahead: int = 2) -> Iterator[Item]:
-    """Yields `make(0)`, `make(1)`, ..., `make(count - 1)`, each begun before it is asked for, at most `ahead` early.
+    """Yields `make(0)`, `make(1)`, ..., `make(count - 1)`, with at most `ahead` items begun before they are needed.
 
-    One thread makes them, in order, from the first request on. What `make` raises is raised in place of its item. Close
-    the iterator (`contextlib.closing`) to end the thread: that waits for the item being made and starts no other.
+    One thread makes the items in order, from the first request on. An exception of `make` is raised in place of its
+    item. Close the iterator (`contextlib.closing`) to end the thread: closing waits for the item that is being made and
+    starts no other.
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-prefetch")
     try:

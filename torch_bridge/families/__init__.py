@@ -1,7 +1,7 @@
-"""Says per architecture what a Hugging Face `config.json` means, and which tensor is which parameter, as tables.
+"""Defines for each architecture how its `config.json` is read and which tensor is which parameter.
 
-Adding a family is a file with its `Family` and a line of `FAMILIES`: its tensor table, and a function that reads its
-config and refuses by name what it has that jaxpack does not.
+To add a family, write a file with its `Family` and add a line to `FAMILIES`. A `Family` has a tensor table, and a
+function that reads the config and refuses, by name, each option that jaxpack does not support.
 """
 
 from torch_bridge.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3

@@ -1,4 +1,4 @@
-"""Holds what the families share: `Family` and `Entry`, tables of tensors, and readers of a `config.json`'s fields."""
+"""Defines `Family` and `Entry`, the tensor tables that families share, and readers of `config.json` fields."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 from jaxpack.errors import InputError
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"  # of `layer_types`
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of `layer_types`
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Says where a tensor goes: a parameter's path in `Transformer`, and the projection whose rows of it the tensor is.
+    """Maps a tensor to a parameter's path in `Transformer`, and to the rows of one projection (None: all rows).
 
     A name with `{i}` goes to layer `i` of a stacked parameter.
     """
@@ -25,10 +25,10 @@ class Family:
     """Describes one architecture.
 
     Attributes:
-      model_type: what transformers calls it.
-      tensors: by Hugging Face name; those of parameters that a model may lack are left out where it does.
-      read: from `config.json` to what is special about it.
-      fields: of a `config.json`, what `read` reads, with what transformers takes where it is not there.
+      model_type: the name of the architecture in transformers.
+      tensors: entries by Hugging Face name; entries of optional parameters are left out if a model lacks them.
+      read: returns the family's own `ModelConfig` fields from a `config.json`.
+      fields: the `config.json` fields that `read` reads, with the defaults of transformers.
     """
 
     model_type: str
@@ -55,7 +55,7 @@ QK_NORMS = {
 
 
 def _projections(kind: str) -> dict[str, Entry]:
-    """Names the "weight" or the "bias" of each."""
+    """Returns the entries of all projections, for their "weight" or their "bias"."""
     return {
         f"model.layers.{{i}}.{module}.{projection}.{kind}": Entry(f"blocks.{linear}.{kind}", projection)
         for module, linear, projections in (
@@ -73,16 +73,16 @@ LLAMA = EMBEDDING_AND_HEAD | NORMS | PROJECTIONS
 
 
 def attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads `attention_bias`, which says whether all projections of the attention have biases."""
+    """Reads `attention_bias`: whether all projections of the attention have biases."""
     bias = flag(hf, "attention_bias")
     return {"qkv_bias": bias, "out_bias": bias}
 
 
 def local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) -> dict[str, Any]:
-    """Reads which layers attend within `window`: from `layer_types`, or from `default` where that is not there.
+    """Reads which layers attend within `window`: from `layer_types`, or from `default` without it.
 
     Raises:
-      InputError: `layer_types` has not one kind for each layer, or has local layers without a window.
+      InputError: `layer_types` does not have one kind for each layer, or has local layers without a window.
     """
     kinds = first(hf.get("layer_types"), default)
     allowed = (GLOBAL,) if window is None else (GLOBAL, LOCAL)
@@ -94,10 +94,10 @@ def local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) 
 
 
 def whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: int = 1) -> int:
-    """Reads a whole number of at least `least`; where it is null or not there, that is `default`.
+    """Reads a whole number of at least `least`; a null or missing field is `default`.
 
     Raises:
-      InputError: the field is anything else, or is not there and has no default.
+      InputError: the field is anything else, or is missing and has no default.
     """
     value = first(hf.get(field), default)
     if type(value) is not int or value < least:
@@ -106,7 +106,7 @@ def whole(hf: Mapping[str, Any], field: str, default: int | None = None, least: 
 
 
 def flag(hf: Mapping[str, Any], field: str) -> bool:
-    """Reads true or false; null is false, and so is a field that is not there.
+    """Reads true or false; a null or missing field is false.
 
     Raises:
       InputError: the field is anything else.
@@ -118,15 +118,15 @@ def flag(hf: Mapping[str, Any], field: str) -> bool:
 
 
 def require(hf: Mapping[str, Any], field: str, expected: Any) -> None:
-    """Refuses a field that is neither `expected` nor null nor left out.
+    """Requires a field to be `expected`, null or missing.
 
     Raises:
-      InputError: it is something else.
+      InputError: the field is anything else.
     """
     if hf.get(field, expected) not in (expected, None):
         raise InputError(f"`{field}` must be {expected!r}, got {hf[field]!r}.")
 
 
 def first(*values: Any) -> Any:
-    """Returns the first of some values that is there; None where none is."""
+    """Returns the first value that is not None, or None if all are."""
     return next((value for value in values if value is not None), None)

@@ -1,4 +1,4 @@
-"""Gemma 2 has norms on both sides of a branch, soft-caps, and a window in every second layer."""
+"""Gemma 2 has norms before and after each branch, soft-caps, and a sliding window in every second layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +44,7 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gemma(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
-    """Reads what Gemma 2 and 3 share; one layer in `every` attends to whole documents."""
+    """Reads the fields that Gemma 2 and 3 share; one layer in `every` attends to whole documents."""
     require(hf, "use_bidirectional_attention", False)
     kinds = [LOCAL if (i + 1) % every else GLOBAL for i in range(whole(hf, "num_hidden_layers"))]
     return {

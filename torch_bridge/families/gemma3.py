@@ -1,4 +1,4 @@
-"""Gemma 3, the text model, is Gemma 2 with norms of queries and keys, and with a rope of its own for local layers."""
+"""Gemma 3 (the text model) is Gemma 2 with norms on queries and keys, and a separate RoPE for local layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _FIELDS = gemma2.FIELDS | {
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    require(hf, "attn_logit_softcapping", None)  # which transformers reads and does not use
+    require(hf, "attn_logit_softcapping", None)  # transformers reads it and does not use it
     ropes = hf.get("rope_parameters") or {}
     if not isinstance(ropes, dict) or not ropes.keys() <= {GLOBAL, LOCAL}:
         raise InputError(f"`rope_parameters` must be an object of {GLOBAL!r} and {LOCAL!r}, got {ropes!r}.")

@@ -1,4 +1,4 @@
-"""Llama has biases where its config says so."""
+"""Llama has biases if its config says so."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Mistral is Llama without biases, and with one window in all layers."""
+"""Mistral is Llama without biases, and with the same sliding window in all layers."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 have fused projections, one window in all layers, and a rope that may turn a part of each head."""
+"""Phi-3 and Phi-4 have fused projections, one sliding window, and a RoPE that may rotate a part of each head."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Qwen2 has biases of queries, keys and values, and a window in its later layers where that is on."""
+"""Qwen2 has biases on queries, keys and values, and optionally a sliding window in its later layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def qwen_window(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the window: off, whatever `sliding_window` says, or on in the layers from `max_window_layers` on."""
+    """Reads the window: on from layer `max_window_layers`, or off in all layers without `use_sliding_window`."""
     window = hf["sliding_window"] if flag(hf, "use_sliding_window") else None
     first, layers = whole(hf, "max_window_layers", least=0), range(whole(hf, "num_hidden_layers"))
     return local_layers(hf, window, [LOCAL if window is not None and i >= first else GLOBAL for i in layers])

@@ -1,4 +1,4 @@
-"""Qwen3 has Qwen2's windows, norms of queries and keys, and biases where its config says so."""
+"""Qwen3 has Qwen2's windows, norms on queries and keys, and biases if its config says so."""
 
 from collections.abc import Mapping
 from typing import Any

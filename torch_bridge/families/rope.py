@@ -1,4 +1,4 @@
-"""Reads a rope of a `config.json` into a `RopeConfig`, and writes it back."""
+"""Reads the RoPE fields of a `config.json` into a `RopeConfig`, and writes them back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ _SCALINGS: dict[str, type[RopeScaling]] = {
 
 
 def read_rope(hf: Mapping[str, Any], *, allows_partial: bool = False) -> RopeConfig:
-    """Reads `rope_parameters`, or `rope_theta` and `rope_scaling`, of one rope.
+    """Reads one RoPE, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
 
     Args:
-      allows_partial: whether the family's rope may turn a part of each head.
+      allows_partial: whether the family's RoPE may rotate only a part of each head.
 
     Raises:
-      InputError: a kind of rope that is not supported, or a field of it that is missing.
+      InputError: the kind of RoPE is not supported, or one of its fields is missing.
     """
-    # transformers 5 has one `rope_parameters`; before, there was `rope_theta` beside an optional `rope_scaling`.
+    # transformers 5 has one `rope_parameters`; version 4 has `rope_theta` and an optional `rope_scaling`.
     scaling = hf.get("rope_scaling") or {}
     rope = hf.get("rope_parameters") or scaling
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -47,14 +47,14 @@ def read_rope(hf: Mapping[str, Any], *, allows_partial: bool = False) -> RopeCon
     if partial != 1 and not allows_partial:
         raise InputError(f"`partial_rotary_factor` of {hf['architectures'][0]} must be 1, got {partial!r}.")
     if kind == "su" or (kind == "yarn" and "short_factor" in rope):
-        kind = "longrope"  # which Phi-3 has called so
+        kind = "longrope"  # Phi-3 has used these names for it
     if kind == "default":
         return RopeConfig(theta=theta, partial_rotary_factor=partial)
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise InputError(f"`rope_type` must be 'default' or one of {sorted(_SCALINGS)}, got {kind!r}.")
     original, longest = "original_max_position_embeddings", "max_position_embeddings"
     given = {**rope, longest: hf.get(longest)}
-    if hf.get(original) is not None:  # transformers goes by the one that is not among the others
+    if hf.get(original) is not None:  # transformers prefers the top-level field
         given[original] = hf[original]
     if kind == "longrope" and given.get("factor") is None:
         given["factor"] = whole(given, longest) / whole(given, original)
@@ -69,7 +69,7 @@ def read_rope(hf: Mapping[str, Any], *, allows_partial: bool = False) -> RopeCon
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    """Writes `rope_parameters`, and what goes with them, for `read_rope` to read back."""
+    """Returns `rope_parameters`, and the fields beside it, as `read_rope` reads them."""
     parameters = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.partial_rotary_factor != 1:
         parameters["partial_rotary_factor"] = rope.partial_rotary_factor
@@ -77,6 +77,6 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
         return {"rope_parameters": parameters}
     (kind,) = (kind for kind, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
     values = {name: value for name, value in dataclasses.asdict(rope.scaling).items() if value is not None}
-    values.pop("max_position_embeddings", None)  # the model's own
+    values.pop("max_position_embeddings", None)  # the model's config holds it
     beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
     return {"rope_parameters": parameters | {"rope_type": kind} | values} | beside

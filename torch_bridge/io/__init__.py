@@ -1,1 +1,1 @@
-"""Reads and writes weights on a disk: one safetensors file, and folders of them. Needs no torch."""
+"""Reads and writes weights on disk: single safetensors files, and folders of them. Needs no torch."""

@@ -18,17 +18,17 @@ from torch_bridge.io.safetensors_file import header_bytes, read_header
 Found = TypeVar("Found")
 
 WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-_FILE_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)  # no folder, above or below
-_MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has a tenth
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)  # a plain name, without a path to another folder
+_MAX_JSON_BYTES = 64 << 20  # ten times the index of 100,000 tensors
 _SHARD_BYTES = 2 << 30
-_SHOWN = 4  # names in one message
+_SHOWN = 4  # names shown in one message
 
 
 class SafetensorsFolder:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+    """Provides the tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`.
 
     Raises:
-      InputError: what `tensors_of` or `read_header` refuses.
+      InputError: as in `tensors_of` and `read_header`.
     """
 
     def __init__(self, folder: Path):
@@ -43,10 +43,10 @@ class SafetensorsFolder:
 
 
 def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Found]]) -> dict[str, Found]:
-    """What `read` finds in the files of a folder's weights: in `one_file`, or in the shards that its index lists.
+    """Returns what `read` finds in a folder's weight files: in `one_file`, or in the shards that its index lists.
 
     Raises:
-      InputError: no such file, a missing shard, one that has not what the index says of it, a tensor in two of them.
+      InputError: a file or a shard is missing, a shard lacks a tensor of the index, or two files hold the same tensor.
     """
     tensors: dict[str, Found] = {}
     for path, listed in _weight_files(folder, one_file).items():
@@ -63,7 +63,7 @@ def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Fou
 
 
 def has_weights(folder: Path, one_file: str) -> bool:
-    """Whether a folder has this file of weights, or an index of its shards."""
+    """Returns whether a folder has this file of weights, or an index of its shards."""
     return any((folder / name).is_file() for name in (one_file, _index_of(one_file)))
 
 
@@ -72,7 +72,7 @@ def _index_of(one_file: str) -> str:
 
 
 def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
-    """The files, and the tensors that an index lists in each."""
+    """Returns the weight files, each with the tensors that the index lists for it (none without an index)."""
     if (folder / one_file).is_file():
         return {folder / one_file: []}
     index = folder / _index_of(one_file)
@@ -93,7 +93,7 @@ def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
 
 
 def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing and what has another shape, in two phrases at most."""
+    """Describes missing tensors and wrong shapes, in at most two phrases."""
     missing = [name for name in expected if name not in found]
     wrong = [
         f"{name} is {list(found[name])} and must be {list(shape)}"
@@ -106,12 +106,12 @@ def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
+    """Joins the first few of many names."""
     return ", ".join(f"{name:.120}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; what is none is an `InputError`."""
+    """Reads a JSON object from a file; raises InputError if the file holds anything else."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
@@ -126,10 +126,10 @@ def read_json(path: Path) -> dict:
 def write_safetensors(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, jax.Array]]
 ) -> None:
-    """Writes tensors as they come, in files of about 2 GiB, and an index where there is more than one.
+    """Writes tensors as they come, in files of about 2 GiB, with an index if there is more than one file.
 
-    Holds one tensor at a time, for the headers are written before: `tensors` are those of `shapes`, in that order, and
-    of `dtype`.
+    Holds one tensor at a time, because each header is written first: `tensors` must have the names, order and shapes
+    of `shapes`, and be of `dtype`.
     """
     shards: list[dict[str, int]] = [{}]
     for name, shape in shapes.items():
@@ -156,5 +156,5 @@ def write_safetensors(
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One safetensors file, marked as Hugging Face readers expect."""
+    """Writes one safetensors file, marked as Hugging Face readers expect."""
     path.write_bytes(save(tensors, metadata={"format": "pt"}))

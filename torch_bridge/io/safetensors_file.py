@@ -1,8 +1,8 @@
-"""One safetensors file: a header that is believed only after it was checked, and rows read at their place. No torch.
+"""Reads rows of tensors from one safetensors file, after a check of its header. Needs no torch.
 
 The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little endian; the header,
-a JSON object; then the tensors' bytes, one after another, without a gap. `safetensors` itself checks as much, but does
-not say where a tensor lies, and reads through a memory map.
+a JSON object; then the tensors' bytes, one after another, without a gap. The `safetensors` package makes the same
+checks, but does not tell the offset of a tensor, and reads through a memory map.
 """
 
 import json
@@ -19,11 +19,11 @@ import numpy as np
 from jaxpack.errors import InputError, reason
 
 DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
-_MAX_HEADER_BYTES = 16 << 20  # of 100,000 tensors; the format allows 100 MB, of which Python makes gigabytes
+_MAX_HEADER_BYTES = 16 << 20  # enough for 100,000 tensors; the format allows 100 MB, gigabytes in Python
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: rows of `dtype` from byte `offset` of the file on."""
+    """Locates a tensor in a file: its rows, of `dtype`, begin at byte `offset`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -31,7 +31,7 @@ class Tensor(NamedTuple):
     offset: int
 
     def read(self, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
-        """Rows `first` to `last`, without the latter, as a view of `buffer`, uint8 and large enough.
+        """Returns rows `first` to `last` (exclusive) as a view of `buffer`, which is uint8 and large enough.
 
         Raises:
           InputError: the file has become shorter, or cannot be read.
@@ -43,7 +43,7 @@ class Tensor(NamedTuple):
 
 
 def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:
-    """Fills `buffer`, uint8, with the bytes of a file from `offset` on."""
+    """Fills `buffer`, uint8, with the bytes of a file that begin at `offset`."""
     try:
         with path.open("rb", buffering=0) as file:
             done = 0
@@ -57,13 +57,13 @@ def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, in the order in which they lie there.
+    """Returns the tensors of a file by name, in the order of their bytes in the file.
 
-    Reads the header alone, and allocates nothing that the file's size does not allow.
+    Reads only the header, and allocates no more than the file's size allows.
 
     Raises:
-      InputError: no such file, one that is cut off or has tensors that overlap, leave gaps or lie beyond its end; a
-        dtype that is not F32, BF16 or F16.
+      InputError: the file is missing or cut off, its tensors overlap, leave gaps or lie beyond its end, or a dtype is
+        not F32, BF16 or F16.
     """
     try:
         status = path.stat()
@@ -102,7 +102,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """What a file of these tensors begins with, in the order in which their bytes follow; marked as others expect."""
+    """Returns the length and header of a file of these tensors, in their order, marked as other readers expect."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     code = next(code for code, kind in DTYPES.items() if kind == dtype)
     end = 0
@@ -110,7 +110,7 @@ def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
         begin, end = end, end + DTYPES[code].itemsize * math.prod(shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that numbers begin at a multiple of their size
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
@@ -129,7 +129,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
 
 
 def _is_whole(values: Any) -> bool:
-    """Whether it is a list of whole numbers that a file can have; few, so that their product has an end."""
+    """Returns whether `values` is a list of at most 8 integers below 2**63; the limit bounds their product."""
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
