@@ -1,6 +1,7 @@
-"""Chat templates in the styles of public models, with and without generation tags, and tokenizers that have them.
+"""Provides chat templates in the styles of public models, and tokenizers that have these templates.
 
-`G` and `E` stand for `{% generation %}` and `{% endgeneration %}`, or for nothing.
+Each template comes with and without generation tags: `G` and `E` stand for `{% generation %}` and
+`{% endgeneration %}`, or for nothing.
 """
 
 import dataclasses
@@ -11,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """A template, its special tokens, and what it makes of an assistant's content, without its tool calls."""
+    """Holds a template, its special tokens, and how it renders an assistant's content (without tool calls)."""
 
     template: str
     specials: tuple[str, ...]
-    end: str  # of an assistant's turn
-    lead: str = ""  # before its content, after the generation prompt
+    end: str  # ends an assistant's turn
+    lead: str = ""  # stands between the generation prompt and the content
     trims: bool = False
     system: bool = True  # whether it takes a system prompt
     tools: bool = False  # whether it writes tools and calls
@@ -41,7 +42,7 @@ def without_tags(template: str) -> str:
     return template.replace("{G}", "").replace("{E}", "")
 
 
-# Qwen2.5: a default system prompt, tools in it, tool results as a user's.
+# Qwen2.5 has a default system prompt, lists tools in the system prompt, and shows tool results as a user's turns.
 CHATML = (
     "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{%- else %}{% set system = 'You are helpful.' %}{% endif %}"
@@ -70,7 +71,7 @@ CHATML = (
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Llama 3.1: trims all, and writes one call in the place of a content; results as JSON.
+# Llama 3.1 trims all contents, writes one tool call in place of the content, and tool results as JSON.
 LLAMA3 = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -88,7 +89,8 @@ LLAMA3 = (
     "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-# Mistral v0.3: no generation prompt; system prompt and tools before the last user's message; refuses other orders.
+# Mistral v0.3 has no generation prompt, puts system prompt and tools before the last user's message, and refuses other
+# orders of roles.
 MISTRAL = (
     "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
     "{%- else %}{% set rest = messages %}{% endif %}"
@@ -127,7 +129,7 @@ MISTRAL = (
     "{%- endfor %}"
 )
 
-# Gemma 2: trims all, has no system prompt, and calls the assistant model.
+# Gemma 2 trims all contents, has no system prompt, and names the assistant "model".
 GEMMA = (
     "{{- bos_token }}"
     "{%- if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -142,7 +144,7 @@ GEMMA = (
     "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
-# Phi-3: a token ends a text that no generation prompt follows.
+# Phi-3 ends a text with a special token unless a generation prompt follows.
 PHI3 = (
     "{%- for message in messages %}"
     "{{- '<|' + message.role + '|>\n' }}"
@@ -169,7 +171,7 @@ STYLES = {
     "phi3": Style(PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
 }
 
-# Qwen3: drops earlier thoughts, and writes an empty one before a last answer that has none.
+# Qwen3 drops earlier thoughts, and writes an empty thought before a last answer that has none.
 QWEN3 = (
     "{%- set ns = namespace(last=-1) %}"
     "{%- for message in messages %}"

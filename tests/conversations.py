@@ -1,4 +1,4 @@
-"""Writes conversations, loads them with their own tokenizer, and shows what is trained on of each."""
+"""Writes conversations, loads them with their own tokenizer, and shows which text of each is trained on."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def whole(documents: Documents, tokenizer: PreTrainedTokenizerFast, which: int =
 
 
 def trained(documents: Documents, tokenizer: PreTrainedTokenizerFast, which: int = 0) -> list[str]:
-    """Each stretch of a document that is trained on, decoded."""
+    """Decodes each stretch of a document that is trained on."""
     here = slice(documents.starts[which], documents.starts[which] + documents.lengths[which])
     tokens, on = documents.tokens[here], documents.labels[here] != -100
     assert (documents.labels[here][on] == tokens[on]).all()
@@ -33,7 +33,7 @@ def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
-    """A conversation in which user and assistant take turns."""
+    """Returns a conversation in which user and assistant take turns."""
     before = [] if system is None else [turn("system", system)]
     return before + [turn("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
 

@@ -1,11 +1,11 @@
-"""Runs of `jaxpack` that are forked from a process that has imported everything and begun nothing: a second each.
+"""Forks runs of `jaxpack` from a process that has imported everything and begun nothing. Each takes a second.
 
-`python forked_runs.py` reads a request a line, `{"argv", "log", "moment", "number"}`, and answers with the run's exit
-status, negative for a signal. A run sends itself signal `number` at the moment, if there is one:
+`python forked_runs.py` reads one request per line, `{"argv", "log", "moment", "number"}`, and answers with the run's
+exit status, which is negative for a signal. If `moment` is given, the run sends itself signal `number` at that moment:
 
-- `["step", n, seconds]`: so long after the n-th step is started,
-- `["save", n, seconds]`: so long after the n-th checkpoint begins to be written,
-- `["file", n]`: before the n-th time that Python makes, opens, renames or deletes something in the output folder.
+- `["step", n, seconds]`: this many seconds after the n-th step starts,
+- `["save", n, seconds]`: this many seconds after the n-th checkpoint begins to be written,
+- `["file", n]`: before Python makes, opens, renames or deletes something in the output folder for the n-th time.
 """
 
 import json
@@ -23,13 +23,13 @@ _FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.tr
 
 
 class Runs:
-    """The process that runs are forked from."""
+    """Holds the process from which runs are forked, and sends it requests."""
 
     def __init__(self, cache: Path):
         paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),  # of all programs, the small ones between the steps, too
+            "JAX_COMPILATION_CACHE_DIR": str(cache),  # also for the small programs between the steps
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self._process = subprocess.Popen(
@@ -50,7 +50,7 @@ class Runs:
 
 
 def _before_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> None:
-    """Acts before the `number`-th call of a function."""
+    """Patches a function so that `act` is called before its `number`-th call."""
     function, calls = getattr(owner, name), []
 
     def counted(*args: Any, **options: Any) -> Any:

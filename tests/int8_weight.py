@@ -1,4 +1,4 @@
-"""A weight of eight bits, to show that a model, its training and the bridge know no form of weight by name."""
+"""Defines an 8-bit weight, to test that model, training and bridge work with any kind of weight."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from jaxpack.model.weights import Frozen, MixedWeight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Weight(Weight):
-    """`codes * scales`, a scale for each output channel; or one layer of a stack of them."""
+    """Stands for `codes * scales`, with one scale for each output channel; or for one layer of a stack."""
 
     codes: Any  # int8 [*L, O, I]
     scales: Any  # float32 [*L, O]
@@ -65,7 +65,7 @@ class Int8Weight(Weight):
 
 
 def mixed(dense: jax.Array) -> Weight:
-    """Stacks with their odd layers in eight bits and the others as they are; single matrices in eight bits."""
+    """Turns the odd layers of a stack, or a single matrix, into 8-bit weights; even layers stay dense."""
     if dense.ndim == 2:
         return Int8Weight.of(dense)
     places = tuple((layer % 2, layer // 2) for layer in range(len(dense)))
@@ -73,7 +73,7 @@ def mixed(dense: jax.Array) -> Weight:
 
 
 def dense_twin(model: nnx.Module) -> nnx.Module:
-    """The same model with each frozen weight as the dense array that it stands for."""
+    """Returns a copy of the model in which each frozen weight is the dense array that it stands for."""
     graph, state = nnx.split(model)
     twin = nnx.merge(graph, jax.tree.map(lambda x: x, state))
     for _, module in list(nnx.iter_modules(twin)):

@@ -1,4 +1,4 @@
-"""Loads rows with a small tokenizer, and shows the documents that they become."""
+"""Loads dataset rows with a small tokenizer, and shows the documents that they become."""
 
 import json
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def load(dataset: Any, tokenizer: PreTrainedTokenizerFast | None = PLAIN, **opti
 
 
 def as_arrow(rows: list[dict]) -> Any:
-    """The rows as a `datasets.Dataset`; imported here, since a GPU machine may not have it."""
+    """Returns the rows as a `datasets.Dataset`. Imports it late, since a GPU machine may not have it."""
     import datasets
 
     return datasets.Dataset.from_list(rows)
@@ -40,7 +40,7 @@ def labels_of(documents: Documents, which: int) -> list[int]:
 
 
 def texts(documents: Documents) -> list[tuple[str, str]]:
-    """Decodes each document: all of it, and what is trained on."""
+    """Decodes each document: its whole text, and the text that is trained on."""
     return [
         (
             PLAIN.decode(tokens_of(documents, which)),
@@ -69,7 +69,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def refusal(dataset: Any, tokenizer: PreTrainedTokenizerFast | None = PLAIN, **options: Any) -> str:
-    """The message that a dataset is refused with: one sentence."""
+    """Returns the message with which a dataset is refused, and checks that it is one sentence."""
     with pytest.raises(InputError) as caught:
         load(dataset, tokenizer, **options)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Small random models, and random documents, for the tests of everything above the kernels."""
+"""Makes small random models and random documents for the tests of everything above the kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ _FAMILIES = {
         "tie_word_embeddings": True,
     },
     "llama": {"architecture": "LlamaForCausalLM", "rope": RopeConfig(theta=5e5, scaling=_LLAMA3)},
-    # All that Gemma 2 and 3 have.
+    # Has every feature of Gemma 2 and 3.
     "gemma3": {
         "architecture": "Gemma3ForCausalLM",
         "num_layers": 3,
@@ -39,13 +39,16 @@ _FAMILIES = {
         "post_norms": True,
         "tie_word_embeddings": True,
     },
-    # With biases, and a window in every other layer.
+    # Has biases, and a window in every other layer.
     "qwen2": {"architecture": "Qwen2ForCausalLM", "num_layers": 3, "qkv_bias": True, "sliding_window": 7},
 }
 
 
 def small_config(family: str, **changes: object) -> ModelConfig:
-    """Grouped heads, a head_dim that is not hidden / heads, and both kinds of head and rope between the families."""
+    """Returns a config with grouped heads and a head_dim that is not hidden_size / num_heads.
+
+    Between them, the families have both kinds of head and both kinds of RoPE.
+    """
     settings = {
         "vocab_size": 97,
         "hidden_size": 48,
@@ -67,8 +70,10 @@ def small_config(family: str, **changes: object) -> ModelConfig:
 def small_model(
     family: str, *, lora: LoraConfig | None = None, dtype: DTypeLike = jnp.float32, **changes: object
 ) -> Transformer:
-    """Random, with weights large enough (0.05) that every part matters, and small enough that float32 rounding does not
-    grow from layer to layer. Adapters, where asked for, are not zero.
+    """Makes a random model whose every part matters, with adapters that are not zero if `lora` is given.
+
+    The weights (0.05) are large enough for that, and small enough that float32 rounding does not grow from layer to
+    layer.
     """
     model = Transformer(small_config(family, **changes), dtype=dtype, rngs=nnx.Rngs(0))
     key = jax.random.key(1)
@@ -86,7 +91,7 @@ def small_model(
 
 
 def random_documents(lengths: list[int], vocab_size: int = 97, seed: int = 0, masked: float = 0.3) -> Documents:
-    """Documents of the given lengths; a share of their tokens is not trained on."""
+    """Draws documents of the given lengths; the share `masked` of their tokens is not trained on."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, sum(lengths)).astype(np.int32)
     labels = np.where(rng.random(len(tokens)) < masked, -100, tokens).astype(np.int32)

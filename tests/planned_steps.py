@@ -1,4 +1,4 @@
-"""Models and steps that predictions are tested on: shapes without arrays, and the runs that were measured."""
+"""Provides the models that predictions are tested on (shapes without arrays) and the runs that were measured."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jaxpack.planning.time import RATES
 H200 = RATES["H200"]
 GIB = 2**30
 LORA = LoraConfig(r=16)
-# Alpaca's documents, weighted by their tokens: 80 keys a token.
+# Keys that an average token of Alpaca attends to: the mean over documents, weighted by their tokens.
 KEYS_PER_TOKEN = 80
 PACKED_RUNS = [row for gpu in RATES for row in measured_runs(gpu, layout="packed")]
 PADDING_FREE_RUNS = measured_runs(layout="padding-free")

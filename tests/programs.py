@@ -1,4 +1,4 @@
-"""Reads what a traced program does."""
+"""Reads the equations of a traced program."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 
 
 def equations(jaxpr: Any) -> list[Any]:
-    """All equations of a jaxpr, those of inner ones once each."""
+    """Returns all equations of a jaxpr; those of an inner jaxpr count once for each equation that holds it."""
     found = []
     for equation in jaxpr.eqns:
         found.append(equation)

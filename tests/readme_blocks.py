@@ -1,4 +1,4 @@
-"""The README's code blocks, for the tests that run them."""
+"""Finds the README's code blocks for the tests that run them."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,6 @@ def blocks(language: str) -> list[str]:
 
 
 def command(start: str) -> str:
-    """The one shell block that begins so, as one line."""
+    """Returns the one shell block that begins with `start`, with continued lines joined."""
     (found,) = (block for block in blocks("console") if block.startswith(start))
     return found.replace("\\\n", " ")

@@ -1,4 +1,4 @@
-"""Data that lies beside the project, where it does."""
+"""Finds data that may lie beside the project."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def beside(name: str) -> Path:
-    """A file of it; a test that needs it is left out without."""
+    """Returns the path of a file in ../shared/data. Skips the test if the file is not there."""
     path = _SHARED / name
     if not path.is_file():
         pytest.skip(f"needs {name} in ../shared/data")

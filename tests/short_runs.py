@@ -1,4 +1,4 @@
-"""Settings and rows for runs of a few steps."""
+"""Provides settings and dataset rows for runs of a few steps."""
 
 import numpy as np
 

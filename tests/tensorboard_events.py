@@ -1,4 +1,4 @@
-"""TensorBoard's event files, read as TensorBoard reads them, and what `metrics.jsonl` says should be in them."""
+"""Reads event files as TensorBoard does, and derives from `metrics.jsonl` what they should hold."""
 
 import json
 import struct
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-Scalars = dict[str, list[tuple[int, float]]]  # steps and values by tag
+Scalars = dict[str, list[tuple[int, float]]]  # (step, value) pairs by tag
 
 
 def events(folder: Path) -> Iterator[Event]:
-    """Those of all event files in a run's folder, in the order of the files' names."""
+    """Yields the events of all event files in a run's folder, in the order of the files' names."""
     for path in sorted((folder / "tensorboard").iterdir()):
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack("<Q", content[:8])
-            yield Event.FromString(content[12 : 12 + length])  # checksums before and behind
+            yield Event.FromString(content[12 : 12 + length])  # a checksum stands before and behind
             content = content[16 + length :]
 
 
 def scalars(folder: Path) -> Scalars:
-    """What TensorBoard shows: a process that starts takes the place of what there was from its step on."""
+    """Returns what TensorBoard shows: a process that starts replaces all points from its step on."""
     shown: Scalars = {}
     for event in events(folder):
         if event.session_log.status == SessionLog.START:

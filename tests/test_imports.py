@@ -1,4 +1,4 @@
-"""A room imports only from rooms above it, no import goes in a circle, and `import jaxpack` stays light."""
+"""Tests that packages import only from packages below them and never in a circle, and `import jaxpack` is light."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import jaxpack
 
 ROOT = Path(jaxpack.__file__).parent.parent
 
-# From the ground up. A room may import from itself and from those before it.
+# The rooms (packages and modules) from the ground up. A room may import from itself and from earlier rooms.
 ROOMS = [
     "jaxpack.errors",
     "jaxpack.constants",
@@ -32,7 +32,7 @@ ROOMS = [
     "jaxpack.cli",
     "jaxpack.__main__",
 ]
-# Beside what stands above: rooms that some may not know although they stand above.
+# Further limits: rooms that a room may not import although they come earlier in the list.
 NARROWER = {
     "jaxpack.kernels": {"jaxpack.errors", "jaxpack.constants", "jaxpack.parallel"},
     "jaxpack.parallel": {"jaxpack.errors", "jaxpack.constants"},
@@ -55,7 +55,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(module: str, *, only_at_import: bool = False) -> set[str]:
-    """The modules that a module imports, ours and others; on request without those within functions."""
+    """Returns the modules that a module imports, ours and others; on request without imports inside functions."""
     tree = ast.parse(modules()[module].read_text())
     nodes = list(ast.walk(tree))
     if only_at_import:

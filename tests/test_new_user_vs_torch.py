@@ -1,5 +1,7 @@
-"""A new user's path, by the README alone: the demo, one's own JSONL, an adapter that PEFT loads, text from it; the run
-again by its settings, and from its last checkpoint.
+"""Walks a new user's path by the README alone.
+
+The path: the demo, training on one's own JSONL, an adapter that PEFT loads, text from the adapter, the run repeated by
+its settings, and the run resumed from its last checkpoint.
 """
 
 import json
@@ -15,7 +17,7 @@ import pytest
 from readme_blocks import ROOT, command
 
 QUESTIONS = [{"prompt": f"What is {a} + {b}?", "completion": f" It is {a + b}."} for a in range(8) for b in range(8)]
-_AT_MOST = 600  # seconds for all of it, on two cores
+_AT_MOST = 600  # seconds for the whole path on two cores
 
 
 def here(start: str) -> str:
@@ -35,14 +37,14 @@ def run(line: str, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls what transformers deprecates
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls deprecated functions of transformers
 def test_from_the_demo_to_text_of_ones_own_adapter(tmp_path: Path) -> None:
     import peft
     import torch
     import transformers
 
     begin = time.monotonic()
-    run("jaxpack demo --output build/demo", tmp_path)  # what `make demo` runs
+    run("jaxpack demo --output build/demo", tmp_path)  # the command behind `make demo`
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     assert "padding-free" in run(here("jaxpack inspect"), tmp_path) and (tmp_path / "lengths.png").exists()
     small = {"4096": "128", "200": "40", "2e-4": "2e-2"}

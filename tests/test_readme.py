@@ -1,5 +1,6 @@
-"""What the README shows runs: its Python as it stands, its shell commands with the same flags. And what it and the
-pages of `docs/` name is there.
+"""Tests that the README's examples run: its Python as written, its shell commands with the same flags.
+
+Also tests that everything which the README and the pages of `docs/` name exists.
 """
 
 import glob
@@ -29,7 +30,7 @@ LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 @pytest.fixture
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader would be: a checkpoint and a dataset under the names that the README has for them."""
+    """Makes a reader's folder: a checkpoint and a dataset under the names that the README uses."""
     write_checkpoint(tmp_path / "path" / "to" / "Qwen3-4B")
     rows = [{"prompt": "one and one", "completion": " is two"}, {"prompt": "two and two", "completion": " is four"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -85,7 +86,7 @@ def test_the_commands_of_the_readme_train_and_generate(
 def test_a_users_model_and_data_are_measured_as_the_readme_says(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
     figures = dict.fromkeys(("tokens_per_second", "step_seconds", "peak_memory_bytes", "padding_share"), 0.5)
     figures |= {"compile_seconds": 0.0, "found_programs": 0, "warm_up_seconds": 0.0, "device": "none"}
-    monkeypatch.setattr(sys.modules["jaxpack.cli.bench"], "measure_elsewhere", lambda *_: figures)  # of 24 cases
+    monkeypatch.setattr(sys.modules["jaxpack.cli.bench"], "measure_elsewhere", lambda *_: figures)  # else 24 cases
     run_command("jaxpack bench", monkeypatch)
     assert (user_folder / "bench" / "results_ablation.png").is_file()
 
@@ -98,7 +99,8 @@ def test_the_benchmarks_commands_plan_and_draw(tmp_path: Path):
     measure, draw = (shlex.split(line) for line in lines)
     for program, script, *flags in ([*measure, "--seconds", "0"], draw):
         assert program == "python"
-        flags = [path for flag in flags for path in sorted(glob.glob(flag, root_dir=tmp_path)) or [flag]]  # as a shell
+        # as a shell does
+        flags = [path for flag in flags for path in sorted(glob.glob(flag, root_dir=tmp_path)) or [flag]]
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *flags],
             cwd=tmp_path,
@@ -117,7 +119,7 @@ def test_the_benchmarks_commands_plan_and_draw(tmp_path: Path):
 def test_every_block_of_the_readme_is_run_or_is_of_make_and_pip():
     here = ["export PYTHONPATH=.", "jaxpack bench", "jaxpack train", "jaxpack generate", "jaxpack inspect"]
     others = [block for block in blocks("console") if not block.startswith(tuple(here))]
-    make, pip = others  # the first is what runs these tests and, after them, the demo
+    make, pip = others  # the first block runs these tests and then the demo
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {line.split()[1] for line in make.splitlines()} <= targets
     assert pip.startswith("pip install")
@@ -139,7 +141,7 @@ def test_what_a_page_names_is_there(page: str):
     scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     flags = {"--help", *re.findall(r'add_argument\("(--[a-z-]+)"', scripts)}
     flags |= {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
-    assert set(re.findall(r"(?<![\w-])--(?!xla_)[a-z][a-z-]+", text)) - flags == set()  # but XLA's own
+    assert set(re.findall(r"(?<![\w-])--(?!xla_)[a-z][a-z-]+", text)) - flags == set()  # XLA's own flags aside
 
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, page, "exec")

@@ -1,4 +1,4 @@
-"""Configuration is checked when it is made: types first, then ranges, each error with argument, rule and value."""
+"""Tests that a config is checked when made: types, then ranges; each error names argument, rule and value."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_a_wrong_value_is_refused_by_name(config, field, value, rule):
 
 
 def test_the_home_of_a_user_is_found(monkeypatch):
-    """A folder named ~ would lie where the run began."""
+    """Without expansion, a folder named ~ would be made in the working directory."""
     monkeypatch.setenv("HOME", "/home/someone")
     names = ("output_dir", "resume_from_checkpoint", "compilation_cache_dir")
     assert {getattr(TrainConfig(**dict.fromkeys(names, "~/out")), name) for name in names} == {"/home/someone/out"}
@@ -77,7 +77,7 @@ def test_scalars_of_numpy_and_paths_are_taken_for_what_they_hold():
     config = TrainConfig(**given, output_dir=Path("here"), resume_from_checkpoint=Path("there"))
     plain = {"max_length": 64, "learning_rate": 0.5, "packing": True, "eval_steps": 3}
     assert config == TrainConfig(**plain, output_dir="here", resume_from_checkpoint="there")
-    assert [type(getattr(config, name)) for name in plain] == [int, float, bool, int]  # which JSON has, too
+    assert [type(getattr(config, name)) for name in plain] == [int, float, bool, int]  # types that JSON has, too
     assert type(config.output_dir) is str
 
 
@@ -98,7 +98,7 @@ def test_a_schedule_that_would_ignore_its_warm_up_is_refused():
         ({"eval_steps": 30}, 510),
         ({"eval_steps": 1000}, 1000),
         ({"eval_steps": 30, "save_steps": 60}, 60),
-        ({"eval_steps": 30, "save_steps": 40}, 40),  # which the trainer refuses
+        ({"eval_steps": 30, "save_steps": 40}, 40),  # only the trainer refuses it
         ({"eval_steps": 30, "save_steps": 0}, 0),
     ],
 )

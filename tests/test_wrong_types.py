@@ -1,4 +1,4 @@
-"""What is of another type than an argument has to be is refused by the argument's name."""
+"""Tests that a value of the wrong type is refused with the argument's name."""
 
 import jaxtyping
 import pytest
@@ -14,7 +14,7 @@ CONFIG = TrainConfig(max_length=16, max_steps=1)
 
 
 class Llama:
-    """A model of another library."""
+    """Stands in for a model of another library."""
 
 
 def documents() -> jaxpack.Documents:
@@ -72,7 +72,7 @@ def documents() -> jaxpack.Documents:
     ],
 )
 def test_it_is_named(call, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user sees, without the tests' own check
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users do not have the tests' shape checks
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refused:
         call(small_model("qwen3"))

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to read (all bytes, four merges, three special tokens), and a checkpoint that has it."""
+"""Makes a tokenizer small enough to read (all bytes, four merges, three special tokens) and a checkpoint with it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from jaxpack.model.transformer import Transformer
 EOS, BOS, TURN_ENDS = "<eos>", "<bos>", "<|im_end|>"
 _MERGES = [("a", "b"), ("t", "h"), ("th", "e"), ("Ġ", "the")]
 
-# ChatML, with the BOS token in the template where the tokenizer has one, as in Llama 3's.
+# ChatML. If the tokenizer has a BOS token, the template writes it, as Llama 3's does.
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}"
     "{% for message in messages %}"
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 def small_tokenizer(
     *, bos: bool = False, chat: bool = False, specials: tuple[str, ...] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which "a" and "b" merge, and the letters of "the"; with `bos`, text begins with a BOS token."""
+    """Makes a byte-level BPE that merges "a" with "b" and the letters of "the"; `bos` begins text with a BOS token."""
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in _MERGES)]
     vocabulary = {word: index for index, word in enumerate([EOS, BOS, TURN_ENDS, *words])}
     tokenizer = Tokenizer(models.BPE(vocabulary, _MERGES))
@@ -48,7 +48,7 @@ def small_tokenizer(
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A Hugging Face folder of a small random Qwen3 in float32, and of the plain tokenizer. Needs no torch."""
+    """Writes a Hugging Face folder with a small random float32 Qwen3 and the plain tokenizer. Needs no torch."""
     tokenizer = small_tokenizer()
     config = small_config("qwen3", vocab_size=len(tokenizer))
     torch_bridge.save_pretrained(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), str(folder), tokenizer)

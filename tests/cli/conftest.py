@@ -1,4 +1,4 @@
-"""What the tests of the commands share. Imports of jaxpack wait until the filters of warnings are set."""
+"""Fixtures that the tests of the commands share. They import jaxpack late, after the warning filters are set."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exit_status(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the installed command's entry point in this process, with these arguments: its exit status."""
+    """Runs the installed command's entry point in this process and returns its exit status."""
 
     from jaxpack import cli
 
@@ -32,12 +32,12 @@ def exit_status(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 class Stopped(Exception):
-    """Raised in place of training."""
+    """Is raised in place of training."""
 
 
 @pytest.fixture
 def what_is_trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """What `jaxpack train` with these arguments would train on what: the values that they come to, without a model."""
+    """Returns what `jaxpack train` would use for its arguments: model, data, configs, adapter. Loads no model."""
 
     from jaxpack import cli
 
