@@ -165,7 +165,10 @@ class Batches:
         return A * B * self.row_lengths
 
     def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
-        """Returns whether each step is the first one of its shape from step `start` on, bool `[num_steps]`."""
+        """Returns whether each step is the first one of its shape, bool `[num_steps]`: its program runs first there.
+
+        `start` is the step at which the process begins; steps before it do not count.
+        """
         _, first = np.unique(self.row_lengths[start:], return_index=True)
         return np.isin(np.arange(self.num_steps), start + first)
 

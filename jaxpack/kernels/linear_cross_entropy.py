@@ -1,8 +1,9 @@
 """Cross entropy from hidden states, without ever holding the logits of the whole batch.
 
-The gradient of a loss that is a sum does not depend on what comes after it but for a factor, so it is computed beside
-the loss, from the same logits, chunk by chunk of tokens: three matmuls for a head that is trained, two for one that is
-not, where recomputing logits in the backward pass would take another. Tokens without a target are left out beforehand.
+Whatever is computed from a summed loss, the gradient of its hidden states and head only changes by a factor. So the
+forward pass computes the gradients beside the loss, from the same logits, one chunk of tokens at a time. That takes
+three matmuls for a trained head and two for a frozen one; recomputing logits in the backward pass would take another.
+With `max_targets`, tokens without a target are left out beforehand.
 """
 
 import functools
@@ -36,17 +37,18 @@ def linear_cross_entropy(
     max_targets: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
-    """Sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
+    """Returns the sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
 
-    Matmuls are in the dtype of `hidden` and add up in float32, as the head's gradient does over all tokens; logits are
-    float32. A target of -100 contributes nothing: without any other, loss and gradients are exactly 0. All others must
-    be in [0, V), which no program can check: one that is not makes the loss NaN, and the gradients that it is part of.
+    Matmuls are in the dtype of `hidden` and accumulate in float32, and so does the head's gradient over all tokens.
+    Logits are float32. A target of -100 contributes nothing; if all targets are -100, loss and gradients are exactly 0.
+    Other targets must be in [0, V). A compiled program cannot raise an error for one that is not: it makes the loss
+    NaN, and every gradient that it contributes to.
 
     Args:
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
-      max_targets: what there are no more targets than, where that is known: nothing is computed for other tokens. More
-        make the loss NaN.
-      implementation: of the log-sum-exp, see `jaxpack.kernels`; the rest is XLA's.
+      max_targets: an upper bound on the number of targets, if known. Tokens without a target then cost no matmuls. More
+        targets than that make the loss NaN.
+      implementation: how to compute the log-sum-exp, see `jaxpack.kernels`; the rest is always XLA.
     """
     head = as_weight(head)
     check(hidden, head, targets, softcap, max_targets)
@@ -60,7 +62,10 @@ def token_losses(
     *,
     softcap: float | None = None,
 ) -> Float[Array, "*B"]:
-    """What `linear_cross_entropy` adds up: the loss of each token, 0 without a target. Plain jnp, and the reference."""
+    """Returns the loss of each token, 0 without a target: the terms that `linear_cross_entropy` adds up.
+
+    It is plain jnp, and the reference for `linear_cross_entropy`.
+    """
     head = as_weight(head)
     check(hidden, head, targets, softcap)
     head = head.dense(hidden.dtype)
@@ -76,7 +81,7 @@ def token_losses(
     return losses.reshape(-1)[: targets.size].reshape(targets.shape)
 
 
-# The sum, and its gradients beside it.
+# The sum of the losses, with its gradients computed beside it.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -111,7 +116,7 @@ def _loss_and_gradients(
     *,
     wanted: tuple[bool, bool],
 ) -> tuple[Float[Array, ""], Float[Array, "*B D"] | None, Weight | None]:
-    """The loss, and the gradients of hidden states and head, those that are wanted."""
+    """Returns the loss and the gradients of hidden states and head; a gradient that is not `wanted` is None."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets, selection = select(hidden, targets, max_targets)
     chunks = chunked(hidden, targets)
@@ -124,7 +129,7 @@ def _loss_and_gradients(
         total = total + jnp.sum(losses_of(logits, chunk.targets, lse))
         if not any(wanted):
             return (total, None), None
-        # In the dtype of the matmuls: a float32 operand would make them tf32, at half the speed.
+        # Cast to the dtype of the matmuls: a float32 operand would make them tf32, at half the speed.
         d_logits = logit_gradients(logits, tanh, lse, chunk.targets).astype(dtype)
         d_hidden = None
         if wanted[0]:

@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens at a time: what a loss and the log-probabilities of tokens have in common."""
+"""Logits of one chunk of tokens at a time, shared by the summed loss and the log-probabilities of tokens."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a voc
 def check(
     hidden: jax.Array, head: Weight, targets: jax.Array, softcap: float | None, max_targets: int | None = None
 ) -> None:
-    """Refuses arguments of a loss that do not fit each other."""
+    """Raises an InputError for arguments of a loss that do not fit each other or are out of range."""
     if hidden.shape[:-1] != targets.shape:
         raise InputError(f"`targets` must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}.")
     if hidden.shape[-1] != head.shape[1]:
@@ -30,13 +30,13 @@ def check(
 def select(
     values: Float[Array, "*B D"], targets: Int[Array, "*B"], max_targets: int | None
 ) -> tuple[Float[Array, "K D"], Int[Array, " K"], Bool[Array, " T"] | None]:
-    """Returns the tokens that have a target, as rows, with their targets, so that nothing is computed for the others.
+    """Returns the tokens that have a target, with their targets, so that nothing is computed for other tokens.
 
     Args:
-      max_targets: how many rows to return, where that is fewer than there are tokens; None returns all tokens.
+      max_targets: how many tokens to return. None, or at least as many as there are tokens, returns all tokens.
 
     Returns:
-      Rows, targets, and which of all tokens have a target; None in place of the last where all tokens are returned.
+      The values and targets of the tokens, and which of all tokens have a target: None if all tokens are returned.
     """
     values, targets = values.reshape(-1, values.shape[-1]), targets.reshape(-1)
     if max_targets is None or max_targets >= len(targets):
@@ -48,7 +48,7 @@ def select(
 
 
 def put_back(rows: Float[Array, "K D"], present: Bool[Array, " T"] | None) -> Float[Array, "T D"]:
-    """Returns the rows of `select` at the tokens that they were taken from, and zeros elsewhere."""
+    """Puts the rows of `select` back at the tokens that they were taken from, with zeros elsewhere."""
     if present is None:
         return rows
     place = jnp.clip(jnp.cumsum(present) - 1, 0, len(rows) - 1)
@@ -56,16 +56,16 @@ def put_back(rows: Float[Array, "K D"], present: Bool[Array, " T"] | None) -> Fl
 
 
 class Chunks(NamedTuple):
-    """Tokens in chunks of equal size; the last may reach past the end, where there are no targets."""
+    """Holds tokens in chunks of equal size; the last chunk may end with padding, which has no targets."""
 
     hidden: Float[Array, "n C D"]
     targets: Int[Array, "n C"]
 
 
 def chunked(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> Chunks:
-    """Cuts tokens into chunks of at most `CHUNK`."""
-    length = max(1, len(targets))  # of no tokens, one that is padding
-    count, unit = -(-length // CHUNK), min(128, CHUNK, length)  # matmuls like multiples of 128
+    """Cuts tokens into chunks of at most `CHUNK` tokens."""
+    length = max(1, len(targets))  # for no tokens, one token of padding
+    count, unit = -(-length // CHUNK), min(128, CHUNK, length)  # multiples of 128 are fast in matmuls
     size = -(-length // (count * unit)) * unit
     missing = count * size - len(targets)
     return Chunks(
@@ -77,7 +77,7 @@ def chunked(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> Chunks:
 def capped_logits(
     hidden: Float[Array, "C D"], head: Float[Array, "V D"], softcap: float | None
 ) -> tuple[Float[Array, "C V"], Float[Array, "C V"] | None]:
-    """Returns float32 logits, and their tanh where they are capped."""
+    """Returns float32 logits, and the tanh in them if they are capped (None otherwise)."""
     logits = jnp.einsum("TD,VD->TV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if softcap is None:
         return logits, None
@@ -86,13 +86,16 @@ def capped_logits(
 
 
 def nan_outside(lse: Float[Array, " C"], targets: Int[Array, " C"], vocab_size: int) -> Float[Array, " C"]:
-    """Returns the log-sum-exp, and NaN where a target is out of range: so are loss and gradients, which read it."""
+    """Returns the log-sum-exp, but NaN where a target is out of range.
+
+    Loss and gradients read the log-sum-exp, so they become NaN, too.
+    """
     in_range = (targets == IGNORE) | ((targets >= 0) & (targets < vocab_size))
-    return lse * jnp.where(in_range, 1.0, jnp.nan)  # multiplied, as that has a derivative that is NaN, too
+    return lse * jnp.where(in_range, 1.0, jnp.nan)  # a product, so that its derivative is NaN, too
 
 
 def pick(logits: Float[Array, "C V"], targets: Int[Array, " C"]) -> Float[Array, " C"]:
-    """Returns the logit of each target; any number where there is none."""
+    """Returns the logit of each target; the value for a token without a target has no meaning."""
     return jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
 
 
@@ -104,7 +107,7 @@ def losses_of(logits: Float[Array, "C V"], targets: Int[Array, " C"], lse: Float
 def logit_gradients(
     logits: Float[Array, "C V"], tanh: Float[Array, "C V"] | None, lse: Float[Array, " C"], targets: Int[Array, " C"]
 ) -> Float[Array, "C V"]:
-    """Returns the gradient of each token's cross entropy by its logits, before they are capped, float32."""
+    """Returns the float32 gradient of each token's cross entropy by its logits before the cap."""
     is_target = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
     d_logits = jnp.exp(logits - lse[:, None]) - is_target
     if tanh is not None:

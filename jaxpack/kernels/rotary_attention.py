@@ -1,7 +1,7 @@
-"""From a fused query, key and value projection to mixed heads: norm, RoPE and attention, with no copy in between.
+"""Norm, RoPE and attention on the output of a fused query, key and value projection, with no copy in between.
 
-The kernels of `rope.py` and `attention.py` read their heads out of the projection where they lie, and the gradients of
-q, k and v are written side by side as the projection's backward matmuls read them: nothing is split or concatenated.
+The kernels of `rope.py` and `attention.py` read their heads in place, in the projection's output. They write the
+gradients of q, k and v side by side, as the projection's backward matmuls read them. Nothing is split or concatenated.
 """
 
 import functools
@@ -33,7 +33,7 @@ from jaxpack.kernels.rope import Angles, norm_rotate_reference, rotate_reference
 
 
 class HeadNorms(NamedTuple):
-    """The weights of the RMSNorms of query and key heads; Gemma's are `1 + weight`."""
+    """Holds the weights of the RMSNorms of query and key heads (for Gemma, `1 + weight`)."""
 
     q_scale: Float[Array, " H"]
     k_scale: Float[Array, " H"]
@@ -54,16 +54,16 @@ def rotary_attention(
     max_segments: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention` of the rotated, and before that normed, heads of `qkv`.
+    """Computes `attention` over the heads of `qkv`, after an optional norm and RoPE of queries and keys.
 
-    Without norms, q and k are rotated in place and `qkv` is kept as it is then; with them, `qkv` is kept and norm and
-    rotation run again in the backward pass, which costs less than to keep their result.
+    Without norms, q and k are rotated in place, and the backward pass keeps the rotated `qkv`. With norms, it keeps the
+    unrotated `qkv` and runs norm and rotation again, which costs less than keeping their result.
 
     Args:
       qkv: N query heads, K key heads, K value heads: A = N + 2 K.
       angles: see `apply_rope`.
       num_heads: N.
-      norms, eps: of every query and key head, see `norm_rope`.
+      norms, eps: the norms of every query and key head, see `norm_rope`; None for no norms.
       bounds, scale, window, softcap, sinks, max_segments, implementation: see `attention`.
     """
     N, A = num_heads, qkv.shape[2]
@@ -78,7 +78,7 @@ def rotary_attention(
 
 
 def _parts(qkv, angles, norms, N: int, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Turned queries and keys, and values, in arrays of their own."""
+    """Returns rotated (and normed) queries and keys, and values, in arrays of their own."""
     q, k, v = jnp.split(qkv, [N, (qkv.shape[2] + N) // 2], axis=2)
     if norms is None:
         return *rope.apply_rope(q, k, angles, implementation="xla"), v  # in one pass with the split
@@ -96,7 +96,7 @@ def _reference(qkv, angles, bounds, norms, sinks, N, eps, options: Options) -> j
 
 
 def _normed(qkv, angles, norms: HeadNorms, N: int, eps: float) -> jax.Array:
-    """Rotated query and key heads in an array of their own, `[B, T, N + K, H]`."""
+    """Returns the normed and rotated query and key heads in an array of their own, `[B, T, N + K, H]`."""
     (qk,) = rope.norm_rotate_heads([qkv], norms, _normed_heads(qkv, N), [(qkv.shape[2] + N) // 2], angles, eps)
     return qk
 
@@ -107,7 +107,7 @@ def _normed_heads(qkv, N: int) -> list[rope.Heads]:
 
 
 def _rotated(qkv, angles, N: int, *, backward: bool = False) -> jax.Array:
-    """`qkv` with its query and key heads rotated, in place."""
+    """Rotates the query and key heads of `qkv` in place and returns it."""
     heads = [rope.Heads((0, 0), (0, 0), (qkv.shape[2] + N) // 2)]
     return rope.rotate_heads([qkv], heads, angles, backward=backward)[0]
 

@@ -1,9 +1,9 @@
 """The log-probability of each token's target, without ever holding the logits of the whole batch.
 
-A token's log-probability is differentiated by its hidden state as `d (W[target] - sum_v p_v W[v])`, where only the
-number `d` comes from what is done with it. So the vector behind `d` is computed in the forward pass, beside the
-log-probability, from the same logits: as many matmuls as `linear_cross_entropy` has. The gradient of a head that is
-trained sums over tokens, each with its own `d`, and computes the logits again.
+The gradient of a token's hidden state is `d (W[target] - sum_v p_v W[v])`. Only the number `d`, the gradient of the
+token's log-probability, is unknown before the backward pass. So the forward pass computes the vector behind `d` from
+the same logits as the log-probability, with as many matmuls as `linear_cross_entropy`. The gradient of a trained head
+sums over tokens, each with its own `d`, so the backward pass computes the logits again for it.
 """
 
 import functools
@@ -39,10 +39,10 @@ def token_log_probs(
     max_targets: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B"]:
-    """Returns `log_softmax(head @ hidden)[target]` of each token, float32; 0, with a gradient of 0, without a target.
+    """Returns `log_softmax(head @ hidden)[target]` for each token, float32.
 
-    Matmuls, and the gradients of logits, are in the dtype of `hidden`; logits are float32. A target that is neither
-    -100 nor in [0, V) makes its log-probability NaN.
+    A token without a target (-100) has 0, with a gradient of 0. Matmuls and the gradients of logits are in the dtype of
+    `hidden`; logits are float32. A target that is neither -100 nor in [0, V) makes its log-probability NaN.
 
     Args:
       softcap, max_targets, implementation: see `linear_cross_entropy`. With more than `max_targets` targets, all
@@ -66,14 +66,14 @@ def token_log_probs_reference(
     *,
     softcap: float | None = None,
 ) -> Float[Array, "*B"]:
-    """`token_log_probs` in plain jnp, which holds all logits."""
+    """Computes `token_log_probs` in plain jnp, which holds all logits at once."""
     logits, _ = capped_logits(hidden.reshape(-1, hidden.shape[-1]), as_weight(head).dense(hidden.dtype), softcap)
     found = pick(jax.nn.log_softmax(logits, axis=-1), targets.reshape(-1)).reshape(targets.shape)
     return jnp.where(targets == IGNORE, 0.0, found)
 
 
 class TokenScores(NamedTuple):
-    """What an evaluation may want of each token: its loss, 0 without a target, and the likeliest next token."""
+    """Holds the scores of each token for evaluation: its loss (0 without a target) and the likeliest next token."""
 
     losses: Float[Array, "*B"]
     predictions: Int[Array, "*B"]
@@ -117,7 +117,10 @@ def _forward(hidden, head, targets, softcap, max_targets, implementation):
 
 
 def _with_direction(hidden, head, targets, softcap, max_targets, implementation, *, wanted: bool):
-    """The log-probabilities, and where it is wanted what each is differentiated by, of the selected tokens."""
+    """Returns the log-probabilities of all tokens and, if `wanted`, their derivatives by the hidden states.
+
+    The derivatives are in chunks and cover the selected tokens only; they are None if not wanted.
+    """
     weights = head.dense(hidden.dtype)
     flat, labels, selection = select(hidden, targets, max_targets)
 

@@ -1,8 +1,8 @@
 """A projection's matrix in the form in which it is stored, and how operations and their derivatives read it.
 
 A matmul with an adapter makes a copy of its matrix with the adapter's factor behind it. A weight that is stored in
-another form (in fewer bits, say) becomes dense in that same copy, so that it costs no pass of its own. A derivative
-keeps the weight, and never its dense form: at most one layer is dense at a time.
+another form (for example in fewer bits) becomes dense in that same copy, so this costs no pass of its own. A derivative
+keeps the weight as stored and never its dense form, so at most one layer is dense at a time.
 """
 
 import abc
@@ -20,33 +20,34 @@ from jaxpack.errors import InputError
 
 
 class Weight(abc.ABC):
-    """A matrix `[O, I]`, or a stack of them, `[L, O, I]`. A registered pytree dataclass, whose leaves are arrays.
+    """Represents a matrix `[O, I]`, or a stack of matrices, `[L, O, I]`, in the form in which it is stored.
 
-    A subclass says how it becomes dense. JAX builds instances anew with other leaves, so construction checks nothing.
+    A subclass is a registered pytree dataclass whose leaves are arrays, and says how the weight becomes dense. JAX
+    rebuilds instances with other leaves, so construction checks nothing.
     """
 
     is_trainable: ClassVar[bool] = False  # whether its leaves may be differentiated
     is_dense: ClassVar[bool] = False  # whether it is read without a copy of its own
-    reads_by_number: ClassVar[bool] = False  # whether a loop over layers gives it `at(number)` in place of a slice
+    reads_by_number: ClassVar[bool] = False  # whether a loop over layers reads it with `at(number)`, not by slicing
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The shape of the dense matrix, or of the stack."""
+        """Returns the shape of the dense matrix, or of the dense stack."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
-        """The dtype of the dense matrix that is written to a checkpoint."""
+        """Returns the dtype of the dense matrix that is written to a checkpoint."""
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all leaves, which may be abstract."""
+        """Returns the bytes of all leaves, which may be abstract arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @abc.abstractmethod
     def at(self, layer: Int[Array, ""] | int) -> "Weight":
-        """Returns one layer of a stack."""
+        """Returns one layer of a stack, as a weight."""
 
     @abc.abstractmethod
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
@@ -54,14 +55,14 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
-        """Returns rows of a single matrix, as an embedding is read."""
+        """Returns the given rows of a single matrix, as an embedding lookup does."""
 
     @abc.abstractmethod
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "Weight":
         """Returns the weight with dense `rows` `[N, I]` stored in it.
 
         Args:
-          start: the first of the rows to replace; of a stack, the layer and the row.
+          start: the first row to replace; for a stack, the layer and the row.
         """
 
     def append_columns(self, b: Float[Array, "O R"]) -> Float[Array, "O E"]:
@@ -77,19 +78,19 @@ class Weight(abc.ABC):
         return _matmul(x, self)
 
     def cast(self, dtype: DTypeLike) -> "Weight":
-        """Returns what a derivative keeps that reads the weight in `dtype` twice."""
+        """Returns the form of the weight that a derivative keeps if both directions read it in `dtype`."""
         del dtype
         return self
 
     def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "Weight"]:
-        """Returns the arrays, and the weight such that no dense copy of it is made before they are there.
+        """Returns the arrays and the weight, so that no dense copy of the weight is made before the arrays exist.
 
-        XLA would otherwise be free to make the copies of several layers at once.
+        Otherwise XLA could make the copies of several layers at once.
         """
         return jax.lax.optimization_barrier(arrays), self
 
     def cotangent(self, gradient: Callable[[], Float[Array, "O I"]]) -> "Weight | None":
-        """Returns what a derivative gives for the weight: None where it is frozen, and `gradient` is not called."""
+        """Returns the weight's cotangent for a backward rule: None for a frozen weight, without calling `gradient`."""
         del gradient
         return None
 
@@ -97,29 +98,29 @@ class Weight(abc.ABC):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseWeight(Weight):
-    """A matrix that is stored as one array; trained, or frozen in 16 or 32 bits."""
+    """Stores a matrix as one array, which is trained, or frozen in 16 or 32 bits."""
 
-    value: Any  # [*L, O, I]; JAX puts other leaves in its place
+    value: Any  # [*L, O, I]; not only an array, because JAX puts other leaves in its place
 
     is_trainable = True
     is_dense = True
 
     def __getitem__(self, index: Any) -> Array:
-        """Indexes the array."""
+        """Returns `value[index]`."""
         return self.value[index]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
+        """Returns the shape of the array."""
         return self.value.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype in which it is stored."""
+        """Returns the dtype of the stored array."""
         return self.value.dtype
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "DenseWeight":
-        """Returns the array with `rows` in it, cast."""
+        """Returns the weight with `rows`, cast to its dtype, in place of the rows from `start` on."""
         return DenseWeight(write_rows(self.value, start, rows))
 
     def at(self, layer: Int[Array, ""] | int) -> "DenseWeight":
@@ -127,11 +128,11 @@ class DenseWeight(Weight):
         return DenseWeight(jax.lax.dynamic_index_in_dim(self.value, layer, keepdims=False))
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
-        """Returns the array, cast."""
+        """Returns the array, cast to `dtype`."""
         return self.value.astype(dtype)
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
-        """Returns rows of the array, cast."""
+        """Returns rows of the array, cast to `dtype`."""
         return self.value[rows].astype(dtype)
 
     def matmul(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
@@ -139,25 +140,25 @@ class DenseWeight(Weight):
         return x @ self.dense(x.dtype).T
 
     def cast(self, dtype: DTypeLike) -> "DenseWeight":
-        """Returns the weight in `dtype`: a trained matrix, in float32, is cast once for both directions."""
+        """Returns the weight in `dtype`, so that a trained float32 matrix is cast once for both directions."""
         return DenseWeight(self.dense(dtype))
 
     def cotangent(self, gradient: Callable[[], Float[Array, "O I"]]) -> "DenseWeight":
-        """Returns the gradient in the weight's dtype. Where nothing asks for it, XLA computes none of it."""
+        """Returns the gradient in the weight's dtype. If nothing uses the gradient, XLA does not compute it."""
         return DenseWeight(gradient().astype(self.dtype))
 
 
 def write_rows(whole: Array, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Array:
-    """Returns an array with `rows`, cast, from the index `start` of its first axes on."""
+    """Returns `whole` with `rows`, cast to its dtype, stored from index `start` of its first axes on."""
     rows = rows.astype(whole.dtype).reshape((1,) * (whole.ndim - rows.ndim) + rows.shape)
-    # As bits: for bfloat16 a CPU would turn all of `whole` to float32 and back.
+    # The rows are written as bits: for bfloat16, a CPU would convert all of `whole` to float32 and back.
     bits = (jax.lax.bitcast_convert_type(x, f"uint{8 * whole.dtype.itemsize}") for x in (whole, rows))
     placed = jax.lax.dynamic_update_slice(*bits, [*start, *(0,) * (whole.ndim - len(start))])
     return jax.lax.bitcast_convert_type(placed, whole.dtype)
 
 
 def as_weight(value: Any) -> Weight:
-    """Returns a weight as it is, and an array as a `DenseWeight`."""
+    """Returns a `Weight` unchanged, and wraps an array in a `DenseWeight`."""
     return value if isinstance(value, Weight) else DenseWeight(value)
 
 
@@ -178,7 +179,7 @@ def primal_of(weight: Weight) -> tuple[Weight, bool]:
 
 
 def instantiate(d: Array | SymbolicZero) -> Array:
-    """Returns a cotangent of a backward rule with symbolic zeros as an array."""
+    """Returns a cotangent as an array, with zeros for a symbolic zero."""
     return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
 
 
