@@ -46,8 +46,8 @@ def linear_cross_entropy(
 
     Args:
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
-      max_targets: an upper bound on the number of targets, if known. Tokens without a target then cost no matmuls. More
-        targets than that make the loss NaN.
+      max_targets: an upper bound on the number of targets, if known. Only that many tokens are then computed. More
+        targets make the loss NaN.
       implementation: how to compute the log-sum-exp, see `jaxpack.kernels`; the rest is always XLA.
     """
     head = as_weight(head)
