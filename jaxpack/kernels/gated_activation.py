@@ -173,8 +173,7 @@ class _Blocks:
         self.features = features
 
     def here(self) -> tuple[Any, Any]:
-        """Returns the index of the program's block, and of its channels in the second half. To be called in a
-        kernel."""
+        """Returns the index of the program's block, and of its channels in the second half. For use in a kernel."""
         rows = pl.ds(pl.program_id(1) * self.rows, self.rows)
         channel = pl.program_id(0) * self.channels
         return (rows, pl.ds(channel, self.channels)), (rows, pl.ds(self.features + channel, self.channels))

@@ -62,8 +62,7 @@ def apply_rope(
     Args:
       angles: the result of `rotary_angles`; `rotary_dim` is twice its width, at most H.
       implementation: see `jaxpack.kernels`. The kernel writes over `q` and `k` and is as fast as a copy of them. If
-      they
-        are needed afterwards, XLA copies them first, and "xla" is faster.
+        they are needed afterwards, XLA copies them first, and "xla" is faster.
     """
     _check(q, k, angles)
     return _rope(q, k, angles, implementation)

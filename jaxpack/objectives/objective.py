@@ -71,7 +71,8 @@ class HiddenObjective:
 class LogProbObjective:
     """Minimises a function of the log-probabilities of targets: `function(log_probs, batch) -> (sum, weight)`.
 
-    The logits of all tokens are never held at once, and the derivative does not recompute them (`token_log_probs`).
+    The logits of all tokens are never held at once. Only the gradient of a trained head recomputes them
+    (`token_log_probs`).
 
     Args:
       function: a jax function of `log_probs` float32 `[B, T]`, 0 where a token has no target, and a `PackedBatch` of

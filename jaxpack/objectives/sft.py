@@ -13,8 +13,7 @@ from jaxpack.objectives.objective import Sums
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Minimises the mean cross entropy over a step's targets, with the loss that makes its gradient in the forward
-    pass.
+    """Minimises the mean cross entropy over a step's targets; the loss makes its gradient in the forward pass.
 
     Example:
       >>> SFT().documents_together

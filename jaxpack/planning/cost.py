@@ -117,8 +117,7 @@ class StepShape:
 
     @property
     def input_bytes(self) -> int:
-        """Returns the bytes a token of a layer's input, which every choice keeps on the device or, offloaded, the
-        host."""
+        """Returns the bytes a token of a layer's input, which every choice keeps on the device or offloads to the host."""
         return self.config.hidden_size * self.itemsize
 
     @property
@@ -132,8 +131,7 @@ class StepShape:
 
 
 def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"]) -> float:
-    """Returns how many tokens a token attends to, averaged over layers and over tokens of documents of these
-    lengths."""
+    """Returns how many tokens a token attends to, averaged over layers and the tokens of documents."""
     lengths = lengths.astype(np.float64)
 
     def pairs(window: int | None) -> float:

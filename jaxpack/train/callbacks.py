@@ -53,7 +53,7 @@ class Events:
 
     def __init__(self, callbacks: Sequence[Callback]):
         self._callbacks = callbacks
-        # Another thread may add: its methods are atomic.
+        # A deque, because another thread may add events: its methods are atomic.
         self._waiting: collections.deque[tuple[str, tuple[Any, ...]]] = collections.deque()
         self.ends = False
 

@@ -106,8 +106,7 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
 
 
 class MetricsFile:
-    """Writes `metrics.jsonl`, one record a line. Each line is written at once, without a buffer, and whole or not at
-    all."""
+    """Writes `metrics.jsonl`, one record a line: each at once, without a buffer, and whole or not at all."""
 
     name = METRICS
 

@@ -146,8 +146,7 @@ class Log:
         return metrics
 
     def rate(self, since: int) -> float:
-        """Returns real tokens a second from step `since` on, without the first step of each shape if there are
-        others."""
+        """Returns real tokens a second from step `since` on, without the first step of each shape if others ran."""
         steps = slice(max(since, self._first), len(self._done.losses))
         counted = self._warm[steps] | ~self._warm[steps].any()
         seconds = np.array(self._seconds[steps])[counted].sum()

@@ -1,4 +1,4 @@
-"""What one case of ours is found to cost is of the steps that the trainer takes, and counts what they really hold."""
+"""Measuring a case times the steps that the trainer takes, and counts the tokens that their batches really hold."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def test_a_device_that_takes_launches_only_as_it_runs_them_is_timed_right(layout
         loss = Loss(run.started)
         free_at = max(free_at, time.perf_counter()) + step_seconds
         free_at_of[loss] = free_at
-        time.sleep(max(0.0, free_at - 0.1 * step_seconds - time.perf_counter()))  # the last tenth fits the queue
+        time.sleep(max(0.0, free_at - 0.1 * step_seconds - time.perf_counter()))  # the queue takes the last tenth
         return Metrics(loss, jnp.zeros(()))
 
     monkeypatch.setattr(Run, "step", launch)

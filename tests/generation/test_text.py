@@ -1,4 +1,4 @@
-"""Generation: token for token what forward passes without a cache say, for every row as if alone."""
+"""Generation gives, token for token, what forward passes without a cache give, for every row as if it were alone."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ from jaxpack.data.conversation import Conversation
 from jaxpack.generation.decode import decode_step, prefill
 from jaxpack.model.config import DynamicRopeScaling, LongRopeScaling, RopeConfig
 
-ORIGINAL = 30  # context of the ropes that depend on it: some prompts are shorter, some texts get longer
+ORIGINAL = 30  # original context of the scaled ropes: some prompts are shorter, and some texts get longer
 _LONG = LongRopeScaling(
     short_factor=tuple(1 + i / 20 for i in range(8)),
     long_factor=tuple(4.0 + 2 * i for i in range(8)),
@@ -30,7 +30,7 @@ _DYNAMIC = DynamicRopeScaling(factor=3.0, max_position_embeddings=ORIGINAL)
 
 KINDS: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {"max_position_embeddings": 128}),
-    "gemma3": ("gemma3", {"num_layers": 2}),  # soft-caps, post norms, a window and a rope of its own in one layer
+    "gemma3": ("gemma3", {"num_layers": 2}),  # soft-caps, post norms, and one layer with a window and its own rope
     "windowed": (
         "llama",
         {
@@ -48,14 +48,14 @@ KINDS: dict[str, tuple[str, dict]] = {
     ),
     "dynamic": (
         "llama",
-        {"rope": RopeConfig(theta=1e4, scaling=_DYNAMIC), "max_position_embeddings": ORIGINAL},  # it may go beyond
+        {"rope": RopeConfig(theta=1e4, scaling=_DYNAMIC), "max_position_embeddings": ORIGINAL},  # texts may get longer
     ),
 }
 PROMPTS = [np.random.default_rng(i).integers(0, 97, length).tolist() for i, length in enumerate((25, 1, 40, 13, 29))]
 
 
 def make_model(kind: str, *, lora: bool = True, **settings: object) -> Transformer:
-    """Larger weights than those of other tests, so that the text is not one token again and again."""
+    """Makes a model with larger weights than in other tests, so that the text is not one token repeated."""
     family, changes = KINDS[kind]
     model = small_model(family, lora=LoraConfig(r=4) if lora else None, **changes, **settings)
     for _, parameter in nnx.iter_graph(model):
@@ -78,7 +78,7 @@ def plain() -> Transformer:
 
 
 def without_cache(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy, by one forward pass over all of the text for each token."""
+    """Decodes greedily, with one forward pass over all of the text for each token."""
     texts = [list(prompt) for prompt in prompts]
     for _ in range(max_new_tokens):
         tokens = np.zeros((len(texts), 64), np.int32)
@@ -99,7 +99,7 @@ def test_greedy_is_that_of_forward_passes_without_a_cache(model):
 
 
 def test_a_prompt_in_a_batch_is_continued_as_alone():
-    """Here, the longer texts make all of a batch be read again."""
+    """With LongRoPE, texts that outgrow the original context make the model read the whole batch again."""
     model = make_model("partial_longrope")
     together = generate(model, PROMPTS, max_new_tokens=20)
     assert generate(model, PROMPTS, max_new_tokens=20, batch_size=1) == together
@@ -109,7 +109,7 @@ def test_a_prompt_in_a_batch_is_continued_as_alone():
     ("kind", "dtype"), [pytest.param("gemma3", jnp.float32, marks=pytest.mark.slow), ("qwen3", jnp.bfloat16)]
 )
 def test_each_token_has_the_logits_of_a_forward_pass(kind, dtype):
-    """Within the order of float sums; of bfloat16, which rounds in other places, within some of its steps."""
+    """Float32 logits differ by the order of sums only; bfloat16 rounds in other places and is off by a few of its steps."""
     model = make_model(kind, dtype=dtype)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 40)).astype(np.int32)
     lengths = np.array([20, 11], np.int32)
@@ -125,7 +125,7 @@ def test_each_token_has_the_logits_of_a_forward_pass(kind, dtype):
 
 
 def test_a_longer_prompt_and_a_longer_text_than_one_program_is_for(plain):
-    """Programs are for 32 tokens, or 64, or 128: what is beyond is neither cut off nor written over."""
+    """Programs are compiled for 32, 64 or 128 tokens; a longer text is neither cut off nor overwritten."""
     prompt = np.random.default_rng(5).integers(0, 97, 31).tolist()
     text = prompt + generate(plain, [prompt], max_new_tokens=66)[0]
     assert len(text) == 97
@@ -140,15 +140,15 @@ def test_a_longer_prompt_and_a_longer_text_than_one_program_is_for(plain):
 def test_a_seed_says_what_is_drawn_whatever_else_is_in_the_batch(plain):
     options = {"max_new_tokens": 6, "temperature": 1.0}
     drawn = generate(plain, [PROMPTS[0]] * 3, seed=1, **options)
-    assert generate(plain, [PROMPTS[0]] * 3, seed=1, batch_size=2, **options) == drawn  # a second batch of one row
+    assert generate(plain, [PROMPTS[0]] * 3, seed=1, batch_size=2, **options) == drawn  # the second batch has one row
     assert generate(plain, [PROMPTS[0]] * 3, seed=2, **options) != drawn
-    assert len(set(map(tuple, drawn))) == 3  # each draws for itself,
+    assert len(set(map(tuple, drawn))) == 3  # each row draws for itself
     hot = generate(plain, [PROMPTS[0]] * 3, seed=1, max_new_tokens=6, temperature=1e6)
-    assert len(np.unique(hot)) > 12  # and each token
+    assert len(np.unique(hot)) > 12  # and so does each token
 
 
 def sampled(model: Transformer, **options: object) -> np.ndarray:
-    """How often each token follows the second prompt, of 1,024 times."""
+    """Counts how often each token follows the second prompt in 1,024 draws."""
     drawn = generate(model, [PROMPTS[1]] * 1024, max_new_tokens=1, batch_size=512, **options)
     return np.bincount(np.concatenate(drawn), minlength=97)
 
@@ -160,10 +160,10 @@ def probabilities(model: Transformer, temperature: float) -> np.ndarray:
 
 
 def assert_drawn_from(counts: np.ndarray, expected: np.ndarray) -> None:
-    """Chi-square: on average as large as there are degrees of freedom, and of twice that variance; 5 deviations."""
+    """Asserts by a chi-square test (mean: degrees of freedom, variance: twice as many) that counts are within 5 sigma."""
     assert not counts[expected == 0].any()
     order = np.argsort(expected)
-    # Rare tokens count together, so that each cell expects ten of them.
+    # Rare tokens share a cell, so that each cell expects ten draws.
     cells = np.minimum(np.cumsum(expected[order]) * counts.sum() // 10, 1e9).astype(int)
     observed, wanted = (np.bincount(cells, x[order]) for x in (counts, expected * counts.sum()))
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
@@ -183,7 +183,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(plain, temperature)
     [
         ({"top_k": 5}, lambda p: np.arange(97) < 5),
         ({"top_p": 0.6}, lambda p: np.cumsum(p) - p < 0.6),
-        # The share is that among the first `top_k`.
+        # `top_p` is a share of the probability of the first `top_k` tokens.
         ({"top_k": 8, "top_p": 0.7}, lambda p: (np.arange(97) < 8) & (np.cumsum(p) - p < 0.7 * p[:8].sum())),
         ({"top_k": 1}, lambda p: np.arange(97) < 1),
         ({"top_p": 1e-50}, lambda p: np.arange(97) < 1),  # 0 in float32
@@ -249,7 +249,7 @@ def test_nothing_to_go_on_from_is_nothing(plain):
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What `generate_text` has `generate` do."""
+    """Records the arguments with which `generate_text` calls `generate`."""
     seen = {}
 
     def record(model, prompts, **options):
@@ -266,7 +266,7 @@ def test_text_goes_on_from_text_and_messages_are_answered(plain, given):
     written = generate_text(plain, tokenizer, ["the cab", messages], max_new_tokens=3)
     assert written == [tokenizer.decode([ord("a")])] * 2 and given["max_new_tokens"] == 3
     read = [tokenizer.decode(ids) for ids in given["prompts"]]
-    assert read == ["<bos>the cab", "<bos>user\nthe cab<|im_end|>\nassistant\n"]  # one BOS token each
+    assert read == ["<bos>the cab", "<bos>user\nthe cab<|im_end|>\nassistant\n"]  # each has one BOS token
     ends = tokenizer.convert_tokens_to_ids([EOS, TURN_ENDS])
     assert set(given["stop_tokens"]) == set(ends)
     generate_text(plain, tokenizer, ["the cab"])
@@ -354,7 +354,7 @@ def test_texts_beyond_what_the_model_is_made_for_are_refused():
 
 
 def test_texts_that_memory_has_no_room_for_are_refused():
-    model = small_model("qwen3")  # which says nothing of how many tokens it is made for
+    model = small_model("qwen3")  # its configuration does not say how many tokens it supports
     for given in (10**11, 10**30):
         message = (
             rf"`max_new_tokens` must leave room for .* of 1 prompts, got {given:,}: [\d,.]+ GiB, of [\d,.]+ GiB free"

@@ -1,18 +1,18 @@
-"""What the kernels compute, forward and backward, in float64 NumPy: loops and textbook formulas, no code of theirs."""
+"""Computes the kernels' results and gradients in float64 NumPy, with loops and textbook formulas, none of their code."""
 
 import functools
 
 import jax
 import numpy as np
 
-# A kernel in interpret mode is a large program that a test runs once: most of the time goes into compiling it.
+# A kernel in interpret mode is a large program that a test runs once, so most of the time would go into compiling it.
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
 
 
 def rows_of(*documents_per_row: list[int], length: int) -> np.ndarray:
-    """Segment ids of rows with documents of the given lengths, and padding after them; a negative length is padding."""
+    """Returns segment ids of rows with documents of these lengths, padded at the end; a negative length is padding."""
     rows = []
     for lengths in documents_per_row:
         real = np.array(lengths, int) > 0
@@ -22,40 +22,40 @@ def rows_of(*documents_per_row: list[int], length: int) -> np.ndarray:
 
 
 def documents(segment_ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """`(row, indices of its tokens)` of every document."""
+    """Returns `(row, indices of its tokens)` for every document."""
     return [
         (b, np.flatnonzero(row == segment)) for b, row in enumerate(segment_ids) for segment in np.unique(row[row > 0])
     ]
 
 
 def exactly(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The values of an array of any float dtype, in float64, which holds them all."""
+    """Converts an array of any float dtype to float64, which holds every value exactly."""
     return np.asarray(x, np.float64)
 
 
 def assert_as_good_as_plain_bfloat16(
     kernel: jax.Array, plain: jax.Array, exact: np.ndarray, name: str = "result"
 ) -> None:
-    """The kernel's largest error is at most twice that of plain jnp in bfloat16; both round the same inputs' result.
+    """Asserts that the kernel's largest error is at most twice that of plain jnp in bfloat16, on the same inputs.
 
-    Twice, because the largest of many rounding errors varies from one order of the same sums to another.
+    The factor is two because the largest of many rounding errors depends on the order in which the same terms are added.
     """
     error, allowed = (np.max(np.abs(exactly(x) - exact), initial=0.0) for x in (kernel, plain))
     assert error <= 2 * allowed + 1e-6, f"{name}: off by {error:.2e}, plain bfloat16 by {allowed:.2e}"
 
 
-# Root mean square norm, over the last axis.
+# Root mean square norm over the last axis.
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
-    """`x / sqrt(mean(x^2) + eps) * scale`."""
+    """Returns `x / sqrt(mean(x^2) + eps) * scale`."""
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
 def rms_norm_gradients(
     x: np.ndarray, scale: np.ndarray, eps: float, d_out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of `rms_norm` with respect to `x` and `scale`, by the Jacobian of every row."""
+    """Returns the gradients of `rms_norm` with respect to `x` and `scale`, from the Jacobian of every row."""
     D = x.shape[-1]
     size = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
     # d(x_i / size) / d x_j = delta_ij / size - x_i x_j / (D size^3)
@@ -64,30 +64,30 @@ def rms_norm_gradients(
     return np.einsum("...i,...ij->...j", d_out * scale, jacobian), d_scale
 
 
-# Rotary embedding. Channels i and i + half are the real and imaginary part of a number that is turned.
+# Rotary embedding. Channels i and i + half are the real and imaginary parts of a complex number that is rotated.
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turns the first `2 * half` channels of `x` `[B, T, A, H]` by the angles of `cos + i sin`, `[B, T, half]`."""
+    """Rotates the first `2 * half` channels of `x` `[B, T, A, H]` by the angles of `cos + i sin`, `[B, T, half]`."""
     half = cos.shape[-1]
     turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * (cos + 1j * sin)[:, :, None, :]
     return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
 
 
 def rope_gradient(d_out: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """A rotation's transpose turns back; where `cos` and `sin` were scaled, so is it."""
+    """Rotates a gradient back, as the transpose of `rope` does; a scale in `cos` and `sin` scales the gradient too."""
     return rope(d_out, cos, -sin)
 
 
 def norm_rope(x: np.ndarray, scale: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float) -> np.ndarray:
-    """RMSNorm of every head, then `rope`."""
+    """Applies RMSNorm to every head, then `rope`."""
     return rope(rms_norm(x, scale, eps), cos, sin)
 
 
 def norm_rope_gradients(
     x: np.ndarray, scale: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float, d_out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of `norm_rope` with respect to `x` and `scale`."""
+    """Returns the gradients of `norm_rope` with respect to `x` and `scale`."""
     return rms_norm_gradients(x, scale, eps, rope_gradient(d_out, cos, sin))
 
 
@@ -106,7 +106,7 @@ def attention(
     sinks: np.ndarray | None = None,
     d_out: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """`out`, `dq`, `dk`, `dv` and, with `sinks`, `dsinks`: one document and one query head at a time."""
+    """Returns `out`, `dq`, `dk`, `dv` and, with `sinks`, `dsinks`, one document and one query head at a time."""
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dsinks = np.zeros(q.shape[2])
     scale = 1 / np.sqrt(q.shape[3]) if scale is None else scale
@@ -119,7 +119,7 @@ def attention(
             raw = scale * queries @ keys.T
             scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
             scores = np.where(allowed, scores, -np.inf)
-            if sinks is not None:  # one more key, whose value is zero
+            if sinks is not None:  # a sink is one more key, whose value is zero
                 scores = np.concatenate([scores, np.full((len(here), 1), sinks[n])], axis=1)
                 values = np.concatenate([values, np.zeros((1, values.shape[1]))])
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What the kernels beside an adapter cannot take: refused where they are named, and XLA's where they are not."""
+"""The adapter kernels refuse sizes they cannot take if asked for by name; without a name, XLA takes these sizes."""
 
 import functools
 
@@ -13,7 +13,7 @@ NORM = {"eps": 1e-6}
 
 
 def calls(tokens: int, channels: int, rank: int):
-    """Each function with arrays of these sizes, to be told the implementation."""
+    """Returns each function with arrays of these sizes bound to it; only `implementation` is left to give."""
     x, extended = jnp.ones((tokens, channels)), jnp.ones((tokens, channels + rank))
     scale, a = jnp.ones(channels), jnp.ones((rank, channels))
     return {
@@ -32,7 +32,7 @@ def calls(tokens: int, channels: int, rank: int):
     [
         ((8, 32, 16), "multiples of 16 tokens and channels, got 8 and 32"),
         ((32, 40, 16), "multiples of 16 tokens and channels, got 32 and 40"),
-        ((32, 16, 512), "a rank of at most 256, made up to a power of two from 16, got 512"),  # above the channels, too
+        ((32, 16, 512), "a rank of at most 256, made up to a power of two from 16, got 512"),  # also more than the channels
         ((32, 16, 8), "a rank of at most 256, made up to a power of two from 16, got 8"),
         ((32, 16, 24), "a rank of at most 256, made up to a power of two from 16, got 24"),
     ],

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: beyond 2^31 elements, run to run, and without copies."""
+"""Tests what only a GPU shows of the kernels: more than 2^31 elements, equal results in each run, and no copies."""
 
 import re
 
@@ -70,7 +70,7 @@ def test_attention_is_the_same_in_every_run(normed):
 
 
 def copies(compiled: jax.stages.Compiled, num_elements: int) -> list[str]:
-    """The instructions of a compiled program that copy an array of at least so many elements."""
+    """Returns the instructions of a compiled program that copy an array of at least `num_elements` elements."""
     found = []
     for line in compiled.as_text().splitlines():
         match = re.match(

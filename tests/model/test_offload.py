@@ -1,4 +1,4 @@
-"""A loop that offloads is the plain loop, and all of its copies are where a GPU makes them beside computation."""
+"""`scan_offloaded` computes what the plain scan does, and a GPU can make all of its copies beside computation."""
 
 import functools
 
@@ -17,7 +17,7 @@ KEPT = jax.checkpoint_policies.save_only_these_names("between", "narrow")
 
 @functools.partial(jax.checkpoint, policy=KEPT, prevent_cse=False)
 def layer(x, slices, shared):
-    """Reads floats and integers of its own, and what all layers share; keeps two arrays, one of them small."""
+    """Applies a layer with floats and integers of its own and a shared array; two residuals are kept, one of them small."""
     weights, place, key = slices
     x = checkpoint_name(x + jnp.tanh(x @ weights["a"]) * shared[place], "between")
     narrow = checkpoint_name(x @ weights["b"], "narrow")
@@ -84,13 +84,13 @@ def test_the_host_gets_what_is_large_and_every_copy_is_in_a_loop():
         body = loop.params["jaxpr" if loop.primitive.name == "scan" else "body_jaxpr"].jaxpr
         copied = [v.aval for e in equations(body) if e.primitive.name == "device_put" for v in e.outvars]
         copied = [aval for aval in copied if aval.memory_space == space]
-        assert sorted(aval.shape[-2:] for aval in copied) == 2 * [(T, D)]  # a layer's input, and "between"
+        assert sorted(aval.shape[-2:] for aval in copied) == 2 * [(T, D)]  # a layer's input and "between"
     on_host = [v.aval.shape for v in loops[0].outvars if v.aval.memory_space == jax.memory.Space.Host]
-    assert on_host == 2 * [(3, T, D)]  # of all layers but the last
+    assert on_host == 2 * [(3, T, D)]  # every layer but the last sends its residuals
 
 
 def test_where_to_fetch_from_is_a_sum():
-    """Of the number of turns: XLA's condition for a copy without a kernel."""
+    """XLA copies without a kernel only if the source of a copy follows from the iteration number by additions."""
     [loop] = [e for e in gradient().eqns if e.primitive.name == "while"]
     body = loop.params["body_jaxpr"].jaxpr
     turns = body.invars[loop.params["body_nconsts"]]

@@ -1,4 +1,4 @@
-"""What the backward pass keeps: the same gradients whatever it is, and nothing dear computed twice that was kept."""
+"""Every choice of residuals gives the same gradients, takes the predicted bytes, and recomputes nothing it kept."""
 
 import functools
 import itertools
@@ -49,7 +49,7 @@ def results(family: str, lora: bool, remat: Remat):
 
 
 def slow(cases: Iterable[tuple]) -> list:
-    """Like others that are not."""
+    """Marks cases as slow if they resemble cases that run every time."""
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
@@ -88,8 +88,8 @@ def test_every_name_is_one_that_the_model_gives(any_family):
     assert all(names <= known - {"heads"} for names in KEPT.values() if names is not None)
 
 
-# In the step as a GPU gets it: how often it is that these run for a layer. Where layers are offloaded, the program has
-# the forward pass of one twice: the first is not in the loop.
+# How often these operations run per layer in the step that a GPU gets. With offloading, the program holds the forward
+# pass of a layer twice, because the first layer runs before the loop.
 RUNS = {
     "offload": {"attention": 2, "qkv": 2, "gate_up": 2, "out": 1},
     "offload_heads": {"attention": 2, "qkv": 1, "gate_up": 2, "out": 1},
@@ -103,18 +103,18 @@ RUNS = {
 @pytest.mark.parametrize("remat", [*OFFLOADED, "full", "none", *slow(BETWEEN)])
 @pytest.mark.parametrize("any_family", ["qwen3", *slow([("llama",), ("gemma3",)])])
 def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
-    monkeypatch.setattr("jaxpack.model.transformer.unrolls", lambda remat: False)  # a layer's program once
+    monkeypatch.setattr("jaxpack.model.transformer.unrolls", lambda remat: False)  # the program then holds a layer once
     graph, trainable, frozen = parts(any_family, True, jnp.bfloat16)
     step = functools.partial(loss_and_gradients, graph, remat=remat)
     lowered = lower_for_cuda(step, trainable, frozen, batch())
     kernels = [module.name for module in triton_modules(lowered)]
     config = small_config(any_family)
-    runs = RUNS[remat] | ({"out": 2} if remat in OFFLOADED and config.post_norms else {})  # which the norm reads again
+    runs = RUNS[remat] | ({"out": 2} if remat in OFFLOADED and config.post_norms else {})  # the post norm reads `out` again
     first = int(remat in OFFLOADED)
     assert kernels.count("jaxpack_attention") == runs["attention"] + first
     assert kernels.count("jaxpack_attention_backward_kv") == 1
     heads = config.num_heads + 2 * config.num_kv_heads
-    # By the matrix: the adapters' factors ride along, their ranks of 3 times 8 made up to 32.
+    # A matmul is known by its matrix, which includes the adapters' factors: three ranks of 8, padded to 32.
     matrices = {
         "qkv": (config.hidden_size + 32, heads * config.head_dim),
         "gate_up": (config.hidden_size + 16, 2 * config.intermediate_size),
@@ -123,17 +123,17 @@ def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
     for name, (rows, columns) in matrices.items():
         matrix = f"tensor<{rows}x{columns}xbf16>) ->"
         matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
-        # Attention's output and the product of the feed-forward have the same channels here. Without a norm after it,
-        # nothing needs the second projection again.
+        # In these models the output of attention has as many channels as the product in the feed-forward, so both
+        # projections count as "out". Without a post norm, nothing needs the second projection again.
         down = runs[name] if config.post_norms else 1
         assert len(matmuls) == runs[name] + first + (down + first if name == "out" else 0), name
 
 
-# How many bytes that is.
+# The bytes of the residuals.
 
 
 def kept_arrays(parts, remat: Remat, dropout: bool = False):
-    """Shapes and dtypes of what a row of 128 tokens leaves for the backward pass, with the kernels of a GPU."""
+    """Returns shapes and dtypes of the residuals of a row of 128 tokens, with the kernels of a GPU."""
     graph, trainable, frozen = parts
 
     def kept(trainable, frozen, *row):
@@ -149,15 +149,15 @@ def kept_arrays(parts, remat: Remat, dropout: bool = False):
 
 
 def heads_of(model: Transformer) -> tuple[int, int]:
-    """Counts the channels of all query heads, and of all key heads."""
+    """Returns the number of channels of all query heads, and of all key heads."""
     return model.config.num_heads * model.config.head_dim, model.config.num_kv_heads * model.config.head_dim
 
 
 def kept_bytes(arrays, model: Transformer, remat: Remat) -> int:
-    """Adds up what layers keep of tokens, and matrices that no argument of the step is.
+    """Adds up the bytes of the layers' residuals that have a token axis, and of extended weight matrices among them.
 
-    Only what is stacked counts: of what the others offload, the last layer's is gone before the backward pass of the
-    next.
+    Only stacked residuals count. With offloading, the last layer's residuals are not stacked: they are gone before the
+    backward pass of the next layer.
     """
     config = model.config
     (q, kv), D, F = heads_of(model), config.hidden_size, config.intermediate_size
@@ -167,7 +167,7 @@ def kept_bytes(arrays, model: Transformer, remat: Remat) -> int:
     }
 
     def counts(x) -> bool:
-        may_be_on_host = remat in OFFLOADED and x.ndim == 4 and x.dtype == jnp.bfloat16  # no table of `PerLayer`
+        may_be_on_host = remat in OFFLOADED and x.ndim == 4 and x.dtype == jnp.bfloat16  # unlike a table of `PerLayer`
         if x.ndim < 3 or x.shape[0] not in (config.num_layers, config.num_layers - may_be_on_host):
             return False
         per_layer = x.shape[1:]
@@ -190,9 +190,9 @@ def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):
     got = kept_bytes(kept_arrays(split_trainable(model), remat), model, remat)
     if remat == "none":
         heads = step.num_layers * 128 * heads_of(model)[0] * 2
-        got -= heads  # the output of attention, once as heads and once as channels
+        got -= heads  # the output of attention is kept twice: as heads and as channels
         if model.config.qk_norm:
-            got += step.num_layers * 128 * sum(heads_of(model)) * 2  # turned heads, which XLA shares between the passes
+            got += step.num_layers * 128 * sum(heads_of(model)) * 2  # rotated heads, which XLA shares between the passes
     assert got == step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
 
 
@@ -203,11 +203,11 @@ def test_dropout_keeps_what_it_lets_through(remat):
     got = kept_bytes(kept_arrays(split_trainable(model), remat, dropout=True), model, remat)
     predicted = step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
     linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
-    assert 0 <= predicted - got <= step.num_layers * 128 * 2 * sum(linear.rank for linear in linears) * 2  # made up
+    assert 0 <= predicted - got <= step.num_layers * 128 * 2 * sum(linear.rank for linear in linears) * 2  # padded ranks
 
 
 class Squared(FeedForward):
-    """A feed-forward behind which a square is added: a derivative reads what is squared, and it has a name."""
+    """A feed-forward that adds a square to its result; the derivative reads the squared array, which has a name."""
 
     def __call__(self, norm, x, context, keys):
         x = super().__call__(norm, x, context, keys)
@@ -225,7 +225,7 @@ def test_a_part_with_one_more_name_keeps_the_bytes_that_it_declares(remat, monke
     step = StepShape.of(model, (1, 1, 128))
     got = kept_bytes(kept_arrays(split_trainable(model), remat), model, remat)
     if remat == "none":
-        got -= step.num_layers * 128 * heads_of(model)[0] * 2  # see above
+        got -= step.num_layers * 128 * heads_of(model)[0] * 2  # kept twice, as above
     assert got == step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
 
 
@@ -243,7 +243,7 @@ def test_a_part_with_one_more_name_keeps_the_bytes_that_it_declares(remat, monke
     ],
 )
 def test_little_goes_to_the_host_and_comes_back(any_family, lora, names, remat):
-    """Of each layer its input; and, where that spares a matmul, what is between its halves, or what makes its heads."""
+    """Each layer sends its input, and, if that spares a matmul, the array between its halves or the one before its heads."""
     graph, trainable, frozen = parts(any_family, lora, jnp.bfloat16)
     text = lower_for_cuda(
         functools.partial(loss_and_gradients, graph, remat=remat), trainable, frozen, batch()
