@@ -1,4 +1,5 @@
-"""Computes the kernels' results and gradients in float64 NumPy, with loops and textbook formulas, none of their code."""
+"""Computes the kernels' results and gradients in float64 NumPy, with loops and textbook formulas, none of their
+code."""
 
 import functools
 
@@ -38,7 +39,8 @@ def assert_as_good_as_plain_bfloat16(
 ) -> None:
     """Asserts that the kernel's largest error is at most twice that of plain jnp in bfloat16, on the same inputs.
 
-    The factor is two because the largest of many rounding errors depends on the order in which the same terms are added.
+    The factor is two because the largest of many rounding errors depends on the order in which the same terms are
+    added.
     """
     error, allowed = (np.max(np.abs(exactly(x) - exact), initial=0.0) for x in (kernel, plain))
     assert error <= 2 * allowed + 1e-6, f"{name}: off by {error:.2e}, plain bfloat16 by {allowed:.2e}"
