@@ -1,8 +1,8 @@
-"""Every kernel against its floor, XLA alone, Unsloth, Liger and torch, at one model's shapes.
+"""Measures every kernel beside its floor, XLA alone, Unsloth, Liger and torch, at one model's shapes.
 
     PYTHONPATH=. python benchmarks/bench_kernels.py --lengths LENGTHS.csv --peers-site FOLDER
 
-First the opponents run, each group in a process of its own (`peers_kernels.py`), then JAX in this one. `timing.py` says
+First the opponents run, each group in its own process (`peers_kernels.py`), then JAX in this process. `timing.py` says
 what is timed. LENGTHS.csv is a histogram of document lengths as in `bench_training.py`; FOLDER holds Unsloth and Liger.
 Prints a table and the bars, and writes a JSON file and a picture.
 """
@@ -36,13 +36,13 @@ from timing import num_sets, time_jax
 from jaxpack.kernels import attention, gated_activation, rope
 from jaxpack.kernels import cudnn as cudnn_limits
 
-BYTES_PER_SECOND = 4.3e12  # what the best device copy on an H200 reads and writes
+BYTES_PER_SECOND = 4.3e12  # the best device copy on an H200, reads plus writes
 OPERATIONS = ("rope", "norm_rope", "swiglu", "geglu_tanh", "geglu_exact", "attention")
 ACTIVATIONS = {"swiglu": "silu", "geglu_tanh": "gelu_tanh", "geglu_exact": "gelu"}
-PEERS = {"torch": 180, "liger": 60, "unsloth": 110}  # at most so many seconds each
+PEERS = {"torch": 180, "liger": 60, "unsloth": 110}  # time limits in seconds
 TOLERANCE = 0.02  # relative error of a bfloat16 result from the float32 reference; more is wrong
 EPS = 1e-6
-LAYERS = 4  # of a program that stands for a model's
+LAYERS = 4  # layers in a program that stands for a model
 IN_LAYERS = ", in layers"
 _XLA_ATTENTION_LIMIT = 16_384  # tokens; at 65,536 its float32 scores are 34 GB at a time
 
@@ -55,14 +55,14 @@ COLUMNS += ("torch flex", "torch varlen", "cuDNN (torch)")
 
 @dataclass
 class Variant:
-    """One way to compute a case: `function(**inputs)` -> a pytree of arrays.
+    """Holds one way to compute a case: `function(**inputs)` -> a pytree of arrays.
 
     Attributes:
-      donates: the inputs whose memory it may take for its outputs, as in the model.
-      prepare: from the case's inputs to the variant's, untimed.
-      arrange: from the variant's outputs to the case's, untimed.
-      layers: how often it does the work, one after another; what is timed is divided by that.
-      slow: to compile, so that it comes last and may be given up.
+      donates: the inputs whose memory the function may reuse for its outputs, as in the model.
+      prepare: converts the case's inputs to the variant's inputs; not timed.
+      arrange: converts the variant's outputs to the case's outputs; not timed.
+      layers: how often the function repeats the work in sequence; times are divided by it.
+      slow: whether it compiles slowly; it then comes last and may be given up.
     """
 
     column: str
@@ -77,7 +77,7 @@ class Variant:
 
 @dataclass
 class Case:
-    """One row of the table. `reference(**inputs)` computes what all variants do, in float32."""
+    """Holds one row of the table; `reference(**inputs)` computes the result of all variants in float32."""
 
     operation: str
     direction: str
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The row without times."""
+        """Returns the row without times."""
         row = {"operation": self.operation, "direction": self.direction, "mix": self.mix, "tokens": self.tokens}
         if self.flops:
             return {**row, "flops": self.flops, "columns": {}}
@@ -102,7 +102,7 @@ class Case:
 
 
 def wide(tree: Any) -> Any:
-    """All floating-point arrays in float32."""
+    """Casts all floating-point arrays of a pytree to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
@@ -110,7 +110,7 @@ def wide(tree: Any) -> Any:
 
 
 def rope_cases(tokens: int, shape: KernelShape) -> Iterator[Case]:
-    """RoPE, and the heads' norm with RoPE."""
+    """Yields the cases of RoPE, and of the heads' norm with RoPE."""
     N, K, H = shape.num_heads, shape.num_kv_heads, shape.head_dim
     q, k = (1, tokens, N, H), (1, tokens, K, H)
     both = 2 * tokens * (N + K) * H
@@ -123,7 +123,7 @@ def rope_cases(tokens: int, shape: KernelShape) -> Iterator[Case]:
 
     def backward(function):
         def run(dq, dk, **inputs):
-            inputs = {"q": dq, "k": dk, **inputs}  # what RoPE is linear in does not matter
+            inputs = {"q": dq, "k": dk, **inputs}  # RoPE is linear: its backward pass needs no q and k
             others = {name: value for name, value in inputs.items() if name not in wanted}
             wanted_inputs = [inputs[name] for name in wanted]
             return jax.vjp(lambda *args: function(**dict(zip(wanted, args, strict=True)), **others), *wanted_inputs)[1](
@@ -205,7 +205,7 @@ def rope_cases(tokens: int, shape: KernelShape) -> Iterator[Case]:
 
 
 def gate_cases(operation: str, tokens: int, shape: KernelShape) -> Iterator[Case]:
-    """A gated activation: forward, backward, and backward with the product computed again."""
+    """Yields the cases of a gated activation: forward, backward, and backward with the product recomputed."""
     F = shape.intermediate_size
     act = {
         "silu": jax.nn.silu,
@@ -274,7 +274,7 @@ def gate_cases(operation: str, tokens: int, shape: KernelShape) -> Iterator[Case
 
 
 def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShape) -> Iterator[Case]:
-    """Attention within the documents of one row: forward, and forward with backward."""
+    """Yields the cases of attention within the documents of one row: forward, and forward with backward."""
     N, K, H = shape.num_heads, shape.num_kv_heads, shape.head_dim
     ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[None]
     bounds = attention.segment_bounds(jnp.asarray(ids))
@@ -369,9 +369,9 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
             {"bounds": bounds},
             attention_oracle if both else lambda **inputs: attention_oracle(**inputs, d_out=None)[0],
             [
-                # XLA tunes a matmul of its own for every chunk of queries.
+                # XLA autotunes a separate matmul for every chunk of queries.
                 *(Variant(column, f, slow=column == XLA) for column, f in here.items()),
-                # In layers a GPU at its power limit runs at a lower clock: two columns to be compared with each other.
+                # In layers, a GPU at its power limit lowers its clock: compare these two columns with each other only.
                 *(
                     Variant(
                         column + IN_LAYERS,
@@ -394,7 +394,7 @@ def attention_cases(tokens: int, mix: str, lengths: list[int], shape: KernelShap
 
 
 def attention_oracle(q, k, v, d_out, bounds):
-    """Output and gradients in float32 with dense scores, for one key head and some queries at a time."""
+    """Returns output and gradients in float32 with dense scores, for one key head and some queries at a time."""
     B, T, N, H = q.shape
     K = k.shape[2]
     chunk = min(512, T)
@@ -428,7 +428,7 @@ def attention_oracle(q, k, v, d_out, bounds):
 
 
 class Programs:
-    """The compiled programs of a case's variant."""
+    """Holds the compiled programs of a case's variant."""
 
     def __init__(self, case: Case, variant: Variant, unroll: int) -> None:
         self.case, self.variant = case, variant
@@ -446,7 +446,7 @@ class Programs:
             def several(sets):
                 results = []
                 for donated, kept in sets:
-                    if results:  # in this order, and not fused with the one before
+                    if results:  # calls stay in this order, and are not fused with the call before
                         kept, results[-1] = jax.lax.optimization_barrier((kept, results[-1]))
                     results.append(call(donated, kept))
                 return results
@@ -454,7 +454,7 @@ class Programs:
             self.unrolled = jax.jit(several).lower([({}, specs)] * unroll).compile(), unroll
 
     def sets(self, count: int, seed: int = 0) -> list[tuple[dict, dict]]:
-        """New sets of arguments."""
+        """Makes `count` new sets of arguments."""
         sets = []
         for i in range(count):
             inputs = {**_prepared(self.variant)(random_inputs(self.case, seed + i)), **self.case.common}
@@ -478,15 +478,15 @@ def _normals(seed: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -
 
 
 def random_inputs(case: Case, seed: int) -> dict[str, jax.Array]:
-    """Standard normal inputs."""
+    """Returns standard normal inputs of a case in bfloat16."""
     return _normals(jnp.uint32(seed), tuple(case.shapes.items()))
 
 
-_CHECKED = 1000  # the seed of the inputs that are checked
+_CHECKED = 1000  # seed of the inputs for the check
 
 
 def expected(case: Case, reference: Any) -> Any:
-    """What the reference, once compiled, makes of the inputs that are checked."""
+    """Returns the outputs of the compiled reference on the inputs of the check."""
     return reference.result()(**wide(random_inputs(case, _CHECKED)), **case.common)
 
 
@@ -497,7 +497,7 @@ def _relative_error(got: jax.Array, want: jax.Array) -> jax.Array:
 
 
 def errors_of(programs: Programs, want: Callable[[], Any]) -> list[float]:
-    """Relative error of every output, against the reference on the same inputs."""
+    """Returns the relative error of every output against the reference on the same inputs."""
     ((donated, kept),) = programs.sets(1, seed=_CHECKED)
     got = programs.variant.arrange(programs.call(donated, kept))
     if got is None:  # nothing to compare
@@ -513,7 +513,7 @@ def measure(
     """Compiles the programs of `cases` side by side, then checks and times them one by one.
 
     Returns:
-      Whether all compiled. Of the slow ones, none is waited for beyond the deadline.
+      Whether all programs compiled. Slow programs are not waited for beyond the deadline.
     """
 
     def compiled(case: Case, variant: Variant) -> Programs | Exception:
@@ -558,7 +558,7 @@ def measure(
 
 
 def timed(programs: Programs | Exception, want: Callable[[], Any]) -> dict[str, Any]:
-    """Errors and times of one variant."""
+    """Returns the errors and times of one variant."""
     if isinstance(programs, Exception):
         raise programs
     errors = errors_of(programs, want)
@@ -585,10 +585,10 @@ def _reason(error: BaseException) -> str:
 
 
 def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the opponents print, one after another, each group in a process of its own."""
+    """Runs the opponents one after another, each group in its own process, and yields their lines."""
     script = Path(__file__).resolve().with_name("peers_kernels.py")
     for peer, limit in PEERS.items():
-        if peer != "torch" and set(options.only) == {"attention"}:  # the others have none
+        if peer != "torch" and set(options.only) == {"attention"}:  # the other opponents have no attention kernel
             continue
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
@@ -599,7 +599,7 @@ def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[
             path.write_text(json.dumps({**request, "peer": peer, "seconds": limit - 15}))
             command = [sys.executable, script, path, out]
             start = time.monotonic()
-            # In a folder of its own: Unsloth writes a cache of compiled modules where it runs.
+            # A separate folder, since Unsloth writes a cache of compiled modules to its working folder.
             process = subprocess.Popen(command, env=environment, cwd=folder)
             try:
                 status = f"exit code {process.wait(limit)}"
@@ -613,7 +613,7 @@ def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[
         for line in lines:
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:  # cut off
+            except json.JSONDecodeError:  # the line was cut off
                 continue
 
 
@@ -621,9 +621,9 @@ def run_peers(options: argparse.Namespace, request: dict[str, Any]) -> Iterator[
 
 
 class Results:
-    """Rows by what they measure, written to the JSON file after each.
+    """Holds rows by operation, direction, mix and tokens, and rewrites the JSON file after each change.
 
-    A file of an earlier run keeps its rows, but for those of the operations and tokens that are measured now.
+    Rows of an existing file are kept, except rows of the operations and tokens that are measured now.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], operations: Sequence[str], tokens: Sequence[int]) -> None:
@@ -638,7 +638,7 @@ class Results:
                     self.rows[tuple(row[name] for name in _KEY)] = row
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds a row, or columns to it."""
+        """Adds a row, or adds columns to an existing row."""
         row.setdefault("time", datetime.datetime.now().isoformat(timespec="minutes"))
         key = tuple(row[name] for name in _KEY)
         known = self.rows.setdefault(key, {**row, "columns": {}})
@@ -647,7 +647,7 @@ class Results:
         self.path.write_text(json.dumps({**self.header, "rows": list(self.rows.values())}, indent=1) + "\n")
 
     def seconds(self, operation: str, direction: str, mix: str | None, tokens: int, *columns: str) -> float | None:
-        """The shortest time in `columns`, where any was measured; "floor" is one, too."""
+        """Returns the shortest correct time in `columns` ("floor" is allowed), or None if there is none."""
         row = self.rows.get((operation, direction, mix, tokens), {"columns": {}})
         found = [row["columns"][name]["median"] for name in columns if right(row["columns"].get(name, {}))]
         if "floor" in columns and "floor_seconds" in row:
@@ -656,13 +656,13 @@ class Results:
 
 
 def right(entry: dict[str, Any]) -> bool:
-    """Whether a column was measured and computed what it should."""
+    """Returns whether a column has a time, and errors within `TOLERANCE`."""
     return "median" in entry and all(error <= TOLERANCE for error in entry["errors"])
 
 
 def bars(results: Results, tokens: int) -> list[dict[str, Any]]:
-    """What the kernels are to reach at `tokens` tokens, and whether they do."""
-    own = (OWN_USE, OURS)  # the faster: where no kernel writes in place, memory donated to it costs a copy
+    """Returns the bars for the kernels at `tokens` tokens, and whether each is reached."""
+    own = (OWN_USE, OURS)  # the faster counts: donated memory costs a copy if no kernel writes in place
     found = []
 
     def bar(label: str, value: float | None, limit: float, *, at_least: bool = False) -> None:
@@ -717,17 +717,17 @@ def bars(results: Results, tokens: int) -> list[dict[str, Any]]:
 
 
 def rate_of(row: dict[str, Any], seconds: float) -> tuple[float, str]:
-    """TFLOP/s for attention, GB/s for the others."""
+    """Returns the rate and its unit: TFLOP/s for attention, GB/s for other operations."""
     return (row["flops"] / seconds * 1e-12, "TFLOP/s") if row.get("flops") else (row["bytes"] / seconds * 1e-9, "GB/s")
 
 
 def label_of(row: dict[str, Any]) -> str:
-    """What a row measures, without its operation."""
+    """Returns the label of a row: its direction, mix and tokens, without the operation."""
     return " ".join([row["direction"].replace("_", " + "), *filter(None, [row["mix"]]), f"{row['tokens']:,}"])
 
 
 def print_tables(results: Results, found: list[dict[str, Any]], console: Console) -> None:
-    """One table per operation, then the bars."""
+    """Prints one table per operation, then the bars."""
     for operation in OPERATIONS:
         rows = [row for row in results.rows.values() if row["operation"] == operation and "columns" in row]
         columns = [name for name in COLUMNS if any("median" in row["columns"].get(name, {}) for row in rows)]
@@ -761,7 +761,7 @@ def print_tables(results: Results, found: list[dict[str, Any]], console: Console
 
 
 def draw(results: Results, path: Path) -> None:
-    """One panel per operation: floor over time, or TFLOP/s, by row and column."""
+    """Draws one panel per operation: floor over time, or TFLOP/s, by row and column."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -794,7 +794,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    """The opponents, then JAX, then tables, JSON and picture."""
+    """Runs the opponents, then JAX, and writes tables, JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--peers-site", type=Path, help="folder of packages with Unsloth and Liger")
@@ -836,9 +836,9 @@ def main() -> None:
         else:
             header["peers"].setdefault(line["peer"], []).append({k: v for k, v in line.items() if k != "peer"})
 
-    # Before JAX starts: kernels one by one, not in CUDA graphs, whose parts a profile may not show.
+    # Set before JAX starts: no CUDA graphs, since a profile may not show the kernels inside them.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name: jax refuses both
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name of the same option: jax refuses both
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
     header["device"] = jax.devices()[0].device_kind
@@ -867,7 +867,7 @@ def main() -> None:
     draw(results, picture := options.output_dir / f"{name}.png")
     print(json.dumps({"json": str(results.path), "picture": str(picture), "bars": found}), flush=True)
     if not finished:
-        os._exit(0)  # without waiting for what still compiles
+        os._exit(0)  # exits without waiting for programs that still compile
 
 
 def _without_key(line: dict[str, Any]) -> dict[str, Any]:

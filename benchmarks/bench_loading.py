@@ -115,7 +115,7 @@ def _pieces(path: Path) -> Iterator[np.ndarray]:
 
 
 def _copy(folder: Path) -> list[jax.Array]:
-    """What is on the device stays there, as a model would."""
+    """Reads the files and copies every piece to the device, where all pieces stay, as a model would."""
     return [jax.block_until_ready(jnp.array(piece)) for path in _files(folder) for piece in _pieces(path)]
 
 

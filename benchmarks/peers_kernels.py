@@ -1,10 +1,10 @@
-"""The opponents of `bench_kernels.py`, in torch: reads a request, writes a JSON line per measured column.
+"""Measures the torch opponents of `bench_kernels.py`: reads a request, writes a JSON line per column.
 
     python peers_kernels.py REQUEST.json LINES.jsonl
 
-One group of opponents ("torch", "liger" or "unsloth") per process, so that none patches what another runs on. What
-cannot be measured is written as missing, with the reason, and the rest goes on. Outputs are compared with float32
-references before anything is timed.
+Each process runs one group of opponents ("torch", "liger" or "unsloth"), so that no group patches another's code. A
+column that cannot be measured is written as missing, with the reason, and the next one runs. Outputs are compared with
+float32 references before anything is timed.
 """
 
 import functools
@@ -23,7 +23,7 @@ import torch
 from timing import num_sets, time_torch
 
 EPS = 1e-6
-BLOCK = 128  # of flex_attention's masks
+BLOCK = 128  # block size of flex_attention's masks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 
 class Recorder:
-    """Checks, times and writes."""
+    """Checks and times columns, and writes their lines."""
 
     def __init__(self, request: dict[str, Any], file: Any) -> None:
         self.request, self.file = request, file
@@ -56,7 +56,7 @@ class Recorder:
         self.deadline = time.monotonic() + request["seconds"]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes one line, here and in the file."""
+        """Prints one line, and writes it to the file."""
         print(json.dumps(line), flush=True)
         self.file.write(json.dumps(line) + "\n")
 
@@ -76,9 +76,9 @@ class Recorder:
         """Measures `build()(*make())`.
 
         Args:
-          build: imports what it needs and returns the function: if it raises, the column is missing.
-          reference: of the same inputs, and returns what `arrange` makes of the outputs.
-          consumed: the function overwrites its inputs.
+          build: does its imports and returns the function; if it raises, the column is missing.
+          reference: takes the same inputs, and returns what `arrange` returns for the outputs.
+          consumed: whether the function overwrites its inputs.
         """
         operation, direction, mix, tokens = row
         if operation not in self.request["only"]:
@@ -109,7 +109,7 @@ class Recorder:
             torch.cuda.empty_cache()
 
     def missing(self, row: tuple[str, str, str | None, int], column: str, why: str) -> None:
-        """Writes why a column has no time."""
+        """Writes the reason why a column has no time."""
         if row[0] in self.request["only"]:
             keys = ("operation", "direction", "mix", "tokens")
             self.write({**dict(zip(keys, row, strict=True)), "column": column, "missing": why})
@@ -121,7 +121,7 @@ def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def normal(*shape: int) -> torch.Tensor:
-    """Standard normal bfloat16."""
+    """Returns a standard normal bfloat16 tensor."""
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
@@ -129,7 +129,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 class Rotary:
-    """Inputs and references at one length. Tables are bfloat16, as both opponents have them in a bfloat16 model."""
+    """Makes inputs and references at one length, with bfloat16 tables as in both opponents' bfloat16 models."""
 
     def __init__(self, shape: SimpleNamespace, tokens: int) -> None:
         self.N, self.K, self.H, self.T = shape.num_heads, shape.num_kv_heads, shape.head_dim, tokens
@@ -140,42 +140,42 @@ class Rotary:
         self.bytes = 2 * 2 * tokens * (self.N + self.K) * self.H
 
     def make(self) -> tuple[torch.Tensor, ...]:
-        """q and k, `[1, T, heads, H]`."""
+        """Returns random q and k, `[1, T, heads, H]`."""
         return normal(1, self.T, self.N, self.H), normal(1, self.T, self.K, self.H)
 
     def turn(self, x: torch.Tensor, sign: int = 1) -> torch.Tensor:
-        """RoPE in float32 by the rounded tables."""
+        """Applies RoPE in float32 with the rounded tables; `sign=-1` rotates back."""
         x, cos, sin = x.float(), self.cos.float()[:, None], sign * self.sin.float()[:, None]
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
     def rope(self, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-        """The reference of the forward pass."""
+        """Returns the reference of RoPE's forward pass."""
         return [self.turn(q), self.turn(k)]
 
     def rope_backward(self, dq: torch.Tensor, dk: torch.Tensor) -> list[torch.Tensor]:
-        """The reference of the backward pass."""
+        """Returns the reference of RoPE's backward pass."""
         return [self.turn(dq, -1), self.turn(dk, -1)]
 
     def norm_rope(self, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-        """The reference of norm and RoPE."""
+        """Returns the reference of norm and RoPE."""
         return [self.turn(self.norm(q) * self.q_scale.float()), self.turn(self.norm(k) * self.k_scale.float())]
 
     @staticmethod
     def norm(x: torch.Tensor) -> torch.Tensor:
-        """A head over its root mean square."""
+        """Divides each head by its root mean square, in float32."""
         x = x.float()
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
 
     def norm_rope_backward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of q and k."""
+        """Returns the reference gradients of q and k through norm and RoPE."""
         dq, dk, q, k = (x.float() for x in inputs)
         q.requires_grad_(), k.requires_grad_()
         return torch.autograd.grad(self.norm_rope(q, k), (q, k), (dq, dk))
 
 
 def through_autograd(function: Callable) -> Callable:
-    """Of `function(q, k) -> outputs`, only the backward pass: the graph is built once per set and kept."""
+    """Returns only the backward pass of `function(q, k)`; each set's graph is built once and kept."""
     graphs: dict[int, Any] = {}
 
     def backward(dq: torch.Tensor, dk: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Any:
@@ -190,7 +190,7 @@ def through_autograd(function: Callable) -> Callable:
 
 
 def turned_back(outputs: Any) -> list[torch.Tensor]:
-    """From `[1, heads, T, H]` to `[1, T, heads, H]`."""
+    """Transposes q and k from `[1, heads, T, H]` to `[1, T, heads, H]`."""
     return [x.transpose(1, 2) for x in outputs[:2]]
 
 
@@ -198,14 +198,14 @@ def turned_back(outputs: Any) -> list[torch.Tensor]:
 
 
 def gate_reference(operation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`act(gate) * up`."""
+    """Returns `act(gate) * up` for the activation of `operation`."""
     if operation == "swiglu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if operation == "geglu_tanh" else "none") * up
 
 
 def gate_backward_reference(operation: str, d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, product: bool):
-    """Gradients of gate and up, and the product."""
+    """Returns the gradients of gate and up and, if `product`, also the product, in float32."""
     gate, up = (x.float().requires_grad_() for x in (gate, up))
     out = gate_reference(operation, gate, up)
     gradients = torch.autograd.grad(out, (gate, up), d_out.float())
@@ -222,7 +222,7 @@ def measure_gates(
     product: bool,
     arrange: Callable,
 ) -> None:
-    """All gated activations of an opponent: `forward()(gate, up)`, and `backward()(d_out, gate, up)` in place."""
+    """Measures an opponent's gated activations: `forward()(gate, up)`, and in-place `backward()(d_out, gate, up)`."""
     F = recorder.shape.intermediate_size
     size = 2 * tokens * F
     direction, other = ("backward_product", "backward") if product else ("backward", "backward_product")
@@ -259,7 +259,7 @@ def measure_gates(
 
 
 def unsloth(recorder: Recorder, tokens: int) -> None:
-    """Unsloth's kernels. Importing the package patches torch; nothing else runs in this process."""
+    """Measures Unsloth's kernels. Its import patches torch, so nothing else runs in this process."""
     column = "Unsloth"
 
     def kernel(module: str, name: str) -> Callable:
@@ -308,14 +308,14 @@ def unsloth(recorder: Recorder, tokens: int) -> None:
         "geglu_tanh": lambda: kernel("geglu", "geglu_approx_backward_kernel"),
         "geglu_exact": lambda: kernel("geglu", "geglu_exact_backward_kernel"),
     }
-    # They return the product, the gradient of up and that of gate.
+    # Unsloth returns the product, the gradient of up and the gradient of gate.
     measure_gates(
         recorder, tokens, column, forward, backward, product=True, arrange=lambda out: [out[2], out[1], out[0]]
     )
 
 
 def liger(recorder: Recorder, tokens: int) -> None:
-    """Liger's kernels."""
+    """Measures Liger's kernels."""
     column = "Liger"
     if {"rope", "norm_rope"} & set(recorder.request["only"]):
         rotary = Rotary(recorder.shape, tokens)
@@ -337,7 +337,7 @@ def liger(recorder: Recorder, tokens: int) -> None:
 
             return function
 
-        # Rotations keep the size of what they overwrite, so its sets serve many times.
+        # Rotations keep the norm of the inputs that they overwrite, so each set serves many times.
         recorder.column(
             ("rope", "forward", None, tokens), column, lambda: rope("rope_forward"), rotary.make, rotary.rope,
             2 * rotary.bytes, arrange=turned_back, note="in place",
@@ -385,7 +385,7 @@ def liger(recorder: Recorder, tokens: int) -> None:
 
 
 def torch_itself(recorder: Recorder, tokens: int) -> None:
-    """A copy of q and k, and three ways to attend within documents."""
+    """Measures a copy of q and k, and three ways to attend within documents."""
     rotary = Rotary(recorder.shape, tokens)
     recorder.column(
         ("rope", "forward", None, tokens), "copy (torch)", lambda: lambda q, k: (q.clone(), k.clone()), rotary.make,
@@ -441,7 +441,7 @@ def torch_itself(recorder: Recorder, tokens: int) -> None:
 def attention_reference(
     lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """Output, and with `d_out` the gradients, in float32, one document at a time."""
+    """Returns the output and, with `d_out`, the gradients, in float32, one document at a time."""
     K, group = k.shape[1], q.shape[1] // k.shape[1]
     results = [torch.empty(x.shape, device=x.device) for x in ((q,) if d_out is None else (q, q, k, v))]
     begin = 0
@@ -469,7 +469,7 @@ def attention_reference(
 
 
 def varlen(lengths: list[int], tokens: int, head_dim: int) -> Callable:
-    """`torch.nn.attention.varlen`. Repeats key and value heads itself, inside what is timed, where torch will not."""
+    """Returns `torch.nn.attention.varlen`; repeats key and value heads within the timed call if torch does not."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
@@ -488,12 +488,12 @@ def varlen(lengths: list[int], tokens: int, head_dim: int) -> Callable:
 
 
 def repeated(q: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-    """Key and value heads, one for every query head."""
+    """Repeats key and value heads so that every query head has one."""
     return [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in others]
 
 
 def takes_fewer_kv_heads(attend: Callable, tokens: int, head_dim: int) -> bool:
-    """Whether grouped heads work, forward and backward."""
+    """Returns whether grouped heads work, forward and backward."""
     q, k = (normal(tokens, heads, head_dim).requires_grad_() for heads in (4, 1))
     try:
         (d_k,) = torch.autograd.grad(attend(q, k, k).float().square().sum(), k)
@@ -504,7 +504,7 @@ def takes_fewer_kv_heads(attend: Callable, tokens: int, head_dim: int) -> bool:
 
 
 def cudnn(documents: int, head_dim: int) -> Callable:
-    """`scaled_dot_product_attention` by cuDNN, for documents of one length."""
+    """Returns cuDNN's `scaled_dot_product_attention` for documents of one length."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = SDPBackend.CUDNN_ATTENTION if DEVICE == "cuda" else SDPBackend.MATH
@@ -522,13 +522,13 @@ def cudnn(documents: int, head_dim: int) -> Callable:
 
 
 def block_mask(first: torch.Tensor) -> Any:
-    """The mask of flex_attention, of each token's first key: block by block, never all pairs."""
+    """Builds flex_attention's mask from each token's first key, block by block, never from all pairs."""
     from torch.nn.attention.flex_attention import BlockMask
 
     tokens = len(first)
     count = tokens // BLOCK
     rows = first.cpu().view(count, BLOCK)
-    begin = rows[:, 0] // BLOCK  # the first tokens never decrease
+    begin = rows[:, 0] // BLOCK  # each token's first key never decreases
     whole = -(-rows[:, -1] // BLOCK)  # from here to the diagonal every pair is allowed
     partial_lists, full_lists = [], []
     for i in range(count):
@@ -539,7 +539,7 @@ def block_mask(first: torch.Tensor) -> Any:
     def tensors(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         indices = torch.zeros(1, 1, count, count, dtype=torch.int32)
         for i, blocks in enumerate(lists):
-            rest = sorted(set(range(count)) - set(blocks))  # every block is named once, as torch has it
+            rest = sorted(set(range(count)) - set(blocks))  # torch wants every block named once
             indices[0, 0, i] = torch.tensor([*blocks, *rest], dtype=torch.int32)
         sizes = torch.tensor([[[len(blocks) for blocks in lists]]], dtype=torch.int32)
         return sizes.to(first.device), indices.to(first.device)
@@ -553,13 +553,13 @@ def block_mask(first: torch.Tensor) -> Any:
 
 
 def first_keys(lengths: list[int]) -> torch.Tensor:
-    """The first token of each token's document."""
+    """Returns the first token of each token's document."""
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(torch.tensor(lengths))
     return starts.to(torch.int32).to(DEVICE)
 
 
 def flex(lengths: list[int], tokens: int, smoke: bool) -> Callable:
-    """`flex_attention`, compiled for these shapes."""
+    """Returns `flex_attention`, compiled for these shapes."""
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = block_mask(first_keys(lengths))

@@ -1,11 +1,11 @@
-"""The opponents of `bench_training.py`: the same step in Unsloth, in TRL, and in TRL with Liger's kernels.
+"""Measures the opponents of `bench_training.py`: the same step in Unsloth, TRL, and TRL with Liger's kernels.
 
     python benchmarks/peers_training.py REQUEST RESULT
 
-is what `bench_training.py` starts for one case, with the opponents' packages on the path and without ours: on random
-weights, over its documents, with the same optimizer. Real tokens are counted of the batches that the step receives,
-after the warm-up, see `steady`; peak memory is the allocator's own, of the whole process. A layout or an attention that
-was not asked for is an error.
+`bench_training.py` starts this for one case, with the opponents' packages on the path and without ours. It trains on
+random weights, over the same documents, with the same optimizer. Real tokens are counted in the batches that the step
+receives, after the warm-up (see `steady`); peak memory is the allocator's own, of the whole process. A layout or an
+attention that was not asked for is an error.
 """
 
 import json
@@ -27,11 +27,11 @@ CHAT_TEMPLATE = (
 )
 
 
-# A checkpoint that nobody trained.
+# A checkpoint with random weights.
 
 
 def write_checkpoint(folder: Path, config: Any) -> None:
-    """Writes a Qwen3 of `config`'s shape (a `ModelConfig`), and a tokenizer of bytes."""
+    """Writes a random Qwen3 of `config`'s shape (a `ModelConfig`), and a byte tokenizer."""
     from torch_bridge.config_json import config_to_hf
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,12 +39,12 @@ def write_checkpoint(folder: Path, config: Any) -> None:
     write_tensors(folder / "model.safetensors", tensor_shapes(config))
     eos, pad = SPECIAL_TOKENS.index("<|im_end|>"), SPECIAL_TOKENS.index("<|pad|>")
     fields = {"max_position_embeddings": 40_960, "dtype": "bfloat16", "eos_token_id": eos, "pad_token_id": pad}
-    # Last: a folder with a config is whole.
+    # The config is written last: a folder with a config is complete.
     (folder / "config.json").write_text(json.dumps(config_to_hf(config) | fields, indent=1))
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Qwen3 checkpoint, by its Hugging Face name."""
+    """Returns the shape of every tensor of a Qwen3 checkpoint, by its Hugging Face name."""
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
     N, K = config.num_heads, config.num_kv_heads
     layer = {
@@ -69,7 +69,7 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file in bfloat16: norm scales are 1, all else repeats one block of normal numbers of width 0.02."""
+    """Writes a bfloat16 safetensors file: norm scales are 1, all else repeats a block of normal numbers (std 0.02)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -77,7 +77,8 @@ def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    # Tensors go on where the last one stopped, and a prime is no multiple of a row: gate and up differ, and so do rows.
+    # A tensor starts in the block where the last one stopped, and a prime is no multiple of a row: so gate and up
+    # differ, and so do rows.
     block = 0.02 * np.random.default_rng(0).standard_normal(16_777_213, dtype=np.float32)
     block, at = (block.view(np.uint32) >> 16).astype(np.uint16), 0
     one = np.uint16(0x3F80)
@@ -95,7 +96,7 @@ def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a byte: nobody tokenizes here, but loading asks for a tokenizer with a pad token."""
+    """Writes a tokenizer with one token per byte: unused, but loading needs a tokenizer with a pad token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
@@ -114,11 +115,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
 
 
-# One configuration, in a process that imports one system.
+# Each process runs one configuration and imports one system.
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Trains and counts. Unsloth replaces parts of the other packages, so it is imported before them."""
+    """Trains and measures one case. Unsloth patches other packages, so it is imported before them."""
     begin = time.perf_counter()
     request = request | request["case"]
     if request["remat"] == "unsloth" and request["system"] != "unsloth":
@@ -148,22 +149,22 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "bf16": True,
         "dataloader_drop_last": True,
         "logging_strategy": "no",
-        "logging_nan_inf_filter": False,  # reads every loss
+        "logging_nan_inf_filter": False,  # the filter would read every loss from the device
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "seed": 0,
     }
     if packed and request["full_finetuning"]:
-        # Attention is flex_attention then, which compiles anew for another number of tokens.
+        # Attention is then flex_attention, which recompiles for each new number of tokens.
         settings["pad_to_multiple_of"] = request["rows"] * request["max_length"]
     if unsloth:
-        # It lays documents end to end where nothing is said, and its model remembers what to recompute.
+        # By default Unsloth lays documents end to end, and its model remembers what to recompute.
         settings |= {"padding_free": False} if request["layout"] == "padded" else {}
     else:
         settings |= {
             "padding_free": padding_free or packed,
-            "max_length": None if padding_free else request["max_length"],  # refused; the documents are cut already
+            "max_length": None if padding_free else request["max_length"],  # refused; documents are already cut
             "gradient_checkpointing": RECOMPUTE[request["remat"]],
             "use_liger_kernel": request["system"] == "trl-liger",
         }
@@ -201,7 +202,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_documents(request: dict[str, Any]) -> list[list[int]]:
-    """Reads what `jaxpack.data.synthetic.save_documents` wrote, cut to the length that ours are cut to."""
+    """Reads documents written by `jaxpack.data.synthetic.save_documents`, cut to the same length as ours."""
     with np.load(request["documents"]) as arrays:
         tokens, starts, lengths = (arrays[name] for name in ("tokens", "starts", "lengths"))
     ends = starts + np.minimum(lengths, request["max_length"])
@@ -209,7 +210,7 @@ def read_documents(request: dict[str, Any]) -> list[list[int]]:
 
 
 def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer and a LoRA configuration, as TRL takes them."""
+    """Returns the model, its tokenizer and a LoRA configuration, as TRL takes them."""
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -226,7 +227,7 @@ def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
-    """The model, with its adapters, and its tokenizer."""
+    """Returns the model with its adapters, and its tokenizer."""
     import torch
     from unsloth import FastLanguageModel
 
@@ -254,7 +255,7 @@ def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
 
 
 def unsloth_attention() -> dict[str, Any]:
-    """What Unsloth says of its attention: its banner's version of xformers, its backend, and its varlen counters."""
+    """Returns Unsloth's report on its attention: its banner's xformers version, its backend, its varlen counters."""
     from unsloth.models._utils import xformers_version
     from unsloth.utils.attention_dispatch import select_attention_backend
     from unsloth.utils.hf_packed_attention import HF_PACKED_ATTENTION_STATS
@@ -267,7 +268,7 @@ def unsloth_attention() -> dict[str, Any]:
 
 
 def check_unsloth_attention(request: dict[str, Any]) -> None:
-    """Raises where Unsloth's attention is a dense mask: it then runs at half its speed, and nobody would use it so."""
+    """Raises RuntimeError if Unsloth's attention is a dense mask, which halves its speed and nobody would use."""
     found = unsloth_attention()
     if found["xformers"] is None or found["backend"] not in ("xformers", "flash_varlen"):
         raise RuntimeError(f"Unsloth fell back to PyTorch's attention, is libcudart.so.12 on the path? {found}")
@@ -285,17 +286,17 @@ def check_unsloth_attention(request: dict[str, Any]) -> None:
 
 
 def steady(positions: list[int]) -> np.ndarray:
-    """Which steps count, bool: those with no more positions than one before.
+    """Marks the steps that count (bool): those with no more positions than some step before.
 
-    One with more grows the allocator's pool, and with Unsloth its buffers on the host, for which it takes half a step
-    longer: in an epoch that is rare, and in the first steps it is not.
+    A step with more positions grows the allocator's pool and, with Unsloth, its buffers on the host, which takes half a
+    step longer. This is rare in an epoch, but not in the first steps.
     """
     sizes = np.array(positions)
     return sizes <= np.concatenate([[0], np.maximum.accumulate(sizes)[:-1]])
 
 
 def make_clock(request: dict[str, Any]) -> Any:
-    """A `TrainerCallback` that counts what the step receives and takes the time of the steps after the warm-up."""
+    """Returns a `TrainerCallback` that counts each step's inputs and times the steps after the warm-up."""
     import torch
     from transformers import TrainerCallback
 
@@ -307,7 +308,7 @@ def make_clock(request: dict[str, Any]) -> Any:
         return time.perf_counter()
 
     def mark() -> Any:
-        # An event, not a synchronization: the host may run ahead between the first and the last timed step.
+        # Events do not synchronize: the host may run ahead between the first and the last timed step.
         if not cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -322,7 +323,7 @@ def make_clock(request: dict[str, Any]) -> Any:
             self.positions: list[int] = []
 
         def watch(self, trainer: Any) -> None:
-            """Counts what every `training_step` receives. No value is read from the device before the end."""
+            """Counts the inputs of every `training_step`, without reading a value from the device before the end."""
             step = trainer.training_step
 
             def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +345,7 @@ def make_clock(request: dict[str, Any]) -> Any:
             else:
                 if mask is not None or positions is None or ids.shape[0] != 1:
                     raise RuntimeError(f"`layout` {request['layout']!r} was not followed, the step got {shapes}.")
-                padding = (positions.flatten().flip(0).cumsum(0) == 0).sum()  # places behind the last document, all 0
+                padding = (positions.flatten().flip(0).cumsum(0) == 0).sum()  # positions after the last document, all 0
                 self.documents.append((positions == 0).sum() - padding)
                 self.tokens.append(ids.numel() - padding)
             self.positions.append(ids.numel())
@@ -356,10 +357,10 @@ def make_clock(request: dict[str, Any]) -> Any:
             if state.global_step >= request["warm_up"]:
                 self.marks.append(mark())
             if state.global_step == request["warm_up"] + request["steps"]:
-                now()  # waits until the marks are set
+                now()  # waits for the events
 
         def result(self) -> dict[str, Any]:
-            """The figures, under the names of `bench_training.py`."""
+            """Returns the figures, under the names of `bench_training.py`."""
             tokens, documents, losses = ([float(x) for x in xs] for xs in (self.tokens, self.documents, self.losses))
             assert len(tokens) == request["warm_up"] + request["steps"], f"{len(tokens)} batches were seen"
             pairs = zip(self.marks, self.marks[1:], strict=False)
@@ -384,7 +385,7 @@ def make_clock(request: dict[str, Any]) -> Any:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package."""
+    """Returns the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

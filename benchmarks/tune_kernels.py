@@ -209,7 +209,7 @@ def print_pallas_against_cudnn(shape: KernelShape) -> None:
 
 
 def times_of(members: list[tuple[Candidate, Callable]]) -> Iterator[tuple[str, float]]:
-    """Returns each setting with its median seconds, from one profile of all settings, each run `ROUNDS` times."""
+    """Yields each setting with its median seconds, from one profile of all settings, each run `ROUNDS` times."""
 
     def run(rounds: int) -> None:
         for _, call in members:

@@ -99,7 +99,7 @@ def test_the_benchmarks_commands_plan_and_draw(tmp_path: Path):
     measure, draw = (shlex.split(line) for line in lines)
     for program, script, *flags in ([*measure, "--seconds", "0"], draw):
         assert program == "python"
-        # as a shell does
+        # as a shell
         flags = [path for flag in flags for path in sorted(glob.glob(flag, root_dir=tmp_path)) or [flag]]
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *flags],

@@ -117,8 +117,7 @@ class StepShape:
 
     @property
     def input_bytes(self) -> int:
-        """Returns the bytes a token of a layer's input, which every choice keeps on the device or offloads to the
-        host."""
+        """Returns the bytes a token of a layer's input, which every choice keeps, on the device or the host."""
         return self.config.hidden_size * self.itemsize
 
     @property

@@ -1,4 +1,4 @@
-"""A random model is of the right shapes and sizes."""
+"""A random model has the right shapes and sizes."""
 
 import jax
 import numpy as np

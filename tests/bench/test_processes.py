@@ -1,4 +1,4 @@
-"""A process for each case: what it answers is kept at once, and what fails does not stop the rest."""
+"""Each case runs in its own process: its results are saved at once, and a failure does not stop the rest."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_missing_cases_are_those_that_are_not_recorded(tmp_path):
         asked.clear()
         run_all(PLAN, results, measure, data=data, only_missing=True)
         assert asked == expected
-    assert len(results.records) == 2  # nothing is known of what had no time
+    assert len(results.records) == 2  # a case that had no time gets no record
 
 
 @pytest.mark.parametrize(("took", "left", "asked"), [(50.0, 100.0, True), (100.0, 50.0, False), (0.0, 0.0, False)])
@@ -90,7 +90,7 @@ def run(code: str, **options) -> dict:
 def test_a_process_is_asked_and_answers():
     answers = "file = open(answered, 'w'); file.write(json.dumps({'of': json.load(open(asked))['case']})); file.close()"
     assert run(answers) == {"of": 5}
-    assert run(f"{answers}; sys.exit(3)") == {"of": 5}  # it crashed when it was done
+    assert run(f"{answers}; sys.exit(3)") == {"of": 5}  # a crash after the answer does not matter
 
 
 def test_a_process_that_dies_says_why(capfd):
@@ -113,7 +113,7 @@ def test_an_error_is_an_answer(tmp_path: Path):
 
 
 def test_plans_vary_one_thing_at_a_time():
-    """So that a factor of the ablation is of what its name says; and losses are of the same work."""
+    """Each factor of the ablation measures what its name says, and losses compare the same work."""
     documents = random_documents([100, 200, 300])
     base = Case(model="small", max_length=250)
     padded, free, packed, kernels, everything, offloaded = (x.case for x in ablation(base, 8, documents))

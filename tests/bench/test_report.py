@@ -1,4 +1,4 @@
-"""Tables and pictures say what the records say."""
+"""Tables and figures show the values of the records."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""The bars of the step: who is compared with whom, and what passes."""
+"""Tests the bars of the step benchmark: which systems are compared, and which results pass."""
 
 import dataclasses
 

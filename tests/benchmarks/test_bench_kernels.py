@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs, at toy sizes, and its results are right."""
+"""Tests that the kernel benchmark runs at toy sizes and that its results are right."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark of loading measures both ways, at a size that is no benchmark."""
+"""Tests that the loading benchmark measures both ways of loading, at a size too small for real figures."""
 
 import json
 import os

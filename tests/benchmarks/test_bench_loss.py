@@ -1,4 +1,4 @@
-"""The benchmark of the loss computes a loss."""
+"""Tests that the loss benchmark computes a plausible loss."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The benchmark of the step runs, on a small model, and records what it measures, and what fails."""
+"""Tests that the step benchmark runs on a small model and records what it measures and what fails."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
     def run(*more: str) -> subprocess.CompletedProcess:
         command = f"benchmarks/bench_training.py --lengths {lengths} --model tiny --rows 1 --steps 1"
         command += f" --max-length 128 --documents 100 --output {output}"
-        # What an opponent needs is found in no folder: it fails, and its checkpoint is not kept here.
+        # The opponent's packages are in no folder, so the opponent fails, and its checkpoint is not kept here.
         environment = os.environ | {"PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)}
         return subprocess.run(
             [sys.executable, *command.split(), *more], capture_output=True, text=True, env=environment, check=False
@@ -52,7 +52,7 @@ def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, c
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)
     command = f"benchmarks/bench_training.py --plan {plan} --lengths {lengths} --seconds 0"
-    # It leaves the device to the processes that it starts, so it needs none.
+    # The script leaves the device to the processes that it starts, so it needs no device itself.
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "nowhere"}
     shown = subprocess.run(
         [sys.executable, *command.split()], capture_output=True, text=True, env=environment, check=False

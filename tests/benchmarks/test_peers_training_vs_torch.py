@@ -1,4 +1,4 @@
-"""The checkpoint of the opponents is whole, and where TRL and a GPU are, its step runs."""
+"""Tests that the opponents' checkpoint is complete, and that TRL's step runs where TRL and a GPU are present."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Bad input ends in one sentence and exit status 2, and leaves every folder as it was."""
+"""Tests that bad input ends in one sentence and exit status 2, and leaves every folder unchanged."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from jaxpack.train.trainer import Trainer, TrainResult
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD = [{"text": f"the cab {row} " * (1 + row % 4)} for row in range(12)]
-OF_A_RUN = {"about.json", "checkpoints", "metrics.jsonl", "report.md", "run.yaml"}  # of one step: it has no picture
+OF_A_RUN = {"about.json", "checkpoints", "metrics.jsonl", "report.md", "run.yaml"}  # a run of one step has no picture
 ONE_STEP = ["--packing", "--max-length", "64", "--per-device-train-batch-size", "2", "--max-steps", "1"]
 
 
@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture, exit_status: Callable[..., int]) -> Callable[..., tuple[int, str]]:
-    """Runs the command in this process: its exit status and what it wrote to stderr."""
+    """Runs the command in this process. Returns its exit status and its stderr."""
 
     def run(*arguments: object) -> tuple[int, str]:
         capfd.readouterr()
@@ -48,7 +48,7 @@ def run(capfd: pytest.CaptureFixture, exit_status: Callable[..., int]) -> Callab
 
 
 def run_process(*arguments: object, before: str = "", **environment: str) -> subprocess.CompletedProcess:
-    """`python -m jaxpack`, or, with `before`, a process that runs these statements first."""
+    """Runs `python -m jaxpack` in a process that executes the statements `before` first, if given."""
     start = ["-c", f"{before}; from jaxpack.cli import main; main()"] if before else ["-m", "jaxpack"]
     return subprocess.run(
         [sys.executable, *start, *map(str, arguments)],
@@ -60,12 +60,12 @@ def run_process(*arguments: object, before: str = "", **environment: str) -> sub
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, and what a file holds."""
+    """Returns every path below a folder, with the contents of files."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def the_error(stderr: str) -> str:
-    """The one sentence that stderr must hold, and nothing else."""
+    """Returns the one sentence that stderr holds, and requires that stderr holds nothing else."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
@@ -85,7 +85,7 @@ def jsonl(*rows: object) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-# What the data file holds (None: there is no file), and what the message says.
+# The data file's contents (None: there is no file), and what the message says.
 BAD_DATA: dict[str, tuple[bytes | None, list[str]]] = {
     "missing": (None, ["`data`", "existing file", "rows.jsonl"]),
     "empty": (b"", ["`data` must have at least one row", "rows.jsonl"]),
@@ -155,7 +155,7 @@ def truncated(folder: Path) -> None:
 
 
 def sharded(files: dict[str, str] | object) -> Callable[[Path], None]:
-    """The weights in one shard of an index that says `files`."""
+    """Turns the weights into one shard, beside an index file that holds `files`."""
 
     def damage(folder: Path) -> None:
         (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
@@ -188,7 +188,7 @@ def with_file(name: str, content: bytes) -> Callable[[Path], None]:
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 TWO_SHARDS = {"weight_map": {NORM: "model-00001-of-00002.safetensors", DOWN: "model-00002-of-00002.safetensors"}}
 
-# What is done to the folder, and what the message says.
+# The change to the folder, and what the message says.
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no_folder": (shutil.rmtree, ["`model`", "model"]),
     "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
@@ -230,7 +230,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "wrong_shape_and_missing_tensor": (
         with_tensors(lambda tensors: [tensors.pop(DOWN), tensors.update({NORM: np.ones(47, np.float32)})]),
-        ["1 missing", DOWN, "1 of the wrong shape", NORM],  # all that is wrong, at once
+        ["1 missing", DOWN, "1 of the wrong shape", NORM],  # one message names all mistakes
     ),
     "tokenizer_is_garbage": (with_file("tokenizer.json", b"the cab"), ["tokenizer"]),
     "tokenizer_is_a_list": (with_file("tokenizer.json", b"[]"), ["tokenizer"]),
@@ -268,7 +268,7 @@ def test_bad_checkpoint_in_a_real_process(base: Path, data: Path, tmp_path: Path
 
 
 def test_a_relative_folder_that_does_not_exist_and_the_hub_does_not_know(data: Path, tmp_path: Path) -> None:
-    # "models/qwen" might be the id of a model, so the hub is asked, whose own message is long.
+    # "models/qwen" might be a model id, so the hub is asked. The hub's own message is long.
     before = contents(tmp_path)
     done = run_process(
         "train", "--model", "models/qwen", "--data", data, "--output", tmp_path / "run", HF_HUB_OFFLINE="1"
@@ -280,7 +280,7 @@ def test_a_relative_folder_that_does_not_exist_and_the_hub_does_not_know(data: P
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
-# The flag, and what the message says: the flag by the name that was typed, the rule, the value.
+# The flag, and what the message says: the flag's name as typed, the rule, and the value.
 BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "max_length": (["--max-length", "1"], ["max_length", "at least 2", "got 1"]),
     "max_steps": (["--max-steps", "0"], ["max_steps", "positive", "got 0"]),
@@ -356,7 +356,7 @@ def test_a_flag_that_cannot_be_parsed_is_a_usage_error(
 
 
 def test_a_bad_flag_in_a_real_process(tmp_path: Path) -> None:
-    # Flags are checked before anything is read: neither of these files exists.
+    # Neither of these files exists, since flags are checked before anything is read.
     done = run_process("train", "--model", "x", "--data", "y", "--output", tmp_path / "run", "--max-length", "1")
     assert done.returncode == 2 and done.stdout == ""
     require_all(["`max_length`", "got 1"], the_error(done.stderr))
@@ -429,7 +429,7 @@ def test_demo_refuses_an_occupied_folder_too(tmp_path: Path, run: Callable) -> N
 
 @contextlib.contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow beyond this; Python ignores the signal, so the write fails."""
+    """Makes the kernel refuse to let files grow beyond a size; Python ignores the signal, so the write fails."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -451,7 +451,7 @@ def whole_lines(path: Path) -> list[dict]:
 @pytest.mark.slow
 def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    done = run_process(  # the adapter has more than 100 kB, everything else less than 2
+    done = run_process(  # the adapter has more than 100 kB, all else under 2 kB
         "train", "--model", base, "--data", data, "--output", output, *ONE_STEP, before=limit_files(16_384)
     )
     assert done.returncode == 2
@@ -464,7 +464,7 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tm
 
 @pytest.mark.slow
 def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: Path, tmp_path: Path) -> None:
-    output, limit = tmp_path / "run", 3_500  # a tiny adapter and about.json have 2 kB; twenty lines of metrics have 6
+    output, limit = tmp_path / "run", 3_500  # tiny adapter and about.json: 2 kB; 20 lines of metrics: 6 kB
     flags = ["--lora-r", "1", "--target-modules", "q_proj", "--logging-steps", "1", "--max-steps", "20"]
     done = run_process(
         "train", "--model", base, "--data", data, "--output", output, *ONE_STEP, *flags, before=limit_files(limit)
@@ -472,7 +472,7 @@ def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: 
     assert done.returncode == 0, done.stderr
     lines = whole_lines(output / "metrics.jsonl")
     assert 1 < len(lines) < 20 and [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert (output / "metrics.jsonl").stat().st_size > limit - 500  # it used the room that there was
+    assert (output / "metrics.jsonl").stat().st_size > limit - 500  # the run used the room that it had
     assert "metrics.jsonl ends here" in done.stderr and "step    20" in done.stderr
     assert load_file(output / "adapter" / "adapter_model.safetensors")
 
@@ -514,7 +514,7 @@ def test_a_disk_that_something_else_fills_during_the_run(
 @pytest.mark.parametrize("what", ["weights", "tokenizer"])
 def test_a_disk_that_fills_while_a_model_is_saved(what: str, base: Path, tmp_path: Path) -> None:
     model, tokenizer = torch_bridge.from_pretrained(str(base))
-    tokenizer.add_tokens([f"word {i}" for i in range(4_000)])  # now larger than the weights
+    tokenizer.add_tokens([f"word {i}" for i in range(4_000)])  # the tokenizer is now larger than the weights
     limit = {"weights": 100_000, "tokenizer": 300_000}[what]
     with files_of_at_most(limit), pytest.raises(InputError) as caught:
         torch_bridge.save_pretrained(model, str(tmp_path / "model"), tokenizer)

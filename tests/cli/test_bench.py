@@ -1,4 +1,4 @@
-"""`jaxpack bench`: a model and data in, a table, pictures and a file of results out; bad input in one sentence."""
+"""Tests that `jaxpack bench` writes a table, pictures and results, and refuses bad input in one sentence."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`jaxpack train --config FILE`: it holds what flags would, flags override it, and a run's own file repeats the run."""
+"""Tests `jaxpack train --config FILE`: flags override the file, and a run's own file repeats the run."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import yaml
 
 from jaxpack.settings import LoraConfig, TrainConfig
 
-# What no two runs have the same of.
+# Metrics that differ between any two runs.
 MEASURED = {"tokens_per_second", "peak_memory_bytes", "compile_seconds", "first_step_seconds"}
 
 
@@ -33,7 +33,7 @@ def written(folder: Path, text: str, suffix: str = "yaml") -> Path:
 
 # --- Which value counts -----------------------------------------------------------------------------------------------
 
-# The name, what a file says of it in YAML and in TOML, what comes of that; flags that override it, what comes of those.
+# The setting; its text in YAML and in TOML, and the value that results; the flags that override it, and their value.
 CASES: dict[str, tuple[str, str, Any, list[object], Any]] = {
     "max_length": ("64", "64", 64, ["--max-length", 96], 96),
     "learning_rate": ("2e-4", "2e-4", 2e-4, ["--learning-rate", 1e-3], 1e-3),
@@ -79,7 +79,7 @@ def test_a_flag_overrides_the_file_and_the_file_the_default(
         return lora | {"lora_seed": lora["seed"]} | vars(found["config"])
 
     plain = values()
-    assert plain[name] not in (expected, other) or plain[name] == other  # which may be the default
+    assert plain[name] not in (expected, other) or plain[name] == other  # `other` may be the default
     changes = {name, "lora_seed"} if name == "seed" else {name}
     for file in files:
         for given, value in ((["--config", file], expected), ([*flags, "--config", file], other)):
@@ -118,7 +118,7 @@ def test_one_way_to_train_on_the_command_line_takes_the_place_of_another_in_the_
             assert found["lora"] == (LoraConfig(r=4, target_modules=modules) if typed == "new" else None)
     found = what_is_trained(*inputs, "--config", files["full"], "--no-full-finetuning")
     assert found["lora"] == LoraConfig()
-    both = written(tmp_path, "lora_r: 8\nfull_finetuning: true\n")  # within the file
+    both = written(tmp_path, "lora_r: 8\nfull_finetuning: true\n")  # both ways in one file
     assert exit_status("train", *inputs, "--config", both) == 2
     assert "`full_finetuning` must be without flags of adapters, got both" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_the_home_of_a_user_is_found_in_a_file(
 
 # --- What is refused --------------------------------------------------------------------------------------------------
 
-# The file, and what the message says.
+# The file's text, and what the message says.
 BAD: dict[str, tuple[str, str, list[str]]] = {
     "unknown": ("learning_rte: 1", "yaml", ["'learning_rte' (did you mean `learning_rate`?)", "settings.yaml'"]),
     "unknown_ones": ("a_b_c: 1\nmax-length: 2", "yaml", ["'a_b_c', 'max-length' (did you mean `max_length`?)"]),
@@ -234,7 +234,7 @@ def adapter(folder: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where runs are made, with names that YAML may take for something else than text."""
+    """Makes a folder for runs. The runs have names that YAML could take for something other than text."""
     return tmp_path_factory.mktemp("runs")
 
 

@@ -1,4 +1,4 @@
-"""`jaxpack export`: an adapter of a run becomes part of its model."""
+"""Tests that `jaxpack export` merges a run's adapter into its base model."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from jaxpack.model.lora import adapters
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and an adapter that changes it and names it."""
+    """Writes a base model and an adapter that changes the base model and names it."""
     parent = tmp_path_factory.mktemp("export")
     base = write_checkpoint(parent / "base")
     model = add_lora(torch_bridge.from_pretrained(str(base))[0], LoraConfig(r=4))
@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def export(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Runs the command in this process: its exit status and what it wrote to stderr."""
+    """Runs the command in this process. Returns its exit status and its stderr."""
 
     def export(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["jaxpack", "export", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""`jaxpack generate`: texts on stdout or in a file, with and without the adapter; bad input in one sentence."""
+"""Tests that `jaxpack generate` writes texts with and without the adapter, and refuses bad input in one sentence."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ TOKENS = ["--max-new-tokens", "6"]
 
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
-    """One that changes the base, which it names."""
+    """Writes an adapter that changes the base model and names it."""
     model = add_lora(torch_bridge.from_pretrained(str(base))[0], LoraConfig(r=4))
     rng = np.random.default_rng(0)
     for factors in adapters(model).values():
@@ -30,7 +30,7 @@ def adapter(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(base: Path, adapter: Path) -> tuple[str, str]:
-    """What Python gives for one prompt, without the adapter and with it."""
+    """Generates text for one prompt through the Python API, without the adapter and with it."""
     model, tokenizer = torch_bridge.from_pretrained(str(base))
     (without,) = generate_text(model, tokenizer, ["the cab"], max_new_tokens=6)
     torch_bridge.load_adapter(model, str(adapter))
@@ -51,7 +51,7 @@ def test_prompts_and_completions_are_shown(exit_status, base, capfd):
 def test_a_file_has_what_python_gives_with_the_adapter_and_without(exit_status, adapter, texts, tmp_path, capfd):
     output = tmp_path / "texts.jsonl"
     given = ["--adapter", adapter, "--compare", "--prompt", "the cab", "--output", output]
-    assert exit_status("generate", *given, *TOKENS) == 0  # the base is the one that the adapter names
+    assert exit_status("generate", *given, *TOKENS) == 0  # the adapter names the base
     without, with_adapter = texts
     assert without != with_adapter
     assert lines(output) == [{"prompt": "the cab", "completion": with_adapter, "without_adapter": without}]
@@ -94,7 +94,7 @@ def test_sampling_goes_by_the_flags(exit_status, base, tmp_path):
 
 @pytest.fixture
 def chat_base(base: Path, tmp_path: Path) -> Path:
-    """The base, with a tokenizer that has a chat template."""
+    """Copies the base model and gives its tokenizer a chat template."""
     folder = tmp_path / "chat"
     folder.mkdir()
     small_tokenizer(chat=True).save_pretrained(folder)
@@ -111,7 +111,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         {"messages": [question, {"role": "assistant", "content": "left out"}]},
         {"conversations": [{"from": "human", "value": "the tab"}], "system": "the bat"},
         {"instruction": "the cab", "input": "a"},
-        {"instruction": "the cab", "system": "the bat"},  # as it is trained
+        {"instruction": "the cab", "system": "the bat"},  # the form that training takes
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--model", chat_base, "--prompts", tmp_path / "rows.jsonl", *TOKENS]

@@ -1,4 +1,4 @@
-"""`jaxpack inspect`: what a dataset promises on stdout, a picture on request; bad input in one sentence."""
+"""Tests that `jaxpack inspect` prints predictions, draws a picture if asked, and refuses bad input in one sentence."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def test_a_dataset_is_shown_with_its_first_row(exit_status, base, data, tmp_path
     out, _ = capfd.readouterr()
     assert "row 0: " in out and re.search(r"^\d+:\[\[( the cab)+", out, re.MULTILINE)
     assert "<- max_length 128" in out and "padding-free *" in out and "\n-> " in out and "\x1b" not in out
-    assert "tokens/s" not in out  # of a CPU nothing is known
+    assert "tokens/s" not in out  # there are no rates for a CPU
     assert set(tmp_path.iterdir()) == before
 
 

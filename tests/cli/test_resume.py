@@ -1,4 +1,4 @@
-"""`jaxpack train`, killed or stopped at any moment and resumed, does what it does undisturbed, bit for bit."""
+"""Tests that `jaxpack train`, killed or stopped at any moment and resumed, equals an undisturbed run bit for bit."""
 
 import json
 import random
@@ -23,11 +23,11 @@ MEASURED = {
     "peak_memory_bytes",
     "compile_seconds",
     "first_step_seconds",
-}  # what no two runs have the same of
+}  # metrics that differ between any two runs
 
 
 class Setting(NamedTuple):
-    """The command, the process that runs it, and a folder that it has run to the end in, all checkpoints kept."""
+    """Holds the command, the process that runs it, and the folder of an undisturbed run with all its checkpoints."""
 
     run: Runs
     command: list[object]
@@ -64,12 +64,12 @@ def require_same_end(folder: Path, undisturbed: Path) -> None:
     assert records(folder) == records(undisturbed)
     kept = {str(path.relative_to(folder)) for path in folder.glob("*")}
     files = {"about.json", "metrics.jsonl", "report.md", "report.png", "run.yaml"}
-    assert kept == {"adapter", "checkpoints"} | files  # and nothing temporary
+    assert kept == {"adapter", "checkpoints"} | files  # nothing temporary is left
     assert all(path.name.isdecimal() for path in (folder / "checkpoints").iterdir())
 
 
 def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    """All that a checkpoint holds, by orbax alone."""
+    """Reads all arrays of a checkpoint with orbax alone."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "run")) as checkpointer:
         found = checkpointer.restore(
             checkpoint, args=ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
@@ -79,7 +79,7 @@ def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def require_whole_checkpoints(folder: Path, undisturbed: Path) -> list[int]:
-    """Whatever has the name of a checkpoint is that of the undisturbed run."""
+    """Requires that every folder with a checkpoint's name equals the checkpoint of the undisturbed run."""
     steps = steps_in(folder / "checkpoints")
     for step in steps:
         found, expected = (arrays(run / "checkpoints" / str(step)) for run in (folder, undisturbed))
@@ -90,7 +90,7 @@ def require_whole_checkpoints(folder: Path, undisturbed: Path) -> list[int]:
 
 
 def moments(seed: int) -> list[list]:
-    """Four, far enough from the end that each comes; the last when a save is done, however fast the machine is."""
+    """Draws four moments, each far enough from the end to occur. The last comes after a whole save, at any speed."""
     draw = random.Random(seed)
     return [
         ["step", draw.randint(1, 4), draw.uniform(0, 0.02)],
@@ -124,7 +124,7 @@ def test_a_signal_saves_and_then_stops(setting: Setting, tmp_path: Path) -> None
         status = setting.run(*command, "--eval-steps", 100, log=log, moment=["step", 7, 0.0], number=number)
         assert status == 128 + number, log.read_text()
         step = steps_in(output / "checkpoints")[-1]
-        assert 7 <= step - before <= 9  # it ended the one that ran
+        assert 7 <= step - before <= 9  # the run ended the step that was running
         assert f"stopped after step {step}, saved" in log.read_text()
         adapters.append((output / ADAPTER[1]).read_bytes())
         before = step

@@ -1,4 +1,4 @@
-"""`jaxpack train`: what it writes, that its flags are the configuration, and that a seed fixes the result."""
+"""Tests what `jaxpack train` writes, that its flags set the configuration, and that a seed fixes the result."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(scope="module")
 def adapter_run(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("adapter") / "runs" / "first"  # its parent does not exist either
+    output = tmp_path_factory.mktemp("adapter") / "runs" / "first"  # its parent is missing, too
     train(*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER)
     return output
 
@@ -88,7 +88,7 @@ def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_r
     for name, tensor in tensors.items():
         assert tensor.dtype == np.float32 and np.isfinite(tensor).all()
         assert tensor.shape[1 if "lora_B" in name else 0] == 4
-        assert np.abs(tensor).max() > 0  # lora_B began at zero: it was trained
+        assert np.abs(tensor).max() > 0  # lora_B began at zero, so it was trained
 
 
 def test_training_goes_on_from_an_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_training_goes_on_from_an_adapter(inputs: Inputs, adapter_run: Path, tmp
     assert (after / "adapter_config.json").read_text() == (before / "adapter_config.json").read_text()
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in (before, after))
     assert new.keys() == old.keys()
-    # Three steps of Adam move no number by much more than their learning rates.
+    # Three steps of Adam move no number by much more than the sum of their learning rates.
     for name, tensor in new.items():
         assert 0 < np.abs(tensor - old[name]).max() < 3.1e-2
 
@@ -124,8 +124,8 @@ def test_an_interrupt_saves_what_is_trained_so_far(
     assert saved.keys() == whole.keys()
     for name, tensor in saved.items():
         if "lora_B" in name:
-            assert np.abs(tensor).max() > 0  # two steps
-            assert (tensor != whole[name]).any()  # and not three
+            assert np.abs(tensor).max() > 0  # trained for two steps
+            assert (tensor != whole[name]).any()  # not for three
 
 
 def test_an_interrupt_before_a_step_is_done_leaves_the_folder_to_the_next_run(
@@ -172,16 +172,16 @@ def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_
         assert record["loss"] > 0 and record["grad_norm"] > 0 and record["tokens_per_second"] > 0
         assert 0 <= record["padding_share"] < 1
         assert 1e7 < record["peak_memory_bytes"] < 1e11
-    # Linear decay from 1e-2 to 0 in three steps: the second step has two thirds of it, the third one third.
+    # The rate decays linearly from 1e-2 to 0 in three steps: the second step has two thirds of it, the third one third.
     np.testing.assert_allclose([record["learning_rate"] for record in records], [2e-2 / 3, 1e-2 / 3], rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_seed_fixes_every_byte_of_the_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
-    # In a process of its own: nothing is remembered, and strings have other hashes.
+    # A separate process remembers nothing, and its strings have other hashes.
     flags = [*inputs.flags(tmp_path / "again"), *SETTINGS, *STEPS, *ADAPTER]
     command = [sys.executable, "-m", "jaxpack", "train", *map(str, flags)]
-    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py has it: the same program
+    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as in conftest.py: same program
     done = subprocess.run(command, check=True, timeout=120, env=environment, stderr=subprocess.PIPE, text=True)
     assert "1 of 1 found compiled" in done.stderr
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -206,7 +206,7 @@ def test_full_finetuning_writes_a_model_that_reads_back_and_differs_from_its_bas
 
 
 def test_named_chat_templates_are_saved_with_the_model(inputs: Inputs, tmp_path: Path) -> None:
-    # transformers writes all but the default one into a folder of their own.
+    # transformers writes every template but the default into a separate folder.
     model, tokenizer = torch_bridge.from_pretrained(str(inputs.base))
     templates = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ messages[0]['role'] }}"}
     tokenizer.chat_template = templates
@@ -220,7 +220,7 @@ FIELDS = [
     (config, field)
     for config in (TrainConfig, LoraConfig)
     for field in dataclasses.fields(config)
-    if field.name != "output_dir"  # it is --output
+    if field.name != "output_dir"  # its flag is --output
 ]
 
 
@@ -229,7 +229,7 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 def another_value(field: dataclasses.Field) -> Any:
-    """A value that is valid and not the default."""
+    """Returns a valid value that is not the default."""
     special = {
         "max_steps": 7,
         "eval_steps": 7,
@@ -255,7 +255,7 @@ def another_value(field: dataclasses.Field) -> Any:
 
 @pytest.fixture
 def configurations(inputs: Inputs, tmp_path: Path, what_is_trained: Callable) -> Callable:
-    """The TrainConfig and the LoraConfig that flags make, without training."""
+    """Returns the TrainConfig and the LoraConfig that flags make, without training."""
 
     def configurations(*flags: object) -> tuple[TrainConfig, LoraConfig]:
         found = what_is_trained(*inputs.flags(tmp_path / "run"), *flags)
@@ -275,7 +275,7 @@ def test_every_field_has_a_flag_that_sets_it_alone(config: type, field: dataclas
         given = [flag, ",".join(value) if isinstance(value, tuple) else value]
     plain, changed = configurations(), configurations(*given)
     for before, after in zip(plain, changed, strict=True):
-        expected = {field.name: value} if hasattr(before, field.name) else {}  # --seed sets both
+        expected = {field.name: value} if hasattr(before, field.name) else {}  # --seed sets both seeds
         assert after == dataclasses.replace(before, **expected)
 
 

@@ -1,4 +1,4 @@
-"""Batches: every document once an epoch, few shapes, and the same documents a step however they are laid out."""
+"""Batches hold every document once per epoch in few shapes, and each step has the same documents in every layout."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ LENGTHS = np.random.default_rng(0).integers(2, 200, 101).tolist()
 
 
 def documents_in(batch: PackedBatch) -> list[tuple[int, ...]]:
-    """The tokens of every segment of a batch."""
+    """Returns the tokens of every segment of a batch."""
     T = batch.tokens.shape[-1]
     found = []
     for tokens, segments in zip(batch.tokens.reshape(-1, T), batch.segment_ids.reshape(-1, T), strict=True):
@@ -92,11 +92,12 @@ def test_padding_free_micro_batches_are_about_as_long_as_each_other(accumulation
     batches = Batches(random_documents(LENGTHS), config)
     for step in range(batches.steps_per_epoch):
         rows = (batches[step].segment_ids > 0).sum(axis=-1)
-        assert rows.max() - rows.min() <= 200  # the longest document: it went to the shortest row
+        assert rows.max() - rows.min() <= 200  # the longest document, which went to the shortest row
 
 
 def test_packed_rows_are_shuffled():
-    # Best-fit decreasing puts the longest documents in the first rows: as they come, steps would be all long first.
+    # Best-fit decreasing puts the longest documents in the first rows. Unshuffled, the first steps would hold only long
+    # documents.
     batches = Batches(
         random_documents(LENGTHS), TrainConfig(max_length=256, packing=True, per_device_train_batch_size=4)
     )
@@ -113,7 +114,7 @@ def test_the_order_follows_from_the_seed():
 
 
 def test_the_order_is_one_for_all_versions_of_numpy():
-    # SplitMix64's published test vector, from the seed 1234567.
+    # These are the published test vector of SplitMix64 for the seed 1234567.
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert _splitmix64(1234567, 5).tolist() == [*published, 16408922859458223821]
     assert [_order(42, epoch, 10).tolist() for epoch in range(3)] == GOLDEN
@@ -122,11 +123,11 @@ def test_the_order_is_one_for_all_versions_of_numpy():
 
 def test_the_order_of_a_late_epoch_takes_no_longer():
     assert _splitmix64(7, 2, skip=3).tolist() == _splitmix64(7, 5).tolist()[3:]
-    assert sorted(_order(7, 2**40, 10)) == list(range(10))  # what comes before would be terabytes
+    assert sorted(_order(7, 2**40, 10)) == list(range(10))  # generating all earlier epochs would take terabytes
 
 
 def test_rows_meet_others_in_every_epoch():
-    """Places are as good as independent from epoch to epoch and from seed to seed: no correlation beyond chance."""
+    """Places of a row in different epochs and for different seeds are not correlated beyond chance."""
     places = [np.argsort(_order(seed, epoch, 4000)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     correlations = np.corrcoef([np.arange(4000), *places])[np.triu_indices(10, 1)]
     assert np.abs(correlations).max() < 5 / np.sqrt(4000)
@@ -134,7 +135,7 @@ def test_rows_meet_others_in_every_epoch():
 
 def test_truncation_is_counted_and_what_it_leaves_nothing_to_learn_is_dropped():
     documents = random_documents([10, 50, 60, 20], masked=0)
-    documents.labels[10:50] = -100  # the second document: a long prompt
+    documents.labels[10:50] = -100  # the second document is a long prompt
     batches = Batches(documents, TrainConfig(max_length=32, per_device_train_batch_size=1))
     assert (batches.truncation.documents, batches.truncation.tokens, batches.truncation.dropped) == (2, 18 + 28, 1)
     assert sorted(len(d) for step in range(batches.steps_per_epoch) for d in documents_in(batches[step])) == [
@@ -146,11 +147,11 @@ def test_truncation_is_counted_and_what_it_leaves_nothing_to_learn_is_dropped():
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
 def test_targets_that_come_first_in_a_piece_are_told_and_not_all_there_are(strategy):
-    """Nothing predicts them: an evaluation would divide by zero, and a run learn nothing."""
+    """Nothing predicts the first token of a piece: an evaluation would divide by zero, and a run learn nothing."""
     config = TrainConfig(max_length=32, packing=True, packing_strategy=strategy, max_steps=1)
     documents = random_documents([64, 64], masked=0)
     labels = np.full_like(documents.labels, -100)
-    labels[[32, 96]] = documents.tokens[[32, 96]]  # where the second piece begins
+    labels[[32, 96]] = documents.tokens[[32, 96]]  # the first token of the second piece
     lost = dataclasses.replace(documents, labels=labels)
     with pytest.raises(InputError, match="`max_length` must leave at least one document a token to learn, got 32"):
         Batches(lost, config)
@@ -181,7 +182,7 @@ def test_a_max_length_that_leaves_nothing_to_learn_is_refused():
 
 def test_max_steps_overrides_epochs():
     assert len(Batches(random_documents(LENGTHS), TrainConfig(max_steps=7))) == 7
-    assert len(Batches(random_documents(LENGTHS), TrainConfig(num_train_epochs=0.5))) == 7  # of 13
+    assert len(Batches(random_documents(LENGTHS), TrainConfig(num_train_epochs=0.5))) == 7  # of 13 steps
 
 
 @pytest.mark.parametrize(("name", "value"), [("max_steps", 10**12), ("num_train_epochs", 1e12)])
@@ -226,7 +227,7 @@ def test_limits_are_the_most_that_any_batch_has(layout, together):
 
 
 def numbered(lengths: list[int], prompts: dict[int, int] | None = None) -> Documents:
-    """Documents whose tokens are their number; `prompts[number]` of these are not trained on."""
+    """Makes documents whose tokens are all the document's number; the first `prompts[number]` are not trained on."""
     tokens = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     starts = np.cumsum(lengths) - lengths
     labels = tokens.copy()
@@ -236,7 +237,7 @@ def numbered(lengths: list[int], prompts: dict[int, int] | None = None) -> Docum
 
 
 def places_for_groups(batch: PackedBatch, padded: bool) -> list[list[int]]:
-    """The numbers of the documents in each place that a group may not leave: a row, or a padded micro-batch."""
+    """Returns the document numbers in each place that a group may not straddle: a row, or a padded micro-batch."""
     _, B, T = batch.tokens.shape
     assert not padded or batch.segment_ids.max() == 1
     places = zip(*(array.reshape(-1, B if padded else 1, T) for array in batch), strict=True)
@@ -285,13 +286,13 @@ def test_padding_free_micro_batches_of_groups_are_about_as_long_as_each_other():
     longest = np.add(LENGTHS[:100:2], LENGTHS[1:100:2]).max()
     for step in range(batches.steps_per_epoch):
         rows = (batches[step].segment_ids > 0).sum(axis=-1)
-        assert rows.max() - rows.min() <= longest  # it went to the shortest row
+        assert rows.max() - rows.min() <= longest  # the longest group went to the shortest row
 
 
 @pytest.mark.parametrize(
     ("layout", "longest"),
     [
-        pytest.param({"packing": True}, 33, id="packed"),  # 100 // 3: any three fit a row
+        pytest.param({"packing": True}, 33, id="packed"),  # 100 // 3: any three fit into a row
         pytest.param({}, 100, id="padding_free"),
         pytest.param({"padding_free": False}, 100, id="padded"),
     ],
@@ -366,7 +367,7 @@ def test_strategies_that_split_are_refused_with_groups(strategy):
     ],
 )
 def test_batches_of_documents_alone_are_those_before_there_were_groups(layout, expected):
-    """A resumed run must find its batches again, bit for bit: these are the digests from before there were groups."""
+    """A resumed run must find its batches again bit for bit, so the digests are those from before groups were added."""
     lengths = (_splitmix64(1, 103) % np.uint64(200)).astype(np.int64) + 1
     tokens = (_splitmix64(2, lengths.sum()) % np.uint64(97)).astype(np.int32)
     labels = np.where(_splitmix64(3, lengths.sum()) % np.uint64(10) < 3, -100, tokens).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Exactly the assistant's turns and their end tokens are trained on, whatever template writes the conversation."""
+"""Exactly the assistant's turns and their end tokens are trained on, with every chat template."""
 
 import json
 from collections.abc import Callable
@@ -163,8 +163,8 @@ def test_an_empty_thought_is_not_trained_on_where_the_generation_prompt_writes_i
     assert trained(documents, tokenizer, 1) == ["<think>\n\n</think>\n\nb<|im_end|>"]
 
 
-# Tokenizers that say in other ways of which characters a token is: without the spaces around it (Llama 3's, GPT-2's),
-# in pieces of a character, with a space of its own before the first word (SentencePiece's).
+# These tokenizers report the characters of a token in other ways: without the spaces around it (Llama 3, GPT-2), in
+# pieces of a character, or with an added space before the first word (SentencePiece).
 def offsets_trimmed(specials: tuple[str, ...]) -> PreTrainedTokenizerFast:
     tokenizer = small_tokenizer(specials=specials)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -208,7 +208,7 @@ def test_the_same_characters_are_trained_on_with_any_tokenizer(name: str, make: 
 
 
 def test_a_token_of_template_and_answer_is_trained_on() -> None:
-    # "a" ends the template's text and begins no answer, but "ab" is one token.
+    # "a" belongs to the end of the template's text and not to the answer, but "ab" is one token.
     template = (
         "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '<a>a') + m.content }}"
         "{% if m.role == 'user' %}<e>{% else %}b{% endif %}{% endfor %}{% if add_generation_prompt %}<a>a{% endif %}"
@@ -234,7 +234,7 @@ def test_random_conversations_have_the_same_mask_by_tags_and_by_comparing() -> N
         assert len(compared) == sum(len(row["messages"]) > 1 for row in rows)
 
 
-# Other ways to begin and to end a turn, and what is trained on of `chat("a", "b", "c", "d")`.
+# Other ways to begin and end a turn, and the text of `chat("a", "b", "c", "d")` that is trained on.
 FORMS = {
     "generation_prompt_that_asks_for_thoughts": (
         "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a><think></think>' }}{{ m.content + '<e>' }}"
@@ -306,7 +306,7 @@ def test_a_conversation_may_begin_with_the_assistant() -> None:
 
 @pytest.mark.parametrize("asks", ["<think>\\n", "<think></think>"])
 def test_a_call_without_a_thought_where_the_generation_prompt_has_one(asks: str) -> None:
-    # DeepSeek's and Qwen3.5's: an earlier answer has none, either, so its header is that of the call.
+    # DeepSeek and Qwen3.5 do this: an earlier answer has no thought either, so its header is the header of the call.
     template = (
         "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<u>' + m.content + '<e>' }}{% else %}"
         "{{ '<a>' }}{% if loop.last and not m.tool_calls %}{{ ASKS }}{% endif %}"
@@ -397,7 +397,7 @@ def test_rows_that_all_have_no_answer_are_refused() -> None:
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
-# (a template, the second row's messages, what the message says)
+# Each case: (a template, the messages of the second row, parts of the error message).
 UNDECIDED = {
     "a_message_at_the_end": (
         "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '<e>' }}{% endfor %}"

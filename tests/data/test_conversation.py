@@ -1,4 +1,4 @@
-"""Rows in whatever words become the same conversation, and those that are none are refused with the row named."""
+"""Rows of every supported format become the same conversation; other rows are refused by an error that names them."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_alpaca_has_its_own_words_where_the_tokenizer_has_no_template(capsys: py
 
 @pytest.mark.parametrize("source", ["jsonl", "parquet", "dataset"])
 def test_values_that_arrow_adds_do_not_reach_the_template(source: str, tmp_path: Path) -> None:
-    calls = [call("cabs", city="Köln"), call("cabs", n=2)]  # as Arrow has them, both with `city` and with `n`
+    calls = [call("cabs", city="Köln"), call("cabs", n=2)]  # Arrow gives both calls `city` and `n`
     rows = [
         {
             "messages": [

@@ -1,4 +1,4 @@
-"""Documents count what they train on, and are cut and selected without a copy."""
+"""Documents count the tokens that are trained on, and are truncated and selected without a copy."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from jaxpack.data.documents import Documents
 
 
 def documents_of(labels: list[list[int]]) -> Documents:
-    """Documents with these labels, whose tokens count up from 1."""
+    """Makes documents with these labels, whose tokens count up from 1."""
     lengths = np.array([len(one) for one in labels], np.int64)
     tokens = np.arange(1, lengths.sum() + 1, dtype=np.int32)
     return Documents(tokens, np.array([*itertools.chain(*labels)], np.int32), np.cumsum(lengths) - lengths, lengths)
@@ -33,7 +33,7 @@ def test_truncate_keeps_the_first_tokens_of_each_document(max_length: int) -> No
         assert labels_of(cut, which) == LABELS[which][:max_length]
     np.testing.assert_array_equal(cut.num_targets, [sum(x != -100 for x in one[1:max_length]) for one in LABELS])
     assert cut.num_tokens == sum(min(len(one), max_length) for one in LABELS)
-    assert documents.num_tokens == 13  # it is a copy that was cut
+    assert documents.num_tokens == 13  # the original is not cut
 
 
 @pytest.mark.parametrize("as_mask", [False, True])

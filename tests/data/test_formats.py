@@ -1,4 +1,4 @@
-"""Rows become the documents that their format says, and rows that cannot are refused with the row named."""
+"""Rows become documents as their format says; a row that cannot is refused by an error that names the row."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from jaxpack.settings import TrainConfig
 
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
-# Two rows of each format, and of each row: the whole document, and what is trained on.
+# Two rows of each format and, for each row, the whole document and the text that is trained on.
 FORMATS: dict[str, tuple[list[dict], list[tuple[str, str]]]] = {
     "text": (
         [{"text": "the cab"}, {"text": "é 😀"}],
@@ -64,7 +64,7 @@ FORMATS: dict[str, tuple[list[dict], list[tuple[str, str]]]] = {
     ),
     "input_ids": (
         [{"input_ids": PLAIN("the cab").input_ids}, {"input_ids": PLAIN("ab.").input_ids}],
-        [("the cab", "the cab"), ("ab.", "ab.")],  # taken as they are: no EOS
+        [("the cab", "the cab"), ("ab.", "ab.")],  # taken as given: no EOS
     ),
     "input_ids_labels": (
         [
@@ -188,9 +188,9 @@ def test_special_tokens_of_a_chat_template_are_single_tokens() -> None:
 @pytest.mark.parametrize(
     ("prompt", "completion", "trained"),
     [
-        ("the ca", "b the", "ab the<eos>"),  # "a" and "b" are one token, which is trained on
+        ("the ca", "b the", "ab the<eos>"),  # "ab" is one token and is trained on
         ("c ", "the", " the<eos>"),
-        ("the c", "ab", "ab<eos>"),  # a border between tokens
+        ("the c", "ab", "ab<eos>"),  # a token ends at the border
         ("", "the", "the<eos>"),
         ("the", "", "<eos>"),
     ],
@@ -202,7 +202,7 @@ def test_a_token_that_straddles_prompt_and_completion_is_trained_on(prompt: str,
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
-# (rows, the first bad one, what the message says)
+# Each case: (rows, the index of the first bad row, parts of the error message).
 BAD_ROWS = {
     "unknown_fields": ([{"question": "a", "answer": "b"}], 0, ["`prompt` and `completion`", "['answer', 'question']"]),
     "prompt_alone": ([{"prompt": "a"}], 0, ["`prompt` and `completion`", "['prompt']"]),
@@ -235,7 +235,7 @@ BAD_ROWS = {
         1,
         ["`labels`", "(3)", "got 2"],
     ),
-    "labels_missing_later": (  # it would be trained on whole, prompt and all
+    "labels_missing_later": (  # else the prompt would be trained on, too
         [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2]}],
         1,
         ["`labels`", "['input_ids']"],
@@ -282,7 +282,7 @@ def test_a_bad_row_is_named_with_its_rule_and_its_value(name: str, source: str, 
     if source == "list":
         message, where = refusal(rows), f"row {bad} of the dataset"
     else:
-        # A blank line after each row is skipped, and yet counted.
+        # The reader skips the blank line after each row, but counts it.
         path = write_jsonl(tmp_path / "rows.jsonl", rows, between="\n\n")
         message, where = refusal(path), f"line {2 * bad + 1} of {path}"
     assert where in message

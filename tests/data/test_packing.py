@@ -1,4 +1,4 @@
-"""Packing: TRL's golden rows, an item-by-item oracle, and what every plan and every batch must satisfy."""
+"""Tests packing against TRL's golden rows and an item-by-item oracle, and the invariants of plans and batches."""
 
 import itertools
 import time
@@ -13,7 +13,7 @@ STRATEGIES = ["bfd", "bfd_split", "wrapped"]
 
 
 def tokens_of(rows: Rows, documents: list[list[int]]) -> list[list[int]]:
-    """The tokens of each row of a plan."""
+    """Returns the tokens of each row of a plan."""
     pieces = [
         documents[d][start : start + length]
         for d, start, length in zip(rows.document, rows.start, rows.length, strict=True)
@@ -82,7 +82,7 @@ def test_as_few_rows_as_best_fit_over_the_whole_dataset(draw, max_length, bins):
 
 
 def best_fit_decreasing_one_by_one(lengths: np.ndarray, max_length: int) -> list[list[int]]:
-    """The textbook: longest first, each into the fullest row with room, among equals the one that got there first."""
+    """Packs the longest document first, each into the fullest row with room; of equal rows, the first to get there."""
     rows: list[list[int]] = []
     free: list[int] = []
     since: list[int] = []

@@ -1,4 +1,4 @@
-"""A decoded row says of each document what was in it, and what is trained on."""
+"""A decoded row shows the text of each document and marks the part that is trained on."""
 
 import functools
 import itertools
@@ -64,7 +64,7 @@ def test_no_cut_within_a_character_loses_or_doubles_it(trained):
     documents = load_documents([{"input_ids": ids, "labels": labels}], None, vocab_size=len(TOKENIZER))
     row = show_row(Batches(documents, TrainConfig(max_length=16, packing=True)), 0, TOKENIZER)
     (spans,) = row.documents
-    ends = {1: "a", 3: "é", 7: "🙂", 8: "b"}  # by the tokens up to where a character is whole
+    ends = {1: "a", 3: "é", 7: "🙂", 8: "b"}  # the number of tokens after which each character is whole
     begin = 0
     for span in spans:
         end = begin + span.num_tokens

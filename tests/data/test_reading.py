@@ -1,4 +1,4 @@
-"""A dataset is read from a file or from rows, and what cannot be read is refused with its line or row named."""
+"""A dataset is read from a file or from rows; a line or row that cannot be read is named in the error."""
 
 import dataclasses
 import re
@@ -69,7 +69,7 @@ BAD_LINES = {
     "no_json": (b"the cab", "JSON object"),
     "two_objects": (b'{"text": "ab"} {"text": "ab"}', "JSON object"),
     "latin_1": ('{"text": "é"}'.encode("latin-1"), "0xe9"),
-    "surrogate": (b'{"text": "\xed\xa0\xbd"}', "JSON object"),  # which UTF-8 has not
+    "surrogate": (b'{"text": "\xed\xa0\xbd"}', "JSON object"),  # not UTF-8
     "surrogate_alone": (b'"\xed\xa0\xbd"', "JSON object"),
     "list": (b"[1, 2]", "got '[1, 2]'"),
     "string": (b'"text"', "got '\"text\"'"),
@@ -89,7 +89,7 @@ def test_a_line_that_is_no_json_object_is_named(name: str, tmp_path: Path) -> No
 
 
 def test_a_bad_line_is_given_one_line_number(tmp_path: Path) -> None:
-    # The JSON parser sees one line, and always calls it line 1.
+    # The JSON parser sees only one line and always calls it line 1.
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "ab"}\n\n{"text": ab}\n')
     message = refusal(path)
@@ -157,7 +157,7 @@ def test_text_past_the_models_vocabulary_is_named() -> None:
     assert "row 1 of the dataset" in message and "[0, 260)" in message and "got 261" in message
 
 
-# Rows of which one has nothing to learn, and how that one is shown.
+# A row with nothing to learn, and the text by which the message shows it.
 NOTHING_TO_LEARN = {
     "labels_masked": ([{"input_ids": PLAIN("the cab").input_ids, "labels": [-100] * 4}], "'the cab'"),
     "only_the_first_token": ([{"input_ids": [3, 4, 5], "labels": [3, -100, -100]}], "'!\"#'"),
@@ -193,7 +193,7 @@ def test_documents_that_were_loaded_are_taken_as_they_are():
 
 @pytest.mark.parametrize(("name", "wrong"), [("tokens", -100), ("tokens", -1), ("labels", -1), ("labels", 1000)])
 def test_documents_that_were_loaded_have_no_id_outside_of_the_vocabulary(name: str, wrong: int):
-    """A model would read another token, or its loss would be NaN."""
+    """With an id outside of the vocabulary, a model would read another token, or its loss would be NaN."""
     documents = random_documents([3, 5])
     ids = getattr(documents, name).copy()
     ids[4] = wrong
@@ -203,8 +203,8 @@ def test_documents_that_were_loaded_have_no_id_outside_of_the_vocabulary(name: s
 
 # --- Batches as TRL's collator makes them -----------------------------------------------------------------------------
 
-# Golden cases of TRL's tests (tests/test_sft_trainer.py): labels there are unshifted, and -100 at each document's first
-# token. `targets` here are those labels, shifted by one.
+# Golden cases from TRL's tests (tests/test_sft_trainer.py). TRL's labels are not shifted, and are -100 at the first
+# token of each document; our `targets` are these labels shifted by one.
 COLLATOR_CASES = {
     "padded": {
         "input_ids": [[1, 2, 3], [4, 5]],

@@ -1,4 +1,4 @@
-"""Documents that are made up follow the lengths of a histogram, and read back as they were written."""
+"""Synthetic documents have the lengths of a histogram, and read back as they were written."""
 
 import numpy as np
 import pytest

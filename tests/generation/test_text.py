@@ -109,8 +109,7 @@ def test_a_prompt_in_a_batch_is_continued_as_alone():
     ("kind", "dtype"), [pytest.param("gemma3", jnp.float32, marks=pytest.mark.slow), ("qwen3", jnp.bfloat16)]
 )
 def test_each_token_has_the_logits_of_a_forward_pass(kind, dtype):
-    """Float32 logits differ by the order of sums only; bfloat16 rounds in other places and is off by a few of its
-    steps."""
+    """Float32 logits differ only by the order of sums; bfloat16 rounds in other places and is off by some steps."""
     model = make_model(kind, dtype=dtype)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 40)).astype(np.int32)
     lengths = np.array([20, 11], np.int32)
@@ -161,8 +160,7 @@ def probabilities(model: Transformer, temperature: float) -> np.ndarray:
 
 
 def assert_drawn_from(counts: np.ndarray, expected: np.ndarray) -> None:
-    """Asserts by a chi-square test (mean: degrees of freedom, variance: twice as many) that counts are within 5
-    sigma."""
+    """Asserts that chi-square is at most 5 deviations above its mean, the degrees of freedom (variance: twice that)."""
     assert not counts[expected == 0].any()
     order = np.argsort(expected)
     # Rare tokens share a cell, so that each cell expects ten draws.

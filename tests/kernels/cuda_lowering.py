@@ -20,14 +20,14 @@ H200 = AbstractMesh(
 
 
 class KernelArray(NamedTuple):
-    """An array of a launch: its size, and the widths of the integers that are added to its pointer."""
+    """An array of a launch, with its size and the widths of the integers that are added to its pointer."""
 
     num_elements: int
     offset_bits: frozenset[int]
 
 
 class TritonModule(NamedTuple):
-    """One launch: the kernel's name, its inputs and then outputs, and the module as text."""
+    """One launch, with the kernel's name, its arrays (inputs, then outputs) and the Triton module as text."""
 
     name: str
     arrays: tuple[KernelArray, ...]
@@ -35,13 +35,13 @@ class TritonModule(NamedTuple):
 
 
 def lower_for_cuda(f: Callable, *args: Any, platform: str = "cuda") -> jax.stages.Lowered:
-    """`jax.jit(f)` as an H200 gets it; `args` may be `jax.ShapeDtypeStruct`s. Triton does not run yet: no PTX."""
+    """Lowers `jax.jit(f)` for an H200 without running Triton (no PTX); `args` may be `jax.ShapeDtypeStruct`s."""
     with jax.sharding.use_abstract_mesh(H200):
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,))
 
 
 def triton_modules(lowered: jax.stages.Lowered) -> list[TritonModule]:
-    """The kernels that a lowered program launches, in its order."""
+    """Returns the kernels that a lowered program launches, in program order."""
     modules = []
 
     def visit(op: ir.Operation) -> ir.WalkResult:
@@ -70,7 +70,7 @@ def _decoded(config: ir.DictAttr, sizes: list[int]) -> TritonModule:
         def visit(op: ir.Operation) -> ir.WalkResult:
             if op.name == "tt.addptr":
                 pointer, offset = op.operands
-                while not isinstance(pointer.owner, ir.Block):  # splat and broadcast of the kernel's argument
+                while not isinstance(pointer.owner, ir.Block):  # pass splat and broadcast of the argument
                     pointer = pointer.owner.operands[0]
                 width = offset.type.element_type if isinstance(offset.type, ir.ShapedType) else offset.type
                 bits[ir.BlockArgument(pointer).arg_number].add(ir.IntegerType(width).width)

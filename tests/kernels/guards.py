@@ -10,11 +10,11 @@ import pytest
 
 from jaxpack.kernels import _launch
 
-_GUARD = 7.25  # of an output, exact in bfloat16; an input's is NaN
+_GUARD = 7.25  # guards an output, and is exact in bfloat16; NaN guards an input
 
 
 class _Shifted:
-    """A ref whose first axis begins one later."""
+    """A view of a ref without its guard rows: index 0 of the first axis is row 1 of the ref."""
 
     def __init__(self, ref: Any):
         self.ref, self.dtype = ref, ref.dtype
@@ -49,9 +49,9 @@ def _guarded(x: jax.Array, value: float) -> jax.Array:
 
 
 def guard_launches(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
-    """Makes every launch of `modules` a guarded one; the list receives their names.
+    """Guards every launch of `modules`, and returns a list that receives the names of the launches.
 
-    Everything a launch returns is checked on the spot, so call it outside of `jax.jit`.
+    The results of a launch are checked at once, so call the kernels outside of `jax.jit`.
     """
     names = []
 
@@ -60,7 +60,7 @@ def guard_launches(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> lis
         outputs, structure = jax.tree.flatten(out_shape)
         aliases = dict(input_output_aliases or {})
         shapes = [jax.ShapeDtypeStruct((s.shape[0] + 2, *s.shape[1:]), s.dtype) for s in outputs]
-        # An output that is not in place of an input yet takes the place of one full of guards.
+        # An output that aliases no input gets a new input to alias, which is full of guard values.
         fresh = [i for i in range(len(outputs)) if i not in aliases.values()]
         inputs = [
             *(_guarded(x, jnp.nan) for x in args),
@@ -83,7 +83,7 @@ def guard_launches(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> lis
             edges = np.asarray(result[np.array([0, -1])], np.float32)
             assert np.all(edges == _GUARD if i in fresh else np.isnan(edges)), f"{name} wrote around output {i}"
             assert not np.any(np.isnan(np.asarray(result[1:-1], np.float32))), f"{name} read around an input"
-            # Keys and values have their place in what the gradients of queries are written to.
+            # `attention_backward_q` leaves the places of keys and values in its output to the next kernel.
             if name != "attention_backward_q":
                 assert not np.any(np.asarray(result[1:-1], np.float32) == _GUARD), f"{name} left out some of output {i}"
         return jax.tree.unflatten(structure, [result[1:-1] for result in results])

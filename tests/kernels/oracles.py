@@ -1,5 +1,4 @@
-"""Computes the kernels' results and gradients in float64 NumPy, with loops and textbook formulas, none of their
-code."""
+"""Computes the kernels' results and gradients in float64 NumPy: loops and textbook formulas, none of their code."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Attention against float64 softmax, one document and one head at a time."""
+"""Compares attention with a float64 softmax, one document and one head at a time."""
 
 import functools
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def inputs_of(case: Case, dtype) -> Inputs:
 
 
 def results_of(case: Case, x: Inputs, implementation: str | None) -> dict[str, jax.Array]:
-    """Output and gradients of `attention`."""
+    """Returns the output and the gradients of `attention`."""
     bounds = segment_bounds(jnp.asarray(case.segment_ids))
     f = functools.partial(attention, bounds=bounds, implementation=implementation, **case.options)
     return out_and_gradients(lambda q, k, v, sinks: f(q, k, v, sinks=sinks), x)
@@ -68,7 +68,7 @@ def exact_results(case: Case, x: Inputs) -> dict[str, np.ndarray]:
 
 
 def plain(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
-    """The textbook in the dtype of `q`, all of it: a mask and `jax.nn.softmax`."""
+    """Computes textbook attention, a mask and `jax.nn.softmax`, entirely in the dtype of `q`."""
     group = case.heads // case.kv_heads
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     ids = case.segment_ids
@@ -120,11 +120,11 @@ all_cases = pytest.mark.parametrize("case", [pytest.param(case, id=name) for nam
 
 
 def assert_exact(case: Case, got: dict[str, jax.Array], want: dict[str, np.ndarray]) -> None:
-    """As close as float32 allows, and exactly zero at padding."""
+    """Asserts that results are as close as float32 allows, and exactly zero at padding."""
     assert got.keys() == want.keys()
     for name in want:
-        # Up to 211 * 7 products are added, of order 1: rounding errors of 2^-24 each, of partial sums up to 10, add up
-        # like the square root of their number, to 2e-5 at the most distant.
+        # Up to 211 * 7 products of order 1 are added. Partial sums of up to 10 have rounding errors of 2^-24 each,
+        # relative to the sum, which grow like the square root of their number, to 2e-5 at most.
         atol = 10 * 2**-24 * np.sqrt(case.segment_ids.size * case.heads // case.kv_heads)
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=atol, err_msg=name)
         if name != "dsinks":
@@ -149,7 +149,7 @@ def test_reference_in_chunks_of_queries(monkeypatch):
 
 BFLOAT16_CASES = {
     "2 key heads of 3 query heads": Case(MIXED, 6, 2, 64),
-    # Cut into 16, 4 and 2: less than a tensor core takes.
+    # The kernel cuts 22 into 16, 4 and 2; the last two are narrower than a tensor core takes.
     "head_dim 22": Case(MIXED, 4, 2, 22),
     "head_dim 22, one long document": Case(rows_of([1024], length=1024), head_dim=22, options={"max_segments": 1}),
     "head_dim 72": Case(SHORT, head_dim=72),
@@ -159,7 +159,7 @@ BFLOAT16_CASES = {
     "window, softcap, sinks": Case(MIXED, 2, 1, 96, sinks=True, options={"window": 50, "softcap": 2.0, "scale": 0.3}),
     "one long document": Case(rows_of([1000], [1024], length=1024), options={"max_segments": 1}),
 }
-_SOONER = {"head_dim 128", "window, softcap, sinks", "one long document"}  # the others are left to `make test-slow`
+_SOONER = {"head_dim 128", "window, softcap, sinks", "one long document"}  # the others run in `make test-slow`
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_scores_of_bfloat16_are_float32(implementation):
 def test_sums_of_bfloat16_are_float32():
     case = Case(rows_of([300, 84], length=384))
     x = inputs_of(case, jnp.bfloat16)
-    x = x._replace(q=jnp.zeros_like(x.q))  # all weights are 1: the output is a mean, rounded once
+    x = x._replace(q=jnp.zeros_like(x.q))  # all weights are equal: the output is a mean, rounded once
     got, exact = results_of(case, x, "pallas"), exact_results(case, x)
     np.testing.assert_allclose(exactly(got["out"]), exact["out"], rtol=2**-8, atol=1e-6)
 
@@ -211,7 +211,7 @@ def test_max_segments_selects_larger_tiles_for_long_documents():
 @pytest.mark.parametrize("max_segments", [None, 1], ids=["short documents", "long documents"])
 @pytest.mark.parametrize(("heads", "window"), [pytest.param(1, None, marks=pytest.mark.slow), (3, 70)])
 def test_tiles_of_bfloat16_in_float32(heads, window, max_segments, monkeypatch):
-    # Where a block of keys has no mask, or the last one is moved back, float32 shows a key too many or too few.
+    # Some blocks of keys have no mask, and the last block is moved back; float32 shows one key too many or too few.
     plan = module.plan(16, 2, 1024, max_segments)
     assert plan.forward.split == (max_segments == 1)
     monkeypatch.setattr(module, "plan", lambda *_: plan)
@@ -230,12 +230,12 @@ def test_many_one_token_documents(implementation, length, dtype):
     x = inputs_of(case, dtype)
     got = results_of(case, x, implementation)
     np.testing.assert_array_equal(got["out"], x.v)
-    # The backward pass computes scores of up to 20 again, in another order: weights are 1 up to 20 * 2^-24 or so.
+    # The backward pass recomputes scores of up to 20 in another order, so weights are 1 up to about 20 * 2^-24.
     for name, want in (("dv", exactly(x.d_out)), ("dq", 0), ("dk", 0)):
         np.testing.assert_allclose(exactly(got[name]), np.broadcast_to(want, x.v.shape), rtol=0, atol=1e-5)
 
 
-# Documents do not meet.
+# Separation of documents.
 
 
 @both_implementations
@@ -260,7 +260,7 @@ def test_a_document_has_in_a_row_what_it_has_alone(implementation):
         alone = case._replace(segment_ids=np.ones((1, len(here)), np.int32))
         got = results_of(alone, Inputs(*(None if a is None else a[:, here] for a in x)), implementation)
         for name in got:
-            # The blocks of the sums begin elsewhere; these few terms round to within some 2^-24 of numbers near 1.
+            # Blocks begin at other tokens, so sums have another order; few terms near 1 differ by some 2^-24.
             np.testing.assert_allclose(got[name], packed[name][:, here], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
@@ -280,7 +280,8 @@ def test_large_scores_do_not_overflow(implementation):
     case = Case(SHORT, options={"scale": 100.0})
     x = inputs_of(case, jnp.float32)
     got, want = results_of(case, x, implementation), exact_results(case, x)
-    # Scores of up to 1e3 are off by 1e3 * 2^-24 and so are weights, relatively; gradients are those times the scale.
+    # Scores of up to 1e3 are off by 1e3 * 2^-24, which is the relative error of weights; gradients have it times the
+    # scale.
     np.testing.assert_allclose(got["out"], want["out"], rtol=0, atol=5e-3)
     assert all(np.all(np.isfinite(result)) for result in got.values())
 
@@ -307,11 +308,11 @@ def test_segment_bounds_by_a_loop(seed):
     assert np.all(np.diff(bounds.first, axis=1) >= 0) and np.all(np.diff(bounds.last, axis=1) >= 0)
 
 
-# Heads that lie in one array, as a fused projection leaves them.
+# Heads in one array, as a fused projection returns them.
 
 
 def test_heads_of_one_array():
-    first = 2  # heads of NaN before those of q and those of k
+    first = 2  # heads of NaN before the heads of q, and before the heads of k
     case = Case(rows_of([50, 60], [-8, 120], length=128), heads=6, kv_heads=2, sinks=True)
     x = inputs_of(case, jnp.float32)
     want = results_of(case, x, "pallas")
@@ -328,7 +329,7 @@ def test_heads_of_one_array():
 
     out, d_qkv, dsinks = run(array)
     for name, got in zip(want, (out, *jnp.split(d_qkv, [6, 8], axis=2), dsinks), strict=True):
-        rtol = 1e-6 if name == "dsinks" else 0  # which XLA adds up, in an order of its own
+        rtol = 1e-6 if name == "dsinks" else 0  # XLA adds `dsinks` up, in its own order
         np.testing.assert_allclose(got, want[name], rtol=rtol, atol=0, err_msg=name)
 
 
@@ -349,12 +350,12 @@ def test_jit_and_checkpoint_change_nothing(implementation):
     got = quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*x[:4])
     want = results_of(case, x, implementation)
     for name, gradient in zip(("dq", "dk", "dv", "dsinks"), got, strict=True):
-        np.testing.assert_allclose(gradient, want[name], rtol=0, atol=3e-6, err_msg=name)  # the same, but for fusions
+        np.testing.assert_allclose(gradient, want[name], rtol=0, atol=3e-6, err_msg=name)  # equal up to fusions
 
 
 @pytest.fixture
 def unchecked_shapes(monkeypatch):
-    """Without the check of annotations, which only the tests have: what a user sees."""
+    """Turns off the check of annotations, which only the tests have, so that errors are those a user sees."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

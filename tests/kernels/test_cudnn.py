@@ -1,4 +1,4 @@
-"""Attention by cuDNN: what surrounds it on any machine, and its results on a GPU."""
+"""Tests attention by cuDNN: the code around it on any machine, and its results on a GPU."""
 
 from typing import NamedTuple
 
@@ -58,12 +58,12 @@ def test_what_is_not_written_is_filled_in(ids, heads):
     np.testing.assert_array_equal(more, 2 * np.asarray(filled)[:, :, :1])
 
 
-# Choosing it.
+# When cuDNN is chosen.
 
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    """As where there is such a GPU: programs can be lowered for it."""
+    """Pretends that a Hopper GPU is present, so that programs can be lowered for it."""
     monkeypatch.setattr(cudnn, "_device_refusal", lambda: None)
 
 
@@ -152,7 +152,7 @@ def test_rows_of_a_few_long_documents_take_it(options, chosen):
     assert program.as_text().count("custom_call @__cudnn$fmha") == (2 if chosen else 0)
 
 
-# Its results.
+# Results.
 
 LONG = rows_of([200, 31, 1], [-20, 100, -30, 150], [256], [], length=300)
 

@@ -1,4 +1,4 @@
-"""Gated activations against float64."""
+"""Compares gated activations with float64."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (2, 5, 12), (3, 7, 1), (4, 128), (1, 3, 640), (300, 19)]
 
 
 def activate(gate: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
-    """The activation and its derivative, in float64."""
+    """Returns the activation and its derivative, in float64."""
     if activation == "silu":
         with np.errstate(over="ignore"):
             sigmoid = 1 / (1 + np.exp(-gate))
@@ -55,7 +55,8 @@ def test_forward_and_backward(implementation, activation, shape, together):
     else:
         out, pull = jax.vjp(op, gate, up)
         d_gate, d_up = pull(d_out)
-    # Relative to the largest factor: XLA's derivative of the tanh form cancels to 1 - tanh^2 where that is under 1e-7.
+    # XLA's derivative of the tanh form computes 1 - tanh^2, which cancels where it is under 1e-7; the error is relative
+    # to the largest factor.
     atol = 1e-3 if (implementation, activation) == ("xla", "gelu_tanh") else 1e-5
     for name, got, want in zip(
         ("out", "d_gate", "d_up"), (out, d_gate, d_up), oracle(gate, up, d_out, activation), strict=True
@@ -88,7 +89,7 @@ def test_the_tails_are_those_of_float64(activation):
     ones = jnp.ones_like(gate)
     out = gated_activation(gate, ones, activation=activation, implementation="pallas")
     want = activate(np.asarray(gate, np.float64), activation)[0]
-    # The error function is good to 1e-7, of 1 and, down to 1e-8, of itself.
+    # The error function is exact to 1e-7 of 1 and, down to 1e-8, to 1e-7 of its own value.
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=2e-8)
     d_gate, _, _ = gated_activation_backward(gate, ones, ones, activation=activation, implementation="pallas")
     assert jnp.all(jnp.isfinite(d_gate))
@@ -128,7 +129,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(implementation, activation):
 )
 def test_what_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        inspect.unwrap(gated_activation)(**arguments)  # past the check of annotations
+        inspect.unwrap(gated_activation)(**arguments)  # without the check of annotations
 
 
 def test_a_gradient_of_another_shape_is_refused():

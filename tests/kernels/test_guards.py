@@ -1,4 +1,4 @@
-"""No kernel reads or writes outside of its arrays: on a GPU nothing else would show it."""
+"""No kernel reads or writes outside of its arrays, which nothing else would show on a GPU."""
 
 import functools
 
@@ -16,7 +16,7 @@ from jaxpack.kernels.attention import attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation_backward
 from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
 
-# What is beyond an array is only there on a GPU: interpreted, kernels know where arrays end.
+# Only on a GPU can a kernel reach memory beyond an array: an interpreted kernel knows where arrays end.
 pytestmark = pytest.mark.slow
 
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -58,7 +58,7 @@ def test_gated_activation(activation, shape, dtype, monkeypatch):
 def test_extended(tokens, channels, rank, dtype, monkeypatch):
     names = guard_launches(monkeypatch, extended_module)
     x, scale, a = (normal(shape, dtype) for shape in ((tokens, channels), (channels,), (rank, channels)))
-    a *= 0.01  # no sum is a guard's value by chance
+    a *= 0.01  # so that no sum equals the guard value by chance
     options = {"implementation": "pallas"}
     extended = extended_module.extend_normed(x, scale, a, eps=1e-6, **options)
     for with_scale in (False, True):

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that every kernel lowers for CUDA on a machine without a GPU."""
+"""Tests which implementation runs, and that every kernel lowers for CUDA on a machine without a GPU."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 from jaxpack.parallel.device import current_device
 
-# Choosing.
+# The choice of an implementation.
 
 
 @pytest.mark.parametrize("name", ["triton", "", "XLA"])
@@ -49,7 +49,7 @@ def test_without_a_gpu_only_what_a_cpu_runs_is_traced(implementation):
     assert branches() == 0
     with jax.sharding.use_abstract_mesh(H200):
         assert branches() > 0
-    assert branches() == 0  # and neither is taken for the other
+    assert branches() == 0  # neither trace is taken from a cache for the other
 
 
 # Sizes.
@@ -62,7 +62,7 @@ def test_powers_of_two_cut_a_range_into_few_pieces(size, limit):
     covered = [i for start, length in pieces for i in range(start, start + length)]
     assert covered == list(range(size))
     assert all(length & (length - 1) == 0 and length <= (limit or size) for _, length in pieces)
-    assert limit is not None or len(pieces) == size.bit_count()  # the fewest there can be
+    assert limit is not None or len(pieces) == size.bit_count()  # the fewest possible pieces
 
 
 @pytest.mark.parametrize(("sizes", "limit"), [((12,), 8), ((24, 8), 8), ((32, 8), 4), ((7,), 8), ((16, 6), 16)])
@@ -77,7 +77,7 @@ def test_byte_arrays_are_refused():
         check_no_byte_arrays(x=jnp.zeros(1), weight=jnp.zeros(1, jnp.uint8))
 
 
-# The gate: no kernel uses what Triton's language lacks, and each is there when it is asked for.
+# Lowering: no kernel uses an operation that Triton lacks, and every kernel is launched when it is asked for.
 
 
 def rope(implementation, q, k, *, rotary_dim):
@@ -119,7 +119,7 @@ def gated_residual(implementation, *arrays):
 
 
 class Case(NamedTuple):
-    """A public function of `(implementation, *arrays, **options)`, the shapes for T tokens, and its launches."""
+    """A public function of `(implementation, *arrays, **options)`, with its shapes for T tokens and its launches."""
 
     function: Callable
     shapes: Callable[[int], list[tuple[int, ...]]]
@@ -204,7 +204,7 @@ CASES = {
 
 
 def lowered(case: Case, dtype, implementation: str | None, *, T: int = 1024, platform: str = "cuda"):
-    """Forward and backward, for T tokens."""
+    """Lowers the forward and backward pass for T tokens."""
 
     def both(*arrays):
         out, pull = jax.vjp(lambda *arrays: case.function(implementation, *arrays, **case.options), *arrays)
@@ -233,14 +233,14 @@ def test_xla_and_cpus_get_none(case, implementation, platform):
     assert TRITON_CALL not in lowered(case, jnp.bfloat16, implementation, T=256, platform=platform).as_text()
 
 
-@pytest.mark.parametrize("T", [128, 2**26])  # 2^26 tokens of 64 bfloat16 channels or more: every activation > 4 GiB
+@pytest.mark.parametrize("T", [128, 2**26])  # 2^26 tokens have at least 64 bfloat16 channels: activations > 4 GiB
 @all_cases
 def test_offsets_are_64_bits_wide_where_an_array_has_more_than_2_to_the_31_elements(case, T):
     for module in triton_modules(lowered(case, jnp.bfloat16, "pallas", T=T)):
         for array in module.arrays:
             if array.num_elements > 2**31:
                 assert array.offset_bits <= {64}
-            elif array.num_elements <= 2**30:  # Pallas counts bytes: float32 arrays are wide from here on
+            elif array.num_elements <= 2**30:  # Pallas counts bytes: larger float32 arrays need 64 bits
                 assert array.offset_bits <= {32}
         assert any(64 in array.offset_bits for array in module.arrays) == (T > 128)
 
@@ -250,8 +250,8 @@ _DOT = re.compile(r"= tt\.dot (.*) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d
 
 @all_cases
 def test_tensor_cores_get_no_block_narrower_than_16(case):
-    # Of bfloat16, Triton compiles a narrower one without an error, and its products are wrong: a GPU shows it, and
-    # interpreting does not. Of float32, tensor cores take what may be rounded to tf32.
+    # Triton compiles a narrower bfloat16 block without an error, but its products are wrong: a GPU shows this, and
+    # interpreting does not. Float32 blocks run on tensor cores only if they may be rounded to tf32.
     for module in triton_modules(lowered(case, jnp.bfloat16, "pallas")):
         matmuls = _DOT.findall(module.text)
         assert len(matmuls) == module.text.count("= tt.dot ")

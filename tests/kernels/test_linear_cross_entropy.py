@@ -1,4 +1,4 @@
-"""The chunked loss against full logits in float64."""
+"""Compares the chunked loss with full logits in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy, token_los
 
 
 def oracle(hidden, head, targets, softcap=None):
-    """Losses of the tokens, and gradients of their sum, in float64."""
+    """Returns the losses of the tokens and the gradients of their sum, in float64."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     flat, at = hidden.reshape(-1, hidden.shape[-1]), np.asarray(targets).reshape(-1)
     logits = flat @ head.T
@@ -124,7 +124,7 @@ def test_no_tokens_have_no_loss(shape):
 
 
 def test_a_float32_head_collects_its_gradient_in_float32(monkeypatch):
-    # 64 chunks of bfloat16 hidden states: a sum carried in bfloat16 would be off by about sqrt(64) / 2^9 = 1.6 %.
+    # There are 64 chunks of bfloat16 hidden states; a bfloat16 sum would be off by about sqrt(64) / 2^9 = 1.6 %.
     monkeypatch.setattr(module, "CHUNK", 16)
     hidden, head, targets = some((1, 1024))
     gradient = jax.grad(linear_cross_entropy, argnums=1)(hidden.astype(jnp.bfloat16), head, targets)
@@ -135,7 +135,7 @@ def test_a_float32_head_collects_its_gradient_in_float32(monkeypatch):
     assert jnp.linalg.norm(gradient - exact) < 4e-3 * jnp.linalg.norm(exact)
 
 
-# What is computed, and what is held: read off the program.
+# Matmuls and arrays, counted in the traced program.
 
 
 @pytest.mark.parametrize(("argnums", "matmuls"), [((), 1), ((0,), 2), ((0, 1), 3)])
@@ -176,7 +176,7 @@ def test_logits_exist_for_one_chunk_of_the_targets_only():
     ],
 )
 def test_what_does_not_fit_is_refused(wrong, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user sees, without the tests' own check
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user, without the tests' own check
     shapes = {"targets": (2, 9), "head": (50, 8)} | {name: x for name, x in wrong.items() if isinstance(x, tuple)}
     options = {name: x for name, x in wrong.items() if not isinstance(x, tuple)}
     head, targets = jnp.ones(shapes["head"]), jnp.zeros(shapes["targets"], jnp.int32)
@@ -186,6 +186,6 @@ def test_what_does_not_fit_is_refused(wrong, message, monkeypatch):
 
 @pytest.mark.parametrize("f", [linear_cross_entropy, lambda *args: jnp.sum(token_losses(*args))], ids=["sum", "tokens"])
 def test_a_gpu_gets_a_derivative(f):
-    """Where the log-sum-exp is another than on a CPU."""
+    """The loss lowers with its gradients for a GPU, where the log-sum-exp differs from the one on a CPU."""
     hidden, head, targets = some((2, 64), vocab=50)
     lower_for_cuda(jax.value_and_grad(f, argnums=(0, 1)), hidden, head, targets)

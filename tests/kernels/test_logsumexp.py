@@ -1,4 +1,4 @@
-"""The log-sum-exp over a long axis, against float64."""
+"""Compares the log-sum-exp over a long axis with float64."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The projection behind a norm, with its adapter and past it, against float64."""
+"""Compares the projection after a norm, with and without an adapter, with float64."""
 
 import functools
 
@@ -17,7 +17,7 @@ from jaxpack.kernels.rms_norm import rms_norm_reference
 
 EPS = 1e-3
 ARGUMENTS = ("x", "scale", "weight", "lora_a", "lora_b")
-# Tokens, input, output and rank. The first has no block of 16 by 16, so no kernel; ranks are made up to a power of two.
+# Tokens, input, output and rank. The first shape has no block of 16 by 16, so no kernel; ranks are padded to 2^n.
 SHAPES = {
     "small": ((5,), 12, 40, 3),
     "rank 16": ((2, 24), 48, 20, 16),
@@ -36,7 +36,7 @@ all_shapes = pytest.mark.parametrize(
 
 
 def inputs(shape, dtype=jnp.float32):
-    """The arguments, and gradients of both results."""
+    """Returns the arguments, and the gradients of both results."""
     tokens, I, O, R = shape  # noqa: E741
     rng = np.random.default_rng(0)
     factors = [] if R is None else [(R, I), (O, R)]
@@ -70,7 +70,7 @@ def exact_results(arguments, d):
 
 
 def plain(x, scale, weight, lora_a=None, lora_b=None):
-    """In the dtype of `x` as it is written down."""
+    """Computes the formula as written, in the dtype of `x`."""
     n = rms_norm_reference(x, scale, eps=EPS)
     return x, n @ weight.T + (0 if lora_a is None else (n @ lora_a.T) @ lora_b.T)
 
@@ -121,7 +121,7 @@ def test_a_frozen_norm_has_no_gradient_computed(trained):
 
 
 def test_nothing_of_the_input_s_size_is_written_but_by_the_kernels():
-    """Norm, narrow products and the residual's gradient are in them: no add, and each result read by one matmul."""
+    """The kernels do the norm, the narrow products and the residual's gradient, so XLA adds and joins nothing."""
     (x, scale, weight, *factors), d = inputs(SHAPES["rank 16"], jnp.bfloat16)
 
     def run(x, factors):

@@ -1,4 +1,4 @@
-"""The projection that is added to the residual stream, with and without a gated activation before it, by its parts."""
+"""Compares the projection that adds to the residual stream, gated or not, with the parts that it fuses."""
 
 import functools
 
@@ -21,7 +21,7 @@ activations = pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh", 
 
 
 def inputs(activation, rank, dtype=jnp.float32, tokens=(2, 24), features=24, out=48):
-    """The arguments, and the gradient of the result."""
+    """Returns the arguments, and the gradient of the result."""
     rng = np.random.default_rng(0)
     shapes = [
         (*tokens, out),

@@ -1,4 +1,4 @@
-"""The norm and its derivative against float64."""
+"""Compares the norm and its derivative with float64."""
 
 import jax
 import jax.numpy as jnp

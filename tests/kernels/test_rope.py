@@ -1,4 +1,4 @@
-"""RoPE, and RMSNorm with RoPE, against rotations of complex numbers in float64."""
+"""Compares RoPE, and RMSNorm with RoPE, with rotations of complex numbers in float64."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxpack.errors import InputError
 from jaxpack.kernels import rope as module
 from jaxpack.kernels.rope import Angles, Heads, apply_rope, norm_rope, rotary_angles
 
-EPS = 1e-3  # large, so that a kernel which leaves it out is seen
+EPS = 1e-3  # large enough that a kernel without it fails
 
 both_implementations = pytest.mark.parametrize("implementation", ["xla", "pallas"])
 
@@ -110,7 +110,7 @@ def norm_rope_exactly(x: Inputs) -> dict[str, np.ndarray]:
 
 
 def plain_rope(q: jax.Array, k: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array]:
-    """The textbook, in the dtype of `q` and `k` throughout."""
+    """Computes textbook RoPE, entirely in the dtype of `q` and `k`."""
 
     def turn(x: jax.Array) -> jax.Array:
         cos, sin = (jnp.concatenate([table, table], axis=-1)[:, :, None, :].astype(x.dtype) for table in angles)
@@ -140,7 +140,7 @@ def test_angles_are_those_of_float32_positions_and_frequencies():
     frequencies = rng.random(8).astype(np.float32)
     exact = positions[..., None] * exactly(frequencies)
     angles = rotary_angles(jnp.asarray(positions), jnp.asarray(frequencies), scale=1.5)
-    # An angle is rounded once, by up to 2^-24 of itself; cosine, sine and scale add a few roundings of numbers near 1.
+    # An angle is rounded once, by up to 2^-24 relative; cosine, sine and scale add a few roundings of numbers near 1.
     allowed = 1.5 * (2**-24 * exact + 4 * 2**-24)
     assert angles.cos.dtype == angles.sin.dtype == jnp.float32
     assert np.all(np.abs(angles.cos - 1.5 * np.cos(exact)) <= allowed)
@@ -152,7 +152,7 @@ def test_position_257_is_not_256_in_bfloat16():
     np.testing.assert_allclose(angles.sin, np.sin(257), atol=1e-6)
 
 
-# Numbers.
+# Results and gradients.
 
 
 @pytest.mark.one_in(2)
@@ -162,7 +162,7 @@ def test_rope_turns_pairs_and_its_gradient_turns_back(case, implementation):
     x = inputs_of(case, jnp.float32)
     got, want = rope_results(x, implementation), rope_exactly(x)
     for name in want:
-        # Two products and a sum, of numbers up to 5: 3 * 5 * 2^-24.
+        # Two products and a sum of numbers up to 5 have an error of up to 3 * 5 * 2^-24.
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-6, err_msg=name)
         np.testing.assert_array_equal(
             got[name][..., case.rotary_dim :], want[name][..., case.rotary_dim :], err_msg=f"{name}, not turned"
@@ -176,8 +176,8 @@ def test_norm_rope_against_complex_numbers(case, implementation):
     x = inputs_of(case, jnp.float32)
     got, want = norm_rope_results(x, implementation), norm_rope_exactly(x)
     for name in want:
-        # About ten roundings of a number of up to 10; a scale's gradient is a sum over all tokens and heads, whose
-        # roundings add up like the square root of their number.
+        # A result has about ten roundings of numbers up to 10. The gradient of a scale is a sum over all tokens and
+        # heads, whose rounding errors grow like the square root of their number.
         terms = case.rows * case.length * case.heads if name.endswith("scale") else 1
         atol = 10 * 10 * 2**-24 * np.sqrt(terms)
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=atol, err_msg=name)
@@ -203,7 +203,7 @@ def test_bfloat16_is_rounded_once_and_as_good_as_plain_jnp(case, implementation)
         for name in exact:
             assert got[name].dtype == jnp.bfloat16
             assert_as_good_as_plain_bfloat16(got[name], plain[name], exact[name], name)
-            # Half a unit in the last of 8 bits, of a float32 result as above.
+            # The result is a float32 number as above, rounded to 8 bits: half a unit in the last place.
             atol = 1e-4 if name.endswith("scale") else 1e-5
             np.testing.assert_allclose(exactly(got[name]), exact[name], rtol=2**-8, atol=atol, err_msg=name)
 
@@ -226,12 +226,12 @@ def test_heads_of_zeros_stay_zeros(implementation):
             np.testing.assert_array_equal(result, 0, err_msg=name)
 
 
-# Heads that lie in one array, as a fused projection leaves them.
+# Heads in one array, as a fused projection returns them.
 
 
 @pytest.fixture
 def fused() -> tuple[jax.Array, list[Heads], Inputs]:
-    """4 query, 2 key and 2 value heads in an array, and which of them are turned."""
+    """Returns 4 query, 2 key and 2 value heads in one array, the heads to rotate, and the inputs they come from."""
     x = inputs_of(Case(4, 2, 16, 8, rows=2, length=6), jnp.float32)
     return jnp.concatenate([x.q, x.k, x.k + 1], axis=2), [Heads((0, 0), (0, 0), 4), Heads((0, 4), (0, 4), 2)], x
 
@@ -258,7 +258,7 @@ def test_norm_rope_of_some_heads_and_its_gradient(fused):
     dq, dk, dv = jnp.split(d_qkv, [4, 6], axis=2)
     want = norm_rope_results(x, "pallas")
     for name, result in zip(NORM_RESULTS, (q, k, dq, dk, *d_scales), strict=True):
-        # XLA adds in an order of its own, where it interprets a kernel too.
+        # XLA adds in its own order, also in a kernel that it interprets.
         np.testing.assert_allclose(result, want[name], rtol=1e-5, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(dv, x.dk + 1)
 
@@ -283,13 +283,13 @@ def test_jit_and_checkpoint_change_nothing(results, implementation):
     want = results(x, implementation)
     got = quick_jit(jax.grad(functools.partial(loss, wrap=jax.checkpoint), argnums=(0, 1)))(x.q, x.k)
     for gradient, name in zip(got, ("dq", "dk"), strict=True):
-        # XLA may fuse a multiplication and an addition under jit: one rounding of numbers up to 10.
+        # Under jit, XLA may fuse a multiplication and an addition, which saves one rounding of numbers up to 10.
         np.testing.assert_allclose(gradient, want[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture
 def unchecked_shapes(monkeypatch):
-    """Without the check of annotations, which only the tests have: what a user sees."""
+    """Turns off the check of annotations, which only the tests have, so that errors are those a user sees."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

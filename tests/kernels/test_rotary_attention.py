@@ -1,4 +1,4 @@
-"""The fused way from projection to mixed heads against its parts, which have oracles of their own."""
+"""Compares the fused path from projection to attention output with its parts, which have their own oracles."""
 
 import functools
 
@@ -65,7 +65,7 @@ def test_equals_its_parts(implementation, T, num_heads, kv_heads, option, normed
         results.append(jax.tree.leaves((out, pull(d_out))))
     assert len(results[0]) == 2 + 2 * normed + (sinks is not None)
     for got, want in zip(*results, strict=True):
-        # A scale's gradient sums some 600 terms of order 1.
+        # The gradient of a scale sums some 600 terms of order 1.
         np.testing.assert_allclose(got, want, atol=1e-5 if got.ndim == 4 else 2e-4)
 
 

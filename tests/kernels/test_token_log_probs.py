@@ -1,4 +1,4 @@
-"""Log-probabilities of targets, and their derivative, against full logits in float64."""
+"""Compares log-probabilities of targets, and their derivative, with full logits in float64."""
 
 import functools
 
@@ -20,7 +20,7 @@ SHAPES = [(1, 1), (2, 9), (3, 16), (130,)]
 
 
 def draw(shape, seed=0):
-    """Hidden states, a head, targets of which a third is none, and a cotangent for each token."""
+    """Draws hidden states, a head, targets (about 30 % are -100) and a cotangent for each token."""
     rng = np.random.default_rng(seed)
     hidden, head = rng.normal(size=(*shape, D)), rng.normal(size=(V, D))
     targets = np.where(rng.random(shape) < 0.3, -100, rng.integers(0, V, shape))
@@ -30,7 +30,7 @@ def draw(shape, seed=0):
 
 
 def oracle(hidden, head, targets, d, softcap):
-    """The log-probabilities, and the gradients of hidden states and head, in float64."""
+    """Returns the log-probabilities and the gradients of hidden states and head, in float64."""
     hidden, head, d = (np.asarray(x, np.float64) for x in (hidden, head, d))
     h, y, d = hidden.reshape(-1, D), np.asarray(targets).reshape(-1), d.reshape(-1)
     logits = h @ head.T

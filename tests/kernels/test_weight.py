@@ -46,7 +46,7 @@ def test_every_form_reads_as_its_dense_matrix(form):
 
 
 def operations():
-    """Each operation that reads a weight, as a function of it and of the arrays that are differentiated."""
+    """Returns each operation that reads a weight, as a function of the weight and the differentiated arrays."""
     x, scale, residual, gate_up = draw(4, T, I), draw(5, I), draw(6, T, O), draw(7, T, 2 * I)
     a, b, targets = draw(8, R, I), draw(9, O, R), jnp.arange(T) % O
     return {
@@ -85,7 +85,7 @@ def test_a_derivative_keeps_codes_and_scales_and_no_dense_matrix(name, form):
     kept = jax.tree.leaves(pull)
     matrices = {x.dtype for x in kept if x.shape[-2:] == (O, I)}
     assert matrices <= {jnp.dtype("int8")}
-    assert matrices or name == "cross_entropy"  # whose gradients are made in the forward pass
+    assert matrices or name == "cross_entropy"  # the loss computes its gradients in the forward pass
 
 
 @all_operations

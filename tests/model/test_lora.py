@@ -1,4 +1,4 @@
-"""LoRA: what gets an adapter, and what it adds."""
+"""Tests which projections get a LoRA adapter, and what an adapter adds."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def linear_with(names: list[str], scaling: float = 2.0, dropout: float = 0.0) -> Linear:
-    """Three projections of one input, some of them adapted, ranks all different."""
+    """Makes three projections of one input; those in `names` get an adapter, each of another rank."""
     linear = Linear(6, {"a": 4, "b": 3, "c": 5}, dtype=jnp.float32, rngs=nnx.Rngs(0))
     for rank, (name, size) in enumerate(linear.projections, 1):
         if name in names:
@@ -48,7 +48,7 @@ def test_dropout_keeps_the_mean_and_is_off_without_a_key():
     keys = jax.random.split(jax.random.key(0), 4000)
     drawn = jax.vmap(lambda key: linear(x, key))(keys)
     assert jnp.std(drawn[..., :4]) > 0.1
-    assert jnp.all(drawn[..., 4:] == drawn[:1, ..., 4:])  # only what is adapted
+    assert jnp.all(drawn[..., 4:] == drawn[:1, ..., 4:])  # dropout acts only where there is an adapter
     error = 5 * jnp.std(drawn, axis=0) / np.sqrt(len(keys))
     assert jnp.all(jnp.abs(drawn.mean(axis=0) - plain(x)) <= error + 1e-6)
 

@@ -17,8 +17,7 @@ KEPT = jax.checkpoint_policies.save_only_these_names("between", "narrow")
 
 @functools.partial(jax.checkpoint, policy=KEPT, prevent_cse=False)
 def layer(x, slices, shared):
-    """Applies a layer with floats and integers of its own and a shared array; two residuals are kept, one of them
-    small."""
+    """Applies a layer that reads its own floats and integers and a shared array; keeps two residuals, one small."""
     weights, place, key = slices
     x = checkpoint_name(x + jnp.tanh(x @ weights["a"]) * shared[place], "between")
     narrow = checkpoint_name(x @ weights["b"], "narrow")

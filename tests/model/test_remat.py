@@ -109,7 +109,7 @@ def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
     lowered = lower_for_cuda(step, trainable, frozen, batch())
     kernels = [module.name for module in triton_modules(lowered)]
     config = small_config(any_family)
-    # the post norm reads `out` again
+    # With offloading, the post norm reads the output of the projection again.
     runs = RUNS[remat] | ({"out": 2} if remat in OFFLOADED and config.post_norms else {})
     first = int(remat in OFFLOADED)
     assert kernels.count("jaxpack_attention") == runs["attention"] + first
@@ -193,7 +193,7 @@ def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):
         heads = step.num_layers * 128 * heads_of(model)[0] * 2
         got -= heads  # the output of attention is kept twice: as heads and as channels
         if model.config.qk_norm:
-            # rotated heads, which XLA shares between the passes
+            # Rotated heads count too: XLA shares them between the passes.
             got += step.num_layers * 128 * sum(heads_of(model)) * 2
     assert got == step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
 
@@ -205,7 +205,7 @@ def test_dropout_keeps_what_it_lets_through(remat):
     got = kept_bytes(kept_arrays(split_trainable(model), remat, dropout=True), model, remat)
     predicted = step.num_layers * layer_bytes(step, remat) + host_bytes(step, remat)
     linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
-    # padded ranks
+    # The prediction pads the ranks, so it may be larger by up to the sum of the ranks in channels.
     assert 0 <= predicted - got <= step.num_layers * 128 * 2 * sum(linear.rank for linear in linears) * 2
 
 
@@ -246,8 +246,7 @@ def test_a_part_with_one_more_name_keeps_the_bytes_that_it_declares(remat, monke
     ],
 )
 def test_little_goes_to_the_host_and_comes_back(any_family, lora, names, remat):
-    """Each layer sends its input, and, if that spares a matmul, the array between its halves or the one before its
-    heads."""
+    """A layer sends its input and, if that spares a matmul, the array between its halves or the source of its heads."""
     graph, trainable, frozen = parts(any_family, lora, jnp.bfloat16)
     text = lower_for_cuda(
         functools.partial(loss_and_gradients, graph, remat=remat), trainable, frozen, batch()

@@ -68,5 +68,5 @@ def test_frequencies_go_by_the_length_of_a_token_s_own_document(scaling):
     for first, length in ((0, 4), (4, 5), (9, 7)):
         alone = document_angles(rope, 4, jnp.arange(length)[None], jnp.full((1, length), length), longest=length)
         np.testing.assert_array_equal(packed[:, :, first : first + length], np.stack(alone))
-    # And they do differ: the same position turns otherwise in each.
+    # The documents do differ: the same position has another angle in each.
     assert len(set(packed[1, 0, [1, 5, 10], 1].tolist())) == (2 if scaling is LONG else 3)

@@ -1,4 +1,4 @@
-"""The model over packed rows: each document as if alone, causal, and blind to all others."""
+"""In packed rows, the model treats each document as if it were alone: causally, and blind to all others."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ LENGTHS = [17, 1, 40, 3, 22]
 
 
 def packed(lengths: list[int], row_length: int = 128, seed: int = 0):
-    """Documents, and a batch `[1, T]` with all of them in one row."""
+    """Makes documents, and a batch `[1, T]` with all of them in one row."""
     documents = random_documents(lengths, seed=seed)
     rows = Rows.grouped(np.arange(len(lengths))[None], documents.lengths)
     return documents, fill_batch(documents.tokens, documents.labels, documents.starts, rows, np.array([0]), row_length)
@@ -61,7 +61,7 @@ def test_changing_a_document_changes_no_other_in_the_last_bit(any_family):
 
 
 def test_a_window_ends_what_a_layer_sees():
-    """With W in each of two layers a token sees 2 (W - 1) others before it, and none beyond."""
+    """With a window of W in each of two layers, a token sees the 2 (W - 1) tokens before it and none beyond."""
     config = small_config("llama", sliding_window=7, local_layers=None)
     model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     tokens = random_documents([40]).tokens[None]
@@ -72,7 +72,7 @@ def test_a_window_ends_what_a_layer_sees():
 
 
 def test_a_window_that_spans_the_rows_costs_nothing(any_family):
-    """Not in a layer's program, and not in what it chooses from: the same program as without."""
+    """A window as long as the rows gives the same program as no window, in the layers and in their per-layer tables."""
 
     def program(window: int | None) -> str:
         config = small_config(any_family, sliding_window=window)
@@ -84,7 +84,7 @@ def test_a_window_that_spans_the_rows_costs_nothing(any_family):
 
 
 def test_bounds_that_a_window_narrows_are_never_taken_for_segments(monkeypatch):
-    """As cuDNN would, by the number of them."""
+    """cuDNN would take bounds for whole segments if it were given the number of segments."""
     given = []
 
     def recorded(*context):

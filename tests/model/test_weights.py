@@ -1,4 +1,4 @@
-"""A model with frozen weights in another form trains, is predicted, is read and written as one with dense weights."""
+"""A model with frozen weights in another form trains, is planned, read and written like one with dense weights."""
 
 import dataclasses
 import functools
@@ -29,13 +29,13 @@ from torch_bridge.tensors import fill, model_tensors
 STORES = {"int8": Int8Weight.of, "mixed": mixed}
 CHOICES = ["offload", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "none", "keep_projections"))]
 all_stores = pytest.mark.parametrize("store", STORES)
-# Where programs are compiled, the stack of both forms shows what each alone does.
+# Where programs are compiled, a model that mixes both forms shows what each form alone does.
 either_store = pytest.mark.parametrize("store", ["mixed", pytest.param("int8", marks=pytest.mark.slow)])
 
 
 @functools.cache
 def adapted(store: str, *, family: str = "qwen3", dropout: float = 0.0) -> Transformer:
-    """A small model with frozen weights of that form, and adapters that are not zero. Not to be changed."""
+    """Makes a small model with frozen weights in that form and nonzero adapters; callers must not change it."""
     model = small_model(family, num_layers=3)
     freeze(model, STORES[store])
     add_lora(model, LoraConfig(r=8, lora_dropout=dropout))
@@ -80,7 +80,7 @@ def test_the_derivative_keeps_the_weights_as_they_are_stored(store, dropout, rem
         return jax.tree.leaves(jax.vjp(hidden, trainable)[1])
 
     residuals = jax.eval_shape(kept, trainable, frozen, *3 * [jax.ShapeDtypeStruct((1, 128), jnp.int32)])
-    ranks = range(33)  # rows and columns of factors that stand behind a matrix
+    ranks = range(33)  # rows or columns of adapter factors appended to a matrix
     matrices = {linear.weight.shape[-2:] for linear in linears(model)}
     shapes = {(o + r, i) for o, i in matrices for r in ranks} | {(o, i + r) for o, i in matrices for r in ranks}
     stored = [(x.shape, x.dtype) for x in jax.tree.leaves([weight_of(x.weight) for x in linears(model)])]
@@ -221,7 +221,7 @@ def test_a_module_to_save_is_trained_from_its_dense_form():
 @pytest.mark.parametrize("remat", ["full", "offload", "none"])
 @all_stores
 def test_a_compiled_step_holds_one_dense_matrix_at_a_time(store, remat):
-    """Beside what a step with dense weights holds, which copies each matrix with its factor: nothing."""
+    """A step holds no more than with dense weights, where each matrix is copied together with its adapter factor."""
     config = dataclasses.replace(SHAPES["Qwen3-0.6B"], num_layers=8)
 
     def temporary_bytes(form) -> int:

@@ -1,5 +1,7 @@
-"""The notebooks run from their first cell to their last, with smaller settings than those they show; and what they show
-was seen on a GPU with their own."""
+"""Tests that the notebooks run from first to last cell, with smaller settings than the notebooks show.
+
+Also tests that the stored outputs come from one whole run on a GPU.
+"""
 
 import re
 from pathlib import Path
@@ -52,6 +54,6 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch):
 
 
 def assigned(source: str) -> list[str]:
-    """The names that lines of settings give a value."""
+    """Returns the names to which lines of settings assign a value."""
     names = [name for line in source.splitlines() for name in line.partition("#")[0].partition("=")[0].split(",")]
     return [name.strip() for name in names if name.strip()]

@@ -1,4 +1,4 @@
-"""A user's own objective: of hidden states, of log-probabilities, of documents that are compared."""
+"""Users can train with their own objective: on hidden states, log-probabilities, or documents that are compared."""
 
 import functools
 
@@ -157,7 +157,7 @@ def test_dpo_learns_to_prefer_and_packing_changes_nothing():
 def test_dpo_follows_the_sums_written_out_document_by_document():
     trained = model()
     plain = without_adapters(trained)
-    documents = random_documents([12, 12, 12, 12], masked=0.2)  # one shape, whose logits are compiled once
+    documents = random_documents([12, 12, 12, 12], masked=0.2)  # of one shape: logits compile once
     config = TrainConfig(max_length=128, packing=True, per_device_train_batch_size=1, max_steps=1)
     rows = jax.tree.map(jnp.asarray, Batches(documents, config, documents_together=2)[0])
 

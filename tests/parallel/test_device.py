@@ -1,11 +1,11 @@
-"""Which device a run is on, and what its host has to spare."""
+"""Tests which device a run uses, and how much memory its host has free."""
 
 import jax
 import pytest
 
 from jaxpack.parallel.device import available_host_bytes, current_device, pinned_limit_bytes
 
-# Of each version of control groups: the folder, the names of limit and use, and that of files read before.
+# For each cgroup version: the folder, the names of the limit and the usage, and the name of the page cache entry.
 GROUPS = {
     2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -13,7 +13,7 @@ GROUPS = {
 
 
 def host(root, available: int, version: int = 2, limit: str | None = None, used: int = 0, cached: int = 0):
-    """A file system that says how much memory there is, in GiB."""
+    """Writes a file system that says how much memory there is, in GiB."""
     (root / "proc").mkdir()
     (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available * 2**20} kB\n")
     if limit is not None:

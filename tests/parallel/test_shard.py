@@ -1,4 +1,4 @@
-"""A step on two devices equals that on one, gradients included (Adam hides a constant factor), and is added up once."""
+"""A step on two devices has the gradients of one device (Adam hides a constant factor) and one all-reduce."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def results():
     tests = Path(__file__).parent.parent
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
     if jax.__version__.startswith("0.11."):
-        # Its Shardy partitioner crashes on a CPU where weights are frozen; that of jax 0.10 and 0.12 does not.
+        # The Shardy partitioner of jax 0.11 crashes on a CPU with frozen weights; jax 0.10 and 0.12 do not.
         environment["JAX_USE_SHARDY_PARTITIONER"] = "false"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Runs in a process of its own, with two simulated devices: prints how a step on both differs from one on one of them.
+"""Prints how a step on two simulated devices differs from a step on one; runs in its own process.
 
 `python two_devices.py` prints a JSON list: for each case its name, the largest relative difference of a gradient, the
 difference of the losses, and the collectives of the compiled program.
@@ -64,7 +64,7 @@ def measure(lora, settings, objective, remat):
 
 
 def train(count):
-    """The losses of four steps and an evaluation, on so many devices."""
+    """Returns the losses of four steps and an evaluation on `count` devices."""
     batches = Batches(
         random_documents([50] * 16),
         TrainConfig(max_length=128, max_steps=4, packing=True, per_device_train_batch_size=2),

@@ -39,7 +39,7 @@ def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return families.measure(f"{request.param}-untied", tmp_path_factory.mktemp("folder"))
 
 
-# The tolerances, and why, are those of `test_parity_vs_torch.py`.
+# `test_parity_vs_torch.py` has the same tolerances and gives the reasons.
 
 
 def test_logits_equal_transformers(figures: families.Figures):

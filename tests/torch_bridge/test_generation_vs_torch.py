@@ -12,7 +12,8 @@ from tests.torch_bridge import hf
 PROMPTS = [hf.random_tokens(length, seed=length) for length in (50, 30, 70)]
 NEW_TOKENS = 24  # the first text grows past `hf.ORIGINAL_CONTEXT`, the last begins beyond it
 
-# Keys in transformers' cache keep the RoPE frequencies of the shorter text. Phi-3 alone reads the text again.
+# Keys in transformers' cache keep the RoPE frequencies of shorter texts. Phi-3 instead reads a text again when it gets
+# long.
 _WITHOUT_CACHE = {"llama_dynamic", "llama_longrope"}
 _QUICK = {"llama_dynamic", "phi4_mini", "gemma2", "gemma3"}
 _PARAMETERS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in hf.FAMILIES]

@@ -156,7 +156,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Path]:
-    """Returns a model and an adapter for it. Checks afterwards that refused adapters left the model unchanged."""
+    """Returns a model and an adapter for it. Tests share the model, as refused adapters leave it unchanged."""
     _, base, adapter = save_peft(tmp_path_factory.mktemp("some"), "llama-untied", SETTINGS["some"])
     return torch_bridge.from_pretrained(base, dtype="float32")[0], Path(adapter)
 

@@ -143,7 +143,7 @@ def test_missing_and_misshapen_tensors_are_reported_together_before_any_is_read(
 
 def test_tensors_beyond_the_model_are_ignored_aloud(family: str, capsys: pytest.CaptureFixture[str]):
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes_by_hand(family, True).items()}
-    # old files hold it; it is no weight
+    # in old files; no weight
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(10, np.float32)
     config = small_config(family, tie_word_embeddings=True)
     build_model(config, FakeTensors(tensors), "float32")

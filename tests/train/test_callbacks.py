@@ -1,4 +1,4 @@
-"""What a run tells, and when; a user's metrics, optimizer and schedule."""
+"""Tests what a run tells its callbacks and when, and a user's own metrics, optimizer and schedule."""
 
 import json
 
@@ -40,7 +40,7 @@ class Recorder(Callback):
 
 @pytest.fixture
 def started(monkeypatch):
-    """How many steps have been started."""
+    """Counts the steps that have been started."""
     count = [0]
     step = Run.step
 

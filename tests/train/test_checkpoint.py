@@ -1,4 +1,4 @@
-"""A checkpoint is whole, of one run alone, and all that the run needs to go on as if it had not stopped."""
+"""Tests that a checkpoint is whole, fits one run alone, and lets the run go on as if it had not stopped."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def trainer(output: Path | None, model: Transformer | None = None, rows: list = 
 
 
 def crash(training: Trainer, after: int) -> None:
-    """Trains, and fails where the metrics of a step are read."""
+    """Trains, and fails when the metrics of a step are read."""
     step = Log.step
 
     def fail(log: Log, metrics: object) -> None:
@@ -95,7 +95,7 @@ def test_a_resumed_run_is_the_undisturbed_one(changes: dict, lora: LoraConfig | 
     crash(begin("run", report_to="tensorboard"), after=7)
     assert steps_in(tmp_path / "run" / "checkpoints") == [3, 6]
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "loss":')  # killed in the middle of a line
+        file.write('{"step": 7, "loss":')  # the run was killed in the middle of a line
     resumed = begin("run", report_to="tensorboard", resume_from_checkpoint="latest")
     require_same(resumed.train(), resumed.model, expected, whole.model)
     assert scalars(tmp_path / "run") == expected_scalars(tmp_path / "run")
@@ -212,7 +212,7 @@ def test_what_changes_no_number_may_differ(
 ) -> None:
     path = str(stopped / "checkpoints" / "3")
     free = {"logging_steps": 1, "save_steps": 1, "save_total_limit": 1, "remat": "none"}
-    monkeypatch.delattr(Run, "compile")  # what comes next
+    monkeypatch.delattr(Run, "compile")  # compiling would come next
     with pytest.raises(AttributeError, match="compile"):
         trainer(tmp_path, resume_from_checkpoint=path, compilation_cache_dir="none", **free).train()
     shown = capsys.readouterr().err
@@ -247,7 +247,7 @@ def test_adapters_are_the_same_however_they_are_written() -> None:
     assert adapted() == adapted(target_modules=tuple(adapters(small_model("qwen3", lora=LORA))))
 
 
-# Names in the checkpoints of 0.1.0, whose runs go on as long as they stay the same.
+# Names in the checkpoints of version 0.1.0. Its runs can go on as long as the names stay the same.
 FROZEN_NAMES = [
     *("embedding", "lm_head", "norm.scale", "blocks.attention_norm.scale", "blocks.feed_forward_norm.scale"),
     *("blocks.attention.qkv.weight", "blocks.attention.out.weight"),
@@ -446,7 +446,7 @@ def test_no_part_of_a_damaged_checkpoint_is_taken(checkpoints: Checkpoints, tmp_
                 assert f"must be a whole checkpoint, got '{damaged}'" in str(error)
                 assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
                 refused += 1
-            else:  # the file said nothing that another does not
+            else:  # the file said nothing that no other file says
                 jax.tree.map(np.testing.assert_array_equal, found, small_state(3))
                 assert progress == progress_of(3)
             shutil.rmtree(damaged)

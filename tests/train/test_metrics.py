@@ -1,4 +1,4 @@
-"""Metrics go where they are asked to, the same everywhere, and no destination is in another's way, or in the run's."""
+"""Tests that metrics reach each chosen destination alike, and that no destination disturbs another or the run."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert scalars(tmp_path) == expected_scalars(tmp_path)
     assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.5), (6, 6.5), (7, 7.5)]
     written = [event.step for event in events(tmp_path) if event.summary.value]
-    assert written == [1, 2, 3, 4, 5, 6, 5, 6, 7]  # it was the reader that left two out
+    assert written == [1, 2, 3, 4, 5, 6, 5, 6, 7]  # the reader left two out
 
 
 def test_what_was_written_is_in_the_file_at_once(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_library_that_is_missing_is_told_before_any_work(
     monkeypatch.setitem(sys.modules, library, None)
     config = TrainConfig(output_dir=str(tmp_path / "run"), report_to=name)
     with pytest.raises(InputError) as refused:
-        Trainer(small_model("qwen3"), None, "nowhere.jsonl", config)  # that there is no such file comes later
+        Trainer(small_model("qwen3"), None, "nowhere.jsonl", config)  # the missing file is noticed later
     assert str(refused.value) == f"`report_to` '{name}' needs `pip install jaxpack[{name}]`, got no {library}."
     assert not (tmp_path / "run").exists()
 
@@ -92,12 +92,12 @@ def test_a_library_that_is_missing_is_told_before_any_work(
 
 
 class WandBError(Exception):
-    """What the stand-in raises."""
+    """Is raised by the stand-in for wandb."""
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """The calls of a stand-in for wandb, which makes the files that the library makes."""
+    """Records the calls of a stand-in for wandb, which makes the files that the library makes."""
     calls: list[tuple[str, Any]] = []
 
     def init(**options: Any) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""The records and lines of a run are those of its steps."""
+"""Tests that a run's records and printed lines agree with its steps."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run's report says what its files say, of a run at whatever stage, and is in no run's way."""
+"""Tests that a report agrees with the run's files at any stage of the run, and never disturbs the run."""
 
 import json
 import signal
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(run: Path, tmp_path: Path) -> Path:
-    """The run's own files, without the report."""
+    """Copies the run's own files without the report."""
     for name in ("metrics.jsonl", "about.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     return tmp_path
@@ -102,7 +102,7 @@ def test_the_picture_draws_the_records(run: Path) -> None:
 def test_a_run_that_was_killed_is_reported_up_to_there(copied: Path) -> None:
     lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= 4]
-    (copied / "metrics.jsonl").write_text("".join(kept) + lines[-1][:20])  # in the middle of a line
+    (copied / "metrics.jsonl").write_text("".join(kept) + lines[-1][:20])  # cut in a line
     path = jaxpack.write_report(str(copied))
     assert path == copied / "report.md"
     text = path.read_text()
@@ -122,7 +122,7 @@ def test_a_run_that_is_stopped_has_a_report(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Log, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "run").train()
-    assert (tmp_path / "run" / "report.md").read_text().startswith("# run: 5 of 7 steps\n")  # the fifth was running
+    assert (tmp_path / "run" / "report.md").read_text().startswith("# run: 5 of 7 steps\n")  # step 5 was running
 
 
 def test_without_matplotlib_the_report_says_how_to_get_the_picture(

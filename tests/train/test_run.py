@@ -1,4 +1,4 @@
-"""A run compiles its programs before it, keeps the device busy, and evaluates what it has learned."""
+"""Tests that a run compiles its programs first, keeps the device busy, and evaluates what it has learned."""
 
 import itertools
 import time
@@ -43,7 +43,7 @@ def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monk
     config = TrainConfig(max_length=128, per_device_train_batch_size=12, num_train_epochs=1, logging_steps=1, **layout)
     config = changed(config, output_dir=str(tmp_path), eval_steps=2, save_steps=4)
     trainer = Trainer(small_model("qwen3", lora=LORA), None, rows, config, rows[:12])
-    compiled: list[str] = []  # by XLA, the small programs between the steps, too
+    compiled: list[str] = []  # all that XLA compiles, also small programs between the steps
     by_step: list[int] = []
 
     def count(event: str, _: float, **__: object) -> None:
@@ -64,13 +64,15 @@ def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monk
 
 @pytest.mark.parametrize("save_steps", [0, 3])
 def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(save_steps, monkeypatch, tmp_path):
-    """A read waits for the step that makes what is read. So each step but the second is started before the one ahead of
-    it is read, and the state is read where it is saved, and nowhere else.
+    """A read waits for the step that computes the value.
+
+    So the host starts each step but the second before it reads the metrics of the step before. It reads the state only
+    to save it.
     """
     config = changed(SHORT, logging_steps=1, output_dir=str(tmp_path), save_steps=save_steps)
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config)
     events: list[tuple[str, object]] = []
-    metrics_of: dict[int, int] = {}  # by id of the array; `started` keeps them alive, so that no id is used again
+    metrics_of: dict[int, int] = {}  # by id of the array; `started` keeps the arrays alive, so ids stay unique
     started = []
     run = jax.stages.Compiled.__call__
 
@@ -94,8 +96,8 @@ def test_the_host_reads_nothing_in_the_loop_but_the_metrics_of_the_step_before(s
     monkeypatch.setattr(kind, "_value", property(reading(kind._value.fget)))  # float(x), x.item(), device_get
     for owner, name in (
         (kind, "block_until_ready"),
-        (jax, "block_until_ready"),  # of several arrays, it does not call theirs
-        (np, "asarray"),  # on a CPU, it takes a buffer
+        (jax, "block_until_ready"),  # for several arrays, it bypasses the method
+        (np, "asarray"),  # on a CPU, it reads the buffer directly
         (np, "array"),
     ):
         monkeypatch.setattr(owner, name, reading(getattr(owner, name)))
@@ -150,7 +152,7 @@ def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
     rows[5]["labels"] = [-100] + [token if i % 3 else -100 for i, token in enumerate(rows[5]["input_ids"][1:])]
     config = changed(SHORT, max_steps=1, learning_rate=1e-9, gradient_accumulation_steps=2, **layout)
     result = Trainer(model, None, ROWS, config, rows).train()
-    # Alone in its row: a token reads what is before it, and not the zeros after.
+    # Each document is alone in its row. A token reads what is before it, so the zeros behind the document do not count.
     tokens = np.array([row["input_ids"] + [0] * (64 - len(row["input_ids"])) for row in rows])
     losses = []
     for row, logits in zip(rows, np.asarray(model.logits(jnp.array(tokens)), np.float64), strict=True):

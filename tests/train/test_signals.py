@@ -1,4 +1,4 @@
-"""The first signal is noted, for the run to end in order."""
+"""Tests that the first signal is only noted, so that the run ends in order."""
 
 import signal
 

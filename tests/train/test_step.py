@@ -1,4 +1,4 @@
-"""The step: the loss and the gradient do not depend on how documents are laid out, and only what should change does."""
+"""Tests that a step's loss and gradient do not depend on the layout of documents, and what a step changes."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LORA = LoraConfig(r=4)
 
 
 def batch_of(documents: Documents, groups: list[list[list[int]]], row_length: int) -> PackedBatch:
-    """A batch `[A, B, T]`: micro-batches of rows of documents."""
+    """Builds a batch `[A, B, T]` from micro-batches of rows of documents."""
     widest = max(len(row) for micro in groups for row in micro)
     table = np.array([[[*row, *[-1] * (widest - len(row))] for row in micro] for micro in groups])
     rows = Rows.grouped(table.reshape(-1, widest), documents.lengths)
@@ -39,7 +39,7 @@ def _compiled(graph: nnx.GraphDef) -> Callable:
 
 
 def evaluate(parts: tuple, batch: PackedBatch) -> tuple:
-    """`loss_and_gradients`, compiled once for each model and shape."""
+    """Calls `loss_and_gradients`, compiled once for each model and shape."""
     graph, trainable, frozen = parts
     return _compiled(graph)(trainable, frozen, batch)
 
@@ -48,7 +48,7 @@ def flat(tree: object) -> np.ndarray:
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])  # whose step has no norm of heads
+@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])  # no QK norm
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -151,7 +151,7 @@ def test_a_step_is_the_written_out_adamw():
     assert norm > 0.5
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
     g *= 0.5 / norm
-    # First step of Adam: both moments, corrected for their bias, are those of this gradient.
+    # In Adam's first step both moments, corrected for bias, are those of this gradient alone.
     expected = before - 1e-2 * (g / (np.abs(g) + 1e-8) + 0.1 * before)
     np.testing.assert_allclose(flat(state.trainable), expected, atol=2e-6)
 
@@ -159,7 +159,7 @@ def test_a_step_is_the_written_out_adamw():
 def test_norm_scales_do_not_decay():
     model = small_model("qwen3")
     config = TrainConfig(learning_rate=1.0, weight_decay=0.5, lr_scheduler_type="constant")
-    nothing = batch_of(random_documents([20], masked=1.1), [[[0]]], 128)  # no gradient: only decay acts
+    nothing = batch_of(random_documents([20], masked=1.1), [[[0]]], 128)  # without gradient, only decay acts
     _, trainable, _ = split_trainable(model)
     _, state, *_ = one_step(model, config, nothing)
     for (path, before), after in zip(
@@ -171,7 +171,7 @@ def test_norm_scales_do_not_decay():
 
 @pytest.fixture(scope="module")
 def compiled_step():
-    """The memory that a compiled step takes, and the bytes of its state and of the frozen weights."""
+    """Returns a compiled step's memory use, and the bytes of its state and of the frozen weights."""
     batch = batch_of(random_documents(LENGTHS), [[list(range(16))]], 384)
     graph, trainable, frozen = split_trainable(small_model("qwen3", lora=LORA))
     optimizer = optax.adamw(1e-3)
@@ -187,7 +187,7 @@ def test_the_state_is_donated(compiled_step):
 
 
 def test_frozen_weights_are_an_argument_and_no_constant(compiled_step):
-    # Closed over, they would be baked into the program.
+    # If the step closed over the frozen weights, they would be constants of the program.
     memory, state_bytes, frozen_bytes = compiled_step
     assert memory.argument_size_in_bytes >= state_bytes + frozen_bytes
 
@@ -227,7 +227,7 @@ def test_dropout_draws_every_mask_anew_and_the_same_from_the_same_seed(monkeypat
     state, second = step(state, frozen, batch)
     of_second = masks()
     _, again = step(state._replace(step=jnp.int32(0)), frozen, batch)
-    each = 2 * 2 * 4  # micro-batches, layers, projections; what is computed again draws the same
+    each = 2 * 2 * 4  # micro-batches, layers, projections; recomputation repeats the draws
     assert len(of_first) == len(of_second) == each
     assert masks() == of_first and not of_first & of_second
     _, _, off, _ = one_step(model, config, batch)

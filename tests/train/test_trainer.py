@@ -1,4 +1,4 @@
-"""The loop: what it reports is what it did, and the model it leaves is the one it trained."""
+"""Tests that the training loop reports what it did, and leaves the model that it trained."""
 
 import functools
 import json
@@ -39,17 +39,17 @@ def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
         def asked(self) -> bool:
             before = super().asked
             if len(trainer.progress.losses) == 3:
-                self._received = signal.SIGINT  # right after it was looked for
+                self._received = signal.SIGINT  # right after the check
             return before
 
     monkeypatch.setattr("jaxpack.train.trainer.StopSignal", Asked)
-    config = changed(SHORT, eval_steps=3, save_steps=6, output_dir=str(tmp_path))  # step 3 is waited for, and not saved
+    config = changed(SHORT, eval_steps=3, save_steps=6, output_dir=str(tmp_path))  # waits for step 3 without a save
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config, ROWS[:9])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     losses = trainer.progress.losses
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [str(len(losses))]
-    # Told, too, though `logging_steps` is 10.
+    # The last step is logged, too, although `logging_steps` is 10.
     *_, record = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (record["step"], record["loss"]) == (len(losses), pytest.approx(np.mean(losses)))
     assert (tmp_path / "report.md").exists()
@@ -85,7 +85,7 @@ def test_an_error_in_the_loop_ends_the_thread_that_makes_batches(monkeypatch):
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt) as raised:
         Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT).train()
-    assert threading.active_count() == before, raised  # while the traceback holds the loop's variables
+    assert threading.active_count() == before, raised  # although the traceback holds the loop's variables
 
 
 def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
@@ -165,12 +165,12 @@ def losses_of(dtype: str, remat: Remat, implementation: Implementation | None = 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", get_args(Remat))
 def test_losses_follow_float32_whatever_is_kept(remat):
-    """20 steps, within what bfloat16 costs: 1.5e-2 at most, 1e-3 in the mean (the bounds of TRL's invariance tests)."""
+    """Losses of 20 steps differ by at most 1.5e-2, and 1e-3 in the mean (the bounds of TRL's invariance tests)."""
     losses = losses_of("bfloat16", remat)
     difference = losses - losses_of("float32", "full", "xla")
     assert 0 < np.abs(difference).max() < 1.5e-2
     assert abs(difference.mean()) < 1e-3
-    # The same arithmetic: of what is computed again, and of what is not.
+    # The choices fall into two groups, with recomputed projections or without; a group's arithmetic is the same.
     alike = "none" if remat in ("keep_projections", "none") else "full"
     np.testing.assert_array_equal(losses, losses_of("bfloat16", alike))
 
@@ -178,4 +178,4 @@ def test_losses_follow_float32_whatever_is_kept(remat):
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_tells_the_memory_of_its_own():
     result = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT).train()
-    assert 0 < result.peak_memory_bytes < 2**30  # the allocator's, not the process's
+    assert 0 < result.peak_memory_bytes < 2**30  # memory of the allocator, not of the process

@@ -1,4 +1,4 @@
-"""Programs kept between runs: where, that they are found again, and that a user's own compilations are left alone."""
+"""Compiled programs are kept in the right folder and found again, and a user's own compilations are left alone."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ SETTINGS = [
 
 
 def lowered(factor: float) -> jax.stages.Lowered:
-    """A program, lowered anew: nothing of it is compiled in memory."""
+    """Lowers a new program, so that no compilation of it is in memory."""
     return jax.jit(lambda x: jnp.tanh(x) * factor).lower(jax.ShapeDtypeStruct((8,), jnp.float32))
 
 
@@ -31,7 +31,7 @@ def kept(folder: Path | str) -> set[str]:
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Iterator[Path]:
-    """A user who has set JAX's cache."""
+    """Sets JAX's compilation cache as a user would, and yields its folder."""
     folder = tmp_path / "own"
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -105,7 +105,7 @@ def test_the_folder_that_jax_is_set_to_comes_before_the_default(own_folder: Path
     before = kept(default_folder())
     with cache.in_use():
         cache.compile(lowered(8.0))
-    lowered(9.0).compile()  # and goes on after
+    lowered(9.0).compile()  # JAX still uses its own folder afterwards
     assert len(kept(own_folder)) == 2
     assert kept(default_folder()) == before
 
@@ -131,12 +131,12 @@ def test_by_default_programs_are_kept_in_the_cache_home(
 ):
     assert ProgramCache("auto").folder == str(cache_home / "jaxpack" / "programs")
     monkeypatch.setenv("HOME", str(tmp_path))
-    for unset in ("", "relative/path"):  # which the XDG specification says to ignore
+    for unset in ("", "relative/path"):  # the XDG specification says to ignore these
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert default_folder() == tmp_path / ".cache" / "jaxpack" / "programs"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert ProgramCache("auto").folder == str(tmp_path / ".cache" / "jaxpack" / "programs")
-    assert default_folder().stat().st_mode & 0o077 == 0  # what is there is run: nobody else may put anything there
+    assert default_folder().stat().st_mode & 0o077 == 0  # programs there are run: only the owner may write
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_warning_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):

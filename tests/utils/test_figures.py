@@ -1,4 +1,4 @@
-"""Names beside lines can be read."""
+"""Labels beside lines do not overlap."""
 
 import numpy as np
 

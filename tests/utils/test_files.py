@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all; where it replaces another, or a file one, it is the old or the new one."""
+"""A folder appears whole or not at all; while a folder or file is replaced, the old or the new one is there."""
 
 import errno
 import itertools
@@ -37,7 +37,7 @@ def test_it_appears_with_what_was_written(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_link_stays_one_and_what_it_points_to_appears(exists: bool, tmp_path: Path):
-    """As one to another disk."""
+    """A user may link to a folder on another disk."""
     target = tmp_path / "disk" / "folder"
     target.parent.mkdir()
     if exists:
@@ -66,7 +66,7 @@ def test_a_path_that_cannot_be_is_one_clear_error(name: str, tmp_path: Path):
 
 
 def test_a_folder_that_may_not_be_looked_into_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Root may look into any: what the system says to others."""
+    """Simulates the system's refusal, because root may look into any folder."""
 
     def denied(path: Path, **_: object) -> os.stat_result:
         raise PermissionError(13, "Permission denied", str(path))
@@ -87,7 +87,7 @@ def test_an_empty_folder_that_cannot_be_replaced_is_refused_before_anything_is_w
     Path("disk").mkdir()
     with pytest.raises(InputError, match=r"`path` must be a folder that can be replaced.*disk', which is a mount"):
         write(tmp_path / "disk")
-    require_free_folder(tmp_path / "disk", "output")  # in which other folders may appear
+    require_free_folder(tmp_path / "disk", "output")  # other folders may appear in it
     write(tmp_path / "disk" / "merged")
 
 
@@ -103,7 +103,7 @@ def write_two(folder: Path, text: str) -> None:
 
 def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
-    for number in itertools.count(1):  # of the call that it is killed before: to rename, or to delete a tree
+    for number in itertools.count(1):  # killed before this call of `rename` or `rmtree`
         path = tmp_path / str(number) / "adapter"
         write_two(path, "old")
         mine = path.with_name("adapter.old")

@@ -1,4 +1,4 @@
-"""Prefetching changes when things are made, and nothing else; its thread ends with the loop."""
+"""Prefetching changes only when items are made, and its thread ends with the loop."""
 
 import contextlib
 import threading
@@ -14,7 +14,7 @@ def prefetch_threads() -> list[threading.Thread]:
 
 
 class Recorder:
-    """Makes squares, and remembers which, and in which thread."""
+    """Makes squares, and records their indices and the threads that made them."""
 
     def __init__(self, fails_at: int | None = None, error: type[BaseException] = ValueError):
         self.made: list[int] = []
@@ -43,7 +43,7 @@ def test_the_next_items_are_made_while_the_loop_is_busy_and_no_more():
     made = [threading.Event() for _ in range(10)]
     with contextlib.closing(prefetched(lambda index: made[index].set(), 10, ahead=2)) as items:
         next(items)
-        assert made[1].wait(60)  # nobody asks for it
+        assert made[1].wait(60)  # made before it is asked for
         next(items)
         assert made[2].wait(60)
         (thread,) = prefetch_threads()
