@@ -148,7 +148,9 @@ def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, st
 
 
 def _evaluation(record: Record) -> str:
-    return f"{record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f} (step {record['step']:,})"
+    # Only the exponential of a cross entropy is a perplexity: another objective's records have none.
+    perplexity = f", perplexity {record['eval_perplexity']:.2f}" if "eval_perplexity" in record else ""
+    return f"{record['eval_loss']:.4f}{perplexity} (step {record['step']:,})"
 
 
 def _again(folder: Path) -> str:

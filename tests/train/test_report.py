@@ -135,6 +135,14 @@ def test_without_matplotlib_the_report_says_how_to_get_the_picture(
     assert "loss, first and last record" in table(text)
 
 
+def test_a_loss_that_is_no_cross_entropy_is_reported_without_a_perplexity(copied: Path) -> None:
+    kept = [{key: x for key, x in record.items() if key != "eval_perplexity"} for record in records(copied)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    last = [record for record in kept if "eval_loss" in record][-1]
+    found = table(jaxpack.write_report(copied).read_text())
+    assert found["eval loss, last"] == f"{last['eval_loss']:.4f} (step {last['step']})"
+
+
 def test_one_record_makes_no_picture(copied: Path) -> None:
     line = (copied / "metrics.jsonl").read_text().splitlines()[0]
     (copied / "metrics.jsonl").write_text(line + "\n")
