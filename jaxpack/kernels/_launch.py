@@ -31,9 +31,7 @@ def dispatch(implementation: str | None, *, xla: Callable, pallas: Callable) -> 
     """
     named = {"xla": xla, "pallas": pallas}
     if implementation is None:
-        if not may_lower_for_gpu():
-            return xla
-        return lambda *args: jax.lax.platform_dependent(*args, cuda=pallas, default=xla)
+        return _by_platform(cuda=pallas, default=xla)
     if implementation not in named:
         raise InputError(f"`implementation` must be None or one of {', '.join(named)}, got {implementation!r}.")
     return named[implementation]
@@ -73,9 +71,15 @@ def launch(
         name=f"jaxpack_{name}",
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
     )
+    return _by_platform(cuda=call(interpret=False), cpu=call(interpret=True))(*args)
+
+
+def _by_platform(*, cuda: Callable, **elsewhere: Callable) -> Callable:
+    """Returns a function that calls `cuda` on an NVIDIA GPU, and the one function in `elsewhere` on other platforms."""
     if not may_lower_for_gpu():
-        return call(interpret=True)(*args)
-    return jax.lax.platform_dependent(*args, cuda=call(interpret=False), cpu=call(interpret=True))
+        (function,) = elsewhere.values()
+        return function
+    return lambda *args: jax.lax.platform_dependent(*args, cuda=cuda, **elsewhere)
 
 
 def powers_of_two(size: int, *, limit: int | None = None) -> list[tuple[int, int]]:
