@@ -1,4 +1,4 @@
-# Every target sets up what it needs, in .venv. `make help` lists the targets.
+# `make help` lists the targets. All but `test-gpu` set up what they need themselves.
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV := .venv
@@ -11,12 +11,10 @@ UNOPTIMISED := XLA_FLAGS=--xla_backend_optimization_level=0
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format test-jax test-gpu clean
 
 help:  ## List the targets
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
-		printf '%-12s %s\n' "$$target" "$$text"; done
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed  ## Fine-tune a small model on bundled questions, and check its adapter with PEFT
 	rm -rf build/demo
