@@ -151,11 +151,19 @@ def extended_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidate]:
         for key, size in zip(keys[2:], ((tokens, D + R), (R, D)), strict=True)
     )
     scale, eps = jnp.ones(D, jnp.bfloat16), {"eps": 1e-6, "implementation": "pallas"}
-    backward = functools.partial(extended.extend_normed_backward, with_scale=False, **eps)
+    backward = functools.partial(extended.norm_append_lora_input_backward, with_scale=False, **eps)
     kernels = {
-        "extend": ("_EXTEND", functools.partial(extended.extend, implementation="pallas"), (x, a)),
-        "extend_normed": ("_EXTEND_NORMED", functools.partial(extended.extend_normed, **eps), (x, scale, a)),
-        "extend_normed_backward": ("_BACKWARD", lambda *inputs: backward(*inputs)[0], (e, e, x, scale, a, d)),
+        "append_lora_input": (
+            "_APPEND",
+            functools.partial(extended.append_lora_input, implementation="pallas"),
+            (x, a),
+        ),
+        "norm_append_lora_input": (
+            "_NORM_APPEND",
+            functools.partial(extended.norm_append_lora_input, **eps),
+            (x, scale, a),
+        ),
+        "norm_append_lora_input_backward": ("_BACKWARD", lambda *inputs: backward(*inputs)[0], (e, e, x, scale, a, d)),
         "add_extended": ("_ADD", functools.partial(extended.add_extended, implementation="pallas"), (e, a.T, x)),
     }
     sizes = (16, 32, 64, 128), (32, 64, 128, 256, 512)

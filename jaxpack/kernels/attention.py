@@ -124,15 +124,15 @@ def takes_cudnn(x: Float[Array, "B T A H"], sinks: jax.Array | None, options: "O
     T, H = x.shape[1], x.shape[3]
     if options.implementation not in (None, "cudnn"):
         return False
-    refusal = cudnn.refusal(
+    unsupported_reason = cudnn.unsupported_reason(
         x.shape, x.dtype, window=options.window, softcap=options.softcap, sinks=sinks, max_segments=options.max_segments
     )
     if options.implementation == "cudnn":
-        if refusal is not None:
-            raise InputError(f'`implementation` "cudnn" needs {refusal}.')
+        if unsupported_reason is not None:
+            raise InputError(f'`implementation` "cudnn" needs {unsupported_reason}.')
         return True
     few, long = _CUDNN_FASTER
-    return refusal is None and H <= 128 and options.max_segments <= few and T // options.max_segments >= long
+    return unsupported_reason is None and H <= 128 and options.max_segments <= few and T // options.max_segments >= long
 
 
 # cuDNN is faster for rows of at most this many segments, with at least this many tokens on average (on an H200).
@@ -283,7 +283,7 @@ def plan(head_dim: int, itemsize: int, row_length: int, max_segments: int | None
     return Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2))
 
 
-class _Rows(NamedTuple):
+class _QueryRows(NamedTuple):
     """Holds the rows of one tile: their index in the `T * G` rows of a key head, and their token and query head."""
 
     index: jax.Array
@@ -291,7 +291,7 @@ class _Rows(NamedTuple):
     head: jax.Array
 
     @classmethod
-    def at(cls, start: Any, count: int, kv_head: Any, group: int) -> "_Rows":
+    def at(cls, start: Any, count: int, kv_head: Any, group: int) -> "_QueryRows":
         index = start + jnp.arange(count, dtype=jnp.int32)
         return cls(index, index // group, kv_head * group + index % group)
 
@@ -368,11 +368,11 @@ class _KeyLoop(NamedTuple):
     end: Any
     tiles: Tiles
     row_length: int
-    rows: _Rows
+    rows: _QueryRows
     lower: jax.Array
 
     @classmethod
-    def of(cls, first_ref: Any, row: Any, rows: _Rows, start: Any, group: int, tiles: Tiles, options: Options):
+    def of(cls, first_ref: Any, row: Any, rows: _QueryRows, start: Any, group: int, tiles: Tiles, options: Options):
         tokens = start // group, (start + tiles.rows - 1) // group
         lower = _lower(plt.load(first_ref.at[jnp.full_like(rows.token, row), rows.token]), rows.token, options.window)
         begin = _lower(first_ref[row, tokens[0]], tokens[0], options.window)
@@ -425,7 +425,7 @@ def attention_forward(
         sinks_ref, out_ref, lse_ref = refs if sinks is not None else (None, *refs)
         block, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         start = block * tiles.rows
-        rows = _Rows.at(start, tiles.rows, head, group)
+        rows = _QueryRows.at(start, tiles.rows, head, group)
         loop = _KeyLoop.of(first_ref, row, rows, start, group, tiles, options)
         queries = rows.load(q_ref, row, q.first)
 
@@ -507,7 +507,7 @@ def attention_backward(
     ) -> None:  # fmt: skip
         block, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         start = block * tiles.d_q.rows
-        rows = _Rows.at(start, tiles.d_q.rows, head, group)
+        rows = _QueryRows.at(start, tiles.d_q.rows, head, group)
         loop = _KeyLoop.of(first_ref, row, rows, start, group, tiles.d_q, options)
         queries, d_outs = rows.load(q_ref, row, q.first), rows.load(d_out_ref, row, 0)
         # The softmax's gradient needs the row sums of d_out * out. They are written out for the other kernel.
@@ -571,7 +571,7 @@ def attention_backward(
             # The last block is moved back, as in `_KeyLoop`.
             block_begin = begin + i * rows_per_block
             block_start = jnp.minimum(block_begin, T * group - rows_per_block)
-            rows = _Rows.at(block_start, rows_per_block, head, group)
+            rows = _QueryRows.at(block_start, rows_per_block, head, group)
             token = jnp.where(rows.index >= block_begin, rows.token, -1)
             allowed = (key[:, None] <= token[None, :]) & (token[None, :] < upper[:, None])
             queries, d_outs = rows.load(q_ref, row, q.first), rows.load(d_out_ref, row, 0)

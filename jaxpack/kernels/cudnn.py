@@ -24,7 +24,7 @@ MAX_SEGMENTS = 8
 _FIRST_JAX = (0, 11)  # the first jax version whose XLA was measured and compared
 
 
-def refusal(
+def unsupported_reason(
     shape: Sequence[int],
     dtype: DTypeLike,
     *,
@@ -70,7 +70,7 @@ def attention(
     scale: float,
     max_segments: int,
 ) -> Float[Array, "B T N H"]:
-    """Computes `attention.attention` with cuDNN, for arguments that have no `refusal`.
+    """Computes `attention.attention` with cuDNN, for arguments that have no `unsupported_reason`.
 
     In a row of more than `max_segments` segments, the tokens of the segments beyond yield NaN.
     """

@@ -6,7 +6,8 @@ In that form the adapter is part of its projection's matmul, as a few more chann
 
 The same holds for the gradients. E is D + R channels; R is a power of two from 16, or 0. The kernels here compute the
 rest: the norm that makes `x`, the narrow products with A and B, and the residual connection. Each kernel is one pass
-over the residual stream, where separate operations would take five. Where `refusal` gives a reason, None takes XLA.
+over the residual stream, where separate operations would take five. Where `unsupported_reason` returns a reason,
+`implementation=None` takes XLA.
 """
 
 import functools
@@ -25,7 +26,7 @@ from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
 
 
-def refusal(tokens: int, channels: int, rank: int) -> str | None:
+def unsupported_reason(tokens: int, channels: int, rank: int) -> str | None:
     """Returns what the kernels need that `[tokens, channels]` and `rank` do not meet, or None if the kernels can run.
 
     Their matmuls take blocks of at least 16 by 16, and hold a token's R channels in registers.
@@ -37,14 +38,14 @@ def refusal(tokens: int, channels: int, rank: int) -> str | None:
     return None
 
 
-def extend(
+def append_lora_input(
     x: Float[Array, "*B D"], a: Float[Array, "R D"], implementation: Implementation | None = None
 ) -> Float[Array, "*B E"]:
     """Returns `[x, x A^T]`."""
-    return _by_token(_extend_reference, _extend_kernel, implementation, a.shape, x)(a)
+    return _by_token(_append_reference, _append_kernel, implementation, a.shape, x)(a)
 
 
-def extend_normed(
+def norm_append_lora_input(
     x: Float[Array, "*B D"],
     scale: Float[Array, " D"],
     a: Float[Array, "R D"],
@@ -53,11 +54,11 @@ def extend_normed(
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B E"]:
     """Returns `[n, n A^T]`, where `n = rms_norm(x, scale)`."""
-    xla, pallas = (functools.partial(f, eps=eps) for f in (_extend_normed_reference, _extend_normed_kernel))
+    xla, pallas = (functools.partial(f, eps=eps) for f in (_norm_append_reference, _norm_append_kernel))
     return _by_token(xla, pallas, implementation, a.shape, x)(scale, a)
 
 
-def extend_normed_backward(
+def norm_append_lora_input_backward(
     d_extended: Float[Array, "*B E"],
     extended: Float[Array, "*B E"],
     x: Float[Array, "*B D"],
@@ -69,7 +70,7 @@ def extend_normed_backward(
     with_scale: bool,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"] | None]:
-    """Returns the gradients of `x` and `scale` from the gradient of the output of `extend_normed`.
+    """Returns the gradients of `x` and `scale` from the gradient of the output of `norm_append_lora_input`.
 
     `d_residual` is added to the gradient of `x`. The gradient of `scale` is None unless `with_scale`.
     """
@@ -109,7 +110,7 @@ def _by_token(
     """
     batch, (rank, channels) = arrays[0].shape[:-1], factor
     tokens = math.prod(batch)
-    if (needs := refusal(tokens, channels, rank)) is not None:
+    if (needs := unsupported_reason(tokens, channels, rank)) is not None:
         if implementation == "pallas":
             raise InputError(f'`implementation` "pallas" needs {needs}.')
         implementation = implementation or "xla"
@@ -125,12 +126,12 @@ def _by_token(
 # The references.
 
 
-def _extend_reference(x, a):
+def _append_reference(x, a):
     return jnp.concatenate([x, x @ a.T], axis=-1)
 
 
-def _extend_normed_reference(x, scale, a, *, eps):
-    return _extend_reference(rms_norm_reference(x, scale, eps=eps), a)
+def _norm_append_reference(x, scale, a, *, eps):
+    return _append_reference(rms_norm_reference(x, scale, eps=eps), a)
 
 
 def _backward_reference(x, d_residual, d_extended, extended, scale, a, *, eps, with_scale):
@@ -161,8 +162,8 @@ class _Tile(NamedTuple):
     num_stages: int  # how many pieces ahead a matmul's operands are loaded, for ranks up to _LOW_RANK
 
 
-_EXTEND = _Tile(64, 128, 8, 3)
-_EXTEND_NORMED = _Tile(32, 128, 8, 3)
+_APPEND = _Tile(64, 128, 8, 3)
+_NORM_APPEND = _Tile(32, 128, 8, 3)
 _BACKWARD = _Tile(16, 256, 4, 3)
 _ADD = _Tile(32, 256, 8, 1)
 _LOW_RANK = 64  # for higher ranks, three pieces of a factor do not fit into the shared memory
@@ -221,16 +222,16 @@ def _inverse_norm(squares: jax.Array, D: int, eps: float) -> jax.Array:
     return jax.lax.rsqrt(jnp.sum(squares, axis=1)[:, None] / D + eps)
 
 
-def _extend_kernel(x, a):
+def _append_kernel(x, a):
     return _extend_launch(x, None, a, 0.0)
 
 
-def _extend_normed_kernel(x, scale, a, *, eps):
+def _norm_append_kernel(x, scale, a, *, eps):
     return _extend_launch(x, scale, a, eps)
 
 
 def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: float) -> jax.Array:
-    blocks = _Blocks(x, len(a), _EXTEND if scale is None else _EXTEND_NORMED)
+    blocks = _Blocks(x, len(a), _APPEND if scale is None else _NORM_APPEND)
     T, D = blocks.shape
     scales, factors = [] if scale is None else [scale], [a] if len(a) else []
 
@@ -243,26 +244,26 @@ def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: flo
             )
             inverse = _inverse_norm(squares, D, eps)
 
-        def step(at: Any, narrow: jax.Array | None) -> jax.Array | None:
+        def step(at: Any, xa: jax.Array | None) -> jax.Array | None:
             n = x_ref[here, at]
             for scale_ref in scale_refs:
                 n = (n.astype(jnp.float32) * inverse * _load(scale_ref, at)[None, :]).astype(out_ref.dtype)
             out_ref[here, at] = n
             for a_ref in a_refs:
-                narrow += plt.dot(n, a_ref[blocks.ranks, at].T)
-            return narrow
+                xa += plt.dot(n, a_ref[blocks.ranks, at].T)
+            return xa
 
-        narrow = jnp.zeros((blocks.tokens, blocks.rank), jnp.float32) if a_refs else None
-        narrow = blocks.for_each_piece(step, narrow, again=bool(scale_refs))
+        xa = jnp.zeros((blocks.tokens, blocks.rank), jnp.float32) if a_refs else None
+        xa = blocks.for_each_piece(step, xa, again=bool(scale_refs))
         if a_refs:
-            out_ref[here, blocks.behind] = narrow.astype(out_ref.dtype)
+            out_ref[here, blocks.behind] = xa.astype(out_ref.dtype)
 
     return launch(
         kernel,
         x,
         *scales,
         *factors,
-        name="extend_normed" if scales else "extend",
+        name="norm_append_lora_input" if scales else "append_lora_input",
         grid=(blocks.count,),
         out_shape=jax.ShapeDtypeStruct((T, D + len(a)), x.dtype),
         num_warps=blocks.num_warps,
@@ -313,7 +314,7 @@ def _backward_kernel(x, d_residual, d_extended, extended, scale, a, *, eps, with
         extended,
         scale,
         *factors,
-        name="extend_normed_backward",
+        name="norm_append_lora_input_backward",
         grid=(blocks.count,),
         out_shape=[
             jax.ShapeDtypeStruct((T, D), x.dtype),

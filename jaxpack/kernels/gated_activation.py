@@ -271,5 +271,7 @@ _gated_activation.defvjp(
         _gated_activation(gate, up, activation, implementation),
         (gate, up),
     ),
-    lambda activation, implementation, kept, d: _backward(*kept, d, activation, False, False, implementation)[:2],
+    lambda activation, implementation, residuals, d: _backward(*residuals, d, activation, False, False, implementation)[
+        :2
+    ],
 )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import check_factors, outer, padded
-from jaxpack.kernels.extended import extend_normed, extend_normed_backward
+from jaxpack.kernels.extended import norm_append_lora_input, norm_append_lora_input_backward
 from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
@@ -51,7 +51,7 @@ def _normed_linear(x, scale, weight, a, b, eps, implementation):
 
 
 def _primal(x, scale, weight, a, b, eps, implementation):
-    rows = extend_normed(x, scale, a, eps=eps, implementation=implementation)
+    rows = norm_append_lora_input(x, scale, a, eps=eps, implementation=implementation)
     (rows, b), weight = weight.after(rows, b)
     cast = weight.cast(b.dtype)
     # The copy `[W, B]` is made anew in each direction, at a time that a barrier fixes, and is never kept.
@@ -60,13 +60,13 @@ def _primal(x, scale, weight, a, b, eps, implementation):
 
 def _forward(x, scale, weight, a, b, eps, implementation):
     weight, _ = primal_of(weight)
-    out, kept = _primal(x.value, scale.value, weight, a.value, b.value, eps, implementation)
+    out, residuals = _primal(x.value, scale.value, weight, a.value, b.value, eps, implementation)
     # A frozen norm needs no gradient. The residuals say so by their structure, all that is known later at tracing.
-    return out, (*kept, jnp.zeros(()) if scale.perturbed else None)
+    return out, (*residuals, jnp.zeros(()) if scale.perturbed else None)
 
 
-def _backward(eps, implementation, kept, d):
-    x, scale, weight, cast, a, b, rows, trained = kept
+def _backward(eps, implementation, residuals, d):
+    x, scale, weight, cast, a, b, rows, trained = residuals
     d_x, d_out = map(instantiate, d)
     (d_out, b), cast = cast.after(d_out, b)
     I = x.shape[-1]  # noqa: E741
@@ -77,7 +77,7 @@ def _backward(eps, implementation, kept, d):
     d_b = outer(d_out, rows[..., I:]).astype(b.dtype)
     d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # frees `d_out`
     options = {"eps": eps, "with_scale": trained is not None, "implementation": implementation}
-    d_x, d_scale = extend_normed_backward(d_rows, rows, x, scale, a, d_x, **options)
+    d_x, d_scale = norm_append_lora_input_backward(d_rows, rows, x, scale, a, d_x, **options)
     return d_x, None if d_scale is None else d_scale.astype(scale.dtype), d_weight, d_a, d_b
 
 

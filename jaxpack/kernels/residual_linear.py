@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxpack.constants import Activation, Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import check_factors, outer, padded
-from jaxpack.kernels.extended import add_extended, extend
+from jaxpack.kernels.extended import add_extended, append_lora_input
 from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
 from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
@@ -77,34 +77,34 @@ def _factors(residual, x, weight, lora_a, lora_b) -> tuple[jax.Array, jax.Array]
     return padded(lora_a, lora_b, weight, x.dtype)
 
 
-# `adds` says whether there is a residual: the backward pass cannot tell from what the forward pass kept.
+# `has_residual` says whether there is a residual: the backward pass cannot tell from what the forward pass kept.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _residual_linear(residual, x, weight, a, b, adds, implementation):
+def _residual_linear(residual, x, weight, a, b, has_residual, implementation):
     return _add_projected(residual, x, weight, a, b, implementation)[0]
 
 
-def _forward(residual, x, weight, a, b, adds, implementation):
+def _forward(residual, x, weight, a, b, has_residual, implementation):
     residual, x, a, b = _values(residual, x, a, b)
     weight, _ = primal_of(weight)
-    out, narrow = _add_projected(residual, x, weight, a, b, implementation)
-    return out, (x, weight, a, b, narrow)
+    out, xa = _add_projected(residual, x, weight, a, b, implementation)
+    return out, (x, weight, a, b, xa)
 
 
-def _backward(adds, implementation, kept, d):
-    x, weight, a, b, narrow = kept
+def _backward(has_residual, implementation, residuals, d):
+    x, weight, a, b, xa = residuals
     d = instantiate(d)
-    d_x, d_narrow = _input_gradients(d, weight, a, b, implementation)
-    return d if adds else None, d_x, *_weight_gradients(d, d_narrow, x, weight, a, b, narrow)
+    d_x, d_xa = _input_gradients(d, weight, a, b, implementation)
+    return d if has_residual else None, d_x, *_weight_gradients(d, d_xa, x, weight, a, b, xa)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _gated_residual_linear(residual, gate_up, weight, a, b, adds, activation, implementation):
+def _gated_residual_linear(residual, gate_up, weight, a, b, has_residual, activation, implementation):
     return _gated_primal(residual, gate_up, weight, a, b, activation, implementation)[0]
 
 
-def _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementation):
+def _gated_forward(residual, gate_up, weight, a, b, has_residual, activation, implementation):
     residual, gate_up, a, b = _values(residual, gate_up, a, b)
     weight, _ = primal_of(weight)
     return _gated_primal(residual, gate_up, weight, a, b, activation, implementation)
@@ -113,40 +113,40 @@ def _gated_forward(residual, gate_up, weight, a, b, adds, activation, implementa
 def _gated_primal(residual, gate_up, weight, a, b, activation, implementation):
     gate_up = checkpoint_name(gate_up, "gate_up")
     product = gated_activation(gate_up, activation=activation, implementation=implementation)
-    out, narrow = _add_projected(residual, product, weight, a, b, implementation)
-    return out, (gate_up, weight, a, b, narrow)
+    out, xa = _add_projected(residual, product, weight, a, b, implementation)
+    return out, (gate_up, weight, a, b, xa)
 
 
-def _gated_backward(adds, activation, implementation, kept, d):
-    gate_up, weight, a, b, narrow = kept
+def _gated_backward(has_residual, activation, implementation, residuals, d):
+    gate_up, weight, a, b, xa = residuals
     d = instantiate(d)
-    d_product, d_narrow = _input_gradients(d, weight, a, b, implementation)
+    d_product, d_xa = _input_gradients(d, weight, a, b, implementation)
     d_gate_up, _, product = gated_activation_backward(
         gate_up, None, d_product, activation=activation, with_product=True, in_place=True, implementation=implementation
     )
-    d_weight, d_a, d_b = _weight_gradients(d, d_narrow, product, weight, a, b, narrow)
+    d_weight, d_a, d_b = _weight_gradients(d, d_xa, product, weight, a, b, xa)
     d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # frees the product
-    return d if adds else None, d_gate_up, d_weight, d_a, d_b
+    return d if has_residual else None, d_gate_up, d_weight, d_a, d_b
 
 
 def _add_projected(residual, x, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
     """Returns the output, and the product `x A^T` between the adapter's factors, `[*B, R]`."""
     (x, a), weight = weight.after(x, a)
     rows = x @ weight.append_rows(a).T
-    narrow = checkpoint_name(rows[..., weight.shape[0] :], "lora")
-    return add_extended(rows, b, residual, implementation=implementation), narrow
+    xa = checkpoint_name(rows[..., weight.shape[0] :], "lora")
+    return add_extended(rows, b, residual, implementation=implementation), xa
 
 
 def _input_gradients(d, weight, a, b, implementation) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of `x` and of `x A^T`."""
-    d_rows = extend(d, b.T, implementation) if len(a) else d
+    d_rows = append_lora_input(d, b.T, implementation) if len(a) else d
     (d_rows, a), weight = weight.after(d_rows, a)
     return d_rows @ weight.append_rows(a), d_rows[..., weight.shape[0] :]
 
 
-def _weight_gradients(d, d_narrow, x, weight, a, b, narrow) -> tuple[Weight | None, jax.Array, jax.Array]:
+def _weight_gradients(d, d_xa, x, weight, a, b, xa) -> tuple[Weight | None, jax.Array, jax.Array]:
     d_weight = weight.cotangent(lambda: outer(d, x))
-    return d_weight, outer(d_narrow, x).astype(a.dtype), outer(d, narrow).astype(b.dtype)
+    return d_weight, outer(d_xa, x).astype(a.dtype), outer(d, xa).astype(b.dtype)
 
 
 def _values(*arguments: CustomVJPPrimal | None) -> list[jax.Array | None]:

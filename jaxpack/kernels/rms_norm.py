@@ -50,8 +50,8 @@ def rms_norm_backward(
     return d_x, jnp.sum(d_out * n, axis=tuple(range(x.ndim - 1)))
 
 
-def _backward(eps, kept, d_out):
-    x, scale = kept
+def _backward(eps, residuals, d_out):
+    x, scale = residuals
     d_x, d_scale = rms_norm_backward(x, scale, d_out, eps=eps)
     return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
 

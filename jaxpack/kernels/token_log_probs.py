@@ -141,8 +141,8 @@ def _with_direction(hidden, head, targets, softcap, max_targets, implementation,
     return out, direction
 
 
-def _backward(softcap, max_targets, implementation, kept, d_out):
-    direction, targets, of_head = kept
+def _backward(softcap, max_targets, implementation, residuals, d_out):
+    direction, targets, of_head = residuals
     d_out = instantiate(d_out)
     d_hidden = d_head = None
     if direction is not None:

@@ -194,8 +194,8 @@ def _matmul_forward(x, weight):
     return _matmul(x, weight), (weight, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_backward(kept, d):
-    weight, like = kept
+def _matmul_backward(residuals, d):
+    weight, like = residuals
     (d,), weight = weight.after(instantiate(d))
     return (d @ weight.dense(d.dtype)).astype(like.dtype), None
 

@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         """Returns `x + attention(norm(x))`, and the cache slot with these tokens' keys and values written."""
         config = self.config
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-        x, heads = self.qkv.after_norm(norm, x, context, keys[0])
+        x, heads = self.qkv.norm_project(norm, x, context, keys[0])
         heads = checkpoint_name(heads, "heads").reshape(*x.shape[:2], N + 2 * K, H)
         if slot is not None:
             mixed, slot = self._cached(heads, context, slot)
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
                 implementation=context.implementation,
             )
         mixed = mixed.reshape(*x.shape[:2], N * H)
-        return self.out.onto(x, mixed, context, keys[1], post_norm=self.post_norm), slot
+        return self.out.project_residual(x, mixed, context, keys[1], post_norm=self.post_norm), slot
 
     @property
     def _norms(self) -> HeadNorms | None:
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim  # channels; k and v alike
         heads_bytes = (q + 2 * kv) * size
         turn = Cost(bytes=2 * (q + kv) * size)
-        heads = self.qkv.after_norm_cost(norm, context).name_output("heads", heads_bytes, only_for="qkv")
+        heads = self.qkv.norm_project_cost(norm, context).name_output("heads", heads_bytes, only_for="qkv")
         if config.qk_norm:
             turned = PartCost(unnamed=turn, shared_bytes=(q + kv) * size).name_output("qkv", heads_bytes)
         else:
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
             # Two kernels do seven matmuls for the forward pass's two. The bytes include norm and rotation of heads.
             backward=Cost(attention=3.5 * operations, bytes=(6 * q + 4 * kv + 3 * (q + kv)) * size),
         ).name_output("attention", q * size + 4 * config.num_heads)
-        return heads + turned + mixed + self.out.onto_cost(context, post_norm=self.post_norm)
+        return heads + turned + mixed + self.out.project_residual_cost(context, post_norm=self.post_norm)
 
     def _per_layer_bytes(self) -> int:
         """Returns the bytes a token of the attention bounds and rotary angles, counted only where layers differ."""

@@ -27,8 +27,8 @@ class FeedForward(nnx.Module):
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
     ) -> Float[Array, "B T D"]:
         """Returns `x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
-        x, gate_up = self.gate_up.after_norm(norm, x, context, keys[0])
-        return self.down.onto(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
+        x, gate_up = self.gate_up.norm_project(norm, x, context, keys[0])
+        return self.down.project_residual(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
 
     def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of the part, whose output is the residual stream.
@@ -38,10 +38,14 @@ class FeedForward(nnx.Module):
         adapter, and a copy of the `down` matrix. By then the normed tokens and "gate_up" were computed again.
         """
         size, (D, F) = context.itemsize, weight_of(self.down.weight).shape[-2:]
-        gate_up = self.gate_up.after_norm_cost(norm, context).name_output("gate_up", 2 * F * size)
+        gate_up = self.gate_up.norm_project_cost(norm, context).name_output("gate_up", 2 * F * size)
         peak = BackwardPeak(
             bytes=(F + 2 * D + self.down.rank) * size,
             weight_bytes=F * (D + self.down.rank) * size,
             rerun_bytes=(D + self.gate_up.rank + 2 * F) * size,
         )
-        return gate_up + self.down.onto_cost(context, gated=True, post_norm=self.post_norm) + PartCost(peaks=(peak,))
+        return (
+            gate_up
+            + self.down.project_residual_cost(context, gated=True, post_norm=self.post_norm)
+            + PartCost(peaks=(peak,))
+        )

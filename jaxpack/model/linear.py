@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
-from jaxpack.kernels.extended import refusal
+from jaxpack.kernels.extended import unsupported_reason
 from jaxpack.kernels.gated_activation import gated_activation
 from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
@@ -58,25 +58,25 @@ class Linear(nnx.Module):
         out = self._biased(weight_of(self.weight).matmul(x))
         if not self.lora:
             return out
-        if self.drops(dropout_key):
+        if self.has_dropout(dropout_key):
             keep = jax.random.bernoulli(dropout_key, 1 - self._dropout, x.shape)
             kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
             x = jnp.where(keep, kept, 0)
         lora_a, lora_b = (factor.astype(x.dtype) for factor in self.factors())
         return out + x @ lora_a.T @ lora_b.T
 
-    def after_norm(
+    def norm_project(
         self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_key: Key[Array, ""] | None
     ) -> tuple[Float[Array, "B T I"], Float[Array, "B T O"]]:
         """Returns `x` for the residual connection, and all projections of `norm(x)`, concatenated."""
-        if context.apart or self.drops(dropout_key):
+        if context.apart or self.has_dropout(dropout_key):
             return x, self(norm(x), dropout_key)
         weights = norm.weight, weight_of(self.weight), *self.factors()
         implementation = self._fitting(context.implementation, x)
         x, out = normed_linear(x, *weights, eps=norm.eps, implementation=implementation)
         return x, self._biased(out)
 
-    def onto(
+    def project_residual(
         self,
         residual: Float[Array, "B T O"],
         x: Float[Array, "B T I"],
@@ -92,7 +92,7 @@ class Linear(nnx.Module):
         """
         implementation = context.implementation
         base = residual if post_norm is None else None
-        if context.apart or self.drops(dropout_key):
+        if context.apart or self.has_dropout(dropout_key):
             if gated is not None:  # the adapter needs the product as an array, perhaps for dropout
                 x = gated_activation(checkpoint_name(x, "gate_up"), activation=gated, implementation=implementation)
             out = self(x, dropout_key)
@@ -107,8 +107,8 @@ class Linear(nnx.Module):
             out = self._biased(out)
         return out if post_norm is None else residual + post_norm(checkpoint_name(out, "branch"))
 
-    def after_norm_cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
-        """Returns the cost of `after_norm`, whose output is the projections.
+    def norm_project_cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
+        """Returns the cost of `norm_project`, whose output is the projections.
 
         The derivatives read the normed tokens, with their product with the adapters' A factors appended as further
         channels. With dropout they read the dropped-out input, its mask and that product. A weight that is cast is kept
@@ -126,8 +126,10 @@ class Linear(nnx.Module):
         )
         return norm.cost(context) + rows + PartCost(backward=self._gradient_cost(matrix, context))
 
-    def onto_cost(self, context: CostContext, *, gated: bool = False, post_norm: RMSNorm | None = None) -> PartCost:
-        """Returns the cost of `onto`, whose output is the residual stream.
+    def project_residual_cost(
+        self, context: CostContext, *, gated: bool = False, post_norm: RMSNorm | None = None
+    ) -> PartCost:
+        """Returns the cost of `project_residual`, whose output is the residual stream.
 
         The cost names "lora", the product of the input with the adapters' A factors, which is so small that every
         choice of `remat` keeps it. With a `post_norm` it also names "branch", the input of that norm. The input of the
@@ -187,14 +189,14 @@ class Linear(nnx.Module):
         rank = sum(adapter.lora_a.shape[-2] for adapter in self.lora.values())
         return padded_rank(rank) if rank else 0
 
-    def drops(self, dropout_key: Key[Array, ""] | None) -> bool:
+    def has_dropout(self, dropout_key: Key[Array, ""] | None) -> bool:
         """Returns whether dropout acts, so that the adapters read another input than the projection."""
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
 
     def _fitting(self, implementation: Implementation | None, residual: Float[Array, "B T D"]) -> Implementation | None:
         """Returns `implementation`, or "xla" where "pallas" has no kernel for a residual stream of this shape."""
         B, T, D = residual.shape
-        return "xla" if implementation == "pallas" and refusal(B * T, D, self.rank) else implementation
+        return "xla" if implementation == "pallas" and unsupported_reason(B * T, D, self.rank) else implementation
 
     def _biased(self, out: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
         if self.bias is None:

@@ -38,9 +38,9 @@ class RMSNorm(nnx.Module):
     def cost(self, context: CostContext, *, adds_residual: bool = False) -> PartCost:
         """Returns the cost of a norm before a branch or, with `adds_residual`, of a norm after it.
 
-        The result of a norm before a branch is a residual of the next projection, which counts it
-        (`Linear.after_norm_cost`), and the backward kernel adds the gradient of the residual connection. A norm after a
-        branch adds the residual stream to its result.
+        The result of a norm before a branch is a residual of the next projection, which counts it in
+        `Linear.norm_project_cost`, and the backward kernel adds the gradient of the residual connection. A norm after
+        a branch adds the residual stream to its result.
         """
         row = self.scale.shape[-1] * context.itemsize  # bytes a token
         if adds_residual:

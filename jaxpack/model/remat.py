@@ -36,16 +36,16 @@ OFFLOADED: dict[Remat, frozenset[str]] = {
 }
 
 
-def offloaded(remat: Remat, config: ModelConfig, *, casts: bool) -> frozenset[str]:
+def offloaded(remat: Remat, config: ModelConfig, *, casts_weights: bool) -> frozenset[str]:
     """Returns the names of `OFFLOADED` that a model offloads.
 
     A norm after a branch reads the projection's output again, so "residual" saves nothing there and is left out. Where
     weights are trained, and therefore cast, only the layers' inputs are offloaded: see `RMSNorm.weight`.
 
     Args:
-      casts: whether weights are trained, in float32, and read in a narrower dtype (`Transformer.casts_weights`).
+      casts_weights: whether weights are trained in float32 and read in a narrower dtype (`Transformer.casts_weights`).
     """
-    if casts:
+    if casts_weights:
         return frozenset()
     return OFFLOADED.get(remat, frozenset()) - ({"residual"} if config.post_norms else set())
 

@@ -71,7 +71,7 @@ class Transformer(nnx.Module):
           remat: the choice of what the backward pass computes again, see `model.remat`.
           max_segments: an upper bound on the documents in a row, if known; see `kernels.attention`.
           implementation: the implementation of all kernels; None picks the faster one on each device. With "pallas",
-            XLA computes the projections that have no Pallas kernel, see `kernels.extended.refusal`.
+            XLA computes the projections that have no Pallas kernel, see `kernels.extended.unsupported_reason`.
           dropout_key: turns the dropout of LoRA adapters on.
         """
         segments = segment_bounds(segment_ids)
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
 
         numbers = jnp.arange(self.config.num_layers) if jax.tree.leaves(stacks) else None
         scanned, shared = (layers, keys, numbers, bounds.index, angles.index), (stacks, bounds, angles)
-        layer = recompute(layer, remat, offloaded(remat, self.config, casts=self.casts_weights))
+        layer = recompute(layer, remat, offloaded(remat, self.config, casts_weights=self.casts_weights))
         x = self.embed(tokens)
         if remat in OFFLOADED:
             x = scan_offloaded(layer, x, scanned, shared)

@@ -127,7 +127,7 @@ class StepShape:
 
     def offloaded(self, remat: Remat) -> frozenset[str]:
         """Returns the names of the activations that a choice offloads to the host beside the layer inputs."""
-        return offloaded(remat, self.config, casts=self.casts_weights)
+        return offloaded(remat, self.config, casts_weights=self.casts_weights)
 
 
 def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"]) -> float:

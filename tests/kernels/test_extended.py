@@ -7,7 +7,12 @@ import pytest
 from kernels.cuda_lowering import lower_for_cuda, triton_modules
 
 from jaxpack.errors import InputError
-from jaxpack.kernels.extended import add_extended, extend, extend_normed, extend_normed_backward
+from jaxpack.kernels.extended import (
+    add_extended,
+    append_lora_input,
+    norm_append_lora_input,
+    norm_append_lora_input_backward,
+)
 
 NORM = {"eps": 1e-6}
 
@@ -17,10 +22,10 @@ def calls(tokens: int, channels: int, rank: int):
     x, extended = jnp.ones((tokens, channels)), jnp.ones((tokens, channels + rank))
     scale, a = jnp.ones(channels), jnp.ones((rank, channels))
     return {
-        "extend": functools.partial(extend, x, a),
-        "extend_normed": functools.partial(extend_normed, x, scale, a, **NORM),
-        "extend_normed_backward": functools.partial(
-            extend_normed_backward, extended, extended, x, scale, a, x, with_scale=True, **NORM
+        "append_lora_input": functools.partial(append_lora_input, x, a),
+        "norm_append_lora_input": functools.partial(norm_append_lora_input, x, scale, a, **NORM),
+        "norm_append_lora_input_backward": functools.partial(
+            norm_append_lora_input_backward, extended, extended, x, scale, a, x, with_scale=True, **NORM
         ),
         "add_extended": functools.partial(add_extended, extended, a.T, x),
         "add_extended alone": functools.partial(add_extended, extended, a.T, None),

@@ -60,14 +60,14 @@ def test_extended(tokens, channels, rank, dtype, monkeypatch):
     x, scale, a = (normal(shape, dtype) for shape in ((tokens, channels), (channels,), (rank, channels)))
     a *= 0.01  # so that no sum equals the guard value by chance
     options = {"implementation": "pallas"}
-    extended = extended_module.extend_normed(x, scale, a, eps=1e-6, **options)
+    extended = extended_module.norm_append_lora_input(x, scale, a, eps=1e-6, **options)
     for with_scale in (False, True):
         inputs = extended, extended, x, scale, a, x
-        extended_module.extend_normed_backward(*inputs, eps=1e-6, with_scale=with_scale, **options)
-    extended_module.extend(x, a, **options)
+        extended_module.norm_append_lora_input_backward(*inputs, eps=1e-6, with_scale=with_scale, **options)
+    extended_module.append_lora_input(x, a, **options)
     extended_module.add_extended(extended, a.T, 0.1 * x, **options)
-    backward = 2 * ["extend_normed_backward"]
-    assert names == ["extend_normed", *backward, "extend", *["add_extended"] * (rank > 0)]
+    backward = 2 * ["norm_append_lora_input_backward"]
+    assert names == ["norm_append_lora_input", *backward, "append_lora_input", *["add_extended"] * (rank > 0)]
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_a_frozen_norm_has_no_gradient_computed(trained):
 
     program = equations(jax.make_jaxpr(run)(x, scale, factors).jaxpr)
     launches = {e.params["name"]: e for e in program if e.primitive.name == "pallas_call"}
-    assert launches.keys() == {"jaxpack_extend_normed", "jaxpack_extend_normed_backward"}
-    assert len(launches["jaxpack_extend_normed_backward"].outvars) == (2 if trained else 1)
+    assert launches.keys() == {"jaxpack_norm_append_lora_input", "jaxpack_norm_append_lora_input_backward"}
+    assert len(launches["jaxpack_norm_append_lora_input_backward"].outvars) == (2 if trained else 1)
 
 
 def test_nothing_of_the_input_s_size_is_written_but_by_the_kernels():

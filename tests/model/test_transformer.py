@@ -127,6 +127,6 @@ def test_pallas_is_taken_for_the_projections_that_it_has_kernels_for(hidden_size
     row = 3 * [jnp.ones((1, 128), jnp.int32)]
     lowered = lower_for_cuda(lambda state: nnx.merge(graph, state)(*row, implementation="pallas"), state)
     names = [module.name for module in triton_modules(lowered)]
-    assert names.count("jaxpack_extend_normed") == len(fits & {"qkv", "gate_up"})
+    assert names.count("jaxpack_norm_append_lora_input") == len(fits & {"qkv", "gate_up"})
     assert names.count("jaxpack_add_extended") == len(fits & {"out", "down"})
     assert "jaxpack_attention" in names
