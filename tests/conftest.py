@@ -1,5 +1,6 @@
 """Settings and fixtures that all tests share: strict JAX, shapes checked at every call, the two model families."""
 
+import collections
 import importlib.util
 import os
 import subprocess
@@ -29,13 +30,44 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases", metavar="K/N", help="run the K-th part of N of each test's cases, but at least one case"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked as slow
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks all but one in N cases of a test that is marked `one_in(N)` as slow, drawn by the name of the case."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks all but one in N cases of a `one_in(N)` test as slow, and keeps the part of the cases that `--cases` names.
+
+    A hash of their names orders the cases of a test. In the order of their parameters, all cases of one part could have
+    the same value of one parameter.
+    """
+    tests = collections.defaultdict(list)
     for item in items:
-        marker = item.get_closest_marker("one_in")
-        if marker is not None and zlib.crc32(item.name.encode()) % marker.args[0]:
-            item.add_marker(pytest.mark.slow)
+        tests[item.nodeid.split("[")[0]].append(item)
+    left_out = []
+    for cases in tests.values():
+        cases.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        if (marker := cases[0].get_closest_marker("one_in")) is not None:
+            for item in _without_part([item for item in cases if not _is_slow(item)], 0, marker.args[0]):
+                item.add_marker(pytest.mark.slow)
+        if config.getoption("--cases"):
+            part, parts = map(int, config.getoption("--cases").split("/"))
+            left_out += _without_part([item for item in cases if _is_slow(item)], part, parts)
+            left_out += _without_part([item for item in cases if not _is_slow(item)], part, parts)
+    names = {item.nodeid for item in left_out}
+    items[:] = [item for item in items if item.nodeid not in names]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def _without_part(items: list[pytest.Item], part: int, parts: int) -> list[pytest.Item]:
+    parts = min(parts, len(items))
+    return [item for place, item in enumerate(items) if place % parts != part % parts]
 
 
 @pytest.fixture(params=["qwen3", "llama"])

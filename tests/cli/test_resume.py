@@ -100,7 +100,8 @@ def moments(seed: int) -> list[list]:
     ]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_killed_four_times_ends_as_if_it_never_was(seed: int, setting: Setting, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest"]

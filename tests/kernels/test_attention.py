@@ -132,7 +132,7 @@ def assert_exact(case: Case, got: dict[str, jax.Array], want: dict[str, np.ndarr
             np.testing.assert_array_equal(padding, 0, err_msg=f"{name} at padding")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @both_implementations
 @all_cases
 def test_forward_and_backward(case, implementation):

@@ -83,6 +83,7 @@ def call(T=16, H=64, dtype=jnp.bfloat16, max_segments=2, implementation="cudnn",
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.11 or newer")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

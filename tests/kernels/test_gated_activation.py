@@ -41,7 +41,7 @@ def some(shape: tuple[int, ...], dtype=jnp.float32, spread: float = 3.0):
     return tuple((spread * jax.random.normal(jax.random.key(0), (3, *shape))).astype(dtype))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("together", [True, False], ids=["one array", "two arrays"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -16,6 +16,7 @@ def oracle(logits: jax.Array) -> np.ndarray:
     return top[:, 0] + np.log(np.exp(wide - top).sum(axis=1))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e30])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1000), (2, 8192), (3, 2 * 8192 + 6144 + 384)])

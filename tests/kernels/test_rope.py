@@ -155,7 +155,7 @@ def test_position_257_is_not_256_in_bfloat16():
 # Results and gradients.
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @both_implementations
 @all_cases
 def test_rope_turns_pairs_and_its_gradient_turns_back(case, implementation):
@@ -169,7 +169,7 @@ def test_rope_turns_pairs_and_its_gradient_turns_back(case, implementation):
         )
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @both_implementations
 @all_cases
 def test_norm_rope_against_complex_numbers(case, implementation):

@@ -181,7 +181,7 @@ def kept_bytes(arrays, model: Transformer, remat: Remat) -> int:
 ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), None]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "few", "full"])
 @pytest.mark.parametrize("remat", CHOICES)
 @pytest.mark.parametrize("any_family", ["qwen3", "gemma3", *slow([("llama",), ("qwen2",)])])

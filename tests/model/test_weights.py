@@ -65,6 +65,7 @@ def test_loss_and_gradients_are_those_of_the_dense_twin(store, remat):
         np.testing.assert_allclose(got, expected, atol=3e-6 * np.abs(expected).max())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("remat", ["none", "keep_projections", "keep_attention", "full", *OFFLOADED])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @all_stores

@@ -56,8 +56,12 @@ def skewed(count: int = 300, seed: int = 1) -> Documents:
 
 
 @functools.cache
+def with_adapters(model: str) -> Transformer:
+    return abstract_model(SHAPES[model], LoraConfig(r=16))
+
+
 def qwen() -> Transformer:
-    return abstract_model(SHAPES["Qwen3-4B"], LoraConfig(r=16))
+    return with_adapters("Qwen3-4B")
 
 
 def printed(found: object, **options) -> str:
@@ -94,11 +98,11 @@ def test_no_padding_is_none():
 def test_shares_are_counted_in_the_batches(changes):
     documents = skewed()
     found = jaxpack.inspect(documents, TrainConfig(max_length=256, per_device_train_batch_size=16, **changes))
-    for layout, promise in found.layouts.items():
-        assert promise.config.layout == layout
-        batches = Batches(documents, promise.config)
+    for layout, estimate in found.layouts.items():
+        assert estimate.config.layout == layout
+        batches = Batches(documents, estimate.config)
         padding = [batches[step].segment_ids.reshape(-1) == 0 for step in range(len(batches))]
-        assert promise.padding_share == pytest.approx(np.concatenate(padding).mean())
+        assert estimate.padding_share == pytest.approx(np.concatenate(padding).mean())
     assert found.run.config.layout == TrainConfig(**changes).layout
     tokens = {layout: Batches(documents, p.config).tokens_per_step[:-1].mean() for layout, p in found.layouts.items()}
     assert max(tokens.values()) < 1.25 * min(tokens.values())  # all layouts have about as many tokens a step
@@ -108,10 +112,10 @@ def test_shares_are_counted_in_the_batches(changes):
 def test_a_trainer_reports_what_was_predicted(layout):
     tokenizer, documents = bundled()
     config = TrainConfig(max_length=128, max_steps=2).in_layout(layout, 2)
-    promised = jaxpack.inspect(documents, config).run
+    predicted = jaxpack.inspect(documents, config).run
     result = Trainer(model_for(tokenizer), tokenizer, sample(), config).train()
-    assert result.padding_share == promised.padding_share
-    assert result.compiled_shapes == len(promised.shapes)
+    assert result.padding_share == predicted.padding_share
+    assert result.compiled_shapes == len(predicted.shapes)
 
 
 def test_all_of_gsm8k_is_as_its_trainer_has_it():
@@ -121,8 +125,8 @@ def test_all_of_gsm8k_is_as_its_trainer_has_it():
     found = jaxpack.inspect(trainer.documents, config)
     assert found.run.padding_share == trainer.batches.padding_share
     assert (len(found.lengths), found.untrained) == (7473, 0)
-    for promise in found.layouts.values():
-        assert promise.padding_share == Batches(trainer.documents, promise.config).padding_share
+    for estimate in found.layouts.values():
+        assert estimate.padding_share == Batches(trainer.documents, estimate.config).padding_share
 
 
 def test_padding_by_batch_size_is_that_of_an_epoch():
@@ -163,20 +167,18 @@ def test_padding_by_batch_size_is_of_a_sample_where_there_are_many(monkeypatch):
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(4)
+@functools.cache
+def alpaca() -> Documents:
+    return drawn_documents(beside("alpaca_lengths.csv"), 4000)
+
+
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("row", measured_runs(full_finetuning=False), ids=id_of)
 def test_tokens_a_second_are_those_that_were_measured(row):
     """Predicts from 4,000 documents drawn from Alpaca's lengths."""
-    config = SHAPES[row["model"]]
-    documents = drawn_documents(beside("alpaca_lengths.csv"), 4000, vocab_size=config.vocab_size)
-    model = abstract_model(config, LoraConfig(r=16))
-    found = jaxpack.inspect(documents, train_config(case_of(row)), model=model, gpu="H200").run
+    found = jaxpack.inspect(alpaca(), train_config(case_of(row)), model=with_adapters(row["model"]), gpu="H200").run
     assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=may_be_off(row))
     assert found.padding_share == pytest.approx(row["padding_share"], abs=0.01)  # the orders, so the steps, differ
-
-
-def alpaca() -> Documents:
-    return drawn_documents(beside("alpaca_lengths.csv"), 4000)
 
 
 def gsm8k() -> Documents:
@@ -185,7 +187,7 @@ def gsm8k() -> Documents:
     return text_documents(beside("gsm8k_train.jsonl"))
 
 
-@pytest.mark.parametrize("documents", [alpaca, gsm8k])
+@pytest.mark.parametrize("documents", [alpaca, pytest.param(gsm8k, marks=pytest.mark.slow)])
 def test_the_gain_of_packing_is_that_which_was_measured(documents, monkeypatch):
     """Compares Qwen3-4B on an H200 at 32 padded documents a step with packed rows of as many tokens."""
     monkeypatch.syspath_prepend("benchmarks")
@@ -326,8 +328,8 @@ def test_the_picture_shows_the_figures():
 def test_the_tables_hold_the_figures():
     found = jaxpack.inspect(skewed(), TrainConfig(max_length=128, packing=True), model=qwen(), gpu="H100")
     text = printed(found)
-    for promise in found.layouts.values():
-        assert f"{promise.tokens_per_second:,.0f}" in text and f"{promise.speedup:.2f} x" in text
+    for estimate in found.layouts.values():
+        assert f"{estimate.tokens_per_second:,.0f}" in text and f"{estimate.speedup:.2f} x" in text
     assert "packed *" in text and "<- max_length 128" in text
     assert "predicted for H100, from the rates of its kernels, not measured" in text
     assert text.rstrip().replace("\n", " ").endswith(found.recommendation[-40:])
