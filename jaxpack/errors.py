@@ -9,6 +9,14 @@ class InputError(ValueError):
 
     The message names the argument, the rule and the value received. The command line prints it and exits with status 2;
     any other exception is a fault of jaxpack and keeps its traceback.
+
+    Example:
+      >>> import jaxpack
+      >>> try:
+      ...     jaxpack.TrainConfig(max_length=1)
+      ... except jaxpack.InputError as error:
+      ...     print(error)
+      `max_length` must be at least 2 (one token to read, one to predict), got 1.
     """
 
 
@@ -16,6 +24,35 @@ def check_type(name: str, value: object, kind: type) -> None:
     """Refuses a value of another type than the argument must have, such as a model of another library."""
     if not isinstance(value, kind):
         raise InputError(f"`{name}` must be a jaxpack.{kind.__name__}, got {type(value).__name__}.")
+
+
+def install_command(extras: str) -> str:
+    """Returns the command that installs optional dependencies, from a checkout or else from a package index.
+
+    Args:
+      extras: names of extras in `pyproject.toml`, with commas between them.
+
+    Example:
+      >>> print(install_command("hf,torch"))
+      `pip install -e '.[hf,torch]'` in jaxpack's repository (or `pip install 'jaxpack[hf,torch]'` from a package index)
+    """
+    return (
+        f"`pip install -e '.[{extras}]'` in jaxpack's repository "
+        f"(or `pip install 'jaxpack[{extras}]'` from a package index)"
+    )
+
+
+def not_installed(what: str, package: str, extras: str) -> InputError:
+    """Returns the error of an argument or a command that needs a package which is not installed.
+
+    Args:
+      what: the words that begin the message, such as "`verify`".
+      package: the package that is missing.
+      extras: the extras that install it, see `install_command`.
+    """
+    return InputError(
+        f"{what} needs the Python package {package}, which is not installed. Install it with {install_command(extras)}."
+    )
 
 
 def reason(error: BaseException) -> str:

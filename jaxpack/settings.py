@@ -34,21 +34,46 @@ class LoraConfig:
 
     The settings have PEFT's names and meaning, with one exception: a string of `target_modules` is a list of names with
     commas between them, not a pattern.
+
+    Example:
+      >>> from jaxpack import LoraConfig
+      >>> LoraConfig(r=32, lora_alpha=64, target_modules="q_proj,v_proj").target_modules
+      ('q_proj', 'v_proj')
     """
 
-    r: int = _option(16, "Rank of the adapters.")
-    lora_alpha: float = _option(32, "Adapters are scaled by alpha / r.")
-    lora_dropout: float = _option(0.0, "Dropout on the input of the adapters, one mask for those that share it.")
-    use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732).")
+    r: int = _option(16, "Rank of the adapters. A higher rank can learn more, and takes more memory and time.")
+    lora_alpha: float = _option(32, "Strength of the adapters: their output is multiplied by lora_alpha / rank.")
+    lora_dropout: float = _option(
+        0.0,
+        "Dropout of the adapters: the probability, at least 0 and below 1, that a value of their input is set to 0 in "
+        "training. Projections with the same input share one mask.",
+    )
+    use_rslora: bool = _option(
+        False,
+        "Multiply the adapters' output by lora_alpha / sqrt(rank) instead of lora_alpha / rank, as rank-stabilised "
+        "LoRA does for high ranks (https://arxiv.org/abs/2312.03732).",
+    )
     target_modules: str | tuple[str, ...] = _option(
-        "all-linear", "Projections with an adapter, such as 'q_proj,v_proj', or 'all-linear': all but the head."
+        "all-linear",
+        "Projections that get an adapter: names with commas between them, such as 'q_proj,v_proj', or 'all-linear' for "
+        "all projections except the output head.",
     )
-    rank_pattern: str | tuple[tuple[str, int], ...] = _option("", "Other ranks, of projections: 'q_proj=8,v_proj=4'.")
-    alpha_pattern: str | tuple[tuple[str, float], ...] = _option("", "Other alphas, of projections, in the same way.")
+    rank_pattern: str | tuple[tuple[str, int], ...] = _option(
+        "", "Ranks of projections whose rank differs from that of the others, such as 'q_proj=8,v_proj=4'."
+    )
+    alpha_pattern: str | tuple[tuple[str, float], ...] = _option(
+        "", "Values of lora_alpha for projections that differ from the others, such as 'q_proj=16,v_proj=8'."
+    )
     modules_to_save: str | tuple[str, ...] = _option(
-        "", "Matrices to train whole, beside the adapters: 'lm_head', 'embed_tokens'; both of them where they are tied."
+        "",
+        "Matrices to train whole, in addition to the adapters: 'lm_head' (the output head), 'embed_tokens' (the "
+        "embedding), or both with a comma between them. If the model ties the two, name both.",
     )
-    seed: int = _option(42, "Of lora_A. lora_B starts at zero, so step 0 equals the base model.")
+    seed: int = _option(
+        42,
+        "Seed for lora_A's initial random values. lora_B starts at zero, so before the first step the model equals its "
+        "base model.",
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -89,68 +114,127 @@ class TrainConfig:
     An optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps` rows with `packing`, and as many
     documents without it. Without `packing`, the documents of a micro-batch lie end to end in one row
     (`padding_free=True`), or in one padded row each (`padding_free=False`); the loss is the same.
+
+    Example:
+      >>> from jaxpack import TrainConfig
+      >>> TrainConfig(packing=True, max_length=4096, learning_rate=2e-4, num_train_epochs=1).layout
+      'packed'
     """
 
-    output_dir: str | None = _option(None, "Where metrics.jsonl, report.md and checkpoints/ go; None writes nothing.")
-    max_length: int = _option(1024, "Tokens in a packed row, and the most that is read of a document, or of its piece.")
-    packing: bool = _option(False, "Lay documents end to end in full rows of max_length.")
+    output_dir: str | None = _option(
+        None, "Folder for metrics.jsonl, about.json, report.md and checkpoints/. With None, a run writes no files."
+    )
+    max_length: int = _option(
+        1024,
+        "Most tokens in a packed row, and in a document. Longer documents are truncated, or split as packing_strategy "
+        "says.",
+    )
+    packing: bool = _option(
+        False,
+        "Pack documents end to end into full rows of max_length tokens, so that almost nothing is padding. Each token "
+        "still sees only its own document.",
+    )
     packing_strategy: PackingStrategy = _option(
         "bfd",
-        "bfd: longer documents are truncated; bfd_split: they are cut in pieces; wrapped: cut wherever a row ends.",
+        "Treatment of documents longer than max_length with packing. bfd truncates them; bfd_split splits them into "
+        "pieces; wrapped keeps the order of the documents, and splits them wherever a row is full.",
     )
-    padding_free: bool = _option(True, "Without packing: lay the documents of a micro-batch end to end in one row.")
-    per_device_train_batch_size: int = _option(8, "Rows (packing) or documents in a micro-batch.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches in a step.")
-    num_train_epochs: float = _option(3.0, "Passes over the data.")
-    max_steps: int = _option(-1, "Steps to run, where positive, instead of num_train_epochs.")
-    learning_rate: float = _option(2e-5, "Peak of the schedule; LoRA wants about ten times the default.")
-    lr_scheduler_type: Schedule = _option("linear", "After warm-up: linear or cosine decay to 0, or none.")
-    warmup_steps: float = _option(0, "Steps of linear warm-up from 0; below 1, a share of all steps.")
-    weight_decay: float = _option(0.0, "AdamW's; norm scales and biases do not decay.")
-    adam_beta1: float = _option(0.9, "AdamW's.")
-    adam_beta2: float = _option(0.999, "AdamW's.")
-    adam_epsilon: float = _option(1e-8, "AdamW's.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
-    logging_steps: int = _option(10, "Steps between two lines of metrics.")
+    padding_free: bool = _option(
+        True,
+        "Without packing, lay the documents of a micro-batch end to end in one row. If this is off, each document gets "
+        "a padded row of its own, which takes longer. The loss is the same.",
+    )
+    per_device_train_batch_size: int = _option(
+        8, "Rows (with packing) or documents (without) in a micro-batch. A smaller value needs less memory."
+    )
+    gradient_accumulation_steps: int = _option(
+        1, "Micro-batches in an optimizer step. A larger value makes the batch larger with little more memory."
+    )
+    num_train_epochs: float = _option(3.0, "Passes over the data; may be a fraction.")
+    max_steps: int = _option(
+        -1, "Optimizer steps to run, instead of num_train_epochs. -1 lets num_train_epochs decide."
+    )
+    learning_rate: float = _option(
+        2e-5, "Peak learning rate, reached at the end of the warm-up. LoRA needs about ten times the default."
+    )
+    lr_scheduler_type: Schedule = _option(
+        "linear",
+        "Learning rate after the warm-up: linear or cosine decay to 0, or no decay (constant_with_warmup). With "
+        "constant, there is no warm-up either.",
+    )
+    warmup_steps: float = _option(
+        0, "Steps in which the learning rate rises linearly from 0. A value below 1 is a share of all steps."
+    )
+    weight_decay: float = _option(0.0, "AdamW weight decay. Norm scales and biases are not decayed.")
+    adam_beta1: float = _option(0.9, "AdamW beta1: decay of the running mean of gradients.")
+    adam_beta2: float = _option(0.999, "AdamW beta2: decay of the running mean of squared gradients.")
+    adam_epsilon: float = _option(
+        1e-8, "AdamW epsilon: added to the denominator of an update, so that it is never divided by zero."
+    )
+    max_grad_norm: float = _option(
+        1.0, "Largest global norm of the gradients: larger gradients are scaled down to it. 0 turns clipping off."
+    )
+    logging_steps: int = _option(10, "Optimizer steps from one line of metrics to the next.")
     report_to: str | tuple[str, ...] | None = _option(
-        "none", "Where metrics go, beside metrics.jsonl: tensorboard, wandb, both with a comma between, or none."
+        "none",
+        "Destinations of metrics in addition to metrics.jsonl: tensorboard, wandb, both with a comma between them, or "
+        "none.",
     )
     eval_steps: int | None = _option(
-        None, "Steps between two evaluations, and one after the last step; None takes those of save_steps."
+        None,
+        "Optimizer steps from one evaluation to the next, if there is evaluation data. The last step is evaluated too. "
+        "None takes the value of save_steps.",
     )
     save_steps: int = _option(
         _SAVE_STEPS,
-        "Steps between two checkpoints, and one after the last step; the default is rounded up to a multiple of "
-        "eval_steps; 0 saves that of a run that is stopped (Ctrl-C, SIGTERM) and no other.",
+        "Optimizer steps from one checkpoint to the next; there is also one after the last step. The default is "
+        "rounded up to a multiple of eval_steps. With 0, a run saves one only if it is stopped (Ctrl-C, SIGTERM).",
     )
-    save_total_limit: int = _option(2, "The last checkpoints that are kept; that of the lowest eval loss is kept, too.")
+    save_total_limit: int = _option(
+        2,
+        "Newest checkpoints to keep; older ones are deleted. The checkpoint with the lowest eval loss is always kept.",
+    )
     resume_from_checkpoint: str | None = _option(
         None,
-        "The folder of a checkpoint to go on from, or of a run, for its newest; or latest: the newest in output_dir, "
-        "or from the start without any.",
+        "Checkpoint to continue from: the folder of a checkpoint; the folder of a run, for its newest checkpoint; or "
+        "latest, for the newest one in output_dir (if there is none, the run starts from the beginning).",
     )
-    seed: int = _option(42, "Of the data's order and of dropout (on the command line, of new adapters too).")
-    dataset_text_field: str = _option("text", "Key of plain text; another than text is read whatever else rows have.")
-    assistant_only_loss: bool = _option(True, "Train on the assistant's turns of messages; if not, on all of them.")
+    seed: int = _option(
+        42,
+        "Seed for the order of the data and for dropout; on the command line, also for new adapters' initial values.",
+    )
+    dataset_text_field: str = _option(
+        "text",
+        "Field of a row that holds plain text. A name other than text is read even if the rows also have fields of "
+        "another format.",
+    )
+    assistant_only_loss: bool = _option(
+        True,
+        "Train only on what the assistant writes in a conversation. If this is off, train on every token of the "
+        "conversation, or of the completion if the row has one.",
+    )
     remat: RematSetting = _option(
         "auto",
-        "What the backward pass recomputes: every layer (full), all of it but attention, all but attention and the "
-        "projections, or nothing (none): each takes less time and more memory than the one before. With offload, every "
-        "layer, from what waits in the host's memory, and with offload_heads from more of it. With auto, the fastest "
-        "that is predicted to fit on a GPU, and full on a CPU without a memory_limit.",
+        "Choice between memory and time: what the backward pass computes again instead of keeping it. full computes "
+        "every layer again, keep_attention all but attention, keep_projections all but attention and the projections, "
+        "none nothing; each of these takes less time and more memory than the one before. offload computes every layer "
+        "again from values that are kept in the host's memory, offload_heads keeps more values there. auto takes the "
+        "fastest choice that is predicted to fit on the GPU; on a CPU without a memory_limit, it takes full.",
     )
     memory_limit: float | None = _option(
-        None, "GiB of the device's memory that remat auto may fill; None for what is free, less 9 % for safety."
+        None,
+        "Device memory, in GiB, that remat auto may fill. None takes the memory that is free, less 9 % for safety.",
     )
     implementation: Implementation | None = _option(
         None,
-        "Of all kernels: xla, or pallas (interpreted without a GPU; projections of odd sizes, or ranks above 256, stay "
-        "XLA's). None takes the faster on each device.",
+        "Implementation of all kernels: xla, or pallas, which is interpreted (and slow) without a GPU. With pallas, "
+        "projections of odd sizes and ranks above 256 still run in XLA. None takes the faster one on each device.",
     )
     compilation_cache_dir: str = _option(
         "auto",
-        "Folder that keeps compiled programs for the next run, or none. auto: the one that JAX is set to "
-        "(JAX_COMPILATION_CACHE_DIR), else ~/.cache/jaxpack/programs (within XDG_CACHE_HOME, where that is set).",
+        "Folder that keeps compiled programs, so that the next run starts faster; none keeps none. auto takes the "
+        "folder that JAX is set to (JAX_COMPILATION_CACHE_DIR), or else ~/.cache/jaxpack/programs (in XDG_CACHE_HOME, "
+        "if that is set).",
     )
 
     def __post_init__(self) -> None:
@@ -171,7 +255,7 @@ class TrainConfig:
         check(
             not self.report_to or self.output_dir is not None,
             "report_to",
-            "must be 'none' where there is no `output_dir`",
+            "must be 'none' unless `output_dir` names a folder for the metrics",
             self.report_to,
         )
         if self.eval_steps is not None:
@@ -183,7 +267,7 @@ class TrainConfig:
             check(
                 self.resume_from_checkpoint != "latest" or self.output_dir is not None,
                 "resume_from_checkpoint",
-                "must be a folder where there is no `output_dir`",
+                "must be the folder of a checkpoint or a run, unless `output_dir` says where to look for the latest",
                 self.resume_from_checkpoint,
             )
         check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
@@ -198,7 +282,7 @@ class TrainConfig:
         check(
             self.max_steps > 0 or self.max_steps == -1,
             "max_steps",
-            "must be positive, or -1 for whole epochs",
+            "must be positive, or -1 to let `num_train_epochs` decide",
             self.max_steps,
         )
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
@@ -213,7 +297,7 @@ class TrainConfig:
             check(
                 self.warmup_steps == 0,
                 "warmup_steps",
-                "must be 0 with 'constant' (see 'constant_with_warmup')",
+                "must be 0 with `lr_scheduler_type` 'constant' (use 'constant_with_warmup' to have both)",
                 self.warmup_steps,
             )
         folder = self.compilation_cache_dir
@@ -239,7 +323,7 @@ class TrainConfig:
     def steps_between_saves(self) -> int:
         """Returns `save_steps`; its default is rounded up to a multiple of `eval_steps`.
 
-        So each checkpoint has an eval loss.
+        Each checkpoint then has an eval loss.
         """
         is_rounded = self.eval_steps is not None and self.save_steps == _SAVE_STEPS
         return -(-self.save_steps // self.eval_steps) * self.eval_steps if is_rounded else self.save_steps
@@ -256,14 +340,30 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Holds the settings of text generation, named as in transformers' `GenerationConfig` where it has them."""
+    """Holds the settings of text generation, named as in transformers' `GenerationConfig` where it has them.
 
-    max_new_tokens: int = _option(128, "Tokens to write after each prompt, unless it ends before.")
-    temperature: float = _option(0.0, "Logits are divided by it before a token is drawn; 0 takes the likeliest.")
-    top_k: int | None = _option(None, "Draw from so many likeliest tokens only.")
-    top_p: float | None = _option(None, "Draw from the fewest likeliest tokens that have this share only.")
-    seed: int = _option(0, "Of what is drawn; each prompt draws for itself.")
-    batch_size: int = _option(8, "Prompts that are generated from at a time.")
+    Example:
+      >>> from jaxpack import GenerateConfig
+      >>> GenerateConfig(max_new_tokens=64, temperature=0.7, top_p=0.9).top_k is None
+      True
+    """
+
+    max_new_tokens: int = _option(128, "Most tokens to write after each prompt. A text may end earlier by itself.")
+    temperature: float = _option(
+        0.0,
+        "Randomness of the text: logits are divided by the temperature before a token is drawn. 0 always takes the "
+        "likeliest token.",
+    )
+    top_k: int | None = _option(
+        None, "Draw each token only from this many likeliest tokens. None sets no limit. Needs a temperature above 0."
+    )
+    top_p: float | None = _option(
+        None,
+        "Draw each token only from the fewest likeliest tokens whose probabilities add up to this share. None sets no "
+        "limit. Needs a temperature above 0.",
+    )
+    seed: int = _option(0, "Seed for drawing tokens. Each prompt draws independently of the others.")
+    batch_size: int = _option(8, "Prompts that are processed at a time. A smaller value needs less memory.")
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -285,7 +385,12 @@ def _names(field: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     names = tuple(value) if isinstance(value, Iterable) else (value,)
-    check(all(isinstance(name, str) for name in names), field, "must be names, in a list or with commas", value)
+    check(
+        all(isinstance(name, str) for name in names),
+        field,
+        "must be a list of names, or text with commas between the names",
+        value,
+    )
     return names
 
 
@@ -312,7 +417,7 @@ def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, A
         whole = whole and len(dict(pairs)) == len(pairs)  # no name occurs twice
     except (TypeError, ValueError):
         whole = False
-    check(whole, name, f"must be {rule} by projection, such as 'q_proj=8,v_proj=4'", value)
+    check(whole, name, f"must map projections to {rule}, such as 'q_proj=8,v_proj=4'", value)
     return tuple(pairs)
 
 

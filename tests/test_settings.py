@@ -46,7 +46,7 @@ from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
         (LoraConfig, "lora_alpha", 0, "a positive number"),
         (LoraConfig, "lora_dropout", 1.0, r"in \[0, 1\)"),
         (LoraConfig, "target_modules", (), "at least one module"),
-        (LoraConfig, "rank_pattern", "q_proj=8,q_proj=2", "by projection"),
+        (LoraConfig, "rank_pattern", "q_proj=8,q_proj=2", "map projections to whole numbers"),
         (TrainConfig, "output_dir", "", "a folder, or None"),
     ],
 )
@@ -87,7 +87,7 @@ def test_padded_batches_are_refused_with_packing():
 
 
 def test_a_schedule_that_would_ignore_its_warm_up_is_refused():
-    with pytest.raises(InputError, match="`warmup_steps` must be 0 with 'constant'"):
+    with pytest.raises(InputError, match="`warmup_steps` must be 0 with `lr_scheduler_type` 'constant'"):
         TrainConfig(lr_scheduler_type="constant", warmup_steps=3)
 
 
@@ -125,5 +125,6 @@ def test_destinations_come_as_a_list_or_as_a_string_or_not_at_all():
 
 
 def test_destinations_without_a_folder_to_write_to_are_refused():
-    with pytest.raises(InputError, match=r"`report_to` must be 'none' where there is no `output_dir`, got"):
+    rule = "`report_to` must be 'none' unless `output_dir` names a folder for the metrics, got"
+    with pytest.raises(InputError, match=rule):
         TrainConfig(report_to="wandb")

@@ -55,11 +55,11 @@ def documents() -> jaxpack.Documents:
         ),
         (
             lambda _: LoraConfig(target_modules=None),
-            "`target_modules` must be names, in a list or with commas, got None.",
+            "`target_modules` must be a list of names, or text with commas between the names, got None.",
         ),
         (
             lambda _: LoraConfig(modules_to_save=5),
-            "`modules_to_save` must be names, in a list or with commas, got 5.",
+            "`modules_to_save` must be a list of names, or text with commas between the names, got 5.",
         ),
         (lambda model: jaxpack.generate(model, 5), "`prompts` must be a list of lists of token ids, got 5."),
         (lambda _: jaxpack.inspect("train.jsonl"), "`documents` must be a jaxpack.Documents, got str."),

@@ -26,26 +26,39 @@ _RESULTS = "results.json"
 
 def bench(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    output: Annotated[Path, typer.Option(help="A new folder, for results.json and the pictures.")],
+    output: Annotated[Path, typer.Option(help="New folder for results.json and the pictures.")],
     data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
     lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
     plans: Annotated[
         str,
         typer.Option(
-            help="With commas between them. ablation: padded, padding-free, packed, with kernels, and the memory"
-            " choices; batch_sizes: every layout at each; losses: of a run in every layout."
+            help="Plans to measure, with commas between them. ablation goes from padded to padding-free to packed"
+            " batches, then adds the kernels, then other memory choices; batch_sizes measures every layout at every"
+            " batch size; losses follows the loss of a run in every layout."
         ),
     ] = "ablation,batch_sizes",
-    sizes: Annotated[str, typer.Option(help="Batch sizes: documents, or packed rows.")] = "1,2,4,8,16,32",
-    documents: Annotated[int, typer.Option(help="In a step of ablation and losses; packed rows hold as much.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Of a document, and of a packed row.")] = 1024,
-    steps: Annotated[int, typer.Option(help="That are timed, of each case; more where they hold few documents.")] = 10,
-    loss_steps: Annotated[int, typer.Option(help="That are timed, of losses.")] = 100,
-    remat: Annotated[str, typer.Option(help="What batch_sizes and losses keep, as for train.")] = "auto",
-    learning_rate: Annotated[float, typer.Option(help="Of losses.")] = 2e-4,
-    full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter of rank 16.")] = False,
+    sizes: Annotated[
+        str, typer.Option(help="Batch sizes of the plan batch_sizes, in documents or packed rows.")
+    ] = "1,2,4,8,16,32",
+    documents: Annotated[
+        int,
+        typer.Option(
+            help="Documents in a step of the plans ablation and losses; packed rows hold about as many tokens."
+        ),
+    ] = 32,
+    max_length: Annotated[int, typer.Option(help="Most tokens in a document, and in a packed row.")] = 1024,
+    steps: Annotated[
+        int, typer.Option(help="Steps to time in each case; batch_sizes times more if a step has few documents.")
+    ] = 10,
+    loss_steps: Annotated[int, typer.Option(help="Steps to time in each case of the plan losses.")] = 100,
+    remat: Annotated[
+        str,
+        typer.Option(help="Memory choice of the plans batch_sizes and losses: a value that --remat of train takes."),
+    ] = "auto",
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the plan losses.")] = 2e-4,
+    full_finetuning: Annotated[bool, typer.Option(help="Train all weights, instead of an adapter of rank 16.")] = False,
 ) -> None:
-    """Measure tokens a second and peak memory, each case in its own process; then print tables and draw pictures."""
+    """Measure tokens a second and peak memory of each case in its own process; print tables and draw pictures."""
     require_matplotlib()
     require_free_folder(output, "output")
     require_one(data, lengths)
@@ -84,7 +97,10 @@ def bench(
     for picture in draw_all(results.records, output / _RESULTS):
         console.print(f"drew {picture}")
     if all("failed" in record for record in results.records):
-        raise InputError(f"`model` must be one that trains here, got {model!r}: {results.records[0]['failed']}.")
+        raise InputError(
+            f"`model` must be one that trains on this device, got {model!r}, and every case failed; the first because:"
+            f" {results.records[0]['failed']}."
+        )
 
 
 def measure_elsewhere(

@@ -29,7 +29,7 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
     found, kinds = _parse(path), _kinds(command)
     unknown = [f"{name!r}{_nearest(str(name), list(kinds))}" for name in found if name not in kinds]
     if unknown:
-        raise InputError(f"`config` must hold flags by their names, got {', '.join(unknown)} in {str(path)!r}.")
+        raise InputError(f"`config` must hold names of the command's flags, got {', '.join(unknown)} in {str(path)!r}.")
     for name, value in found.items():
         if not _fits(kinds[name], value):
             raise InputError(f"`{name}` must be {_rule(kinds[name])}, got {value!r} in {str(path)!r}.")
@@ -38,7 +38,7 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
     """Writes flags and their values to a YAML file that `read_settings` reads."""
-    head = "# `jaxpack train --config THIS_FILE --output NEW_FOLDER` runs it again; flags override what is here.\n"
+    head = "# `jaxpack train --config THIS_FILE --output NEW_FOLDER` repeats the run; flags override these values.\n"
     text = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
     replace_file(path, (head + text).encode(), "output")
 
@@ -127,7 +127,8 @@ def _parse(path: Path) -> dict[Any, Any]:
         raise InputError(f"`config` must be a YAML or TOML file, got {str(path)!r}: {reason(error)}.") from error
     if not isinstance(found, dict) or not found:
         held = "nothing" if not found else f"{found!r:.80}"
-        raise InputError(f"`config` must hold names with values, got {str(path)!r} with {held}.")
+        rule = "must hold names of flags with their values, such as max_length: 4096"
+        raise InputError(f"`config` {rule}, got {str(path)!r} with {held}.")
     return found
 
 

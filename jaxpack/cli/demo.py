@@ -15,7 +15,7 @@ from rich.table import Table
 import torch_bridge
 from jaxpack.data.batching import Batches
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError
+from jaxpack.errors import not_installed
 from jaxpack.model.lora import add_lora
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Trainer, TrainResult
@@ -27,9 +27,9 @@ _PADDED_STEPS = 12
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="A new folder, for base/, adapter/ and what a run leaves.")] = Path(
-        "jaxpack-demo"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="New folder for base/ (the model), adapter/ and the run's files.")
+    ] = Path("jaxpack-demo"),
 ) -> None:
     """Fine-tune a small model on 500 bundled questions, packed, and check the adapter with PEFT. Works offline."""
     require_free_folder(output, "output")
@@ -151,4 +151,4 @@ def _train(base: Path, rows: list[dict[str, str]], config: TrainConfig) -> tuple
 def _require_torch() -> None:
     for name in ("peft", "tokenizers", "torch"):
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"`jaxpack demo` needs `pip install jaxpack[hf,torch]`, got no {name}.")
+            raise not_installed("`jaxpack demo`", name, "hf,torch")

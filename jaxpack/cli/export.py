@@ -17,23 +17,25 @@ from torch_bridge.tensors import tensor_shapes
 
 
 def export(
-    adapter: Annotated[Path, typer.Option(help="A PEFT adapter folder, such as the adapter/ that `train` writes.")],
-    merged: Annotated[Path, typer.Option(help="A new folder, for the model with the adapter merged into it.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT adapter, such as the adapter/ that train writes.")],
+    merged: Annotated[Path, typer.Option(help="New folder for the base model with the adapter merged into it.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="The adapter's base: a Hugging Face folder, or the id of a model on the hub.",
+            help="Base model of the adapter: a Hugging Face folder, or the id of a model on the hub.",
             show_default="the one that the adapter names",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bfloat16, float16 or float32, of the merged weights.",
+            help="Dtype of the merged weights: bfloat16, float16 or float32.",
             show_default="float16 for a base in float16, else bfloat16",
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Read the merged folder with torch, and compare logits.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Check the merged folder: read it with torch, and compare its logits with jaxpack's.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base model, and write the merged model to a new folder."""
     require_new_folder(merged, "merged")

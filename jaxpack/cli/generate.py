@@ -32,34 +32,42 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A Hugging Face folder, or the id of a model on the hub.",
+            help="Hugging Face model: a folder, or the id of a model on the hub.",
             show_default="the one that the adapter names",
         ),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder, such as `train` writes.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a PEFT adapter for the model, such as the adapter/ that train writes."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to answer or to continue; may be given several times.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A JSONL or Parquet file of prompt, messages, conversations, or instruction and input; answers at the"
-            " end of messages are left out."
+            help="JSONL or Parquet file of prompts, instead of --prompt. Each row has prompt; messages; conversations;"
+            " or instruction and input. Answers at the end of messages are left out."
         ),
     ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Ask each text as a user's message, or go on from it as it is.",
-            show_default="as a message where there is a chat template",
+            help="Answer each text as a user's message in a chat, or continue it as plain text.",
+            show_default="as a message if the tokenizer has a chat template",
         ),
     ] = None,
-    compare: Annotated[bool, typer.Option(help="Show what the model writes without the adapter, too.")] = False,
+    compare: Annotated[bool, typer.Option(help="Also generate without the adapter, for comparison.")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="A new JSONL file for prompts and completions, instead of showing them.")
+        Path | None, typer.Option(help="New JSONL file for prompts and completions. Without it, they are shown.")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+        typer.Option(
+            help="Dtype of the weights and of the computation: bfloat16, float16 or float32.",
+            show_default="bfloat16 on a GPU, float32 on a CPU",
+        ),
     ] = None,
     **flags: object,
 ) -> None:
@@ -68,11 +76,14 @@ def generate(
     _check_arguments(model, adapter, prompt, prompts, compare, output)
     network, tokenizer = read_base(model, adapter, dtype)
     if tokenizer is None:
-        raise InputError("`model` must have a tokenizer, got one without.")
+        raise InputError("`model` must have a tokenizer, got a model without one.")
     if chat is None:
         chat = tokenizer.chat_template is not None
         if chat:
-            console.print("texts are asked as in a chat, by the tokenizer's template; `--no-chat` goes on from them")
+            console.print(
+                "each text is asked as in a chat, with the tokenizer's chat template; `--no-chat` continues it as plain"
+                " text instead"
+            )
     if prompts is None:
         asked = [text_prompt(text, chat=chat) for text in prompt]
     else:
@@ -112,7 +123,7 @@ def _check_arguments(
     if adapter is not None and not adapter.is_dir():
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
     if compare and adapter is None:
-        raise InputError("`compare` must be with an `adapter`, got none.")
+        raise InputError("`compare` must be given with an `adapter`, got none.")
     if bool(prompt) == (prompts is not None):
         raise InputError(f"`prompt` or `prompts` must be given, and not both, got {'both' if prompt else 'none'}.")
     if prompt and not all(prompt):

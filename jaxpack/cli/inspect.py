@@ -53,20 +53,22 @@ def inspect(
         typer.Option(
             "--batch-size",
             "--per-device-train-batch-size",
-            help="Rows (packing) or documents in a micro-batch.",
+            help="Rows (with packing) or documents (without) in a micro-batch.",
             show_default="8",
         ),
     ] = None,
-    full_finetuning: Annotated[bool, typer.Option(help="Predict times of training all weights.")] = False,
+    full_finetuning: Annotated[
+        bool, typer.Option(help="Predict times for training all weights, instead of an adapter.")
+    ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help=f"Predict times on another GPU: {' or '.join(RATES)}.", show_default="this one")
+        str | None, typer.Option(help=f"GPU to predict times for: {' or '.join(RATES)}.", show_default="this one")
     ] = None,
     show_row: Annotated[
         int | None,
-        typer.Option(help="The packed row of data to decode, by its place in the run.", show_default="the first"),
+        typer.Option(help="Packed row to show decoded, by its number in the run, from 0.", show_default="0"),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw lengths and padding into this new file (.png, .svg, .pdf).")
+        Path | None, typer.Option(help="New file for a picture of lengths and padding (.png, .svg or .pdf).")
     ] = None,
     **flags: object,
 ) -> None:
@@ -75,12 +77,14 @@ def inspect(
     with errors_name(per_device_train_batch_size="batch_size"):
         config = from_flags(TrainConfig, flags)
     if full_finetuning and asks_for_adapter(flags):
-        raise InputError("`full_finetuning` must be without flags of adapters, got both.")
+        raise InputError("`full_finetuning` must be without flags of adapters, got both. Leave one of them out.")
     lora = None if full_finetuning else from_flags(LoraConfig, flags)
     require_one(data, lengths)
     for name in _OF_TEXT:
         if lengths is not None and flags[name] is not None:
-            raise InputError(f"`{name}` must be without `lengths`, of which there is no text, got both.")
+            raise InputError(
+                f"`{name}` must be without `lengths`, got both: documents drawn from lengths have no text. Use `data`."
+            )
     if picture is not None:
         require_matplotlib()
         if picture.suffix not in _PICTURES or picture.exists():

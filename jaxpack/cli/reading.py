@@ -12,11 +12,14 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
 
-MODEL_HELP = f"A Hugging Face folder or the id of one on the hub; or, with random weights, {', '.join(SHAPES)}."
-DATA_HELP = "A JSONL or Parquet file, as for train."
+MODEL_HELP = (
+    "Hugging Face model: a folder, or the id of a model on the hub. Or a shape that gets random weights:"
+    f" {', '.join(SHAPES)}."
+)
+DATA_HELP = "Dataset: a JSONL or Parquet file, with rows in any format that jaxpack train reads."
 LENGTHS_HELP = (
-    "Instead of data: a CSV with the columns token_length_from, token_length_to and documents, from which lengths are"
-    " drawn."
+    "Lengths of documents, instead of --data: a CSV file with the columns token_length_from, token_length_to and"
+    " documents. Random documents are drawn with these lengths."
 )
 
 

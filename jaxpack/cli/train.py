@@ -33,19 +33,19 @@ def _read_settings(context: typer.Context, path: Path | None) -> Path | None:
 @with_flags(TrainConfig, LoraConfig, leave_out=("output_dir",))
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="A Hugging Face folder, or the id of a model on the hub.")],
+    model: Annotated[str, typer.Option(help="Hugging Face model: a folder, or the id of a model on the hub.")],
     data: Annotated[
         Path,
         typer.Option(
-            help="A JSONL or Parquet file of text, prompt and completion, messages, conversations, instruction and "
-            "output, or input_ids."
+            help="Training data: a JSONL or Parquet file. Each row has text; prompt and completion; messages; "
+            "conversations; instruction and output; or input_ids."
         ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            help="A new folder, for adapter/ (or model/), run.yaml, metrics, report and checkpoints/; or that"
-            " of the run that --resume-from-checkpoint latest goes on with."
+            help="New folder for adapter/ (or model/), run.yaml, metrics, report and checkpoints/. With"
+            " --resume-from-checkpoint latest, the folder of the run to continue."
         ),
     ],
     config_file: Annotated[
@@ -54,24 +54,30 @@ def train(
             "--config",
             is_eager=True,
             callback=_read_settings,
-            help="A YAML or TOML file of flags by their names (max_length: 4096), which those that are typed override;"
-            " every run leaves one, run.yaml.",
+            help="YAML or TOML file with values of flags by their names, such as max_length: 4096. Flags on the"
+            " command line override the file. Every run writes such a file, run.yaml, from which it can be repeated.",
         ),
     ] = None,
     eval_data: Annotated[
-        Path | None, typer.Option(help="A file like that of --data, whose loss is taken and which is not trained on.")
+        Path | None,
+        typer.Option(
+            help="Evaluation data: a file like that of --data. Its loss is computed, but it is not trained on."
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+        typer.Option(
+            help="Dtype of the model's frozen weights and of the computation: bfloat16, float16 or float32.",
+            show_default="bfloat16 on a GPU, float32 on a CPU",
+        ),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="A PEFT adapter folder to go on from, in place of a new adapter.")
+        Path | None, typer.Option(help="Folder of a PEFT adapter to train further, instead of a new adapter.")
     ] = None,
-    full_finetuning: Annotated[bool, typer.Option(help="Train all weights and no adapter.")] = False,
+    full_finetuning: Annotated[bool, typer.Option(help="Train all weights, instead of an adapter.")] = False,
     **flags: object,
 ) -> None:
-    """Fine-tune a model on a dataset, and write an adapter or a trained model."""
+    """Fine-tune a model on a dataset, and write the adapter or the trained model."""
     given_up = overridden(context, [["full_finetuning"], ["adapter"], LORA_FLAGS])
     given_up |= overridden(context, [["num_train_epochs"], ["max_steps"]]) & {"max_steps"}  # max_steps wins over epochs
     full_finetuning = full_finetuning and "full_finetuning" not in given_up
@@ -81,9 +87,9 @@ def train(
     require_libraries(config)
     lora = from_flags(LoraConfig, flags)
     if full_finetuning and (adapter is not None or asks_for_adapter(flags)):
-        raise InputError("`full_finetuning` must be without flags of adapters, got both.")
+        raise InputError("`full_finetuning` must be without flags of adapters, got both. Leave one of them out.")
     if adapter is not None and asks_for_adapter(flags):
-        raise InputError("`adapter` must be without flags of a new adapter, got both.")
+        raise InputError("`adapter` must be without flags of a new adapter, got both. Leave one of them out.")
     trained = output / ("model" if full_finetuning else "adapter")
     if config.resume_from_checkpoint is None:
         require_free_folder(output, "output")
@@ -137,7 +143,7 @@ def train(
             result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
     except (KeyboardInterrupt, SystemExit):
         if trainer.progress.losses:
-            console.print("interrupted: what is trained so far is saved")
+            console.print("interrupted: the weights are saved as trained so far")
             save()
         else:
             console.print("interrupted before a step was done: there is nothing to save")
@@ -149,7 +155,7 @@ def train(
             f" {result.peak_memory_bytes / 2**30:.2f} GiB"
         )
     else:
-        took = "all steps were done before"
+        took = "all steps were done in an earlier run"
     console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {took}")
     save()
 
@@ -158,8 +164,9 @@ def _refuse_finished(output: Path, trained: Path, num_steps: int) -> None:
     """Refuses a finished run without a checkpoint, since `latest` would train it again."""
     if max((record["step"] for record in read_records(output)), default=0) == num_steps:
         raise InputError(
-            f"`resume_from_checkpoint` must be of a run with steps left, got 'latest' in {str(output)!r}, whose run is"
-            f" finished: {num_steps:,} steps are done, and {trained} is what they trained."
+            f"`resume_from_checkpoint` must name a run with steps left, got 'latest' in {str(output)!r}, whose run is"
+            f" finished: all {num_steps:,} steps are done, and {trained} holds the result. Choose another `output` to"
+            " train again."
         )
 
 
@@ -175,4 +182,4 @@ def _save(write: Callable[[Path], None], path: Path) -> None:
         except InputError:
             refuge.rmdir()
             raise error from None
-        raise InputError(f"{str(error).removesuffix('.')}; it was saved to {refuge / path.name}.") from error
+        raise InputError(f"{error} The trained weights were saved to {refuge / path.name} instead.") from error

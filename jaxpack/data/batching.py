@@ -64,6 +64,14 @@ class Batches:
     Raises:
       InputError: `documents_together` does not fit the number of documents, the batch size or the packing strategy; no
         document has a token left to learn; or the run has more than 10,000,000 steps.
+
+    Example:
+      >>> from jaxpack import Batches, TrainConfig, load_documents
+      >>> documents = load_documents([{"input_ids": list(range(30))}, {"input_ids": [5, 6, 7]}], None, vocab_size=100)
+      >>> config = TrainConfig(packing=True, max_length=128, per_device_train_batch_size=1, max_steps=2)
+      >>> batches = Batches(documents, config)
+      >>> len(batches), batches[0].tokens.shape
+      (2, (1, 1, 128))
     """
 
     def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1):
@@ -91,12 +99,13 @@ class Batches:
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
         self.targets_per_epoch = int(row_targets.sum())
         if not self.targets_per_epoch:
-            who, cut = "at least one document", f"all {len(documents)} are cut"
+            who, cut = "at least one document", f"all {len(documents):,} documents are cut"
             if documents_together > 1:
                 who = f"all {documents_together} documents of at least one group"
                 cut = f"each group has one that is cut at {_max_document(config, documents_together):,} tokens,"
             raise InputError(
-                f"`max_length` must leave {who} a token to learn, got {config.max_length}: {cut} before the first."
+                f"`max_length` must leave {who} a token to learn, got {config.max_length}: {cut} before their first "
+                "token to learn. Use a larger value."
             )
         # For each step: its tokens, its longest row, the most documents in a row, the most targets in a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)

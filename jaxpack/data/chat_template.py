@@ -112,8 +112,8 @@ class ChatTemplate:
         except _Undecided as why:
             tags = "its {% generation %} tags" if tagged else "{% generation %} and {% endgeneration %}"
             raise InputError(
-                f"The chat template must show what of its text the assistant writes, but {why}, in {where}: put {tags}"
-                " around that in the template, or train on every token of `messages` with `assistant_only_loss` off."
+                f"The chat template must show which part of its text the assistant writes, but {why}, in {where}. Put"
+                f" {tags} around that part in the template, or turn `assistant_only_loss` off to train on every token."
             ) from None
         if spans:
             self.endless += not text[: spans[-1][1]].rstrip().endswith(self._tokens)
@@ -159,7 +159,7 @@ class ChatTemplate:
             try:
                 trial, trial_spans = self._track(conversation, template, marked)
             except Exception as error:
-                raise _Undecided(f"it refuses a like conversation ({reason(error)})") from None
+                raise _Undecided(f"it refuses a similar conversation ({reason(error)})") from None
             slots = _split(trial)[1]
             for i in set(calls) - set(slots):
                 raise _unwritten(conversation, i, where)
@@ -167,7 +167,7 @@ class ChatTemplate:
             answers = any(marked[i].get("role") == "assistant" for i in slots)
             if answers and any(tagged) and not any(map(_MARKS.search, tagged)):
                 # transformers places tags that are within a macro at the beginning of the macro's text.
-                raise _Undecided("its tags are not where they seem, as within a macro")
+                raise _Undecided("its tags are not where they seem to be: tags within a macro are misplaced")
             if answers:
                 self._checked.add((template, bool(calls)))
         return text, [span for span in sorted(spans) if span[0] < span[1]]
@@ -192,7 +192,7 @@ class ChatTemplate:
         if not any(i >= conversation.prompt for i in assistants):
             return []
         if "\ufdd0" in text:
-            raise _Undecided("the row holds U+FDD0, which is no character")
+            raise _Undecided("the row holds U+FDD0, which is not a character")
         if any(messages[i].get("tool_calls") for i in assistants):
             return self._one_by_one(conversation, text, self._form(conversation, where))
         key = self._key(conversation)
@@ -239,7 +239,7 @@ class ChatTemplate:
             prompt = self._generation_prompt(conversation)
             if not prompt or opening.count(prompt) != 1:
                 raise _Undecided(
-                    f"its generation prompt {prompt!r} is not found in what precedes a turn, {opening!r:.200}"
+                    f"its generation prompt {prompt!r} is not found once in the text before a turn, {opening!r:.200}"
                 )
             return len(opening) - opening.index(prompt) - len(prompt)
         shared = common_prefix(opening, given)
@@ -254,7 +254,7 @@ class ChatTemplate:
                 for header in () if plain else self._headers(conversation, before, previous):
                     if opening.startswith(header):
                         return len(opening) - len(header)
-                raise _Undecided(f"a turn begins after {opening!r:.200}, its generation prompt is {given!r:.200}")
+                raise _Undecided(f"a turn begins after {opening!r:.200}, but its generation prompt is {given!r:.200}")
         if shared == len(opening):
             return 0
         rest = opening[shared:]
@@ -262,7 +262,7 @@ class ChatTemplate:
         if prompt and rest.lstrip().startswith(prompt.lstrip()):  # it is omitted only after this message
             return len(rest.lstrip()) - len(prompt.lstrip())
         if rest.strip() and not prompt and self._writes_headers(conversation):
-            raise _Undecided(f"it has no generation prompt to set {rest!r:.200} apart from an answer")
+            raise _Undecided(f"it has no generation prompt that tells {rest!r:.200} from an answer")
         return len(rest)
 
     def _headers(self, conversation: Conversation, before: list[Message], previous: int | None) -> Iterator[str]:
@@ -319,7 +319,7 @@ class ChatTemplate:
             # After the end token, only EOS may follow. Other text would be a message that the template adds.
             rest = shared[tokens[-1].end() :].strip() or alone[len(shared) :].strip()
             if rest and rest != self._tokenizer.special_tokens_map.get("eos_token"):
-                raise _Undecided(f"a turn ends in {followed!r:.200}, the last one in {alone!r:.200}")
+                raise _Undecided(f"a turn ends in {followed!r:.200}, but the last one in {alone!r:.200}")
             return tokens[-1].end(), len(tokens[-1].group())
         first = self._first_token(after)
         if first and after != alone:  # the last turn may end in another token than turns before it
@@ -330,7 +330,7 @@ class ChatTemplate:
         if not words:
             return 0, 0
         if shared != alone:
-            raise _Undecided(f"a turn ends in {followed!r:.200}, the last one in {alone!r:.200}")
+            raise _Undecided(f"a turn ends in {followed!r:.200}, but the last one in {alone!r:.200}")
         return len(words), len(words.lstrip())
 
     def _first_token(self, text: str) -> re.Match | None:
@@ -345,14 +345,14 @@ class ChatTemplate:
     def _after(self, conversation: Conversation, messages: list[Message], i: int) -> str:
         between, slots = _split(self._try(conversation, messages))
         if slots.count(i) != 1:
-            raise _Undecided(f"it writes message {i} otherwise where it is the last")
+            raise _Undecided(f"it writes message {i} differently if that is the last message")
         return between[slots.index(i) + 1]
 
     def _try(self, conversation: Conversation, messages: list[Message], **options: Any) -> str:
         try:
             return self._apply(conversation, messages, **options)
         except Exception as error:
-            raise _Undecided(f"it refuses a like conversation ({reason(error)})") from None
+            raise _Undecided(f"it refuses a similar conversation ({reason(error)})") from None
 
     def _one_by_one(self, conversation: Conversation, text: str, form: _Form) -> list[Span]:
         """Finds each turn as the part of the text that changes when a mark takes its place."""
@@ -367,7 +367,7 @@ class ChatTemplate:
             unlike |= not after.startswith(form.between[slot + 1][:tail])
             head, rest = before[: len(before) - lead], after[tail - end :]
             if unlike or not (text.startswith(head) and text.endswith(rest)) or len(head) + len(rest) > len(text):
-                raise _Undecided(f"what surrounds message {i} depends on its content")
+                raise _Undecided(f"the text around message {i} depends on its content")
             spans.append((len(head), len(text) - len(rest) + end))
         if any(begin < end for (_, end), (begin, _) in itertools.pairwise(spans)):
             raise _Undecided("the assistant's turns overlap")
@@ -382,13 +382,14 @@ def _keep(known: dict, key: Any, value: Any) -> None:
 
 
 def _refused(error: Exception, where: str) -> InputError:
-    return InputError(f"The chat template must accept every row, refused {where}: {reason(error)}.")
+    return InputError(f"The chat template must accept every row, but it refuses {where}: {reason(error)}.")
 
 
 def _unwritten(conversation: Conversation, i: int, where: str) -> InputError:
     what = "tool calls" if conversation.messages[i].get("tool_calls") else "content"
     return InputError(
-        f"The chat template must write all that the assistant says, leaves out the {what} of message {i} in {where}."
+        f"The chat template must write all that the assistant says, but it leaves out the {what} of message {i} in"
+        f" {where}."
     )
 
 

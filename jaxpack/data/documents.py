@@ -14,6 +14,15 @@ class Documents:
 
     `tokens` and `labels` are int32 `[total]`. A label is the token if it is trained on and -100 if not, unshifted, as
     in Hugging Face. Document `d` is the `lengths[d]` tokens from `starts[d]` on, both int64 `[documents]`.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxpack import Documents
+      >>> tokens = np.array([4, 5, 6, 7, 8], np.int32)  # a document of three tokens, then one of two
+      >>> labels = np.array([-100, 5, 6, -100, 8], np.int32)
+      >>> documents = Documents(tokens, labels, starts=np.array([0, 3]), lengths=np.array([3, 2]))
+      >>> documents.num_tokens
+      5
     """
 
     tokens: np.ndarray
@@ -26,6 +35,7 @@ class Documents:
 
     @property
     def num_tokens(self) -> int:
+        """Returns the number of tokens in all documents."""
         return int(self.lengths.sum())
 
     @functools.cached_property

@@ -55,14 +55,15 @@ def encoder(
     is_chosen = text_field != TEXT_FIELD
     if is_chosen and text_field not in first:
         raise InputError(
-            f"`text_field` must be a field of the rows, got {text_field!r}, and {sorted(first)} in {where(0)}."
+            f"`text_field` must be a field of the rows, got {text_field!r}, but {where(0)} has the fields"
+            f" {sorted(first)}."
         )
     if "input_ids" in first and not is_chosen:
         return lambda rows, begin: _encode_ids(rows, begin, first.get("labels") is not None, where)
     if tokenizer is None:
         raise InputError(
-            f"`tokenizer` must come with the model for rows without `input_ids`, got None, and {sorted(first)} in"
-            f" {where(0)}."
+            f"`tokenizer` must come with the model for rows without `input_ids`, got None, and {where(0)} has the"
+            f" fields {sorted(first)}. Use a model that has a tokenizer, or rows of `input_ids`."
         )
     if is_chosen:
         return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
@@ -73,7 +74,10 @@ def encoder(
                 rows = without_none(list(rows))
             conversations = read(rows, begin)
             if template is None:
-                raise InputError("`tokenizer` must have a chat template for rows of messages, got one without.")
+                raise InputError(
+                    "`tokenizer` must have a chat template for rows of messages, got one without. Use a model that has"
+                    f" one, or rows of `prompt` and `completion` texts, or of `{TEXT_FIELD}`."
+                )
             return _encode_chats(conversations, begin, tokenizer, template, assistant_only, where)
 
         return encode
@@ -89,7 +93,8 @@ def encoder(
     if TEXT_FIELD in first:
         return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
     if "instruction" in first and "output" in first:
-        asked = "in Alpaca's words, for the tokenizer has no chat template" if template is None else "as in a chat"
+        no_template = "in Alpaca's words, because the tokenizer has no chat template"
+        asked = no_template if template is None else "as in a chat, with the tokenizer's chat template"
         console.print(f"rows of instruction and output are asked {asked}")
         if template is None:
             return lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where)
@@ -102,7 +107,7 @@ def encoder(
 
 
 def text_prompt(text: str, *, chat: bool) -> str | Conversation:
-    """Returns `text` as a user's message with `chat`, and unchanged without."""
+    """Returns `text` as a user's message if `chat` is true, and unchanged if not."""
     return Conversation([{"role": "user", "content": text}]) if chat else text
 
 
@@ -171,8 +176,9 @@ def _check_masks(record: Record, where: str) -> None:
     for name in masks:
         mask = record.get(name)
         if mask is not None and not np.all(mask):
-            rule = "without padding" if name == "attention_mask" else "with `labels`, -100 where nothing is trained on"
-            raise InputError(f"Rows of `input_ids` must be {rule}, got `{name}` with zeros in {where}.")
+            labels = "have `labels`, with -100 for tokens that are not trained on"
+            rule = "be without padding" if name == "attention_mask" else labels
+            raise InputError(f"Rows of `input_ids` must {rule}, got `{name}` with zeros in {where}.")
 
 
 def _integers(column: list, begin: int, name: str, where: Where) -> list[np.ndarray]:
@@ -265,7 +271,7 @@ def _encode_chats(
     if not getattr(tokenizer, "is_fast", True):
         raise InputError(
             "`tokenizer` must be a fast one for rows of messages, since others do not say which characters a token is"
-            f" made of, got a {type(tokenizer).__name__}."
+            f" made of, got a {type(tokenizer).__name__}. Or turn `assistant_only_loss` off to train on every token."
         )
     written = [
         template.write_with_spans(conversation, where(row)) for row, conversation in enumerate(conversations, begin)

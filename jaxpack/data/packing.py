@@ -19,6 +19,16 @@ class PackedBatch(NamedTuple):
     `segment_ids` count 1, 2, ... within a row and never decrease; 0 is padding, at the tail only. `positions` restart
     at 0 with each segment. `targets[..., t]` is the token to predict at t, or -100 if there is none: at the last token
     of a document, before a token that is not trained on (such as a prompt), and at padding.
+
+    Example:
+      >>> from jaxpack import Batches, TrainConfig, load_documents
+      >>> rows = [{"input_ids": [7, 8, 9]}, {"input_ids": [3, 4]}]
+      >>> config = TrainConfig(packing=True, max_length=128, per_device_train_batch_size=1)
+      >>> batch = Batches(load_documents(rows, None, vocab_size=10), config)[0]
+      >>> batch.segment_ids[0, 0, :8]
+      array([1, 1, 1, 2, 2, 0, 0, 0], dtype=int32)
+      >>> batch.targets[0, 0, :8]
+      array([   8,    9, -100,    4, -100, -100, -100, -100], dtype=int32)
     """
 
     tokens: np.ndarray
@@ -28,7 +38,7 @@ class PackedBatch(NamedTuple):
 
 
 class BatchLimits(NamedTuple):
-    """Holds upper limits for all batches of a shape, which its compiled program may rely on; None is unknown.
+    """Holds upper limits for all batches of a shape, which its compiled program may rely on; None means unknown.
 
     `max_segments` is the most documents in a row, `max_targets` the most targets in a micro-batch `[B, T]`.
     """
@@ -107,6 +117,13 @@ def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = 
 
     The strategies are TRL's of the same names, but best fit works on the whole dataset and not within chunks of 1,000.
     Rows of "bfd" and "bfd_split" come out longest document first: shuffle the rows before training.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxpack import pack_rows
+      >>> rows = pack_rows(np.array([90, 50, 70, 30]), max_length=128)
+      >>> len(rows)
+      2
     """
     if max_length < 1:
         raise InputError(f"`max_length` must be at least 1, got {max_length}.")

@@ -30,6 +30,13 @@ class ShownRow(JupyterMixin):
     """Holds a decoded row of a run: the spans of each document in the row, and the amount of padding after them.
 
     rich can print a `ShownRow`, and a notebook displays it.
+
+    Example:
+      >>> from jaxpack import Batches, TrainConfig, load_documents, show_row
+      >>> documents = load_documents([{"input_ids": [7, 8, 9]}, {"input_ids": [3, 4]}], None, vocab_size=10)
+      >>> row = show_row(Batches(documents, TrainConfig(max_length=128)), 0, tokenizer=None)
+      >>> [[span.text for span in spans] for spans in row.documents]
+      [['7 ', '8 9 '], ['3 ', '4 ']]
     """
 
     number: int
@@ -39,7 +46,7 @@ class ShownRow(JupyterMixin):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = console.no_color or console.color_system is None
         before, after = ("[[", "]]") if plain else ("", "")
-        legend = "[[what is trained on]]" if plain else "green: trained on, grey: not"
+        legend = "[[trained on]], other text: not" if plain else "green: trained on, grey: not"
         title = f"row {self.number}: {_count(len(self.documents), 'document')}; {legend}"
         yield Rule(Text(title), align="left", style="bold")
         for number, spans in enumerate(self.documents, 1):
@@ -60,6 +67,14 @@ def show_row(batches: Batches, number: int, tokenizer: Tokenizer | None) -> Show
 
     Raises:
       InputError: the run has no such row.
+
+    Example:
+      >>> import rich
+      >>> from jaxpack import Batches, TrainConfig, load_documents, show_row
+      >>> documents = load_documents([{"input_ids": [7, 8, 9]}], None, vocab_size=10)
+      >>> row = show_row(Batches(documents, TrainConfig(max_length=128)), 0, tokenizer=None)  # rich.print(row) shows it
+      >>> row.padding
+      125
     """
     A, B, _ = batches.shapes[0]
     if not 0 <= number < batches.num_steps * A * B:

@@ -60,6 +60,12 @@ def load_documents(
     Raises:
       InputError: the dataset is empty or unreadable, a row is unreadable, no row has a token to learn, or a chat
         template does not show what the assistant writes. The message says which row, and what it needs.
+
+    Example:
+      >>> from jaxpack import load_documents
+      >>> documents = load_documents([{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}], None, vocab_size=10)
+      >>> documents.num_tokens, documents.num_targets
+      (3, array([2]))
     """
     if isinstance(dataset, Documents):
         return _within(vocab_size, dataset)
@@ -80,13 +86,13 @@ def load_documents(
     documents = Documents(np.concatenate(tokens), np.concatenate(labels), np.cumsum(lengths) - lengths, lengths)
     if where.diverging:
         console.print(
-            f"in {where.diverging:,} rows the prompt's tokens change when the completion follows:"
-            " they are trained on from where they do"
+            f"in {where.diverging:,} rows, the prompt's tokens change when the completion follows: training begins at"
+            " the first token that changes"
         )
     if template is not None and template.endless:
         console.print(
-            f"in {template.endless:,} rows the assistant's last turn ends in no token of its own, so the model does not"
-            " learn to stop: the chat template writes none, or writes it outside of its generation tags"
+            f"in {template.endless:,} rows, the assistant's last turn does not end with a special token, so the model"
+            " does not learn to stop: the chat template writes none, or writes it outside of its generation tags"
         )
     return _with_targets(documents, tokenizer, where)
 
@@ -144,11 +150,11 @@ def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: Wher
     row = int(np.argmin(keep))
     tokens = documents.tokens[documents.starts[row] :][: documents.lengths[row]].tolist()
     shown = repr(tokenizer.decode(tokens[:64])) if tokenizer is not None else str(tokens[:64])
-    masked = "every label masked, no turn of the assistant's, or fewer than two tokens"
+    masked = "every label is -100, or there is no turn of the assistant, or fewer than two tokens"
     if not keep.any():
         raise InputError(
-            f"At least one row must have a token to learn after its first, got {len(keep)} rows with none ({masked});"
-            f" the first is {where(row)}: {shown}."
+            f"At least one row must have a token to learn after its first token, got {len(keep):,} rows with none"
+            f" ({masked}); the first is {where(row)}: {shown}."
         )
     console.print(
         f"{int((~keep).sum()):,} of {len(keep):,} rows have nothing to learn ({masked}) and are left out;"
@@ -167,7 +173,9 @@ def _read(dataset: Dataset) -> tuple[Sequence[Record], Where]:
 
 def _read_rows(dataset: Iterable[Record]) -> tuple[Sequence[Record], Where]:
     if isinstance(dataset, Mapping):  # a `datasets.DatasetDict`, most likely
-        raise InputError(f"`dataset` must be rows, such as one split, got a mapping of {sorted(dataset)}.")
+        raise InputError(
+            f"`dataset` must be an iterable of rows, such as one split, got a mapping with the keys {sorted(dataset)}."
+        )
     if not isinstance(dataset, Iterable):
         raise InputError(f"`dataset` must be a file or an iterable of rows, got {dataset!r:.80}.")
     records = list(dataset)
@@ -199,7 +207,9 @@ def _read_jsonl(path: Path) -> tuple[list[Record], Where]:
             if not line.strip():
                 continue
             if not records and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                raise InputError(f"`dataset` must be JSON Lines, an object a line, got {str(path)!r} with an array.")
+                raise InputError(
+                    f"`dataset` must be JSON Lines, with one object on each line, got {str(path)!r} with an array."
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 record = json.loads(text)
@@ -207,9 +217,13 @@ def _read_jsonl(path: Path) -> tuple[list[Record], Where]:
                 why = (
                     f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
                 )
-                raise InputError(f"Line {number} of {path} must be a JSON object, one row a line: {why}.") from error
+                raise InputError(
+                    f"Line {number} of {path} must be a JSON object, one row on each line: {why}."
+                ) from error
             if not isinstance(record, dict):
-                raise InputError(f"Line {number} of {path} must be a JSON object, one row a line, got {text[:80]!r}.")
+                raise InputError(
+                    f"Line {number} of {path} must be a JSON object, one row on each line, got {text[:80]!r}."
+                )
             records.append(record)
             lines.append(number)
     return records, Where(str(path), lines)

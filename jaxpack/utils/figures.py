@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxpack.errors import InputError
+from jaxpack.errors import not_installed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ class Line(NamedTuple):
 def require_matplotlib() -> None:
     """Raises an `InputError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("pictures need `pip install jaxpack[bench]`, got no matplotlib.")
+        raise not_installed("Drawing a picture", "matplotlib", "bench")
 
 
 def new_figure(width: float, height: float) -> "Figure":

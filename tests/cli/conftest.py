@@ -52,7 +52,7 @@ def what_is_trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, 
             found.update(data=data, config=config, eval_data=eval_data)
             raise Stopped
 
-        command = importlib.import_module("jaxpack.cli.train")  # `jaxpack.cli.train` itself is the function
+        command = importlib.import_module("jaxpack.cli.train")
         monkeypatch.setattr(command.torch_bridge, "from_pretrained", from_pretrained)
         monkeypatch.setattr(command.torch_bridge, "load_adapter", lambda _, path: found.update(adapter=path))
         monkeypatch.setattr(command, "add_lora", lambda _, config: found.update(lora=config))

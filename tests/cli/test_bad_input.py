@@ -89,7 +89,10 @@ def jsonl(*rows: object) -> bytes:
 BAD_DATA: dict[str, tuple[bytes | None, list[str]]] = {
     "missing": (None, ["`data`", "existing file", "rows.jsonl"]),
     "empty": (b"", ["`data` must have at least one row", "rows.jsonl"]),
-    "array": (b"[" + jsonl(GOOD[0]) + b"]", ["`data` must be JSON Lines", "rows.jsonl", "array"]),
+    "array": (
+        b"[" + jsonl(GOOD[0]) + b"]",
+        ["`data` must be JSON Lines, with one object on each line", "rows.jsonl", "array"],
+    ),
     "not_json": (jsonl(GOOD[0], GOOD[1]) + b"\nthe cab\n" + jsonl(GOOD[2]), ["Line 4 of", "rows.jsonl", "JSON"]),
     "not_utf8": (jsonl(GOOD[0]) + '{"text": "é"}\n'.encode("latin-1"), ["Line 2 of", "rows.jsonl"]),
     "no_known_field": (jsonl({"question": "the", "answer": "cab"}), ["line 1 of", "'question'", "`text`"]),
@@ -295,8 +298,14 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "lora_dropout": (["--lora-dropout", "1"], ["lora_dropout", "[0, 1)", "got 1.0"]),
     "target_modules": (["--target-modules", "q_proj,query"], ["target_modules", "'v_proj'", "['query']"]),
     "rank_pattern": (["--rank-pattern", "q_proj"], ["rank_pattern", "'q_proj=8,v_proj=4'", "got 'q_proj'"]),
-    "adapter_and_a_new_one": (["--adapter", "x", "--lora-r", "4"], ["`adapter`", "without flags of a new adapter"]),
-    "adapter_and_all_weights": (["--adapter", "x", "--full-finetuning"], ["`full_finetuning`", "without flags"]),
+    "adapter_and_a_new_one": (
+        ["--adapter", "x", "--lora-r", "4"],
+        ["`adapter`", "without flags of a new adapter, got both. Leave one"],
+    ),
+    "adapter_and_all_weights": (
+        ["--adapter", "x", "--full-finetuning"],
+        ["`full_finetuning`", "without flags of adapters, got both. Leave one"],
+    ),
     "adapter_that_is_none": (["--adapter", "x"], ["`adapter`", "adapter_config.json", "'x'"]),
     "no_target_modules": (["--target-modules", ","], ["target_modules", "at least one"]),
     "dtype": (["--dtype", "int8"], ["dtype", "'bfloat16'", "got 'int8'"]),

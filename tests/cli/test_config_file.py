@@ -120,7 +120,10 @@ def test_one_way_to_train_on_the_command_line_takes_the_place_of_another_in_the_
     assert found["lora"] == LoraConfig()
     both = written(tmp_path, "lora_r: 8\nfull_finetuning: true\n")  # both ways in one file
     assert exit_status("train", *inputs, "--config", both) == 2
-    assert "`full_finetuning` must be without flags of adapters, got both" in capsys.readouterr().err
+    assert (
+        "`full_finetuning` must be without flags of adapters, got both. Leave one of them out."
+        in capsys.readouterr().err
+    )
 
 
 def test_epochs_that_are_typed_go_before_steps_in_the_file(
@@ -175,7 +178,11 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "list_for_a_mapping": ("rank_pattern: [q_proj]", "yaml", ["`rank_pattern` must be text or a mapping, got ['q_pr"]),
     "number_for_a_path": ("data: 7", "yaml", ["`data` must be text, got 7"]),
     "out_of_range": ("max_length: 1", "yaml", ["`max_length` must be at least 2"]),
-    "rank": ("rank_pattern: {q_proj: 1.5}", "yaml", ["`rank_pattern` must be whole numbers", "got 'q_proj=1.5'"]),
+    "rank": (
+        "rank_pattern: {q_proj: 1.5}",
+        "yaml",
+        ["`rank_pattern` must map projections to whole", "got 'q_proj=1.5'"],
+    ),
     "twice": ("seed: 1\nseed: 2", "yaml", ["YAML or TOML file", "'seed' is there twice", "line 2"]),
     "twice_in_toml": ("seed = 1\nseed = 2", "toml", ["YAML or TOML file", "overwrite a value"]),
     "braces": (
@@ -183,10 +190,14 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
         "yaml",
         ["YAML or TOML file", "with braces in it needs quotes", "line 1"],
     ),
-    "empty": ("", "yaml", ["`config` must hold names with values", "with nothing"]),
-    "empty_toml": ("# max_length = 64", "toml", ["`config` must hold names with values", "with nothing"]),
-    "list": ("- max_length: 64", "yml", ["must hold names with values", "with [{'max_length': 64}]"]),
-    "word": ("max_length", "yaml", ["must hold names with values", "with 'max_length'"]),
+    "empty": ("", "yaml", ["`config` must hold names of flags with their values", "with nothing"]),
+    "empty_toml": (
+        "# max_length = 64",
+        "toml",
+        ["`config` must hold names of flags with their values", "with nothing"],
+    ),
+    "list": ("- max_length: 64", "yml", ["must hold names of flags with their values", "with [{'max_length': 64}]"]),
+    "word": ("max_length", "yaml", ["must hold names of flags with their values", "with 'max_length'"]),
     "no_yaml": ("max_length: [64", "yaml", ["must be a YAML or TOML file", "line 1"]),
     "no_toml": ("max_length: 64", "toml", ["must be a YAML or TOML file", "line 1"]),
     "suffix": ("{}", "json", ["`config` must end in .yaml, .yml or .toml", "settings.json'"]),

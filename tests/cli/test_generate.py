@@ -1,7 +1,6 @@
 """Tests that `jaxpack generate` writes texts with and without the adapter, and refuses bad input in one sentence."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def test_texts_that_cannot_be_saved_are_shown(exit_status, base, tmp_path, monke
 
     given = ["--model", base, "--prompt", "the cab", "--output", tmp_path / "texts.jsonl"]
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["jaxpack.cli.generate"], "replace_file", full)
+        patch.setattr("jaxpack.cli.generate.replace_file", full)
         assert exit_status("generate", *given, *TOKENS) == 2
     out, err = capfd.readouterr()
     assert "completion ─" in out and "No space left on device" in err
@@ -116,7 +115,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--model", chat_base, "--prompts", tmp_path / "rows.jsonl", *TOKENS]
     assert exit_status("generate", *given, "--output", tmp_path / "chat.jsonl") == 0
-    assert "as in a chat" in capfd.readouterr().err
+    assert "each text is asked as in a chat" in capfd.readouterr().err
     system = {"role": "system", "content": "the bat"}
     asked = [line["prompt"] for line in lines(tmp_path / "chat.jsonl")]
     assert asked == [
@@ -157,7 +156,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         (["--prompt", "a", "--max-new-tokens", str(10**11)], "`max_new_tokens` must leave room for the keys"),
         (["--prompt", "a", "--seed", str(10**30)], f"`seed` must be in [0, 2**32), got {10**30}."),
         (["--prompt", "a", "--adapter", "nowhere"], "`adapter` must be an existing folder, got 'nowhere'."),
-        (["--prompt", "a", "--compare"], "`compare` must be with an `adapter`, got none."),
+        (["--prompt", "a", "--compare"], "`compare` must be given with an `adapter`, got none."),
         (["--prompt", "a", "--model", "nowhere"], "`model` must be an existing folder"),
         (["--prompt", "a", "--dtype", "int8"], "`dtype` must be"),
         (["--prompt", "a", "--output", "{rows}"], "`output` must be a new file in an existing folder, got '{rows}'."),

@@ -64,15 +64,15 @@ def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
         (["--data", "{data}", "--lora-r", "0"], "`lora_r` must be at least 1, got 0."),
         (
             ["--data", "{data}", "--full-finetuning", "--lora-r", "8"],
-            "`full_finetuning` must be without flags of adapters, got both.",
+            "`full_finetuning` must be without flags of adapters, got both. Leave one of them out.",
         ),
         (
             ["--lengths", "{data}", "--show-row", "0"],
-            "`show_row` must be without `lengths`, of which there is no text, got both.",
+            "`show_row` must be without `lengths`, got both: documents drawn from lengths have no text. Use `data`.",
         ),
         (
             ["--lengths", "{data}", "--no-assistant-only-loss"],
-            "`assistant_only_loss` must be without `lengths`, of which there is no text, got both.",
+            "`assistant_only_loss` must be without `lengths`, got both: documents drawn from lengths have no text.",
         ),
         (["--data", "{data}", "--gpu", "A100"], "`gpu` must be one of H200, H100, got 'A100'."),
         (["--data", "{data}", "--show-row", "999"], "`show_row` must be in [0, "),

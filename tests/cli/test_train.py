@@ -118,7 +118,7 @@ def test_an_interrupt_saves_what_is_trained_so_far(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
-    assert "interrupted: what is trained so far is saved" in capsys.readouterr().err
+    assert "interrupted: the weights are saved as trained so far" in capsys.readouterr().err
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     whole = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
     assert saved.keys() == whole.keys()
@@ -146,7 +146,7 @@ def test_a_finished_run_that_goes_on_says_so(
     output = shutil.copytree(adapter_run, tmp_path / "run")
     train(*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER, "--resume-from-checkpoint", "latest")
     said = capsys.readouterr().err
-    assert ", all steps were done before" in said and " tokens/s" not in said
+    assert ", all steps were done in an earlier run" in said and " tokens/s" not in said
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (output / name).read_bytes() == (adapter_run / name).read_bytes()
 
@@ -158,7 +158,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_repeated(
     flags = [*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER, "--resume-from-checkpoint", "latest"]
     assert exit_status("train", *flags) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"whose run is finished: 3 steps are done, and {output}/adapter is what they trained." in error
+    assert f"whose run is finished: all 3 steps are done, and {output}/adapter holds the result. Choose" in error
 
 
 def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_step(adapter_run: Path) -> None:
@@ -299,15 +299,18 @@ def test_help_shows_every_flag_in_full(columns: int, monkeypatch: pytest.MonkeyP
 
 
 def test_every_flag_has_help() -> None:
-    command = typer.main.get_command(cli.app).commands["train"]
+    group = typer.main.get_command(cli.app)
+    command = group.get_command(typer.Context(group), "train")
     assert [parameter.name for parameter in command.params if not parameter.help] == []
 
 
 # --- Imports ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["jaxpack", "torch_bridge", "jaxpack.cli"])
+@pytest.mark.parametrize("module", ["jaxpack", "torch_bridge", "the commands"])
 def test_importing_needs_neither_torch_nor_transformers(module: str) -> None:
-    script = f"import sys, {module}; print(*({{'torch', 'transformers'}} & sys.modules.keys()))"
+    names = [f"jaxpack.cli.{name}" for name in cli.COMMANDS] if module == "the commands" else [module]
+    imports = "; ".join(f"from {name} import *" for name in names)  # `*`: jaxpack imports its names when they are used
+    script = f"{imports}; import sys; print(*({{'torch', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "" and done.stderr == ""

@@ -325,6 +325,7 @@ def test_a_max_length_that_leaves_no_group_whole_is_refused(layout):
     limit = 4 if config.packing else 8
     expected = (
         f"`max_length` must leave all 2 documents of at least one group a token .* one that is cut at {limit} tokens"
+        r", .* Use a larger value\."
     )
     with pytest.raises(InputError, match=expected):
         Batches(documents, config, 2)

@@ -403,7 +403,7 @@ UNDECIDED = {
         "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '<e>' }}{% endfor %}"
         "{% if add_generation_prompt %}<a>{% else %}<u>be brief<e>{% endif %}",
         chat("a", "b"),
-        ["a turn ends in '<e><u>', the last one in '<e><u>be brief<e>'"],
+        ["a turn ends in '<e><u>', but the last one in '<e><u>be brief<e>'"],
     ),
     "no_generation_prompt": (
         "{% for m in messages %}{{ '<u>' + m.role + '\n' + m.content + '<e>\n' }}{% endfor %}",
@@ -421,21 +421,21 @@ UNDECIDED = {
         "{% if m.role == 'assistant' %}{{ messages[loop.index0 - 1].content | length | string + m.content + '<e>' }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<e><a>{% endif %}",
         chat("twelve words", "b"),
-        ["what surrounds message 1 depends on its content"],
+        ["the text around message 1 depends on its content"],
     ),
     "the_answer_is_changed_elsewhere": (
         "{{ messages | length }}{% for m in messages %}{% if m.content == 'b' %}!{% endif %}{% endfor %}"
         "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '<e>' }}{% endfor %}"
         "{% if add_generation_prompt %}<a>{% endif %}",
         chat("a", "b"),
-        ["what surrounds message 1 depends on its content"],
+        ["the text around message 1 depends on its content"],
     ),
     "tags_in_a_macro": (
         "{% macro say(m) %}<a> the assistant says: {% generation %}{{ m.content }}<e>{% endgeneration %}{% endmacro %}"
         "{% for m in messages %}{% if m.role == 'user' %}{{ '<u>' + m.content }}{% else %}{{ say(m) }}{% endif %}"
         "{% endfor %}",
         chat("a", "b"),
-        ["tags are not where they seem"],
+        ["its tags are not where they seem to be: tags within a macro"],
     ),
     "a_mark_in_the_text": (without_tags(CHATML), chat("a", "\ufdd0"), ["U+FDD0"]),
 }
@@ -446,7 +446,7 @@ def test_a_mask_that_cannot_be_told_is_refused_with_the_reason_and_a_way_out(nam
     template, messages, fragments = UNDECIDED[name]
     tokenizer = of_template(template, "<u>", "<a>", "<e>", *CHATML_TOKENS)
     message = refusal([{"messages": chat("who?")}, {"messages": messages}], tokenizer)
-    for fragment in ("row 1 of the dataset", "generation %}", "`assistant_only_loss`", *fragments):
+    for fragment in ("row 1 of the dataset. Put ", "generation %}", "turn `assistant_only_loss` off", *fragments):
         assert fragment in message
     load([{"messages": messages}], tokenizer, assistant_only_loss=False)
 
@@ -454,8 +454,8 @@ def test_a_mask_that_cannot_be_told_is_refused_with_the_reason_and_a_way_out(nam
 def test_what_the_template_leaves_out_is_refused() -> None:
     questions = "{% for m in messages %}<u>{% if m.role == 'user' %}{{ m.content }}{% endif %}<e>{% endfor %}"
     message = refusal([{"messages": chat("a", "b")}], of_template(questions, "<u>", "<e>"))
-    assert "leaves out the content of message 1 in row 0 of the dataset" in message
+    assert "but it leaves out the content of message 1 in row 0 of the dataset" in message
     calling = [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": [call("cabs")]}]
     for tags in (False, True):
         message = refusal([{"messages": calling}], STYLES["gemma"].tokenizer(tags=tags))
-        assert "leaves out the tool calls of message 1 in row 0 of the dataset" in message
+        assert "but it leaves out the tool calls of message 1 in row 0 of the dataset" in message

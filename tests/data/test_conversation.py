@@ -139,7 +139,7 @@ BAD_ROWS = {
         {"messages": chat("a", "b"), "chat_template_kwargs": "x"},
         ["`chat_template_kwargs`", "got 'x'"],
     ),
-    "refused": ({"messages": chat("a", "b") + chat("c") * 2}, ["must accept every row", "alternate"]),
+    "refused": ({"messages": chat("a", "b") + chat("c") * 2}, ["must accept every row, but it refuses", "alternate"]),
 }
 
 

@@ -142,7 +142,7 @@ def test_a_broken_parquet_file_is_named(damage: str, tmp_path: Path) -> None:
 def test_a_json_array_is_told_from_json_lines(begin: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(begin + '\n  {"text": "ab"}\n]\n')
-    assert refusal(path) == f"`dataset` must be JSON Lines, an object a line, got '{path}' with an array."
+    assert refusal(path) == f"`dataset` must be JSON Lines, with one object on each line, got '{path}' with an array."
 
 
 def test_what_has_no_rows_is_refused() -> None:

@@ -83,7 +83,7 @@ def test_ranks_and_alphas_by_projection(family):
     with pytest.raises(InputError, match=r"must be of projections with an adapter, got \['k_proj'\]"):
         add_lora(small_model(family), LoraConfig(target_modules="q_proj", rank_pattern="k_proj=2"))
     for wrong in ("q_proj", "q_proj=", "q_proj=2.5", "q_proj=0", {"q_proj": True}, {"q_proj": "2"}, [7]):
-        with pytest.raises(InputError, match="`rank_pattern` must be whole numbers of at least 1 by projection"):
+        with pytest.raises(InputError, match="`rank_pattern` must map projections to whole numbers of at least 1"):
             LoraConfig(rank_pattern=wrong)
 
 
