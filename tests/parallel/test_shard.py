@@ -20,7 +20,7 @@ CASES = ["packed, in micro-batches", "padded, all weights", "objective"]
 @pytest.fixture(scope="module")
 def results():
     script = Path(__file__).with_name("two_devices.py")
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     tests = Path(__file__).parent.parent
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
     if jax.__version__.startswith("0.11."):
