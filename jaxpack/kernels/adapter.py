@@ -15,7 +15,7 @@ def check_factors(weight: Weight, lora_a: jax.Array | None, lora_b: jax.Array | 
     """Raises an InputError for factors that do not fit the weight or each other."""
     if (lora_a is None) != (lora_b is None):
         raise InputError("`lora_a` and `lora_b` must be given both or neither, got one.")
-    if lora_a is None:
+    if lora_a is None or lora_b is None:
         return
     if lora_a.shape[1] != weight.shape[1]:
         raise InputError(f"`lora_a` must have {weight.shape[1]} columns, as `weight` has, got {lora_a.shape[1]}.")
@@ -38,7 +38,7 @@ def padded(
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "P I"], Float[Array, "O P"]]:
     """Returns both factors in `dtype`, padded with zeros to `padded_rank`; without factors, empty ones of rank 0."""
-    if lora_a is None:
+    if lora_a is None or lora_b is None:
         return jnp.zeros((0, weight.shape[1]), dtype), jnp.zeros((weight.shape[0], 0), dtype)
     missing = padded_rank(len(lora_a)) - len(lora_a)
     lora_a, lora_b = lora_a.astype(dtype), lora_b.astype(dtype)

@@ -9,6 +9,7 @@ document.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -110,29 +111,34 @@ def attention(
     if bounds.first.shape != q.shape[:2]:
         raise InputError(f"`bounds` must be of {list(q.shape[:2])} tokens, got {list(bounds.first.shape)}.")
     check_sinks(sinks, q.shape[2])
-    if takes_cudnn(q, sinks, options):
-        return cudnn.attention(q, k, v, *bounds, scale=options.scale, max_segments=options.max_segments)
+    if (segments := segments_for_cudnn(q, sinks, options)) is not None:
+        return cudnn.attention(q, k, v, *bounds, scale=options.scale, max_segments=segments)
     return _attention(q, k, v, bounds, sinks, options)
 
 
-def takes_cudnn(x: Float[Array, "B T A H"], sinks: jax.Array | None, options: "Options") -> bool:
-    """Returns whether cuDNN computes attention for the heads of `x`: because it is named, or because it is faster.
+def segments_for_cudnn(x: Float[Array, "B T A H"], sinks: jax.Array | None, options: "Options") -> int | None:
+    """Returns `max_segments` if cuDNN computes attention for the heads of `x`, and None if our kernels do.
+
+    cuDNN computes it if it is named, or if no implementation is named and cuDNN is faster.
 
     Raises:
       InputError: "cudnn" is named, but cuDNN cannot compute this case.
     """
     T, H = x.shape[1], x.shape[3]
     if options.implementation not in (None, "cudnn"):
-        return False
+        return None
     unsupported_reason = cudnn.unsupported_reason(
         x.shape, x.dtype, window=options.window, softcap=options.softcap, sinks=sinks, max_segments=options.max_segments
     )
     if options.implementation == "cudnn":
         if unsupported_reason is not None:
             raise InputError(f'`implementation` "cudnn" needs {unsupported_reason}.')
-        return True
+        return options.max_segments
+    if unsupported_reason is not None or options.max_segments is None:
+        return None
     few, long = _CUDNN_FASTER
-    return unsupported_reason is None and H <= 128 and options.max_segments <= few and T // options.max_segments >= long
+    is_faster = H <= 128 and options.max_segments <= few and T // options.max_segments >= long
+    return options.max_segments if is_faster else None
 
 
 # cuDNN is faster for rows of at most this many segments, with at least this many tokens on average (on an H200).
@@ -330,7 +336,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot_transposed(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     """Returns `a b^T`, summed over all pieces of the head."""
-    return sum(_dot(x, y.T) for x, y in zip(a, b, strict=True))
+    return functools.reduce(operator.add, (_dot(x, y.T) for x, y in zip(a, b, strict=True)))
 
 
 class _Scores(NamedTuple):
@@ -511,10 +517,11 @@ def attention_backward(
         loop = _KeyLoop.of(first_ref, row, rows, start, group, tiles.d_q, options)
         queries, d_outs = rows.load(q_ref, row, q.first), rows.load(d_out_ref, row, 0)
         # The softmax's gradient needs the row sums of d_out * out. They are written out for the other kernel.
-        delta = sum(
+        products = (
             jnp.sum(o.astype(jnp.float32) * d.astype(jnp.float32), axis=1)
             for o, d in zip(rows.load(out_ref, row, 0), d_outs, strict=True)
         )
+        delta = functools.reduce(operator.add, products)
         delta_ref[row, head, pl.ds(start, tiles.d_q.rows)] = delta
         lse = lse_ref[row, head, pl.ds(start, tiles.d_q.rows)]
 

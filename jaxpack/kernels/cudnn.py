@@ -123,7 +123,7 @@ def segment_table(
         put(B * count, jnp.int32(B * T))  # every row writes the same value
         covered_ref[row] = start
 
-    shapes = SegmentTable((B * count,), (B * count + 1,), (B * count + 1,), (B,))
+    sizes = B * count, B * count + 1, B * count + 1, B  # as the fields of SegmentTable
     return SegmentTable(
         *launch(
             kernel,
@@ -131,7 +131,7 @@ def segment_table(
             last,
             name="segment_table",
             grid=(B,),
-            out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
+            out_shape=tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
             num_warps=1,
         )
     )

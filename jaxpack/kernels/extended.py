@@ -97,7 +97,7 @@ def _by_token(
     xla: Callable,
     pallas: Callable,
     implementation: Implementation | None,
-    factor: tuple[int, int],
+    factor: tuple[int, ...],
     *arrays: jax.Array,
 ) -> Callable:
     """Chooses the implementation and returns a function that calls it with `arrays` and then its own arguments.
@@ -244,7 +244,7 @@ def _extend_launch(x: jax.Array, scale: jax.Array | None, a: jax.Array, eps: flo
             )
             inverse = _inverse_norm(squares, D, eps)
 
-        def step(at: Any, xa: jax.Array | None) -> jax.Array | None:
+        def step(at: Any, xa: Any) -> Any:
             n = x_ref[here, at]
             for scale_ref in scale_refs:
                 n = (n.astype(jnp.float32) * inverse * _load(scale_ref, at)[None, :]).astype(out_ref.dtype)

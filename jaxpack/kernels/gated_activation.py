@@ -5,7 +5,7 @@ The backward pass keeps gate and up, and nothing else. Everything is computed in
 
 import functools
 import math
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activati
             f"{gate.dtype}{list(gate.shape)} and {up.dtype}{list(up.shape)}."
         )
     check_no_byte_arrays(gate=gate)
-    return activation
+    return cast(Activation, activation)
 
 
 # The arithmetic of the kernels: float32 in, float32 out.
@@ -271,7 +271,7 @@ _gated_activation.defvjp(
         _gated_activation(gate, up, activation, implementation),
         (gate, up),
     ),
-    lambda activation, implementation, residuals, d: _backward(*residuals, d, activation, False, False, implementation)[
-        :2
-    ],
+    lambda activation, implementation, arrays, d: _backward(
+        arrays[0], arrays[1], d, activation, with_product=False, in_place=False, implementation=implementation
+    )[:2],
 )

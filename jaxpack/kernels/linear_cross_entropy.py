@@ -73,7 +73,7 @@ def token_losses(
 
     @jax.checkpoint
     def of_chunk(_: None, chunk: Chunks) -> tuple[None, Float[Array, " C"]]:
-        logits, _ = capped_logits(chunk.hidden, head, softcap)
+        logits = capped_logits(chunk.hidden, head, softcap)[0]
         lse = nan_outside(jax.nn.logsumexp(logits, axis=-1), chunk.targets, len(head))
         return None, losses_of(logits, chunk.targets, lse)
 
@@ -140,7 +140,7 @@ def _loss_and_gradients(
 
     d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
     (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
-    if selection is not None:
+    if selection is not None and max_targets is not None:
         total = jnp.where(jnp.sum(selection) > max_targets, jnp.nan, total)
     if d_hidden is not None:
         d_hidden = put_back(d_hidden.reshape(-1, shape[-1])[: len(targets)], selection).reshape(shape)

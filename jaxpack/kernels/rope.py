@@ -10,6 +10,7 @@ Channels from `rotary_dim` on stay as they are. Everything is computed in float3
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -258,7 +259,8 @@ def norm_rotate_heads_backward(
                 n = [part * inverse for _, part in x]
                 dy = [part for _, part in turn(dy)]
                 g = [part * w for part, w in zip(dy, scale, strict=True)]
-                mean = sum(jnp.sum(a * b, axis=2) for a, b in zip(g, n, strict=True))[:, :, None] / H
+                sums = (jnp.sum(a * b, axis=2) for a, b in zip(g, n, strict=True))
+                mean = functools.reduce(operator.add, sums)[:, :, None] / H
                 dx = [(piece, (a - b * mean) * inverse) for (piece, _), a, b in zip(x, g, n, strict=True)]
                 _store(outputs[one.target[0]], target, dx)
                 return [total + a * b for total, a, b in zip(d_scale, dy, n, strict=True)]
@@ -452,7 +454,7 @@ def _rope_both_ways(q, k, angles, implementation, *, backward):
 
 _rope.defvjp(
     lambda q, k, angles, implementation: (_rope(q, k, angles, implementation), angles),
-    lambda implementation, angles, d: (*_rope_both_ways(*d, angles, implementation, backward=True), None),
+    lambda implementation, angles, d: (*_rope_both_ways(d[0], d[1], angles, implementation, backward=True), None),
 )
 
 
@@ -476,7 +478,8 @@ def _norm_rope_backward(eps, implementation, residuals, d):
 
     def xla(dq, dk, *args):
         inputs, (cos, sin) = args[:4], args[4:]
-        return jax.vjp(lambda *inputs: _norm_rope_reference(*inputs, cos, sin, eps=eps), *inputs)[1]((dq, dk))
+        forward = functools.partial(_norm_rope_reference, cos=cos, sin=sin, eps=eps)
+        return jax.vjp(forward, *inputs)[1]((dq, dk))
 
     def pallas(dq, dk, q, k, q_scale, k_scale, cos, sin):
         (dq, dk), scales = norm_rotate_heads_backward(

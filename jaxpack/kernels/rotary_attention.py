@@ -27,7 +27,7 @@ from jaxpack.kernels.attention import (
     make_options,
     no_lse,
     pad_tokens,
-    takes_cudnn,
+    segments_for_cudnn,
 )
 from jaxpack.kernels.rope import Angles, norm_rotate_reference, rotate_reference
 
@@ -71,13 +71,13 @@ def rotary_attention(
         raise InputError(f"`qkv` must hold `num_heads` + 2 K heads, K a divisor of `num_heads`, got {A} heads for {N}.")
     options = make_options(qkv.shape[3], scale, window, softcap, max_segments, implementation)
     check_sinks(sinks, N)
-    if takes_cudnn(qkv, sinks, options):
+    if (segments := segments_for_cudnn(qkv, sinks, options)) is not None:
         q, k, v = _parts(qkv, angles, norms, N, eps)
-        return cudnn.attention(q, k, v, *bounds, scale=options.scale, max_segments=options.max_segments)
+        return cudnn.attention(q, k, v, *bounds, scale=options.scale, max_segments=segments)
     return _rotary_attention(qkv, angles, bounds, norms, sinks, N, eps, options)
 
 
-def _parts(qkv, angles, norms, N: int, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _parts(qkv, angles, norms: HeadNorms | None, N: int, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns rotated (and normed) queries and keys, and values, in arrays of their own."""
     q, k, v = jnp.split(qkv, [N, (qkv.shape[2] + N) // 2], axis=2)
     if norms is None:

@@ -94,7 +94,7 @@ def token_scores(
     chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
 
     def step(_: None, chunk: Chunks) -> tuple[None, TokenScores]:
-        logits, _ = capped_logits(chunk.hidden, weights, softcap)
+        logits = capped_logits(chunk.hidden, weights, softcap)[0]
         lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
         losses = losses_of(logits, chunk.targets, lse)
         return None, TokenScores(losses, jnp.argmax(logits, axis=-1).astype(jnp.int32))

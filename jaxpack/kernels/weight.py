@@ -152,8 +152,8 @@ def write_rows(whole: Array, start: tuple[Int[Array, ""] | int, ...], rows: Arra
     """Returns `whole` with `rows`, cast to its dtype, stored from index `start` of its first axes on."""
     rows = rows.astype(whole.dtype).reshape((1,) * (whole.ndim - rows.ndim) + rows.shape)
     # The rows are written as bits: for bfloat16, a CPU would convert all of `whole` to float32 and back.
-    bits = (jax.lax.bitcast_convert_type(x, f"uint{8 * whole.dtype.itemsize}") for x in (whole, rows))
-    placed = jax.lax.dynamic_update_slice(*bits, [*start, *(0,) * (whole.ndim - len(start))])
+    bits, new = (jax.lax.bitcast_convert_type(x, f"uint{8 * whole.dtype.itemsize}") for x in (whole, rows))
+    placed = jax.lax.dynamic_update_slice(bits, new, [*start, *(0,) * (whole.ndim - len(start))])
     return jax.lax.bitcast_convert_type(placed, whole.dtype)
 
 
@@ -180,7 +180,7 @@ def primal_of(weight: Weight) -> tuple[Weight, bool]:
 
 def instantiate(d: Array | SymbolicZero) -> Array:
     """Returns a cotangent as an array, with zeros for a symbolic zero."""
-    return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+    return jnp.zeros(d.shape, jnp.dtype(str(d.dtype))) if isinstance(d, SymbolicZero) else d
 
 
 @jax.custom_vjp

@@ -51,6 +51,7 @@ class Attention(nnx.Module):
         if slot is not None:
             mixed, slot = self._cached(heads, context, slot)
         else:
+            assert context.bounds is not None  # only a decoding step, which has a cache, is without
             mixed = rotary_attention(
                 heads,
                 context.angles,
@@ -84,6 +85,7 @@ class Attention(nnx.Module):
         scale, softcap = config.attention_scale, config.attn_logit_softcapping
         if slot.seen is not None:
             return attend(q, *slot.get(), slot.seen, scale=scale, softcap=softcap), slot
+        assert context.bounds is not None  # only a later step, which reads the cache, is without
         # Generation otherwise uses plain jnp, but a long prompt has many scores: the fastest kernel computes them.
         options = {"scale": scale, "softcap": softcap, "max_segments": context.max_segments}
         return attention(q, k, v, context.bounds, **options), slot

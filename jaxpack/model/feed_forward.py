@@ -4,6 +4,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from jaxpack.constants import Activation
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import NoKeys, RowContext
 from jaxpack.model.cost import BackwardPeak, CostContext, PartCost
@@ -21,7 +22,7 @@ class FeedForward(nnx.Module):
         self.gate_up = Linear(D, sizes, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.down = Linear(F, {"down_proj": D}, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.post_norm = make_norm(config, dtype) if config.post_norms else None
-        self.activation = config.activation
+        self.activation: Activation = config.activation
 
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys

@@ -5,6 +5,8 @@ Projections that read the same input (query, key and value; gate and up) are row
 matmul instead of two or three.
 """
 
+from typing import TypeGuard
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -56,14 +58,14 @@ class Linear(nnx.Module):
         With a `dropout_key`, dropout acts on the input of the adapters.
         """
         out = self._biased(weight_of(self.weight).matmul(x))
-        if not self.lora:
+        lora_a, lora_b = self.factors()
+        if lora_a is None or lora_b is None:
             return out
         if self.has_dropout(dropout_key):
             keep = jax.random.bernoulli(dropout_key, 1 - self._dropout, x.shape)
             kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
             x = jnp.where(keep, kept, 0)
-        lora_a, lora_b = (factor.astype(x.dtype) for factor in self.factors())
-        return out + x @ lora_a.T @ lora_b.T
+        return out + x @ lora_a.astype(x.dtype).T @ lora_b.astype(x.dtype).T
 
     def norm_project(
         self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_key: Key[Array, ""] | None
@@ -189,7 +191,7 @@ class Linear(nnx.Module):
         rank = sum(adapter.lora_a.shape[-2] for adapter in self.lora.values())
         return padded_rank(rank) if rank else 0
 
-    def has_dropout(self, dropout_key: Key[Array, ""] | None) -> bool:
+    def has_dropout(self, dropout_key: Key[Array, ""] | None) -> TypeGuard[Key[Array, ""]]:
         """Returns whether dropout acts, so that the adapters read another input than the projection."""
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
 

@@ -36,7 +36,8 @@ def is_trained(variable: Any) -> bool:
 
 def split_trained(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Returns a model's structure, the parameters that training changes, and all others; arrays may be abstract."""
-    return nnx.split(model, TRAINED, ...)
+    graph, trained, others = nnx.split(model, TRAINED, ...)
+    return graph, trained, others
 
 
 def freeze(
@@ -133,8 +134,8 @@ class MixedWeight(Weight):
 
         A barrier orders the layer number after the arrays, and every read of the weight depends on that number.
         """
-        *arrays, layer = jax.lax.optimization_barrier((*arrays, jnp.asarray(self.layer)))
-        return tuple(arrays), self.at(layer)
+        *computed, layer = jax.lax.optimization_barrier((*arrays, jnp.asarray(self.layer)))
+        return tuple(computed), self.at(layer)
 
     def _choose(self, read: Callable[[Weight], Array]) -> Array:
         kinds, numbers = (jnp.asarray(column, jnp.int32) for column in zip(*self.places, strict=True))
