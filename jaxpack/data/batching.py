@@ -193,7 +193,7 @@ class Batches:
         epoch, place = divmod(step, self.steps_per_epoch)
         together, accumulation = self._rows_together, self._config.gradient_accumulation_steps
         per_step = self.rows_per_step // together
-        order = _order(self._config.seed, epoch, self.num_rows // together)[place * per_step :][:per_step]
+        order = row_order(self._config.seed, epoch, self.num_rows // together)[place * per_step :][:per_step]
         if self._end_to_end:
             return members(_balanced(order, self._group_lengths, accumulation), together)
         which = np.full(per_step, -1)
@@ -213,12 +213,12 @@ def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndar
     for group in groups[np.argsort(-lengths[groups], kind="stable")].tolist():
         row = filled.index(min(filled))
         rows[row].append(group)
-        filled[row] += lengths[group]
+        filled[row] += int(lengths[group])
     return np.array([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+def row_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """Returns an epoch's order of the rows, int64 `[num_rows]`, which is the same with every version of every library.
 
     Rows are sorted by random 64-bit keys: row `i` has the `i`-th number of a SplitMix64 generator, whose seed is number

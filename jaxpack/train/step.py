@@ -1,7 +1,7 @@
 """One optimizer step (objective, gradient, update, metrics) as pure functions on pytrees, compiled per batch shape."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,15 @@ ComputeMetrics = Callable[..., dict[str, tuple[Any, Any]]]
 
 
 class TrainState(NamedTuple):
-    """Holds what a step changes and donates: float32 trained parameters, optimizer state, and the number of steps."""
+    """Holds what a step changes and donates: float32 trained parameters, optimizer state, and the number of steps.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxpack, optax, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> graph, trainable, frozen = jaxpack.split_trainable(model)
+      >>> state = jaxpack.TrainState(trainable, optax.adamw(1e-4).init(trainable), step=jnp.int32(0))
+    """
 
     trainable: nnx.State
     optimizer: optax.OptState
@@ -51,7 +59,15 @@ def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.St
     """Returns the model's structure, its trained parameters and its frozen weights.
 
     Trained parameters are float32 copies: many updates are too small for bfloat16 to represent, and the step donates
-    the arrays.
+    the arrays. After the last step, `nnx.update(model, state.trainable)` puts them into the model.
+
+    Example:
+      >>> import jax, jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=8, target_modules="q_proj,v_proj"))
+      >>> graph, trainable, frozen = jaxpack.split_trainable(model)
+      >>> len(jax.tree.leaves(trainable))  # A and B of each projection, stacked over layers
+      4
     """
     graph, trainable, frozen = split_trained(model)
     return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
@@ -150,9 +166,31 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
-    `state` is donated, `frozen` is not; `limits` are static. `dropout_seed` turns dropout on; each step draws new masks
-    from the seed and its number. On a mesh of several devices, each device holds the whole state and all frozen weights
-    (`replicate`), and gets its share of a batch's rows (`batch_sharding`).
+    `state` is a `TrainState`, whose arrays are donated; `frozen` is not donated. `limits` are static. `metrics` holds
+    float32 scalars: `loss`, `grad_norm` and the objective's own `metrics`. On a mesh of several devices, each device
+    holds the whole state and all frozen weights (`replicate`), and gets its share of a batch's rows (`batch_sharding`).
+
+    Args:
+      graph: the model's structure, from `split_trainable`.
+      optimizer: any optax transformation; gradients reach it unclipped.
+      objective: what is minimised, see `Objective`.
+      remat: what the backward pass keeps, as in `TrainConfig`, but not "auto".
+      implementation: the implementation of all kernels, as in `TrainConfig`.
+      dropout_seed: turns dropout on; each step draws new masks from the seed and its number.
+      mesh: the devices; None is the current device alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxpack, optax, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> graph, trainable, frozen = jaxpack.split_trainable(jaxpack.add_lora(model, jaxpack.LoraConfig(r=8)))
+      >>> optimizer = optax.adamw(1e-4)
+      >>> state = jaxpack.TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+      >>> step = jaxpack.make_train_step(graph, optimizer)
+      >>> batch = next(jaxpack.Packer([{"input_ids": [5, 6, 7]}], max_length=128, rows_per_batch=1))
+      >>> state, metrics = step(state, frozen, batch)
+      >>> int(state.step)
+      1
     """
     mesh = make_mesh() if mesh is None else mesh
 
@@ -176,7 +214,7 @@ def make_train_step(
             mesh=mesh,
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
         metrics = Metrics(sums.loss, optax.tree.norm(gradients), sums.metrics)
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import random_documents
 
-from jaxpack.data.batching import Batches, _order, _splitmix64, choose_buckets
+from jaxpack.data.batching import Batches, _splitmix64, choose_buckets, row_order
 from jaxpack.data.documents import Documents
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.errors import InputError, errors_name
@@ -117,18 +117,18 @@ def test_the_order_is_one_for_all_versions_of_numpy():
     # These are the published test vector of SplitMix64 for the seed 1234567.
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert _splitmix64(1234567, 5).tolist() == [*published, 16408922859458223821]
-    assert [_order(42, epoch, 10).tolist() for epoch in range(3)] == GOLDEN
-    assert sorted(_order(2**70 + 1, 5, 1000)) == list(range(1000))
+    assert [row_order(42, epoch, 10).tolist() for epoch in range(3)] == GOLDEN
+    assert sorted(row_order(2**70 + 1, 5, 1000)) == list(range(1000))
 
 
 def test_the_order_of_a_late_epoch_takes_no_longer():
     assert _splitmix64(7, 2, skip=3).tolist() == _splitmix64(7, 5).tolist()[3:]
-    assert sorted(_order(7, 2**40, 10)) == list(range(10))  # generating all earlier epochs would take terabytes
+    assert sorted(row_order(7, 2**40, 10)) == list(range(10))  # generating all earlier epochs would take terabytes
 
 
 def test_rows_meet_others_in_every_epoch():
     """Places of a row in different epochs and for different seeds are not correlated beyond chance."""
-    places = [np.argsort(_order(seed, epoch, 4000)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    places = [np.argsort(row_order(seed, epoch, 4000)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     correlations = np.corrcoef([np.arange(4000), *places])[np.triu_indices(10, 1)]
     assert np.abs(correlations).max() < 5 / np.sqrt(4000)
 
@@ -315,7 +315,8 @@ def test_a_group_is_cut_document_by_document_and_trained_on_whole_or_not_at_all(
 def test_the_longest_groups_fill_a_packed_row_each():
     config = TrainConfig(max_length=100, packing=True, per_device_train_batch_size=2)
     batches = Batches(numbered([300] * 8), config, 2)
-    assert batches.num_rows == 4 and batches.packing_efficiency == 1
+    assert batches.num_rows == 4
+    assert batches.packing_efficiency == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
