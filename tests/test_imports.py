@@ -111,19 +111,29 @@ def test_no_import_goes_in_a_circle():
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_importing_jaxpack_does_not_load(module):
-    code = f"import sys, jaxpack; assert {module!r} not in sys.modules"
+    code = f"import sys; from jaxpack import *; assert {module!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_importing_jaxpack_needs_nothing_that_only_unix_has():
     absent = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp', 'termios'))"
-    code = f"{absent}; import jaxpack; from jaxpack.parallel.device import peak_memory_bytes; peak_memory_bytes()"
+    code = f"{absent}; from jaxpack import *; from jaxpack.parallel import device; device.peak_memory_bytes()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_everything_public_is_there():
     assert all(hasattr(jaxpack, name) for name in jaxpack.__all__)
     assert len(set(jaxpack.__all__)) == len(jaxpack.__all__)
+    assert set(jaxpack.__all__) <= set(dir(jaxpack))
+
+
+def test_a_type_checker_sees_the_names_that_are_imported_when_they_are_used():
+    (checked,) = (node for node in ast.parse(modules()["jaxpack"].read_text()).body if isinstance(node, ast.If))
+    assert isinstance(checked.test, ast.Name)
+    assert checked.test.id == "TYPE_CHECKING"
+    seen = {node.module: tuple(alias.name for alias in node.names) for node in checked.body}
+    assert seen == jaxpack._MODULES
+    assert sorted(name for names in seen.values() for name in names) == sorted(jaxpack.__all__)
 
 
 def test_a_renamed_name_still_works_and_warns():

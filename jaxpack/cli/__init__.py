@@ -1,31 +1,72 @@
 """Defines the commands of `jaxpack`: train, inspect, generate, export, bench, demo. May import torch_bridge."""
 
+import importlib
 import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from jaxpack.cli.bench import bench
-from jaxpack.cli.demo import demo
-from jaxpack.cli.export import export
-from jaxpack.cli.generate import generate
-from jaxpack.cli.inspect import inspect
-from jaxpack.cli.train import train
+import jaxpack
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
 
+# Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
+COMMANDS = {
+    "train": "Fine-tune a model; write an adapter or the trained model.",
+    "inspect": "Show what padding costs on a dataset, and what packing gains.",
+    "generate": "Generate text from a model, with or without an adapter.",
+    "export": "Merge an adapter into its base model; write the merged model.",
+    "bench": "Measure tokens a second and peak memory on this device.",
+    "demo": "Fine-tune a small model on bundled questions; works offline.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Imports the module of a command when the command is chosen, so that `jaxpack --help` does not import jax."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = dict.fromkeys(COMMANDS)  # None: not imported yet
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        """Returns the command, or None if there is none of that name."""
+        if cmd_name in COMMANDS and self.commands[cmd_name] is None:
+            single = typer.Typer(add_completion=False, rich_markup_mode=None)
+            single.command(cmd_name)(getattr(importlib.import_module(f"jaxpack.cli.{cmd_name}"), cmd_name))
+            self.commands[cmd_name] = typer.main.get_command(single)
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+        """Writes the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
 app = typer.Typer(
-    help="Packed, padding-free fine-tuning of language models in JAX.",
+    cls=LazyGroup,
+    help="Fine-tune language models in JAX on NVIDIA GPUs, without spending half of the work on padding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help tables cut the names of long flags
+    context_settings={"help_option_names": ["-h", "--help"]},  # the commands inherit the names
 )
-app.command()(train)
-app.command()(inspect)
-app.command()(generate)
-app.command()(export)
-app.command()(bench)
-app.command()(demo)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"jaxpack {jaxpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Declares the options that come before a command."""
 
 
 def main() -> None:
