@@ -136,8 +136,10 @@ def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
     for (device, *_), of_case in sittings.items():
         for bar in BARS:
             ours, *peers = (of_case.get(case) for case in (bar.ours, *bar.peers))
-            fastest = None if None in peers else max(peers, key=lambda peer: peer["tokens_per_second"])
-            if ours or any(peers):
+            measured = [peer for peer in peers if peer is not None]
+            whole = len(measured) == len(peers)
+            fastest = max(measured, key=lambda peer: peer["tokens_per_second"]) if whole else None
+            if ours or measured:
                 found.append(Verdict(bar, device, ours, fastest))
     known = {(verdict.bar, verdict.device) for verdict in found if verdict.speed is not None}
     told = (verdict for verdict in found if verdict.speed is not None or (verdict.bar, verdict.device) not in known)
@@ -146,10 +148,11 @@ def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
 
 def bars_table(records: list[dict[str, Any]]) -> Table:
     """Returns a table with one line for each bar."""
-    table = Table(title="the bars: ours and the fastest opponent's")
+    table = Table(title="the bars: figures of jaxpack, then of the fastest opponent")
     for heading in ("work", "on"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("tokens/s", "GiB", "opponent", "tokens/s", "GiB", "speed", "bar", "memory", "bar", ""):
+    figures = ("tokens/s", "GiB")
+    for heading in (*figures, "opponent", *figures, "speed", "required", "memory", "allowed", "passed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for verdict in verdicts(records):
         table.add_row(
@@ -176,7 +179,7 @@ def _figures(record: dict[str, Any] | None) -> tuple[str, str]:
 def draw_bars(records: list[dict[str, Any]]) -> "Figure":
     """Draws ours beside the fastest opponent, for each work whose opponents were measured, too."""
     found = [verdict for verdict in verdicts(records) if verdict.speed is not None]
-    pairs = [record for verdict in found for record in (verdict.ours, verdict.peer)]
+    pairs = [record for verdict in found for record in (verdict.ours, verdict.peer) if record is not None]
     places = np.concatenate([[-2.5 * i, -2.5 * i - 0.85] for i in range(len(found))])
     labels = [verdict.bar.work.replace(", ", "\n") for verdict in found]
     if len({verdict.device for verdict in found}) > 1:
@@ -194,8 +197,8 @@ def draw_bars(records: list[dict[str, Any]]) -> "Figure":
             texts[at] += f"   x {values[at] / values[at + 1]:.2f}"
         lying_bars(panel, places, values, [COLORS[record["system"]] for record in pairs], texts, room=1.75)
     speed.set_yticks(places[::2] - 0.42, labels)
-    frame(speed, "How many real tokens a second?", "real tokens/s (x: of the opponent's)", "")
-    frame(memory, "In how much memory?", "peak memory, GiB", "")
+    frame(speed, "How many real tokens a second?", "real tokens/s (x: factor over the opponent)", "")
+    frame(memory, "How much memory does it take?", "peak memory, GiB", "")
     about = [" and ".join(sorted({record[field] for record in pairs})) for field in ("data", "device", "date")]
     head(figure, f"The same documents and optimizer for both: {', '.join(about)}.")
     return figure

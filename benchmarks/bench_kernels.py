@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -212,7 +212,7 @@ def gate_cases(operation: str, tokens: int, shape: KernelShape) -> Iterator[Case
         "gelu_tanh": partial(jax.nn.gelu, approximate=True),
         "gelu": partial(jax.nn.gelu, approximate=False),
     }[ACTIVATIONS[operation]]
-    options = {"activation": ACTIVATIONS[operation], "implementation": "pallas"}
+    options: dict[str, Any] = {"activation": ACTIVATIONS[operation], "implementation": "pallas"}
     inputs, gradient = {"gate_up": (1, tokens, 2 * F)}, {"d_out": (1, tokens, F)}
     size = 2 * tokens * F
 
@@ -239,7 +239,7 @@ def gate_cases(operation: str, tokens: int, shape: KernelShape) -> Iterator[Case
     def ours_apart(gate, up):
         return gated_activation.gated_activation(gate, up, **options)
 
-    def ours_backward(d_out, with_product, gate_up=None, gate=None, up=None):
+    def ours_backward(d_out, with_product, gate_up: Any = None, gate: Any = None, up=None):
         first = gate_up if up is None else gate
         return gated_activation.gated_activation_backward(first, up, d_out, with_product=with_product, **options)
 
@@ -398,7 +398,8 @@ def attention_oracle(q, k, v, d_out, bounds):
     B, T, N, H = q.shape
     K = k.shape[2]
     chunk = min(512, T)
-    assert B == 1 and T % chunk == 0
+    assert B == 1
+    assert T % chunk == 0
 
     def forward(q, k, v):
         def one_head(head):
@@ -502,9 +503,9 @@ def errors_of(programs: Programs, want: Callable[[], Any]) -> list[float]:
     got = programs.variant.arrange(programs.call(donated, kept))
     if got is None:  # nothing to compare
         return []
-    got, want = jax.tree.leaves(got), jax.tree.leaves(want())
-    assert [x.shape for x in got] == [x.shape for x in want], "the outputs are not those of the reference"
-    return [float(_relative_error(g, w)) for g, w in zip(got, want, strict=True)]
+    ours, theirs = jax.tree.leaves(got), jax.tree.leaves(want())
+    assert [x.shape for x in ours] == [x.shape for x in theirs], "the outputs are not those of the reference"
+    return [float(_relative_error(x, y)) for x, y in zip(ours, theirs, strict=True)]
 
 
 def measure(
@@ -532,9 +533,8 @@ def measure(
     references = [pool.submit(compiled_reference, case) for case in cases]
     programs = [[pool.submit(compiled, case, v) for v in case.variants if v.slow == slow] for case in cases]
     pool.shutdown(wait=not slow)
-    _, unfinished = wait(
-        [*references, *itertools.chain(*programs)], timeout=max(0, deadline - time.monotonic()) if slow else None
-    )
+    started: list[Future[Any]] = [*references, *itertools.chain(*programs)]
+    _, unfinished = wait(started, timeout=max(0, deadline - time.monotonic()) if slow else None)
     for case, reference, jobs in zip(cases, references, programs, strict=True):
         row, want = case.row, cache(partial(expected, case, reference))
         for column, why in case.missing.items():
@@ -542,7 +542,7 @@ def measure(
         for variant, job in zip((v for v in case.variants if v.slow == slow), jobs, strict=True):
             try:
                 if unfinished:
-                    raise TimeoutError("it had not compiled in the time that was left")
+                    raise TimeoutError("the kernel had not compiled when the time ran out")
                 _check_time(deadline)
                 entry = timed(job.result(), want)
             except Exception as error:
@@ -571,7 +571,7 @@ def timed(programs: Programs | Exception, want: Callable[[], Any]) -> dict[str, 
 
 def _check_time(deadline: float) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError("out of time")
+        raise TimeoutError("not measured, because the time ran out")
 
 
 _KEY = ("operation", "direction", "mix", "tokens")
@@ -734,7 +734,7 @@ def print_tables(results: Results, found: list[dict[str, Any]], console: Console
         if not columns:
             continue
         unit = "TFLOP/s" if operation == "attention" else "GB/s"
-        table = Table(title=f"{operation}: ms, {unit} (~: no device clock)")
+        table = Table(title=f"{operation}: ms and {unit} (~: timed by the host's clock)")
         table.add_column("", no_wrap=True)
         for name in ["floor", *columns] if operation != "attention" else columns:
             table.add_column(name, justify="right", no_wrap=True)
@@ -749,9 +749,9 @@ def print_tables(results: Results, found: list[dict[str, Any]], console: Console
                 cells.append(f"{mark}{1e3 * entry['median']:.3f} {rate_of(row, entry['median'])[0]:,.0f}")
             table.add_row(label_of(row), *cells)
         console.print(table)
-    table = Table(title="bars")
-    for name in ("bar", "rule", "value", ""):
-        table.add_column(name, justify="right" if name == "value" else "left")
+    table = Table(title="bars: values that our kernels must reach")
+    for name in ("bar", "required", "measured", "result"):
+        table.add_column(name, justify="right" if name == "measured" else "left")
     for one in found:
         value = "-" if one["value"] is None else f"{one['value']:.3f}"
         table.add_row(
@@ -768,7 +768,7 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(3, 2, figsize=(20, 15), constrained_layout=True)
-    colors = dict(zip(COLUMNS, plt.get_cmap("tab20").colors, strict=False))
+    colors = {name: plt.get_cmap("tab20")(place) for place, name in enumerate(COLUMNS)}
     for panel, operation in zip(panels.flat, OPERATIONS, strict=True):
         rows = [row for row in results.rows.values() if row["operation"] == operation]
         columns = [name for name in COLUMNS if any("median" in row["columns"].get(name, {}) for row in rows)]
@@ -782,7 +782,7 @@ def draw(results: Results, path: Path) -> None:
                     heights.append(rate if operation == "attention" else rate * 1e9 / BYTES_PER_SECOND)
             panel.bar(at, heights, width, label=name, color=colors[name])
         attends = operation == "attention"
-        panel.set_title(f"{operation}: {'TFLOP/s' if attends else 'floor / time, 1 is the memory floor'}")
+        panel.set_title(f"{operation}: {'TFLOP/s' if attends else 'memory floor / time (1 is the fastest possible)'}")
         panel.set_xticks(range(len(rows)), [label_of(row).replace(" ", "\n") for row in rows], fontsize=7)
         if columns:
             panel.legend(fontsize=8, ncols=2)
@@ -797,13 +797,13 @@ def main() -> None:
     """Runs the opponents, then JAX, and writes tables, JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, required=True)
-    parser.add_argument("--peers-site", type=Path, help="folder of packages with Unsloth and Liger")
-    parser.add_argument("--no-peers", action="store_true", help="JAX alone")
-    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="the others keep their rows")
+    parser.add_argument("--peers-site", type=Path, help="folder of the Python packages of Unsloth and Liger")
+    parser.add_argument("--no-peers", action="store_true", help="measure only the JAX kernels")
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="the other rows are kept")
     parser.add_argument("--tokens", type=int, nargs="+", default=KERNEL_TOKENS)
-    parser.add_argument("--seconds", type=float, default=540, help="after which nothing more is measured")
+    parser.add_argument("--seconds", type=float, default=540, help="after this time nothing more is measured")
     parser.add_argument("--compile-threads", type=int, default=8)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any machine: times mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="run tiny shapes on any machine: the times mean nothing")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).with_name("results"))
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds

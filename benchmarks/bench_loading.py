@@ -39,10 +39,10 @@ def main() -> None:
     """Makes the folder, measures each way in its own process, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
-    parser.add_argument("--layers", type=int, help="fewer of them, for a smaller folder")
-    parser.add_argument("--vocab", type=int, help="a smaller one")
-    parser.add_argument("--folder", type=Path, help="where to make it; a temporary one by default")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each")
+    parser.add_argument("--layers", type=int, help="number of layers (default: that of the model)")
+    parser.add_argument("--vocab", type=int, help="vocabulary size (default: that of the model)")
+    parser.add_argument("--folder", type=Path, help="where the weights are written (default: a temporary folder)")
+    parser.add_argument("--cold", action="store_true", help="empty the page cache of the files before each measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--measure", choices=_WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
                 f"  {best['host_bytes'] / 2**30:6.2f} GiB of host memory"
             )
     result["ratio"] = result["copy"]["seconds"] / result["load"]["seconds"]
-    print(f"load is {result['ratio']:.2f} times as fast as copy")
+    print(f"from_pretrained (load) is {result['ratio']:.2f} times as fast as a plain read and copy (copy)")
     print(json.dumps(result))
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--vocab", type=int, default=248_320)
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--frozen-head", action="store_true", help="no gradient of the head")
+    parser.add_argument("--frozen-head", action="store_true", help="compute no gradient of the head")
     options = parser.parse_args()
 
     @jax.jit
@@ -42,6 +42,7 @@ def main() -> None:
     gradient = jax.value_and_grad(linear_cross_entropy, argnums=(0,) if options.frozen_head else (0, 1))
     program = jax.jit(gradient).lower(*inputs).compile()
     analysis = program.memory_analysis()
+    assert analysis is not None
     loss = float(jax.block_until_ready(program(*inputs))[0])
 
     def run() -> float:

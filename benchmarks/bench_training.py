@@ -99,7 +99,7 @@ def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
         plan = [Planned("cases", base.layout, dataclasses.replace(base, remat=remat)) for remat in choices]
     chosen = [planned for planned in plan if any(part in str(planned) for part in options.only)]
     if not chosen:
-        raise InputError(f"`only` must be parts of a case's line, such as {str(plan[0])!r}, got {options.only}.")
+        raise InputError(f"`only` must be a part of a case's line, such as {str(plan[0])!r}, got {options.only}.")
     return chosen
 
 
@@ -165,7 +165,7 @@ def profile_lines(record: dict[str, Any]) -> list[str]:
     """Returns a table of the forty longest kernels of a step."""
     lines = []
     for kernel in record.get("kernels", [])[:40]:
-        hidden = f", {1e3 * kernel['hidden_seconds']:.2f} ms of it beside kernels" if "hidden_seconds" in kernel else ""
+        hidden = f", {1e3 * kernel['hidden_seconds']:.2f} ms of it behind kernels" if "hidden_seconds" in kernel else ""
         lines.append(f"  {1e3 * kernel['seconds']:8.2f} ms {kernel['count']:5} x {kernel['name']}{hidden}")
     return lines
 
@@ -177,28 +177,28 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=("cases", *PLANS), default="cases")
-    parser.add_argument("--lengths", type=Path, help="histogram of document lengths; `losses` needs none")
-    parser.add_argument("--data", type=Path, help="JSONL of text for `losses`; default: the bundled questions")
-    parser.add_argument("--documents", type=int, default=4000, help="to draw")
-    parser.add_argument("--site", type=Path, help="a folder of the opponents' packages")
-    parser.add_argument("--output", type=Path, help="results, added to what it holds")
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose line contains one of these")
-    parser.add_argument("--missing", action="store_true", help="leave out what --output holds")
-    parser.add_argument("--seconds", type=float, help="for all: no case starts whose like took longer than is left")
-    parser.add_argument("--profile", action="store_true", help="the kernels of one of our steps")
-    parser.add_argument("--draw", type=Path, nargs="+", metavar="RESULTS", help="table and pictures of these alone")
+    parser.add_argument("--lengths", type=Path, help="CSV histogram of document lengths; `losses` needs none")
+    parser.add_argument("--data", type=Path, help="JSONL file of texts for `losses` (default: the bundled questions)")
+    parser.add_argument("--documents", type=int, default=4000, help="number of documents to draw from the histogram")
+    parser.add_argument("--site", type=Path, help="folder of the opponents' Python packages")
+    parser.add_argument("--output", type=Path, help="JSON file to which the results are added")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure cases whose line contains one of these")
+    parser.add_argument("--missing", action="store_true", help="measure only cases that --output does not hold yet")
+    parser.add_argument("--seconds", type=float, help="time for all cases; a case that would exceed it is not started")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of one jaxpack step")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="RESULTS", help="only show these results")
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-4B")
     parser.add_argument("--system", choices=("jaxpack", *SYSTEMS))
     parser.add_argument("--layout", choices=get_args(Layout))
-    parser.add_argument("--rows", type=int, help="of a step; documents unless packed (16)")
-    parser.add_argument("--max-length", type=int, help="(1024)")
-    parser.add_argument("--remat", nargs="+", help="of ours: offload to none; of Unsloth: unsloth, full, none")
+    parser.add_argument("--rows", type=int, help="batch size in rows if packed, else in documents (16)")
+    parser.add_argument("--max-length", type=int, help="maximum length of a document or a packed row (1024)")
+    parser.add_argument("--remat", nargs="+", help="for jaxpack: offload to none; for Unsloth: unsloth, full, none")
     parser.add_argument("--implementation", choices=("xla", "pallas"))
     parser.add_argument("--full-finetuning", action="store_true")
-    parser.add_argument("--steps", type=int, help="that are timed (10)")
+    parser.add_argument("--steps", type=int, help="number of steps that are timed (10)")
     options = parser.parse_args()
     if options.draw is None and options.lengths is None and options.plan != "losses":
-        parser.error("--lengths is needed")
+        parser.error("--lengths must be given, except with --draw and `--plan losses`")
     try:
         if options.draw:
             records, whole, path = list(chain(*map(read_records, options.draw))), True, options.draw[-1]

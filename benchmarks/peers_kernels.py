@@ -88,7 +88,7 @@ class Recorder:
             line["note"] = note
         try:
             if time.monotonic() > self.deadline:
-                raise TimeoutError("out of time")
+                raise TimeoutError("not measured, because the time ran out")
             function = build()
             errors = []
             if reference is not None:
@@ -479,7 +479,8 @@ def varlen(lengths: list[int], tokens: int, head_dim: int) -> Callable:
         options["enable_gqa"] = True
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), **options)
+        out: Any = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), **options)
+        return out
 
     def attend_repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, *repeated(q, k, v))
@@ -498,7 +499,7 @@ def takes_fewer_kv_heads(attend: Callable, tokens: int, head_dim: int) -> bool:
     try:
         (d_k,) = torch.autograd.grad(attend(q, k, k).float().square().sum(), k)
     except Exception as error:
-        print(f"key and value heads are repeated: {error!r}", flush=True)
+        print(f"key and value heads are repeated, because grouped heads failed: {error!r}", flush=True)
         return False
     return d_k.shape == k.shape
 
@@ -510,9 +511,9 @@ def cudnn(documents: int, head_dim: int) -> Callable:
     backend = SDPBackend.CUDNN_ATTENTION if DEVICE == "cuda" else SDPBackend.MATH
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        parts = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
-            out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
     def attend_repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

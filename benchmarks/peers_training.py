@@ -271,10 +271,10 @@ def check_unsloth_attention(request: dict[str, Any]) -> None:
     """Raises RuntimeError if Unsloth's attention is a dense mask, which halves its speed and nobody would use."""
     found = unsloth_attention()
     if found["xformers"] is None or found["backend"] not in ("xformers", "flash_varlen"):
-        raise RuntimeError(f"Unsloth fell back to PyTorch's attention, is libcudart.so.12 on the path? {found}")
+        raise RuntimeError(f"Unsloth fell back to PyTorch's attention ({found}). Is libcudart.so.12 on the path?")
     ran = found["through_transformers"]
     if ran["fallback"] > ran["fast"] + ran["compiled"]:
-        raise RuntimeError(f"Unsloth ran packed rows through a dense mask: {found}")
+        raise RuntimeError(f"Unsloth ran packed rows through a dense mask, which halves its speed: {found}")
 
     from unsloth.utils import attention_dispatch
 
@@ -335,16 +335,17 @@ def make_clock(request: dict[str, Any]) -> Any:
             trainer.training_step = counted
 
         def count(self, inputs: dict[str, Any]) -> None:
-            ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+            given: list[Any] = [inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")]
+            ids, mask, positions = given
             shapes = {name: getattr(value, "shape", value) for name, value in inputs.items()}
             if request["layout"] == "padded":
                 if mask is None or ids.shape[0] != request["rows"]:
-                    raise RuntimeError(f"`layout` 'padded' was not followed, the step got {shapes}.")
+                    raise RuntimeError(f"The step must get `layout` 'padded', got the shapes {shapes}.")
                 self.documents.append(ids.shape[0])
                 self.tokens.append(mask.sum())
             else:
                 if mask is not None or positions is None or ids.shape[0] != 1:
-                    raise RuntimeError(f"`layout` {request['layout']!r} was not followed, the step got {shapes}.")
+                    raise RuntimeError(f"The step must get `layout` {request['layout']!r}, got the shapes {shapes}.")
                 padding = (positions.flatten().flip(0).cumsum(0) == 0).sum()  # positions after the last document, all 0
                 self.documents.append((positions == 0).sum() - padding)
                 self.tokens.append(ids.numel() - padding)

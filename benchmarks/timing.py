@@ -132,7 +132,7 @@ def time_jax(
     return from_events(events, calls, statistics.median(checks))
 
 
-def jax_kernel_events(run: Callable[[], None]) -> list[Event]:
+def jax_kernel_events(run: Callable[[], object]) -> list[Event]:
     """Returns all device events during `run()`, which must wait for them; empty if there is no profile."""
     import jax
 
@@ -146,7 +146,7 @@ def jax_kernel_events(run: Callable[[], None]) -> list[Event]:
             (path,) = Path(folder).rglob("*.xplane.pb")
             return device_events(jax.profiler.ProfileData.from_file(str(path)))
     except Exception as error:  # the check is left
-        print(f"no profile: {error!r}", flush=True)
+        print(f"the profiler gave no kernel times: {error!r}", flush=True)
         return []
 
 
@@ -198,20 +198,21 @@ def time_torch(call: Callable, make_sets: Callable[[], list[tuple]], *, consumed
     return from_events(events, calls, _flushed(call, sets) if on_device else _wall(run) / calls)
 
 
-def _torch_events(run: Callable[[], None]) -> list[Event]:
+def _torch_events(run: Callable[[], object]) -> list[Event]:
     import torch
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             run()
+        events: Any = profile.events()
         return [
             Event(event.time_range.start * 1e-6, event.time_range.elapsed_us() * 1e-6, event.name)
-            for event in profile.events()
+            for event in events
             if event.device_type == DeviceType.CUDA
         ]
     except Exception as error:  # the check is left
-        print(f"no profile: {error!r}", flush=True)
+        print(f"the profiler gave no kernel times: {error!r}", flush=True)
         return []
 
 
@@ -232,7 +233,7 @@ def _flushed(call: Callable, sets: list[tuple]) -> float:
     return statistics.median(start.elapsed_time(end) * 1e-3 for start, end in pairs)
 
 
-def _wall(run: Callable[[], None]) -> float:
+def _wall(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -97,12 +97,12 @@ def elementwise_candidates(tokens: int, shape: KernelShape) -> Iterator[Candidat
     norm = functools.partial(rope.norm_rope, eps=1e-6, implementation="pallas")
 
     def norm_backward(q, k, q_scale, k_scale, angles):
-        _, pull = jax.vjp(lambda *inputs: norm(*inputs, angles), q, k, q_scale, k_scale)
+        _, pull = jax.vjp(functools.partial(norm, angles=angles), q, k, q_scale, k_scale)
         return pull((q, k))
 
     arguments = {"rope": (q, k, angles), "norm_rope": (q, k, *scales, angles)}
     arguments["norm_rope_backward"] = arguments["norm_rope"]
-    kernels = {"rope": (apply, "_ROTATE"), "norm_rope": (norm, "_NORM_ROTATE")}
+    kernels: dict[str, Any] = {"rope": (apply, "_ROTATE"), "norm_rope": (norm, "_NORM_ROTATE")}
     kernels["norm_rope_backward"] = norm_backward, "_NORM_ROTATE_BACKWARD"
     for block, heads, warps, steps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8), (1, 4, 16)):
         if not 4 * 32 * warps <= block * heads * H <= 64 * 32 * warps:
@@ -192,7 +192,7 @@ def _lowered(
 def print_pallas_against_cudnn(shape: KernelShape) -> None:
     """Compares attention with cuDNN on 16,384 tokens, to find the length of documents from which cuDNN is faster."""
     N, K, H = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    print("\nrows x documents x length: pallas and cudnn in ms, forward / forward and backward")
+    print("\nattention by rows x documents x length: milliseconds of forward / forward and backward")
     for rows, documents, length in ((1, 8, 2048), (1, 4, 4096), (1, 2, 8192), (4, 4, 1024), (4, 2, 2048), (8, 1, 2048)):
         T = documents * length
         ids = jnp.repeat(jnp.arange(1, documents + 1, dtype=jnp.int32), length)[None].repeat(rows, axis=0)
@@ -229,7 +229,9 @@ def times_of(members: list[tuple[Candidate, Callable]]) -> Iterator[tuple[str, f
     events = sorted(event for event in profile if event.name == members[0][0].kernel)
     if len(events) != ROUNDS * len(members):
         found = collections.Counter(event.name for event in profile)
-        raise RuntimeError(f"{ROUNDS * len(members)} of {members[0][0].kernel} started, profiled {found}.")
+        raise RuntimeError(
+            f"{members[0][0].kernel} was started {ROUNDS * len(members)} times, but the profile holds {found}."
+        )
     for i, (candidate, _) in enumerate(members):
         own = events[i * ROUNDS : (i + 1) * ROUNDS]
         yield candidate.setting, statistics.median(event.seconds for event in own)
@@ -240,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--only", default="", help="groups whose name contains this; cudnn: Pallas against cuDNN")
+    parser.add_argument("--only", default="", help="groups whose name contains this; cudnn: Pallas beside cuDNN")
     parser.add_argument("--hidden-size", type=int, default=KernelShape.hidden_size)
     parser.add_argument("--intermediate-size", type=int, default=KernelShape.intermediate_size)
     parser.add_argument("--output", type=Path)
@@ -278,7 +280,7 @@ def main() -> None:
             print(f"{group}: {error}", flush=True)
     for group, times in results.items():
         times.sort()
-        print(f"\n{group}: {len(times)} measured, {len(refused[group])} not compiled")
+        print(f"\n{group}: {len(times)} tilings measured, {len(refused[group])} did not compile")
         for milliseconds, setting in times[:6]:
             print(f"  {milliseconds:8.4f} ms  {setting}")
     if "cudnn".startswith(options.only):

@@ -99,11 +99,11 @@ class LoraConfig:
 
     def rank_of(self, projection: str) -> int:
         """Returns the rank of a projection's adapter."""
-        return dict(self.rank_pattern).get(projection, self.r)
+        return _by_name(self.rank_pattern).get(projection, self.r)
 
     def scaling_of(self, projection: str) -> float:
         """Returns the factor of `lora_B @ lora_A @ x` for a projection."""
-        rank, alpha = self.rank_of(projection), dict(self.alpha_pattern).get(projection, self.lora_alpha)
+        rank, alpha = self.rank_of(projection), _by_name(self.alpha_pattern).get(projection, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -325,8 +325,9 @@ class TrainConfig:
 
         Each checkpoint then has an eval loss.
         """
-        is_rounded = self.eval_steps is not None and self.save_steps == _SAVE_STEPS
-        return -(-self.save_steps // self.eval_steps) * self.eval_steps if is_rounded else self.save_steps
+        if self.eval_steps is None or self.save_steps != _SAVE_STEPS:
+            return self.save_steps
+        return -(-self.save_steps // self.eval_steps) * self.eval_steps
 
     def in_layout(self, layout: Layout, rows: int) -> "TrainConfig":
         """Returns the same run in another layout, with `rows` packed rows or documents in a micro-batch."""
@@ -404,12 +405,17 @@ def _destinations(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _by_name(pattern: Any) -> dict[str, Any]:
+    """Returns the numbers of a pattern by projection; `_pattern` has made pairs of it."""
+    return dict(pattern)
+
+
 def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, Any], ...]:
     """Returns pairs of projection and number, read from a mapping, pairs, or a string such as 'q_proj=8,v_proj=4'."""
     try:
         if isinstance(value, str):
-            pairs = [one.split("=") for one in _names(name, value)]
-            pairs = [(key.strip(), kind(number)) for key, number in pairs]
+            split = [one.split("=") for one in _names(name, value)]
+            pairs = [(key.strip(), kind(number)) for key, number in split]
         else:
             pairs = [(key, number) for key, number in (value.items() if isinstance(value, Mapping) else value)]
         allowed = (int,) if kind is int else (int, float)

@@ -49,5 +49,8 @@ def refusal(rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> str:
     with pytest.raises(InputError) as caught:
         load(rows, tokenizer)
     message = str(caught.value)
-    assert "\n" not in message and message.endswith(".") and not message.endswith("..") and len(message) < 900, message
+    assert "\n" not in message, message
+    assert message.endswith("."), message
+    assert not message.endswith(".."), message
+    assert len(message) < 900, message
     return message

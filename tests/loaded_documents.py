@@ -73,5 +73,7 @@ def refusal(dataset: Any, tokenizer: PreTrainedTokenizerFast | None = PLAIN, **o
     with pytest.raises(InputError) as caught:
         load(dataset, tokenizer, **options)
     message = str(caught.value)
-    assert "\n" not in message and message.endswith(".") and not message.endswith(".."), message
+    assert "\n" not in message, message
+    assert message.endswith("."), message
+    assert not message.endswith(".."), message
     return message

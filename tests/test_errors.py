@@ -22,7 +22,8 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 def test_the_first_command_works_in_a_checkout_and_the_second_with_a_package_index() -> None:
     checkout, index = re.findall(r"`(.*?)`", install_command("hf,torch"))
-    assert checkout == "pip install -e '.[hf,torch]'" and index == "pip install 'jaxpack[hf,torch]'"
+    assert checkout == "pip install -e '.[hf,torch]'"
+    assert index == "pip install 'jaxpack[hf,torch]'"
 
 
 def test_the_error_names_the_argument_the_package_and_the_command() -> None:
@@ -60,7 +61,8 @@ def test_a_model_of_the_hub_says_how_to_get_the_hub(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="`model` must be an existing folder, got 'someone/model'") as refused:
         torch_bridge.from_pretrained("someone/model")
-    assert "huggingface_hub" in str(refused.value) and install_command("hf") in str(refused.value)
+    assert "huggingface_hub" in str(refused.value)
+    assert install_command("hf") in str(refused.value)
 
 
 def test_a_tokenizer_that_is_not_read_says_how_to_get_transformers(

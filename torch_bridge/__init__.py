@@ -2,17 +2,25 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch_bridge.adapter import load_adapter as load_adapter
-from torch_bridge.adapter import save_adapter as save_adapter
-from torch_bridge.merged import save_merged as save_merged
-from torch_bridge.pretrained import from_pretrained as from_pretrained
-from torch_bridge.pretrained import read_config as read_config
-from torch_bridge.pretrained import save_pretrained as save_pretrained
-from torch_bridge.verification import base_of as base_of
-from torch_bridge.verification import verify as verify
+from torch_bridge.adapter import load_adapter, save_adapter
+from torch_bridge.merged import save_merged
+from torch_bridge.pretrained import from_pretrained, read_config, save_pretrained
+from torch_bridge.verification import base_of, verify
 
 if TYPE_CHECKING:
-    from torch_bridge.live import from_torch as from_torch
+    from torch_bridge.live import from_torch
+
+__all__ = [
+    "base_of",
+    "from_pretrained",
+    "from_torch",
+    "load_adapter",
+    "read_config",
+    "save_adapter",
+    "save_merged",
+    "save_pretrained",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.settings import LoraConfig
 from jaxpack.utils.files import whole_folder
-from torch_bridge.io.folder import mismatches, read_json, some, write_tensors
+from torch_bridge.io.folder import mismatches, read_json, some, tensor_count, write_tensors
 from torch_bridge.io.safetensors_file import Tensor, read_header
 from torch_bridge.tensors import tensor_shapes, tensor_table
 
@@ -36,7 +36,7 @@ _READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_
 _STARTS = (True, False, None, "gaussian", "orthogonal")
 
 
-def save_adapter(model: Transformer, path: str) -> None:
+def save_adapter(model: Transformer, path: str | Path) -> None:
     """Writes the model's LoRA adapters in PEFT's format, in float32; the folder appears whole or not at all.
 
     PEFT silently drops what it does not expect: weights of modules that are not in `target_modules`, and keys with a
@@ -44,9 +44,17 @@ def save_adapter(model: Transformer, path: str) -> None:
 
     Raises:
       InputError: the model has no adapters, `path` is not empty, or the disk refused a write.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=8))
+      >>> torch_bridge.save_adapter(model, "out/adapter")  # peft.PeftModel.from_pretrained reads it
     """
     if not adapters(model):
-        raise InputError("`model` must have LoRA adapters (`add_lora`), got one without.")
+        raise InputError(
+            "`model` must have LoRA adapters, got a model without any. Write a whole model with `save_pretrained`."
+        )
     tensors = adapter_tensors(model)
     with whole_folder(Path(path), "path") as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n")
@@ -57,7 +65,10 @@ def require_files(adapter: str | os.PathLike, *names: str) -> Path:
     """Returns the adapter's folder, or raises InputError if one of the files is missing."""
     for name in names:
         if not os.path.isfile(Path(adapter) / name):
-            raise InputError(f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200} without.")
+            raise InputError(
+                f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200}, which has no such file. Give the"
+                " folder that PEFT or `save_adapter` wrote."
+            )
     return Path(adapter)
 
 
@@ -71,9 +82,21 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     Raises:
       InputError: the folder is incomplete, belongs to another model or holds another kind of adapter, or the model
         already has adapters.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> torch_bridge.save_adapter(jaxpack.add_lora(model, jaxpack.LoraConfig(r=8)), "out/adapter")
+      >>> base, tokenizer = torch_bridge.from_pretrained(torch_bridge.base_of("out/adapter"))
+      >>> model = torch_bridge.load_adapter(base, "out/adapter")
+      >>> model.lora_config.r
+      8
     """
     if adapters(model):
-        raise InputError("`model` must be without LoRA adapters, got one that has them.")
+        raise InputError(
+            "`model` must be without LoRA adapters, got a model that has them already. Load the adapter into a new copy"
+            " of the base model."
+        )
     folder = require_files(adapter, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     lora = _lora_config(model, read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     tensors = read_header(folder / ADAPTER_WEIGHTS)
@@ -83,7 +106,8 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     both = model.config.tie_word_embeddings and {head, embedding} <= read.keys()
     if both and not np.array_equal(read[head], read[embedding]):
         raise InputError(
-            f"{folder} must have one matrix for {_HEAD} and {_EMBEDDING}, which the model has tied, got two."
+            f"{folder} must hold the same matrix for {_HEAD} and {_EMBEDDING}, because they are tied in the model"
+            " (`tie_word_embeddings`), got two matrices that differ. Use the base model of the adapter's training."
         )
     add_lora(model, lora)
     if embedding in read:
@@ -144,9 +168,12 @@ def _expected_shapes(model: Transformer, lora: LoraConfig) -> dict[str, tuple[in
 def _check_keys(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: Path) -> None:
     problems = mismatches({name: tensor.shape for name, tensor in tensors.items()}, expected)
     if extra := [name for name in tensors if name not in expected]:
-        problems.append(f"{len(extra)} that its config does not say ({some(extra)})")
+        problems.append(f"{tensor_count(extra)} that the config does not describe ({some(extra)})")
     if problems:
-        raise InputError(f"{path} must hold the tensors of its {ADAPTER_CONFIG}, got {'; '.join(problems)}.")
+        raise InputError(
+            f"{path} must hold the tensors that {ADAPTER_CONFIG} describes for this model, got {'; '.join(problems)}."
+            " Use the base model that the adapter was trained on."
+        )
 
 
 def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> LoraConfig:
@@ -162,13 +189,13 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
     starts = peft.get("init_lora_weights", True)
     require(isinstance(starts, str | bool | None) and starts in _STARTS, "init_lora_weights", f"one of {_STARTS}")
     for name in peft.keys() - _TOLD - _READ:
-        require(not peft[name], name, "off, for it is not supported")
+        require(not peft[name], name, "off, because jaxpack does not support it")
     require(type(peft.get("lora_dropout", 0.0)) in (int, float), "lora_dropout", "a number")
     for name in ("rank_pattern", "alpha_pattern"):
-        require(isinstance(peft.get(name) or {}, dict), name, "an object")
+        require(isinstance(peft.get(name) or {}, dict), name, "a JSON object")
     whole = peft.get("modules_to_save") or []
     known = isinstance(whole, list) and all(isinstance(name, str) and name in _WHOLE for name in whole)
-    require(known, "modules_to_save", f"among {sorted(_WHOLE)}")
+    require(known, "modules_to_save", f"a list of names among {sorted(_WHOLE)}")
     saved = {_WHOLE[name] for name in whole}
     if model.config.tie_word_embeddings and saved and peft.get("ensure_weight_tying"):
         saved = {_HEAD, _EMBEDDING}
@@ -177,7 +204,9 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
         ranks = _by_projection(model, targets, peft, "rank_pattern", "r", path)
         alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
     except (re.error, RecursionError) as error:
-        raise InputError(f"{path} must have regular expressions for patterns, got one that is not: {error}.") from error
+        raise InputError(
+            f"{path} must give its patterns as regular expressions, got one that Python cannot read: {error}."
+        ) from error
     try:
         return LoraConfig(
             r=peft.get("r", 8),
@@ -185,8 +214,8 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
             lora_dropout=peft.get("lora_dropout", 0.0),
             use_rslora=peft.get("use_rslora", False),
             target_modules=targets,
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
+            rank_pattern=tuple(ranks.items()),
+            alpha_pattern=tuple(alphas.items()),
             modules_to_save=tuple(name for name in WHOLE_MODULES if _WHOLE[name] in saved),
         )
     except InputError as error:
@@ -197,7 +226,9 @@ def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
     """Returns the projections in PEFT's `target_modules`: ends of module names, or a pattern for whole names."""
     named = isinstance(wanted, list) and all(isinstance(name, str) for name in wanted)
     if not wanted or not (named or isinstance(wanted, str)):
-        raise InputError(f"`target_modules` of {path} must be names or a pattern, got {wanted!r:.100}.")
+        raise InputError(
+            f"`target_modules` of {path} must be a list of module names or one pattern, got {wanted!r:.100}."
+        )
 
     def is_target(module: str) -> bool:
         if isinstance(wanted, str):
@@ -212,17 +243,24 @@ def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
     outside = [name for name in (_HEAD, _EMBEDDING) if is_target(name)]
     if unknown or outside:
         raise InputError(
-            f"`target_modules` of {path} must be projections of the model's layers, got {some([*unknown, *outside])}."
+            f"`target_modules` of {path} must name only projections of the model's layers, got"
+            f" {some([*unknown, *outside])}."
         )
     layers: dict[str, int] = {}
     for module, projection, _ in modules:
         layers[projection] = layers.get(projection, 0) + is_target(module)
     partial = [projection for projection, count in layers.items() if 0 < count < model.config.num_layers]
     if partial:
-        raise InputError(f"`target_modules` of {path} must have each projection in all layers, got {partial} in some.")
+        raise InputError(
+            f"`target_modules` of {path} must name a projection in all layers or in none, got {partial} in only some"
+            " layers."
+        )
     targets = tuple(projection for projection, count in layers.items() if count)
     if not targets:
-        raise InputError(f"`target_modules` of {path} must match modules of the model, got {wanted!r:.100}.")
+        raise InputError(
+            f"`target_modules` of {path} must match at least one projection of the model, got {wanted!r:.100}, which"
+            " matches none."
+        )
     return targets
 
 
@@ -239,7 +277,7 @@ def _by_projection(
     for projection, those in found.items():
         if any(value != those[0] for value in those):
             raise InputError(
-                f"`{pattern}` of {path} must give a projection the same in all layers, got {those!r:.100} for"
+                f"`{pattern}` of {path} must give a projection the same value in all layers, got {those!r:.100} for"
                 f" {projection}."
             )
     return {projection: those[0] for projection, those in found.items() if those[0] != peft.get(default, 8)}
@@ -247,7 +285,7 @@ def _by_projection(
 
 def _peft_config(model: Transformer) -> dict:
     # Only long-standing fields of PEFT: older versions warn about fields that they do not know.
-    config = model.lora_config
+    config: Any = model.lora_config
     alpha = config.lora_alpha
     tying = {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
     return tying | {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpack.constants import Activation
 from jaxpack.errors import InputError
 from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
@@ -10,7 +11,7 @@ from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, requi
 from torch_bridge.families.rope import read_rope, rope_to_hf
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 def _activation_field(family: Family) -> str:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import platform_of
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf
-from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensors_of
+from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensor_count, tensors_of
 from torch_bridge.tensors import build_model
 
 _DTYPES = {getattr(torch, name): jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
@@ -25,11 +25,22 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
 
     Raises:
       InputError: the module is no transformers model, is not supported, or is not in memory.
+
+    Example:
+      >>> import torch_bridge, transformers
+      >>> module = transformers.AutoModelForCausalLM.from_pretrained("path/to/Qwen3-4B")
+      >>> model = torch_bridge.from_torch(module)
+      >>> model.config.architecture
+      'Qwen3ForCausalLM'
     """
     if not hasattr(getattr(module, "config", None), "to_dict") or hasattr(module, "peft_config"):
-        raise InputError(f"`module` must be a plain transformers model, got {type(module).__name__}.")
-    hf: dict[str, Any] = module.config.to_dict() | {"architectures": [type(module).__name__]}
-    config = config_from_hf(hf, module.config.name_or_path)
+        raise InputError(
+            f"`module` must be a transformers model without PEFT adapters, got {type(module).__name__}. Pass the base"
+            " model, and read its adapter with `load_adapter`."
+        )
+    source: Any = module.config
+    hf: dict[str, Any] = source.to_dict() | {"architectures": [type(module).__name__]}
+    config = config_from_hf(hf, source.name_or_path)
     model = build_model(config, _ModuleTensors(module), dtype)
     generation = getattr(module, "generation_config", None)
     described = {CONFIG_FILE: module.config, GENERATION_FILE: generation}
@@ -49,21 +60,22 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
 
         # Some versions choose an attention for Gemma 2 that leaves out the soft-cap.
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
-        module, found = AutoModelForCausalLM.from_pretrained(model, **options, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, **options, output_loading_info=True)
+        module, found = loaded
         if adapter is not None:
             from peft import PeftModel
 
             module = PeftModel.from_pretrained(module, adapter)
     except ImportError as error:
-        raise InputError(f"`verify` needs `pip install jaxpack[hf,torch]`, got no {error.name}.") from error
+        raise not_installed("`verify`", str(error.name), "hf,torch") from error
     except Exception as error:  # each check of these packages raises its own class
         where = model if adapter is None else f"{adapter} on {model}"
         raise InputError(
-            f"{where} must be what torch reads, got a folder that it does not: {reason(error):.400}."
+            f"{where} must be a folder that transformers and PEFT can read, got their error: {reason(error):.400}."
         ) from error
     if any(found.values()):
         wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
-        raise InputError(f"{model} must be read whole by transformers, got {wrong}.")
+        raise InputError(f"{model} must hold exactly the tensors that transformers expects, got differences: {wrong}.")
     return module.eval()(input_ids=torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
@@ -78,12 +90,17 @@ class _ModuleTensors:
         self.description = type(module).__name__
         self._tensors = {name: x for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
         if absent := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
-            raise InputError(f"`module` must have its weights in memory, got {len(absent)} on 'meta' ({some(absent)}).")
+            raise InputError(
+                f"`module` must have its weights in memory, got {tensor_count(absent)} on the device 'meta', without"
+                f" values ({some(absent)}). Load the module without offloading."
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor by name."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> jax.Array | np.ndarray:
+        """Returns rows `first` to `last` (exclusive) of a tensor, see `TensorSource.read`."""
         part = jax.dlpack.from_dlpack(self._tensors[name][first:last].detach().contiguous())
         # A JAX array on the CPU would stay on the host, and so would everything computed from it.
         return np.asarray(part) if platform_of(part) == "cpu" else part
@@ -103,9 +120,11 @@ class TorchFolder:
         self._tensors = tensors_of(folder, TORCH_WEIGHTS, _read_pickle)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor by name."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        """Returns rows `first` to `last` (exclusive) of a tensor, copied into `buffer`; see `TensorSource.read`."""
         part = self._tensors[name][first:last]
         held = buffer[: part.numel() * part.itemsize]
         torch.from_numpy(held).view(part.dtype).view(part.shape).copy_(part)
@@ -117,14 +136,16 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken pickle may raise any class
         raise InputError(
-            f"{path} must be weights that `torch.load(weights_only=True, mmap=True)` reads, got a file that it does"
-            f" not: {reason(error):.200}."
+            f"{path} must be a file of weights that `torch.load(weights_only=True, mmap=True)` can read, got an error"
+            f" from it: {reason(error):.200}."
         ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a dict of tensors, got {type(content).__name__}.")
+        raise InputError(f"{path} must hold a dict from names to tensors, got {type(content).__name__}.")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{path} must hold tensors by name, got {type(tensor).__name__} at {name!r:.80}.")
+            raise InputError(
+                f"{path} must hold a dict from names to tensors, got {type(tensor).__name__} under {name!r:.80}."
+            )
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise InputError(
                 f"{name:.80} of {path} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {tensor.layout} of"

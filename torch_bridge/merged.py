@@ -29,7 +29,7 @@ _PROMPT = 64  # tokens
 
 
 def save_merged(
-    model: Transformer, path: str, tokenizer: Tokenizer | None = None, *, dtype: str | None = None
+    model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str | None = None
 ) -> float:
     """Writes a model with its adapters merged as a Hugging Face folder that `AutoModelForCausalLM` reads.
 
@@ -47,9 +47,19 @@ def save_merged(
     Raises:
       InputError: the model has no adapters, merging changes no weight or makes the logits infinite, `path` is not
         empty, or the disk refused a write.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=16, lora_alpha=32))
+      >>> config = jaxpack.TrainConfig(packing=True, max_length=128, max_steps=2, learning_rate=2e-4)
+      >>> result = jaxpack.Trainer(model, tokenizer, "train.jsonl", config).train()
+      >>> difference = torch_bridge.save_merged(model, "out/merged", tokenizer, dtype="float32")
     """
     if not adapters(model):
-        raise InputError("`model` must have LoRA adapters to merge (`save_pretrained` writes others), got one without.")
+        raise InputError(
+            "`model` must have LoRA adapters to merge, got a model without any. Write it with `save_pretrained`."
+        )
     if dtype is None:
         dtype = "float16" if model.dtype == jnp.float16 else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -59,21 +69,36 @@ def save_merged(
         np.asarray(one.logits(jnp.asarray(tokens))) for one in (model, without_adapters(model), _merged(model, dtype))
     )
     if not np.isfinite(expected).all():
-        raise InputError("`model` must have weights that are finite, got logits that are not.")
+        raise InputError(
+            "`model` must have finite logits, got NaN or infinite logits before anything was merged. The weights or the"
+            " adapters hold such values, or values too large for the model's dtype: check the losses of the training."
+        )
     difference, effect = (float(np.abs(logits - expected).max()) for logits in (actual, plain))
     if not np.isfinite(difference):
-        raise InputError(f"`dtype` must be one that the merged weights fit in, got {dtype!r}: logits are not finite.")
+        raise InputError(
+            "`model` must have finite logits after merging, got merged weights whose logits are NaN or infinite, from a"
+            f" model whose own logits are finite. Either a merged weight is too large for `dtype` {dtype!r} (float16"
+            " ends at 65,504, bfloat16 and float32 at 3.4e38), or the adapters are so large that the merge overflows."
+        )
     with whole_folder(Path(path), "path") as folder:
         changed: list[bool] = []
         write_folder(folder, model, _tensors(model, dtype, changed), dtype, tokenizer)
         if not any(changed):
-            raise InputError(f"`model` must have adapters that change a weight in {dtype}, got some that change none.")
+            raise InputError(
+                f"`model` must have adapters that change a weight, got adapters that change none in {dtype}. Either"
+                " they are all zero, as before training, or their changes are smaller than the rounding to this dtype:"
+                " train the adapters first, or choose a more precise `dtype`."
+            )
     console.print(
-        f"merged in {dtype}: {sum(changed)} of {len(changed)} adapted tensors changed; logits are within"
-        f" {difference:.2e} of the unmerged model's, which its adapters changed by {effect:.2e}"
+        f"merged in {dtype}: {sum(changed)} of {len(changed)} adapted tensors changed; the merged model's logits are"
+        f" within {difference:.2e} of the unmerged model's; the adapters changed the base model's by up to {effect:.2e}"
     )
     if difference > effect:
-        console.print(f"rounding to {dtype} changes the logits by more than the adapters do", style="yellow")
+        console.print(
+            f"rounding to {dtype} changes the logits by more than the adapters do: a more precise `dtype` keeps more of"
+            " the training",
+            style="yellow",
+        )
     return difference
 
 
@@ -183,8 +208,9 @@ class MergedWeight(Weight):
         weight, rows, first = base.dense(base.dtype), [], 0
         for part, pair in zip(self.parts, factors, strict=True):
             here = jax.lax.slice_in_dim(weight, first, first + part.size)
-            if pair is not None:
-                here = merge(here, *pair, part.scaling, self.written)
+            if pair is not None and part.scaling is not None:
+                lora_a, lora_b = pair
+                here = merge(here, lora_a, lora_b, part.scaling, self.written)
             rows.append(here.astype(self.written))
             first += part.size
         return jnp.concatenate(rows).astype(weight.dtype).astype(dtype)

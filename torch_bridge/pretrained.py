@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, install_command, reason
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
@@ -48,6 +48,12 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
 
     Raises:
       InputError: the model is not supported, or its files are missing or incomplete.
+
+    Example:
+      >>> import torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model.config.architecture
+      'Qwen3ForCausalLM'
     """
     folder, described, config = _read(str(name_or_path), weights=True)
     if dtype == "auto":
@@ -60,19 +66,34 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
-    """Reads the config and the tokenizer as `from_pretrained` does; neither reads nor downloads weights."""
+    """Reads the config and the tokenizer as `from_pretrained` does; neither reads nor downloads weights.
+
+    Example:
+      >>> import torch_bridge
+      >>> config, tokenizer = torch_bridge.read_config("path/to/Qwen3-4B")
+      >>> config.num_layers
+      2
+    """
     folder, _, config = _read(str(name_or_path), weights=False)
     return config, _tokenizer(folder)
 
 
-def save_pretrained(model: Transformer, path: str, tokenizer: Tokenizer | None = None) -> None:
+def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes a fully trained model as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
     Raises:
       InputError: the model has adapters (use `save_adapter`), `path` is not empty, or the disk refused a write.
+
+    Example:
+      >>> import torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> torch_bridge.save_pretrained(model, "out/model", tokenizer)
     """
     if adapters(model):
-        raise InputError("`model` must be without LoRA adapters, which `save_adapter` writes, got one that has them.")
+        raise InputError(
+            "`model` must be without LoRA adapters, got a model that has them. Write the adapters with `save_adapter`,"
+            " or the merged model with `save_merged`."
+        )
     tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
     with whole_folder(Path(path), "path") as folder:
         write_folder(folder, model, tensors, jnp.dtype(model.dtype).name, tokenizer)
@@ -109,7 +130,7 @@ def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str
     """Returns the folder, the contents of its JSON files by name, and the `ModelConfig` that they describe."""
     folder = _folder(name_or_path, weights=weights)
     if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r} without.")
+        raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r}, which has no such file.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
     try:
         if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
@@ -120,14 +141,16 @@ def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Some field has a type that no such model has: a list for a number, say.
         raise InputError(
-            f"{folder / CONFIG_FILE} must describe a model, got one that cannot be read: {reason(error)}."
+            f"{folder / CONFIG_FILE} must describe a model, got a field that cannot be read: {reason(error)}."
         ) from error
 
 
 def _folder(name_or_path: str, *, weights: bool) -> Path:
     if os.path.isdir(name_or_path):  # unlike `Path.is_dir`, false for an invalid or forbidden path
         if not os.access(name_or_path, os.R_OK | os.X_OK):
-            raise InputError(f"`model` must be a folder that may be read, got {name_or_path!r}.")
+            raise InputError(
+                f"`model` must be a folder that may be read, got {name_or_path!r}, which this user may not read."
+            )
         return Path(name_or_path)
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")) or os.path.exists(name_or_path):
         raise InputError(
@@ -138,7 +161,8 @@ def _folder(name_or_path: str, *, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise InputError(
-            f"`model` {name_or_path!r} is no folder here; the hub needs `pip install jaxpack[hf]`."
+            f"`model` must be an existing folder, got {name_or_path!r}. If it is the id of a model on the hub, install"
+            f" the Python package huggingface_hub to download it, with {install_command('hf')}."
         ) from error
 
     def download(*more: str) -> Path:
@@ -163,22 +187,23 @@ def _weights(folder: Path) -> TensorSource:
         from torch_bridge.live import TorchFolder
     except ImportError as error:
         raise InputError(
-            f"{folder} must hold {WEIGHTS}, or torch be installed (`pip install jaxpack[torch]`), got"
-            f" {TORCH_WEIGHTS} without torch."
+            f"{folder} must hold {WEIGHTS}, got {TORCH_WEIGHTS}, which only the Python package torch reads, and torch"
+            f" is not installed. Install it with {install_command('torch')}."
         ) from error
     return TorchFolder(folder)
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        console.print(f"{folder} has no tokenizer: it can be trained on rows of `input_ids` only")
+        console.print(f"{folder} has no tokenizer: the model can be trained only on rows of `input_ids`")
         return None
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns without torch, which is not needed
     try:
         from transformers import AutoTokenizer
     except ImportError:
         console.print(
-            "the tokenizer was not read, which needs `pip install jaxpack[hf]`: only rows of `input_ids` will do"
+            "the tokenizer is not read, because the Python package transformers is not installed: the model can be"
+            f" trained on rows of `input_ids` only. Install transformers with {install_command('hf')}"
         )
         return None
     try:

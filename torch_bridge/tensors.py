@@ -21,7 +21,7 @@ from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.prefetch import prefetched
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import Entry
-from torch_bridge.io.folder import mismatches, some
+from torch_bridge.io.folder import mismatches, some, tensor_count
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE = 16 << 20  # elements: 32 MiB of bfloat16, enough for the full speed of a disk and of the link to a GPU
@@ -189,27 +189,29 @@ def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if config.num_layers > len(shapes):
         raise InputError(
-            f"`num_hidden_layers` must be at most the number of tensors, {len(shapes)} in {source.description}, got"
-            f" {config.num_layers:.10g}."
+            f"`num_hidden_layers` must be at most {len(shapes)}, the number of tensors in {source.description}, got"
+            f" {config.num_layers:.10g}. The config and the weights do not belong together."
         )
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
     for name, size in (sizes | {"num_attention_heads * head_dim": config.num_heads * config.head_dim}).items():
         if size > largest:
             raise InputError(
-                f"`{name}` must be at most the largest size of a tensor, {largest} in {source.description}, got"
-                f" {size:.10g}."
+                f"`{name}` must be at most {largest}, the largest dimension of a tensor in {source.description}, got"
+                f" {size:.10g}. The config and the weights do not belong together."
             )
 
 
 def _check_shapes(model: Transformer, source: TensorSource) -> None:
     found, expected = source.shapes(), tensor_shapes(model)
     if problems := mismatches(found, expected):
-        raise InputError(f"{source.description} must hold the tensors of its `config.json`, got {'; '.join(problems)}.")
+        raise InputError(
+            f"{source.description} must hold the tensors that its `config.json` describes, got {'; '.join(problems)}."
+        )
     known = {*expected, _HEAD}  # a checkpoint may or may not store a tied head
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         console.print(
-            f"{source.description}: {len(extra)} tensors are not part of the model and ignored ({some(extra)})"
+            f"{source.description}: {tensor_count(extra)} ignored, because the model has no such part ({some(extra)})"
         )
 
 
@@ -228,5 +230,6 @@ def _check_tied(config: ModelConfig, source: TensorSource) -> None:
 
     if shapes[_HEAD] != shapes[_EMBEDDING] or not all(map(same, pieces)):
         raise InputError(
-            f"`tie_word_embeddings` of {source.description} must be false where {_HEAD} is not the embedding, got true."
+            f"`tie_word_embeddings` of {source.description} must be false, because {_HEAD} differs from {_EMBEDDING},"
+            " got true."
         )

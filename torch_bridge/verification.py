@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, not_installed
 from jaxpack.utils.console import console
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
 from torch_bridge.io.folder import read_json
@@ -30,16 +31,21 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
 
     Raises:
       InputError: the folder cannot be read, torch's logits differ too much, or torch is missing.
+
+    Example:
+      >>> import torch_bridge
+      >>> torch_bridge.verify("path/to/Qwen3-4B") < 1e-4
+      True
     """
     try:
         from torch_bridge.live import torch_logits
     except ImportError as error:
-        raise InputError("`verify` needs `pip install jaxpack[hf,torch]`, got no torch.") from error
+        raise not_installed("`verify`", "torch", "hf,torch") from error
     if not os.path.isdir(folder):
         raise InputError(f"`folder` must be an existing folder, got {str(folder)!r:.200}.")
     adapter = folder if (Path(folder) / ADAPTER_CONFIG).is_file() else None
     if adapter is None and base is not None:
-        raise InputError(f"`base` must be None unless `folder` is an adapter, got {base!r}.")
+        raise InputError(f"`base` must be None unless `folder` holds an adapter, got {base!r}.")
     model_folder = folder if adapter is None else (base_of(adapter) if base is None else base)
     model, tokenizer = from_pretrained(model_folder, dtype="float32")
     if adapter is not None:
@@ -47,9 +53,12 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
     if prompt is None:
         tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, _RANDOM_TOKENS)
     elif tokenizer is None:
-        raise InputError(f"`prompt` must be None where there is no tokenizer, got {prompt!r:.80}.")
+        raise InputError(
+            f"`prompt` must be None, because {str(model_folder)!r:.200} has no tokenizer, got {prompt!r:.80}."
+        )
     else:
-        tokens = np.asarray(tokenizer(prompt).input_ids)
+        encode: Any = tokenizer  # which takes a single text, too
+        tokens = np.asarray(encode(prompt).input_ids)
         if not tokens.size:
             raise InputError(f"`prompt` must have at least one token, got {prompt!r:.80}.")
     tokens = tokens.astype(np.int32)[None]
@@ -60,17 +69,28 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
     agree = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
     line = (
         f"logits of {'transformers' if adapter is None else 'PEFT'} and jaxpack differ by at most {difference:.1e} of"
-        f" {largest:.3g}; the likeliest token is the same at {agree:.0%} of {tokens.size} places"
+        f" {largest:.3g}, the largest logit; the likeliest token is the same at {agree:.0%} of {tokens.size} places"
     )
     if not difference <= _TOLERANCE * largest:
-        raise InputError(f"`folder` must mean the same to torch, got {folder!r}, where {line}.")
+        raise InputError(f"`folder` must give the same logits in torch and in jaxpack, got {folder!r}, where {line}.")
     console.print(f"{folder}: {line}")
     return difference
 
 
 def base_of(adapter: str) -> str:
-    """Returns the name or path of the base model in an adapter's config."""
+    """Returns the name or path of the base model in an adapter's config.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> torch_bridge.save_adapter(jaxpack.add_lora(model, jaxpack.LoraConfig(r=8)), "out/adapter")
+      >>> torch_bridge.base_of("out/adapter")
+      'path/to/Qwen3-4B'
+    """
     name = read_json(require_files(adapter, ADAPTER_CONFIG) / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise InputError(f"`base_model_name_or_path` of {adapter} must name a model, got {name!r:.80}.")
+        raise InputError(
+            f"`base_model_name_or_path` of {adapter} must name the base model, got {name!r:.80}. Pass the base"
+            " model explicitly."
+        )
     return name

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from jaxpack.bench.cases import Case
+from jaxpack.constants import RematSetting
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.model.transformer import Transformer
@@ -28,7 +29,7 @@ def train_config(case: Case) -> TrainConfig:
     return TrainConfig(
         max_length=case.max_length,
         max_steps=WARM_UP + case.steps,
-        remat=case.remat,
+        remat=cast(RematSetting, case.remat),  # a case of ours has no other; opponents have their own
         implementation=case.implementation,
         learning_rate=case.learning_rate,
         lr_scheduler_type="constant",
@@ -40,7 +41,7 @@ def measure(
     model: Transformer,
     documents: Documents,
     *,
-    profiled: Callable[[Callable[[], None]], list[dict[str, Any]]] | None = None,
+    profiled: Callable[[Callable[[], object]], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Trains for a few steps, which consumes the model, and returns the figures of `case`.
 
@@ -71,6 +72,7 @@ def measure(
     seconds = np.diff(ends)
     predicted = predict(step, rates_of(current_device().device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
+    assert memory is not None
     figures = {
         "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),
         "step_seconds": float(seconds[timed].mean()),

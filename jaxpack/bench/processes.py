@@ -70,7 +70,7 @@ def read_records(path: Path) -> list[Record]:
             _key(record), record["process_seconds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"`output` must be a file of results or not exist yet, got {str(path)!r}: {error!r}."
+            f"`output` must be a file of results or not exist yet, got {str(path)!r}, which cannot be read: {error!r}."
         ) from error
     return records
 
@@ -107,7 +107,7 @@ def run_all(
                 raise OutOfTime
             figures = measure(planned, None if seconds is None else end - begin)
         except OutOfTime:
-            console.print(f"{planned}: no time left")
+            console.print(f"{planned}: not measured, because there is no time left")
             continue
         record = planned.record(data=data, date=today, process_seconds=time.monotonic() - begin, **figures)
         results.add(record)
@@ -152,7 +152,7 @@ def in_own_process(command: list[str], request: Any, *, seconds: float | None = 
         if answered.exists():  # a process may crash at its very end, after it has answered
             record = json.loads(answered.read_text())
         else:
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "the process printed nothing")
             record = {"failed": f"exit code {process.returncode}: {last[:300]}"}
         if "failed" in record:
             print(*lines[-20:], sep="\n", file=sys.stderr, flush=True)

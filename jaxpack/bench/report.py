@@ -26,10 +26,10 @@ GIB = 2**30
 
 def results_table(records: list[Record]) -> Table:
     """Returns a table with one line for each record, in their order."""
-    table = Table(title="real tokens a second and the allocator's peak, one process a line")
+    table = Table(title="training speed and peak memory; each line was measured in its own process")
     for heading in ("plan", "system", "model", "layout", "rows", "remat", "kernels or attention"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("real tokens/s", "step, ms", "peak, GiB", "valid tokens", "compile, s", "warm-up, s"):
+    for heading in ("real tokens/s", "step, ms", "peak memory, GiB", "not padding", "compile, s", "warm-up, s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         model = record["model"] + (", all weights" if record["full_finetuning"] else "")
@@ -41,7 +41,7 @@ def results_table(records: list[Record]) -> Table:
             continue
         compiled = "-"  # an opponent compiles within its warm-up
         if "compile_seconds" in record:
-            compiled = "found" if record["found_programs"] else f"{record['compile_seconds']:.1f}"
+            compiled = "cached" if record["found_programs"] else f"{record['compile_seconds']:.1f}"
         table.add_row(
             *about,
             f"{record['tokens_per_second']:,.0f}",
@@ -56,8 +56,10 @@ def results_table(records: list[Record]) -> Table:
 
 def ablation_table(records: list[Record]) -> Table:
     """Returns a table of the factor by which each choice multiplies the tokens a second."""
-    table = Table(title=f"ablation: each step adds to the one before; the factors multiply out\n{_about(records)}")
-    for heading in ("", "real tokens/s", "factor", "since padded", "peak, GiB"):
+    table = Table(
+        title=f"ablation: each line adds to the line before, and `factor` is its gain in tokens/s\n{_about(records)}"
+    )
+    for heading in ("", "real tokens/s", "factor", "factor over padded", "peak memory, GiB"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for stage in ablation_stages(records):
         table.add_row(
@@ -134,7 +136,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
     figure = new_figure(15, 5.4)
     panels = figure.subplots(1, 3)
     titles = ("How many real tokens a second?", "How much memory?", "How much is not padding?")
-    units = ("real tokens/s", "peak memory, GiB", "valid tokens, %")
+    units = ("real tokens/s", "peak memory, GiB", "not padding, % of all positions")
     figures = (
         lambda record: record["tokens_per_second"],
         lambda record: record["peak_memory_bytes"] / GIB,
@@ -178,9 +180,9 @@ def draw_ablation(records: list[Record]) -> "Figure":
     speed.set_yticks(places, [_stage_name(stage) for stage in stages])
     chain = [stage for stage in stages if stage["label"] in ABLATION]
     total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
-    frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: of the one before)", "")
-    frame(memory, "And what does it hold?", "peak memory, GiB", "")
-    head(figure, _about(records) + " Pale: XLA's operations. Offloading is beside keeping all, not after it.")
+    frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: factor over the bar before)", "")
+    frame(memory, "How much memory does it take?", "peak memory, GiB", "")
+    head(figure, _about(records) + " Pale bars use XLA's operations. Offloading replaces keeping all.")
     return figure
 
 

@@ -91,7 +91,9 @@ def bench(
     console.print(f"{len(planned)} cases, each in a process of its own; {output / _RESULTS} is written after each")
     with tempfile.TemporaryDirectory() as folder:
         save_documents(path := Path(folder, "documents.npz"), corpus)
-        name = f"{len(corpus):,} documents of {(data or lengths).stem}"
+        source = data or lengths
+        assert source is not None  # `require_one`
+        name = f"{len(corpus):,} documents of {source.stem}"
         run_all(planned, results, lambda case, left: measure_elsewhere(case, path, left), data=name)
     print_tables(results.records)
     for picture in draw_all(results.records, output / _RESULTS):

@@ -5,7 +5,7 @@ import importlib.util
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,6 @@ from rich.table import Table
 
 import torch_bridge
 from jaxpack.data.batching import Batches
-from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import not_installed
 from jaxpack.model.lora import add_lora
 from jaxpack.settings import LoraConfig, TrainConfig
@@ -109,7 +108,7 @@ def write_checkpoint(path: Path, rows: list[dict[str, str]]) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def train_tokenizer(rows: list[dict[str, str]]) -> Tokenizer:
+def train_tokenizer(rows: list[dict[str, str]]) -> Any:
     """Trains a byte-level BPE tokenizer with 2,048 tokens on `rows`, and returns it as a transformers tokenizer."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers

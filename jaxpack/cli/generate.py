@@ -85,7 +85,7 @@ def generate(
                 " text instead"
             )
     if prompts is None:
-        asked = [text_prompt(text, chat=chat) for text in prompt]
+        asked = [text_prompt(text, chat=chat) for text in prompt or ()]
     else:
         with errors_name(dataset="prompts"):
             asked = load_prompts(prompts, chat=chat)

@@ -11,12 +11,13 @@ import typer
 from jaxpack.errors import errors_name
 from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
 
-Config = TypeVar("Config", TrainConfig, LoraConfig, GenerateConfig)
+Configs = TrainConfig | LoraConfig | GenerateConfig
+Config = TypeVar("Config", bound=Configs)
 
 FLAG_OF = {"r": "lora_r"}  # field names that say too little outside their class
 
 
-def with_flags(*configs: type[Config], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def with_flags(*configs: type[Configs], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Appends a flag for every field of the dataclasses to a command, which receives them in `**flags`.
 
     If two dataclasses have the same field, such as `seed`, one flag sets both.

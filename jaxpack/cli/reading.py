@@ -1,6 +1,7 @@
 """Reads the model and the dataset that the flags of a command name."""
 
 from pathlib import Path
+from typing import Any
 
 import torch_bridge
 from jaxpack.data.documents import Documents
@@ -58,7 +59,8 @@ def read_documents(
     config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
     if lengths is not None:
         return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)
-    options = {"text_field": text_field, "assistant_only_loss": assistant_only_loss}
+    assert data is not None  # `require_one`
+    options: dict[str, Any] = {"text_field": text_field, "assistant_only_loss": assistant_only_loss}
     with errors_name(dataset="data", text_field="dataset_text_field"):
         documents = load_documents(data, tokenizer, vocab_size=config.vocab_size, **options)
     return config, tokenizer, documents

@@ -175,13 +175,14 @@ class ChatTemplate:
     def _track(self, conversation: Conversation, template: str, messages: list[Message]) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=conversation.tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
             **{**self._tokenizer.special_tokens_map, **conversation.options},
         )
+        texts, spans = rendered
         return texts[0], spans[0]
 
     # Finding the assistant's parts by comparing the texts that the template writes.
@@ -198,10 +199,11 @@ class ChatTemplate:
         key = self._key(conversation)
         form = self._forms.get(key)
         spans = _matched(text, form, messages) if form is not None else None
-        if spans is None:
-            form = self._form(conversation, where)
-            _keep(self._forms, key, form)
-            spans = _matched(text, form, messages)
+        if spans is not None:
+            return spans
+        form = self._form(conversation, where)
+        _keep(self._forms, key, form)
+        spans = _matched(text, form, messages)
         return self._one_by_one(conversation, text, form) if spans is None else spans
 
     def _key(self, conversation: Conversation) -> Any:

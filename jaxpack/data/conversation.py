@@ -54,7 +54,7 @@ def read_conversation(row: Mapping[str, Any], messages: list, where: str, *, pro
 
 def read_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
     """Returns Alpaca's instruction, input (empty if the row has none) and output."""
-    texts = row.get("instruction"), row.get("input") or "", row.get("output")
+    texts: tuple[Any, Any, Any] = row.get("instruction"), row.get("input") or "", row.get("output")
     for key, text in zip(("instruction", "input", "output"), texts, strict=True):
         if not isinstance(text, str):
             raise InputError(f"`{key}` must be a str, got {text!r:.80} in {where}.")

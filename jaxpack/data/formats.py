@@ -22,7 +22,8 @@ from jaxpack.utils.console import console
 
 Record = Mapping[str, Any]
 Rows = Sequence[Record]
-Encoded = Iterator[tuple[Sequence[int], Sequence[int]]]  # ids and labels of each row
+Ids = np.ndarray | list[int]
+Encoded = Iterator[tuple[Ids, Ids]]  # ids and labels of each row
 Encoder = Callable[[Rows, int], Encoded]  # takes rows, and the number of the first of them
 
 TEXT_FIELD = "text"  # the field of plain text, unless the user names another
@@ -37,6 +38,7 @@ class Where:
         self.diverging = 0  # rows in which the tokens of the prompt change when the completion follows
 
     def __call__(self, row: int) -> str:
+        """Returns the name of a row, such as "line 3 of train.jsonl"."""
         return f"row {row} of {self.source}" if self.lines is None else f"line {self.lines[row]} of {self.source}"
 
 
@@ -265,8 +267,10 @@ def _encode_chats(
             asked = dataclasses.replace(conversation, messages=conversation.messages[: conversation.prompt])
             prompts.append(template.write_question(asked, where(row)) if asked.messages else "")
             texts.append(template.write(conversation, where(row)))
-        ids = [_tokenize(some, begin, tokenizer, where, **options)["input_ids"] for some in (prompts, texts)]
-        yield from _after_prompts(*ids, where)
+        prompt_ids, ids = (
+            _tokenize(some, begin, tokenizer, where, **options)["input_ids"] for some in (prompts, texts)
+        )
+        yield from _after_prompts(prompt_ids, ids, where)
         return
     if not getattr(tokenizer, "is_fast", True):
         raise InputError(

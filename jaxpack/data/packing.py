@@ -5,12 +5,14 @@ Planning needs only lengths, so a whole dataset is planned, and every shape is k
 
 import bisect
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpack.constants import IGNORE, PackingStrategy
 from jaxpack.errors import InputError
+
+BatchArray = Any  # int32: a NumPy array on the host, a JAX array within a step (this package imports no jax)
 
 
 class PackedBatch(NamedTuple):
@@ -31,10 +33,10 @@ class PackedBatch(NamedTuple):
       array([   8,    9, -100,    4, -100, -100, -100, -100], dtype=int32)
     """
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
+    tokens: BatchArray
+    segment_ids: BatchArray
+    positions: BatchArray
+    targets: BatchArray
 
 
 class BatchLimits(NamedTuple):

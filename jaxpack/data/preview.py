@@ -1,7 +1,7 @@
 """Decodes a row of a run's batches, to show its documents and which of their tokens are trained on."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +89,7 @@ def show_row(batches: Batches, number: int, tokenizer: Tokenizer | None) -> Show
     return ShownRow(number, tuple(documents), int((segment_ids == 0).sum()))
 
 
-def _spans(tokens: Sequence[int], trained: np.ndarray, tokenizer: Tokenizer | None) -> tuple[Span, ...]:
+def _spans(tokens: list[int], trained: np.ndarray, tokenizer: Tokenizer | None) -> tuple[Span, ...]:
     spans, begin, shown = [], 0, 0
     whole = "" if tokenizer is None else tokenizer.decode(tokens)
     for end in [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]:

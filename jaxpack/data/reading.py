@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, without_none
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import TEXT_FIELD, Record, Where, encoder, question_of
+from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, question_of
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
@@ -70,7 +71,9 @@ def load_documents(
     if isinstance(dataset, Documents):
         return _within(vocab_size, dataset)
     records, where = _read(dataset)
-    template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) is not None else None
+    template = None
+    if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
+        template = ChatTemplate(tokenizer)
     encode = encoder(records[0], tokenizer, template, text_field, assistant_only_loss, where)
     tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -126,7 +129,7 @@ def _within(vocab_size: int, documents: Documents) -> Documents:
     return documents
 
 
-def _ids(values: Sequence[int], vocab_size: int, where: Where, row: int, *, labels: bool = False) -> np.ndarray:
+def _ids(values: Ids, vocab_size: int, where: Where, row: int, *, labels: bool = False) -> np.ndarray:
     array = np.asarray(values, np.int64)
     if len(wrong := _outside(array, vocab_size, labels=labels)):
         name = "Labels other than -100" if labels else "Token ids"
@@ -171,7 +174,7 @@ def _read(dataset: Dataset) -> tuple[Sequence[Record], Where]:
     return records, where
 
 
-def _read_rows(dataset: Iterable[Record]) -> tuple[Sequence[Record], Where]:
+def _read_rows(dataset: Any) -> tuple[Sequence[Record], Where]:
     if isinstance(dataset, Mapping):  # a `datasets.DatasetDict`, most likely
         raise InputError(
             f"`dataset` must be an iterable of rows, such as one split, got a mapping with the keys {sorted(dataset)}."

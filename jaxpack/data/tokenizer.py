@@ -13,9 +13,17 @@ class ChatTokenizer(Protocol):
     chat_template: Any
     special_tokens_map: Mapping[str, Any]
 
-    def apply_chat_template(self, conversation: list, *, tokenize: bool, **options: Any) -> Any: ...
-    def get_chat_template(self, chat_template: str | None = None, tools: list | None = None) -> str: ...
-    def get_added_vocab(self) -> dict[str, int]: ...
+    def apply_chat_template(self, conversation: list, *, tokenize: bool, **options: Any) -> Any:
+        """Writes a conversation as text, or as token ids."""
+        ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list | None = None) -> str:
+        """Returns the template that writes conversations with these tools."""
+        ...
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Returns the ids of the tokens that were added to the vocabulary, by their texts."""
+        ...
 
 
 class Tokenizer(ChatTokenizer, Protocol):
@@ -23,9 +31,17 @@ class Tokenizer(ChatTokenizer, Protocol):
 
     eos_token_id: int | None
 
-    def __call__(self, text: list[str], **options: bool) -> Mapping[str, list]: ...
-    def decode(self, token_ids: list[int]) -> str: ...
-    def save_pretrained(self, save_directory: str | os.PathLike) -> Any: ...
+    def __call__(self, text: list[str], **options: bool) -> Mapping[str, list]:
+        """Returns lists with one entry for each text: at least `input_ids`."""
+        ...
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Returns the text of token ids."""
+        ...
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Any:
+        """Writes the tokenizer's files into a folder."""
+        ...
 
 
 def tokenize(

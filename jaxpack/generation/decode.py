@@ -80,6 +80,7 @@ def _forward(
     """
     angles = model.angles(positions, lengths, longest=cache.k.shape[2])
     patterns = seen if bounds is None else bounds
+    assert patterns is not None
     max_segments = None if any(model.config.windows) else 1  # see `SegmentBounds.within`
     graph, stacks, layers = nnx.split(model.blocks, reads_by_number, ...)
 
@@ -91,6 +92,7 @@ def _forward(
         within, visible = (None, here) if bounds is None else (here, None)
         context = RowContext(within, angles.at(angle), max_segments, "xla", apart=True)
         x, slot = block(x, context, None, CacheSlot(cache, number, positions, visible))
+        assert slot is not None
         return (x, slot.cache), None
 
     numbers = jnp.arange(model.config.num_layers, dtype=jnp.int32)

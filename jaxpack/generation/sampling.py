@@ -35,6 +35,7 @@ class SamplingParams(NamedTuple):
 
     @classmethod
     def of(cls, config: GenerateConfig, stop_tokens: list[int]) -> "SamplingParams":
+        """Returns the settings of `config`; settings that change nothing become None."""
         stops = sorted(stop_tokens)
         stops += -len(stops) % _STOPS * [-1]
         temperature = jnp.float32(max(config.temperature, _COLDEST)) if config.temperature else None
@@ -69,8 +70,8 @@ class DecodeState(NamedTuple):
         tokens = np.zeros((num_rows, rounded_length(int(limits.max()))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        numbers = np.resize(np.asarray(numbers, np.int32), num_rows)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), numbers)
+        numbered = np.resize(np.asarray(numbers, np.int32), num_rows)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), numbered)
         return cls(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits, jnp.int32), keys)
 
     @property
@@ -102,6 +103,8 @@ def _choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], params: Samplin
 
 def _least_kept(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B 1"]:
     """Returns the smallest logit that may be drawn: the last of the top k that are needed to reach `top_p`."""
+    assert params.top_k is not None
+    assert params.top_p is not None
     ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     first = jnp.arange(logits.shape[1])[None, :] < params.top_k
     share = jax.nn.softmax(ranked, axis=-1, where=first)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,13 @@ def generate(
       InputError: an option is unknown or out of range, a prompt is empty or has ids outside the vocabulary, or there
         are more tokens than fit into memory or than the model's `max_position_embeddings`, beyond which only dynamic
         NTK is made to go.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> (text,) = jaxpack.generate(model, [[5, 6, 7]], max_new_tokens=4)
+      >>> len(text)
+      4
     """
     allowed = [field.name for field in dataclasses.fields(GenerateConfig)]
     if unknown := [name for name in options if name not in allowed]:
@@ -61,9 +68,8 @@ def generate(
     check_type("model", model, Transformer)
     if not isinstance(prompts, Iterable):
         raise InputError(f"`prompts` must be a list of lists of token ids, got {prompts!r:.80}.")
-    prompts = [
-        list(prompt) if isinstance(prompt, Iterable) and type(prompt) is not str else prompt for prompt in prompts
-    ]
+    listed: Any = [list(one) if isinstance(one, Iterable) and type(one) is not str else one for one in prompts]
+    prompts = cast(list[list[int]], listed)
     _check_prompts(model, prompts, config)
     params = SamplingParams.of(config, _stops(stop_tokens))
     graph, state = nnx.split(model)
@@ -103,6 +109,11 @@ def generate_text(
 
     Raises:
       InputError: `generate` raises it, or messages come without a chat template, or the template refuses them.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> (answer,) = jaxpack.generate_text(model, tokenizer, ["two and two"], max_new_tokens=4)
     """
     check_type("model", model, Transformer)
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
@@ -142,8 +153,9 @@ def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], config:
     needed, free = Cache.bytes_of(model.config, model.dtype, num_rows, size), _free_bytes()
     if free is not None and needed > free:
         raise InputError(
-            f"`max_new_tokens` must leave room for the keys and values of {num_rows:,} prompts, got"
-            f" {config.max_new_tokens:,}: {needed / 2**30:,.1f} GiB, of {free / 2**30:,.1f} GiB free."
+            f"`max_new_tokens` must leave room for the keys and values of {num_rows:,} prompts at once, got"
+            f" {config.max_new_tokens:,}, which needs {needed / 2**30:,.1f} GiB of {free / 2**30:,.1f} GiB free. A"
+            " smaller `batch_size` needs less."
         )
 
 
@@ -205,7 +217,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
         ids = tokenize([prompt], tokenizer, lambda _: where)["input_ids"][0]
         eos = tokenizer.eos_token_id
         # Some tokenizers append an end token to every text. A text that has ended cannot be continued.
-        if ids and ids[-1] == eos and not prompt.endswith(tokenizer.decode([eos])):
+        if ids and eos is not None and ids[-1] == eos and not prompt.endswith(tokenizer.decode([eos])):
             ids = ids[:-1]
     else:
         if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable | Conversation):
@@ -227,5 +239,5 @@ def _stop_tokens(model: Transformer, tokenizer: Tokenizer, template: ChatTemplat
         ends = json.loads(text).get("eos_token_id")
         stops |= set(ends) if isinstance(ends, list) else {ends}
     if template is not None:
-        stops.add(tokenizer.get_added_vocab().get(template.answer_end()))
+        stops.add(tokenizer.get_added_vocab().get(template.answer_end() or ""))
     return {token for token in stops if type(token) is int}

@@ -43,7 +43,15 @@ class DynamicRopeScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling(RopeScaling):
-    """Stretches only long wavelengths, as Llama 3.1 does."""
+    """Stretches only long wavelengths, as Llama 3.1 does.
+
+    Example:
+      >>> from jaxpack import Llama3RopeScaling, RopeConfig
+      >>> scaling = Llama3RopeScaling(
+      ...     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+      ... )
+      >>> rope = RopeConfig(theta=500_000.0, scaling=scaling)
+    """
 
     factor: float
     low_freq_factor: float
@@ -81,7 +89,13 @@ class LongRopeScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Describes the rotary position embedding: its base, and how its frequencies are rescaled."""
+    """Describes the rotary position embedding: its base, and how its frequencies are rescaled.
+
+    Example:
+      >>> from jaxpack import RopeConfig
+      >>> RopeConfig(theta=1_000_000.0).scaling is None
+      True
+    """
 
     theta: float
     scaling: RopeScaling | None = None
@@ -99,7 +113,18 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Describes a decoder-only transformer. `torch_bridge` makes one from a Hugging Face `config.json`."""
+    """Describes a decoder-only transformer. `torch_bridge` makes one from a Hugging Face `config.json`.
+
+    Example:
+      >>> from jaxpack import ModelConfig, RopeConfig
+      >>> config = ModelConfig(
+      ...     architecture="Qwen3ForCausalLM", vocab_size=97, hidden_size=48, intermediate_size=80, num_layers=2,
+      ...     num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=1e-6, rope=RopeConfig(theta=1e6),
+      ...     tie_word_embeddings=True, qk_norm=True,
+      ... )
+      >>> config.num_heads // config.num_kv_heads  # query heads that share a key head
+      2
+    """
 
     architecture: str  # the Hugging Face class, which names the tensors of a checkpoint: "Qwen3ForCausalLM"
     vocab_size: int

@@ -22,6 +22,11 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     Raises:
       InputError: a name in `target_modules` is no projection of this model, a name in a pattern has no adapter, only
         one of two tied matrices is in `modules_to_save`, or the model has adapters already.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=8, target_modules="q_proj,v_proj"))
     """
     check_type("config", config, LoraConfig)
     if adapters(model):

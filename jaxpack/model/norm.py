@@ -23,6 +23,7 @@ class RMSNorm(nnx.Module):
         self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns the normed activations."""
         return rms_norm(x, self.weight, eps=self.eps)
 
     @property

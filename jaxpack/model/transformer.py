@@ -34,6 +34,19 @@ class Transformer(nnx.Module):
         to it.
       lora_config: the settings with which adapters were added; None without adapters.
       source_files: names and texts of the JSON files that the model was read with, which are written with it again.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxpack import ModelConfig, RopeConfig, Transformer
+      >>> config = ModelConfig(
+      ...     architecture="LlamaForCausalLM", vocab_size=97, hidden_size=48, intermediate_size=80, num_layers=2,
+      ...     num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=1e-6, rope=RopeConfig(theta=1e4),
+      ...     tie_word_embeddings=True,
+      ... )
+      >>> model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+      >>> model.logits(jnp.array([[1, 2, 3]])).shape
+      (1, 3, 97)
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):

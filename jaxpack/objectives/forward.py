@@ -1,6 +1,7 @@
 """Gives an objective the results of one forward pass of a model over a batch."""
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -34,8 +35,10 @@ class Forward:
         limits: BatchLimits = BatchLimits(),  # noqa: B008
         dropout_key: Key[Array, ""] | None = None,
     ):
-        self.model, self.batch, self.limits, self.implementation = model, batch, limits, implementation
-        self._remat, self._dropout_key = remat, dropout_key
+        self.model, self.batch, self.limits = model, batch, limits
+        self.implementation: Implementation | None = implementation
+        self._remat: Remat = remat
+        self._dropout_key = dropout_key
 
     @functools.cached_property
     def hidden(self) -> Float[Array, "B T D"]:
@@ -57,7 +60,7 @@ class Forward:
         config = self.model.lora_config
         if not adapters(self.model) or (config is not None and config.modules_to_save):
             raise InputError(
-                "`objective` must be without a reference where more than adapters is trained: the reference is the"
+                "`objective` must be without a reference, because more than adapters is trained: the reference is the"
                 " model without its adapters. Use `add_lora` without `modules_to_save`."
             )
         graph, state = nnx.split(without_adapters(self.model))
@@ -68,7 +71,7 @@ class Forward:
     def scores(self) -> TokenScores:
         """Returns the loss of each token and the likeliest next token. They have no gradient."""
         softcap = self.model.config.final_logit_softcapping
-        options = {"softcap": softcap, "implementation": self.implementation}
+        options: dict[str, Any] = {"softcap": softcap, "implementation": self.implementation}
         return token_scores(self.hidden, self.model.head, self.batch.targets, **options)
 
     def _hidden_of(self, model: Transformer, dropout_key: Key[Array, ""] | None) -> Float[Array, "B T D"]:

@@ -19,6 +19,13 @@ class Sums(NamedTuple):
       loss: the sum that is minimised, not yet divided by the weight.
       weight: divides the loss summed over the whole step: for example the number of targets, or of documents.
       metrics: other sums to report, by name; they are divided by `weight`, too.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxpack import Sums
+      >>> sums = Sums(loss=jnp.float32(6), weight=jnp.float32(3), metrics={"correct": jnp.float32(2)})
+      >>> float(sums.loss / sums.weight)  # the loss that a step reports
+      2.0
     """
 
     loss: Float[Array, ""]
@@ -30,11 +37,17 @@ class Sums(NamedTuple):
 class Objective(Protocol):
     """Gives the sums to minimise over a batch. Called within the compiled step, on each device's own rows.
 
-    Attributes:
-      documents_together: how many successive documents of the dataset belong together and are put into one row.
+    Example:
+      >>> import jaxpack
+      >>> pairs = jaxpack.LogProbObjective(lambda log_probs, batch: (0.0, 1.0), documents_together=2)
+      >>> [objective.documents_together for objective in (jaxpack.SFT(), pairs)]
+      [1, 2]
     """
 
-    documents_together: int
+    @property
+    def documents_together(self) -> int:
+        """Returns how many successive documents of the dataset belong together and are put into one row."""
+        ...
 
     def __call__(self, forward: Forward) -> Sums:
         """Returns the sums over the rows of `forward.batch`."""
@@ -53,6 +66,7 @@ class HiddenObjective:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from jaxpack import HiddenObjective
       >>> def small(hidden, model, batch):
       ...     there = batch.segment_ids > 0
       ...     return jnp.sum(jnp.where(there, jnp.sum(hidden**2, axis=-1), 0)), jnp.sum(there)
@@ -83,6 +97,7 @@ class LogProbObjective:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from jaxpack import LogProbObjective
       >>> def focal(log_probs, batch):
       ...     there = batch.targets != -100
       ...     return jnp.sum(-(1 - jnp.exp(log_probs)) ** 2 * log_probs * there), jnp.sum(there)

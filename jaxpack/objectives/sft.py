@@ -1,7 +1,6 @@
 """The objective of supervised fine-tuning (SFT): the cross entropy of all targets."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -16,11 +15,12 @@ class SFT:
     """Minimises the mean cross entropy over a step's targets; the loss makes its gradient in the forward pass.
 
     Example:
+      >>> from jaxpack import SFT
       >>> SFT().documents_together
       1
     """
 
-    documents_together: ClassVar[int] = 1
+    documents_together = 1
 
     def __call__(self, forward: Forward) -> Sums:
         """Returns the summed cross entropy, and the number of targets."""

@@ -17,9 +17,9 @@ PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PINNED_LIMIT_GIB = 64  # GiB a process, if the variable above is not set
 
 
-def current_device() -> jax.Device:
+def current_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """Returns the device that arrays are made on: `jax.default_device`, or the first device of this process."""
-    chosen = jax.config.jax_default_device
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(chosen, jax.Device):
         return chosen
     return jax.local_devices(backend=chosen)[0]
@@ -40,7 +40,7 @@ def platform_of(array: jax.Array) -> str:
     return next(iter(array.devices())).platform
 
 
-def free_device_bytes(device: jax.Device) -> int | None:
+def free_device_bytes(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
     """Returns the bytes that the device's allocator has left, or None if the allocator does not report them."""
     statistics = device.memory_stats() or {}
     return statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None

@@ -13,7 +13,7 @@ DeviceMesh = Mesh | AbstractMesh
 DATA = "data"  # the mesh axis over which the rows of a batch are dealt
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> DeviceMesh:  # pyright: ignore[reportInvalidTypeForm]
     """Returns a mesh with one axis, "data", over `devices`.
 
     With None, it is the mesh that is set in JAX (`jax.set_mesh`), if that mesh has such an axis, and otherwise a mesh

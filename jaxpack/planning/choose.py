@@ -79,7 +79,10 @@ def resolve(
     free = _free_bytes(device, held_bytes) if gpu is None else None
     memory = free if config.memory_limit is None else config.memory_limit * _GIB
     if memory is None:
-        return "full", 'remat "full": this device does not say how much memory is free; a `memory_limit` may allow more'
+        return (
+            "full",
+            'remat "full": this device does not report its free memory; a `memory_limit` may allow a faster choice',
+        )
     predictions = list(predict(step, rates_of(gpu or device.device_kind)).values())
     if gpu is None and device.platform == "cpu":  # Its only memory is the host's.
         predictions = [p for p in predictions if not p.host_bytes]
@@ -93,8 +96,8 @@ def _check_host(step: StepShape, remat: Remat) -> None:
     if needed > room:
         got = f"{PINNED_LIMIT} of {_gib(room)}" if room == pinned_limit_bytes() else f"{_gib(room)} available"
         raise InputError(
-            f'`remat` "{remat}" needs {_gib(needed)} of host memory for what the first {step.num_layers - 1} layers '
-            f'read again, got {got}. "full" keeps it on the device.'
+            f'`remat` "{remat}" must fit in host memory: the activations of the first {step.num_layers - 1} layers '
+            f'need {_gib(needed)}, got {got}. Choose "full", which keeps layer inputs on the device.'
         )
 
 
@@ -104,20 +107,20 @@ def _host_room() -> int:
     return limit if available is None else min(available, limit)
 
 
-def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:
+def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:  # pyright: ignore[reportInvalidTypeForm]
     """Returns the device bytes that a run may take: the free ones and its own, less a margin for the predictions."""
     free = free_device_bytes(device)
     return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
 
 
 def _explanation(chosen: Prediction, predictions: list[Prediction], memory: float) -> str:
-    step = f"{chosen.seconds:.3g} s a step"
-    line = f'remat "{chosen.remat}": predicted {_gib(chosen.peak_bytes)} of {_gib(memory)} and {step}'
+    of_room = f"{_gib(chosen.peak_bytes)} of the {_gib(memory)} that the run may use"
+    line = f'remat "{chosen.remat}": a step is predicted to take {chosen.seconds:.3g} s and {of_room}'
     faster = [p for p in predictions if p.seconds < chosen.seconds]
     if not faster:
         return line
     following = max(faster, key=lambda p: p.seconds)
-    return f'{line}; "{following.remat}" would take {_gib(following.peak_bytes)} and {following.seconds:.3g} s'
+    return f'{line}; "{following.remat}" would take {following.seconds:.3g} s, but {_gib(following.peak_bytes)}'
 
 
 def _gib(size: float) -> str:
@@ -131,6 +134,6 @@ def _refusal(config: TrainConfig, step: StepShape, choices: list[Prediction], me
     if config.memory_limit is not None:
         return f"`memory_limit` must be at least {need} for {what}, got {room}; a smaller batch needs less."
     return (
-        f"`per_device_train_batch_size` or `max_length` must be smaller: {what} needs {need}, got {room} that are free"
-        f" with {config.per_device_train_batch_size} and {config.max_length}."
+        f"`per_device_train_batch_size` or `max_length` must be smaller: {what} needs {need}, got {room} free, a batch"
+        f" size of {config.per_device_train_batch_size} and a maximum length of {config.max_length}."
     )

@@ -31,7 +31,7 @@ ORDINARY = "padded to the longest"  # Other trainers do this: they compile no sh
 _SAMPLE = 16_384  # The padding by batch size is counted on at most this many documents.
 _WORTH = 1.05  # A smaller speed-up is not worth a recommendation.
 _LOSS = 0.005  # A smaller share of tokens cut off is not worth a warning.
-_NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, in as many tokens"}
+_NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, about as many tokens"}
 _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", "packed": "#0072B2"}
 
 
@@ -51,6 +51,13 @@ class LayoutEstimate:
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
       refusal: the reason why the run does not fit in the device's memory; None where it fits or times are not
         predicted.
+
+    Example:
+      >>> from jaxpack import TrainConfig, inspect, load_documents
+      >>> documents = load_documents([{"input_ids": list(range(n))} for n in (100, 10)], None, vocab_size=100)
+      >>> estimates = inspect(documents, TrainConfig(max_length=128, per_device_train_batch_size=2)).layouts
+      >>> round(estimates["padded"].padding_share, 3)  # two rows of 128 positions for 110 tokens
+      0.57
     """
 
     config: TrainConfig
@@ -80,6 +87,13 @@ class Inspection(JupyterMixin):
         orders; the other shares are counted, on at most 16,384 documents.
       device: the device whose times are predicted; None where times are not predicted.
       recommendation: what to do, and why.
+
+    Example:
+      >>> from jaxpack import TrainConfig, inspect, load_documents
+      >>> documents = load_documents([{"input_ids": list(range(n, 3 * n))} for n in (5, 9, 40)], None, vocab_size=200)
+      >>> found = inspect(documents, TrainConfig(max_length=128))  # rich.print(found) shows all of it
+      >>> found.num_tokens, found.layouts["packed"].shapes
+      (108, [(1, 2, 128)])
     """
 
     config: TrainConfig
@@ -122,6 +136,13 @@ def inspect(
 
     Raises:
       InputError: the run can have no batches, an argument has the wrong type, or `gpu` is not known.
+
+    Example:
+      >>> from jaxpack import TrainConfig, inspect, load_documents
+      >>> documents = load_documents([{"input_ids": list(range(n))} for n in (100, 10)], None, vocab_size=100)
+      >>> found = inspect(documents, TrainConfig(max_length=128))
+      >>> sorted(found.layouts)
+      ['packed', 'padded', 'padding-free']
     """
     config = TrainConfig() if config is None else config
     check_type("documents", documents, Documents)
@@ -133,8 +154,10 @@ def inspect(
     device = None if model is None else gpu or current_device().device_kind
     known = None if device is None else known_gpu(device)
     runs = _in_every_layout(documents, config)
-    batches = {layout: Batches(documents, run) for layout, run in runs.items()}
-    layouts = {layout: _estimate(run, batches[layout], batches["padded"]) for layout, run in runs.items()}
+    batches: dict[Layout, Batches] = {layout: Batches(documents, run) for layout, run in runs.items()}
+    layouts: dict[Layout, LayoutEstimate] = {
+        layout: _estimate(run, batches[layout], batches["padded"]) for layout, run in runs.items()
+    }
     if model is not None and known is not None:
         layouts = _timed(layouts, batches, model, RATES[known], gpu)
     run = batches[config.layout]
@@ -264,30 +287,35 @@ def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
         return None
     has = _count(run.num_rows, "row" if config.packing else "document")
     return (
-        f"The data has {has}, and a step takes {run.rows_per_step:,}: the rest of it is padding, and the speed-ups are"
-        " not those of more data. A smaller `--per-device-train-batch-size` (or `--gradient-accumulation-steps`) wastes"
-        " less."
+        f"The data has {has}, and a step takes {run.rows_per_step:,}: the rest of the step is padding, and the"
+        " speed-ups do not hold for more data. A smaller `--per-device-train-batch-size` (or"
+        " `--gradient-accumulation-steps`) wastes less."
     )
 
 
 def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
     padded, free, packed = (layouts[layout] for layout in get_args(Layout))
     of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
-    of_free = f"padding-free batches {_percent(free.padding_share)}"
-    of_packed = f"packed rows of {packed.config.max_length:,} tokens {_percent(packed.padding_share)}"
+    of_free = f"padding-free batches are {_percent(free.padding_share)}"
+    of_packed = f"packed rows of {packed.config.max_length:,} tokens are {_percent(packed.padding_share)}"
     flags = f"`--packing --per-device-train-batch-size {packed.config.per_device_train_batch_size}`"
     if max(free.speedup, packed.speedup) < _WORTH:
-        return f"Packing gains nothing here: {of_padded}, {of_free}, {of_packed}."
+        return f"Packing gains nothing here: {of_padded}, {of_free}, and {of_packed}."
     if packed.speedup >= _WORTH * free.speedup:
-        return f"Pack ({flags}): {of_padded}, {of_packed}: {packed.speedup:.2f} x the tokens a second."
-    gain = f"{free.speedup:.2f} x the tokens a second"
+        gain = f"Packed rows train on {packed.speedup:.2f} x as many tokens a second as padded batches."
+        return f"Pack the documents ({flags}): {of_padded}, and {of_packed}. {gain}"
+    gain = f"Padding-free batches train on {free.speedup:.2f} x as many tokens a second as padded batches"
     if free.speedup >= _WORTH * packed.speedup:
         (_, _, T), max_length = packed.shapes[0], packed.config.max_length
-        why = "documents leave room that none of the others fills, and a larger `--max-length` would leave less"
+        why = "no other document fits into the room that is left, and a larger `--max-length` would leave less"
         if max_length < T:
             why = f"a row of {max_length:,} takes {T:,} positions, a multiple of 128, as `--max-length` should be"
-        return f"Stay padding-free, the default: {of_padded}, {of_free}: {gain}. {of_packed.capitalize()}: {why}."
-    return f"Padding-free, the default, is enough: {of_padded}, {of_free}: {gain}; {of_packed}, {packed.speedup:.2f} x."
+        of_packed = f"{of_packed.capitalize()}, because {why}"
+        return f"Stay with padding-free batches, the default: {of_padded}, {of_free}. {gain}. {of_packed}."
+    return (
+        f"Padding-free batches, the default, are enough: {of_padded}, {of_free}, and {of_packed}. {gain}, and packed"
+        f" rows on {packed.speedup:.2f} x as many."
+    )
 
 
 def _advice_on_length(documents: Documents, cut: Truncation, targets_lost: int, config: TrainConfig) -> Iterator[str]:
@@ -301,9 +329,9 @@ def _advice_on_length(documents: Documents, cut: Truncation, targets_lost: int, 
     lengths = range(128, int(documents.lengths.max()) + 128, 128)
     enough = lengths[bisect.bisect_left(lengths, -_LOSS / 5, key=lambda length: -lost(length))]
     yield (
-        f"But `--max-length {config.max_length}` cuts off {_percent(share)} of the tokens and {_percent(of_targets)} of"
-        f" those trained on: {enough:,} would cut off {_percent(lost(enough))}, and packing with"
-        " `--packing-strategy bfd_split` none."
+        f"But `--max-length {config.max_length}` cuts off {_percent(share)} of all tokens and {_percent(of_targets)} of"
+        f" the tokens to train on: {enough:,} would cut off {_percent(lost(enough))} of all tokens, and packing with"
+        " `--packing-strategy bfd_split` would cut off none."
     )
 
 
@@ -347,20 +375,20 @@ def _facts(found: Inspection) -> Table:
     lengths, cut = found.lengths, found.truncation
     table.add_row("documents", f"{len(lengths):,}")
     trained = _percent(found.num_targets / found.num_tokens)
-    table.add_row("tokens", f"{found.num_tokens:,}, {trained} of them trained on")
+    table.add_row("tokens", f"{found.num_tokens:,}, of which {trained} are trained on")
     table.add_row("length", f"mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, longest {lengths.max():,}")
     lost, of_targets = cut.tokens / found.num_tokens, found.targets_lost / max(1, found.num_targets)
-    what = f"{_count(cut.documents, 'document')}: {cut.tokens:,} tokens are lost ({_percent(lost)})"
-    what += f", {found.targets_lost:,} of those trained on ({_percent(of_targets)})"
-    split = ", longer ones are split" if (lengths > found.config.max_length).any() else ""
+    what = f"{_count(cut.documents, 'document')}: {cut.tokens:,} of all tokens are lost ({_percent(lost)})"
+    what += f", and {found.targets_lost:,} of the tokens to train on ({_percent(of_targets)})"
+    split = "; longer documents are split" if (lengths > found.config.max_length).any() else ""
     table.add_row(f"cut at {found.config.max_length:,}", what if cut.documents else f"no document{split}")
-    after = f"; {cut.dropped:,} once they are cut, and dropped" if cut.dropped > found.untrained else ""
-    table.add_row("nothing to learn", f"{_count(found.untrained, 'document')}{after}")
+    after = f"; after the cut {cut.dropped:,}, which are dropped" if cut.dropped > found.untrained else ""
+    table.add_row("nothing to learn", f"{_count(found.untrained, 'document')} without a token to train on{after}")
     return table
 
 
 def _padding_table(found: Inspection) -> Table:
-    table = Table(title="padding, by documents in a batch", title_justify="left")
+    table = Table(title="share of padding, by the number of documents in a batch", title_justify="left")
     table.add_column("", no_wrap=True)
     for size in found.padding[ORDINARY]:
         table.add_column(str(size), justify="right", no_wrap=True)
@@ -370,13 +398,13 @@ def _padding_table(found: Inspection) -> Table:
 
 
 def _layouts_table(found: Inspection) -> Table:
-    table = Table(title="a run in each layout; * as asked for", title_justify="left")
+    table = Table(title="the same run in each layout (*: the layout of the settings)", title_justify="left")
     columns = ("", "batch", "padding", "speed-up", *(("tokens/s", "hours/epoch", "remat") if found.device else ()))
     for name in columns:
         table.add_column(name, justify="left" if name in ("", "batch", "remat") else "right", no_wrap=True)
     for layout, estimate in found.layouts.items():
         times = ["", "", "does not fit" if estimate.refusal else ""]
-        if estimate.tokens_per_second is not None:
+        if estimate.tokens_per_second is not None and estimate.hours_per_epoch is not None:
             hours = f"{estimate.hours_per_epoch:{'.2f' if estimate.hours_per_epoch >= 0.1 else '.2g'}}"
             times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat]
         name = f"{layout} *" if estimate.config is found.run.config else layout
@@ -388,12 +416,15 @@ def _layouts_table(found: Inspection) -> Table:
 def _basis(found: Inspection) -> str:
     """Returns a line that says what the figures rest on."""
     if found.device is None:
-        return "Speed-ups are of the positions computed, not of times; `--gpu` predicts those of a GPU elsewhere."
+        return (
+            "Speed-ups compare how many positions are computed, not times. With a model, `--gpu` predicts the times of"
+            " a GPU in another machine."
+        )
     if found.run.refusal is not None:
         return f"The run does not fit: {found.run.refusal}"
-    rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, for its own are not known"
+    rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, because its own are not known"
     unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
-    full = " How much of its memory is free is not known, so remat is full: `--memory-limit` says." if unknown else ""
+    full = " Its free memory is not known, so remat is full: `--memory-limit` sets the memory." if unknown else ""
     return f"Times are predicted for {found.device}, from {rates}, not measured.{full}"
 
 
@@ -435,6 +466,6 @@ def _draw(found: Inspection) -> "Figure":
     padding.set_xscale("log", base=2)
     padding.set_xticks(sizes := list(found.padding[ORDINARY]), list(map(str, sizes)))
     padding.set_ylim(bottom=0)
-    frame(padding, "How much of a batch is padding?", "documents in a batch", "%")
+    frame(padding, "How much of a batch is padding?", "documents in a batch", "padding, % of all positions")
     label_ends(padding, lines)
     return figure

@@ -49,7 +49,7 @@ def known_gpu(device_kind: str) -> str | None:
 
 def rates_of(device_kind: str) -> DeviceRates:
     """Returns the rates of the device that jax calls `device_kind`, or low ones for an unknown device."""
-    return RATES.get(known_gpu(device_kind), _UNKNOWN)
+    return RATES.get(known_gpu(device_kind) or "", _UNKNOWN)
 
 
 def num_kernels(step: StepShape, remat: Remat) -> int:

@@ -18,6 +18,7 @@ class Callback:
     waits for them. An exception that a callback raises ends the run.
 
     Example:
+      >>> from jaxpack import Callback
       >>> class Stopper(Callback):
       ...     def on_evaluation(self, step, metrics):
       ...         return metrics["eval_loss"] < 0.5  # good enough
@@ -76,7 +77,8 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
     Raises:
       InputError: one of them is not a `Callback`.
     """
-    found = list(callbacks) if isinstance(callbacks, Sequence) and not isinstance(callbacks, str) else [callbacks]
+    is_several = isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
+    found: list[Any] = list(callbacks) if is_several else [callbacks]
     for callback in found:
         if not isinstance(callback, Callback):
             raise InputError(f"`callbacks` must be a list of `jaxpack.Callback`s, got {callback!r:.80} in it.")

@@ -78,6 +78,7 @@ def identity_of(
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
     weights = _named(frozen)
+    of_jax: Any = jax.config  # which declares no types of its settings
     identity = (
         structure
         | settings
@@ -88,8 +89,8 @@ def identity_of(
             f"frozen {name}": f"{leaf.dtype}{list(leaf.shape)} {checksum:08x}"
             for (name, leaf), checksum in zip(weights.items(), checksums(list(weights.values())).tolist(), strict=True)
         }
-        | {"jax_default_prng_impl": str(jax.config.jax_default_prng_impl)}
-        | {"jax_threefry_partitionable": jax.config.jax_threefry_partitionable}
+        | {"jax_default_prng_impl": str(of_jax.jax_default_prng_impl)}
+        | {"jax_threefry_partitionable": of_jax.jax_threefry_partitionable}
     )
     return json.loads(json.dumps(identity))  # as a checkpoint stores it: JSON turns tuples into lists
 
@@ -185,7 +186,7 @@ class Checkpoints:
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float]) -> bool:
         if (fault := _fault(arrays)) is not None:  # It would push out earlier, sound checkpoints.
-            console.print(f"step {step} is not saved: {fault}", style="yellow")
+            console.print(f"step {step} is not saved: {fault}, and no run can continue from that", style="yellow")
             return False
         path = self.folder / str(step)
         about = self._about | {"step": step, "evaluations": {str(at): loss for at, loss in evaluations.items()}}
@@ -199,12 +200,12 @@ class Checkpoints:
             shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
             console.print(f"step {step} could not be saved in {path}: {_reason(error)}; the run goes on", style="red")
             return False
-        console.print(f"saved {path}")
+        console.print(f"saved the checkpoint {path}")
         self._on_saved(step, path)
         try:
             self._delete_all_but(self._kept(evaluations))
         except OSError as error:
-            console.print(f"older checkpoints could not be deleted: {reason(error)}", style="yellow")
+            console.print(f"an older checkpoint could not be deleted: {reason(error)}", style="yellow")
         return True
 
     def _kept(self, evaluations: dict[int, float]) -> set[int]:
@@ -273,13 +274,13 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
             break
     if path is not None and not (path / _RUN).is_dir():
         raise InputError(
-            f"`resume_from_checkpoint` must be the folder of a checkpoint, of several, or of a run, or 'latest', got"
-            f" {choice!r}."
+            "`resume_from_checkpoint` must be the folder of a checkpoint, a folder of checkpoints, the folder of a run,"
+            f" or 'latest', got {choice!r}."
         )
     if newest is not None and (path is None or path.resolve() != newest.resolve()):
         raise InputError(
-            f"`output_dir` must be without {FOLDER}/, unless `resume_from_checkpoint` is the newest of them or "
-            f"'latest', got {config.output_dir!r} with {newest}."
+            f"`output_dir` must be without {FOLDER}/, unless `resume_from_checkpoint` is the newest checkpoint there or"
+            f" 'latest', got {config.output_dir!r}, which holds {newest}. Continue that run, or choose another folder."
         )
     return path
 
@@ -300,13 +301,15 @@ def load_checkpoint(
                 return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{name: args}))[name]
         except Exception as error:  # The libraries under orbax raise errors of any type.
             raise InputError(
-                f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {_reason(error)}."
+                f"`resume_from_checkpoint` must be a complete checkpoint, got {str(path)!r}, which cannot be read:"
+                f" {_reason(error)}."
             ) from error
 
     about = part(_RUN, ocp.args.JsonRestore())
     if missing := {"identity", "notes", "step", "evaluations"} - set(about):
         raise InputError(
-            f"`resume_from_checkpoint` must be a checkpoint of jaxpack, got {str(path)!r} without {sorted(missing)}."
+            f"`resume_from_checkpoint` must be a checkpoint that jaxpack wrote, got {str(path)!r} without"
+            f" {sorted(missing)}."
         )
     _require_same(path, about["identity"], identity)
     named = _named(state)
@@ -314,7 +317,9 @@ def load_checkpoint(
     found = part(_STATE, ocp.args.StandardRestore(wanted | {_LOSSES: np.zeros(about["step"])}))
     changed = [f"{name} {there}, not {notes[name]}" for name, there in about["notes"].items() if there != notes[name]]
     if changed:
-        console.print(f"the checkpoint is from {'; '.join(changed)}: losses may differ by rounding", style="yellow")
+        console.print(
+            f"the checkpoint was written with {'; '.join(changed)}: losses may differ by rounding", style="yellow"
+        )
     leaves = []
     for name, leaf in named.items():
         device = leaf.sharding if leaf.committed else None  # kept as before, so that the same program is compiled
@@ -339,7 +344,10 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     told = [name for name in differ if not name.startswith(("array ", "frozen "))] or differ
     what = ", ".join(f"`{name}` {there.get(name)!r} (here {here.get(name)!r})" for name in told[:4])
     more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-    raise InputError(f"`resume_from_checkpoint` must be of the same run, got {str(path)!r} with {what}{more}.")
+    raise InputError(
+        f"`resume_from_checkpoint` must be a checkpoint of the same run, got {str(path)!r} with {what}{more}. Use the"
+        " model, data and settings of that run, or start a new run."
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.files import replace_file
@@ -64,14 +64,17 @@ class Reports:
 
 
 def _tell(destination: Destination, error: OSError) -> None:
-    console.print(f"{destination.name} ends here, the run goes on: {reason(error)}", style="yellow")
+    console.print(
+        f"{destination.name} ends here, because it cannot be written to: {reason(error)}; the run goes on",
+        style="yellow",
+    )
 
 
 def require_libraries(config: TrainConfig) -> None:
     """Raises an `InputError` if the library of a destination in `report_to` is not installed."""
-    for name in config.report_to:
+    for name in config.report_to or ():
         if importlib.util.find_spec(_LIBRARIES[name]) is None:
-            raise InputError(f"`report_to` {name!r} needs `pip install jaxpack[{name}]`, got no {_LIBRARIES[name]}.")
+            raise not_installed(f"`report_to` {name!r}", _LIBRARIES[name], name)
 
 
 def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) -> Reports:
@@ -88,13 +91,13 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
     opened: list[Destination] = []
     if config.output_dir is None:
         return Reports(opened)
-    folder = Path(config.output_dir)
+    folder, destinations = Path(config.output_dir), config.report_to or ()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if "wandb" in config.report_to:  # First: if it refuses, no file of ours is written yet.
+        if "wandb" in destinations:  # First: if it refuses, no file of ours is written yet.
             opened.append(WandB(folder, about["settings"], after))
         replace_file(folder / ABOUT, json.dumps(about, indent=1).encode() + b"\n", "output_dir")
-        if "tensorboard" in config.report_to:
+        if "tensorboard" in destinations:
             opened.append(TensorBoard(folder / TENSORBOARD, after))
         opened.append(MetricsFile(folder / METRICS, after))
     except (OSError, InputError) as error:
@@ -166,8 +169,10 @@ class TensorBoard:
 
     def __init__(self, folder: Path, after: int | None):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+
+        # protobuf makes these classes when the modules are imported.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +219,9 @@ class WandB:
                 resume="allow",
             )
         except wandb.Error as error:
-            raise InputError(f"`report_to` must be what can be started, got 'wandb': {reason(error)}.") from error
+            raise InputError(
+                f"`report_to` must be able to start, got 'wandb', which cannot: {reason(error)}."
+            ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

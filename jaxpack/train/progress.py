@@ -86,16 +86,16 @@ class Log:
             what = f"loss of step {done} is {loss}"
             if math.isfinite(loss):
                 what = f"gradient of step {done} has norm {self._grad_norm}"
-            line = f"the {what}: no step makes up for it; a lower `learning_rate` may avoid it"
+            line = f"the {what}: training cannot recover from it; try a lower `learning_rate`"
             self._progress.console.print(line, style="yellow")
         if done == self._first + 1:
             self.first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds
             self._progress.console.print(
-                f"first step after {self.first_step_seconds:.1f} s, {compiling:.1f} s of them for programs"
+                f"the first step ended after {self.first_step_seconds:.1f} s, of which compiling took {compiling:.1f} s"
             )
         evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
         rate = self.rate(max(0, done - self._config.logging_steps))
-        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tok/s")
+        self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tokens/s")
         if done % self._config.logging_steps == 0 or done == self._batches.num_steps:
             self.record()
         return {"loss": loss, "grad_norm": self._grad_norm, **self._more}
@@ -124,12 +124,12 @@ class Log:
             "first_step_seconds": self.first_step_seconds,
         }
         self._reports.write(record)
-        rate = f"lr {record['learning_rate']:.2e}  " if "learning_rate" in record else ""
+        rate = f"learning rate {record['learning_rate']:.2e}  " if "learning_rate" in record else ""
         more = "".join(f"{name} {value:.4g}  " for name, value in self._more.items())
         self._progress.console.print(
-            f"step {done:>5}  loss {record['loss']:.4f}  {more}norm {self._grad_norm:.3f}  {rate}"
-            f"{record['tokens_per_second']:>7,.0f} tok/s  pad {record['padding_share']:.1%}"
-            f"  {record['peak_memory_bytes'] / 2**30:.1f} GiB"
+            f"step {done:>5}  loss {record['loss']:.4f}  {more}gradient norm {self._grad_norm:.3f}  {rate}"
+            f"{record['tokens_per_second']:>7,.0f} tokens/s  padding {record['padding_share']:.1%}"
+            f"  peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
 
     def evaluation(self, more: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, install_command, reason
 from jaxpack.train.metrics import ABOUT, METRICS, Record, read_records
 from jaxpack.utils.figures import frame, new_figure
 from jaxpack.utils.files import replace_file
@@ -31,17 +31,31 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
       InputError: the folder holds no run with a training record, or cannot be written to.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=16, lora_alpha=32))
+      >>> config = jaxpack.TrainConfig(
+      ...     packing=True, max_length=128, max_steps=2, learning_rate=2e-4, output_dir="out"
+      ... )
+      >>> result = jaxpack.Trainer(model, tokenizer, "train.jsonl", config).train()
+      >>> jaxpack.write_report("out").name
+      'report.md'
     """
     folder = Path(folder)
     records = read_records(folder)
     training, _ = _by_kind(records)
     if not training:
-        raise InputError(f"`folder` must hold {METRICS} with a record of a step, got {str(folder)!r} with none.")
+        raise InputError(
+            f"`folder` must hold {METRICS} with a record of a step, got {str(folder)!r}, whose file has none."
+        )
     about = _read_about(folder)
     if len(training) < 2:
         picture = "One record is not enough for a picture: a smaller `logging_steps` writes more."
     elif find_spec("matplotlib") is None:
-        picture = f"No picture, for lack of matplotlib: `pip install 'jaxpack[bench]'`, then `{_again(folder)}`."
+        install = install_command("bench")
+        picture = f"There is no picture, because matplotlib is not installed: run {install}, then `{_again(folder)}`."
     else:
         image = io.BytesIO()
         draw_run(records).savefig(image, format="png", dpi=100)
@@ -58,7 +72,8 @@ def draw_run(records: list[Record]) -> "Figure":
     figure = new_figure(12.5, 6.8)
     loss, *others = figure.subplots(2, 2).flat
     steps = [record["step"] for record in training]
-    loss.plot(steps, [record["loss"] for record in training], color=_TRAIN, label="training, mean since the one before")
+    losses = [record["loss"] for record in training]
+    loss.plot(steps, losses, color=_TRAIN, label="training, mean since the record before")
     if evaluations:
         points = ([record[name] for record in evaluations] for name in ("step", "eval_loss"))
         loss.plot(*points, color=_EVAL, marker="o", markersize=4, label="evaluation")
@@ -66,8 +81,8 @@ def draw_run(records: list[Record]) -> "Figure":
     frame(loss, "Does it learn?", "step", "loss")
     figures = (
         ("How many real tokens a second?", "real tokens/s", "tokens_per_second", 1),
-        ("How much memory?", "peak so far, GiB", "peak_memory_bytes", 2**-30),
-        ("How much is padding?", "% of the positions", "padding_share", 100),
+        ("How much memory?", "peak device memory so far, GiB", "peak_memory_bytes", 2**-30),
+        ("How much is padding?", "padding, % of all positions", "padding_share", 100),
     )
     for panel, (title, unit, name, factor) in zip(others, figures, strict=True):
         values = [factor * record[name] for record in training]
@@ -90,7 +105,10 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise InputError(f"`folder` must hold {ABOUT}, got {str(folder)!r}: {reason(error)}.") from error
     missing = [name for name in _ABOUT if not isinstance(about, dict) or name not in about]
     if missing:
-        raise InputError(f"`folder` must hold {ABOUT} of a run, got {str(folder)!r}, without {', '.join(missing)}.")
+        raise InputError(
+            f"`folder` must hold the {ABOUT} that a run wrote, got {str(folder)!r}, whose file lacks"
+            f" {', '.join(missing)}."
+        )
     return about
 
 
@@ -98,14 +116,14 @@ def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: s
     after, done = about["after"], max(record["step"] for record in records)
     settings = yaml.safe_dump(about["settings"], sort_keys=False, default_flow_style=None, allow_unicode=True)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    began = f"went on from step {after:,} at" if after else "started at"
+    began = f"continued after step {after:,} at" if after else "started at"
     return "\n".join(
         [
             f"# {folder.resolve().name}: {done:,} of {about['num_steps']:,} steps",
             "",
             f"{about['model']}, {began} {about['started']} on {about['device']}.",
             "",
-            "| | |",
+            "| figure | value |",
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in _figures(records, about)),
             "",
@@ -132,18 +150,20 @@ def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: s
 def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, str]]:
     training, evaluations = _by_kind(records)
     first, last = training[0], training[-1]
-    lines = [("loss, first and last record", f"{first['loss']:.4f}, {last['loss']:.4f} (step {last['step']:,})")]
+    losses = f"{first['loss']:.4f}, {last['loss']:.4f} (step {last['step']:,})"
+    lines = [("training loss, first and last record", losses)]
     if evaluations:
-        lines.append(("eval loss, last", _evaluation(evaluations[-1])))
+        lines.append(("evaluation loss, last", _evaluation(evaluations[-1])))
         best = min(evaluations, key=lambda record: math.inf if math.isnan(record["eval_loss"]) else record["eval_loss"])
-        lines.append(("eval loss, lowest", _evaluation(best)))
+        lines.append(("evaluation loss, lowest", _evaluation(best)))
     rate = float(np.median([record["tokens_per_second"] for record in training]))
-    lines.append(("real tokens/s, median of the records", f"{rate:,.0f}"))
-    lines.append(("peak memory", f"{max(record['peak_memory_bytes'] for record in training) / 2**30:.2f} GiB"))
-    lines.append(("padding, of all positions", f"{about['padding_share']:.2%}"))
-    lines.append(("what the backward pass keeps", f"`remat` {about['remat']}"))
-    start = f"{last['first_step_seconds']:.1f} s, {last['compile_seconds']:.1f} s of them for programs"
-    lines.append(("time to the first step", start))
+    lines.append(("tokens per second without padding, median of the records", f"{rate:,.0f}"))
+    peak = max(record["peak_memory_bytes"] for record in training) / 2**30
+    lines.append(("peak memory of the device", f"{peak:.2f} GiB"))
+    lines.append(("share of padding among all positions", f"{about['padding_share']:.2%}"))
+    lines.append(("recomputation in the backward pass", f"`remat` {about['remat']}"))
+    start = f"{last['first_step_seconds']:.1f} s, of which compiling took {last['compile_seconds']:.1f} s"
+    lines.append(("time until the first step ended", start))
     return lines
 
 

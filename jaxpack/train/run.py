@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError
@@ -61,6 +62,7 @@ class Run:
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
+        self.remat: Remat
         self.remat, self.explanation = resolve(config, model, batches, held_bytes)
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
         self._step = make_train_step(
@@ -91,8 +93,10 @@ class Run:
                     self.state, self.frozen, _abstract(shape), limits=self._batches.limits[shape[-1]]
                 )
                 self.programs[shape[-1]] = cache.compile(lowered)
-            for shape in self._eval_batches.shapes if self._eval_batches is not None else ():
-                limits = self._eval_batches.limits[shape[-1]]
+            evaluated = self._eval_batches
+            for shape in evaluated.shapes if evaluated is not None else ():
+                assert evaluated is not None
+                limits = evaluated.limits[shape[-1]]
                 lowered = self._eval_step.lower(self.state.trainable, self.frozen, _abstract(shape), limits=limits)
                 program = self.eval_programs[shape[-1]] = cache.compile(lowered)
                 _check_room(program, shape)
@@ -113,7 +117,7 @@ class Run:
 
     def steps(
         self, pauses: Callable[[int], bool] = lambda step: False, on_start: Callable[[], None] = lambda: None
-    ) -> Iterator[Metrics]:
+    ) -> Generator[Metrics, None, None]:
         """Runs all steps that are left, and yields the metrics of each.
 
         A step's metrics are yielded once the next step is started, so that the device always has work. After the first
@@ -147,6 +151,7 @@ class Run:
 
         Waits for the device once, at the end.
         """
+        assert self._eval_batches is not None
         sums = []
         with self._on_device(self._eval_batches) as batches_on_device:
             for batch in batches_on_device:
@@ -157,7 +162,7 @@ class Run:
         means = {name: float(total / (objective.weight or 1)) for name, total in means.items()}
         return means | {name: float(total / (weight or 1)) for name, (total, weight) in computed.items()}
 
-    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Iterator[PackedBatch]]:
+    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Generator[PackedBatch, None, None]]:
         # The device is named, because a thread does not inherit its caller's `jax.default_device`.
         device = self.state.step.sharding
         made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
@@ -170,10 +175,12 @@ def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
 
 def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
     """Raises if the device has no room for an evaluation, whose documents may be longer than those of training."""
-    needed, free = program.memory_analysis().temp_size_in_bytes, free_device_bytes(current_device())
+    memory, free = program.memory_analysis(), free_device_bytes(current_device())
+    assert memory is not None
+    needed = memory.temp_size_in_bytes
     if free is not None and needed > free:
         raise InputError(
-            f"`eval_dataset` must leave room on the device: {' x '.join(map(str, shape))} tokens need"
-            f" {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} that are free; a smaller `max_length` or"
+            f"`eval_dataset` must fit on the device: a batch of {' x '.join(map(str, shape))} tokens needs"
+            f" {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} GiB free. A smaller `max_length` or"
             " `per_device_train_batch_size` needs less."
         )

@@ -18,10 +18,12 @@ class StopSignal:
 
     @property
     def asked(self) -> bool:
+        """Returns whether a signal has come."""
         return self._received is not None
 
     def error(self) -> BaseException:
         """Returns the exception of the signal: KeyboardInterrupt, or SystemExit with 128 + the signal's number."""
+        assert self._received is not None
         return KeyboardInterrupt() if self._received == signal.SIGINT else SystemExit(128 + self._received)
 
     def __enter__(self) -> "StopSignal":

@@ -46,6 +46,15 @@ class TrainResult:
     `tokens_per_second` excludes compilation and, where there are other steps, the first step of each shape. Steps are
     timed by the arrival of their metrics, which may be a step late. After a resume, losses and evaluations cover the
     whole run; the rate and the seconds cover only the time since the resume.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=16, lora_alpha=32))
+      >>> config = jaxpack.TrainConfig(packing=True, max_length=128, max_steps=2, learning_rate=2e-4)
+      >>> result = jaxpack.Trainer(model, tokenizer, "train.jsonl", config).train()
+      >>> result.losses.shape
+      (2,)
     """
 
     losses: np.ndarray  # mean over targets, float64 [steps]
@@ -89,6 +98,15 @@ class Trainer:
 
     Raises:
       InputError: the model cannot be trained on this input; the message says what is wrong and where.
+
+    Example:
+      >>> import jaxpack, torch_bridge
+      >>> model, tokenizer = torch_bridge.from_pretrained("path/to/Qwen3-4B")
+      >>> model = jaxpack.add_lora(model, jaxpack.LoraConfig(r=16, lora_alpha=32))
+      >>> config = jaxpack.TrainConfig(packing=True, max_length=128, max_steps=2, learning_rate=2e-4)
+      >>> trainer = jaxpack.Trainer(model, tokenizer, "train.jsonl", config)
+      >>> result = trainer.train()
+      >>> torch_bridge.save_adapter(trainer.model, "out/adapter")
     """
 
     def __init__(
@@ -113,10 +131,13 @@ class Trainer:
         resolve_optimizer(optimizer, config, 1)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
         if compute_metrics is not None and eval_dataset is None:
-            raise InputError("`compute_metrics` must be None without an `eval_dataset`, which it is computed of.")
+            raise InputError(
+                "`compute_metrics` must be None without an `eval_dataset`, got a function. Pass the `eval_dataset` to"
+                " compute the metrics on."
+            )
         _check_evaluation(config, eval_dataset is not None)
         require_libraries(config)
-        self._look_behind()
+        self._find_previous_run()
         self.progress = Progress()
         together = self.objective.documents_together
         with errors_name(dataset="train_dataset", documents="train_dataset"):
@@ -129,7 +150,7 @@ class Trainer:
                 self.eval_documents = self._load(eval_dataset)
                 self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once), together)
 
-    def _look_behind(self) -> None:
+    def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` by what `output_dir` and `resume_from_checkpoint` hold."""
         config = self.config
         self.checkpoint = find_checkpoint(config)
@@ -139,9 +160,12 @@ class Trainer:
             or (self.checkpoint is not None and self.checkpoint.resolve().parent.parent == output.resolve())
         )
         if output is not None and not self.in_place and (output / METRICS).exists():
-            raise InputError(f"`output_dir` must be without {METRICS}, got {config.output_dir!r} with one.")
+            raise InputError(
+                f"`output_dir` must be without {METRICS}, got {config.output_dir!r}, which holds that of another run."
+                " Choose another folder, or continue that run with `resume_from_checkpoint` 'latest'."
+            )
 
-    def _load(self, dataset: Dataset) -> Documents:
+    def _load(self, dataset: Dataset | Documents) -> Documents:
         with errors_name(text_field="dataset_text_field"):
             return load_documents(
                 dataset,
@@ -175,7 +199,7 @@ class Trainer:
     def _train(self, on_start: Callable[[], object]) -> TrainResult:
         begin = time.perf_counter()
         config, batches = self.config, self.batches
-        self._look_behind()  # Again, because an earlier call may have been stopped.
+        self._find_previous_run()  # Again, because an earlier call may have been stopped.
         cache = ProgramCache(config.compilation_cache_dir)
         run = Run(
             self.model,
@@ -194,10 +218,12 @@ class Trainer:
         progress = self.progress
         if cache.folder is not None:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
-            console.print(f"compiled programs are kept in {folder} ({size:.1f} MiB; delete it to clear it)")
+            console.print(f"compiled programs are kept in {folder} for later runs ({size:.1f} MiB; it may be deleted)")
         start = Start(begin, run.compile(cache), cache.found)
         programs = len(run.programs) + len(run.eval_programs)
-        console.print(f"programs ready after {start.compile_seconds:.1f} s, {cache.found} of {programs} found compiled")
+        console.print(
+            f"programs are ready after {start.compile_seconds:.1f} s; {cache.found} of {programs} were found compiled"
+        )
         reports = open_reports(config, self._about(run, plan), after=run.started if self.in_place else None)
         is_cross_entropy = isinstance(self.objective, SFT)
         log = Log(config, batches, run.schedule, start, progress, reports, is_cross_entropy=is_cross_entropy)
@@ -212,7 +238,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if checkpoints is not None:
                 stack.callback(checkpoints.close)
-            stack.callback(self._take, run)
+            stack.callback(self._write_back, run)
             stack.enter_context(reports)
             on_start()
             stop = stack.enter_context(StopSignal())
@@ -234,12 +260,13 @@ class Trainer:
                     checkpoints.save(step, run.state, progress)
                 if ends and not stops:
                     log.record()
-                    console.print(f"ended after step {step}, as a callback asked")
+                    console.print(f"ended after step {step}, because a callback asked for it")
                     break
                 if stops:
                     log.record()
                     saved = checkpoints is not None and checkpoints.wait()
-                    console.print(f"stopped after step {step}, {'saved' if saved else 'without a checkpoint'}")
+                    how = "saved as a checkpoint" if saved else "without a checkpoint"
+                    console.print(f"stopped after step {step}, {how}")
                     events.tell()
                     self._report()
                     raise stop.error()
@@ -263,7 +290,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(),
         )
 
-    def _take(self, run: Run) -> None:
+    def _write_back(self, run: Run) -> None:
         """Writes the trained parameters of a run back to the model."""
         trainable = run.state.trainable
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a failed step has donated them
@@ -287,21 +314,24 @@ class Trainer:
         notes = notes_of(run.remat, config.implementation)
         if self.checkpoint is not None:
             self.progress = run.resume(self.checkpoint, identity, notes)
-            console.print(f"goes on from {self.checkpoint}: {run.started:,} of {self.batches.num_steps:,} steps done")
+            done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
+            console.print(f"the run continues from {self.checkpoint}: {done}")
         elif config.resume_from_checkpoint is not None:
-            console.print(f"no checkpoint in {config.output_dir}: starts from the beginning")
+            console.print(f"there is no checkpoint in {config.output_dir}: the run starts from the beginning")
         if config.output_dir is not None:
             on_saved = functools.partial(events.add, "save")
             checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes, on_saved)
             every = config.steps_between_saves
-            when = f"every {every:,} steps and at the end" if every else "when it is stopped"
-            console.print(f"saved {when} in {checkpoints.folder}; the last {config.save_total_limit} are kept")
+            when = f"every {every:,} steps and at the end" if every else "when the run is stopped"
+            best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
+            kept = f"the last {config.save_total_limit}{best} are kept"
+            console.print(f"checkpoints are saved {when} in {checkpoints.folder}; {kept}")
         return checkpoints
 
     def _plan(self, run: Run) -> list[str]:
         """Returns a few lines that say what is trained on which data."""
         lines = describe(self.documents, self.batches, self.config)
-        if self.eval_batches is not None:
+        if self.eval_batches is not None and self.eval_documents is not None:
             evaluated = self.eval_batches
             lines.append(
                 f"evaluation: {len(self.eval_documents):,} documents, {evaluated.targets_per_epoch:,} tokens to"
@@ -332,9 +362,9 @@ class Trainer:
         """Writes the report. A report that cannot be written prints a warning, because the run itself is done."""
         if self.config.output_dir is not None:
             try:
-                console.print(f"wrote {write_report(self.config.output_dir)}")
+                console.print(f"wrote the report {write_report(self.config.output_dir)}")
             except InputError as error:
-                console.print(f"there is no report: {error}", style="yellow")
+                console.print(f"the report could not be written: {error}", style="yellow")
 
 
 def _version(name: str) -> str:
@@ -358,7 +388,7 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
             f" and loses {cut.tokens:,} tokens ({cut.tokens / documents.num_tokens:.1%})"
         )
     if cut.dropped:
-        lines.append(f"{cut.dropped:,} documents are left with nothing to learn by that, and dropped")
+        lines.append(f"{cut.dropped:,} documents then have no token left to train on, and are dropped")
     if first := int(batches.documents.num_targets.sum()) - batches.targets_per_epoch:
         lines.append(f"{first:,} tokens to train on come first in a piece of a document: nothing predicts them there")
     if config.packing:
@@ -368,11 +398,13 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         )
     else:
         lines.append(
-            "padding-free: the documents of a step lie end to end" if config.padding_free else "padded batches"
+            "padding-free: the documents of a step lie end to end"
+            if config.padding_free
+            else "padded: each document takes a row, filled up with padding"
         )
     lines.append(
-        f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} an epoch); shapes to compile:"
-        f" {len(batches.shapes)} ({_shapes(batches)}), {batches.padding_share:.2%} of their positions padding"
+        f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} in an epoch); {batches.padding_share:.2%} of their"
+        f" positions are padding; shapes to compile (micro-batches x rows x tokens): {_shapes(batches)}"
     )
     return lines
 

@@ -91,18 +91,22 @@ def size_of(folder: str) -> int:
 
 
 def _folder(choice: str) -> str | None:
-    if choice == "none" or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # which declares no types of its settings
+    if choice == "none" or not settings.jax_enable_compilation_cache:
         return None
-    if choice == "auto" and jax.config.jax_compilation_cache_dir:
-        return jax.config.jax_compilation_cache_dir
-    folder = "the cache home"
+    if choice == "auto" and settings.jax_compilation_cache_dir:
+        return settings.jax_compilation_cache_dir
+    folder = "the user's cache folder"
     try:
         folder = default_folder() if choice == "auto" else Path(choice).absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: JAX runs the programs that it finds there
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        console.print(f"compiled programs cannot be kept in {folder}: {reason(error)}", style="yellow")
+        console.print(
+            f"compiled programs cannot be kept in {folder}: {reason(error)}; each run compiles them again",
+            style="yellow",
+        )
         return None
 
 

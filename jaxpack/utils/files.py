@@ -29,9 +29,9 @@ def require_folder(path: Path, name: str) -> None:
     except (OSError, ValueError) as error:  # the path is too long, not permitted, or a loop of links
         raise InputError(f"`{name}` must be a folder, got {str(path)!r:.200}: {reason(error)}.") from error
     if not existing.is_dir():
-        raise InputError(f"`{name}` must be a folder, got {str(path)!r}, where the file {existing} is.")
+        raise InputError(f"`{name}` must be a folder, got {str(path)!r}, but {existing} is a file.")
     if not os.access(existing, os.W_OK):
-        raise InputError(f"`{name}` must be writable, got {str(path)!r}, where {existing} is not.")
+        raise InputError(f"`{name}` must be writable, got {str(path)!r}, but {existing} is not writable.")
 
 
 def require_new_folder(path: Path, name: str) -> None:
@@ -51,7 +51,9 @@ def require_room(path: Path, name: str, needed: int) -> None:
     existing = _existing(path)
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise InputError(f"`{name}` must have {needed:,} bytes free for what is saved, got {free:,} on {existing}.")
+        raise InputError(
+            f"`{name}` must have {needed:,} bytes free for what the run saves, got {free:,} bytes free on {existing}."
+        )
 
 
 @contextlib.contextmanager
@@ -72,7 +74,7 @@ def held_folder(path: Path, name: str) -> Iterator[None]:
             try:
                 fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"`{name}` must be without another run, got {str(path)!r} with one.") from None
+                raise InputError(f"`{name}` must be without another run, got {str(path)!r}, where one runs.") from None
             except OSError:  # the file system has no locks
                 pass
         yield

@@ -1,14 +1,14 @@
 """Makes the next items of a loop in a separate thread while the loop works on the current one."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def prefetched(make: Callable[[int], Item], count: int, ahead: int = 2) -> Iterator[Item]:
+def prefetched(make: Callable[[int], Item], count: int, ahead: int = 2) -> Generator[Item, None, None]:
     """Yields `make(0)`, `make(1)`, ..., `make(count - 1)`, with at most `ahead` items begun before they are needed.
 
     One thread makes the items in order, from the first request on. An exception of `make` is raised in place of its

@@ -41,7 +41,8 @@ def test_figures_are_of_what_the_batches_hold(layout):
     assert figures["shapes"] == batches.shapes
     filled = [batches[step] for step in range(len(batches))]
     held = np.array([(batch.segment_ids > 0).sum() for batch in filled])
-    assert figures["tokens"] == held.tolist() and len(held) == WARM_UP + 4
+    assert figures["tokens"] == held.tolist()
+    assert len(held) == WARM_UP + 4
     assert 1 - figures["padding_share"] == pytest.approx(held.sum() / sum(batch.tokens.size for batch in filled))
 
     timed = timed_steps(batches)[WARM_UP:]
@@ -106,5 +107,6 @@ def test_neither_the_warm_up_nor_the_first_step_of_a_shape_is_timed():
     batches = Batches(documents, train_config(Case(model="small", layout="padding-free", rows=1, steps=52)))
     timed, shapes = timed_steps(batches), batches.row_lengths
     firsts = {int(np.flatnonzero(shapes == shape)[0]) for shape in shapes}
-    assert len(firsts) == 2 and max(firsts) >= WARM_UP
+    assert len(firsts) == 2
+    assert max(firsts) >= WARM_UP
     assert {step for step, counts in enumerate(timed) if not counts} == {*range(WARM_UP), *firsts}

@@ -19,4 +19,5 @@ def test_a_random_model_has_the_shapes_of_one_that_is_initialised():
     sizes = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (random, usual)]
     assert sizes[0] == sizes[1]
     embedding = np.asarray(random["embedding"][...], np.float32)
-    assert embedding.std() == pytest.approx(0.02, rel=0.05) and abs(embedding.mean()) < 1e-3
+    assert embedding.std() == pytest.approx(0.02, rel=0.05)
+    assert abs(embedding.mean()) < 1e-3

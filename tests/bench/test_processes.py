@@ -35,7 +35,8 @@ def test_a_failure_is_recorded_and_the_rest_goes_on_each_written_at_once(tmp_pat
     assert [record["rows"] for record in records] == [1, 2, 3]
     assert [record.get("failed") for record in records] == [None, "no memory", None]
     shown = capsys.readouterr().err
-    assert shown.count("10 tokens/s") == 2 and shown.count("failed: no memory") == 1
+    assert shown.count("10 tokens/s") == 2
+    assert shown.count("failed: no memory") == 1
 
 
 def test_results_are_added_to_a_file_and_replace_those_of_the_same_case(tmp_path):
@@ -98,7 +99,7 @@ def test_a_process_that_dies_says_why(capfd):
     assert "more" in capfd.readouterr().err
     assert run("print('more', flush=True); open(answered, 'w').write('{\"failed\": \"why\"}')") == {"failed": "why"}
     assert "more" in capfd.readouterr().err
-    assert run("sys.exit(3)") == {"failed": "exit code 3: it said nothing"}
+    assert run("sys.exit(3)") == {"failed": "exit code 3: the process printed nothing"}
     with pytest.raises(OutOfTime):
         run("time.sleep(60)", seconds=0.5)
 

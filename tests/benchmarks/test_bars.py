@@ -57,7 +57,8 @@ def test_speed_and_memory_both_count(ours, passed):
 def test_opponents_do_the_same_work():
     for bar in BARS:
         for peer in bar.peers:
-            assert peer.system in SYSTEMS and peer.remat in RECOMPUTE
+            assert peer.system in SYSTEMS
+            assert peer.remat in RECOMPUTE
             if peer.layout == bar.ours.layout:
                 same = {"system": "jaxpack", "remat": bar.ours.remat}
                 assert dataclasses.replace(peer, **same) == bar.ours
@@ -68,7 +69,8 @@ def test_what_two_bars_ask_of_is_measured_once():
     asking = [bar for bar in BARS if bar.ours == shared]
     assert len(asking) == 2
     cases = [planned.case for planned in bars()]
-    assert len(set(cases)) == len(cases) and cases.count(shared) == 1
+    assert len(set(cases)) == len(cases)
+    assert cases.count(shared) == 1
     (record,) = (measured(planned.label, shared, 1.0, 1.0) for planned in bars() if planned.case == shared)
     assert [verdict.bar for verdict in verdicts([record])] == asking
 

@@ -15,4 +15,5 @@ def test_smoke():
     ).stdout
     result = json.loads(shown.splitlines()[-1])
     assert abs(result["loss"] - math.log(500)) < 0.1  # the head's logits are near zero
-    assert result["gradient_bytes"] >= 2 * (128 + 500) * 32 and result["seconds"] > 0
+    assert result["gradient_bytes"] >= 2 * (128 + 500) * 32
+    assert result["seconds"] > 0

@@ -69,7 +69,8 @@ def the_error(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
-    assert lines[0].endswith(".") and not lines[0].endswith(".."), stderr
+    assert lines[0].endswith("."), stderr
+    assert not lines[0].endswith(".."), stderr
     return lines[0]
 
 
@@ -130,7 +131,8 @@ def test_bad_data_in_a_real_process(base: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
     before = contents(tmp_path)
     done = run_process("train", "--model", base, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "run")
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     require_all(fragments, the_error(done.stderr))
     assert contents(tmp_path) == before
 
@@ -146,7 +148,8 @@ def test_an_empty_output_folder_stays_as_it_was(base: Path, tmp_path: Path, run:
     output.mkdir()
     (tmp_path / "rows.jsonl").write_bytes(b"")
     assert run("train", "--model", base, "--data", tmp_path / "rows.jsonl", "--output", output)[0] == 2
-    assert output.is_dir() and not any(output.iterdir())
+    assert output.is_dir()
+    assert not any(output.iterdir())
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -359,7 +362,8 @@ def test_a_flag_that_cannot_be_parsed_is_a_usage_error(
 ) -> None:
     before = contents(tmp_path)
     status, stderr = run("train", "--model", base, "--data", data, "--output", tmp_path / "run", *flags)
-    assert status == 2 and "Traceback" not in stderr
+    assert status == 2
+    assert "Traceback" not in stderr
     require_all(fragments, stderr)
     assert contents(tmp_path) == before
 
@@ -367,14 +371,16 @@ def test_a_flag_that_cannot_be_parsed_is_a_usage_error(
 def test_a_bad_flag_in_a_real_process(tmp_path: Path) -> None:
     # Neither of these files exists, since flags are checked before anything is read.
     done = run_process("train", "--model", "x", "--data", "y", "--output", tmp_path / "run", "--max-length", "1")
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     require_all(["`max_length`", "got 1"], the_error(done.stderr))
     assert contents(tmp_path) == {}
 
 
 def test_a_bad_flag_of_generate_in_a_real_process(tmp_path: Path) -> None:
     done = run_process("generate", "--model", "x", "--prompt", "the cab", "--temperature", "-1")
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     require_all(["`temperature`", "0 or a positive number", "got -1.0"], the_error(done.stderr))
 
 
@@ -465,7 +471,8 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(base: Path, data: Path, tm
     )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in done.stderr and done.stderr.rstrip().endswith(errors[0])
+    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().endswith(errors[0])
     require_all(["`output`", str(output / "adapter"), os.strerror(errno.EFBIG)], errors[0])
     assert {path.name for path in output.iterdir()} == OF_A_RUN  # no adapter/, no temporary folder
     assert len(whole_lines(output / "metrics.jsonl")) == 1
@@ -480,9 +487,11 @@ def test_a_disk_that_fills_with_metrics_does_not_stop_the_run(base: Path, data: 
     )
     assert done.returncode == 0, done.stderr
     lines = whole_lines(output / "metrics.jsonl")
-    assert 1 < len(lines) < 20 and [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert 1 < len(lines) < 20
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert (output / "metrics.jsonl").stat().st_size > limit - 500  # the run used the room that it had
-    assert "metrics.jsonl ends here" in done.stderr and "step    20" in done.stderr
+    assert "metrics.jsonl ends here" in done.stderr
+    assert "step    20" in done.stderr
     assert load_file(output / "adapter" / "adapter_model.safetensors")
 
 

@@ -21,11 +21,13 @@ def test_a_users_model_and_data_are_measured_in_every_layout(exit_status, base, 
     records = json.loads((output / "results.json").read_text())["results"]
     assert [record["layout"] for record in records] == ["padded", "padding-free", "packed"]
     for record in records:
-        assert record["tokens_per_second"] > 0 and len(record["losses"]) == 5
+        assert record["tokens_per_second"] > 0
+        assert len(record["losses"]) == 5
         assert (record["model"], record["data"], record["chosen_remat"]) == (str(base), "30 documents of rows", "full")
     assert {path.name for path in output.iterdir()} == {"results.json", "results_losses.png"}
     out, err = capfd.readouterr()
-    assert out.count("losses") == 3 and "real tokens/s" in out
+    assert out.count("losses") == 3
+    assert "real tokens/s" in out
     assert err.count(" tokens/s") == 3
 
 
@@ -54,5 +56,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(exit_status, flags, se
     assert exit_status("bench", "--model", base, "--output", output, *given) == 2
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
-    assert line.startswith(f"error: {sentence}") and out == ""
+    assert line.startswith(f"error: {sentence}")
+    assert out == ""
     assert not output.exists()

@@ -84,7 +84,8 @@ def test_a_flag_overrides_the_file_and_the_file_the_default(
     for file in files:
         for given, value in ((["--config", file], expected), ([*flags, "--config", file], other)):
             found = values(*given)
-            assert found[name] == value and type(found[name]) in (type(value), float)
+            assert found[name] == value
+            assert type(found[name]) in (type(value), float)
             assert {one for one in plain if found[one] != plain[one]} <= changes
 
 
@@ -93,7 +94,8 @@ def test_model_data_and_output_may_be_in_the_file(data: Path, tmp_path: Path, wh
     file = written(tmp_path, yaml.safe_dump(lines))
     found = what_is_trained("--config", file)
     assert (found["model"], found["data"], found["eval_data"], found["dtype"]) == ("here", data, data, None)
-    assert found["config"] == TrainConfig(output_dir=str(tmp_path / "run")) and found["lora"] == LoraConfig()
+    assert found["config"] == TrainConfig(output_dir=str(tmp_path / "run"))
+    assert found["lora"] == LoraConfig()
     found = what_is_trained("--config", file, "--model", "there", "--dtype", "float16", "--output", tmp_path / "other")
     assert (found["model"], found["dtype"]) == ("there", "float16")
     assert found["config"].output_dir == str(tmp_path / "other")
@@ -149,7 +151,8 @@ def test_the_home_of_a_user_is_found_in_a_file(
     file = written(tmp_path, f"model: x\ndata: ~/{data.name}\noutput: ~/run\n")
     (tmp_path / data.name).write_bytes(data.read_bytes())
     found = what_is_trained("--config", file)
-    assert found["data"] == tmp_path / data.name and found["config"].output_dir == str(tmp_path / "run")
+    assert found["data"] == tmp_path / data.name
+    assert found["config"].output_dir == str(tmp_path / "run")
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -214,7 +217,8 @@ def test_a_bad_file_is_refused_in_one_sentence(
     inputs = ["--model", "x", "--output", tmp_path / "run", *([] if "data" in text else ["--data", data])]
     assert exit_status("train", *inputs, "--config", file) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and line.endswith(".")
+    assert line.startswith("error: ")
+    assert line.endswith(".")
     for fragment in fragments:
         assert fragment in line
     assert sorted(tmp_path.rglob("*")) == before
@@ -270,7 +274,8 @@ def settings(run: Path) -> dict[str, Any]:
 
 def test_the_file_of_a_run_repeats_it_bit_for_bit(first: Path, exit_status: Callable) -> None:
     assert exit_status("train", "--config", first / "run.yaml", "--output", SECOND) == 0
-    assert adapter(SECOND) == adapter(first) and records(SECOND) == records(first)
+    assert adapter(SECOND) == adapter(first)
+    assert records(SECOND) == records(first)
     assert settings(first) | {"output": str(SECOND)} == settings(SECOND)
     chosen = {"output": "1e3", "rank_pattern": {"q_proj": 2}, "dtype": "float32", "max_grad_norm": 1, "seed": 7}
     assert {name: settings(first)[name] for name in chosen} == chosen
@@ -282,12 +287,14 @@ def test_a_flag_makes_another_run_which_its_own_file_goes_on_with(first: Path, e
     before = adapter(THIRD), records(THIRD)
     assert exit_status("train", "--config", THIRD / "run.yaml", "--resume-from-checkpoint", "latest") == 0
     assert (adapter(THIRD), records(THIRD)) == before
-    assert settings(THIRD)["seed"] == 8 and settings(THIRD)["resume_from_checkpoint"] is None
+    assert settings(THIRD)["seed"] == 8
+    assert settings(THIRD)["resume_from_checkpoint"] is None
 
 
 def test_the_file_of_a_run_that_goes_on_from_an_adapter_names_no_new_one(first: Path, exit_status: Callable) -> None:
     config = ["--config", first / "run.yaml", "--adapter", first / "adapter"]
     assert exit_status("train", *config, "--output", FOURTH) == 0
-    assert settings(FOURTH)["adapter"] == "1e3/adapter" and "lora_r" not in settings(FOURTH)
+    assert settings(FOURTH)["adapter"] == "1e3/adapter"
+    assert "lora_r" not in settings(FOURTH)
     assert exit_status("train", "--config", FOURTH / "run.yaml", "--output", "again") == 0
     assert adapter(Path("again")) == adapter(FOURTH) != adapter(first)

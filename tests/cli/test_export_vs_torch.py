@@ -51,7 +51,8 @@ def test_the_merged_model_is_written_and_verified(folders: tuple[Path, Path], tm
     base, adapter = folders
     status, shown = export("--model", base, "--adapter", adapter, "--merged", tmp_path / "merged", "--verify")
     assert status == 0
-    assert "14 of 14 adapted tensors changed" in shown and f"saved {tmp_path / 'merged'}" in shown
+    assert "14 of 14 adapted tensors changed" in shown
+    assert f"saved {tmp_path / 'merged'}" in shown
     assert "logits of transformers and jaxpack differ by at most" in shown
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
         torch.bfloat16
@@ -97,5 +98,7 @@ def test_bad_input(flags: dict[str, str], fragment: str, folders: tuple[Path, Pa
     status, shown = export(*(word for pair in (good | flags).items() for word in pair))
     assert status == 2
     lines = [line for line in shown.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and fragment in lines[0]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert fragment in lines[0]
     assert not (tmp_path / "merged").exists()

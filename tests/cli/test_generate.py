@@ -43,8 +43,12 @@ def lines(path: Path) -> list[dict]:
 def test_prompts_and_completions_are_shown(exit_status, base, capfd):
     assert exit_status("generate", "--model", base, "--prompt", "the cab", "--prompt", "a\x1b[2Jtab", *TOKENS) == 0
     out, _ = capfd.readouterr()
-    assert "prompt 1 ─" in out and "\nthe cab\n" in out and "prompt 2 ─" in out and out.count("completion ─") == 2
-    assert "a␛[2Jtab" in out and "\x1b" not in out
+    assert "prompt 1 ─" in out
+    assert "\nthe cab\n" in out
+    assert "prompt 2 ─" in out
+    assert out.count("completion ─") == 2
+    assert "a␛[2Jtab" in out
+    assert "\x1b" not in out
 
 
 def test_a_file_has_what_python_gives_with_the_adapter_and_without(exit_status, adapter, texts, tmp_path, capfd):
@@ -55,7 +59,8 @@ def test_a_file_has_what_python_gives_with_the_adapter_and_without(exit_status, 
     assert without != with_adapter
     assert lines(output) == [{"prompt": "the cab", "completion": with_adapter, "without_adapter": without}]
     out, err = capfd.readouterr()
-    assert out == "" and f"saved {output}" in err
+    assert out == ""
+    assert f"saved {output}" in err
 
 
 def test_texts_that_cannot_be_saved_are_shown(exit_status, base, tmp_path, monkeypatch, capfd):
@@ -67,11 +72,13 @@ def test_texts_that_cannot_be_saved_are_shown(exit_status, base, tmp_path, monke
         patch.setattr("jaxpack.cli.generate.replace_file", full)
         assert exit_status("generate", *given, *TOKENS) == 2
     out, err = capfd.readouterr()
-    assert "completion ─" in out and "No space left on device" in err
+    assert "completion ─" in out
+    assert "No space left on device" in err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert exit_status("generate", *given, *TOKENS) == 2
     out, err = capfd.readouterr()
-    assert out == "" and "`output` must be writable" in err
+    assert out == ""
+    assert "`output` must be writable" in err
 
 
 def test_texts_with_and_without_the_adapter_are_side_by_side(exit_status, base, adapter, capfd):
@@ -128,7 +135,8 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
     ]
     assert exit_status("generate", *given, "--no-chat", "--output", tmp_path / "plain.jsonl") == 0
     asked = [line["prompt"] for line in lines(tmp_path / "plain.jsonl")]
-    assert asked[:2] == ["the cab", [question]] and asked[4].startswith("Below is an instruction")
+    assert asked[:2] == ["the cab", [question]]
+    assert asked[4].startswith("Below is an instruction")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +180,9 @@ def test_bad_input_is_one_sentence(exit_status: Callable[..., int], flags, sente
     assert exit_status("generate", "--model", base, *given) == 2
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
-    assert line.startswith(f"error: {sentence.format(empty=empty, rows=rows)}") and line.endswith(".") and out == ""
+    assert line.startswith(f"error: {sentence.format(empty=empty, rows=rows)}")
+    assert line.endswith(".")
+    assert out == ""
     assert set(tmp_path.iterdir()) == {empty, rows}
 
 

@@ -20,8 +20,12 @@ def test_a_dataset_is_shown_with_its_first_row(exit_status, base, data, tmp_path
     before = set(tmp_path.iterdir())
     assert exit_status("inspect", "--model", base, "--data", data, "--max-length", "128", "--batch-size", "4") == 0
     out, _ = capfd.readouterr()
-    assert "row 0: " in out and re.search(r"^\d+:\[\[( the cab)+", out, re.MULTILINE)
-    assert "<- max_length 128" in out and "padding-free *" in out and "\n-> " in out and "\x1b" not in out
+    assert "row 0: " in out
+    assert re.search(r"^\d+:\[\[( the cab)+", out, re.MULTILINE)
+    assert "<- max_length 128" in out
+    assert "padding-free *" in out
+    assert "\n-> " in out
+    assert "\x1b" not in out
     assert "tokens/s" not in out  # there are no rates for a CPU
     assert set(tmp_path.iterdir()) == before
 
@@ -30,7 +34,9 @@ def test_the_run_is_that_of_the_flags_of_train(exit_status, base, data, capfd):
     flags = ["--packing", "--packing-strategy", "bfd_split", "--per-device-train-batch-size", "2", "--show-row", "3"]
     assert exit_status("inspect", "--model", base, "--data", data, "--max-length", "128", "--gpu", "H200", *flags) == 0
     out, _ = capfd.readouterr()
-    assert "packed *     │ 2 rows of 128" in out and "row 3: " in out and "predicted for H200" in out
+    assert "packed *     │ 2 rows of 128" in out
+    assert "row 3: " in out
+    assert "predicted for H200" in out
 
 
 def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
@@ -41,8 +47,11 @@ def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
         == 0
     )
     out, err = capfd.readouterr()
-    assert "row 0" not in out and "tokens/s" in out and "documents         550" in out
-    assert picture.read_bytes().startswith(b"\x89PNG") and f"drew {picture}" in err
+    assert "row 0" not in out
+    assert "tokens/s" in out
+    assert "documents         550" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"drew {picture}" in err
 
 
 @pytest.mark.parametrize(
@@ -88,7 +97,9 @@ def test_bad_input_is_one_sentence(exit_status, flags, sentence, base, data, tmp
     assert exit_status("inspect", "--model", base, *given) == 2
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
-    assert line.startswith(f"error: {sentence.format(empty=empty)}") and line.endswith(".") and out == ""
+    assert line.startswith(f"error: {sentence.format(empty=empty)}")
+    assert line.endswith(".")
+    assert out == ""
 
 
 def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(exit_status, base, data, tmp_path, capfd):
@@ -97,9 +108,8 @@ def test_a_folder_without_a_tokenizer_will_do_for_ids_and_not_for_text(exit_stat
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
     assert exit_status("inspect", "--model", folder, "--data", data) == 2
     out, err = capfd.readouterr()
-    assert (
-        out == "" and "error: `tokenizer` must come with the model for rows without `input_ids`" in err.splitlines()[-1]
-    )
+    assert out == ""
+    assert "error: `tokenizer` must come with the model for rows without `input_ids`" in err.splitlines()[-1]
     data.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n")
     assert exit_status("inspect", "--model", folder, "--data", data, "--max-length", "64") == 0
     assert "5 [[6 7 ]]" in capfd.readouterr().out
@@ -118,10 +128,15 @@ def test_every_token_of_messages_is_trained_on_where_that_is_asked(exit_status, 
         assert exit_status("inspect", "--model", folder, "--data", data, "--batch-size", "1", flag) == 0
         shown[flag] = re.findall(r"\[\[(.*?)\]\]", capfd.readouterr().out, re.DOTALL)[1]
     only, every = shown.values()
-    assert "a cab" in only and "the cab" not in only and "the cab" in every
+    assert "a cab" in only
+    assert "the cab" not in only
+    assert "the cab" in every
 
 
 def test_a_typo_is_a_usage_error(exit_status, base, data, capfd):
     assert exit_status("inspect", "--model", base, "--data", data, "--max-lenght", "64") == 2
     out, err = capfd.readouterr()
-    assert "--max-lenght" in err and "--max-length" in err and "Traceback" not in err and out == ""
+    assert "--max-lenght" in err
+    assert "--max-length" in err
+    assert "Traceback" not in err
+    assert out == ""

@@ -34,10 +34,12 @@ def train(*arguments: object) -> None:
     """Runs the installed command's entry point in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["jaxpack", "train", *map(str, arguments)])
+        status = None
         try:
             cli.main()
         except SystemExit as stopped:
-            assert not stopped.code
+            status = stopped.code
+        assert not status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,8 @@ def test_a_run_writes_an_adapter_and_its_metrics_and_nothing_else(adapter_run: P
 
 def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_run: Path, inputs: Inputs) -> None:
     config = json.loads((adapter_run / "adapter" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["r"] == 4
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == 4
     assert config["target_modules"] == ["down_proj", "q_proj"]
     assert config["base_model_name_or_path"] == str(inputs.base)
     tensors = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
@@ -86,7 +89,8 @@ def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_r
     names = [f"base_model.model.model.layers.{module}.lora_{side}.weight" for module in modules for side in "AB"]
     assert sorted(tensors) == sorted(names)
     for name, tensor in tensors.items():
-        assert tensor.dtype == np.float32 and np.isfinite(tensor).all()
+        assert tensor.dtype == np.float32
+        assert np.isfinite(tensor).all()
         assert tensor.shape[1 if "lora_B" in name else 0] == 4
         assert np.abs(tensor).max() > 0  # lora_B began at zero, so it was trained
 
@@ -146,7 +150,8 @@ def test_a_finished_run_that_goes_on_says_so(
     output = shutil.copytree(adapter_run, tmp_path / "run")
     train(*inputs.flags(output), *SETTINGS, *STEPS, *ADAPTER, "--resume-from-checkpoint", "latest")
     said = capsys.readouterr().err
-    assert ", all steps were done in an earlier run" in said and " tokens/s" not in said
+    assert ", all steps were done in an earlier run" in said
+    assert " tokens/s" not in said
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (output / name).read_bytes() == (adapter_run / name).read_bytes()
 
@@ -169,7 +174,9 @@ def test_metrics_are_a_line_of_numbers_for_every_logging_steps_and_for_the_last_
     for record in records:
         assert record.keys() >= RECORD
         assert all(np.isfinite(value) for value in record.values())
-        assert record["loss"] > 0 and record["grad_norm"] > 0 and record["tokens_per_second"] > 0
+        assert record["loss"] > 0
+        assert record["grad_norm"] > 0
+        assert record["tokens_per_second"] > 0
         assert 0 <= record["padding_share"] < 1
         assert 1e7 < record["peak_memory_bytes"] < 1e11
     # The rate decays linearly from 1e-2 to 0 in three steps: the second step has two thirds of it, the third one third.
@@ -313,4 +320,5 @@ def test_importing_needs_neither_torch_nor_transformers(module: str) -> None:
     imports = "; ".join(f"from {name} import *" for name in names)  # `*`: jaxpack imports its names when they are used
     script = f"{imports}; import sys; print(*({{'torch', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "" and done.stderr == ""
+    assert done.stdout.strip() == ""
+    assert done.stderr == ""

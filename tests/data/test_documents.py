@@ -43,4 +43,5 @@ def test_indexing_selects_documents(as_mask: bool) -> None:
     selected = documents[np.isin(np.arange(6), chosen) if as_mask else np.array(chosen)]
     assert [labels_of(selected, which) for which in range(len(selected))] == [LABELS[which] for which in chosen]
     assert [tokens_of(selected, which) for which in range(3)] == [tokens_of(documents, which) for which in chosen]
-    assert selected.num_tokens == 8 and selected.num_targets.tolist() == [1, 0, 2]
+    assert selected.num_tokens == 8
+    assert selected.num_targets.tolist() == [1, 0, 2]

@@ -107,7 +107,8 @@ def test_every_format_from_every_source(name: str, source: str, tmp_path: Path) 
     assert texts(documents) == expected
     assert documents.tokens.dtype == documents.labels.dtype == np.int32
     assert documents.starts.dtype == documents.lengths.dtype == np.int64
-    assert len(documents) == 2 and documents.num_tokens == len(documents.tokens) == documents.lengths.sum()
+    assert len(documents) == 2
+    assert documents.num_tokens == len(documents.tokens) == documents.lengths.sum()
 
 
 def test_input_ids_need_no_tokenizer() -> None:
@@ -142,7 +143,8 @@ def test_golden_tokens() -> None:
 )
 def test_eos_ends_a_document_exactly_once(row: dict) -> None:
     tokens = tokens_of(load([row]), 0)
-    assert tokens[-1] == EOS_ID and tokens.count(EOS_ID) == 1
+    assert tokens[-1] == EOS_ID
+    assert tokens.count(EOS_ID) == 1
 
 
 def test_no_eos_is_appended_where_the_tokenizer_has_none() -> None:
@@ -302,7 +304,8 @@ def test_a_text_field_of_ones_own_comes_before_other_formats() -> None:
 
 def test_text_needs_a_tokenizer() -> None:
     message = refusal([{"text": "ab"}], None)
-    assert "`tokenizer` must come with the model" in message and "got None" in message
+    assert "`tokenizer` must come with the model" in message
+    assert "got None" in message
     assert "row 0 of the dataset has the fields ['text']. Use a model that has a tokenizer" in message
 
 

@@ -38,13 +38,15 @@ def test_a_bad_row_beyond_the_first_chunk_is_named_by_its_index() -> None:
 @pytest.mark.parametrize("rows", [["the cab"], [["the cab"]], [5], [None]], ids=["str", "list", "int", "none"])
 def test_a_row_that_is_no_mapping_is_named(rows: list) -> None:
     message = refusal(rows)
-    assert "row 0 of the dataset" in message and repr(rows[0]) in message
+    assert "row 0 of the dataset" in message
+    assert repr(rows[0]) in message
 
 
 def test_a_mapping_of_columns_or_of_splits_is_no_dataset() -> None:
     for dataset in ({"text": ["ab"]}, {"train": as_arrow([{"text": "ab"}])}):
         message = refusal(dataset)
-        assert "dataset" in message and "'t'" not in message  # the key, not its letters
+        assert "dataset" in message
+        assert "'t'" not in message
 
 
 @pytest.mark.parametrize("what", ["list", "generator", "jsonl", "blank_jsonl", "parquet"])
@@ -84,7 +86,8 @@ def test_a_line_that_is_no_json_object_is_named(name: str, tmp_path: Path) -> No
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "ab"}\n\n\n' + line + b'\n{"text": "ab"}\n')
     message = refusal(path)
-    assert f"ine 4 of {path}" in message and shown in message
+    assert f"ine 4 of {path}" in message
+    assert shown in message
     assert len(message) < 400 + len(str(path))
 
 
@@ -93,7 +96,8 @@ def test_a_bad_line_is_given_one_line_number(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "ab"}\n\n{"text": ab}\n')
     message = refusal(path)
-    assert "Line 3" in message and "line 1 " not in message
+    assert "Line 3" in message
+    assert "line 1 " not in message
 
 
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte_order_mark"])
@@ -116,7 +120,8 @@ def test_line_endings_and_a_byte_order_mark_do_not_matter(begin: bytes, ending: 
 def test_a_path_that_is_no_data_file_is_named(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text('{"text": "ab"}\n')
     message = refusal(tmp_path / name)
-    assert said in message and repr(str(tmp_path / name)) in message
+    assert said in message
+    assert repr(str(tmp_path / name)) in message
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut_off", "footer", "page"])
@@ -135,7 +140,8 @@ def test_a_broken_parquet_file_is_named(damage: str, tmp_path: Path) -> None:
         }[damage]
     )
     message = refusal(path)
-    assert str(path) in message and "Parquet" in message
+    assert str(path) in message
+    assert "Parquet" in message
 
 
 @pytest.mark.parametrize("begin", ["[", "\n [", "\ufeff["], ids=["array", "indented", "byte_order_mark"])
@@ -154,7 +160,9 @@ def test_what_has_no_rows_is_refused() -> None:
 
 def test_text_past_the_models_vocabulary_is_named() -> None:
     message = refusal([{"text": "a"}, {"text": "the"}], vocab_size=260)
-    assert "row 1 of the dataset" in message and "[0, 260)" in message and "got 261" in message
+    assert "row 1 of the dataset" in message
+    assert "[0, 260)" in message
+    assert "got 261" in message
 
 
 # A row with nothing to learn, and the text by which the message shows it.
@@ -177,10 +185,14 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted_aloud(name: str, ca
     documents = load([good, *empty, good, *empty], CHAT)
     assert texts(documents) == texts(load([good, good], CHAT))
     said = capsys.readouterr().err
-    assert "2 of 4 rows have nothing to learn" in said and "row 1 of the dataset" in said and shown in said
+    assert "2 of 4 rows have nothing to learn" in said
+    assert "row 1 of the dataset" in said
+    assert shown in said
     assert Batches(documents, TrainConfig()).documents.num_targets.all()
     message = refusal(2 * empty, CHAT)
-    assert "got 2 rows with none" in message and "row 0 of the dataset" in message and shown in message
+    assert "got 2 rows with none" in message
+    assert "row 0 of the dataset" in message
+    assert shown in message
 
 
 def test_documents_that_were_loaded_are_taken_as_they_are():

@@ -30,7 +30,9 @@ def test_a_file_that_is_no_histogram_is_refused(text, tmp_path):
 def test_documents_are_within_the_vocabulary_and_read_back_as_written(tmp_path):
     (tmp_path / "lengths.csv").write_text(f"{HEAD}2,30,1\n")
     documents = drawn_documents(tmp_path / "lengths.csv", 50, vocab_size=97)
-    assert documents.tokens.min() >= 0 and documents.tokens.max() < 97 and len(documents) == 50
+    assert documents.tokens.min() >= 0
+    assert documents.tokens.max() < 97
+    assert len(documents) == 50
     for written in (documents, random_documents([5, 9])):
         save_documents(tmp_path / "documents.npz", written)
         read = read_documents(tmp_path / "documents.npz")

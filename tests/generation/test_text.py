@@ -214,7 +214,8 @@ def test_a_text_ends_before_a_stop_token_and_the_others_go_on(plain):
     whole = generate(plain, PROMPTS, max_new_tokens=20)
     stops = {whole[0][5], whole[2][0]}
     expected = [text[: next((i for i, token in enumerate(text) if token in stops), 20)] for text in whole]
-    assert 0 in map(len, expected) and len(set(map(len, expected))) > 2
+    assert 0 in map(len, expected)
+    assert len(set(map(len, expected))) > 2
     assert generate(plain, PROMPTS, max_new_tokens=20, stop_tokens=stops) == expected
 
 
@@ -264,7 +265,8 @@ def test_text_goes_on_from_text_and_messages_are_answered(plain, given):
     tokenizer = small_tokenizer(bos=True, chat=True)
     messages = [{"role": "user", "content": "the cab"}]
     written = generate_text(plain, tokenizer, ["the cab", messages], max_new_tokens=3)
-    assert written == [tokenizer.decode([ord("a")])] * 2 and given["max_new_tokens"] == 3
+    assert written == [tokenizer.decode([ord("a")])] * 2
+    assert given["max_new_tokens"] == 3
     read = [tokenizer.decode(ids) for ids in given["prompts"]]
     assert read == ["<bos>the cab", "<bos>user\nthe cab<|im_end|>\nassistant\n"]  # each has one BOS token
     ends = tokenizer.convert_tokens_to_ids([EOS, TURN_ENDS])
@@ -357,7 +359,8 @@ def test_texts_that_memory_has_no_room_for_are_refused():
     model = small_model("qwen3")  # its configuration does not say how many tokens it supports
     for given in (10**11, 10**30):
         message = (
-            rf"`max_new_tokens` must leave room for .* of 1 prompts, got {given:,}: [\d,.]+ GiB, of [\d,.]+ GiB free"
+            rf"`max_new_tokens` must leave room for .* of 1 prompts at once, got {given:,}, which needs [\d,.]+ GiB of"
+            r" [\d,.]+ GiB free\. A smaller `batch_size`"
         )
         with pytest.raises(InputError, match=message):
             generate(model, [[1]], max_new_tokens=given)

@@ -204,7 +204,8 @@ def test_sums_of_bfloat16_are_float32():
 
 def test_max_segments_selects_larger_tiles_for_long_documents():
     long, short = (module.plan(128, 2, 8192, max_segments) for max_segments in (8, 9))
-    assert long.forward.split and not short.forward.split
+    assert long.forward.split
+    assert not short.forward.split
     assert module.plan(128, 2, 8192, None) == short
 
 
@@ -305,7 +306,8 @@ def test_segment_bounds_by_a_loop(seed):
                 last = next((s + 1 for s in range(t, -1, -1) if row[s]), 0)
             assert (bounds.first[b, t], bounds.last[b, t]) == (first, last)
     assert bounds.first.dtype == bounds.last.dtype == jnp.int32
-    assert np.all(np.diff(bounds.first, axis=1) >= 0) and np.all(np.diff(bounds.last, axis=1) >= 0)
+    assert np.all(np.diff(bounds.first, axis=1) >= 0)
+    assert np.all(np.diff(bounds.last, axis=1) >= 0)
 
 
 # Heads in one array, as a fused projection returns them.

@@ -262,4 +262,5 @@ def test_tensor_cores_get_no_block_narrower_than_16(case):
         assert matmuls or not module.name.startswith(("jaxpack_attention", "jaxpack_add_extended"))
         for options, *sizes, dtype, columns in matmuls:
             if min(map(int, (*sizes, columns))) < 16:
-                assert dtype == "f32" and "tf32" not in options
+                assert dtype == "f32"
+                assert "tf32" not in options

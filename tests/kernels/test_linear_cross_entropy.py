@@ -111,7 +111,9 @@ def test_a_target_out_of_range_makes_the_loss_and_its_gradients_nan(implementati
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run(hidden, head, targets)))
     for wrong in (-1, -101, 50, 1000):
         total, (d_hidden, d_head) = run(hidden, head, targets.at[1, 4].set(wrong))
-        assert np.isnan(total) and np.all(np.isnan(d_hidden[1, 4])) and np.all(np.isnan(d_head))
+        assert np.isnan(total)
+        assert np.all(np.isnan(d_hidden[1, 4]))
+        assert np.all(np.isnan(d_head))
         assert np.all(np.isfinite(d_hidden.at[1, 4].set(0)))
 
 
@@ -119,7 +121,9 @@ def test_a_target_out_of_range_makes_the_loss_and_its_gradients_nan(implementati
 def test_no_tokens_have_no_loss(shape):
     hidden, head, targets = some(shape)
     loss, gradients = jax.value_and_grad(linear_cross_entropy, argnums=(0, 1))(hidden, head, targets, max_targets=4)
-    assert loss == 0 and gradients[0].shape == hidden.shape and np.all(gradients[1] == 0)
+    assert loss == 0
+    assert gradients[0].shape == hidden.shape
+    assert np.all(gradients[1] == 0)
     assert token_losses(hidden, head, targets).shape == shape
 
 

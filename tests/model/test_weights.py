@@ -86,7 +86,8 @@ def test_the_derivative_keeps_the_weights_as_they_are_stored(store, dropout, rem
     shapes = {(o + r, i) for o, i in matrices for r in ranks} | {(o, i + r) for o, i in matrices for r in ranks}
     stored = [(x.shape, x.dtype) for x in jax.tree.leaves([weight_of(x.weight) for x in linears(model)])]
     found = [(x.shape, x.dtype) for x in residuals if x.shape[-2:] in shapes and x.shape[-2] != 128]
-    assert found and set(found) <= set(stored)
+    assert found
+    assert set(found) <= set(stored)
 
 
 def linears(model: Transformer):
@@ -125,12 +126,12 @@ def test_a_run_predicts_its_bytes_and_trains_and_goes_on(store, tmp_path):
     other = nnx.clone(adapted(store))
     freeze_again = weight_of(other.embedding)
     other.embedding = Frozen(jax.tree.map(lambda x: x + 1, freeze_again))
+    config = TrainConfig(
+        **options
+        | {"output_dir": str(tmp_path / "other"), "max_steps": 4, "save_steps": 2}
+        | {"resume_from_checkpoint": str(tmp_path / "checkpoints" / "2")}
+    )
     with pytest.raises(InputError, match="frozen embedding"):
-        config = TrainConfig(
-            **options
-            | {"output_dir": str(tmp_path / "other"), "max_steps": 4, "save_steps": 2}
-            | {"resume_from_checkpoint": str(tmp_path / "checkpoints" / "2")}
-        )
         Trainer(other, None, documents, config).train()
 
 
@@ -204,9 +205,11 @@ def test_adapters_freeze_all_else_and_saved_modules_stay_trained():
     trained = {name for name in ("embedding", "lm_head") if is_trained(getattr(model, name))}
     assert trained == {"lm_head"}
     assert not any(is_trained(linear.weight) for linear in linears(model))
-    assert not is_trained(model.norm.scale) and not is_trained(model.blocks.attention_norm.scale)
+    assert not is_trained(model.norm.scale)
+    assert not is_trained(model.blocks.attention_norm.scale)
     weight = weight_of(model.blocks.feed_forward.down.weight)
-    assert isinstance(weight, DenseWeight) and math.prod(weight.shape) * 4 == weight.nbytes
+    assert isinstance(weight, DenseWeight)
+    assert math.prod(weight.shape) * 4 == weight.nbytes
 
 
 def test_a_module_to_save_is_trained_from_its_dense_form():

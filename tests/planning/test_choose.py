@@ -102,7 +102,8 @@ def test_to_keep_more_takes_more_memory_and_less_time(name, shape, lora):
         assert less.peak_bytes <= more.peak_bytes + (4 * step.trained if unlooped else 0)
     # With a link that keeps up, offloading saves recomputed matmuls for LoRA, and none where all weights are trained.
     at_once = predict(step, H200._replace(link=math.inf))
-    assert offload.peak_bytes <= heads.peak_bytes and offload.peak_bytes <= others[0].peak_bytes
+    assert offload.peak_bytes <= heads.peak_bytes
+    assert offload.peak_bytes <= others[0].peak_bytes
     if lora is None:
         assert at_once["offload"].seconds == at_once["offload_heads"].seconds == others[0].seconds
     else:
@@ -201,7 +202,7 @@ def test_too_little_host_memory_for_what_is_asked_for_is_refused(resolved, predi
     needed = predictions["offload"].host_bytes
     assert needed == 35 * 16 * 1024 * 2 * 2560 * 2  # 5.5 GiB
     assert resolved(0, host=needed, remat="offload")[0] == "offload"
-    message = r'`remat` "offload" needs 5.5 GiB .* what the first 35 layers .*, got 5.4 GiB available'
+    message = r'`remat` "offload" must fit in host memory: .* the first 35 layers need 5.5 GiB, got 5.4 GiB available'
     with pytest.raises(InputError, match=message):
         resolved(0, host=5.4 * GIB, remat="offload")
     assert resolved(0, host=0, remat="full")[0] == "full"
@@ -211,7 +212,7 @@ def test_no_more_is_offloaded_than_xla_pins(resolved, predictions, monkeypatch):
     limit = (predictions["offload"].peak_bytes + GIB) / GIB
     assert resolved(0, host=500 * GIB, memory_limit=limit)[0] == "offload"
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "5")
-    with pytest.raises(InputError, match=r"needs 5.5 GiB .*, got XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB of 5.0 GiB"):
+    with pytest.raises(InputError, match=r"need 5.5 GiB, got XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB of 5.0 GiB"):
         resolved(0, host=500 * GIB, remat="offload")
     with pytest.raises(InputError, match=r'`memory_limit` must be at least 12.6 GiB \(remat "full"\)'):
         resolved(0, host=500 * GIB, memory_limit=limit)
@@ -225,19 +226,21 @@ def test_nothing_is_offloaded_from_a_host_to_itself(resolved):
 
 def test_the_choice_is_explained(resolved):
     assert resolved(0, memory_limit=50)[1] == (
-        'remat "keep_projections": predicted 47.4 GiB of 50.0 GiB and 0.504 s a step; '
-        '"none" would take 58.8 GiB and 0.492 s'
+        'remat "keep_projections": a step is predicted to take 0.504 s and 47.4 GiB of the 50.0 GiB that the run may '
+        'use; "none" would take 0.492 s, but 58.8 GiB'
     )
     following = resolved(0, memory_limit=14)[1].partition("; ")[2]
-    assert following == '"keep_projections" would take 47.4 GiB and 0.504 s'
-    assert resolved(0, memory_limit=100)[1] == 'remat "none": predicted 58.8 GiB of 100.0 GiB and 0.492 s a step'
+    assert following == '"keep_projections" would take 0.504 s, but 47.4 GiB'
+    alone = 'remat "none": a step is predicted to take 0.492 s and 58.8 GiB of the 100.0 GiB that the run may use'
+    assert resolved(0, memory_limit=100)[1] == alone
 
 
 def test_a_step_that_fits_nowhere_is_refused(resolved):
     step, need = "a step of 1 x 16 x 1024 tokens", r'9.8 GiB \(remat "offload"\)'
     with pytest.raises(InputError, match=f"`memory_limit` must be at least {need} for {step}, got 9.0 GiB"):
         resolved(0, memory_limit=9)
-    message = f"`per_device_train_batch_size` or `max_length` must be smaller: {step} needs {need}, got 8.2 GiB"
+    message = "`per_device_train_batch_size` or `max_length` must be smaller: "
+    message += f"{step} needs {need}, got 8.2 GiB free, a batch size of 16 and a maximum length of 1024"
     with pytest.raises(InputError, match=message):
         resolved(GIB)
 

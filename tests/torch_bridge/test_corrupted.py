@@ -351,5 +351,7 @@ def test_each_is_one_clear_error(case: int, good: dict[bool, Path], tmp_path: Pa
     finally:
         tracemalloc.stop()
     message = str(refused.value)
-    assert len(message) < 1000 and message.endswith(".") and "\n" not in message, message
+    assert len(message) < 1000, message
+    assert message.endswith("."), message
+    assert "\n" not in message, message
     assert peak < 16 << 20, f"{peak:,} bytes for a folder of 300,000"

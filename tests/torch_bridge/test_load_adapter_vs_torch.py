@@ -100,7 +100,8 @@ def test_training_goes_on_from_it(tmp_path: Path):
     rows = [{"input_ids": document.tokens, "labels": document.labels} for document in hf.random_documents([20] * 8)]
     config = TrainConfig(max_steps=3, learning_rate=1e-2, max_length=32, per_device_train_batch_size=4)
     result = Trainer(model, None, rows, config).train()
-    assert np.isfinite(result.losses).all() and len(set(result.losses)) == 3
+    assert np.isfinite(result.losses).all()
+    assert len(set(result.losses)) == 3
     after = jax.tree.leaves(nnx.state(model, TRAINED))
     assert len(after) == 7  # two factors of three projections, and the head
     assert all((np.asarray(new) != old).any() for new, old in zip(after, before, strict=True))
@@ -214,7 +215,8 @@ def test_a_wrong_config_is_one_clear_error(change: dict[str, Any], some: tuple[T
     model, adapter = some
     with pytest.raises(InputError, match="changed/adapter_") as refused:  # the error names the file
         torch_bridge.load_adapter(model, with_config(adapter, tmp_path, change))
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 700
     assert adapters(model) == {}
 
 
@@ -231,7 +233,8 @@ def test_all_keys_that_are_wrong_are_reported_at_once(some: tuple[Transformer, P
     message = str(refused.value)
     assert f"1 missing tensor ({names[0]})" in message
     assert f"1 tensor of the wrong shape ({names[1]} is [48, 4] and must be [4, 48])" in message
-    assert "1 tensor that the config does not describe" in message and "lora_A.default" in message
+    assert "1 tensor that the config does not describe" in message
+    assert "lora_A.default" in message
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -276,7 +279,8 @@ def test_a_file_cut_after_it_was_checked_leaves_the_model_as_it_was(
     monkeypatch.setattr("torch_bridge.adapter.read_header", cut)
     with pytest.raises(InputError, match="it ends before byte"):
         torch_bridge.load_adapter(model, str(changed))
-    assert adapters(model) == {} and model.lora_config is None
+    assert adapters(model) == {}
+    assert model.lora_config is None
 
 
 def test_a_model_with_adapters_and_an_adapter_of_another_model_are_refused(some: tuple[Transformer, Path]):

@@ -47,7 +47,8 @@ def test_a_model_does_not_depend_on_its_pieces(
 @pytest.mark.parametrize("shape", [(1,), (97,), (128, 48), (97, 48), (151936, 4096), (50257, 4096), (4096, 12288)])
 def test_pieces_are_all_rows_and_of_few_sizes(shape: tuple[int, ...]):
     pieces = list(torch_bridge.tensors._pieces(shape))
-    assert pieces[0][0] == 0 and pieces[-1][1] == shape[0]
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == shape[0]
     assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
     sizes = [last - first for first, last in pieces]
     assert max(sizes) * np.prod(shape[1:]) <= torch_bridge.tensors._PIECE

@@ -127,7 +127,7 @@ def test_the_figures_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
     difference = torch_bridge.save_merged(adapted(folder, LORA["some"]), str(tmp_path / "merged"))
     assert 1e-4 < difference < 0.5  # bfloat16 weights against float32 weights
     shown = capsys.readouterr().err
-    assert f"6 of 6 adapted tensors changed; logits are within {difference:.2e}" in shown
+    assert f"6 of 6 adapted tensors changed; the merged model's logits are within {difference:.2e}" in shown
     assert "by more than" not in shown
 
 
@@ -162,10 +162,18 @@ def filled(model: Transformer, value: float) -> Transformer:
     ("make", "dtype", "message"),
     [
         (lambda model: model, None, "`model` must have LoRA adapters to merge"),
-        (new, None, "`model` must have adapters that change a weight in bfloat16"),
+        (new, None, "`model` must have adapters that change a weight, got adapters that change none in bfloat16"),
         (new, "int8", "`dtype` must be"),
-        (functools.partial(filled, value=1e6), "float16", "logits are not finite"),
-        (functools.partial(filled, value=jnp.nan), None, "`model` must have weights that are finite"),
+        (
+            functools.partial(filled, value=1e6),
+            "float16",
+            "`model` must have finite logits after merging, got merged .* `dtype` 'float16'",
+        ),
+        (
+            functools.partial(filled, value=jnp.nan),
+            None,
+            "`model` must have finite logits, got NaN or infinite logits before anything was merged",
+        ),
     ],
 )
 def test_a_merge_that_is_none_leaves_no_folder(make, dtype: str | None, message: str, tmp_path: Path):

@@ -136,7 +136,7 @@ def test_missing_and_misshapen_tensors_are_reported_together_before_any_is_read(
     source = FakeTensors(tensors)
     with pytest.raises(InputError) as refused:
         build_model(small_config(family, tie_word_embeddings=False), source, "float32")
-    assert "1 missing (model.layers.1.self_attn.k_proj.weight)" in str(refused.value)
+    assert "1 missing tensor (model.layers.1.self_attn.k_proj.weight)" in str(refused.value)
     assert "model.layers.0.mlp.down_proj.weight is [80, 48] and must be [48, 80]" in str(refused.value)
     assert source.read_names == []
 

@@ -14,6 +14,7 @@ from transformers import Gemma2PreTrainedModel
 
 import torch_bridge
 from jaxpack import InputError, LoraConfig, add_lora
+from jaxpack.errors import not_installed
 from jaxpack.model.lora import adapters
 from tests.torch_bridge import hf
 
@@ -62,7 +63,7 @@ def test_an_adapter_means_the_same_to_peft(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_prompt_is_read_by_the_folder_s_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture):
     hf.save_model(tmp_path, "qwen3-tied")
-    with pytest.raises(InputError, match="`prompt` must be None where there is no tokenizer"):
+    with pytest.raises(InputError, match=r"`prompt` must be None, because .* has no tokenizer, got"):
         torch_bridge.verify(str(tmp_path), prompt="ab")
     small_tokenizer().save_pretrained(tmp_path)
     assert max(small_tokenizer()("#$%").input_ids) < hf.VOCAB_SIZE
@@ -84,7 +85,7 @@ def test_logits_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         return model
 
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", scaled)
-    with pytest.raises(InputError, match=r"must mean the same to torch.*differ by at most"):
+    with pytest.raises(InputError, match=r"must give the same logits in torch and in jaxpack.*differ by at most"):
         torch_bridge.verify(adapter)
 
 
@@ -92,7 +93,10 @@ def test_a_folder_that_transformers_does_not_read_whole_is_an_error(tmp_path: Pa
     _, folder = hf.save_model(tmp_path, "llama-untied")
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"model.extra.weight": np.ones(2, np.float32)}, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"must be read whole by transformers.*unexpected_keys.*model.extra.weight"):
+    with pytest.raises(
+        InputError,
+        match=r"must hold exactly the tensors that transformers expects.*unexpected_keys.*model.extra.weight",
+    ):
         torch_bridge.verify(folder)
 
 
@@ -100,9 +104,12 @@ def test_a_folder_that_only_transformers_refuses_is_one_clear_error(tmp_path: Pa
     _, folder = hf.save_model(tmp_path, "llama-untied")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": "a tenth"}))
-    with pytest.raises(InputError, match=r"must be what torch reads.*attention_dropout.*'a tenth'") as refused:
+    with pytest.raises(
+        InputError, match=r"must be a folder that transformers and PEFT can read.*attention_dropout.*'a tenth'"
+    ) as refused:
         torch_bridge.verify(folder)
-    assert "\n" not in str(refused.value) and folder in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert folder in str(refused.value)
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "a-file", "x" * 5000])
@@ -118,4 +125,5 @@ def test_without_torch_the_error_says_what_is_missing():
     code = "import sys; sys.modules['torch'] = None; import torch_bridge; torch_bridge.verify('x')"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=120)
     last = done.stderr.strip().splitlines()[-1]
-    assert "InputError" in last and "pip install jaxpack[hf,torch]" in last
+    assert "InputError" in last
+    assert str(not_installed("`verify`", "torch", "hf,torch")) in last

@@ -60,7 +60,8 @@ def test_all_is_told_in_order_and_after_the_next_step_was_started(tmp_path, star
     assert [(name, step) for name, step, *_ in told if name == "step"] == [("step", i) for i in range(1, 7)]
     assert [(name, step) for name, step, *_ in told if name == "evaluation"] == [("evaluation", 3), ("evaluation", 6)]
     assert [(name, step) for name, step, *_ in told if name == "save"] == [("save", 3), ("save", 6)]
-    assert told[-1][0] == "end" and told[-1][3] is result
+    assert told[-1][0] == "end"
+    assert told[-1][3] is result
     for name, step, count, _ in told:
         assert count > step or step == 6, f"{name} of step {step} was told when {count} were started"
     losses = [metrics["loss"] for name, _, _, metrics in told if name == "step"]

@@ -12,7 +12,7 @@ import pytest
 from models import small_model
 from tensorboard_events import events, expected_scalars, records, scalars
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, install_command
 from jaxpack.settings import TrainConfig
 from jaxpack.train.metrics import Reports, TensorBoard, open_reports
 from jaxpack.train.trainer import Trainer
@@ -56,7 +56,8 @@ def test_a_destination_that_fails_ends_alone(
             reports.write(record)
     assert records(tmp_path) == RECORDS
     shown = capsys.readouterr().err
-    assert shown == "tensorboard ends here, the run goes on: No space left on device\n"
+    why = "because it cannot be written to: No space left on device"
+    assert shown == f"tensorboard ends here, {why}; the run goes on\n"
 
 
 def test_a_failure_to_close_is_told_and_does_not_keep_others_from_it(capsys: pytest.CaptureFixture) -> None:
@@ -73,7 +74,7 @@ def test_a_failure_to_close_is_told_and_does_not_keep_others_from_it(capsys: pyt
     with Reports([destination("one", OSError("it is full")), destination("two", None)]):
         pass
     assert closed == ["one", "two"]
-    assert capsys.readouterr().err == "one ends here, the run goes on: it is full\n"
+    assert capsys.readouterr().err == "one ends here, because it cannot be written to: it is full; the run goes on\n"
 
 
 @pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
@@ -84,7 +85,8 @@ def test_a_library_that_is_missing_is_told_before_any_work(
     config = TrainConfig(output_dir=str(tmp_path / "run"), report_to=name)
     with pytest.raises(InputError) as refused:
         Trainer(small_model("qwen3"), None, "nowhere.jsonl", config)  # the missing file is noticed later
-    assert str(refused.value) == f"`report_to` '{name}' needs `pip install jaxpack[{name}]`, got no {library}."
+    needs = f"`report_to` '{name}' needs the Python package {library}, which is not installed. Install it with "
+    assert str(refused.value) == f"{needs}{install_command(name)}."
     assert not (tmp_path / "run").exists()
 
 
@@ -141,7 +143,8 @@ def test_wandb_is_given_the_settings_and_each_record_with_its_step(tmp_path: Pat
         ("log", {"eval/loss": 3.1, "eval/perplexity": 22.2, "step": 4}),
         ("finish", None),
     ]
-    assert records(output) == RECORDS and scalars(output) == expected_scalars(output)
+    assert records(output) == RECORDS
+    assert scalars(output) == expected_scalars(output)
 
 
 def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, calls: list) -> None:
@@ -157,7 +160,7 @@ def test_what_wandb_refuses_is_told_and_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "forbidden")
     config = TrainConfig(output_dir=str(tmp_path), report_to="wandb")
-    message = "`report_to` must be what can be started, got 'wandb': No API key configured. Use `wandb login`."
+    message = "`report_to` must be able to start, got 'wandb', which cannot: No API key configured. Use `wandb login`."
     with pytest.raises(InputError) as refused:
         open_reports(config, ABOUT, after=None)
     assert str(refused.value) == message
@@ -173,7 +176,8 @@ def test_wandb_itself_keeps_a_run_and_goes_on_with_it(tmp_path: Path, monkeypatc
             for record in RECORDS:
                 reports.write(record)
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2 and len({file.name for file in files}) == 1
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1
     content = b"".join(file.read_bytes() for file in files)
     for name in (b"train/loss", b"eval/perplexity"):
         assert name in content

@@ -11,7 +11,7 @@ import yaml
 from models import small_model
 
 import jaxpack
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, install_command
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.progress import Log
 from jaxpack.train.report import draw_run
@@ -59,26 +59,30 @@ def test_a_run_ends_with_a_report_of_what_it_did(run: Path) -> None:
     last, best = training[-1], min(evaluations, key=lambda record: record["eval_loss"])
     assert text.startswith("# first: 7 of 7 steps\n")
     found = table(text)
-    assert found["loss, first and last record"] == f"{training[0]['loss']:.4f}, {last['loss']:.4f} (step 7)"
-    assert found["eval loss, last"].startswith(f"{evaluations[-1]['eval_loss']:.4f}, perplexity ")
-    assert found["eval loss, lowest"].startswith(f"{best['eval_loss']:.4f}, perplexity {best['eval_perplexity']:.2f} ")
-    assert found["eval loss, lowest"].endswith(f" (step {best['step']})")
+    assert found["training loss, first and last record"] == f"{training[0]['loss']:.4f}, {last['loss']:.4f} (step 7)"
+    assert found["evaluation loss, last"].startswith(f"{evaluations[-1]['eval_loss']:.4f}, perplexity ")
+    assert found["evaluation loss, lowest"].startswith(
+        f"{best['eval_loss']:.4f}, perplexity {best['eval_perplexity']:.2f} "
+    )
+    assert found["evaluation loss, lowest"].endswith(f" (step {best['step']})")
     rates = sorted(record["tokens_per_second"] for record in training)
-    assert found["real tokens/s, median of the records"] == f"{(rates[1] + rates[2]) / 2:,.0f}"
-    assert found["peak memory"] == f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
-    start = f"{last['first_step_seconds']:.1f} s, {last['compile_seconds']:.1f} s of them for programs"
-    assert found["time to the first step"] == start
+    assert found["tokens per second without padding, median of the records"] == f"{(rates[1] + rates[2]) / 2:,.0f}"
+    assert found["peak memory of the device"] == f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
+    start = f"{last['first_step_seconds']:.1f} s, of which compiling took {last['compile_seconds']:.1f} s"
+    assert found["time until the first step ended"] == start
     for words in ("- 40 documents, ", "- packing (bfd): ", "- evaluation: 9 documents", "parameters on cpu", "flax 0."):
         assert words in text
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
-    assert settings["learning_rate"] == 1e-2 and settings["adapters"]["r"] == 4
+    assert settings["learning_rate"] == 1e-2
+    assert settings["adapters"]["r"] == 4
     assert settings["output_dir"] == str(run)
-    assert "](report.png)" in text and (run / "report.png").read_bytes().startswith(PNG)
+    assert "](report.png)" in text
+    assert (run / "report.png").read_bytes().startswith(PNG)
 
 
 def test_the_padding_is_that_of_the_run(run: Path, tmp_path: Path) -> None:
     expected = trainer(tmp_path / "again").batches.padding_share
-    assert table((run / "report.md").read_text())["padding, of all positions"] == f"{expected:.2%}"
+    assert table((run / "report.md").read_text())["share of padding among all positions"] == f"{expected:.2%}"
 
 
 def test_the_picture_draws_the_records(run: Path) -> None:
@@ -108,7 +112,7 @@ def test_a_run_that_was_killed_is_reported_up_to_there(copied: Path) -> None:
     text = path.read_text()
     last = [json.loads(line) for line in kept if '"loss"' in line][-1]
     assert f"# {copied.name}: 4 of 7 steps\n" in text
-    assert table(text)["loss, first and last record"].endswith(f", {last['loss']:.4f} (step 4)")
+    assert table(text)["training loss, first and last record"].endswith(f", {last['loss']:.4f} (step 4)")
 
 
 def test_a_run_that_is_stopped_has_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +134,11 @@ def test_without_matplotlib_the_report_says_how_to_get_the_picture(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = jaxpack.write_report(copied).read_text()
-    assert "`pip install 'jaxpack[bench]'`" in text and f"`jaxpack.write_report({str(copied)!r})`" in text
-    assert "report.png" not in text and not (copied / "report.png").exists()
-    assert "loss, first and last record" in table(text)
+    assert install_command("bench") in text
+    assert f"`jaxpack.write_report({str(copied)!r})`" in text
+    assert "report.png" not in text
+    assert not (copied / "report.png").exists()
+    assert "training loss, first and last record" in table(text)
 
 
 def test_a_loss_that_is_no_cross_entropy_is_reported_without_a_perplexity(copied: Path) -> None:
@@ -140,30 +146,44 @@ def test_a_loss_that_is_no_cross_entropy_is_reported_without_a_perplexity(copied
     (copied / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
     last = [record for record in kept if "eval_loss" in record][-1]
     found = table(jaxpack.write_report(copied).read_text())
-    assert found["eval loss, last"] == f"{last['eval_loss']:.4f} (step {last['step']})"
+    assert found["evaluation loss, last"] == f"{last['eval_loss']:.4f} (step {last['step']})"
 
 
 def test_one_record_makes_no_picture(copied: Path) -> None:
     line = (copied / "metrics.jsonl").read_text().splitlines()[0]
     (copied / "metrics.jsonl").write_text(line + "\n")
     text = jaxpack.write_report(copied).read_text()
-    assert "One record is not enough for a picture" in text and not (copied / "report.png").exists()
+    assert "One record is not enough for a picture" in text
+    assert not (copied / "report.png").exists()
 
 
 def test_what_is_no_number_is_reported_as_that(copied: Path) -> None:
     changed = [record | {name: float("nan") for name in record if "loss" in name} for record in records(copied)]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
-    assert table(jaxpack.write_report(copied).read_text())["loss, first and last record"] == "nan, nan (step 7)"
+    found = table(jaxpack.write_report(copied).read_text())
+    assert found["training loss, first and last record"] == "nan, nan (step 7)"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("metrics.jsonl", None, "`folder` must hold metrics.jsonl, got '{}': No such file or directory."),
-        ("metrics.jsonl", "", "`folder` must hold metrics.jsonl with a record of a step, got '{}' with none."),
+        (
+            "metrics.jsonl",
+            "",
+            "`folder` must hold metrics.jsonl with a record of a step, got '{}', whose file has none.",
+        ),
         ("about.json", None, "`folder` must hold about.json, got '{}': No such file or directory."),
-        ("about.json", "{}", "`folder` must hold about.json of a run, got '{}', without started, after, num_steps, "),
-        ("about.json", '["after"]', "`folder` must hold about.json of a run, got '{}', without started, after, "),
+        (
+            "about.json",
+            "{}",
+            "`folder` must hold the about.json that a run wrote, got '{}', whose file lacks started, after, num_steps,",
+        ),
+        (
+            "about.json",
+            '["after"]',
+            "`folder` must hold the about.json that a run wrote, got '{}', whose file lacks started, after, ",
+        ),
         ("about.json", "{", "`folder` must hold about.json, got '{}': Expecting property name"),
     ],
 )
@@ -181,4 +201,6 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(copied: Path, caps
     (copied / "report.md").mkdir()
     trainer(copied, resume_from_checkpoint="latest")._report()
     shown = capsys.readouterr().err
-    assert f"there is no report: `folder` must be writable, got '{copied}/report.md': Is a directory" in shown
+    assert (
+        f"the report could not be written: `folder` must be writable, got '{copied}/report.md': Is a directory" in shown
+    )

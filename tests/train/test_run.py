@@ -132,9 +132,11 @@ def test_a_second_start_finds_its_programs_and_does_the_same(tmp_path, capsys):
         assert 0 < result.compile_seconds < result.first_step_seconds
     assert first.first_step_seconds + second.first_step_seconds < both
     shown = capsys.readouterr().err
-    assert shown.count(f"compiled programs are kept in {tmp_path} (") == 2
-    assert "0 of 1 found compiled" in shown and "1 of 1 found compiled" in shown
-    assert f"first step after {second.first_step_seconds:.1f} s, {second.compile_seconds:.1f} s of them" in shown
+    assert shown.count(f"compiled programs are kept in {tmp_path} for later runs (") == 2
+    assert "0 of 1 were found compiled" in shown
+    assert "1 of 1 were found compiled" in shown
+    seconds = f"{second.first_step_seconds:.1f} s, of which compiling took {second.compile_seconds:.1f} s"
+    assert f"the first step ended after {seconds}" in shown
 
 
 def test_a_run_goes_on_where_programs_cannot_be_kept(tmp_path, capsys):
@@ -165,5 +167,5 @@ def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
 def test_an_evaluation_that_does_not_fit_is_refused_before_the_first_step(monkeypatch):
     monkeypatch.setattr("jaxpack.train.run.free_device_bytes", lambda device: 1000)
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1), ROWS[:9])
-    with pytest.raises(InputError, match=r"`eval_dataset` must leave room on the device: 1 x 2 x 128 tokens need"):
+    with pytest.raises(InputError, match=r"`eval_dataset` must fit on the device: a batch of 1 x 2 x 128 tokens needs"):
         trainer.train(on_start=lambda: pytest.fail("it has started"))

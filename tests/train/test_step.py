@@ -229,9 +229,11 @@ def test_dropout_draws_every_mask_anew_and_the_same_from_the_same_seed(monkeypat
     _, again = step(state._replace(step=jnp.int32(0)), frozen, batch)
     each = 2 * 2 * 4  # micro-batches, layers, projections; recomputation repeats the draws
     assert len(of_first) == len(of_second) == each
-    assert masks() == of_first and not of_first & of_second
+    assert masks() == of_first
+    assert not of_first & of_second
     _, _, off, _ = one_step(model, config, batch)
-    assert first.loss == again.loss and not masks()
+    assert first.loss == again.loss
+    assert not masks()
     assert len({float(metrics.loss) for metrics in (first, second, off)}) == 3
 
 

@@ -103,7 +103,8 @@ def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
     np.testing.assert_array_equal(result.losses, expected.losses)
     for got, want in zip(*(jax.tree.leaves(nnx.state(one, nnx.LoRAParam)) for one in (model, plain)), strict=True):
         np.testing.assert_array_equal(got, want)
-    assert list(result.evaluations) == [3, 6, 7] and expected.evaluations == {}
+    assert list(result.evaluations) == [3, 6, 7]
+    assert expected.evaluations == {}
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(record["step"], "eval_loss" in record) for record in records] == [
         *((3, True), (5, False), (6, True), (7, False), (7, True))
@@ -113,7 +114,7 @@ def test_evaluation_changes_nothing_and_is_where_it_should_be(tmp_path, capsys):
             assert record["eval_loss"] == result.evaluations[record["step"]]
             assert record["eval_perplexity"] == pytest.approx(np.exp(record["eval_loss"]))
     shown = capsys.readouterr().err
-    assert "saved every 501 steps and at the end" in shown
+    assert "checkpoints are saved every 501 steps and at the end" in shown
     assert f"step     6  eval loss {result.evaluations[6]:.4f}  perplexity {np.exp(result.evaluations[6]):.2f}" in shown
 
 

@@ -59,9 +59,14 @@ def test_what_is_compiled_around_it_is_not_kept_and_jax_is_set_as_before(tmp_pat
     before = [getattr(jax.config, name) for name in SETTINGS]
     cache = ProgramCache(str(tmp_path))
     lowered(5.0).compile()
-    with pytest.raises(KeyboardInterrupt), cache.in_use():
-        lowered(6.0).compile()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with cache.in_use():
+            lowered(6.0).compile()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert len(kept(tmp_path)) == 1
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     lowered(7.0).compile()

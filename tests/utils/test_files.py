@@ -44,17 +44,24 @@ def test_a_link_stays_one_and_what_it_points_to_appears(exists: bool, tmp_path: 
         target.mkdir()
     (tmp_path / "link").symlink_to(target)
     write(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (target / "file").read_text() == "whole"
+    assert (tmp_path / "link").is_symlink()
+    assert (target / "file").read_text() == "whole"
     assert os.listdir(target.parent) == ["folder"]
 
 
 def test_an_error_leaves_nothing(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    for error in (KeyError, KeyboardInterrupt, InputError):
-        with pytest.raises(error), whole_folder(tmp_path / "empty", "path") as folder:
+
+    def write_half(error: type[BaseException]) -> None:
+        with whole_folder(tmp_path / "empty", "path") as folder:
             (folder / "file").write_text("half")
             raise error
-    assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == []
+
+    for error in (KeyError, KeyboardInterrupt, InputError):
+        with pytest.raises(error):
+            write_half(error)
+    assert os.listdir(tmp_path) == ["empty"]
+    assert os.listdir(tmp_path / "empty") == []
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "loop", "loop/below", "a\0b"])
@@ -132,7 +139,9 @@ def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path: Path, mo
         ends.append(text)
         if not killed:
             break
-    assert ends[0] == "old" and ends[-1] == "new" and len(ends) == 6
+    assert ends[0] == "old"
+    assert ends[-1] == "new"
+    assert len(ends) == 6
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

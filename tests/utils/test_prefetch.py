@@ -55,8 +55,7 @@ def test_the_next_items_are_made_while_the_loop_is_busy_and_no_more():
 def test_an_error_is_raised_in_place_of_its_item_with_its_own_type(error: type[BaseException]):
     got = []
     with pytest.raises(error) as raised:
-        for item in prefetched(Recorder(fails_at=3, error=error), 10):
-            got.append(item)
+        got.extend(prefetched(Recorder(fails_at=3, error=error), 10))
     assert raised.value.args == (3,)
     assert got == [0, 1, 4]
     assert prefetch_threads() == []

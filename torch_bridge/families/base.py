@@ -89,7 +89,7 @@ def local_layers(hf: Mapping[str, Any], window: int | None, default: list[str]) 
     count = whole(hf, "num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != count or any(kind not in allowed for kind in kinds):
         allowed = " or ".join(map(repr, allowed))
-        raise InputError(f"`layer_types` must be a list of {count} that are {allowed}, got {kinds!r}.")
+        raise InputError(f"`layer_types` must be a list of {count} names, each {allowed}, got {kinds!r}.")
     return {"sliding_window": window, "local_layers": None if window is None else tuple(k == LOCAL for k in kinds)}
 
 

@@ -21,7 +21,7 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     require(hf, "attn_logit_softcapping", None)  # transformers reads it and does not use it
     ropes = hf.get("rope_parameters") or {}
     if not isinstance(ropes, dict) or not ropes.keys() <= {GLOBAL, LOCAL}:
-        raise InputError(f"`rope_parameters` must be an object of {GLOBAL!r} and {LOCAL!r}, got {ropes!r}.")
+        raise InputError(f"`rope_parameters` must be an object with the keys {GLOBAL!r} and {LOCAL!r}, got {ropes!r}.")
     full = ropes.get(GLOBAL) or hf.get("rope_scaling")
     local = {"rope_parameters": ropes.get(LOCAL), "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]}
     return {

@@ -38,9 +38,9 @@ def read_rope(hf: Mapping[str, Any], *, allows_partial: bool = False) -> RopeCon
     scaling = hf.get("rope_scaling") or {}
     rope = hf.get("rope_parameters") or scaling
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(f"`rope_parameters` must be an object, those of one rope, got {rope!r}.")
+        raise InputError(f"`rope_parameters` must be an object with the parameters of one RoPE, got {rope!r}.")
     if not isinstance(scaling, dict) or not scaling.items() <= rope.items():  # transformers would take `scaling`
-        raise InputError(f"`rope_scaling` must not be beside `rope_parameters` that differ, got {scaling!r}.")
+        raise InputError(f"`rope_scaling` must agree with `rope_parameters`, got {scaling!r} beside {rope!r}.")
     theta = first(rope.get("rope_theta"), hf.get("rope_theta", 10_000.0))
     kind = first(rope.get("rope_type"), rope.get("type"), "default")
     partial = first(rope.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1.0)
@@ -63,7 +63,7 @@ def read_rope(hf: Mapping[str, Any], *, allows_partial: bool = False) -> RopeCon
     required = [field.name for field in fields if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
     if missing:
-        raise InputError(f"`rope_parameters` of type {kind!r} must have {required}, got none of {missing}.")
+        raise InputError(f"`rope_parameters` of type {kind!r} must have the fields {required}, got no {missing}.")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return RopeConfig(theta=theta, scaling=_SCALINGS[kind](**values), partial_rotary_factor=partial)
 

@@ -36,9 +36,11 @@ class SafetensorsFolder:
         self._tensors = tensors_of(folder, WEIGHTS, read_header)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        """Returns rows `first` to `last` (exclusive) of a tensor, see `TensorSource.read`."""
         return self._tensors[name].read(first, last, buffer)
 
 
@@ -53,7 +55,8 @@ def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Fou
         found = read(path)
         if missing := [name for name in listed if name not in found]:
             raise InputError(
-                f"{path} must hold the tensors that its index lists, got none of {len(missing)} ({some(missing)})."
+                f"{path} must hold the tensors that the index lists for it, got a file without {len(missing)} of them"
+                f" ({some(missing)}). Copy or download it again."
             )
         for name, tensor in found.items():
             if name in tensors:
@@ -80,15 +83,19 @@ def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
         raise InputError(f"{folder} must hold {one_file} or {index.name}, got neither.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} must have a `weight_map` from tensors to files, got {weight_map!r:.80}.")
+        raise InputError(
+            f"{index} must have a `weight_map` from the names of tensors to the names of files, got {weight_map!r:.80}."
+        )
     files: dict[Path, list[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise InputError(f"{index} must list files of its own folder, got {name!r:.80}.")
+            raise InputError(f"{index} must list only names of files in its own folder, got {name!r:.80}.")
         files.setdefault(folder / name, []).append(tensor)
     for path in files:
         if not path.is_file():
-            raise InputError(f"{folder} must hold every shard that its index lists, got none named {path.name!r}.")
+            raise InputError(
+                f"{folder} must hold every file that its index lists, got no file {path.name!r}. Copy or download it."
+            )
     return dict(sorted(files.items()))
 
 
@@ -100,9 +107,14 @@ def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    return ([f"{len(missing)} missing ({some(missing)})"] if missing else []) + (
-        [f"{len(wrong)} of the wrong shape ({some(wrong)})"] if wrong else []
+    return ([f"{tensor_count(missing, 'missing ')} ({some(missing)})"] if missing else []) + (
+        [f"{tensor_count(wrong)} of the wrong shape ({some(wrong)})"] if wrong else []
     )
+
+
+def tensor_count(names: Sequence[str], kind: str = "") -> str:
+    """Returns the number of tensors in words, such as "1 missing tensor"."""
+    return f"{len(names)} {kind}tensor{'s' * (len(names) != 1)}"
 
 
 def some(names: Sequence[str]) -> str:
@@ -117,14 +129,17 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} must be a readable JSON file: {reason(error)}.") from error
+        raise InputError(f"{path} must be a JSON file, got one that cannot be read: {reason(error)}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got {content!r:.80}.")
     return content
 
 
 def write_safetensors(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, jax.Array]]
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    tensors: Iterable[tuple[str, jax.Array | np.ndarray]],
 ) -> None:
     """Writes tensors as they come, in files of about 2 GiB, with an index if there is more than one file.
 

@@ -53,7 +53,7 @@ def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:
                     raise OSError(f"it ends before byte {offset + len(buffer):,}")
                 done += count
     except OSError as error:
-        raise InputError(f"{path} must be a whole safetensors file, got one that is not: {reason(error)}.") from error
+        raise _broken(path, reason(error)) from error
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -68,36 +68,36 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be a readable file: {reason(error)}.") from error
+        raise InputError(f"{path} must be a file, got a path that cannot be read: {reason(error)}.") from error
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} must be a file, got something else.")
+        raise InputError(f"{path} must be a file, got a folder, a device or another kind of entry.")
     if status.st_size < 8:
-        raise _broken(path, f"it has {status.st_size} bytes")
+        raise _broken(path, f"it has {status.st_size} bytes, and the length of its header alone takes 8")
     head = np.empty(8, np.uint8)
     read_at(path, 0, head)
     if head.tobytes() == b"version ":
-        raise _broken(path, "it is a pointer of Git LFS, whose file `git lfs pull` downloads")
+        raise _broken(path, "it is a pointer of Git LFS to the file, which `git lfs pull` downloads")
     length = int(head.view("<u8")[0])
     if length > min(_MAX_HEADER_BYTES, status.st_size - 8):
-        raise _broken(path, f"it has {status.st_size:,} bytes and says that its header has {length:,}")
+        raise _broken(path, f"it has {status.st_size:,} bytes, but says that its header has {length:,}")
     header = np.empty(length, np.uint8)
     read_at(path, 8, header)
     try:
         described = json.loads(header.tobytes(), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is no JSON object: {reason(error)}") from error
+        raise _broken(path, f"its header is not valid JSON: {reason(error)}") from error
     if not isinstance(described, dict):
-        raise _broken(path, "its header is no JSON object")
+        raise _broken(path, "its header is not a JSON object")
     described.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in described.items()}
     end = 8 + length
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))))
     for name, tensor in tensors.items():
         if tensor.offset != end:
-            raise _broken(path, f"{name:.80} begins at byte {tensor.offset:,} and must at {end:,}")
+            raise _broken(path, f"{name:.80} begins at byte {tensor.offset:,} and must begin at byte {end:,}")
         end += tensor.dtype.itemsize * math.prod(tensor.shape)
     if end != status.st_size:
-        raise _broken(path, f"its tensors end at byte {end:,} and it at {status.st_size:,}")
+        raise _broken(path, f"its tensors end at byte {end:,}, but the file ends at byte {status.st_size:,}")
     return tensors
 
 
@@ -116,15 +116,15 @@ def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _broken(path, f"{name:.80} is described by {entry!r:.80}")
+        raise _broken(path, f"its header describes {name:.80} by {entry!r:.80}, not by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (_is_whole(shape) and _is_whole(offsets) and len(offsets) == 2):
-        raise _broken(path, f"{name:.80} is described by {entry!r:.80}")
+        raise _broken(path, f"its header describes {name:.80} by {entry!r:.80}, with a wrong shape or data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{name:.80} of {path} must be of dtype {', '.join(DTYPES)}, got {dtype!r:.20}.")
     size = DTYPES[dtype].itemsize * math.prod(shape)
     if offsets[1] - offsets[0] != size:
-        raise _broken(path, f"{name:.80} of shape {shape!r:.80} has {size:.10g} bytes and lies at {offsets!r:.80}")
+        raise _broken(path, f"{name:.80} of shape {shape!r:.80} needs {size:.10g} bytes, but lies at {offsets!r:.80}")
     return Tensor(tuple(shape), DTYPES[dtype], path, data + offsets[0])
 
 
@@ -137,10 +137,10 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{name:.80} is there twice")
+            raise ValueError(f"the name {name:.80} occurs twice")
         result[name] = value
     return result
 
 
 def _broken(path: Path, why: str) -> InputError:
-    return InputError(f"{path} must be a whole safetensors file, got one that is not: {why}.")
+    return InputError(f"{path} must be a complete safetensors file, got one that cannot be read: {why}.")
