@@ -220,14 +220,14 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index_with_a_list": (sharded({"weight_map": ["model-00001-of-00002.safetensors"]}), [INDEX, "weight_map"]),
     "index_with_a_name_too_long": (sharded({"weight_map": {NORM: "é" * 200}}), [INDEX, "ééé"]),
     "index_that_leaves_the_folder": (sharded({"weight_map": {NORM: "../x.safetensors"}}), [INDEX, "../x.safetensors"]),
-    "truncated": (truncated, [WEIGHTS, "whole"]),
+    "truncated": (truncated, [WEIGHTS, "complete"]),
     "garbage": (with_file(WEIGHTS, b"\xff" * 1000), [WEIGHTS, "safetensors file"]),
     "garbage_header": (with_file(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 64), [WEIGHTS, "safetensors file"]),
     "pointer": (with_file(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS, "git lfs pull"]),
     "empty_weights": (with_file(WEIGHTS, b""), [WEIGHTS, "safetensors file"]),
     "wrong_shape": (
         with_tensors(lambda tensors: tensors.update({DOWN: np.zeros((48, 81), np.float32)})),
-        [DOWN, "[48, 81]", "[48, 80]", "1 of the wrong shape"],
+        [DOWN, "[48, 81]", "[48, 80]", "1 tensor of the wrong shape"],
     ),
     "missing_tensor": (with_tensors(lambda tensors: tensors.pop(DOWN)), ["1 missing", DOWN]),
     "integer_dtype": (
@@ -236,7 +236,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "wrong_shape_and_missing_tensor": (
         with_tensors(lambda tensors: [tensors.pop(DOWN), tensors.update({NORM: np.ones(47, np.float32)})]),
-        ["1 missing", DOWN, "1 of the wrong shape", NORM],  # one message names all mistakes
+        ["1 missing", DOWN, "1 tensor of the wrong shape", NORM],  # one message names all mistakes
     ),
     "tokenizer_is_garbage": (with_file("tokenizer.json", b"the cab"), ["tokenizer"]),
     "tokenizer_is_a_list": (with_file("tokenizer.json", b"[]"), ["tokenizer"]),
@@ -414,7 +414,7 @@ def a_file(parent: Path) -> Path:
     ("prepare", "fragments"),
     [
         (occupied, ["`output`", "empty", "run'"]),
-        (a_file, ["`output`", "folder", "the file", "run'"]),
+        (a_file, ["`output`", "folder", "is a file", "run'"]),
         (lambda parent: a_file(parent) / "deeper", ["`output`", "deeper"]),
         (lambda _: Path("/proc/jaxpack"), ["`output`", "/proc"]),
         (lambda parent: parent / ("x" * 300), ["`output`", "xxx", os.strerror(errno.ENAMETOOLONG)]),

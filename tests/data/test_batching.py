@@ -159,7 +159,10 @@ def test_targets_that_come_first_in_a_piece_are_told_and_not_all_there_are(strat
     labels[40] = documents.tokens[40]
     some = dataclasses.replace(documents, labels=labels)
     told = describe(some, Batches(some, config), config)
-    assert "2 tokens to train on come first in a piece of a document: nothing predicts them there" in told
+    assert (
+        "2 tokens are each the first of a piece of a split document: no token predicts them, so they are not trained on"
+        in told
+    )
     whole = TrainConfig(max_length=64, packing=True, packing_strategy=strategy, max_steps=1)
     assert not any("come first" in line for line in describe(documents, Batches(documents, whole), whole))
 

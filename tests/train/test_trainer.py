@@ -90,7 +90,7 @@ def test_an_error_in_the_loop_ends_the_thread_that_makes_batches(monkeypatch):
 
 def test_metrics_of_an_earlier_run_are_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("mine")
-    with pytest.raises(InputError, match=r"`output_dir` must be without metrics.jsonl"):
+    with pytest.raises(InputError, match=r"`output_dir` must not hold metrics.jsonl"):
         Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == "mine"
 
