@@ -18,7 +18,7 @@ from jaxpack.constants import (
     RematSetting,
     Schedule,
 )
-from jaxpack.utils.checks import check, is_positive
+from jaxpack.utils.checks import check, is_date, is_positive
 
 _SAVE_STEPS = 500
 
@@ -213,6 +213,16 @@ class TrainConfig:
         "Train only on what the assistant writes in a conversation. If this is off, train on every token of the "
         "conversation, or of the completion if the row has one.",
     )
+    chat_template_date: str | None = _option(
+        None,
+        "Date (YYYY-MM-DD) for chat templates that write today's date. With None, a run uses the day of its first "
+        "start, and keeps it when it is resumed.",
+    )
+    allow_lost_thoughts: bool = _option(
+        False,
+        "Train on a last answer even if the chat template leaves out the thoughts that the row has for it. If this is "
+        "off, such a row is refused. Thoughts that the template leaves out of earlier answers are counted and printed.",
+    )
     remat: RematSetting = _option(
         "auto",
         "Choice between memory and time: what the backward pass computes again instead of keeping it. full computes "
@@ -247,6 +257,12 @@ class TrainConfig:
         )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        check(
+            self.chat_template_date is None or is_date(self.chat_template_date),
+            "chat_template_date",
+            "must be a date such as 2026-01-31, or None",
+            self.chat_template_date,
+        )
         object.__setattr__(self, "report_to", _destinations(self.report_to))
         check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
         for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir"):

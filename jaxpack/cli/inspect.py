@@ -1,6 +1,7 @@
 """Implements `jaxpack inspect`, which shows what a run would do with a dataset before the run."""
 
 import dataclasses
+import datetime
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,13 +34,15 @@ _USED = {
     "seed",
     "dataset_text_field",
     "assistant_only_loss",
+    "allow_lost_thoughts",
+    "chat_template_date",
     "remat",
     "memory_limit",
     "r",
     "target_modules",
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
-_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss")
+_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "allow_lost_thoughts", "chat_template_date")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -95,6 +98,8 @@ def inspect(
         lengths,
         text_field=config.dataset_text_field,
         assistant_only_loss=config.assistant_only_loss,
+        allow_lost_thoughts=config.allow_lost_thoughts,
+        date=None if config.chat_template_date is None else datetime.date.fromisoformat(config.chat_template_date),
     )
     found = inspect_documents(documents, config, model=abstract_model(model_config, lora), gpu=gpu)
     parts: list[object] = [found]

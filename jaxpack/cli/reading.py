@@ -1,5 +1,6 @@
 """Reads the model and the dataset that the flags of a command name."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def read_documents(
     drawn: int | None = None,
     text_field: str = "text",
     assistant_only_loss: bool = True,
+    allow_lost_thoughts: bool = False,
+    date: datetime.date | None = None,
 ) -> tuple[ModelConfig, Tokenizer | None, Documents]:
     """Reads the model's config and tokenizer, and the documents, from `data` or drawn from `lengths`.
 
@@ -61,6 +64,7 @@ def read_documents(
         return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)
     assert data is not None  # `require_one`
     options: dict[str, Any] = {"text_field": text_field, "assistant_only_loss": assistant_only_loss}
+    options |= {"allow_lost_thoughts": allow_lost_thoughts, "date": date}
     with errors_name(dataset="data", text_field="dataset_text_field"):
         documents = load_documents(data, tokenizer, vocab_size=config.vocab_size, **options)
     return config, tokenizer, documents

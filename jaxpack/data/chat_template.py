@@ -10,12 +10,14 @@ the mark does. A row that neither way decides is refused.
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxpack.data import written
 from jaxpack.data.conversation import Conversation, Message, with_arguments
 from jaxpack.data.tokenizer import ChatTokenizer
 from jaxpack.errors import InputError, reason
@@ -26,6 +28,7 @@ _MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
 _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _QUESTION = {"role": "user", "content": _MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MAX_KNOWN = 1024  # most forms of conversations, and most edges of turns, to keep
 
 
@@ -59,10 +62,20 @@ class ChatTemplate:
     Attributes:
       endless: the number of conversations so far whose last turn to learn ends without an added token, so that no end
         of a turn is learned.
+      date_used: the date that the template has asked for, or None if it has not.
+      left_out: by kind, the number of conversations in which the template leaves out thoughts, tools or system texts,
+        and the first of them in words.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer):
+    def __init__(
+        self, tokenizer: ChatTokenizer, *, allow_lost_thoughts: bool = False, date: datetime.date | None = None
+    ):
         self.endless = 0
+        self.left_out: dict[str, tuple[int, str]] = {}
+        self.date_used: datetime.date | None = None
+        self._allow_lost_thoughts = allow_lost_thoughts
+        self._date = datetime.date.today() if date is None else date
+        self._written: dict[Any, Mapping[written.Piece, int] | None] = {}
         self._tokenizer = tokenizer
         self._tokens = tuple(token for token in tokenizer.get_added_vocab() if token.strip())
         longest_first = sorted(self._tokens, key=len, reverse=True)
@@ -72,8 +85,15 @@ class ChatTemplate:
         self._checked: set[tuple[str, bool]] = set()
 
     def write(self, conversation: Conversation, where: str) -> str:
-        """Returns the text of a conversation. `where` names its row in errors."""
-        return self._write(self._with_readable_calls(conversation), where)
+        """Returns the text of a conversation. `where` names its row in errors.
+
+        Raises:
+          InputError: the template refuses the conversation, or leaves a part of it out.
+        """
+        conversation = self._with_readable_calls(conversation)
+        text = self._write(conversation, where)
+        self._require_all(conversation, text, where)
+        return text
 
     def write_question(self, conversation: Conversation, where: str) -> str:
         """Returns the text of a conversation, followed by what the template puts before an answer."""
@@ -93,7 +113,8 @@ class ChatTemplate:
         """Returns the text of a conversation, and the spans of it that are trained on: ascending, without overlap.
 
         Raises:
-          InputError: the template refuses the conversation, or does not show which parts are the assistant's.
+          InputError: the template refuses the conversation, leaves a part of it out, or does not show which parts are
+            the assistant's.
         """
         conversation = self._with_readable_calls(conversation)
         try:
@@ -104,10 +125,13 @@ class ChatTemplate:
         try:
             if tagged:
                 text, spans = self._tagged(conversation, template, where)
-                if any(message.get("role") == "assistant" for message in conversation.messages[: conversation.prompt]):
+                self._require_all(conversation, text, where)
+                roles = [message.get("role") for message in conversation.messages]
+                if any(role == "assistant" and not conversation.is_trained(i) for i, role in enumerate(roles)):
                     spans = list(_overlaps(spans, self._compared(conversation, text, where)))
             else:
                 text = self._write(conversation, where)
+                self._require_all(conversation, text, where)
                 spans = self._compared(conversation, text, where)
         except _Undecided as why:
             tags = "its {% generation %} tags" if tagged else "{% generation %} and {% endgeneration %}"
@@ -119,6 +143,32 @@ class ChatTemplate:
             self.endless += not text[: spans[-1][1]].rstrip().endswith(self._tokens)
         return text, spans
 
+    def _require_all(self, conversation: Conversation, text: str, where: str) -> None:
+        """Refuses a conversation of which the template leaves a part out; counts parts that may be left out."""
+        key = written.form_of(conversation)
+        if key not in self._written:
+            try:
+                form = written.written_pieces(conversation, lambda messages: self._apply(conversation, messages))
+            except Exception:  # the template may parse what it gets
+                form = None
+            _keep(self._written, key, form)
+        assistants = [i for i, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
+        counted = set()
+        for piece in written.unwritten(conversation, text, self._written[key]):
+            is_last = piece.kind == written.THOUGHT and piece.message == assistants[-1]
+            is_learned = is_last and conversation.is_trained(piece.message)
+            # Some templates write tools and system texts only if the last message is a question (Mistral's), and most
+            # write only the thoughts of the last answer.
+            may_be_lost = piece.kind in (written.TOOL, written.SYSTEM) or (
+                piece.kind == written.THOUGHT and not is_learned
+            )
+            if piece.is_doubled or not (may_be_lost or (is_learned and self._allow_lost_thoughts)):
+                raise _unwritten(conversation, piece, where)
+            if piece.kind not in counted:
+                counted.add(piece.kind)
+                count, first = self.left_out.get(piece.kind, (0, f"{where}: {piece.text.strip()[:80]!r}"))
+                self.left_out[piece.kind] = count + 1, first
+
     def _write(self, conversation: Conversation, where: str, **options: Any) -> str:
         try:
             return self._apply(conversation, conversation.messages, **options)
@@ -126,9 +176,24 @@ class ChatTemplate:
             raise _refused(error, where) from error
 
     def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
-        return self._tokenizer.apply_chat_template(
-            list(messages), tools=conversation.tools, tokenize=False, **{**conversation.options, **options}
+        template = self._tokenizer.get_chat_template(tools=conversation.tools)
+        dated, dates = self._with_date(template)
+        given = {"chat_template": dated} if dates else {}
+        text = self._tokenizer.apply_chat_template(
+            list(messages), tools=conversation.tools, tokenize=False, **{**given, **conversation.options, **options}
         )
+        if any(date in text for date in dates):
+            self.date_used = self._date
+        return text
+
+    def _with_date(self, template: str) -> tuple[str, list[str]]:
+        """Returns a template that writes the date of the run in the place of today's, and that date as it writes it.
+
+        transformers gives templates a function, `strftime_now`, and turns any other function into text. So the calls of
+        it are replaced by their results; known templates call it with a literal.
+        """
+        dates = [self._date.strftime(match[2]) for match in _NOW.finditer(template)]
+        return _NOW.sub(lambda match: json.dumps(self._date.strftime(match[2])), template), dates
 
     def _with_readable_calls(self, conversation: Conversation) -> Conversation:
         """Returns the conversation, with arguments of calls as JSON text if the template requires it (DeepSeek's)."""
@@ -161,8 +226,6 @@ class ChatTemplate:
             except Exception as error:
                 raise _Undecided(f"it refuses a similar conversation ({reason(error)})") from None
             slots = _split(trial)[1]
-            for i in set(calls) - set(slots):
-                raise _unwritten(conversation, i, where)
             tagged = [trial[begin:end] for begin, end in trial_spans]
             answers = any(marked[i].get("role") == "assistant" for i in slots)
             if answers and any(tagged) and not any(map(_MARKS.search, tagged)):
@@ -175,6 +238,7 @@ class ChatTemplate:
     def _track(self, conversation: Conversation, template: str, messages: list[Message]) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        template, dates = self._with_date(template)
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=conversation.tools,
@@ -183,18 +247,19 @@ class ChatTemplate:
             **{**self._tokenizer.special_tokens_map, **conversation.options},
         )
         texts, spans = rendered
+        if any(date in texts[0] for date in dates):
+            self.date_used = self._date
         return texts[0], spans[0]
 
     # Finding the assistant's parts by comparing the texts that the template writes.
 
     def _compared(self, conversation: Conversation, text: str, where: str) -> list[Span]:
         messages = conversation.messages
-        assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        if not any(i >= conversation.prompt for i in assistants):
+        if not any(map(conversation.is_trained, range(len(messages)))):
             return []
         if "\ufdd0" in text:
             raise _Undecided("the row holds U+FDD0, which is not a character")
-        if any(messages[i].get("tool_calls") for i in assistants):
+        if any(message.get("tool_calls") for message in messages if message.get("role") == "assistant"):
             return self._one_by_one(conversation, text, self._form(conversation, where))
         key = self._key(conversation)
         form = self._forms.get(key)
@@ -208,17 +273,18 @@ class ChatTemplate:
 
     def _key(self, conversation: Conversation) -> Any:
         kinds = tuple((message.get("role"), *sorted(message)) for message in conversation.messages)
-        return kinds, conversation.prompt, repr(conversation.tools), repr(conversation.options)
+        trained = conversation.prompt, conversation.untrained
+        return kinds, trained, repr(conversation.tools), repr(conversation.options)
 
     def _form(self, conversation: Conversation, where: str) -> _Form:
         marked = [_marked(message, i) for i, message in enumerate(conversation.messages)]
         between, slots = _split(self._try(conversation, marked))
         edges = {}
         for i, message in enumerate(marked):
-            if message.get("role") != "assistant" or i < conversation.prompt:
+            if not conversation.is_trained(i):
                 continue
             if i not in slots:
-                raise _unwritten(conversation, i, where)
+                raise _Undecided(f"it leaves out message {i} of a similar conversation")
             if slots.count(i) > 1:
                 raise _Undecided(f"it writes message {i} more than once")
             slot = slots.index(i)
@@ -387,11 +453,18 @@ def _refused(error: Exception, where: str) -> InputError:
     return InputError(f"The chat template must accept every row, but it refuses {where}: {reason(error)}.")
 
 
-def _unwritten(conversation: Conversation, i: int, where: str) -> InputError:
-    what = "tool calls" if conversation.messages[i].get("tool_calls") else "content"
+def _unwritten(conversation: Conversation, piece: written.Unwritten, where: str) -> InputError:
+    does = "writes more than once" if piece.is_doubled else "leaves out"
+    kind = "tool calls" if piece.kind == written.CALL else piece.kind
+    role = conversation.messages[piece.message].get("role")
+    advice = "Change the row, or use another chat template."
+    if piece.kind == written.THOUGHT:
+        advice = (
+            "Turn `allow_lost_thoughts` on to train on the answer without them, or use a template that writes them."
+        )
     return InputError(
-        f"The chat template must write all that the assistant says, but it leaves out the {what} of message {i} in"
-        f" {where}."
+        f"The chat template must write all that a row says once, but it {does} the {kind} of message {piece.message}"
+        f" (role {role!r}), {piece.text.strip()!r:.80}, in {where}. {advice}"
     )
 
 

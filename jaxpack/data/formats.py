@@ -13,10 +13,11 @@ from jaxpack.data.conversation import (
     alpaca_prompt,
     instruction_message,
     read_conversation,
+    read_history,
     read_instruction,
     without_none,
 )
-from jaxpack.data.tokenizer import Tokenizer, tokenize
+from jaxpack.data.tokenizer import Tokenizer, begins_with_bos, tokenize
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
 
@@ -36,6 +37,7 @@ class Where:
         self.source, self.lines = source, lines
         self.of_arrow = of_arrow  # in Arrow, every mapping has the keys of all mappings, some with the value None
         self.diverging = 0  # rows in which the tokens of the prompt change when the completion follows
+        self.written = 0  # rows whose text a chat template has written before: it begins with BOS, or ends a turn
 
     def __call__(self, row: int) -> str:
         """Returns the name of a row, such as "line 3 of train.jsonl"."""
@@ -60,6 +62,7 @@ def encoder(
             f"`text_field` must be a field of the rows, got {text_field!r}, but {where(0)} has the fields"
             f" {sorted(first)}."
         )
+    _say_what_is_used(first, text_field if is_chosen else None)
     if "input_ids" in first and not is_chosen:
         return lambda rows, begin: _encode_ids(rows, begin, first.get("labels") is not None, where)
     if tokenizer is None:
@@ -68,7 +71,7 @@ def encoder(
             f" fields {sorted(first)}. Use a model that has a tokenizer, or rows of `input_ids`."
         )
     if is_chosen:
-        return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
+        return lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where)
 
     def chats(read: Callable[[Rows, int], list[Conversation]]) -> Encoder:
         def encode(rows: Rows, begin: int) -> Encoded:
@@ -91,9 +94,7 @@ def encoder(
         kind = type(first["prompt"])
         if kind is list:
             return chats(lambda rows, begin: _read_prompts(rows, begin, where))
-        return lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, where)
-    if TEXT_FIELD in first:
-        return lambda rows, begin: _encode_text(rows, begin, tokenizer, text_field, where)
+        return lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, template, where)
     if "instruction" in first and "output" in first:
         no_template = "in Alpaca's words, because the tokenizer has no chat template"
         asked = no_template if template is None else "as in a chat, with the tokenizer's chat template"
@@ -101,11 +102,36 @@ def encoder(
         if template is None:
             return lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where)
         return chats(lambda rows, begin: _read_instructions(rows, begin, where))
+    if TEXT_FIELD in first:
+        return lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where)
     formats = (
         f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{TEXT_FIELD}`, or `instruction` and"
         " `output`"
     )
     raise InputError(f"A row must have {formats}, got {sorted(first)} in {where(0)}.")
+
+
+# The fields of each format, in the order in which formats are looked for.
+_FORMATS = (
+    ("input_ids",),
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    (TEXT_FIELD,),
+)
+
+
+def _say_what_is_used(first: Record, chosen: str | None) -> None:
+    """Prints which format is read if the first row has the fields of several."""
+    formats = [fields for fields in _FORMATS if all(field in first for field in fields) and fields != (chosen,)]
+    used = (chosen,) if chosen is not None else formats.pop(0) if formats else ()
+    if formats:
+        names = [" and ".join(f"`{field}`" for field in fields) for fields in (used, *formats)]
+        console.print(
+            f"the rows have the fields of several formats: {names[0]} is read, and {', '.join(names[1:])} is ignored"
+            " (`dataset_text_field` chooses a field of plain text)"
+        )
 
 
 def text_prompt(text: str, *, chat: bool) -> str | Conversation:
@@ -132,7 +158,8 @@ def question_of(record: Record, row: int, where: Where, chat: bool) -> str | Con
         instruction, given, _ = read_instruction({"output": "", **record}, where(row))
         if not chat:
             return alpaca_prompt(instruction, given)
-        return read_conversation(record, [instruction_message(instruction, given)], where(row))
+        messages = [*read_history(record, where(row)), instruction_message(instruction, given)]
+        return read_conversation(record, messages, where(row))
     formats = "`prompt`, `messages`, `conversations` or `instruction`"
     raise InputError(f"A row must have {formats}, got {sorted(record)} in {where(row)}.")
 
@@ -151,36 +178,68 @@ def _column(rows: Rows, begin: int, key: str, kinds: tuple[type, ...], where: Wh
 
 
 def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encoded:
-    kinds = (list, tuple, np.ndarray)
-    for row, record in enumerate(rows, begin):
-        _check_masks(record, where(row))
-    ids = _integers(_column(rows, begin, "input_ids", kinds, where), begin, "input_ids", where)
+    rows = [_without_tensors(record) for record in rows]
+    ids = _integers(_column(rows, begin, "input_ids", _LISTS, where), begin, "input_ids", where)
     labelled = rows
     if not has_labels:  # later rows may still have labels; a row without labels is trained on whole
         labelled = [row if row.get("labels") is not None else {"labels": row["input_ids"]} for row in rows]
-    labels = _integers(_column(labelled, begin, "labels", kinds, where), begin, "labels", where)
-    for row, (document, trained) in enumerate(zip(ids, labels, strict=True), begin):
+    labels = _integers(_column(labelled, begin, "labels", _LISTS, where), begin, "labels", where)
+    for row, (record, document, trained) in enumerate(zip(rows, ids, labels, strict=True), begin):
         if len(trained) != len(document):
             raise InputError(
                 f"`labels` must be as long as `input_ids` ({len(document)}), got {len(trained)} in {where(row)}."
             )
+        for name in ("assistant_masks", "completion_mask"):  # TRL's, and transformers'
+            mask = _mask(record, name, len(document), where(row))
+            if mask is None:
+                continue
+            if record.get("labels") is None:
+                trained = np.where(mask, trained, IGNORE)
+            elif (trained[~mask] != IGNORE).any():
+                raise InputError(
+                    f"`labels` must be -100 where `{name}` is 0, got {trained[~mask][trained[~mask] != IGNORE][0]} in"
+                    f" {where(row)}."
+                )
+        real = _mask(record, "attention_mask", len(document), where(row))
+        if real is not None and not real.all():
+            document, trained = (_unpadded(values, real, where(row)) for values in (document, trained))
         yield document, trained
 
 
-def _check_masks(record: Record, where: str) -> None:
-    """Refuses masks of other libraries with zeros, since jaxpack would ignore them.
+_LISTS = (list, tuple, np.ndarray)
 
-    Such masks mark padding, or tokens that are not trained on.
-    """
-    masks = ["attention_mask"]
-    if record.get("labels") is None:
-        masks += ["completion_mask", "assistant_masks"]
-    for name in masks:
-        mask = record.get(name)
-        if mask is not None and not np.all(mask):
-            labels = "have `labels`, with -100 for tokens that are not trained on"
-            rule = "be without padding" if name == "attention_mask" else labels
-            raise InputError(f"Rows of `input_ids` must {rule}, got `{name}` with zeros in {where}.")
+
+def _without_tensors(record: Record) -> Record:
+    """Returns a row with NumPy arrays in the place of torch's and jax's, such as those of a dataset in torch format."""
+    return {
+        key: np.asarray(value) if hasattr(value, "__array__") and not isinstance(value, np.ndarray) else value
+        for key, value in record.items()
+    }
+
+
+def _mask(record: Record, name: str, length: int, where: str) -> np.ndarray | None:
+    """Returns a mask of a row's tokens as booleans, or None if the row has none."""
+    values = record.get(name)
+    if values is None:
+        return None
+    mask = np.asarray(values)
+    if mask.shape != (length,) or not np.isin(mask, (0, 1)).all():
+        raise InputError(
+            f"`{name}` must have a 0 or a 1 for each of {length} `input_ids`, got {values!r:.80} in {where}."
+        )
+    return mask.astype(bool)
+
+
+def _unpadded(values: np.ndarray, real: np.ndarray, where: str) -> np.ndarray:
+    """Cuts padding off both ends of a row."""
+    places = np.flatnonzero(real)
+    begin, end = (places[0], places[-1] + 1) if len(places) else (0, 0)
+    if not real[begin:end].all():
+        raise InputError(
+            f"`attention_mask` must have its zeros at the ends, as padding, got zeros between ones in {where}. Give"
+            " each document a row of its own."
+        )
+    return values[begin:end]
 
 
 def _integers(column: list, begin: int, name: str, where: Where) -> list[np.ndarray]:
@@ -196,29 +255,45 @@ def _integers(column: list, begin: int, name: str, where: Where) -> list[np.ndar
     return arrays
 
 
-def _encode_text(rows: Rows, begin: int, tokenizer: Tokenizer, text_field: str, where: Where) -> Encoded:
-    for ids in _tokenize(_column(rows, begin, text_field, (str,), where), begin, tokenizer, where)["input_ids"]:
-        ids = _with_eos(ids, tokenizer)
+def _encode_text(
+    rows: Rows, begin: int, tokenizer: Tokenizer, template: ChatTemplate | None, text_field: str, where: Where
+) -> Encoded:
+    texts = _column(rows, begin, text_field, (str,), where)
+    end = None if template is None else template.answer_end()
+    for text, ids in zip(texts, _tokenize(texts, begin, tokenizer, where)["input_ids"], strict=True):
+        ids = _with_end(text, ids, tokenizer, end, where)
         yield ids, ids
 
 
-def _encode_prompts(rows: Rows, begin: int, kind: type, tokenizer: Tokenizer, where: Where) -> Encoded:
+def _encode_prompts(
+    rows: Rows, begin: int, kind: type, tokenizer: Tokenizer, template: ChatTemplate | None, where: Where
+) -> Encoded:
     prompts = _column(rows, begin, "prompt", (str,) if kind is str else (str, list), where)
-    return _encode_completions(prompts, _column(rows, begin, "completion", (kind,), where), begin, tokenizer, where)
+    completions = _column(rows, begin, "completion", (kind,), where)
+    end = None if template is None else template.answer_end()
+    return _encode_completions(prompts, completions, begin, tokenizer, end, where)
 
 
 def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: Where) -> Encoded:
     texts = [read_instruction(record, where(row)) for row, record in enumerate(rows, begin)]
+    for row, record in enumerate(rows, begin):
+        for field in ("system", "history"):
+            if record.get(field):
+                raise InputError(
+                    f"`{field}` must be empty where the tokenizer has no chat template, since Alpaca's words have no"
+                    f" place for it, got {record[field]!r:.80} in {where(row)}. Use a model with a chat template."
+                )
     prompts = [alpaca_prompt(instruction, given) for instruction, given, _ in texts]
-    return _encode_completions(prompts, [output for _, _, output in texts], begin, tokenizer, where)
+    return _encode_completions(prompts, [output for _, _, output in texts], begin, tokenizer, None, where)
 
 
 def _encode_completions(
-    prompts: list[str], completions: list[str], begin: int, tokenizer: Tokenizer, where: Where
+    prompts: list[str], completions: list[str], begin: int, tokenizer: Tokenizer, end: str | None, where: Where
 ) -> Encoded:
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     prompt_ids = _tokenize(prompts, begin, tokenizer, where)["input_ids"]
-    whole_ids = [_with_eos(ids, tokenizer) for ids in _tokenize(whole, begin, tokenizer, where)["input_ids"]]
+    tokenized = _tokenize(whole, begin, tokenizer, where)["input_ids"]
+    whole_ids = [_with_end(text, ids, tokenizer, end, where) for text, ids in zip(whole, tokenized, strict=True)]
     return _after_prompts(prompt_ids, whole_ids, where)
 
 
@@ -247,7 +322,8 @@ def _read_instructions(rows: Rows, begin: int, where: Where) -> list[Conversatio
     conversations = []
     for row, record in enumerate(rows, begin):
         instruction, given, output = read_instruction(record, where(row))
-        messages = [instruction_message(instruction, given), {"role": "assistant", "content": output}]
+        answered = [instruction_message(instruction, given), {"role": "assistant", "content": output}]
+        messages = [*read_history(record, where(row)), *answered]
         conversations.append(read_conversation(record, messages, where(row)))
     return conversations
 
@@ -262,6 +338,12 @@ def _encode_chats(
 ) -> Encoded:
     options = {"add_special_tokens": False}  # the template has written the special tokens
     if not assistant_only:
+        for row, conversation in enumerate(conversations, begin):
+            if conversation.untrained:
+                raise InputError(
+                    f"`assistant_only_loss` must be on for turns that are not trained on (`weight: 0`), got it off and"
+                    f" such a turn, message {min(conversation.untrained)} in {where(row)}."
+                )
         prompts, texts = [], []
         for row, conversation in enumerate(conversations, begin):
             asked = dataclasses.replace(conversation, messages=conversation.messages[: conversation.prompt])
@@ -296,6 +378,10 @@ def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: Where, 
     return tokenize(texts, tokenizer, lambda index: where(begin + index), **options)
 
 
-def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def _with_end(text: str, ids: list[int], tokenizer: Tokenizer, end: str | None, where: Where) -> list[int]:
+    """Appends EOS, unless the text ends in it or in `end`, the token that ends a turn of the chat template."""
     eos = tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+    ends = tuple(token for token in (end, getattr(tokenizer, "eos_token", None)) if token)
+    is_ended = bool(ends) and text.rstrip().endswith(ends)
+    where.written += begins_with_bos(text, tokenizer) or (is_ended and ids[-1:] != [eos])
+    return ids if eos is None or ids[-1:] == [eos] or is_ended else [*ids, eos]

@@ -1,5 +1,6 @@
 """Reads a dataset (a file or an iterable of rows) into documents."""
 
+import datetime
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ def load_documents(
     vocab_size: int,
     text_field: str = TEXT_FIELD,
     assistant_only_loss: bool = True,
+    allow_lost_thoughts: bool = False,
+    date: datetime.date | None = None,
 ) -> Documents:
     """Reads and tokenises a dataset, with a progress bar.
 
@@ -57,6 +60,9 @@ def load_documents(
       text_field: the key of plain text.
       assistant_only_loss: False trains on every token of all that a chat template writes: `messages`, `conversations`,
         a completion of messages, and questions with their answers.
+      allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that it
+        leaves out of earlier turns are counted, and the count is printed.
+      date: the date for chat templates that write one; None is today.
 
     Raises:
       InputError: the dataset is empty or unreadable, a row is unreadable, no row has a token to learn, or a chat
@@ -73,7 +79,7 @@ def load_documents(
     records, where = _read(dataset)
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
-        template = ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
     encode = encoder(records[0], tokenizer, template, text_field, assistant_only_loss, where)
     tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -91,6 +97,21 @@ def load_documents(
         console.print(
             f"in {where.diverging:,} rows, the prompt's tokens change when the completion follows: training begins at"
             " the first token that changes"
+        )
+    if where.written:
+        console.print(
+            f"in {where.written:,} rows, a chat template has already written the text: it begins with"
+            " the BOS token, or ends a turn. No second BOS or end is added"
+        )
+    if template is not None and template.date_used is not None:
+        console.print(
+            f"the chat template writes the date {template.date_used}, which the run keeps if it is resumed"
+            " (`chat_template_date` sets another)"
+        )
+    for kind, (count, first) in ({} if template is None else template.left_out).items():
+        console.print(
+            f"in {count:,} rows, the chat template leaves out {kind} that the row has; the first is {first}",
+            style="yellow",
         )
     if template is not None and template.endless:
         console.print(
@@ -192,7 +213,7 @@ def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
     if not path.is_file():
         raise InputError(f"`dataset` must be an existing file, got {str(path)!r}.")
     if path.suffix in (".jsonl", ".json"):
-        return _read_jsonl(path)
+        return _read_array(path) if _is_array(path) else _read_jsonl(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -203,16 +224,33 @@ def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
     raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
 
 
+def _is_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _read_array(path: Path) -> tuple[list[Record], Where]:
+    """Reads a file that is one JSON array of rows."""
+    try:
+        records = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} must be JSON Lines, or one JSON array of objects, got an array that cannot be read:"
+            f" {reason(error)}."
+        ) from error
+    for row, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"Each item of the array in {path} must be an object, got {record!r:.80} as item {row}.")
+    return records, Where(str(path))
+
+
 def _read_jsonl(path: Path) -> tuple[list[Record], Where]:
     records, lines = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            if not records and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                raise InputError(
-                    f"`dataset` must be JSON Lines, with one object on each line, got {str(path)!r} with an array."
-                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 record = json.loads(text)

@@ -30,6 +30,9 @@ class Tokenizer(ChatTokenizer, Protocol):
     """Declares the methods of a fast Hugging Face tokenizer that jaxpack uses."""
 
     eos_token_id: int | None
+    eos_token: Any
+    bos_token_id: int | None
+    bos_token: Any
 
     def __call__(self, text: list[str], **options: bool) -> Mapping[str, list]:
         """Returns lists with one entry for each text: at least `input_ids`."""
@@ -49,13 +52,33 @@ def tokenize(
 ) -> Mapping[str, list]:
     """Calls a tokenizer on texts. `where` returns the name of a text in errors, given its index.
 
+    A text that begins with the tokenizer's BOS, because a chat template has written it, gets no second one.
+
     Raises:
       InputError: one of the texts is not valid Unicode.
     """
     try:
-        return tokenizer(texts, **options)
+        encoded = tokenizer(texts, **options)
     except TypeError:
         for index, text in enumerate(texts):
             if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can encode half of a surrogate pair
                 raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(index)}.") from None
         raise
+    twice = [
+        index
+        for index, ids in enumerate(encoded["input_ids"])
+        if begins_with_bos(texts[index], tokenizer) and ids[:2] == 2 * [tokenizer.bos_token_id]
+    ]
+    if not twice:
+        return encoded
+    columns = {name: list(column) for name, column in encoded.items()}
+    for column in columns.values():
+        for index in twice:
+            column[index] = column[index][1:]
+    return columns
+
+
+def begins_with_bos(text: str, tokenizer: Tokenizer) -> bool:
+    """Returns whether a text begins with the tokenizer's BOS token, as texts do that a chat template has written."""
+    bos = getattr(tokenizer, "bos_token", None)
+    return bool(bos) and text.startswith(bos)

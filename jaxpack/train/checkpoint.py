@@ -7,6 +7,7 @@ in `run`, what the run was made of. The order of the data and dropout follow fro
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import hashlib
 import json
@@ -48,6 +49,7 @@ _SPARE = 2**20  # Bytes that a checkpoint may take beside its arrays.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
+    *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
 
 
@@ -148,6 +150,7 @@ class Checkpoints:
       keep: how many of the last checkpoints are kept.
       identity: what must be the same in a run that goes on from a checkpoint, see `identity_of`.
       notes: what may differ in such a run, which is then told so, see `notes_of`.
+      date: the date that the run gives its chat template, which a resumed run keeps.
       on_saved: is called, in the writing thread, with the step and the folder of each finished checkpoint.
     """
 
@@ -157,11 +160,12 @@ class Checkpoints:
         keep: int,
         identity: dict[str, Any],
         notes: dict[str, str],
+        date: datetime.date,
         on_saved: Callable[[int, Path], None] = lambda step, path: None,
     ):
         self.folder = Path(output_dir) / FOLDER
         self._on_saved = on_saved
-        self._keep, self._about = keep, {"identity": identity, "notes": notes}
+        self._keep, self._about = keep, {"identity": identity, "notes": notes, "date": date.isoformat()}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
         for pattern in (f"*{_UNFINISHED}", f"*{_DELETED}"):
@@ -285,6 +289,38 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return path
 
 
+def _read_part(path: Path, name: str, args: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(name)) as checkpointer:
+            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{name: args}))[name]
+    except Exception as error:  # The libraries under orbax raise errors of any type.
+        raise InputError(
+            f"`resume_from_checkpoint` must be a complete checkpoint, got {str(path)!r}, which cannot be read:"
+            f" {_reason(error)}."
+        ) from error
+
+
+def date_of_run(path: Path) -> datetime.date | None:
+    """Returns the date that the run of a checkpoint gave its chat template; None for checkpoints of older versions.
+
+    Raises:
+      InputError: the checkpoint is not readable.
+    """
+    import orbax.checkpoint as ocp
+
+    about = _read_part(path, _RUN, ocp.args.JsonRestore())
+    found = about.get("date") if isinstance(about, dict) else None
+    try:
+        return None if found is None else datetime.date.fromisoformat(found)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"`resume_from_checkpoint` must be a checkpoint that jaxpack wrote, got {str(path)!r} with the date"
+            f" {found!r:.80}."
+        ) from error
+
+
 def load_checkpoint(
     path: Path, state: TrainState, identity: dict[str, Any], notes: dict[str, str]
 ) -> tuple[TrainState, Progress]:
@@ -295,17 +331,7 @@ def load_checkpoint(
     """
     import orbax.checkpoint as ocp
 
-    def part(name: str, args: Any) -> Any:
-        try:
-            with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(name)) as checkpointer:
-                return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{name: args}))[name]
-        except Exception as error:  # The libraries under orbax raise errors of any type.
-            raise InputError(
-                f"`resume_from_checkpoint` must be a complete checkpoint, got {str(path)!r}, which cannot be read:"
-                f" {_reason(error)}."
-            ) from error
-
-    about = part(_RUN, ocp.args.JsonRestore())
+    about = _read_part(path, _RUN, ocp.args.JsonRestore())
     if missing := {"identity", "notes", "step", "evaluations"} - set(about):
         raise InputError(
             f"`resume_from_checkpoint` must be a checkpoint that jaxpack wrote, got {str(path)!r} without"
@@ -314,7 +340,7 @@ def load_checkpoint(
     _require_same(path, about["identity"], identity)
     named = _named(state)
     wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named.items()}
-    found = part(_STATE, ocp.args.StandardRestore(wanted | {_LOSSES: np.zeros(about["step"])}))
+    found = _read_part(path, _STATE, ocp.args.StandardRestore(wanted | {_LOSSES: np.zeros(about["step"])}))
     changed = [f"{name} {there}, not {notes[name]}" for name, there in about["notes"].items() if there != notes[name]]
     if changed:
         console.print(

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
-from jaxpack.train.checkpoint import LATEST, Checkpoints, Progress, find_checkpoint, identity_of, notes_of
+from jaxpack.train.checkpoint import LATEST, Checkpoints, Progress, date_of_run, find_checkpoint, identity_of, notes_of
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.progress import Log, Start
@@ -93,6 +93,7 @@ class Trainer:
 
     Attributes:
       checkpoint: the checkpoint that the run goes on from, or None.
+      date: the date that chat templates get which write one: that of `chat_template_date`, or of the run's first start.
       in_place: whether the run continues the one in `output_dir`, which may have stopped before its first checkpoint.
       progress: what `train()` has measured in all finished steps, including those before a resume.
 
@@ -138,6 +139,10 @@ class Trainer:
         _check_evaluation(config, eval_dataset is not None)
         require_libraries(config)
         self._find_previous_run()
+        # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
+        kept = None if self.checkpoint is None else date_of_run(self.checkpoint)
+        given = config.chat_template_date
+        self.date = datetime.date.fromisoformat(given) if given is not None else kept or datetime.date.today()
         self.progress = Progress()
         together = self.objective.documents_together
         with errors_name(dataset="train_dataset", documents="train_dataset"):
@@ -173,6 +178,8 @@ class Trainer:
                 vocab_size=self.model.config.vocab_size,
                 text_field=self.config.dataset_text_field,
                 assistant_only_loss=self.config.assistant_only_loss,
+                allow_lost_thoughts=self.config.allow_lost_thoughts,
+                date=self.date,
             )
 
     def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
@@ -320,7 +327,7 @@ class Trainer:
             console.print(f"there is no checkpoint in {config.output_dir}: the run starts from the beginning")
         if config.output_dir is not None:
             on_saved = functools.partial(events.add, "save")
-            checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes, on_saved)
+            checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes, self.date, on_saved)
             every = config.steps_between_saves
             when = f"every {every:,} steps and at the end" if every else "when the run is stopped"
             best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
@@ -346,7 +353,7 @@ class Trainer:
         """Returns what `write_report` needs beside the metrics: the content of `about.json`."""
         lora = self.model.lora_config
         return {
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "after": run.started,
             "num_steps": self.batches.num_steps,
             "padding_share": self.batches.padding_share,

@@ -310,13 +310,14 @@ def test_a_call_without_a_thought_where_the_generation_prompt_has_one(asks: str)
     template = (
         "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<u>' + m.content + '<e>' }}{% else %}"
         "{{ '<a>' }}{% if loop.last and not m.tool_calls %}{{ ASKS }}{% endif %}"
-        "{% if m.tool_calls %}{{ '<r>' }}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}"
+        "{% if m.tool_calls %}{{ '<r>' + m.tool_calls[0].function.name }}"
+        "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}"
         "{{ m.content + '<e>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' + ASKS }}{% endif %}"
     )
     tokenizer = of_template(template.replace("ASKS", f"'{asks}'"), "<u>", "<a>", "<e>", "<r>", "<think>", "</think>")
     messages = [turn("user", "a"), turn("assistant", "", tool_calls=[call("cabs", n=1)]), turn("tool", "1")]
     documents = load([{"messages": [*messages, turn("assistant", "b")]}], tokenizer)
-    assert trained(documents, tokenizer) == ['<r>{"n": 1}<e>', "b<e>"]
+    assert trained(documents, tokenizer) == ['<r>cabs{"n": 1}<e>', "b<e>"]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -456,8 +457,8 @@ def test_a_mask_that_cannot_be_told_is_refused_with_the_reason_and_a_way_out(nam
 def test_what_the_template_leaves_out_is_refused() -> None:
     questions = "{% for m in messages %}<u>{% if m.role == 'user' %}{{ m.content }}{% endif %}<e>{% endfor %}"
     message = refusal([{"messages": chat("a", "b")}], of_template(questions, "<u>", "<e>"))
-    assert "but it leaves out the content of message 1 in row 0 of the dataset" in message
+    assert "but it leaves out the content of message 1 (role 'assistant'), 'b', in row 0 of the dataset" in message
     calling = [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": [call("cabs")]}]
     for tags in (False, True):
         message = refusal([{"messages": calling}], STYLES["gemma"].tokenizer(tags=tags))
-        assert "but it leaves out the tool calls of message 1 in row 0 of the dataset" in message
+        assert "but it leaves out the tool calls of message 1 (role 'assistant'), 'cabs', in row 0" in message

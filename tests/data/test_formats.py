@@ -258,20 +258,25 @@ BAD_ROWS = {
         ["Labels", "[0, 263)", "got 263"],
     ),
     "negative_label": ([{"input_ids": [1, 2, 3], "labels": [-100, -1, 3]}], 0, ["Labels", "-100", "got -1"]),
-    "padding_that_is_masked": (
-        [{"input_ids": [1, 2], "attention_mask": [1, 1]}, {"input_ids": [1, 0], "attention_mask": [1, 0]}],
+    "padding_between_tokens": (
+        [{"input_ids": [1, 2], "attention_mask": [1, 1]}, {"input_ids": [1, 0, 2], "attention_mask": [1, 0, 1]}],
         1,
-        ["without padding", "got `attention_mask` with zeros"],
+        ["`attention_mask`", "at the ends"],
     ),
-    "a_prompt_that_is_masked": (
-        [{"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]}],
+    "a_mask_of_another_length": (
+        [{"input_ids": [1, 2, 3], "completion_mask": [0, 1]}],
         0,
-        ["have `labels`, with -100 for", "got `completion_mask` with zeros"],
+        ["`completion_mask`", "for each of 3 `input_ids`", "got [0, 1]"],
     ),
-    "a_user_who_is_masked": (
-        [{"input_ids": [1, 2, 3], "assistant_masks": [0, 1, 1]}],
+    "a_mask_of_other_numbers": (
+        [{"input_ids": [1, 2, 3], "assistant_masks": [0, 1, 7]}],
         0,
-        ["have `labels`, with -100 for", "got `assistant_masks` with zeros"],
+        ["`assistant_masks`", "a 0 or a 1"],
+    ),
+    "labels_where_the_mask_is_0": (
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "completion_mask": [0, 0, 1]}],
+        0,
+        ["`labels` must be -100 where `completion_mask` is 0", "got 2"],
     ),
     "text_that_is_no_unicode": ([{"text": "ab"}, {"text": "half an emoji: \ud83d"}], 1, ["half an emoji"]),
 }

@@ -361,9 +361,9 @@ def test_a_bad_row_is_named_when_it_is_read(row, message):
     assert str(error.value) == message
 
 
-def test_padding_in_a_row_is_refused():
-    with pytest.raises(InputError, match="got `attention_mask` with zeros in row 0 of `documents`"):
-        next(Packer([{"input_ids": [1, 0], "attention_mask": [1, 0]}]))
+def test_padding_in_a_row_is_cut():
+    batch = next(Packer([{"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}]))
+    assert int((batch.segment_ids > 0).sum()) == 2
 
 
 def test_errors_of_the_source_reach_the_user():

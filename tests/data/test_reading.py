@@ -147,8 +147,14 @@ def test_a_broken_parquet_file_is_named(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("begin", ["[", "\n [", "\ufeff["], ids=["array", "indented", "byte_order_mark"])
 def test_a_json_array_is_told_from_json_lines(begin: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(begin + '\n  {"text": "ab"}\n]\n')
-    assert refusal(path) == f"`dataset` must be JSON Lines, with one object on each line, got '{path}' with an array."
+    path.write_text(begin + '\n  {"text": "ab"},\n {"text": "c"}\n]\n')
+    assert len(load(path)) == 2
+    path.write_text(begin + '\n  {"text": "ab"}, 5]')
+    assert refusal(path) == f"Each item of the array in {path} must be an object, got 5 as item 1."
+    path.write_text(begin + '\n  {"text": "ab"}\n')
+    assert f"{path} must be JSON Lines, or one JSON array of objects" in refusal(path)
+    path.write_text(begin + "]")
+    assert "must have at least one row" in refusal(path)
 
 
 def test_what_has_no_rows_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Tests that a checkpoint is whole, fits one run alone, and lets the run go on as if it had not stopped."""
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from flax import nnx
 from models import random_documents, small_model
 from tensorboard_events import expected_scalars, scalars
+from tokenizers_for_tests import small_tokenizer
 
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
@@ -28,6 +30,7 @@ from jaxpack.train.run import Run
 from jaxpack.train.step import TrainState
 from jaxpack.train.trainer import Trainer, TrainResult
 
+DAY = datetime.date(2031, 2, 3)
 LORA = LoraConfig(r=4, lora_dropout=0.2)
 ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
 CONFIG = TrainConfig(
@@ -308,13 +311,37 @@ def small_state(value: float = 0.0) -> TrainState:
     return TrainState(nnx.State({"a": jnp.full((3, 5), value)}), {"mu": jnp.arange(4.0) + value}, jnp.int32(value))
 
 
+def test_a_run_keeps_the_date_of_its_first_start(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "the"}]}] * 4
+
+    def dated(**changes: object) -> Trainer:
+        model = small_model("qwen3", lora=LORA, vocab_size=len(tokenizer))
+        config = dataclasses.replace(CONFIG, output_dir=str(tmp_path), max_steps=3, **changes)
+        return Trainer(model, tokenizer, rows, config)
+
+    first = dated(chat_template_date="2031-02-03")
+    assert first.date == DAY
+    assert "03 Feb 2031" in tokenizer.decode(first.documents.tokens.tolist())
+    first.train()
+    again = dated(resume_from_checkpoint="latest")
+    assert again.date == DAY
+    np.testing.assert_array_equal(again.documents.tokens, first.documents.tokens)
+    again.train()
+    other = dated(resume_from_checkpoint="latest", chat_template_date="2031-02-04")
+    with pytest.raises(InputError, match="must be a checkpoint of the same run"):
+        other.train()
+    assert trainer(None).date == datetime.date.today()
+
+
 def progress_of(step: int, evaluations: dict[int, float] | None = None) -> Progress:
     return Progress([1 / (1 + i) for i in range(step)], evaluations or {})
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
-    opened = Checkpoints(str(tmp_path), 2, {"learning_rate": 1.0}, {"device": "cpu"})
+    opened = Checkpoints(str(tmp_path), 2, {"learning_rate": 1.0}, {"device": "cpu"}, DAY)
     yield opened
     opened.close()
 
@@ -388,7 +415,7 @@ def test_a_save_does_not_wait_for_the_disk_and_keeps_what_it_was_given(
 def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
     for name in ("4.orbax-checkpoint-tmp", "2.deleted", "3"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    Checkpoints(str(tmp_path), 2, {}, {}).close()
+    Checkpoints(str(tmp_path), 2, {}, {}, DAY).close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
