@@ -32,8 +32,8 @@ def _option(default: Any, meaning: str) -> Any:
 class LoraConfig:
     """Holds the settings of low-rank adapters (https://arxiv.org/abs/2106.09685).
 
-    The settings have PEFT's names and meaning, with one exception: a string of `target_modules` is a list of names with
-    commas between them, not a pattern.
+    The settings have PEFT's names and meaning, with one exception: a string in `target_modules` holds names with commas
+    between them, not a pattern.
 
     Example:
       >>> from jaxpack import LoraConfig
@@ -59,10 +59,10 @@ class LoraConfig:
         "all projections except the output head.",
     )
     rank_pattern: str | tuple[tuple[str, int], ...] = _option(
-        "", "Ranks of projections whose rank differs from that of the others, such as 'q_proj=8,v_proj=4'."
+        "", "Projections with a rank of their own, such as 'q_proj=8,v_proj=4'."
     )
     alpha_pattern: str | tuple[tuple[str, float], ...] = _option(
-        "", "Values of lora_alpha for projections that differ from the others, such as 'q_proj=16,v_proj=8'."
+        "", "Projections with a lora_alpha of their own, such as 'q_proj=16,v_proj=8'."
     )
     modules_to_save: str | tuple[str, ...] = _option(
         "",
@@ -94,7 +94,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """Returns the factor of `lora_B @ lora_A @ x` for projections without a pattern of their own."""
+        """Returns the factor that multiplies `lora_B @ lora_A @ x` in projections that no pattern names."""
         return self.scaling_of("")
 
     def rank_of(self, projection: str) -> int:
@@ -102,14 +102,14 @@ class LoraConfig:
         return _by_name(self.rank_pattern).get(projection, self.r)
 
     def scaling_of(self, projection: str) -> float:
-        """Returns the factor of `lora_B @ lora_A @ x` for a projection."""
+        """Returns the factor that multiplies `lora_B @ lora_A @ x` in a projection."""
         rank, alpha = self.rank_of(projection), _by_name(self.alpha_pattern).get(projection, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Holds the settings of a training run. They have the names and meaning of TRL's `SFTConfig` where it has them.
+    """Holds the settings of a training run. Settings that are also in TRL's `SFTConfig` have the same name and meaning.
 
     An optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps` rows with `packing`, and as many
     documents without it. Without `packing`, the documents of a micro-batch lie end to end in one row
@@ -126,8 +126,8 @@ class TrainConfig:
     )
     max_length: int = _option(
         1024,
-        "Most tokens in a packed row, and in a document. Longer documents are truncated, or split as packing_strategy "
-        "says.",
+        "Maximum number of tokens in a packed row and in a document. Longer documents are truncated, or split if "
+        "packing_strategy says so.",
     )
     packing: bool = _option(
         False,
@@ -136,8 +136,8 @@ class TrainConfig:
     )
     packing_strategy: PackingStrategy = _option(
         "bfd",
-        "Treatment of documents longer than max_length with packing. bfd truncates them; bfd_split splits them into "
-        "pieces; wrapped keeps the order of the documents, and splits them wherever a row is full.",
+        "Treatment of documents longer than max_length with packing. 'bfd' truncates them; 'bfd_split' splits them "
+        "into pieces; 'wrapped' keeps the order of the documents, and splits them wherever a row is full.",
     )
     padding_free: bool = _option(
         True,
@@ -159,8 +159,8 @@ class TrainConfig:
     )
     lr_scheduler_type: Schedule = _option(
         "linear",
-        "Learning rate after the warm-up: linear or cosine decay to 0, or no decay (constant_with_warmup). With "
-        "constant, there is no warm-up either.",
+        "Learning rate after the warm-up: 'linear' or 'cosine' decay to 0, or no decay ('constant_with_warmup'). With "
+        "'constant', there is no warm-up either.",
     )
     warmup_steps: float = _option(
         0, "Steps in which the learning rate rises linearly from 0. A value below 1 is a share of all steps."
@@ -177,8 +177,8 @@ class TrainConfig:
     logging_steps: int = _option(10, "Optimizer steps from one line of metrics to the next.")
     report_to: str | tuple[str, ...] | None = _option(
         "none",
-        "Destinations of metrics in addition to metrics.jsonl: tensorboard, wandb, both with a comma between them, or "
-        "none.",
+        "Destinations of metrics in addition to metrics.jsonl: 'tensorboard', 'wandb', both with a comma between them, "
+        "or 'none'.",
     )
     eval_steps: int | None = _option(
         None,
@@ -188,16 +188,18 @@ class TrainConfig:
     save_steps: int = _option(
         _SAVE_STEPS,
         "Optimizer steps from one checkpoint to the next; there is also one after the last step. The default is "
-        "rounded up to a multiple of eval_steps. With 0, a run saves one only if it is stopped (Ctrl-C, SIGTERM).",
+        "rounded up to a multiple of eval_steps. With 0, a checkpoint is saved only if the run is stopped early (by "
+        "Ctrl-C, SIGTERM or a callback).",
     )
     save_total_limit: int = _option(
         2,
-        "Newest checkpoints to keep; older ones are deleted. The checkpoint with the lowest eval loss is always kept.",
+        "Number of checkpoints to keep, counted from the newest. Older ones are deleted, except the one with the "
+        "lowest eval loss.",
     )
     resume_from_checkpoint: str | None = _option(
         None,
         "Checkpoint to continue from: the folder of a checkpoint; the folder of a run, for its newest checkpoint; or "
-        "latest, for the newest one in output_dir (if there is none, the run starts from the beginning).",
+        "'latest', for the newest one in output_dir (if there is none, the run starts from the beginning).",
     )
     seed: int = _option(
         42,
@@ -205,8 +207,8 @@ class TrainConfig:
     )
     dataset_text_field: str = _option(
         "text",
-        "Field of a row that holds plain text. A name other than text is read even if the rows also have fields of "
-        "another format.",
+        "Field of a row that holds plain text. If you set another name than 'text', this field is used even if the "
+        "rows also have fields of another format.",
     )
     assistant_only_loss: bool = _option(
         True,
@@ -225,26 +227,29 @@ class TrainConfig:
     )
     remat: RematSetting = _option(
         "auto",
-        "Choice between memory and time: what the backward pass computes again instead of keeping it. full computes "
-        "every layer again, keep_attention all but attention, keep_projections all but attention and the projections, "
-        "none nothing; each of these takes less time and more memory than the one before. offload computes every layer "
-        "again from values that are kept in the host's memory, offload_heads keeps more values there. auto takes the "
-        "fastest choice that is predicted to fit on the GPU; on a CPU without a memory_limit, it takes full.",
+        "Choice between memory and time: the activations that the backward pass recomputes instead of keeping them. "
+        "'full' recomputes every layer. 'keep_attention' recomputes everything but attention. 'keep_projections' "
+        "recomputes everything but attention and the projections. 'none' recomputes nothing. In this order, each "
+        "choice takes less time and more memory than the one before. 'offload' recomputes every layer from values that "
+        "are kept in the host's memory; 'offload_heads' keeps more values there. 'auto' takes the fastest choice that "
+        "is predicted to fit on the GPU; on a CPU without a memory_limit, it takes 'full'.",
     )
     memory_limit: float | None = _option(
         None,
-        "Device memory, in GiB, that remat auto may fill. None takes the memory that is free, less 9 % for safety.",
+        "Device memory, in GiB, that a run with remat 'auto' may take. None takes the free memory, less 9 % for "
+        "safety.",
     )
     implementation: Implementation | None = _option(
         None,
-        "Implementation of all kernels: xla, or pallas, which is interpreted (and slow) without a GPU. With pallas, "
-        "projections of odd sizes and ranks above 256 still run in XLA. None takes the faster one on each device.",
+        "Implementation of all kernels: 'xla', or 'pallas', which is interpreted (and slow) without a GPU. Even with "
+        "'pallas', projections of odd sizes or with ranks above 256 run in XLA. None takes the faster implementation "
+        "on each device.",
     )
     compilation_cache_dir: str = _option(
         "auto",
-        "Folder that keeps compiled programs, so that the next run starts faster; none keeps none. auto takes the "
-        "folder that JAX is set to (JAX_COMPILATION_CACHE_DIR), or else ~/.cache/jaxpack/programs (in XDG_CACHE_HOME, "
-        "if that is set).",
+        "Folder in which compiled programs are kept, so that the next run starts faster. With 'none', no programs are "
+        "kept. 'auto' takes the folder that JAX is set to (JAX_COMPILATION_CACHE_DIR), or else "
+        "~/.cache/jaxpack/programs (in XDG_CACHE_HOME, if that is set).",
     )
 
     def __post_init__(self) -> None:
@@ -283,7 +288,8 @@ class TrainConfig:
             check(
                 self.resume_from_checkpoint != "latest" or self.output_dir is not None,
                 "resume_from_checkpoint",
-                "must be the folder of a checkpoint or a run, unless `output_dir` says where to look for the latest",
+                "must be the folder of a checkpoint or a run, unless `output_dir` names the folder whose latest "
+                "checkpoint is meant",
                 self.resume_from_checkpoint,
             )
         check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
@@ -357,7 +363,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Holds the settings of text generation, named as in transformers' `GenerationConfig` where it has them.
+    """Holds the settings of text generation. Settings that are also in transformers' `GenerationConfig` have its names.
 
     Example:
       >>> from jaxpack import GenerateConfig
@@ -365,19 +371,22 @@ class GenerateConfig:
       True
     """
 
-    max_new_tokens: int = _option(128, "Most tokens to write after each prompt. A text may end earlier by itself.")
+    max_new_tokens: int = _option(
+        128, "Maximum number of tokens to write after each prompt. A text may end earlier by itself."
+    )
     temperature: float = _option(
         0.0,
         "Randomness of the text: logits are divided by the temperature before a token is drawn. 0 always takes the "
         "likeliest token.",
     )
     top_k: int | None = _option(
-        None, "Draw each token only from this many likeliest tokens. None sets no limit. Needs a temperature above 0."
+        None,
+        "Number of likeliest tokens from which each token is drawn. None sets no limit. Needs a temperature above 0.",
     )
     top_p: float | None = _option(
         None,
-        "Draw each token only from the fewest likeliest tokens whose probabilities add up to this share. None sets no "
-        "limit. Needs a temperature above 0.",
+        "Draw each token only from the smallest set of likeliest tokens whose probabilities add up to at least this "
+        "share. None sets no limit. Needs a temperature above 0.",
     )
     seed: int = _option(0, "Seed for drawing tokens. Each prompt draws independently of the others.")
     batch_size: int = _option(8, "Prompts that are processed at a time. A smaller value needs less memory.")
@@ -422,7 +431,7 @@ def _destinations(value: Any) -> tuple[str, ...]:
 
 
 def _by_name(pattern: Any) -> dict[str, Any]:
-    """Returns the numbers of a pattern by projection; `_pattern` has made pairs of it."""
+    """Returns the numbers of a pattern by projection; the pattern is a tuple of pairs, made by `_pattern`."""
     return dict(pattern)
 
 

@@ -27,7 +27,8 @@ _PREFIX = "base_model.model."
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
 _WHOLE = {"lm_head": _HEAD, "embed_tokens": _EMBEDDING, _EMBEDDING: _EMBEDDING}  # names for `modules_to_save`
 
-# Fields of a PEFT config about its base, its writer or an earlier start; they do not change what an adapter computes.
+# Fields that describe the base model or the software that wrote or ran the adapter, or that only matter with an option
+# that is refused. They do not change the results of an adapter.
 _TOLD = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"}
 _TOLD |= {"megatron_core", "qalora_group_size", "runtime_config"}
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
@@ -39,8 +40,9 @@ _STARTS = (True, False, None, "gaussian", "orthogonal")
 def save_adapter(model: Transformer, path: str | Path) -> None:
     """Writes the model's LoRA adapters in PEFT's format, in float32; the folder appears whole or not at all.
 
-    PEFT silently drops what it does not expect: weights of modules that are not in `target_modules`, and keys with a
-    wrong prefix. Therefore one table makes both files, and every adapter of the model must be in the table.
+    PEFT silently drops tensors that it does not expect: weights of modules that are not in `target_modules`, and keys
+    with a wrong prefix. To prevent this, the names of the adapters' tensors come from the table that is also used to
+    read checkpoints, and an assertion checks that every adapter of the model is in the table.
 
     Raises:
       InputError: the model has no adapters, `path` is not empty, or the disk refused a write.
@@ -73,11 +75,11 @@ def require_files(adapter: str | os.PathLike, *names: str) -> Path:
 
 
 def load_adapter(model: Transformer, adapter: str) -> Transformer:
-    """Adds the adapters of a PEFT folder to a model in place, and returns the model; training may continue from it.
+    """Adds the adapters of a PEFT folder to a model in place, and returns the model, which can be trained further.
 
-    Supports LoRA and rsLoRA, with ranks and alphas per projection, and a fully trained head and embedding. Nothing that
-    PEFT wrote is ignored: any other setting that changes what an adapter computes is refused by its name, and so is a
-    missing or an extra tensor.
+    Supports LoRA and rsLoRA, with ranks and alphas per projection, and a fully trained head and embedding. Any other
+    setting that changes the results of an adapter raises an error that names the setting. A missing or an extra tensor
+    raises an error that names the tensor.
 
     Raises:
       InputError: the folder is incomplete, belongs to another model or holds another kind of adapter, or the model
@@ -223,7 +225,10 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
 
 
 def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
-    """Returns the projections in PEFT's `target_modules`: ends of module names, or a pattern for whole names."""
+    """Returns the projections that PEFT's `target_modules` selects: by ends of module names, or by one pattern.
+
+    A pattern must match whole module names.
+    """
     named = isinstance(wanted, list) and all(isinstance(name, str) for name in wanted)
     if not wanted or not (named or isinstance(wanted, str)):
         raise InputError(
@@ -267,7 +272,10 @@ def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
 def _by_projection(
     model: Transformer, targets: tuple[str, ...], peft: Mapping[str, Any], pattern: str, default: str, path: Path
 ) -> dict[str, Any]:
-    """Returns each projection's value that is not the default, from the first key that ends its module names."""
+    """Returns each projection's value (its rank or alpha), if it differs from the default.
+
+    The first key of the pattern that matches the end of a module's name gives the module's value.
+    """
     values = peft.get(pattern) or {}
     found: dict[str, list[Any]] = {projection: [] for projection in targets}
     for module, projection, _ in _modules(model):

@@ -19,9 +19,11 @@ _DTYPES = {getattr(torch, name): jnp.dtype(name) for name in ("float32", "bfloat
 
 
 def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transformer:
-    """Builds a model from a transformers model in memory; the two share no memory afterwards.
+    """Converts a transformers model in memory into a `Transformer`; the two share no memory afterwards.
 
-    `dtype` is as in `from_pretrained`.
+    Args:
+      module: a transformers model without PEFT adapters, such as one from `AutoModelForCausalLM.from_pretrained`.
+      dtype: the dtype of the weights and of the computation, as in `from_pretrained`.
 
     Raises:
       InputError: the module is no transformers model, is not supported, or is not in memory.

@@ -91,7 +91,8 @@ def save_merged(
             )
     console.print(
         f"merged in {dtype}: {sum(changed)} of {len(changed)} adapted tensors changed; the merged model's logits are"
-        f" within {difference:.2e} of the unmerged model's; the adapters changed the base model's by up to {effect:.2e}"
+        f" within {difference:.2e} of the unmerged model's; the adapters changed the base model's logits by up to"
+        f" {effect:.2e}"
     )
     if difference > effect:
         console.print(

@@ -66,7 +66,16 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
 
 
 def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
-    """Reads the config and the tokenizer as `from_pretrained` does; neither reads nor downloads weights.
+    """Reads the architecture and the tokenizer of a model, without reading or downloading its weights.
+
+    Args:
+      name_or_path: as in `from_pretrained`.
+
+    Returns:
+      The architecture that `config.json` describes, and the tokenizer; the tokenizer is None if the folder has none.
+
+    Raises:
+      InputError: the model is not supported, or its config or tokenizer cannot be read.
 
     Example:
       >>> import torch_bridge
@@ -197,7 +206,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         console.print(f"{folder} has no tokenizer: the model can be trained only on rows of `input_ids`")
         return None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns without torch, which is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns that torch is missing
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -210,5 +219,5 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises any class for bad files or a bad config
         raise InputError(
-            f"{folder} must hold a tokenizer that transformers reads, got one that is not: {reason(error):.400}."
+            f"{folder} must hold a tokenizer that transformers reads, got this error: {reason(error):.400}."
         ) from error

@@ -78,7 +78,10 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
 
 
 def base_of(adapter: str) -> str:
-    """Returns the name or path of the base model in an adapter's config.
+    """Returns the base model of a PEFT adapter folder: the name or path that its `adapter_config.json` records.
+
+    Raises:
+      InputError: the folder has no `adapter_config.json`, or the file names no base model.
 
     Example:
       >>> import jaxpack, torch_bridge

@@ -1,4 +1,4 @@
-"""Cuts documents into the batches of a run: chooses their order, and the few shapes that are compiled.
+"""Arranges documents into the batches of a run: chooses their order, and the few shapes that are compiled.
 
 The order depends only on the seed, so the size of every batch is known before the first step.
 """
@@ -17,14 +17,14 @@ from jaxpack.settings import TrainConfig
 
 MAX_SHAPES = 4
 MAX_STEPS = 10_000_000  # in a run: the plan holds a few numbers in memory for each step
-_MAX_SIZES = 1024  # most distinct row lengths to choose from; more are first rounded up further
+_MAX_SIZES = 1024  # maximum number of distinct row lengths to choose from; more are first rounded up, to fewer
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """Counts what `max_length` cost: documents shortened, tokens lost, and documents dropped.
+    """Counts the effects of `max_length`: documents shortened, tokens lost, and documents dropped.
 
-    A document without a token left to learn is dropped, with all documents of its group.
+    A document that keeps no token to train on is dropped, together with all documents of its group.
     """
 
     documents: int
@@ -35,16 +35,18 @@ class Truncation:
 class Batches:
     """Holds the batches of a whole run, by optimizer step: `batches[step]` is a `PackedBatch` of `[A, B, T]`.
 
-    A is `gradient_accumulation_steps`. With `packing` a step takes A * B packed rows. Without it, a step takes
-    `per_device_train_batch_size` * A documents: in A padded micro-batches of B rows, or, padding-free, in A rows with
-    B = 1. Each epoch has an order of its own. Steps differ only in T, which takes at most 4 values, chosen to waste the
-    fewest tokens.
+    A is the number of micro-batches, `gradient_accumulation_steps`; B the number of rows in a micro-batch; T the length
+    of a row. With `packing`, B is `per_device_train_batch_size`. Without it, a step takes
+    `per_device_train_batch_size` * A documents. In padded batches, B is `per_device_train_batch_size`, and each row
+    holds one document. In padding-free batches, B is 1, and the documents lie end to end in A rows of about the same
+    length. Each epoch has an order of its own. Steps differ only in T, which takes at most 4 values, chosen so that the
+    fewest positions are padding.
 
     With `documents_together=n` the documents n * i ... n * i + n - 1 are group i: for example a chosen and a rejected
     answer. A group is trained on whole or not at all. It lies in one row, in its order and with no other document
-    between: segments 1 ... n of a row are a group, n + 1 ... 2 * n the next. In padded batches, the n rows of a group
-    follow each other within one micro-batch. With `packing` each document is cut at `max_length // n`, so that any
-    group fits a row.
+    between: segments 1 ... n of a row are a group, and n + 1 ... 2 * n are the next group. In padded batches, the n
+    rows of a group follow each other within one micro-batch. With `packing` each document is cut at `max_length // n`,
+    so that any group fits a row.
 
     Args:
       documents: the documents to train on; with `documents_together=n`, their number is a multiple of n.
@@ -53,17 +55,17 @@ class Batches:
 
     Attributes:
       documents: the documents that are trained on, after truncation.
-      truncation: what the truncation cost.
+      truncation: counts of the documents that are shortened or dropped, and of the tokens that are lost.
       num_rows, rows_per_step: rows in an epoch, and in a step; without packing, each document counts as a row.
       steps_per_epoch, num_steps: optimizer steps in an epoch, and in the run.
       targets_per_epoch: tokens that an epoch trains on.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: tokens in each step without padding, int64 `[num_steps]`.
-      limits: by T, the `BatchLimits` of all batches with that T.
+      limits: maps each T to the `BatchLimits` of all batches with that T.
 
     Raises:
       InputError: `documents_together` does not fit the number of documents, the batch size or the packing strategy; no
-        document has a token left to learn; or the run has more than 10,000,000 steps.
+        document keeps a token to train on; or the run has more than 10,000,000 steps.
 
     Example:
       >>> from jaxpack import Batches, TrainConfig, load_documents
@@ -104,8 +106,8 @@ class Batches:
                 who = f"all {documents_together} documents of at least one group"
                 cut = f"each group has one that is cut at {_max_document(config, documents_together):,} tokens,"
             raise InputError(
-                f"`max_length` must leave {who} a token to learn, got {config.max_length}: {cut} before their first "
-                "token to learn. Use a larger value."
+                f"`max_length` must leave {who} a token to train on, got {config.max_length}: {cut} before their first "
+                "token to train on. Use a larger value."
             )
         # For each step: its tokens, its longest row, the most documents in a row, the most targets in a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
@@ -174,7 +176,7 @@ class Batches:
         return A * B * self.row_lengths
 
     def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
-        """Returns whether each step is the first one of its shape, bool `[num_steps]`: its program runs first there.
+        """Returns, for each step, whether it is the first that runs the program of its shape, bool `[num_steps]`.
 
         `start` is the step at which the process begins; steps before it do not count.
         """
@@ -189,7 +191,7 @@ class Batches:
         return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
 
     def _which(self, step: int) -> np.ndarray:
-        """Returns the rows of a step, int64 `[A, ...]`; -1 stands for a missing row, as in an epoch's last step."""
+        """Returns the rows of a step, int64 `[A, ...]`; -1 is a missing row, which an epoch's last step may have."""
         epoch, place = divmod(step, self.steps_per_epoch)
         together, accumulation = self._rows_together, self._config.gradient_accumulation_steps
         per_step = self.rows_per_step // together
@@ -202,9 +204,9 @@ class Batches:
 
 
 def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
-    """Deals groups to rows of about the same length: each group, longest first, goes to the shortest row.
+    """Distributes groups over rows of about the same length: each group, longest first, goes to the shortest row.
 
-    The loss of a step is the same however its groups are dealt.
+    The loss of a step is the same however its groups are distributed.
     """
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     if num_rows == 1:
@@ -221,16 +223,17 @@ def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndar
 def row_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """Returns an epoch's order of the rows, int64 `[num_rows]`, which is the same with every version of every library.
 
-    Rows are sorted by random 64-bit keys: row `i` has the `i`-th number of a SplitMix64 generator, whose seed is number
-    `epoch` of the generator seeded with `seed`. Equal keys are very unlikely; if they occur, the lower row comes first.
-    NumPy does not promise to keep its own permutations, and a resumed run must find the order that it began with.
+    Rows are sorted by random 64-bit keys: the key of row `i` is output number `i` of a SplitMix64 generator. The seed
+    of this generator is output number `epoch` of another one, which is seeded with `seed`. Equal keys are very
+    unlikely; if they occur, the lower row comes first. NumPy does not promise to keep its own permutations, and a
+    resumed run must find the order that it began with.
     """
     start = int(_splitmix64(seed, 1, skip=epoch)[0])
     return np.argsort(_splitmix64(start, num_rows), kind="stable")
 
 
 def _splitmix64(seed: int, count: int, *, skip: int = 0) -> np.ndarray:
-    """Returns `count` numbers of SplitMix64 (https://doi.org/10.1145/2714064.2660195), uint64, after `skip` others."""
+    """Returns `count` uint64 outputs of SplitMix64 (https://doi.org/10.1145/2714064.2660195) after the first `skip`."""
     places = np.arange(skip + 1, skip + count + 1, dtype=np.uint64)
     z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * places
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -259,7 +262,7 @@ def _check_groups(documents: Documents, config: TrainConfig, together: int) -> N
 
 
 def _max_document(config: TrainConfig, together: int) -> int:
-    """Returns the most tokens that a document may have: with packing, `together` documents must fit a row."""
+    """Returns the maximum length of a document in tokens: with packing, `together` documents must fit a row."""
     return config.max_length // together if config.packing else config.max_length
 
 
@@ -286,7 +289,8 @@ def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: i
         multiple *= 2
     sizes, counts = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
-    # cost[i, j]: positions computed if sizes i..j share the bucket sizes[j]. The tokens among them are constant.
+    # cost[i, j]: positions computed if sizes i..j share the bucket sizes[j]. Every choice has the same number of real
+    # tokens in them, so the fewest positions have the least padding.
     cost = (total[None, 1:] - total[:-1, None]) * sizes[None, :].astype(np.float64)
     cost[np.tril_indices(len(sizes), -1)] = np.inf
     best, splits = cost[0], []

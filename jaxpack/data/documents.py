@@ -12,8 +12,9 @@ from jaxpack.constants import IGNORE
 class Documents:
     """Holds tokenised documents, end to end in two flat arrays.
 
-    `tokens` and `labels` are int32 `[total]`. A label is the token if it is trained on and -100 if not, unshifted, as
-    in Hugging Face. Document `d` is the `lengths[d]` tokens from `starts[d]` on, both int64 `[documents]`.
+    `tokens` and `labels` are int32 `[total]`. The label of a position is the token at that position (labels are not
+    shifted, as in Hugging Face), or -100 if the token is not trained on. Document `d` holds the `lengths[d]` tokens
+    from index `starts[d]` on; `starts` and `lengths` are int64 `[documents]`.
 
     Example:
       >>> import numpy as np
@@ -40,14 +41,14 @@ class Documents:
 
     @functools.cached_property
     def num_targets(self) -> np.ndarray:
-        """Counts the tokens that each document trains on, int64 `[documents]`.
+        """Counts the tokens to train on in each document, int64 `[documents]`.
 
         The first token of a document never counts, since nothing predicts it.
         """
         return self.targets_within(self.starts, self.lengths)
 
     def targets_within(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Counts the tokens that pieces of documents train on, int64: tokens with a label, except a piece's first."""
+        """Counts the tokens to train on in pieces of documents, int64: those with a label, but not a piece's first."""
         trained = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
         ends = starts + lengths
         return trained[ends] - trained[np.minimum(starts + 1, ends)]

@@ -25,15 +25,15 @@ _Pieces = list[tuple[np.ndarray, np.ndarray]]  # token ids and labels of documen
 class Packer:
     """Packs a stream of documents: an iterator that yields each `PackedBatch` of `[A, B, T]` when it is asked for.
 
-    The packer reads `window` documents, plans rows for them with `pack_rows`, and puts the rows in a random order. The
-    emptiest rows, as many as a batch has, are held back: their documents are packed once more, together with the next
-    `window` documents. So each document is in a finished row before the second window after its own is read. With
-    "wrapped", only the last row is held back, until it is full.
+    The packer reads `window` documents, plans rows for them with `pack_rows`, and puts the rows in a random order. It
+    holds back the emptiest rows, up to `rows_per_batch` of them, and packs their documents again together with the next
+    `window` documents. A document is held back at most once, so it is in a finished row as soon as the window after its
+    own is packed. With "wrapped", only the last row is held back, until it is full.
 
-    Besides one window of documents, the packer holds fewer rows than two batches have. It reads nothing while it has
-    the rows of a batch.
+    In addition to one window of documents, the packer holds fewer rows than two batches have. It reads the next window
+    only when it has too few finished rows for a batch.
 
-    If the stream ends within the first window, the batches are those of the first epoch of `Batches` with `packing`.
+    If the stream ends within the first window, the batches equal those of the first epoch of `Batches` with `packing`.
     The last batch of a stream is filled up with rows of padding.
 
     A packer can be iterated once; for another pass over the data, make another packer. Each document is packed on its
@@ -41,8 +41,8 @@ class Packer:
 
     Args:
       documents: `Documents`, or any iterable of rows `{"input_ids": [...], "labels": [...]}`, such as a generator. It
-        may be endless. A label is the token if it is trained on and -100 if not, unshifted; without `labels`, every
-        token is trained on. The packer copies the token ids.
+        may be endless. The label of a position is the token at that position (labels are not shifted), or -100 if the
+        token is not trained on. Without `labels`, every token is trained on. The packer copies the token ids.
       max_length: the number of tokens in a row. T is `max_length`, rounded up to a multiple of 128.
       rows_per_batch: A * B, the number of rows in a batch (an optimizer step).
       micro_batches: A, the number of micro-batches that a batch is divided into; it must divide `rows_per_batch`.
@@ -50,8 +50,9 @@ class Packer:
         batches, because a larger window leaves less padding: for Alpaca's document lengths in batches of 16 rows of
         1,024 tokens, a window of 100 documents leaves 2.9 % padding, one of 1,000 leaves 1.0 %, and a plan of the whole
         dataset 0.7 %.
-      strategy: as in `pack_rows`. "bfd" cuts a document at `max_length`, and leaves out a document without a token to
-        learn; the first of each kind is printed, and `truncation` counts all. "bfd_split" and "wrapped" lose nothing.
+      strategy: as in `pack_rows`. "bfd" cuts documents at `max_length`, and leaves out documents without a token to
+        train on. A message reports the first document that is cut and the first that is left out; `truncation` counts
+        all of them. "bfd_split" and "wrapped" lose nothing.
       seed: sets the random order of the rows. The same stream and the same settings give the same batches.
 
     Attributes:
@@ -146,7 +147,7 @@ class Packer:
             ready = yield from self._cut(ready, documents, rows, finished)
             if is_last:
                 return
-            del new, documents  # not held while the next window is read
+            del new, documents  # so that they are not in memory while the next window is read
 
     def _cut(
         self, ready: PackedBatch, documents: Documents, rows: Rows, finished: np.ndarray
@@ -165,7 +166,7 @@ class Packer:
         return with_ready(finished)
 
     def _held_back(self, rows: Rows, num_waiting: int) -> np.ndarray:
-        """Chooses the rows of a plan that wait for the next window; its first `num_waiting` documents waited before."""
+        """Returns the rows to hold back for the next window; the first `num_waiting` documents waited already."""
         lengths = rows.row_lengths
         if self._strategy == "wrapped":  # all rows but the last are full
             return np.flatnonzero(lengths < self._max_length)
@@ -175,7 +176,7 @@ class Packer:
         return emptiest[~has_waited[emptiest]][: self._rows_per_batch]
 
     def _read(self, documents: Documents | Iterable[Record]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Reads, checks and truncates the documents one by one; leaves out documents without a token to learn."""
+        """Reads, checks and truncates the documents one by one; leaves out documents without a token to train on."""
         where = Where("`documents`")
         records = _records(documents) if isinstance(documents, Documents) else documents
         for number, record in enumerate(records):
@@ -195,13 +196,15 @@ class Packer:
         self.truncation = now
         if now.documents == 1 and before.documents == 0:
             console.print(
-                f"documents are cut at {self._max_length:,} tokens (`max_length`), first {where}, which loses "
-                f"{lost:,}; `strategy='bfd_split'` splits them instead",
+                f"{where} is cut at {self._max_length:,} tokens (`max_length`) and loses {lost:,}; further documents "
+                "are cut without a message. `strategy='bfd_split'` splits documents instead",
                 style="yellow",
             )
         if now.dropped == 1 and before.dropped == 0:
             console.print(
-                f"documents without a token to learn after their first are left out, first {where}", style="yellow"
+                f"{where} is left out, because it has no token to train on after its first token; further documents "
+                "are left out without a message",
+                style="yellow",
             )
 
 
@@ -212,14 +215,14 @@ def _records(documents: Documents) -> Iterator[Record]:
 
 
 def _checked(record: Any, number: int, where: Where) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a row's token ids and labels, after the same checks as `load_documents` without a vocabulary."""
+    """Returns a row's token ids and labels, after those checks of `load_documents` that need no vocabulary."""
     if not isinstance(record, Mapping) or "input_ids" not in record:
         shown = sorted(record) if isinstance(record, Mapping) else f"{record!r:.80}"
         raise InputError(
             f"Each row must be a mapping with `input_ids`, got {shown} in {where(number)}. Tokenise texts first, for "
             "example {'input_ids': tokenizer(text)['input_ids']}."
         )
-    encoded: Any = encoder(record, None, None, TEXT_FIELD, True, where)([record], number)  # NumPy's, of `input_ids`
+    encoded: Any = encoder(record, None, None, TEXT_FIELD, True, where)([record], number)  # NumPy arrays
     ((tokens, labels),) = encoded
     for name, ids, least in (("input_ids", tokens, 0), ("labels", labels, IGNORE)):
         is_wrong = ((ids < 0) & (ids != least)) | (ids > _MAX_ID)

@@ -40,9 +40,9 @@ class PackedBatch(NamedTuple):
 
 
 class BatchLimits(NamedTuple):
-    """Holds upper limits for all batches of a shape, which its compiled program may rely on; None means unknown.
+    """Holds upper limits for all batches of a shape; its compiled program may rely on them. None means unknown.
 
-    `max_segments` is the most documents in a row, `max_targets` the most targets in a micro-batch `[B, T]`.
+    `max_segments` limits the documents in a row, `max_targets` the targets in a micro-batch `[B, T]`.
     """
 
     max_segments: int | None = None
@@ -117,8 +117,8 @@ def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = 
     first cuts longer documents into pieces of `max_length`. "wrapped" keeps the order of the documents and cuts them
     wherever a row is full. The model sees each piece as a document of its own. Empty documents are dropped.
 
-    The strategies are TRL's of the same names, but best fit works on the whole dataset and not within chunks of 1,000.
-    Rows of "bfd" and "bfd_split" come out longest document first: shuffle the rows before training.
+    TRL has strategies of the same names, but here best fit works on the whole dataset, not within chunks of 1,000.
+    Rows of "bfd" and "bfd_split" are ordered by their longest document, longest first: shuffle them before training.
 
     Example:
       >>> import numpy as np
@@ -210,7 +210,8 @@ def fill_batch(
     """Writes the rows `which` of a plan into arrays of `row_length` tokens.
 
     Args:
-      tokens, labels: all documents end to end, int32 `[total]`; a label is the token, or -100 if it is not trained on.
+      tokens, labels: all documents end to end, int32 `[total]`; a label is the token itself, or -100 if the token is
+        not trained on.
       starts: the index in `tokens` at which each document begins, int `[documents]`.
       rows: the plan.
       which: the rows to write, int `[...]`; -1 writes a row of padding.

@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShownRow(JupyterMixin):
-    """Holds a decoded row of a run: the spans of each document in the row, and the amount of padding after them.
+    """Holds a decoded row of a run, as `show_row` returns it: the spans of each document, and the amount of padding.
 
     rich can print a `ShownRow`, and a notebook displays it.
 

@@ -40,17 +40,17 @@ def load_documents(
     - `input_ids`, optionally `labels` (-100 for a token that is not trained on): taken as they are, and must have no
       padding.
     - `messages` (or `conversations`), with `role` and `content`, or with ShareGPT's `from` and `value`: written by the
-      tokenizer's chat template, and trained on what the assistant writes and on the token that ends its turn. The
+      tokenizer's chat template, and trained on the assistant's text and on the token that ends its turn. The
       template also gets the row's `tools` (a list, or JSON of one), `system` and `chat_template_kwargs`.
-    - `prompt` and `completion`: two strings, trained on the completion alone, or two lists of messages, trained on what
-      the assistant writes in the completion.
-    - `text` (or the field that `text_field` names): every token is trained on. A `text_field` other than `text` is read
+    - `prompt` and `completion`: two strings, trained on the completion alone, or two lists of messages, trained on the
+      assistant's text in the completion.
+    - `text` (or the field that `text_field` names): every token is trained on. A `text_field` other than `text` is used
       whatever other fields the rows have.
     - `instruction`, optionally `input`, and `output`: a question and an answer in the chat template, as above. If the
       tokenizer has no chat template, they are a prompt and a completion in Alpaca's wording.
 
     Strings that do not end in the tokenizer's EOS token get one; a chat template writes its own. A token is trained on
-    if any of its characters is. Rows without a token to learn are left out, and their number is printed.
+    if any of its characters is. Rows without a token to train on are left out, and their number is printed.
 
     Args:
       dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
@@ -58,15 +58,15 @@ def load_documents(
       tokenizer: a fast Hugging Face tokenizer; may be None for rows of `input_ids`.
       vocab_size: the model's vocabulary size; token ids from this number on are refused.
       text_field: the key of plain text.
-      assistant_only_loss: False trains on every token of all that a chat template writes: `messages`, `conversations`,
-        a completion of messages, and questions with their answers.
-      allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that it
-        leaves out of earlier turns are counted, and the count is printed.
+      assistant_only_loss: False trains on every token that a chat template writes: in `messages` and `conversations`,
+        in a completion of messages, and in questions with their answers.
+      allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that the
+        template leaves out of earlier answers are counted, and the count is printed.
       date: the date for chat templates that write one; None is today.
 
     Raises:
-      InputError: the dataset is empty or unreadable, a row is unreadable, no row has a token to learn, or a chat
-        template does not show what the assistant writes. The message says which row, and what it needs.
+      InputError: the dataset is empty or unreadable, a row is unreadable, no row has a token to train on, or a
+        chat template does not show what the assistant writes. The message says which row, and what it needs.
 
     Example:
       >>> from jaxpack import load_documents
@@ -122,7 +122,7 @@ def load_documents(
 
 
 def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
-    """Reads the question of each row of a dataset, in those formats of `load_documents` that have a question.
+    """Reads the question of each row of a dataset, in the formats of `load_documents` that have a question.
 
     These formats are `prompt` (a string or messages), `messages` or `conversations` (without the answer at their end),
     and `instruction` with its `input`.
@@ -167,7 +167,7 @@ def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
 
 
 def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: Where) -> Documents:
-    """Returns the documents with a token to learn; prints how many have none, and shows the first of these."""
+    """Returns the documents with a token to train on; prints how many have none, and shows the first of these."""
     keep = documents.num_targets > 0
     if keep.all():
         return documents
@@ -177,7 +177,7 @@ def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: Wher
     masked = "every label is -100, or there is no turn of the assistant, or fewer than two tokens"
     if not keep.any():
         raise InputError(
-            f"At least one row must have a token to learn after its first token, got {len(keep):,} rows with none"
+            f"At least one row must have a token to train on after its first token, got {len(keep):,} rows with none"
             f" ({masked}); the first is {where(row)}: {shown}."
         )
     console.print(

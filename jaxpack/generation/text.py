@@ -32,17 +32,19 @@ from jaxpack.parallel.device import available_host_bytes, current_device, free_d
 from jaxpack.settings import GenerateConfig
 from jaxpack.utils.console import progress_bar
 
-Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to go on from, or messages to answer
+Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to continue, or messages to answer
 
 
 def generate(
     model: Transformer, prompts: Sequence[Sequence[int]], *, stop_tokens: Iterable[int] = (), **options: Any
 ) -> list[list[int]]:
-    """Continues each prompt, given and returned as token ids.
+    """Continues prompts of token ids, and returns the new token ids; `generate_text` does the same for text.
 
-    The continuation of a prompt does not depend on the other prompts, but for the order of float sums.
+    The continuation of a prompt does not depend on the other prompts, except for the order of float sums.
 
     Args:
+      model: the model, with or without adapters.
+      prompts: one list of token ids for each prompt.
       stop_tokens: a text ends before any of these.
       options: the fields of `GenerateConfig`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `batch_size`.
 

@@ -51,7 +51,7 @@ class SegmentBounds(NamedTuple):
 
 
 def segment_bounds(segment_ids: Int[Array, "B T"]) -> SegmentBounds:
-    """Returns where each token's segment begins and ends.
+    """Returns the first token and the end of each token's segment.
 
     Segment ids never decrease within a row, except for 0, which marks padding.
     """
@@ -95,7 +95,7 @@ def attention(
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
       sinks: one logit per query head that takes part in the softmax and has no value (GPT-OSS).
       max_segments: an upper bound on the segments of any row, if known. With few, long segments the kernels use larger
-        tiles, and None may choose cuDNN.
+        tiles, and cuDNN may be chosen if no implementation is named.
       implementation: see `jaxpack.kernels`; also "cudnn", which None chooses for rows of a few long documents.
 
     Raises:
@@ -105,11 +105,11 @@ def attention(
     options = make_options(q.shape[3], scale, window, softcap, max_segments, implementation)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape != v.shape or q.shape[2] % k.shape[2]:
         raise InputError(
-            "`q`, `k` and `v` must agree in rows, tokens and head_dim, and heads of `q` be a multiple of those of `k` "
-            f"and `v`, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
+            "`q`, `k` and `v` must agree in rows, tokens and head_dim, and the number of heads of `k` and `v` must "
+            f"divide that of `q`, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
         )
     if bounds.first.shape != q.shape[:2]:
-        raise InputError(f"`bounds` must be of {list(q.shape[:2])} tokens, got {list(bounds.first.shape)}.")
+        raise InputError(f"`bounds` must have shape {list(q.shape[:2])}, as `q` has, got {list(bounds.first.shape)}.")
     check_sinks(sinks, q.shape[2])
     if (segments := segments_for_cudnn(q, sinks, options)) is not None:
         return cudnn.attention(q, k, v, *bounds, scale=options.scale, max_segments=segments)

@@ -79,7 +79,7 @@ def attention(
 
 
 class SegmentTable(NamedTuple):
-    """Holds S segments of each row in cuDNN's form; a row with fewer segments has empty ones behind.
+    """Holds S segments of each row in cuDNN's form; a row with fewer segments has empty ones at its end.
 
     Attributes:
       lengths: `[B * S]` int32, in tokens.
@@ -98,7 +98,7 @@ def segment_table(
 ) -> SegmentTable:
     """Returns the first `count` segments of each row. A stride is the number of elements of one token.
 
-    The bounds of the token behind a segment say where the next segment begins, so `count` steps find all segments. They
+    The bounds of the token after a segment say where the next segment begins, so `count` steps find all segments. They
     run in one kernel, because that many small kernels would take 4 % of the time of the attention.
     """
     B, T = first.shape

@@ -1,4 +1,4 @@
-"""Kernels that append an adapter's product to its tokens: `[x, x A^T]`, R channels behind the D channels of `x`.
+"""Kernels that append an adapter's product to its tokens: `[x, x A^T]`, R channels after the D channels of `x`.
 
 In that form the adapter is part of its projection's matmul, as a few more channels to sum over or to return:
 
@@ -210,7 +210,7 @@ class _Blocks:
 
     @property
     def behind(self) -> Any:
-        """Returns the index of the R channels behind the D channels."""
+        """Returns the index of the R channels after the D channels."""
         return pl.ds(self.shape[1], self.rank)
 
 

@@ -1,6 +1,6 @@
 """Gated activations (https://arxiv.org/abs/2002.05202): `act(gate) * up`.
 
-The backward pass keeps gate and up, and nothing else. Everything is computed in float32 and rounded once.
+Only gate and up are kept for the backward pass. Everything is computed in float32 and rounded once.
 """
 
 import functools
@@ -26,7 +26,7 @@ def gated_activation(
     """Computes `act(gate) * up`: SwiGLU for "silu", GeGLU for "gelu" (exact, by erf) and "gelu_tanh" (approximate).
 
     Args:
-      gate: the gate. Without `up`, gate and up side by side on the last axis, `[..., 2F]`, as one projection yields
+      gate: the gate. If `up` is None, gate and up side by side on the last axis, `[..., 2F]`, as one projection yields
         them.
       implementation: see `jaxpack.kernels`.
     """
@@ -45,7 +45,8 @@ def gated_activation_backward(
 ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"] | None, Float[Array, "*B F_out"] | None]:
     """Returns the gradients of `gate` and `up` and, with `with_product`, the product `act(gate) * up` again.
 
-    The gradient of the projection behind needs the product. Because it is computed again here, it need not be kept.
+    The gradients of the next projection, which reads the product, need it. Because it is computed again here, it need
+    not be kept.
 
     Args:
       in_place: the gradients take the memory of `gate` and `up`, and the product takes the memory of `d_out`. If XLA
@@ -67,7 +68,8 @@ def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activati
         raise InputError(f"`activation` must be one of {', '.join(get_args(Activation))}, got {activation!r}.")
     if up is None and gate.shape[-1] % 2:
         raise InputError(
-            f"`gate` without `up` must hold both, an even number of channels on its last axis, got {gate.shape[-1]}."
+            "`gate` must hold gate and up side by side if `up` is None, so its last axis must have an even number of"
+            f" channels, got {gate.shape[-1]}."
         )
     if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
         raise InputError(
@@ -152,7 +154,7 @@ def gated_activation_reference(
 
 
 class _Tile(NamedTuple):
-    """Sets the most that one program takes, as measured on an H200 (`benchmarks/tune_kernels.py`)."""
+    """Sets the largest block of one program, and its warps, as measured on an H200 (`benchmarks/tune_kernels.py`)."""
 
     elements: int
     channels: int
@@ -173,7 +175,10 @@ class _Blocks:
         self.features = features
 
     def here(self) -> tuple[Any, Any]:
-        """Returns the index of the program's block, and of its channels in the second half. For use in a kernel."""
+        """Returns two indices, for use in a kernel: of the program's block, and of the same block in the second half.
+
+        The second half of the last axis holds `up`, if gate and up are side by side.
+        """
         rows = pl.ds(pl.program_id(1) * self.rows, self.rows)
         channel = pl.program_id(0) * self.channels
         return (rows, pl.ds(channel, self.channels)), (rows, pl.ds(self.features + channel, self.channels))

@@ -1,4 +1,4 @@
-"""The projection behind a norm, with or without a LoRA adapter, at the start of a branch of the residual stream.
+"""The projection after a norm, with or without a LoRA adapter, at the start of a branch of the residual stream.
 
 In the forward pass, one kernel norms the tokens and computes the adapter's product `n A^T`. In the backward pass, one
 kernel adds up the three gradients of the residual stream: through the projection, through its adapter and past both.

@@ -1,6 +1,6 @@
 """The projection at the end of a branch of the residual stream, with or without a LoRA adapter.
 
-The residual is added in the same pass. As separate operations, a gated activation and the projection behind it would
+The residual is added in the same pass. As separate operations, a gated activation and the projection after it would
 keep the product between them, or recompute it in the backward pass with a kernel of its own. Together they keep only
 gate and up: one kernel writes the gradients of gate and up in their place, and also the product again, which the
 gradients of the weights read.
@@ -150,7 +150,7 @@ def _weight_gradients(d, d_xa, x, weight, a, b, xa) -> tuple[Weight | None, jax.
 
 
 def _values(*arguments: CustomVJPPrimal | None) -> list[jax.Array | None]:
-    """Returns the arrays behind the arguments of a forward rule with symbolic zeros."""
+    """Returns the arrays in the arguments of a forward rule with symbolic zeros."""
     return [None if argument is None else argument.value for argument in arguments]
 
 

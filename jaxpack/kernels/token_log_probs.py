@@ -1,7 +1,7 @@
 """The log-probability of each token's target, without ever holding the logits of the whole batch.
 
 The gradient of a token's hidden state is `d (W[target] - sum_v p_v W[v])`. Only the number `d`, the gradient of the
-token's log-probability, is unknown before the backward pass. So the forward pass computes the vector behind `d` from
+token's log-probability, is unknown before the backward pass. So the forward pass computes the vector in brackets from
 the same logits as the log-probability, with as many matmuls as `linear_cross_entropy`. The gradient of a trained head
 sums over tokens, each with its own `d`, so the backward pass computes the logits again for it.
 """

@@ -1,6 +1,6 @@
 """A projection's matrix in the form in which it is stored, and how operations and their derivatives read it.
 
-A matmul with an adapter makes a copy of its matrix with the adapter's factor behind it. A weight that is stored in
+A matmul with an adapter makes a copy of its matrix with the adapter's factor appended. A weight that is stored in
 another form (for example in fewer bits) becomes dense in that same copy, so this costs no pass of its own. A derivative
 keeps the weight as stored and never its dense form, so at most one layer is dense at a time.
 """
@@ -27,7 +27,7 @@ class Weight(abc.ABC):
     """
 
     is_trainable: ClassVar[bool] = False  # whether its leaves may be differentiated
-    is_dense: ClassVar[bool] = False  # whether it is read without a copy of its own
+    is_dense: ClassVar[bool] = False  # whether it is read as it is stored, without a dense copy
     reads_by_number: ClassVar[bool] = False  # whether a loop over layers reads it with `at(number)`, not by slicing
 
     @property
@@ -78,7 +78,7 @@ class Weight(abc.ABC):
         return _matmul(x, self)
 
     def cast(self, dtype: DTypeLike) -> "Weight":
-        """Returns the form of the weight that a derivative keeps if both directions read it in `dtype`."""
+        """Returns the form of the weight that a derivative keeps if both passes read the weight in `dtype`."""
         del dtype
         return self
 
@@ -140,7 +140,7 @@ class DenseWeight(Weight):
         return x @ self.dense(x.dtype).T
 
     def cast(self, dtype: DTypeLike) -> "DenseWeight":
-        """Returns the weight in `dtype`, so that a trained float32 matrix is cast once for both directions."""
+        """Returns the weight in `dtype`, so that a trained float32 matrix is cast once for both passes."""
         return DenseWeight(self.dense(dtype))
 
     def cotangent(self, gradient: Callable[[], Float[Array, "O I"]]) -> "DenseWeight":

@@ -17,7 +17,7 @@ from jaxpack.model.cost import Cost, CostContext, PartCost
 from jaxpack.model.linear import Linear
 from jaxpack.model.norm import RMSNorm, make_norm
 
-_TILE_KEYS = 64  # keys a token that the attention kernels compute and then mask
+_TILE_KEYS = 64  # per token, the number of keys whose scores the attention kernels compute and then mask
 
 
 class Attention(nnx.Module):
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
         if slot is not None:
             mixed, slot = self._cached(heads, context, slot)
         else:
-            assert context.bounds is not None  # only a decoding step, which has a cache, is without
+            assert context.bounds is not None  # bounds are None only in a decoding step, which has a cache
             mixed = rotary_attention(
                 heads,
                 context.angles,
@@ -74,7 +74,7 @@ class Attention(nnx.Module):
     def _cached(
         self, heads: Float[Array, "B T A H"], context: RowContext, slot: CacheSlot
     ) -> tuple[Float[Array, "B T N H"], CacheSlot]:
-        """Computes attention among a prompt's tokens, or from one more token of each row to the cached tokens."""
+        """Computes attention between a prompt's tokens, or from one new token per row to the cached tokens."""
         config, norms = self.config, self._norms
         q, k, v = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
         if norms is None:
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         scale, softcap = config.attention_scale, config.attn_logit_softcapping
         if slot.seen is not None:
             return attend(q, *slot.get(), slot.seen, scale=scale, softcap=softcap), slot
-        assert context.bounds is not None  # only a later step, which reads the cache, is without
+        assert context.bounds is not None  # bounds are None only in a later step, which reads the cache
         # Generation otherwise uses plain jnp, but a long prompt has many scores: the fastest kernel computes them.
         options = {"scale": scale, "softcap": softcap, "max_segments": context.max_segments}
         return attention(q, k, v, context.bounds, **options), slot
@@ -95,8 +95,9 @@ class Attention(nnx.Module):
 
         The cost names "heads", the projection of queries, keys and values; "qkv", the same heads in the form that
         attention's backward pass reads; and "attention", the output and the float32 log-sum-exp of the attention
-        kernel, which does not run again where both are kept. Without head norms, "qkv" holds the rotated heads. With
-        head norms it holds the heads as projected, and the backward pass norms and rotates them again.
+        kernel. If "attention" is kept, the forward kernel does not run again. Without head norms, "qkv" holds the
+        rotated heads. With head norms, it holds the heads as projected, and the backward pass norms and rotates them
+        again.
         """
         config, size = self.config, context.itemsize
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim  # channels; k and v alike
@@ -111,13 +112,13 @@ class Attention(nnx.Module):
         mixed = PartCost(
             output=Cost(attention=operations, bytes=(2 * q + 2 * kv) * size),
             unnamed_bytes=self._per_layer_bytes(),
-            # Two kernels do seven matmuls for the forward pass's two. The bytes include norm and rotation of heads.
+            # The two backward kernels do seven matmuls, the forward kernel two. The bytes include norms and rotation.
             backward=Cost(attention=3.5 * operations, bytes=(6 * q + 4 * kv + 3 * (q + kv)) * size),
         ).name_output("attention", q * size + 4 * config.num_heads)
         return heads + turned + mixed + self.out.project_residual_cost(context, post_norm=self.post_norm)
 
     def _per_layer_bytes(self) -> int:
-        """Returns the bytes a token of the attention bounds and rotary angles, counted only where layers differ."""
+        """Returns the bytes per token of attention bounds and rotary angles, each only if layers differ in it."""
         config = self.config
         bounds = 2 * 4 if len(set(config.windows)) > 1 else 0
         return bounds + (4 * config.rope.rotary_dim(config.head_dim) if len(set(config.ropes)) > 1 else 0)

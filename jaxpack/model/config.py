@@ -43,7 +43,11 @@ class DynamicRopeScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling(RopeScaling):
-    """Stretches only long wavelengths, as Llama 3.1 does.
+    """Holds the parameters of RoPE scaling of the type "llama3", which stretches only long wavelengths (Llama 3.1).
+
+    The fields have the names that `config.json` uses. Let L be `original_max_position_embeddings`. Wavelengths above
+    L / `low_freq_factor` are multiplied by `factor`, wavelengths below L / `high_freq_factor` are kept, and those
+    between are interpolated. A model has this scaling if it is the `scaling` of its `RopeConfig`.
 
     Example:
       >>> from jaxpack import Llama3RopeScaling, RopeConfig
@@ -89,7 +93,10 @@ class LongRopeScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Describes the rotary position embedding: its base, and how its frequencies are rescaled.
+    """Describes the rotary position embedding (RoPE) that is `ModelConfig.rope`: its base and its scaling.
+
+    `theta` is the base of the frequencies (`rope_theta` in `config.json`). `scaling` describes how frequencies are
+    rescaled for longer contexts; None keeps them as they are.
 
     Example:
       >>> from jaxpack import RopeConfig
@@ -144,7 +151,7 @@ class ModelConfig:
     mlp_bias: bool = False  # bias of all three projections of the feed-forward
     fused_projections: bool = False  # `qkv_proj` and `gate_up_proj` are one module each, with one adapter
     max_position_embeddings: int | None = None  # tokens of the longest supported text; None: unknown
-    sliding_window: int | None = None  # how many tokens a token attends to, with itself; None: no limit
+    sliding_window: int | None = None  # how many tokens a token attends to, itself included; None: no limit
     local_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all layers
     local_rope: RopeConfig | None = None  # rope of the local layers; None: `rope`
     attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(scores / cap)

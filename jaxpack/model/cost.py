@@ -1,8 +1,8 @@
 """Defines the types in which a part of a layer declares its cost: named activations, their bytes, and its work.
 
 Attention, the feed-forward and other parts have a method `cost`, beside the `__call__` that it describes. `planning/`
-adds up the costs without knowing the parts: a new part needs no line there. The choices of `remat` are sets of the
-names.
+adds up the costs without knowing the parts: a new part needs no line there. The choices of `remat` are sets of
+these names.
 
 All figures are for one layer and for GPU kernels. Activations and work are counted for each token. Weights, which are
 read, copied or cast once for all tokens, are counted for each micro-batch.
@@ -39,10 +39,10 @@ class Cost:
     Cost(matmul=200, attention=0, bytes=400, weight_bytes=10)
 
     Attributes:
-      matmul: floating-point operations of matmuls, a token.
-      attention: floating-point operations within attention kernels, a token.
-      bytes: bytes that all other kernels read and write, a token.
-      weight_bytes: bytes that they read and write once, however many tokens there are.
+      matmul: floating-point operations of matmuls, per token.
+      attention: floating-point operations within attention kernels, per token.
+      bytes: bytes that all other kernels read and write, per token.
+      weight_bytes: bytes that these other kernels read and write once, however many tokens there are.
     """
 
     matmul: float = 0
@@ -59,7 +59,7 @@ class Cost:
         )
 
     def for_tokens(self, tokens: int) -> "Cost":
-        """Returns the cost of a micro-batch: the figures a token times `tokens`, and `weight_bytes` once."""
+        """Returns the cost of a micro-batch: the figures per token times `tokens`, and `weight_bytes` once."""
         return Cost(self.matmul * tokens, self.attention * tokens, self.bytes * tokens, self.weight_bytes)
 
 
@@ -71,10 +71,10 @@ class NamedActivation:
     """Describes an activation that the forward pass names (`jax.ad_checkpoint.checkpoint_name`).
 
     Attributes:
-      bytes: its size, a token.
+      bytes: its size per token.
       cost: the work to compute it from the activation before it.
-      only_for: the name of the activation that replaces this one, if nothing else reads this one. The derivatives then
-        do not read it, and it is computed again only if the other activation is.
+      only_for: the name of another activation, if this one is needed only to compute that one. The derivatives then do
+        not read this one, and it is computed again only if the other one is.
     """
 
     bytes: int
@@ -91,10 +91,10 @@ class BackwardPeak:
     """Describes a moment of a part's backward pass at which a layer may hold the most memory beside its residuals.
 
     Attributes:
-      bytes: bytes of gradients and temporary arrays, a token.
-      weight_bytes: bytes of the copies of weights that exist then.
-      rerun_bytes: bytes of recomputed activations, a token, if only this part was computed again, from its input.
-      starts_from: the name of that input; None where the whole layer is computed again before.
+      bytes: bytes per token of gradients and temporary arrays.
+      weight_bytes: bytes of the copies of weights that exist at this moment.
+      rerun_bytes: bytes per token of recomputed activations, if only this part was computed again, from its input.
+      starts_from: the name of this input; None if the whole layer is computed again before its backward pass.
     """
 
     bytes: int
@@ -115,12 +115,12 @@ class PartCost:
     Attributes:
       named: the named activations, in the order of the forward pass. Activations of the same name in several parts are
         added up.
-      unnamed_bytes: bytes that derivatives read beside the named activations and the layer's input, a token.
-      shared_bytes: further bytes, a token, that are kept if no activation is recomputed: XLA then recognises a value
+      unnamed_bytes: bytes per token that derivatives read in addition to the named activations and the layer's input.
+      shared_bytes: further bytes per token that are kept if no activation is recomputed: XLA then recognises a value
         that both passes compute, computes it once and keeps it.
       cast_weight_bytes: bytes of weights that are cast once and kept for both passes.
       unnamed: the work to compute what `unnamed_bytes` counts.
-      output: the work between the last name and the output of the part. The backward pass never repeats it.
+      output: the work between the last named activation and the output of the part. The backward pass never repeats it.
       backward: the work of the backward pass, without recomputation.
       peaks: the moments at which the backward pass may hold the most memory; empty for a part that never does.
     """
@@ -142,7 +142,7 @@ class PartCost:
         return PartCost(named=named, **{name: getattr(self, name) + getattr(other, name) for name in others})
 
     def name_output(self, name: str, size: int, *, only_for: str | None = None) -> "PartCost":
-        """Returns the cost of the same part with its output named, at `size` bytes a token."""
+        """Returns the cost of the same part with its output named, at `size` bytes per token."""
         output = PartCost(named={name: NamedActivation(size, self.output, only_for)})
         return dataclasses.replace(self, output=NO_COST) + output
 
@@ -154,7 +154,7 @@ class PartCost:
 
     @property
     def read_bytes(self) -> int:
-        """Returns the bytes a token that derivatives read, without the layer's input and weights."""
+        """Returns the bytes per token that derivatives read, without the layer's input and weights."""
         return self.unnamed_bytes + sum(each.bytes for each in self.named.values() if each.only_for is None)
 
     @property
@@ -163,7 +163,7 @@ class PartCost:
         return sum((each.cost for each in self.named.values()), start=self.unnamed + self.output)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """Returns the bytes a token of the activations with these names; unknown names count as 0."""
+        """Returns the bytes per token of the activations with these names; unknown names count as 0."""
         return sum(self.named[name].bytes for name in names if name in self.named)
 
     def recomputed(self, there: Collection[str]) -> Cost:

@@ -88,7 +88,7 @@ class Linear(nnx.Module):
         gated: Activation | None = None,
         post_norm: "RMSNorm | None" = None,
     ) -> Float[Array, "B T O"]:
-        """Returns `residual` plus the projection of `x`, which a `post_norm` norms before it is added.
+        """Returns `residual` plus the projection of `x`; a `post_norm` norms the projection before it is added.
 
         With `gated`, `x` holds gate and up, concatenated, and `act(gate) * up` is projected instead of `x`.
         """
@@ -159,7 +159,7 @@ class Linear(nnx.Module):
         return Cost(matmul=matmul, bytes=sum(self._shape) * context.itemsize if context.has_adapters else 0)
 
     def _dropout_bytes(self, context: CostContext) -> int:
-        """Returns the bytes a token of the dropped-out input, its mask, and its product with the A factors."""
+        """Returns the bytes per token of the dropped-out input, its mask, and its product with the A factors."""
         _, I = self._shape  # noqa: E741
         return I * (context.itemsize + 1) + self.rank * context.itemsize
 
@@ -196,7 +196,7 @@ class Linear(nnx.Module):
         return bool(self.lora) and dropout_key is not None and self._dropout > 0
 
     def _fitting(self, implementation: Implementation | None, residual: Float[Array, "B T D"]) -> Implementation | None:
-        """Returns `implementation`, or "xla" where "pallas" has no kernel for a residual stream of this shape."""
+        """Returns `implementation`, or "xla" if "pallas" has no kernel for a residual stream of this shape."""
         B, T, D = residual.shape
         return "xla" if implementation == "pallas" and unsupported_reason(B * T, D, self.rank) else implementation
 

@@ -43,7 +43,7 @@ class RMSNorm(nnx.Module):
         `Linear.norm_project_cost`, and the backward kernel adds the gradient of the residual connection. A norm after
         a branch adds the residual stream to its result.
         """
-        row = self.scale.shape[-1] * context.itemsize  # bytes a token
+        row = self.scale.shape[-1] * context.itemsize  # bytes per token
         if adds_residual:
             return PartCost(output=Cost(bytes=3 * row), backward=Cost(bytes=4 * row))
         return PartCost(unnamed=Cost(bytes=2 * row), backward=Cost(bytes=5 * row))

@@ -26,14 +26,14 @@ class Transformer(nnx.Module):
     """Computes a decoder-only language model over packed rows.
 
     The parameters of `blocks` are stacked over layers, `[num_layers, ...]`, and scanned, so that compile time does not
-    grow with depth. A new instance has random weights: `torch_bridge.from_pretrained` fills in a checkpoint's.
+    grow with depth. A new instance has random weights; `torch_bridge.from_pretrained` reads those of a checkpoint.
 
     Attributes:
       config: the architecture.
       dtype: the dtype of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast
         to it.
       lora_config: the settings with which adapters were added; None without adapters.
-      source_files: names and texts of the JSON files that the model was read with, which are written with it again.
+      source_files: names and texts of the JSON files that the model was read from; `torch_bridge` writes them again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
 
     @property
     def head(self) -> Weight:
-        """Returns the matrix `[V, D]` that turns hidden states into logits: the embedding where they are tied."""
+        """Returns the matrix `[V, D]` that turns hidden states into logits; with tied embeddings, the embedding."""
         return weight_of(self.head_variable)
 
     @property
@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
     def casts_weights(self) -> bool:
         """Returns whether a step casts the weights to a narrower dtype for its matmuls.
 
-        Trained weights are float32, and weights that were trained before may be.
+        Trained weights are float32. Weights that were trained before and are frozen now may be float32, too.
         """
         scale = self.norm.scale
         return self.dtype != jnp.float32 and (is_trained(scale) or scale.dtype != self.dtype)
@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
-        """Returns logits in float32, for inspection; training never holds them.
+        """Returns all logits in float32, for inspection; training never holds all of them at once.
 
         Without `segment_ids`, each row is one document.
         """

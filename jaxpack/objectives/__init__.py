@@ -1,1 +1,1 @@
-"""Objectives are what training minimises: sums over a batch that add up over rows, micro-batches and devices."""
+"""Objectives, which training minimises: sums over a batch that add up over rows, micro-batches and devices."""

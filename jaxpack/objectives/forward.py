@@ -16,12 +16,12 @@ from jaxpack.model.transformer import Transformer
 
 
 class Forward:
-    """Holds a model, a batch `[B, T]` of rows and the results of a pass, each computed once when first asked for.
+    """Holds a model, a batch `[B, T]` of rows, and the results of a forward pass, each computed when first read.
 
     Attributes:
       model: the model, with the weights of this step.
       batch: rows of whole documents, as arrays `[B, T]`.
-      limits: how many documents and targets the rows have at most.
+      limits: upper limits for the documents in a row and the targets in the batch.
       implementation: see `jaxpack.kernels`.
     """
 
@@ -60,7 +60,7 @@ class Forward:
         config = self.model.lora_config
         if not adapters(self.model) or (config is not None and config.modules_to_save):
             raise InputError(
-                "`objective` must be without a reference, because more than adapters is trained: the reference is the"
+                "`objective` must be without a reference, because not only adapters are trained: the reference is the"
                 " model without its adapters. Use `add_lora` without `modules_to_save`."
             )
         graph, state = nnx.split(without_adapters(self.model))

@@ -17,7 +17,8 @@ class Sums(NamedTuple):
 
     Attributes:
       loss: the sum that is minimised, not yet divided by the weight.
-      weight: divides the loss summed over the whole step: for example the number of targets, or of documents.
+      weight: the sum by which the loss is divided, after both are added up over the whole step: for example the number
+        of targets, or of documents.
       metrics: other sums to report, by name; they are divided by `weight`, too.
 
     Example:
@@ -35,7 +36,7 @@ class Sums(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """Gives the sums to minimise over a batch. Called within the compiled step, on each device's own rows.
+    """Computes the sums to minimise over a batch. It is called within the compiled step, on each device's own rows.
 
     Example:
       >>> import jaxpack
@@ -90,7 +91,7 @@ class LogProbObjective:
 
     Args:
       function: a jax function of `log_probs` float32 `[B, T]`, 0 where a token has no target, and a `PackedBatch` of
-        `[B, T]` arrays. See `HiddenObjective` for what it returns.
+        `[B, T]` arrays. It returns two sums, or two and a dict, as in `HiddenObjective`.
       documents_together: see `Objective`.
       with_reference: whether the function also gets the log-probabilities of the model without its adapters:
         `function(log_probs, reference_log_probs, batch)`.
@@ -137,7 +138,7 @@ def check_objective(objective: Any) -> Objective:
     """Returns the objective if it is a valid one.
 
     Raises:
-      InputError: it is not an `Objective`, or its `documents_together` is no whole number of at least 1.
+      InputError: it is not an `Objective`, or its `documents_together` is not a whole number of at least 1.
     """
     if not isinstance(objective, Objective) or isinstance(objective, type) or not callable(objective):
         raise InputError(

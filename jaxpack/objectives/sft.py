@@ -12,7 +12,7 @@ from jaxpack.objectives.objective import Sums
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Minimises the mean cross entropy over a step's targets; the loss makes its gradient in the forward pass.
+    """Minimises the mean cross entropy over a step's targets; the forward pass also computes the gradient of the loss.
 
     Example:
       >>> from jaxpack import SFT

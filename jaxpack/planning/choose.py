@@ -65,10 +65,11 @@ def resolve(
 
     Args:
       held_bytes: the bytes of device memory that the run's own weights and optimizer state take already.
-      gpu: a name in `time.RATES`, for a run on another device than this machine's. Its free memory is not known.
+      gpu: a name in `time.RATES`, for a run on another device than this machine's, whose free memory is not known.
 
     Raises:
-      InputError: a step fits with no choice, or the host has too little memory for the choice that the user named.
+      InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the
+        choice that the user named.
     """
     step = StepShape.of_run(model, batches)
     if config.remat != "auto":
@@ -108,7 +109,7 @@ def _host_room() -> int:
 
 
 def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Returns the device bytes that a run may take: the free ones and its own, less a margin for the predictions."""
+    """Returns the device bytes that a run may take: the free ones and those it holds, less a margin for errors."""
     free = free_device_bytes(device)
     return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
 
@@ -120,7 +121,7 @@ def _explanation(chosen: Prediction, predictions: list[Prediction], memory: floa
     if not faster:
         return line
     following = max(faster, key=lambda p: p.seconds)
-    return f'{line}; "{following.remat}" would take {following.seconds:.3g} s, but {_gib(following.peak_bytes)}'
+    return f'{line}; "{following.remat}" would take {following.seconds:.3g} s, but need {_gib(following.peak_bytes)}'
 
 
 def _gib(size: float) -> str:

@@ -34,7 +34,7 @@ class StepShape:
       casts_weights: see `Transformer.casts_weights`.
       copies_head: whether the loss makes a dense copy of the head, because it is stored in another form.
       shape: A micro-batches of B rows of T tokens.
-      max_targets: the most targets in a micro-batch.
+      max_targets: the maximum number of targets in a micro-batch.
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
     """
 
@@ -64,7 +64,7 @@ class StepShape:
 
         Args:
           shape: `(A, B, T)`.
-          max_targets: the most targets in a micro-batch; None if every token may be one.
+          max_targets: the maximum number of targets in a micro-batch; None if every token may be one.
           keys_per_token: how many tokens a token attends to, on average; None if every row is one document.
         """
         if keys_per_token is None:
@@ -117,7 +117,7 @@ class StepShape:
 
     @property
     def input_bytes(self) -> int:
-        """Returns the bytes a token of a layer's input, which every choice keeps, on the device or the host."""
+        """Returns the bytes per token of a layer's input, which every choice keeps, on the device or the host."""
         return self.config.hidden_size * self.itemsize
 
     @property

@@ -1,4 +1,4 @@
-"""Predicts from the lengths of documents how much of each layout is padding, what it costs, and what is trained on."""
+"""Predicts, from the lengths of documents, the padding, the lost tokens and the speed of a run in each layout."""
 
 import bisect
 import dataclasses
@@ -40,17 +40,16 @@ _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayoutEstimate:
-    """Holds the predictions for a run in one layout.
+    """Holds the predictions for a run in one layout: a value of `Inspection.layouts`.
 
     Attributes:
       config: the settings of the run. Its trainer will report the same padding share.
       padding_share: the share of padding among the run's positions.
       shapes: the shapes `(A, B, T)` that the run compiles.
-      speedup: tokens a second divided by those of the padded run. Follows from the number of positions where times
-        are not predicted.
+      speedup: tokens a second divided by those of the padded run. If times are not predicted, it is computed from the
+        number of positions instead.
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
-      refusal: the reason why the run does not fit in the device's memory; None where it fits or times are not
-        predicted.
+      refusal: the reason why the run does not fit in the device's memory; None if it fits or times are not predicted.
 
     Example:
       >>> from jaxpack import TrainConfig, inspect, load_documents
@@ -79,14 +78,16 @@ class Inspection(JupyterMixin):
       lengths: the lengths of all documents in tokens, int64 `[documents]`.
       num_tokens, num_targets: the tokens and the targets in all documents; a target is a token that is trained on.
       untrained: how many documents have no target.
-      truncation: what `max_length` costs the run. Its dropped documents include the untrained ones.
+      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. Documents
+        without a target before the cut count as dropped, too.
       targets_lost: how many targets are cut off.
-      layouts: the run in each layout, with about as many tokens a step.
-      padding: padding shares by layout (and `ORDINARY`), then by batch size in documents: the sizes of `BATCH_SIZES`
-        that the data has enough documents for. The share of `ORDINARY` batches is the exact expectation over all
-        orders; the other shares are counted, on at most 16,384 documents.
-      device: the device whose times are predicted; None where times are not predicted.
-      recommendation: what to do, and why.
+      layouts: the estimate of the run in each layout, with about the same number of tokens per step.
+      padding: padding shares by layout, and for `ORDINARY` batches, which are each padded to their longest document;
+        then by batch size in documents, for the sizes of `BATCH_SIZES` that the data has enough documents for. The
+        share of `ORDINARY` batches is the exact expectation over all orders; the other shares are counted, on at most
+        16,384 documents.
+      device: the device whose times are predicted; None if times are not predicted.
+      recommendation: advice on the settings, with the reasons.
 
     Example:
       >>> from jaxpack import TrainConfig, inspect, load_documents
@@ -126,7 +127,7 @@ class Inspection(JupyterMixin):
 def inspect(
     documents: Documents, config: TrainConfig | None = None, *, model: Transformer | None = None, gpu: str | None = None
 ) -> Inspection:
-    """Predicts padding, lost tokens and, with a model, times of a run in each layout. Runs no model.
+    """Predicts padding, lost tokens and, with a model, times of a run in each layout. The model is not run.
 
     Args:
       documents: the dataset, from `load_documents`.
@@ -135,7 +136,8 @@ def inspect(
       gpu: the GPU whose times are predicted, "H200" or "H100"; None takes this machine's device.
 
     Raises:
-      InputError: the run can have no batches, an argument has the wrong type, or `gpu` is not known.
+      InputError: the documents yield no batch with these settings, an argument has the wrong type, or `gpu` is not
+        known.
 
     Example:
       >>> from jaxpack import TrainConfig, inspect, load_documents
@@ -181,7 +183,7 @@ def inspect(
 
 
 def _in_every_layout(documents: Documents, config: TrainConfig) -> dict[Layout, TrainConfig]:
-    """Returns the settings of the run in every layout, with about as many tokens a step in each."""
+    """Returns the settings of the run in every layout, with about the same number of tokens per step."""
     size, lengths = config.per_device_train_batch_size, np.minimum(documents.lengths, config.max_length)
     rows = size if config.packing else packed_rows(size, lengths, config.max_length)
     whole = min(len(lengths), max(1, round(size * config.max_length / lengths.mean()))) if config.packing else size
@@ -205,7 +207,7 @@ def _timed(
     rates: DeviceRates,
     gpu: str | None,
 ) -> dict[Layout, LayoutEstimate]:
-    """Adds predicted times and speed-ups to the estimates, and the reason to each layout that does not fit."""
+    """Adds predicted times and speed-ups to the estimates; a layout that does not fit gets the reason as `refusal`."""
     timed = {}
     for layout, estimate in layouts.items():
         run = batches[layout]
@@ -234,8 +236,8 @@ def ordinary_padding(lengths: np.ndarray, batch_size: int) -> float:
     """Returns the padding share of batches in random order that are each padded to their longest document.
 
     The share is 1 - tokens / positions, with the exact expectation of the positions over all orders of the documents.
-    The expected longest document of a batch follows from how many documents there are of up to each length. The last
-    batch may be smaller.
+    The expected length of a batch's longest document is computed from the number of documents that are no longer than
+    each length. The last batch may be smaller.
     """
     ordered = np.sort(lengths).astype(np.float64)
     whole, rest = divmod(len(ordered), batch_size)
@@ -253,7 +255,7 @@ def _mean_longest(ordered: np.ndarray, count: int) -> float:
 
 
 def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[str, dict[int, float]]:
-    """Returns an epoch's padding share by layout and batch size; `cut` are the documents within `max_length`."""
+    """Returns an epoch's padding share by layout and batch size; `cut` holds the documents, cut to `max_length`."""
     all_lengths = cut.lengths
     documents, cut = _sampled(documents, config.seed), _sampled(cut, config.seed)
     shares: dict[str, dict[int, float]] = {name: {} for name in (ORDINARY, *get_args(Layout))}
@@ -281,14 +283,14 @@ def _sampled(documents: Documents, seed: int) -> Documents:
 def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
     """Returns advice if one step takes more rows than the data has, else None.
 
-    The speed-ups then only say how much of a batch is empty in each layout.
+    In that case, the speed-ups only say how much of a batch is empty in each layout.
     """
     if run.num_rows >= run.rows_per_step:
         return None
     has = _count(run.num_rows, "row" if config.packing else "document")
     return (
-        f"The data has {has}, and a step takes {run.rows_per_step:,}: the rest of the step is padding, and the"
-        " speed-ups do not hold for more data. A smaller `--per-device-train-batch-size` (or"
+        f"The data has {has}, and a step takes {run.rows_per_step:,}: the rest of the step is padding, so these"
+        " speed-ups say nothing about a larger dataset. A smaller `--per-device-train-batch-size` (or"
         " `--gradient-accumulation-steps`) wastes less."
     )
 
@@ -309,7 +311,10 @@ def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
         (_, _, T), max_length = packed.shapes[0], packed.config.max_length
         why = "no other document fits into the room that is left, and a larger `--max-length` would leave less"
         if max_length < T:
-            why = f"a row of {max_length:,} takes {T:,} positions, a multiple of 128, as `--max-length` should be"
+            why = (
+                f"rows are rounded up to a multiple of 128, so a row of {max_length:,} tokens takes {T:,} positions;"
+                " choose a `--max-length` that is a multiple of 128"
+            )
         of_packed = f"{of_packed.capitalize()}, because {why}"
         return f"Stay with padding-free batches, the default: {of_padded}, {of_free}. {gain}. {of_packed}."
     return (
@@ -382,7 +387,11 @@ def _facts(found: Inspection) -> Table:
     what += f", and {found.targets_lost:,} of the tokens to train on ({_percent(of_targets)})"
     split = "; longer documents are split" if (lengths > found.config.max_length).any() else ""
     table.add_row(f"cut at {found.config.max_length:,}", what if cut.documents else f"no document{split}")
-    after = f"; after the cut {cut.dropped:,}, which are dropped" if cut.dropped > found.untrained else ""
+    after = (
+        f"; after the cut at max_length, {cut.dropped:,} are without one and are dropped"
+        if cut.dropped > found.untrained
+        else ""
+    )
     table.add_row("nothing to learn", f"{_count(found.untrained, 'document')} without a token to train on{after}")
     return table
 
@@ -414,11 +423,11 @@ def _layouts_table(found: Inspection) -> Table:
 
 
 def _basis(found: Inspection) -> str:
-    """Returns a line that says what the figures rest on."""
+    """Returns a line that names the basis of the figures."""
     if found.device is None:
         return (
-            "Speed-ups compare how many positions are computed, not times. With a model, `--gpu` predicts the times of"
-            " a GPU in another machine."
+            "Speed-ups compare how many positions are computed, not times. To predict times, give a model; for a GPU"
+            " that this machine does not have, also give `--gpu`."
         )
     if found.run.refusal is not None:
         return f"The run does not fit: {found.run.refusal}"

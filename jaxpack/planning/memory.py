@@ -38,11 +38,11 @@ def offloaded_bytes(step: StepShape, remat: Remat) -> int:
 
 
 def loss_bytes(step: StepShape) -> int:
-    """Returns the most bytes that the loss and its gradient hold.
+    """Returns the maximum number of bytes that the loss and its gradient hold.
 
-    These are a chunk of logits in float32 and their gradient; the hidden states before and after the last norm, the
-    ones with a target, and their gradient; the gradient and the cast of a trained head; and a dense copy of a head
-    that is stored in another form.
+    These are a chunk of logits in float32 and their gradient; the hidden states before and after the last norm, a copy
+    of the hidden states that have a target, and a gradient of hidden states; the gradient and the cast of a trained
+    head; and a dense copy of a head that is stored in another form.
     """
     chunk = min(LOSS_CHUNK, step.max_targets) * step.config.vocab_size * (4 + step.itemsize)
     head = step.head * (4 + step.itemsize) if step.trains_head else 0
@@ -51,11 +51,11 @@ def loss_bytes(step: StepShape) -> int:
 
 
 def backward_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the most bytes that the backward pass of one layer holds beside the residuals on the device.
+    """Returns the maximum number of bytes that one layer's backward pass holds in addition to residuals on the device.
 
-    By then the whole layer has been recomputed, or only its next part if the input of that part was offloaded. A loop
-    over layers also holds a copy of the layer's residuals. Residuals fetched from the host are there for this layer and
-    the next one.
+    At the peak, the whole layer has been recomputed, or only one part of it, if the input of that part was offloaded. A
+    loop over layers also holds a copy of the layer's residuals. Residuals that are fetched from the host are on the
+    device for two layers at a time: this one and the next one.
     """
 
     def held(peak: BackwardPeak) -> int:
@@ -72,9 +72,9 @@ def backward_bytes(step: StepShape, remat: Remat) -> int:
 
 
 def peak_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the most bytes that a step holds on the device.
+    """Returns the maximum number of bytes that a step holds on the device.
 
-    The peak is at the loss, in the first layer that goes backward, or at the end. Gradients of the trained parameters
+    The peak is at the loss, in the first layer of the backward pass, or at the end. Gradients of the trained parameters
     are float32. A loop over layers allocates the gradients of all layers at its start; without a loop they are stacked
     after the last layer. Several micro-batches add their gradients to another copy.
     """
@@ -89,10 +89,10 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
 
 
 def autotuning_bytes(step: StepShape) -> int:
-    """Returns the most bytes that are held before the first step, while XLA times kernels for each matmul.
+    """Returns the maximum number of bytes before the first step, while XLA measures kernels for each matmul.
 
-    All arguments but the batch are there already. The largest matmul makes a chunk of logits, or a trained head's
-    gradient, in float32. XLA allocates its operands, and its output twice, to compare results.
+    All arguments but the batch are on the device already. The largest matmul makes a chunk of logits, or a trained
+    head's gradient, in float32. XLA allocates its operands, and its output twice, to compare results.
     """
     chunk = min(LOSS_CHUNK, step.max_targets)
     hidden, logits = chunk * step.config.hidden_size, chunk * step.config.vocab_size

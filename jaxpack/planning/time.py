@@ -14,17 +14,17 @@ from jaxpack.planning.memory import host_bytes
 
 
 class DeviceRates(NamedTuple):
-    """Holds the work a second that a device sustains within a step, and the seconds that each kernel adds.
+    """Holds the work per second that a device sustains within a step, and the seconds that each kernel adds.
 
     Sustained rates are lower than the best rates of a benchmark of one kernel.
     """
 
-    matmul: float  # bfloat16 floating-point operations a second
-    attention: float  # floating-point operations a second within attention kernels
-    memory: float  # bytes a second
-    link: float  # bytes a second to the host, and as many back
-    kernel: float  # seconds a kernel on the device, beside its work
-    start: float  # seconds a kernel on the host, where it starts kernels one by one
+    matmul: float  # bfloat16 floating-point operations per second
+    attention: float  # floating-point operations per second within attention kernels
+    memory: float  # bytes per second
+    link: float  # bytes per second from the device to the host, and as many from the host to the device
+    kernel: float  # seconds that each kernel takes on the device in addition to its work
+    start: float  # seconds that the host takes to start each kernel, if it starts kernels one by one
 
     def seconds(self, cost: Cost) -> float:
         """Returns the seconds of a micro-batch's work (`Cost.for_tokens`), with kernels running one after another."""
@@ -32,13 +32,13 @@ class DeviceRates(NamedTuple):
         return cost.matmul / self.matmul + cost.attention / self.attention + moved / self.memory
 
 
-# Measured from kernels of steps (2026-11-26 and 2026-11-27). The H100 is the SXM; from `link` on it has H200 figures.
+# Measured from kernels of steps (2026-11-26 and 2026-11-27). The H100 is the SXM, with the H200's last three figures.
 RATES = {
     "H200": DeviceRates(720e12, 500e12, 3.0e12, 50e9, 2e-6, 7e-6),
     "H100": DeviceRates(720e12, 500e12, 2.4e12, 50e9, 2e-6, 7e-6),
 }
 _UNKNOWN = DeviceRates(100e12, 50e12, 0.6e12, 10e9, 0, 0)  # also for a CPU, which starts no kernels
-_SLOWER = {"PCIe", "NVL", "MIG"}  # Variants of the same name with less power, or slices of a GPU.
+_SLOWER = {"PCIe", "NVL", "MIG"}  # Words that mark a slower variant of the same name, or a slice of a GPU.
 
 
 def known_gpu(device_kind: str) -> str | None:
@@ -57,15 +57,15 @@ def num_kernels(step: StepShape, remat: Remat) -> int:
 
     Adapters have many small kernels, and loops copy arrays.
     """
-    looped, unrolled = (75, 46) if step.trains_all else (110, 62)  # kernels a layer
+    looped, unrolled = (75, 46) if step.trains_all else (110, 62)  # kernels per layer
     return step.shape[0] * step.num_layers * (unrolled if unrolls(remat) else looped)
 
 
 def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     """Returns the seconds of a step, with kernels running one after another.
 
-    Copies to the host and back run beside kernels, so they only add time where the link is slower than the computation.
-    Where the host starts kernels one by one (the choices that offload), a small step takes as long as starting them.
+    Copies to the host and back run beside kernels, so they only add time if the link is slower than the computation.
+    With the choices that offload, the host starts kernels one by one: a small step takes as long as starting them.
     """
     forward = step.num_layers * rates.seconds(forward_cost(step))
     backward = step.num_layers * rates.seconds(backward_cost(step) + recomputed_cost(step, remat))

@@ -28,14 +28,14 @@ class Callback:
         """Is called after each step, counted from 1, with "loss", "grad_norm" and the objective's own metrics.
 
         Returns:
-          True ends the run in order, as after its last step; False or None goes on.
+          True ends the run normally, as after its last step; False or None lets it go on.
         """
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
         """Is called after each evaluation, with "eval_loss" and every other metric as "eval_<name>".
 
         Returns:
-          True ends the run in order, as after its last step; False or None goes on.
+          True ends the run normally, as after its last step; False or None lets it go on.
         """
 
     def on_save(self, step: int, path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Saves and resumes a run: orbax writes checkpoints beside the run, and a folder is either whole or not there.
+"""Saves and resumes a run: orbax writes checkpoints while the run goes on; a checkpoint's folder is whole or absent.
 
 `checkpoints/<step>` holds the arrays of the state (trained weights, optimizer state, step) with the losses so far and,
-in `run`, what the run was made of. The order of the data and dropout follow from the seed and the step alone
-(`data.batching`, `train.step`), so a checkpoint needs no other random state.
+in `run`, a description of the run (`identity_of`, `notes_of`). The order of the data and dropout follow from the seed
+and the step alone (`data.batching`, `train.step`), so a checkpoint needs no other random state.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ _FREE = {
 
 @dataclasses.dataclass
 class Progress:
-    """Holds what a run has measured so far: the loss of each step, and the evaluation losses by step."""
+    """Holds the results of a run so far: the loss of each step, and the evaluation losses by step."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -67,7 +67,7 @@ class Progress:
 def identity_of(
     model: Transformer, config: TrainConfig, state: TrainState, frozen: nnx.State, **datasets: Documents | None
 ) -> dict[str, Any]:
-    """Returns all that must be equal for one run to continue another, under names that a user knows.
+    """Returns everything that must be equal for one run to continue another, under names that a user knows.
 
     Model, adapters, settings and the shapes and dtypes of arrays are listed as they are; data and frozen weights are
     represented by checksums.
@@ -80,7 +80,7 @@ def identity_of(
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
     weights = _named(frozen)
-    of_jax: Any = jax.config  # which declares no types of its settings
+    of_jax: Any = jax.config  # JAX declares no types for its settings
     identity = (
         structure
         | settings
@@ -148,9 +148,9 @@ class Checkpoints:
     Args:
       output_dir: the folder of the run.
       keep: how many of the last checkpoints are kept.
-      identity: what must be the same in a run that goes on from a checkpoint, see `identity_of`.
-      notes: what may differ in such a run, which is then told so, see `notes_of`.
-      date: the date that the run gives its chat template, which a resumed run keeps.
+      identity: the facts that must be the same in a run that resumes from a checkpoint, see `identity_of`.
+      notes: the facts that may differ in such a run; a message then names them, see `notes_of`.
+      date: the date that the run gives its chat template; a resumed run keeps it.
       on_saved: is called, in the writing thread, with the step and the folder of each finished checkpoint.
     """
 
@@ -189,7 +189,7 @@ class Checkpoints:
         self._writer.shutdown()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float]) -> bool:
-        if (fault := _fault(arrays)) is not None:  # It would push out earlier, sound checkpoints.
+        if (fault := _fault(arrays)) is not None:  # Saving it would delete earlier, sound checkpoints.
             console.print(f"step {step} is not saved: {fault}, and no run can continue from that", style="yellow")
             return False
         path = self.folder / str(step)
@@ -231,7 +231,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def _fault(arrays: dict[str, np.ndarray]) -> str | None:
-    """Returns why a run could not go on from these arrays, or None.
+    """Returns the reason why no run could resume from these arrays, or None.
 
     Checks the last loss and the weights: a loss is computed before its step's update, so it can be finite while the
     updated weights are not.
@@ -261,7 +261,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """Returns the checkpoint that a run goes on from, or None for a fresh start.
+    """Returns the checkpoint that a run resumes from, or None for a fresh start.
 
     Raises:
       InputError: `output_dir` holds a run that this one does not continue, or there is no checkpoint to resume from.
@@ -283,7 +283,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         )
     if newest is not None and (path is None or path.resolve() != newest.resolve()):
         raise InputError(
-            f"`output_dir` must be without {FOLDER}/, unless `resume_from_checkpoint` is the newest checkpoint there or"
+            f"`output_dir` must not hold {FOLDER}/, unless `resume_from_checkpoint` is the newest checkpoint there or"
             f" 'latest', got {config.output_dir!r}, which holds {newest}. Continue that run, or choose another folder."
         )
     return path
@@ -356,7 +356,7 @@ def load_checkpoint(
 
 
 def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
-    """Returns what may change the rounding of a run but not its meaning: remat, kernels, device and versions."""
+    """Returns the facts that may change the rounding of a run but not its meaning: remat, kernels, device, versions."""
     versions = {name: version(name) for name in ("jax", "jaxlib")}
     device = {"device": current_device().device_kind}
     return {"remat": remat, "implementation": str(implementation)} | device | versions
@@ -377,7 +377,7 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the cause of an orbax error, which may fill pages: the operating system's reason, or the beginning."""
+    """Returns the cause of an orbax error, which may fill pages: the system's reason, or the first part."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return reason(error)[:200] if code is None else os.strerror(int(code[1]))
 

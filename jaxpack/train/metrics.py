@@ -83,7 +83,7 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
     Args:
       config: names the destinations and their folder.
       about: the content of `about.json`, for `write_report`; Weights & Biases shows the `settings` in it.
-      after: the step that the run in the folder goes on from: its records up to that step stay. None for a new run.
+      after: the step from which the run in the folder resumes: its records up to that step stay. None for a new run.
 
     Raises:
       InputError: `output_dir` cannot be written to, or Weights & Biases does not start.

@@ -27,7 +27,7 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW behind clipping by the global gradient norm. Norm scales and biases have no weight decay."""
+    """Returns AdamW, after clipping by the global gradient norm. Norm scales and biases have no weight decay."""
 
     def decays(parameters: nnx.State) -> nnx.State:
         def is_matrix(path: tuple, _: jax.Array) -> bool:

@@ -37,7 +37,7 @@ class Run:
     Attributes:
       state: the arrays that a step changes. The model shares its trained parameters, until the first step donates them.
       frozen: the weights that no step changes.
-      schedule: the learning rate by step; None where the user's optimizer has its own.
+      schedule: the learning rate by step; None if the user's optimizer has its own.
       started: how many steps were started, counted from the beginning of the run (resumed steps included).
       remat, explanation: the choice of `remat` and the reason for it, see `choose.resolve`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
@@ -121,11 +121,11 @@ class Run:
         """Runs all steps that are left, and yields the metrics of each.
 
         A step's metrics are yielded once the next step is started, so that the device always has work. After the first
-        step, a pause and the last step they are yielded with nothing else started: `state` is then the result of that
-        step.
+        step, at a pause and after the last step, they are yielded before another step is started: `state` is then the
+        result of this step.
 
-        Where a program is launched kernel by kernel, starting it takes nearly as long as running it, because launches
-        queue up. So only at a pause do the metrics arrive when the step ends.
+        If a program is launched kernel by kernel, starting it takes nearly as long as running it, because launches
+        queue up. A step's metrics then arrive when this step ends only at a pause; otherwise they arrive later.
 
         Args:
           pauses: returns whether to pause after a step, counted from 1.
@@ -174,7 +174,7 @@ def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
 
 
 def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
-    """Raises if the device has no room for an evaluation, whose documents may be longer than those of training."""
+    """Raises InputError if an evaluation does not fit on the device; its documents may be longer than in training."""
     memory, free = program.memory_analysis(), free_device_bytes(current_device())
     assert memory is not None
     needed = memory.temp_size_in_bytes

@@ -25,7 +25,9 @@ ComputeMetrics = Callable[..., dict[str, tuple[Any, Any]]]
 
 
 class TrainState(NamedTuple):
-    """Holds what a step changes and donates: float32 trained parameters, optimizer state, and the number of steps.
+    """Holds the arrays that a step changes: float32 trained parameters, optimizer state, and the number of steps.
+
+    A step donates these arrays: they can be used only once.
 
     Example:
       >>> import jax.numpy as jnp
@@ -41,7 +43,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Holds a step's float32 metrics: loss, gradient norm before clipping, and the objective's own metrics."""
+    """Holds a step's float32 metrics: loss, gradient norm before clipping, and `more`: the objective's own metrics."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
@@ -49,7 +51,7 @@ class Metrics(NamedTuple):
 
 
 class EvalSums(NamedTuple):
-    """Holds the sums of one evaluation batch: the objective's, and (sum, weight) of each metric of the user."""
+    """Holds the sums over one evaluation batch: those of the objective, and (sum, weight) of each user metric."""
 
     objective: Sums
     computed: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
@@ -58,8 +60,9 @@ class EvalSums(NamedTuple):
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Returns the model's structure, its trained parameters and its frozen weights.
 
-    Trained parameters are float32 copies: many updates are too small for bfloat16 to represent, and the step donates
-    the arrays. After the last step, `nnx.update(model, state.trainable)` puts them into the model.
+    Trained parameters are float32, because many updates are too small for bfloat16 to represent. They are copies,
+    because the step donates the arrays that it is given. After the last step, `nnx.update(model, state.trainable)` puts
+    them into the model.
 
     Example:
       >>> import jax, jaxpack, torch_bridge
@@ -106,9 +109,9 @@ def objective_and_gradients(
     (the loss and the gradients of SFT are then 0).
 
     Args:
-      objective: what is minimised.
+      objective: the objective to minimise.
       remat, implementation: see `Transformer`.
-      limits: how many documents and targets the rows of one device have at most.
+      limits: upper limits for the documents in a row, and for the targets in a micro-batch on one device.
       dropout_key: turns the dropout of adapters on; None turns it off.
       mesh: the devices; None is the one device that arrays are made on.
     """
@@ -166,17 +169,19 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
-    `state` is a `TrainState`, whose arrays are donated; `frozen` is not donated. `limits` are static. `metrics` holds
-    float32 scalars: `loss`, `grad_norm` and the objective's own `metrics`. On a mesh of several devices, each device
-    holds the whole state and all frozen weights (`replicate`), and gets its share of a batch's rows (`batch_sharding`).
+    `state` is a `TrainState`, whose arrays are donated; `frozen` is not donated. `limits`, a static argument, holds
+    upper limits for the documents in a row and the targets in a micro-batch on one device; it may be left out.
+    `metrics` has the float32 scalars `loss` and `grad_norm`, and `more`: a dict of the objective's own metrics. On a
+    mesh of several devices, each device holds the whole state and all frozen weights (`replicate`), and gets its share
+    of a batch's rows (`batch_sharding`).
 
     Args:
       graph: the model's structure, from `split_trainable`.
       optimizer: any optax transformation; gradients reach it unclipped.
-      objective: what is minimised, see `Objective`.
-      remat: what the backward pass keeps, as in `TrainConfig`, but not "auto".
+      objective: the objective to minimise, see `Objective`.
+      remat: the choice of activations that the backward pass recomputes, as in `TrainConfig`, but not "auto".
       implementation: the implementation of all kernels, as in `TrainConfig`.
-      dropout_seed: turns dropout on; each step draws new masks from the seed and its number.
+      dropout_seed: turns dropout on; each step draws new masks from the seed and the number of the step.
       mesh: the devices; None is the current device alone.
 
     Example:
@@ -232,7 +237,7 @@ def make_eval_step(
 ) -> Callable[..., EvalSums]:
     """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> sums`.
 
-    Sums the objective over a batch `[1, B, T]` as in training, without dropout. Nothing is donated.
+    It sums the objective over a batch `[1, B, T]` as in training, but without dropout. Nothing is donated.
 
     Args:
       compute_metrics: a user's function, see `Trainer`.

@@ -41,11 +41,11 @@ from jaxpack.utils.files import from_home, held_folder
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Holds the results of a run.
+    """Holds the results of a finished run, as `Trainer.train` returns them.
 
-    `tokens_per_second` excludes compilation and, where there are other steps, the first step of each shape. Steps are
-    timed by the arrival of their metrics, which may be a step late. After a resume, losses and evaluations cover the
-    whole run; the rate and the seconds cover only the time since the resume.
+    `tokens_per_second` excludes compilation. It also excludes the first step of each shape, unless the run has no other
+    steps. The time of a step is taken when its metrics arrive, which may be one step later. After a resume, losses and
+    evaluations cover the whole run; the rate and the seconds cover only the time since the resume.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -60,9 +60,9 @@ class TrainResult:
     losses: np.ndarray  # mean over targets, float64 [steps]
     evaluations: dict[int, float]  # mean loss over the targets of `eval_dataset`, by step
     tokens_per_second: float  # real tokens, no padding
-    padding_share: float
-    compiled_shapes: int
-    found_programs: int  # programs, for training and evaluation, that an earlier run compiled
+    padding_share: float  # the share of the run's positions that hold no token
+    compiled_shapes: int  # shapes of training batches
+    found_programs: int  # programs, for training and evaluation, that an earlier run had compiled
     compile_seconds: float
     first_step_seconds: float  # from the start of `train()` to the first step's metrics, compilation included
     peak_memory_bytes: int
@@ -80,22 +80,22 @@ class Trainer:
       config: the settings of the run; None takes the defaults of `TrainConfig`.
       eval_dataset: rows that are not trained on, in any of the formats. Their loss is computed every `eval_steps`
         steps, in batches like those of training.
-      objective: what is minimised; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
+      objective: the objective to minimise; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
         `LogProbObjective` make an objective from a function.
       optimizer: None is AdamW with the settings of `config`. A schedule (a function from the step to the learning rate)
         replaces the schedule of `config`. An optax transformation replaces AdamW and the schedule; its gradients are
         still clipped to `max_grad_norm` (0 turns clipping off).
       callbacks: objects that are told of steps, evaluations, checkpoints and the end, see `Callback`.
       compute_metrics: computes metrics of an evaluation: `function(losses, predictions, batch) -> {name: (sum,
-        weight)}`. Write it in jax, for it runs within the compiled evaluation. `losses` float32 and `predictions` (the
+        weight)}`. Write it in jax, as it runs within the compiled evaluation. `losses` float32 and `predictions` (the
         likeliest next token) int32 are `[B, T]`, as are the arrays of `batch`. Each metric is its sum over the dataset
         divided by the sum of its weights.
 
     Attributes:
-      checkpoint: the checkpoint that the run goes on from, or None.
-      date: the date that chat templates get which write one: that of `chat_template_date`, or of the run's first start.
+      checkpoint: the checkpoint that the run resumes from, or None.
+      date: the date for chat templates that write one: `chat_template_date`, or the day of the run's first start.
       in_place: whether the run continues the one in `output_dir`, which may have stopped before its first checkpoint.
-      progress: what `train()` has measured in all finished steps, including those before a resume.
+      progress: the losses of all finished steps and the evaluation losses, including those before a resume.
 
     Raises:
       InputError: the model cannot be trained on this input; the message says what is wrong and where.
@@ -156,7 +156,7 @@ class Trainer:
                 self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once), together)
 
     def _find_previous_run(self) -> None:
-        """Sets `checkpoint` and `in_place` by what `output_dir` and `resume_from_checkpoint` hold."""
+        """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
         config = self.config
         self.checkpoint = find_checkpoint(config)
         output = None if config.output_dir is None else Path(config.output_dir)
@@ -166,7 +166,7 @@ class Trainer:
         )
         if output is not None and not self.in_place and (output / METRICS).exists():
             raise InputError(
-                f"`output_dir` must be without {METRICS}, got {config.output_dir!r}, which holds that of another run."
+                f"`output_dir` must not hold {METRICS}, got {config.output_dir!r}, which holds the one of another run."
                 " Choose another folder, or continue that run with `resume_from_checkpoint` 'latest'."
             )
 
@@ -190,13 +190,14 @@ class Trainer:
         SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running. The run then saves a checkpoint if there
         is an `output_dir`, and raises KeyboardInterrupt or SystemExit. A second signal ends it at once.
 
-        A second call, after a stop, continues or is refused just as a new process would be.
+        If the run was stopped and `train` is called again, the same rules hold as in a new process: the run continues
+        with `resume_from_checkpoint`, and is refused without it if `output_dir` holds a run.
 
         Args:
           on_start: is called before the first step, once all checks have passed.
 
         Raises:
-          InputError: the checkpoint to go on from is damaged or belongs to another run, or another run is in
+          InputError: the checkpoint to resume from is damaged or belongs to another run, or another run is in
             `output_dir`.
         """
         output = self.config.output_dir
@@ -300,7 +301,8 @@ class Trainer:
     def _write_back(self, run: Run) -> None:
         """Writes the trained parameters of a run back to the model."""
         trainable = run.state.trainable
-        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):  # a failed step has donated them
+        # A step that failed has donated the parameters: then there is nothing to write back.
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):
             nnx.update(self.model, trainable)
 
     def _evaluates(self, step: int) -> bool:
@@ -310,7 +312,7 @@ class Trainer:
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
 
     def _resume(self, run: Run, events: Events) -> Checkpoints | None:
-        """Loads the checkpoint to go on from, if any, and sets `progress`; returns where the run saves, or None."""
+        """Loads the checkpoint to resume from, if any, and sets `progress`; returns the `Checkpoints` to save to."""
         config, checkpoints, self.progress = self.config, None, Progress()
         if config.output_dir is None and self.checkpoint is None:
             return None
@@ -336,7 +338,7 @@ class Trainer:
         return checkpoints
 
     def _plan(self, run: Run) -> list[str]:
-        """Returns a few lines that say what is trained on which data."""
+        """Returns lines that describe the data, the steps, and the number of parameters that are trained."""
         lines = describe(self.documents, self.batches, self.config)
         if self.eval_batches is not None and self.eval_documents is not None:
             evaluated = self.eval_batches
@@ -350,7 +352,7 @@ class Trainer:
         return lines if run.explanation is None else [*lines, run.explanation]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
-        """Returns what `write_report` needs beside the metrics: the content of `about.json`."""
+        """Returns the content of `about.json`: the facts that `write_report` needs in addition to the metrics."""
         lora = self.model.lora_config
         return {
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -382,7 +384,7 @@ def _version(name: str) -> str:
 
 
 def describe(documents: Documents, batches: Batches, config: TrainConfig) -> list[str]:
-    """Returns a run's plan: what is trained on, what is cut, how rows are filled, and which shapes compile."""
+    """Returns lines that describe a run: its data, truncation, layout and steps, and the shapes to compile."""
     trained = int(documents.num_targets.sum())
     lines = [
         f"{len(documents):,} documents, {documents.num_tokens:,} tokens, {trained:,} of them to train on"
@@ -397,7 +399,10 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
     if cut.dropped:
         lines.append(f"{cut.dropped:,} documents then have no token left to train on, and are dropped")
     if first := int(batches.documents.num_targets.sum()) - batches.targets_per_epoch:
-        lines.append(f"{first:,} tokens to train on come first in a piece of a document: nothing predicts them there")
+        lines.append(
+            f"{first:,} tokens are each the first of a piece of a split document: no token predicts them, so they are"
+            " not trained on"
+        )
     if config.packing:
         lines.append(
             f"packing ({config.packing_strategy}): {batches.num_rows:,} rows of {config.max_length:,} tokens,"

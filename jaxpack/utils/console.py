@@ -20,7 +20,7 @@ def visible(text: str) -> str:
 def progress_bar(what: str, *, transient: bool = True) -> Progress:
     """Returns a progress bar, which shows in a terminal or in a notebook with ipywidgets and is disabled elsewhere.
 
-    The bar of a task shows the task's `note` behind its count, so each task must have that field.
+    The bar of a task shows the task's `note` after its count, so each task must have that field.
     """
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return Progress(

@@ -74,7 +74,7 @@ def held_folder(path: Path, name: str) -> Iterator[None]:
             try:
                 fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"`{name}` must be without another run, got {str(path)!r}, where one runs.") from None
+                raise InputError(f"`{name}` must not be in use, got {str(path)!r}, which another run uses.") from None
             except OSError:  # the file system has no locks
                 pass
         yield

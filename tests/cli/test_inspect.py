@@ -68,7 +68,10 @@ def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
             "`tokenizer` must come with the model for rows without `input_ids`",
         ),
         (["--data", "{data}", "--max-length", "1"], "`max_length` must be at least 2"),
-        (["--data", "{data}", "--max-length", "2"], "`max_length` must leave at least one document a token to learn"),
+        (
+            ["--data", "{data}", "--max-length", "2"],
+            "`max_length` must leave at least one document a token to train on",
+        ),
         (["--data", "{data}", "--batch-size", "0"], "`batch_size` must be at least 1, got 0."),
         (["--data", "{data}", "--lora-r", "0"], "`lora_r` must be at least 1, got 0."),
         (

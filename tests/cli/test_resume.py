@@ -141,7 +141,7 @@ def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     refusals = {
         (): "`output` must be empty or not exist yet",
-        ("--resume-from-checkpoint", output / "checkpoints" / "3"): "`output` must be without checkpoints/, unless",
+        ("--resume-from-checkpoint", output / "checkpoints" / "3"): "`output` must not hold checkpoints/, unless",
         ("--resume-from-checkpoint", "latest", "--learning-rate", "2e-2"): "`learning_rate` 0.01 (here 0.02)",
     }
     for flags, message in refusals.items():

@@ -153,7 +153,7 @@ def test_targets_that_come_first_in_a_piece_are_told_and_not_all_there_are(strat
     labels = np.full_like(documents.labels, -100)
     labels[[32, 96]] = documents.tokens[[32, 96]]  # the first token of the second piece
     lost = dataclasses.replace(documents, labels=labels)
-    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to learn, got 32"):
+    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to train on, got 32"):
         Batches(lost, config)
     labels = labels.copy()
     labels[40] = documents.tokens[40]
@@ -179,7 +179,7 @@ def test_strategies_that_split_cut_nothing(strategy):
 def test_a_max_length_that_leaves_nothing_to_learn_is_refused():
     documents = random_documents([10, 10], masked=0)
     documents.labels[[*range(5), *range(10, 15)]] = -100
-    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to learn, got 4"):
+    with pytest.raises(InputError, match="`max_length` must leave at least one document a token to train on, got 4"):
         Batches(documents, TrainConfig(max_length=4))
 
 

@@ -277,9 +277,11 @@ def test_cut_and_dropped_documents_are_counted_and_said_once(capsys):
     assert sum(len(list(segments(batch))) for batch in packer) == 4
     assert packer.truncation == Truncation(3, 72 + 3 + 12, 2)
     said = capsys.readouterr().err
-    assert said.count("documents are cut at 128 tokens (`max_length`), first row 1 of `documents`, which loses 72") == 1
-    assert said.count("without a token to learn after their first are left out, first row 3 of `documents`") == 1
-    assert "`strategy='bfd_split'` splits them instead" in said
+    assert said.count("is cut at 128 tokens (`max_length`) and loses") == 1
+    assert "row 1 of `documents` is cut at 128 tokens (`max_length`) and loses 72; further documents are cut" in said
+    assert said.count("is left out, because it has no token to train on after its first token") == 1
+    assert "row 3 of `documents` is left out, because it has no token to train on after its first token" in said
+    assert "`strategy='bfd_split'` splits documents instead" in said
 
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])

@@ -282,7 +282,8 @@ def test_what_is_cut_off_is_counted():
     assert found.targets_lost == 68 + 8 + 15
     text = printed(found)
     assert "3 documents: 94 of all tokens are lost (47%), and 91 of the tokens to train on (59%)" in text
-    assert "1 document without a token to train on; after the cut 2, which are dropped" in text
+    dropped = "; after the cut at max_length, 2 are without one and are dropped"
+    assert f"1 document without a token to train on{dropped}" in text
     advice = "But `--max-length 32` cuts off 47% of all tokens and 59% of the tokens to train on: 128 would"
     assert advice in found.recommendation
 
@@ -311,7 +312,7 @@ def test_what_is_split_is_not_cut():
         (
             100 * [60, 100, 60, 130],
             130,
-            ["Stay with padding-free batches, the default: padded", "130 takes 256 positions"],
+            ["Stay with padding-free batches, the default: padded", "a row of 130 tokens takes 256 positions; choose"],
         ),
         (
             100 * [530],

@@ -139,7 +139,7 @@ def test_the_trainer_of_a_run_that_was_stopped_goes_on_like_a_new_one(tmp_path: 
 
     once = trainer(tmp_path / "once")
     crash(once, after=5)
-    with pytest.raises(InputError, match="`output_dir` must be without checkpoints/"):
+    with pytest.raises(InputError, match="`output_dir` must not hold checkpoints/"):
         once.train()
     assert steps_in(tmp_path / "once" / "checkpoints") == [3]
 
@@ -231,7 +231,7 @@ def test_what_changes_no_number_may_differ(
 def test_places_that_are_no_checkpoints_are_refused(stopped: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`resume_from_checkpoint` must be the folder of a checkpoint"):
         trainer(tmp_path, resume_from_checkpoint=str(tmp_path))
-    with pytest.raises(InputError, match="`output_dir` must be without checkpoints/"):
+    with pytest.raises(InputError, match="`output_dir` must not hold checkpoints/"):
         trainer(stopped)
     rule = r"must be the folder of a checkpoint or a run, unless `output_dir` .*, got 'latest'"
     with pytest.raises(InputError, match=rule):

@@ -128,7 +128,7 @@ def test_a_second_run_in_a_folder_is_refused_and_leaves_the_first_alone(latest, 
 
     def meanwhile() -> None:
         about = (tmp_path / "about.json").read_text()
-        with pytest.raises(InputError, match="`output_dir` must be without another run"):
+        with pytest.raises(InputError, match=r"`output_dir` must not be in use, got .*, which another run uses"):
             second.train()
         assert (tmp_path / "about.json").read_text() == about
 

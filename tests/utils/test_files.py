@@ -166,7 +166,7 @@ def test_a_folder_is_held_by_one_at_a_time_and_left_as_it_was(tmp_path: Path) ->
         there = folder.exists()
         for _ in range(2):
             with held_folder(folder, "output"):
-                message = "`output` must be without another run, got"
+                message = "`output` must not be in use, got .*, which another run uses"
                 with pytest.raises(InputError, match=message), held_folder(folder, "output"):
                     pass
                 assert folder.is_dir()
