@@ -13,7 +13,7 @@ UNOPTIMISED := XLA_FLAGS="--xla_backend_optimization_level=0 \
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.PHONY: help demo test test-slow lint format docs dist bench-check test-jax test-gpu clean
+.PHONY: help demo test test-slow lint format docs dist bench-check test-jax test-transformers4 test-gpu clean
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,12 @@ CASES-0.12.0.1 := 1/2
 test-jax-%: .venv-jax-%/installed
 	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py' --cases $(CASES-$*)
 
+# Servers that have transformers 4 read what we write.
+test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare written models in transformers 4
+	rm -rf build/transformers4
+	PYTHONPATH=. $(RUN) -m tests.torch_bridge.transformers4 write build/transformers4
+	.venv-transformers4/bin/python tests/torch_bridge/transformers4.py read build/transformers4
+
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and compiled every kernel's tests and
 # the losses of short runs.
 # Side by side, since nearly all of the time goes into compiling; pytest-benchmark would warn of that, which is an error.
@@ -86,5 +92,10 @@ $(VENV)/installed-docs: $(VENV)/installed
 	.venv-jax-$*/bin/python -m pip install --quiet --constraint constraints/jax-$*.txt --editable '.[hf,dev]'
 	touch $@
 
+.venv-transformers4/installed:
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet torch==2.13.0 transformers==4.57.6
+	touch $@
+
 clean:  ## Delete the environments and what was built
-	rm -rf .venv .venv-jax-* build
+	rm -rf .venv .venv-jax-* .venv-transformers4 build

@@ -8,7 +8,7 @@ from jaxpack.errors import InputError
 from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
-from torch_bridge.families.rope import read_rope, rope_to_hf
+from torch_bridge.families.rope import read_rope, rope_to_hf, rope_to_hf_4
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -57,13 +57,17 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Returns the fields of a `config.json` that a `ModelConfig` determines; `config_from_hf` reads them back."""
+    """Returns the fields of a `config.json` that a `ModelConfig` determines; `config_from_hf` reads them back.
+
+    RoPE is in the form of transformers 5 and in that of version 4.
+    """
     family = FAMILIES[config.architecture]
     (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == config.activation)
-    rope = rope_to_hf(config.rope)
+    rope = rope_to_hf(config.rope) | rope_to_hf_4(config.rope, family.model_type)
     if config.local_rope is not None:
         local = rope_to_hf(config.local_rope)["rope_parameters"]
         rope["rope_parameters"] = {GLOBAL: rope["rope_parameters"], LOCAL: local}
+        rope["rope_local_base_freq"] = config.local_rope.theta
     special = {
         "attention_bias": config.out_bias,
         "mlp_bias": config.mlp_bias,

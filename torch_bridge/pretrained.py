@@ -28,9 +28,16 @@ from torch_bridge.io.folder import (
 from torch_bridge.tensors import TensorSource, build_model, model_tensors, tensor_shapes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # older names of `dtype` and `rope_parameters`
+# `auto_map` names files with code, which are not copied. The other fields are written anew.
+_REPLACED = ("auto_map", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters")
 _MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
-_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]  # the files of a hub model that describe it
+_DESCRIBING = [
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+]  # the files of a hub model that describe it
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
 
 
@@ -123,7 +130,7 @@ def write_folder(
     source = dict(model.source_files)
     hf = json.loads(source.get(CONFIG_FILE, "{}"))
     hf = {name: value for name, value in hf.items() if name not in _REPLACED}
-    hf |= config_to_hf(model.config) | {"dtype": dtype}
+    hf |= config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}  # the name in transformers 5, and in 4
     (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
     if GENERATION_FILE in source:
         (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])

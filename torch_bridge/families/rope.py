@@ -39,7 +39,7 @@ def read_rope(hf: Mapping[str, Any], *, allows_partial: bool = False) -> RopeCon
     rope = hf.get("rope_parameters") or scaling
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError(f"`rope_parameters` must be an object with the parameters of one RoPE, got {rope!r}.")
-    if not isinstance(scaling, dict) or not scaling.items() <= rope.items():  # transformers would take `scaling`
+    if not isinstance(scaling, dict) or not _agree(scaling, rope):  # transformers would take `scaling`
         raise InputError(f"`rope_scaling` must agree with `rope_parameters`, got {scaling!r} beside {rope!r}.")
     theta = first(rope.get("rope_theta"), hf.get("rope_theta", 10_000.0))
     kind = first(rope.get("rope_type"), rope.get("type"), "default")
@@ -80,3 +80,23 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     values.pop("max_position_embeddings", None)  # the model's config holds it
     beside = {name: values[name] for name in ("original_max_position_embeddings",) if name in values}
     return {"rope_parameters": parameters | {"rope_type": kind} | values} | beside
+
+
+def rope_to_hf_4(rope: RopeConfig, model_type: str) -> dict[str, Any]:
+    """Returns the same RoPE in the fields of transformers 4, which passes over `rope_parameters` and says nothing."""
+    partial = {} if rope.partial_rotary_factor == 1 else {"partial_rotary_factor": rope.partial_rotary_factor}
+    fields = {"rope_theta": rope.theta, "rope_scaling": None} | partial
+    if rope.scaling is None:
+        return fields
+    parameters = rope_to_hf(rope)["rope_parameters"]
+    scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if scaling["rope_type"] == "longrope" and model_type == "phi3":  # which allows `type` and the two factors alone
+        names = ("short_factor", "long_factor", "attention_factor")
+        scaling = {"type": "longrope"} | {name: scaling[name] for name in names if name in scaling}
+    return fields | {"rope_scaling": scaling}
+
+
+def _agree(scaling: Mapping[str, Any], rope: Mapping[str, Any]) -> bool:
+    kinds = [first(fields.get("rope_type"), fields.get("type")) for fields in (scaling, rope)]
+    rest = {name: value for name, value in scaling.items() if name not in ("rope_type", "type")}
+    return not scaling or (kinds[0] == kinds[1] and rest.items() <= rope.items())
