@@ -1,7 +1,7 @@
 """Tests that transformers 4 computes what we do with the folders that we write. Many servers still have that version.
 
-`make test-transformers4` runs this file twice, with `write FOLDER` in the project's environment, and with `read FOLDER`
-in an environment of transformers 4. The first writes a merged model of each family with its logits, the second compares.
+`make test-transformers4` runs this file twice: with `write FOLDER` in the project's environment, and with `read FOLDER`
+in an environment of transformers 4. The first writes a merged model of each family and its logits, the second compares.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 _ATOL = 1e-4
-# transformers 4 derives the attention factor of LongRoPE from the two lengths and passes over `factor`, which Phi-3 does
-# not have, and Llama does here. No model on the hub is such a Llama.
+# transformers 4 derives the attention factor of LongRoPE from the two lengths, and passes over `factor`. Phi-3 has no
+# `factor`, but this Llama has. No model on the hub is such a Llama.
 _UNLIKE = {"llama_longrope"}
 
 
@@ -29,7 +29,7 @@ def write(folder: Path) -> None:
     for family in hf.FAMILIES:
         _, path = hf.save_model(folder / family / "base", f"{family}-untied")
         config = json.loads(Path(path, "config.json").read_text())
-        config["auto_map"] = {"AutoModelForCausalLM": "modeling_missing.Missing"}  # as the hub's folders of Phi-3 have it
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_missing.Missing"}  # as Phi-3's folders on the hub
         Path(path, "config.json").write_text(json.dumps(config))
         model, _ = torch_bridge.from_pretrained(path, dtype="float32")
         add_lora(model, LoraConfig(r=4))
