@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_four_times_ends_as_if_it_never_was(seed: int, sett
         steps = require_whole_checkpoints(output, setting.undisturbed)
         assert max(steps, default=0) >= max(before, default=0)
     assert setting.run(*command, log=log) == 0, log.read_text()
-    assert f"goes on from {output}/checkpoints/{steps[-1]}: {steps[-1]} of" in log.read_text()
+    assert f"the run continues from {output}/checkpoints/{steps[-1]}: {steps[-1]} of" in log.read_text()
     require_same_end(output, setting.undisturbed)
     require_whole_checkpoints(output, setting.undisturbed)
 

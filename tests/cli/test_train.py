@@ -190,7 +190,7 @@ def test_a_seed_fixes_every_byte_of_the_adapter(inputs: Inputs, adapter_run: Pat
     command = [sys.executable, "-m", "jaxpack", "train", *map(str, flags)]
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as in conftest.py: same program
     done = subprocess.run(command, check=True, timeout=120, env=environment, stderr=subprocess.PIPE, text=True)
-    assert "1 of 1 found compiled" in done.stderr
+    assert "1 of 1 were found compiled" in done.stderr
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / "adapter" / name).read_bytes() == (adapter_run / "adapter" / name).read_bytes()
 
