@@ -29,7 +29,7 @@ from torch_bridge.tensors import TensorSource, build_model, model_tensors, tenso
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REPLACED = ("torch_dtype", "rope_theta", "rope_scaling")  # older names of `dtype` and `rope_parameters`
-_MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
+_MAX_LAYERS = 10_000  # a config with more layers is refused, before a list with an item for each layer is made
 _DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]  # the files of a hub model that describe it
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
 
@@ -80,15 +80,15 @@ def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
     Example:
       >>> import torch_bridge
       >>> config, tokenizer = torch_bridge.read_config("path/to/Qwen3-4B")
-      >>> config.num_layers
-      2
+      >>> config.architecture
+      'Qwen3ForCausalLM'
     """
     folder, _, config = _read(str(name_or_path), weights=False)
     return config, _tokenizer(folder)
 
 
 def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a fully trained model as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
+    """Writes a model without adapters as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
     Raises:
       InputError: the model has adapters (use `save_adapter`), `path` is not empty, or the disk refused a write.

@@ -156,7 +156,7 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
         _check_masks(record, where(row))
     ids = _integers(_column(rows, begin, "input_ids", kinds, where), begin, "input_ids", where)
     labelled = rows
-    if not has_labels:  # later rows may still have labels; a row without labels is trained on whole
+    if not has_labels:  # later rows may still have labels; without labels, every token is trained on
         labelled = [row if row.get("labels") is not None else {"labels": row["input_ids"]} for row in rows]
     labels = _integers(_column(labelled, begin, "labels", kinds, where), begin, "labels", where)
     for row, (document, trained) in enumerate(zip(ids, labels, strict=True), begin):
@@ -168,9 +168,9 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
 
 
 def _check_masks(record: Record, where: str) -> None:
-    """Refuses masks of other libraries with zeros, since jaxpack would ignore them.
+    """Refuses a row in which a mask of another library has zeros, because jaxpack would ignore the mask.
 
-    Such masks mark padding, or tokens that are not trained on.
+    The zeros of such masks mark padding, or tokens that are not trained on.
     """
     masks = ["attention_mask"]
     if record.get("labels") is None:
