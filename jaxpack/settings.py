@@ -137,7 +137,8 @@ class TrainConfig:
     packing_strategy: PackingStrategy = _option(
         "bfd",
         "Treatment of documents longer than max_length with packing. 'bfd' truncates them; 'bfd_split' splits them "
-        "into pieces; 'wrapped' keeps the order of the documents, and splits them wherever a row is full.",
+        "into pieces; 'wrapped' fills the rows with the documents in their order, and splits a document wherever a row "
+        "is full. With all three, the rows are shuffled.",
     )
     padding_free: bool = _option(
         True,
@@ -213,7 +214,8 @@ class TrainConfig:
     assistant_only_loss: bool = _option(
         True,
         "Train only on what the assistant writes in a conversation. If this is off, train on every token of the "
-        "conversation, or of the completion if the row has one.",
+        "conversation, or of the completion if the row has one. With a chat template, rows of instruction and output "
+        "are conversations, too.",
     )
     chat_template_date: str | None = _option(
         None,
@@ -288,8 +290,8 @@ class TrainConfig:
             check(
                 self.resume_from_checkpoint != "latest" or self.output_dir is not None,
                 "resume_from_checkpoint",
-                "must be the folder of a checkpoint or a run, unless `output_dir` names the folder whose latest "
-                "checkpoint is meant",
+                "must be the folder of a checkpoint or of a run if `output_dir` is not set ('latest' takes the newest "
+                "checkpoint in `output_dir`)",
                 self.resume_from_checkpoint,
             )
         check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)

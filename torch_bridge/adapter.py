@@ -77,9 +77,9 @@ def require_files(adapter: str | os.PathLike, *names: str) -> Path:
 def load_adapter(model: Transformer, adapter: str) -> Transformer:
     """Adds the adapters of a PEFT folder to a model in place, and returns the model, which can be trained further.
 
-    Supports LoRA and rsLoRA, with ranks and alphas per projection, and a fully trained head and embedding. Any other
-    setting that changes the results of an adapter raises an error that names the setting. A missing or an extra tensor
-    raises an error that names the tensor.
+    Supports LoRA and rsLoRA, with ranks and alphas per projection, and a head and an embedding in `modules_to_save`.
+    Any other setting that changes the results of an adapter raises an error that names the setting. A missing or an
+    extra tensor raises an error that names the tensor.
 
     Raises:
       InputError: the folder is incomplete, belongs to another model or holds another kind of adapter, or the model
@@ -274,7 +274,8 @@ def _by_projection(
 ) -> dict[str, Any]:
     """Returns each projection's value (its rank or alpha), if it differs from the default.
 
-    The first key of the pattern that matches the end of a module's name gives the module's value.
+    The field `pattern` of the PEFT config maps regular expressions to values. A module gets the value of the first
+    expression that matches the end of its name, or else the default.
     """
     values = peft.get(pattern) or {}
     found: dict[str, list[Any]] = {projection: [] for projection in targets}

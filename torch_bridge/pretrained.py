@@ -87,15 +87,15 @@ def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
     Example:
       >>> import torch_bridge
       >>> config, tokenizer = torch_bridge.read_config("path/to/Qwen3-4B")
-      >>> config.num_layers
-      2
+      >>> config.architecture
+      'Qwen3ForCausalLM'
     """
     folder, _, config = _read(str(name_or_path), weights=False)
     return config, _tokenizer(folder)
 
 
 def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a fully trained model as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
+    """Writes a model without adapters as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
     Raises:
       InputError: the model has adapters (use `save_adapter`), `path` is not empty, or the disk refused a write.

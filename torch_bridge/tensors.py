@@ -31,7 +31,7 @@ _AHEAD = 2
 class TensorSource(Protocol):
     """Provides named tensors, which are read a few rows at a time."""
 
-    description: str  # what an error calls it
+    description: str  # what error messages call the source
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor by name, in the order in which the tensors are best read."""
@@ -81,7 +81,8 @@ def fill(model: Transformer, source: TensorSource) -> None:
     shapes = {name: shape for name, shape in source.shapes().items() if name in table}
     pieces = [(name, first, last) for name, shape in shapes.items() for first, last in _pieces(shape)]
     size = max((last - first) * math.prod(shapes[name][1:]) for name, first, last in pieces)
-    # One buffer for each piece ahead, one for the piece in use, and one for the piece before, still read by the device.
+    # There is one buffer for each piece ahead, one for the piece in use, and one for the piece before, which the device
+    # may still read.
     buffers = [np.empty(4 * size, np.uint8) for _ in range(_AHEAD + 2)]
 
     def read(index: int) -> Any:
@@ -106,7 +107,10 @@ def fill(model: Transformer, source: TensorSource) -> None:
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yields the (first, last) rows of each piece of a tensor, of equal size if possible, for one program."""
+    """Yields the (first, last) rows of each piece of a tensor.
+
+    If possible, all pieces have the same size, so that one program places all of them.
+    """
     least = max(1, math.ceil(math.prod(shape) / _PIECE))
     count = next((count for count in range(least, 2 * least) if shape[0] % count == 0), least)
     rows = max(1, math.ceil(shape[0] / count))
@@ -184,7 +188,7 @@ def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:
 
 
 def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
-    """Refuses sizes larger than any tensor of the source, before anything is made of them, even a list of layers."""
+    """Refuses sizes larger than any tensor of the source, before anything is made with them, even a list of layers."""
     shapes = source.shapes()
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if config.num_layers > len(shapes):

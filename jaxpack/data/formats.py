@@ -181,7 +181,7 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
     rows = [_without_tensors(record) for record in rows]
     ids = _integers(_column(rows, begin, "input_ids", _LISTS, where), begin, "input_ids", where)
     labelled = rows
-    if not has_labels:  # later rows may still have labels; a row without labels is trained on whole
+    if not has_labels:  # later rows may still have labels; without labels, every token is trained on
         labelled = [row if row.get("labels") is not None else {"labels": row["input_ids"]} for row in rows]
     labels = _integers(_column(labelled, begin, "labels", _LISTS, where), begin, "labels", where)
     for row, (record, document, trained) in enumerate(zip(rows, ids, labels, strict=True), begin):

@@ -30,14 +30,14 @@ class Packer:
     `window` documents. A document is held back at most once, so it is in a finished row as soon as the window after its
     own is packed. With "wrapped", only the last row is held back, until it is full.
 
-    In addition to one window of documents, the packer holds fewer rows than two batches have. It reads the next window
+    The packer holds one window of documents, and fewer rows than there are in two batches. It reads the next window
     only when it has too few finished rows for a batch.
 
     If the stream ends within the first window, the batches equal those of the first epoch of `Batches` with `packing`.
     The last batch of a stream is filled up with rows of padding.
 
-    A packer can be iterated once; for another pass over the data, make another packer. Each document is packed on its
-    own, so an objective with `documents_together` above 1 needs `Batches`.
+    A packer can be iterated once; for another pass over the data, make another packer. The packer does not keep
+    successive documents in the same row, so an objective with `documents_together` above 1 needs `Batches`.
 
     Args:
       documents: `Documents`, or any iterable of rows `{"input_ids": [...], "labels": [...]}`, such as a generator. It

@@ -114,8 +114,9 @@ def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = 
     """Plans rows of at most `max_length` tokens for documents of the given lengths, int `[documents]`.
 
     "bfd" is best-fit decreasing over all documents; tokens of a document beyond `max_length` are left out. "bfd_split"
-    first cuts longer documents into pieces of `max_length`. "wrapped" keeps the order of the documents and cuts them
-    wherever a row is full. The model sees each piece as a document of its own. Empty documents are dropped.
+    first splits longer documents into pieces of `max_length`. "wrapped" fills the rows with the documents in their
+    order, and splits a document wherever a row is full. The model sees each piece as a document of its own. Empty
+    documents are dropped.
 
     TRL has strategies of the same names, but here best fit works on the whole dataset, not within chunks of 1,000.
     Rows of "bfd" and "bfd_split" are ordered by their longest document, longest first: shuffle them before training.

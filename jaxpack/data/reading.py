@@ -20,7 +20,7 @@ from jaxpack.utils.console import console, progress_bar
 
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
-_CHUNK = 1024  # rows handed to the tokenizer at a time, which it spreads over the cores
+_CHUNK = 1024  # rows that the tokenizer gets at a time; it spreads them over the cores
 
 
 def load_documents(
@@ -46,11 +46,12 @@ def load_documents(
       assistant's text in the completion.
     - `text` (or the field that `text_field` names): every token is trained on. A `text_field` other than `text` is used
       whatever other fields the rows have.
-    - `instruction`, optionally `input`, and `output`: a question and an answer in the chat template, as above. If the
-      tokenizer has no chat template, they are a prompt and a completion in Alpaca's wording.
+    - `instruction`, optionally `input`, and `output`: a question and an answer, written and trained on in the same way
+      as `messages`. If the tokenizer has no chat template, they are a prompt and a completion in Alpaca's wording.
 
-    Strings that do not end in the tokenizer's EOS token get one; a chat template writes its own. A token is trained on
-    if any of its characters is. Rows without a token to train on are left out, and their number is printed.
+    A text or completion that does not end in the tokenizer's EOS token gets one; a chat template writes its own. A
+    token is trained on if at least one of its characters belongs to the text to train on. Rows without a token to train
+    on are left out, and their number is printed.
 
     Args:
       dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
@@ -59,7 +60,7 @@ def load_documents(
       vocab_size: the model's vocabulary size; token ids from this number on are refused.
       text_field: the key of plain text.
       assistant_only_loss: False trains on every token that a chat template writes: in `messages` and `conversations`,
-        in a completion of messages, and in questions with their answers.
+        in a completion of messages, and in the question and the answer of rows with `instruction`.
       allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that the
         template leaves out of earlier answers are counted, and the count is printed.
       date: the date for chat templates that write one; None is today.

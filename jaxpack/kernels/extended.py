@@ -1,12 +1,12 @@
-"""Kernels that append an adapter's product to its tokens: `[x, x A^T]`, R channels after the D channels of `x`.
+"""Appends an adapter's product to its tokens: `[x, x A^T]`, with R channels after the D channels of `x`.
 
 In that form the adapter is part of its projection's matmul, as a few more channels to sum over or to return:
 
     [x, x A^T] [W, B]^T = x W^T + (x A^T) B^T        x [W; A]^T = [x W^T, x A^T]
 
-The same holds for the gradients. E is D + R channels; R is a power of two from 16, or 0. The kernels here compute the
-rest: the norm that makes `x`, the narrow products with A and B, and the residual connection. Each kernel is one pass
-over the residual stream, where separate operations would take five. Where `unsupported_reason` returns a reason,
+The same holds for the gradients. E is D + R channels; R is 0 or a power of two of at least 16. The kernels here compute
+the rest: the norm that makes `x`, the narrow products with A and B, and the residual connection. Each kernel is one
+pass over the residual stream, where separate operations would take five. Where `unsupported_reason` returns a reason,
 `implementation=None` takes XLA.
 """
 
@@ -27,14 +27,14 @@ from jaxpack.kernels.rms_norm import rms_norm_backward, rms_norm_reference
 
 
 def unsupported_reason(tokens: int, channels: int, rank: int) -> str | None:
-    """Returns what the kernels need that `[tokens, channels]` and `rank` do not meet, or None if the kernels can run.
+    """Returns the requirement that `[tokens, channels]` and `rank` do not meet, or None if the kernels can run.
 
     Their matmuls take blocks of at least 16 by 16, and hold a token's R channels in registers.
     """
     if tokens % 16 or channels % 16:
         return f"multiples of 16 tokens and channels, got {tokens} and {channels}"
     if rank > _MAX_RANK or rank not in (0, padded_rank(rank)):
-        return f"a rank of at most {_MAX_RANK}, made up to a power of two from 16, got {rank}"
+        return f"a rank of at most {_MAX_RANK}, padded to a power of two of at least 16, got {rank}"
     return None
 
 

@@ -1,8 +1,9 @@
-"""Cross entropy from hidden states, without ever holding the logits of the whole batch.
+"""Computes the cross entropy from hidden states, without ever holding the logits of the whole batch.
 
-Whatever is computed from a summed loss, the gradient of its hidden states and head only changes by a factor. So the
-forward pass computes the gradients beside the loss, from the same logits, one chunk of tokens at a time. That takes
-three matmuls for a trained head and two for a frozen one; recomputing logits in the backward pass would take another.
+Whatever is computed from the summed loss, the gradients of the hidden states and of the head only change by a factor.
+So the forward pass computes these gradients beside the loss, from the same logits, one chunk of tokens at a time. It
+takes three matmuls for a trained head and two for a frozen one; recomputing logits in the backward pass would take
+another.
 With `max_targets`, tokens without a target are left out beforehand.
 """
 
@@ -41,8 +42,8 @@ def linear_cross_entropy(
 
     Matmuls are in the dtype of `hidden` and accumulate in float32, and so does the head's gradient over all tokens.
     Logits are float32. A target of -100 contributes nothing; if all targets are -100, loss and gradients are exactly 0.
-    Other targets must be in [0, V). A compiled program cannot raise an error for one that is not: it makes the loss
-    NaN, and every gradient that it contributes to.
+    Other targets must be in [0, V). A compiled program cannot raise an error for a target that is not. Such a target
+    makes the loss NaN, and every gradient that it contributes to.
 
     Args:
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).

@@ -1,4 +1,6 @@
-"""The projection after a norm, with or without a LoRA adapter, at the start of a branch of the residual stream.
+"""Computes a norm and the projection after it, at the start of a branch of the residual stream.
+
+The projection may have a LoRA adapter.
 
 In the forward pass, one kernel norms the tokens and computes the adapter's product `n A^T`. In the backward pass, one
 kernel adds up the three gradients of the residual stream: through the projection, through its adapter and past both.
@@ -61,7 +63,8 @@ def _primal(x, scale, weight, a, b, eps, implementation):
 def _forward(x, scale, weight, a, b, eps, implementation):
     weight, _ = primal_of(weight)
     out, residuals = _primal(x.value, scale.value, weight, a.value, b.value, eps, implementation)
-    # A frozen norm needs no gradient. The residuals say so by their structure, all that is known later at tracing.
+    # A frozen norm needs no gradient. The structure of the residuals says so: the backward rule knows nothing else
+    # about them when it is traced.
     return out, (*residuals, jnp.zeros(()) if scale.perturbed else None)
 
 
@@ -71,11 +74,11 @@ def _backward(eps, implementation, residuals, d):
     (d_out, b), cast = cast.after(d_out, b)
     I = x.shape[-1]  # noqa: E741
     d_rows = d_out @ cast.append_columns(b)
-    # Computing a few columns too many costs less than copying the other columns together.
+    # `outer` computes a few columns too many. This costs less than first copying the other columns together.
     d_weight = weight.cotangent(lambda: outer(d_out, rows)[:, :I])
     d_a = outer(d_rows[..., I:], rows)[:, :I].astype(a.dtype)
     d_b = outer(d_out, rows[..., I:]).astype(b.dtype)
-    d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # frees `d_out`
+    d_rows, d_a, d_b = jax.lax.optimization_barrier((d_rows, d_a, d_b))  # so that `d_out` can be freed
     options = {"eps": eps, "with_scale": trained is not None, "implementation": implementation}
     d_x, d_scale = norm_append_lora_input_backward(d_rows, rows, x, scale, a, d_x, **options)
     return d_x, None if d_scale is None else d_scale.astype(scale.dtype), d_weight, d_a, d_b

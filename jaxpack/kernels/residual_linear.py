@@ -1,9 +1,9 @@
-"""The projection at the end of a branch of the residual stream, with or without a LoRA adapter.
+"""Computes the projection at the end of a branch of the residual stream, with or without a LoRA adapter.
 
 The residual is added in the same pass. As separate operations, a gated activation and the projection after it would
-keep the product between them, or recompute it in the backward pass with a kernel of its own. Together they keep only
-gate and up: one kernel writes the gradients of gate and up in their place, and also the product again, which the
-gradients of the weights read.
+keep the activation's result, or recompute it in the backward pass with a kernel of its own. Together they keep only
+gate and up. In the backward pass, one kernel writes the gradients of gate and up over gate and up, and also computes
+the activation's result again, from which the gradients of the weights are computed.
 """
 
 import functools
@@ -125,7 +125,7 @@ def _gated_backward(has_residual, activation, implementation, residuals, d):
         gate_up, None, d_product, activation=activation, with_product=True, in_place=True, implementation=implementation
     )
     d_weight, d_a, d_b = _weight_gradients(d, d_xa, product, weight, a, b, xa)
-    d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # frees the product
+    d_gate_up, d_a = jax.lax.optimization_barrier((d_gate_up, d_a))  # so that the product can be freed
     return d if has_residual else None, d_gate_up, d_weight, d_a, d_b
 
 

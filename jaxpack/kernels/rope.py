@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), alone or after a norm of every head.
+"""Applies rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), alone or after a norm of every head.
 
 Channel `i` of a head is paired with channel `i + rotary_dim / 2` (the Hugging Face layout):
 
@@ -41,7 +41,7 @@ def rotary_angles(
 ) -> Angles:
     """Returns the cosine and sine of `position * inverse_frequency` for each token, times `scale`.
 
-    The inverse frequencies are the same for all tokens or given for each token; any scaling of them is done before.
+    The inverse frequencies are the same for all tokens or given for each token; they already include any scaling.
     Angles are float32, because bfloat16 rounds position 257 to 256, and sin(257) is far from sin(256). `scale` is
     YaRN's attention factor.
     """

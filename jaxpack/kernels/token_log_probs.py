@@ -1,4 +1,4 @@
-"""The log-probability of each token's target, without ever holding the logits of the whole batch.
+"""Computes the log-probability of each token's target, without ever holding the logits of the whole batch.
 
 The gradient of a token's hidden state is `d (W[target] - sum_v p_v W[v])`. Only the number `d`, the gradient of the
 token's log-probability, is unknown before the backward pass. So the forward pass computes the vector in brackets from
@@ -41,8 +41,8 @@ def token_log_probs(
 ) -> Float[Array, "*B"]:
     """Returns `log_softmax(head @ hidden)[target]` for each token, float32.
 
-    A token without a target (-100) has 0, with a gradient of 0. Matmuls and the gradients of logits are in the dtype of
-    `hidden`; logits are float32. A target that is neither -100 nor in [0, V) makes its log-probability NaN.
+    A token without a target (-100) gets 0, with a gradient of 0. Matmuls and the gradients of logits are in the dtype
+    of `hidden`; logits are float32. A target that is neither -100 nor in [0, V) makes its log-probability NaN.
 
     Args:
       softcap, max_targets, implementation: see `linear_cross_entropy`. With more than `max_targets` targets, all

@@ -1,4 +1,4 @@
-"""A projection's matrix in the form in which it is stored, and how operations and their derivatives read it.
+"""Defines how a projection's matrix is stored, and how operations and their derivatives read it.
 
 A matmul with an adapter makes a copy of its matrix with the adapter's factor appended. A weight that is stored in
 another form (for example in fewer bits) becomes dense in that same copy, so this costs no pass of its own. A derivative
@@ -78,14 +78,19 @@ class Weight(abc.ABC):
         return _matmul(x, self)
 
     def cast(self, dtype: DTypeLike) -> "Weight":
-        """Returns the form of the weight that a derivative keeps if both passes read the weight in `dtype`."""
+        """Returns what the forward pass keeps for the backward pass if both read the weight in `dtype`.
+
+        By default, this is the weight as it is stored.
+        """
         del dtype
         return self
 
     def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "Weight"]:
-        """Returns the arrays and the weight, so that no dense copy of the weight is made before the arrays exist.
+        """Returns the arrays and the weight, whose dense copies are then made only after the arrays are computed.
 
-        Otherwise XLA could make the copies of several layers at once.
+        Without this order, XLA could make the dense copies of several layers at once. A barrier on the arrays is enough
+        if the copy contains one of them, such as the adapter's factor in `append_columns`. A form whose dense copy can
+        be made without the arrays must override this method.
         """
         return jax.lax.optimization_barrier(arrays), self
 
@@ -100,7 +105,7 @@ class Weight(abc.ABC):
 class DenseWeight(Weight):
     """Stores a matrix as one array, which is trained, or frozen in 16 or 32 bits."""
 
-    value: Any  # [*L, O, I]; not only an array, because JAX puts other leaves in its place
+    value: Any  # an array [*L, O, I]; `Any`, because JAX also puts other leaves in its place
 
     is_trainable = True
     is_dense = True
@@ -120,7 +125,7 @@ class DenseWeight(Weight):
         return self.value.dtype
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "DenseWeight":
-        """Returns the weight with `rows`, cast to its dtype, in place of the rows from `start` on."""
+        """Returns the weight with its rows from `start` on replaced by `rows`, which are cast to the weight's dtype."""
         return DenseWeight(write_rows(self.value, start, rows))
 
     def at(self, layer: Int[Array, ""] | int) -> "DenseWeight":
@@ -149,7 +154,10 @@ class DenseWeight(Weight):
 
 
 def write_rows(whole: Array, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Array:
-    """Returns `whole` with `rows`, cast to its dtype, stored from index `start` of its first axes on."""
+    """Returns `whole` with `rows` written into it; `rows` are cast to the dtype of `whole`.
+
+    `start` is the place of the first row: its index in each of the first axes of `whole`.
+    """
     rows = rows.astype(whole.dtype).reshape((1,) * (whole.ndim - rows.ndim) + rows.shape)
     # The rows are written as bits: for bfloat16, a CPU would convert all of `whole` to float32 and back.
     bits, new = (jax.lax.bitcast_convert_type(x, f"uint{8 * whole.dtype.itemsize}") for x in (whole, rows))
@@ -163,7 +171,10 @@ def as_weight(value: Any) -> Weight:
 
 
 def primal_of(weight: Weight) -> tuple[Weight, bool]:
-    """Returns the weight of a forward rule with symbolic zeros, and whether it is differentiated.
+    """Unwraps the weight that a forward rule gets under `symbolic_zeros=True`.
+
+    Returns:
+      The weight with plain arrays, and whether the weight is differentiated.
 
     Raises:
       InputError: a frozen weight is differentiated.

@@ -43,7 +43,7 @@ class Block(nnx.Module):
         return self.feed_forward(self.feed_forward_norm, x, context, keys[1]), slot
 
     def cost(self, context: CostContext) -> PartCost:
-        """Returns the cost of one layer, which names "residual": the residual stream between the layer's halves."""
+        """Returns the cost of one layer, in which "residual" names the residual stream between the layer's halves."""
         size = self.feed_forward_norm.scale.shape[-1] * context.itemsize
         attention = self.attention.cost(self.attention_norm, context).name_output("residual", size)
         return attention + self.feed_forward.cost(self.feed_forward_norm, context).starting_from("residual")

@@ -28,8 +28,9 @@ KEPT: dict[Remat, frozenset[str] | None] = {
 }
 assert set(KEPT) == set(get_args(Remat))
 
-# The names that are offloaded to host memory with a layer's input. "residual" saves the backward pass the matmul before
-# it. "heads", the queries, keys and values, saves one more, if the link can carry that much during the forward pass.
+# The names that are offloaded to host memory with a layer's input. With "residual", the backward pass need not repeat
+# the matmul before it. "heads" (the queries, keys and values) saves one more matmul, and pays off if the link can carry
+# that much during the forward pass.
 OFFLOADED: dict[Remat, frozenset[str]] = {
     "offload": frozenset({"residual"}),
     "offload_heads": frozenset({"residual", "heads"}),
@@ -60,7 +61,7 @@ def unrolls(remat: Remat) -> bool:
 
 
 def recompute(layer: Callable[..., Any], remat: Remat, with_input: Collection[str]) -> Callable[..., Any]:
-    """Wraps `layer(x, ...)`, for use in a scan, to keep the names of the choice and those in `with_input`.
+    """Wraps `layer(x, ...)`, for use in a scan, to keep the activations named by the choice and by `with_input`.
 
     `with_input` holds the names that are offloaded with the layer's input, see `offloaded`.
     """

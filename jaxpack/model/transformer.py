@@ -26,7 +26,8 @@ class Transformer(nnx.Module):
     """Computes a decoder-only language model over packed rows.
 
     The parameters of `blocks` are stacked over layers, `[num_layers, ...]`, and scanned, so that compile time does not
-    grow with depth. A new instance has random weights; `torch_bridge.from_pretrained` reads those of a checkpoint.
+    grow with depth, except where `remat` unrolls the scan. A new instance has random weights;
+    `torch_bridge.from_pretrained` reads those of a checkpoint.
 
     Attributes:
       config: the architecture.
@@ -78,7 +79,9 @@ class Transformer(nnx.Module):
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the hidden states after the last norm, in `dtype`; `PackedBatch` documents the arrays.
+        """Returns the hidden states after the last norm, in `dtype`.
+
+        The docstring of `PackedBatch` describes `tokens`, `segment_ids` and `positions`.
 
         Args:
           remat: the choice of what the backward pass computes again, see `model.remat`.

@@ -28,8 +28,8 @@ def current_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
 def may_lower_for_gpu() -> bool:
     """Returns whether a program that is traced now may be lowered for a GPU.
 
-    It may if this process has any device but CPUs, or if the mesh in context (`jax.sharding.use_abstract_mesh`) is one
-    of GPUs, which this process need not have.
+    It may if this process has a device that is not a CPU, or if the current mesh (`jax.sharding.use_abstract_mesh`)
+    consists of GPUs. An abstract mesh only describes GPUs, so this process need not have them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return set(backend.backends()) != {"cpu"} or (device is not None and device.platform == "gpu")
@@ -75,8 +75,8 @@ def pinned_limit_bytes() -> int:
     return (int(setting) if setting.isdecimal() else _PINNED_LIMIT_GIB) * 2**30
 
 
-# For versions 2 and 1 of control groups: the folder, and the names of the limit, of the memory in use, and of the part
-# of it that caches files, which Linux frees when memory is needed.
+# For versions 2 and 1 of control groups: the folder, and the names of three numbers. These are the limit, the memory in
+# use, and the part of the memory in use that caches files, which Linux frees when memory is needed.
 _GROUPS = (
     ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

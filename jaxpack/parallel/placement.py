@@ -26,5 +26,5 @@ def batch_sharding(mesh: DeviceMesh) -> NamedSharding:
 
 
 def replicate(tree: Tree, mesh: DeviceMesh) -> Tree:
-    """Returns a pytree with its arrays whole on every device of the mesh; a mesh of one changes nothing."""
+    """Returns a pytree with its arrays whole on every device of the mesh; unchanged for a mesh of one device."""
     return tree if mesh.size == 1 else jax.device_put(tree, NamedSharding(mesh, spec()))

@@ -135,6 +135,7 @@ def _refusal(config: TrainConfig, step: StepShape, choices: list[Prediction], me
     if config.memory_limit is not None:
         return f"`memory_limit` must be at least {need} for {what}, got {room}; a smaller batch needs less."
     return (
-        f"`per_device_train_batch_size` or `max_length` must be smaller: {what} needs {need}, got {room} free, a batch"
-        f" size of {config.per_device_train_batch_size} and a maximum length of {config.max_length}."
+        "`per_device_train_batch_size` or `max_length` must be smaller, got a batch size of"
+        f" {config.per_device_train_batch_size} and a maximum length of {config.max_length}: {what} needs {need}, but"
+        f" only {room} can be used."
     )

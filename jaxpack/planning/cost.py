@@ -1,4 +1,6 @@
-"""The shape of a step and the work of its passes, summed over the costs that the model's parts declare (`model.cost`).
+"""Defines the shape of a step, and sums the work of its passes over the costs that the model's parts declare.
+
+`model.cost` defines these costs.
 
 The figures are for GPU kernels and bfloat16; plain XLA (`implementation="xla"`) takes more memory and time.
 """
@@ -64,7 +66,7 @@ class StepShape:
 
         Args:
           shape: `(A, B, T)`.
-          max_targets: the maximum number of targets in a micro-batch; None if every token may be one.
+          max_targets: the maximum number of targets in a micro-batch; None if every token may have one.
           keys_per_token: how many tokens a token attends to, on average; None if every row is one document.
         """
         if keys_per_token is None:

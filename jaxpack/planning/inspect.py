@@ -82,10 +82,10 @@ class Inspection(JupyterMixin):
         without a target before the cut count as dropped, too.
       targets_lost: how many targets are cut off.
       layouts: the estimate of the run in each layout, with about the same number of tokens per step.
-      padding: padding shares by layout, and for `ORDINARY` batches, which are each padded to their longest document;
-        then by batch size in documents, for the sizes of `BATCH_SIZES` that the data has enough documents for. The
-        share of `ORDINARY` batches is the exact expectation over all orders; the other shares are counted, on at most
-        16,384 documents.
+      padding: `padding[name][size]` is a padding share. `name` is a layout, or `ORDINARY` for batches that are each
+        padded to their longest document. `size` is the number of documents in a batch: the sizes of `BATCH_SIZES` that
+        the data has enough documents for. The share of `ORDINARY` batches is the exact expectation over all orders; the
+        other shares are counted, on at most 16,384 documents.
       device: the device whose times are predicted; None if times are not predicted.
       recommendation: advice on the settings, with the reasons.
 
@@ -247,7 +247,7 @@ def ordinary_padding(lengths: np.ndarray, batch_size: int) -> float:
 
 
 def _mean_longest(ordered: np.ndarray, count: int) -> float:
-    """Returns the expected longest of `count` lengths that are drawn from ascending ones without replacement."""
+    """Returns the expected maximum of `count` lengths drawn without replacement from `ordered`, which ascends."""
     chance = np.ones(len(ordered))  # Probability that all draws are among the first 1, 2, ... lengths.
     for drawn in range(count):
         chance *= np.maximum(np.arange(1, len(ordered) + 1) - drawn, 0) / (len(ordered) - drawn)
@@ -269,7 +269,7 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
 
 
 def _sampled(documents: Documents, seed: int) -> Documents:
-    """Returns at most `_SAMPLE` of the documents, drawn at random, with every token a target."""
+    """Returns the documents or, of more than `_SAMPLE`, a random sample of that size with every token as a target."""
     if len(documents) <= _SAMPLE:
         return documents
     lengths = np.random.default_rng(seed).choice(documents.lengths, _SAMPLE, replace=False)
@@ -346,7 +346,7 @@ def _advice_on_length(documents: Documents, cut: Truncation, targets_lost: int, 
 def histogram(lengths: np.ndarray, most: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Returns bin edges, int `[bins + 1]`, and how many documents each bin holds.
 
-    Bins have a round width. A last, wider one takes the documents beyond the 99.5 % quantile that fit no other bin.
+    Bins have a round width. A last, wider bin takes the documents beyond the 99.5 % quantile that fit no other bin.
     """
     high = max(1, int(np.quantile(lengths, 0.995, method="higher")))
     width = next(step * 10**power for power in range(12) for step in (1, 2, 5) if (most - 1) * step * 10**power > high)

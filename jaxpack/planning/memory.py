@@ -92,7 +92,8 @@ def autotuning_bytes(step: StepShape) -> int:
     """Returns the maximum number of bytes before the first step, while XLA measures kernels for each matmul.
 
     All arguments but the batch are on the device already. The largest matmul makes a chunk of logits, or a trained
-    head's gradient, in float32. XLA allocates its operands, and its output twice, to compare results.
+    head's gradient, in float32. XLA allocates the operands of this matmul once, and its output twice, to compare
+    results.
     """
     chunk = min(LOSS_CHUNK, step.max_targets)
     hidden, logits = chunk * step.config.hidden_size, chunk * step.config.vocab_size

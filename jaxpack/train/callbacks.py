@@ -28,14 +28,16 @@ class Callback:
         """Is called after each step, counted from 1, with "loss", "grad_norm" and the objective's own metrics.
 
         Returns:
-          True ends the run normally, as after its last step; False or None lets it go on.
+          True ends the run after the step that has already started. The run then saves a checkpoint if there is an
+          `output_dir`, and `Trainer.train` returns its result. False or None lets the run go on.
         """
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
         """Is called after each evaluation, with "eval_loss" and every other metric as "eval_<name>".
 
         Returns:
-          True ends the run normally, as after its last step; False or None lets it go on.
+          True ends the run after the step that has already started. The run then saves a checkpoint if there is an
+          `output_dir`, and `Trainer.train` returns its result. False or None lets the run go on.
         """
 
     def on_save(self, step: int, path: Path) -> None:

@@ -42,9 +42,9 @@ from jaxpack.utils.console import console
 FOLDER = "checkpoints"
 LATEST = "latest"
 
-_STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, and an array in the first
-_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # Folders with these endings are no checkpoints.
-_SPARE = 2**20  # Bytes that a checkpoint may take beside its arrays.
+_STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, and an array in the first part
+_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # Folders with these endings are not checkpoints.
+_SPARE = 2**20  # Bytes that a checkpoint may take in addition to its arrays.
 # Settings that may differ between a run and its continuation. The last two change only how a step is rounded.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
@@ -131,7 +131,7 @@ def _named(tree: Any) -> dict[str, Array]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         keys = [next(getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)) for key in path]
         named[".".join(str(key) for key in keys if key != "value")] = leaf
-    assert len(named) == len(jax.tree.leaves(tree)), "two arrays of one name"
+    assert len(named) == len(jax.tree.leaves(tree)), "two arrays have the same name"
     return named
 
 
@@ -173,7 +173,10 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Saves the state after `step` steps, once the previous save is done; the state may then be donated."""
+        """Waits for the previous save, and starts to save the state after `step` steps.
+
+        When the method returns, the arrays are on the host, so the state may be donated.
+        """
         self.wait()
         arrays = {name: _on_host(leaf) for name, leaf in _named(state).items()}
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
@@ -197,7 +200,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             needed = sum(array.nbytes for array in arrays.values()) + _SPARE
-            if shutil.disk_usage(self.folder).free < needed:  # or orbax prints pages
+            if shutil.disk_usage(self.folder).free < needed:  # orbax would print pages of errors
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             _write(path, arrays, about)
         except Exception as error:  # The libraries under orbax raise errors of any type.
@@ -348,7 +351,8 @@ def load_checkpoint(
         )
     leaves = []
     for name, leaf in named.items():
-        device = leaf.sharding if leaf.committed else None  # kept as before, so that the same program is compiled
+        # An uncommitted array stays uncommitted, so that the same program is compiled.
+        device = leaf.sharding if leaf.committed else None
         leaf.delete()  # Deleted first: a device may have no room for both.
         leaves.append(jax.device_put(found.pop(name), device))
     evaluations = {int(step): loss for step, loss in about["evaluations"].items()}
@@ -366,7 +370,7 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     differ = [name for name in here | there if there.get(name) != here.get(name)]
     if not differ:
         return
-    # Arrays differ wherever sizes or settings do, so they are named only where nothing else differs.
+    # If sizes or settings differ, arrays differ too, so arrays are named only if nothing else differs.
     told = [name for name in differ if not name.startswith(("array ", "frozen "))] or differ
     what = ", ".join(f"`{name}` {there.get(name)!r} (here {here.get(name)!r})" for name in told[:4])
     more = f" and {len(told) - 4} more" if len(told) > 4 else ""
@@ -377,7 +381,10 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the cause of an orbax error, which may fill pages: the system's reason, or the first part."""
+    """Returns the cause of an orbax error: the operating system's reason if there is one, or the first 200 characters.
+
+    The whole text may fill pages.
+    """
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return reason(error)[:200] if code is None else os.strerror(int(code[1]))
 
@@ -396,7 +403,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except Exception:
-        time.sleep(0.5)  # Lets the other tasks fail before the hook goes back.
+        time.sleep(0.5)  # Lets the other tasks fail before the old hook is restored.
         raise
     finally:
         sys.unraisablehook = hook

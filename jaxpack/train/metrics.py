@@ -17,7 +17,7 @@ from jaxpack.utils.files import replace_file
 METRICS, ABOUT = "metrics.jsonl", "about.json"
 TENSORBOARD = "tensorboard"  # the folder of its events, within `output_dir`
 
-Record = dict[str, float]  # The metrics of a step: of an evaluation if it has `eval_loss`, else of training.
+Record = dict[str, float]  # The metrics of an evaluation if `eval_loss` is among them, otherwise those of training.
 
 _LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
@@ -109,7 +109,10 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
 
 
 class MetricsFile:
-    """Writes `metrics.jsonl`, one record a line: each at once, without a buffer, and whole or not at all."""
+    """Writes `metrics.jsonl`, with one record on each line.
+
+    A record is written at once, without a buffer, and either completely or not at all.
+    """
 
     name = METRICS
 
@@ -145,7 +148,10 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def _whole_records(content: bytes) -> Iterator[tuple[int, Record]]:
-    """Yields the records up to the first line that is none, each after the byte offset where its line ends."""
+    """Yields pairs of the byte offset at which a record's line ends, and the record.
+
+    Stops at the first line that is not a whole record.
+    """
     end = 0
     for line in content.splitlines(keepends=True):
         try:
@@ -161,8 +167,8 @@ def _whole_records(content: bytes) -> Iterator[tuple[int, Record]]:
 class TensorBoard:
     """Writes a TensorBoard event file for this process, beside those of the run's earlier processes.
 
-    Uses tensorboardX's file writer and not its `SummaryWriter`, whose thread would end at a full disk; its full queue
-    would then block the run.
+    Uses tensorboardX's file writer and not its `SummaryWriter`. When the disk is full, the thread of a `SummaryWriter`
+    ends, its queue fills up, and the full queue blocks the run.
     """
 
     name = "tensorboard"
@@ -176,7 +182,7 @@ class TensorBoard:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # also differs within a second
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # names differ even within one second
         if after is not None:  # TensorBoard then hides what was written for later steps.
             start = Event(step=after + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
             self._writer.write_event(start)

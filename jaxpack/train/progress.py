@@ -19,7 +19,7 @@ from jaxpack.utils.console import progress_bar
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Holds what is known of a run before its first step."""
+    """Holds the facts about a run that are known before its first step."""
 
     begin: float  # start of `train()`, by `time.perf_counter`
     compile_seconds: float
@@ -27,7 +27,7 @@ class Start:
 
 
 class Log:
-    """Logs a run's metrics: a progress bar, and a line and a record for `reports` every `logging_steps`.
+    """Shows a progress bar; every `logging_steps` steps, prints a line of metrics and writes a record to `reports`.
 
     Attributes:
       first_step_seconds: seconds from the start of `train()` to the first step's metrics; 0 before that.
@@ -47,7 +47,7 @@ class Log:
         self._config, self._batches, self._start, self._done = config, batches, start, progress
         self._reports = reports
         self._is_cross_entropy = is_cross_entropy  # Only the exponential of a cross entropy is a perplexity.
-        self._first = len(progress.losses)  # Steps that were done when this process went on.
+        self._first = len(progress.losses)  # number of steps that were done before this process
         steps = np.arange(batches.num_steps)
         # Computed before the first step: reading values back later would wait for the device.
         self._learning_rates = None if schedule is None else np.asarray(jax.vmap(schedule)(steps))
@@ -69,7 +69,7 @@ class Log:
         self._progress.stop()
 
     def go_on(self) -> None:
-        """Restarts the clock: the next step is timed from here, and not from the step before."""
+        """Restarts the clock: the next step is timed from now on, and not from the end of the step before."""
         self._last = time.perf_counter()
 
     def step(self, metrics: Metrics) -> dict[str, float]:
@@ -146,7 +146,10 @@ class Log:
         return metrics
 
     def rate(self, since: int) -> float:
-        """Returns real tokens a second from step `since` on, without the first step of each shape if others ran."""
+        """Returns the rate from step `since` on, in tokens a second without padding.
+
+        The first step of each shape is left out, unless no other steps ran.
+        """
         steps = slice(max(since, self._first), len(self._done.losses))
         counted = self._warm[steps] | ~self._warm[steps].any()
         seconds = np.array(self._seconds[steps])[counted].sum()

@@ -35,10 +35,11 @@ class Run:
     """Trains a model on its batches, with one compiled program for each row length.
 
     Attributes:
-      state: the arrays that a step changes. The model shares its trained parameters, until the first step donates them.
+      state: the arrays that a step changes. Until the first step, the model and `state` share the arrays of the trained
+        parameters. The first step donates these arrays, so the model's are no longer valid after it.
       frozen: the weights that no step changes.
       schedule: the learning rate by step; None if the user's optimizer has its own.
-      started: how many steps were started, counted from the beginning of the run (resumed steps included).
+      started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       remat, explanation: the choice of `remat` and the reason for it, see `choose.resolve`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
     """
@@ -58,7 +59,8 @@ class Run:
         self.started = 0
         mesh = make_mesh()
         graph, trainable, self.frozen = split_trainable(model)
-        nnx.update(model, trainable)  # Frees the arrays that were copied.
+        # `split_trainable` copied the trained parameters. The model now takes the copies, so the originals are freed.
+        nnx.update(model, trainable)
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
@@ -124,8 +126,9 @@ class Run:
         step, at a pause and after the last step, they are yielded before another step is started: `state` is then the
         result of this step.
 
-        If a program is launched kernel by kernel, starting it takes nearly as long as running it, because launches
-        queue up. A step's metrics then arrive when this step ends only at a pause; otherwise they arrive later.
+        Some programs are launched kernel by kernel. The queue of launches is then full, so starting a step takes nearly
+        as long as running it. At a pause, a step's metrics still arrive when the step ends. Otherwise they wait until
+        the next step is started, so they arrive up to one step later.
 
         Args:
           pauses: returns whether to pause after a step, counted from 1.

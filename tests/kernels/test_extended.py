@@ -38,9 +38,9 @@ def calls(tokens: int, channels: int, rank: int):
         ((8, 32, 16), "multiples of 16 tokens and channels, got 8 and 32"),
         ((32, 40, 16), "multiples of 16 tokens and channels, got 32 and 40"),
         # The rank is larger than the number of channels, too.
-        ((32, 16, 512), "a rank of at most 256, made up to a power of two from 16, got 512"),
-        ((32, 16, 8), "a rank of at most 256, made up to a power of two from 16, got 8"),
-        ((32, 16, 24), "a rank of at most 256, made up to a power of two from 16, got 24"),
+        ((32, 16, 512), "a rank of at most 256, padded to a power of two of at least 16, got 512"),
+        ((32, 16, 8), "a rank of at most 256, padded to a power of two of at least 16, got 8"),
+        ((32, 16, 24), "a rank of at most 256, padded to a power of two of at least 16, got 24"),
     ],
     ids=str,
 )

@@ -239,8 +239,8 @@ def test_a_step_that_fits_nowhere_is_refused(resolved):
     step, need = "a step of 1 x 16 x 1024 tokens", r'9.8 GiB \(remat "offload"\)'
     with pytest.raises(InputError, match=f"`memory_limit` must be at least {need} for {step}, got 9.0 GiB"):
         resolved(0, memory_limit=9)
-    message = "`per_device_train_batch_size` or `max_length` must be smaller: "
-    message += f"{step} needs {need}, got 8.2 GiB free, a batch size of 16 and a maximum length of 1024"
+    message = "`per_device_train_batch_size` or `max_length` must be smaller, got a batch size of 16 and a maximum"
+    message += f" length of 1024: {step} needs {need}, but only 8.2 GiB can be used"
     with pytest.raises(InputError, match=message):
         resolved(GIB)
 

@@ -233,7 +233,7 @@ def test_places_that_are_no_checkpoints_are_refused(stopped: Path, tmp_path: Pat
         trainer(tmp_path, resume_from_checkpoint=str(tmp_path))
     with pytest.raises(InputError, match="`output_dir` must not hold checkpoints/"):
         trainer(stopped)
-    rule = r"must be the folder of a checkpoint or a run, unless `output_dir` .*, got 'latest'"
+    rule = r"must be the folder of a checkpoint or of a run if `output_dir` is not set \(.*\), got 'latest'"
     with pytest.raises(InputError, match=rule):
         trainer(None, resume_from_checkpoint="latest")
 
