@@ -309,7 +309,7 @@ _NORM_ROTATE_BACKWARD = _Tile(1, 2, 1, steps=16)
 
 
 class _Where(NamedTuple):
-    """Holds a program's index, `(row, block of tokens, block of heads)`, and its tokens and heads at one of its steps."""
+    """Holds a program's index, `(row, block of tokens, block of heads)`, and what it takes at one of its steps."""
 
     program: tuple[Any, Any, Any]
     first_token: Any
