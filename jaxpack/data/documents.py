@@ -12,9 +12,9 @@ from jaxpack.constants import IGNORE
 class Documents:
     """Holds tokenised documents, end to end in two flat arrays.
 
-    `tokens` and `labels` are int32 `[total]`. The label of a position is the token at that position (labels are not
-    shifted, as in Hugging Face), or -100 if the token is not trained on. Document `d` holds the `lengths[d]` tokens
-    from index `starts[d]` on; `starts` and `lengths` are int64 `[documents]`.
+    `tokens` and `labels` are int32 `[total]`. As in Hugging Face, labels are not shifted: the label of a position is
+    the token at that position, or -100 if this token is not trained on. Document `d` holds the `lengths[d]` tokens from
+    index `starts[d]` on; `starts` and `lengths` are int64 `[documents]`.
 
     Example:
       >>> import numpy as np

@@ -147,9 +147,9 @@ def pack_rows(lengths: np.ndarray, max_length: int, strategy: PackingStrategy = 
 
 
 def _best_fit_decreasing(document: np.ndarray, start: np.ndarray, length: np.ndarray, capacity: int) -> Rows:
-    # Equal lengths are placed together. Best fit fills the fullest row that has room until the row has none. So a run
-    # of equal lengths moves whole lists of rows with equal free space, and the work grows with the number of distinct
-    # lengths, not with the number of documents.
+    # Documents of one length are placed together. Best fit fills the fullest row that has room until the row has none.
+    # So these documents fill many rows with equal free space at once, and those rows move together to another key of
+    # `free`. The work grows with the number of distinct lengths, not with the number of documents.
     order = np.argsort(-length, kind="stable")
     row_of = np.empty(len(order), np.int64)  # by place in `order`
     free: dict[int, list[int]] = {}  # free space -> rows with that free space, oldest first

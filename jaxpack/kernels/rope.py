@@ -231,9 +231,10 @@ def norm_rotate_heads_backward(
     angles: Angles,
     eps: float,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns the gradients of `norm_rotate_heads`: of the heads, in place of `gradients`, and of the scales.
+    """Returns the gradients of `norm_rotate_heads`: those of the heads, written over `gradients`, and of the scales.
 
-    `heads` says where the heads are in `gradients`, which are read and written (`target`), and in `arrays` (`source`).
+    In each entry of `heads`, `target` is the place of the heads in `gradients`, which are read and overwritten, and
+    `source` is their place in `arrays`.
     """
     H = arrays[0].shape[3]
     half = angles.cos.shape[-1]
@@ -294,9 +295,9 @@ def norm_rotate_heads_backward(
 
 
 class _Tile(NamedTuple):
-    """Sets the most that one program takes, as measured on an H200 (`benchmarks/tune_kernels.py`)."""
+    """Sets the size of a program's largest block: the fastest on an H200 (`benchmarks/tune_kernels.py`)."""
 
-    tokens: int  # with `heads` heads; a block of fewer heads takes more tokens
+    tokens: int  # in a block of `heads` heads; a block of fewer heads may have more tokens
     heads: int
     num_warps: int
     steps: int = 1  # how many blocks of tokens a program takes, one after another
@@ -308,7 +309,7 @@ _NORM_ROTATE_BACKWARD = _Tile(1, 2, 1, steps=16)
 
 
 class _Where(NamedTuple):
-    """Holds the block of one program, `(row, block of tokens, block of heads)`, and its place at one of its steps."""
+    """Holds a program's index, `(row, block of tokens, block of heads)`, and what it takes at one of its steps."""
 
     program: tuple[Any, Any, Any]
     first_token: Any

@@ -48,7 +48,7 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     freeze(model, leave_out=trained)
     for name in trained:
         variable = getattr(model, name)
-        if not is_trained(variable):  # it was frozen before, perhaps quantized
+        if not is_trained(variable):  # it was frozen before, perhaps in a form that cannot be trained
             setattr(model, name, TRAINED(weight_of(variable).dense(model.dtype)))
     rngs = nnx.Rngs(config.seed)
     for linear in linears:

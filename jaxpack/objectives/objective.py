@@ -47,7 +47,10 @@ class Objective(Protocol):
 
     @property
     def documents_together(self) -> int:
-        """Returns how many successive documents of the dataset belong together and are put into one row."""
+        """Returns how many successive documents of the dataset belong together.
+
+        They are put into one row, or into successive rows of a padded batch.
+        """
         ...
 
     def __call__(self, forward: Forward) -> Sums:

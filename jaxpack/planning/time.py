@@ -32,8 +32,8 @@ class DeviceRates(NamedTuple):
         return cost.matmul / self.matmul + cost.attention / self.attention + moved / self.memory
 
 
-# Measured from kernels of steps (2026-11-26 and 2026-11-27). The H100 is the SXM model. Its last three figures are
-# those of the H200.
+# Measured from kernels of steps (2026-11-26 and 2026-11-27). On the H100 (SXM), only the
+# first three figures were measured; the last three are taken from the H200.
 RATES = {
     "H200": DeviceRates(720e12, 500e12, 3.0e12, 50e9, 2e-6, 7e-6),
     "H100": DeviceRates(720e12, 500e12, 2.4e12, 50e9, 2e-6, 7e-6),
