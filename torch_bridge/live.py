@@ -82,7 +82,7 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
 
 
 class _ModuleTensors:
-    """Provides the tensors of a module on any device; other entries of its state, as packed parameters, are left out.
+    """Provides the tensors of a module on any device, without the entries of its state that are no tensors.
 
     Raises:
       InputError: a tensor holds no values, as after offloading by accelerate.

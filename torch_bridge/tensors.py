@@ -165,7 +165,10 @@ def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _place(whole: Weight | jax.Array, part: jax.Array, start: jax.Array) -> tuple[Weight | jax.Array, jax.Array]:
-    """Returns `whole` with `part` written into it, and a number to wait for, since the next call donates `whole`."""
+    """Returns `whole` with `part` written into it, and a small array that is there once the write is done.
+
+    The caller waits for this array, because the next call donates `whole`.
+    """
     placed = whole.write(tuple(start), part) if isinstance(whole, Weight) else write_rows(whole, tuple(start), part)
     return placed, start[0]
 

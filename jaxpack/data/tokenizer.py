@@ -50,7 +50,7 @@ class Tokenizer(ChatTokenizer, Protocol):
 def tokenize(
     texts: list[str], tokenizer: Tokenizer, where: Callable[[int], str], **options: bool
 ) -> Mapping[str, list]:
-    """Calls a tokenizer on texts. `where` returns the name of a text in errors, given its index.
+    """Calls a tokenizer on texts. `where` returns how an error names a text, for example by its row, given its index.
 
     A text that begins with the tokenizer's BOS, because a chat template has written it, gets no second one.
 

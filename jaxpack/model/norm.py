@@ -30,9 +30,9 @@ class RMSNorm(nnx.Module):
     def weight(self) -> Float[Array, " D"]:
         """Returns the weight in float32, in which norms compute: bfloat16 has steps of about 0.01 above 1.
 
-        The cast has another purpose: with it, a kernel takes a frozen layer's scale out of the stack. Without it, a
-        plain copy would do so, and wait for offloaded residuals, because two copies to the host at a time leave no copy
-        engine of the GPU free.
+        The cast has another purpose. Because of it, XLA reads a frozen layer's scale out of the stacked scales with a
+        kernel. Without it, XLA would use a copy, which needs a copy engine of the GPU. Two copies of residuals to the
+        host can occupy all copy engines, and this copy would then wait for them.
         """
         scale = self.scale[...].astype(jnp.float32)
         return 1 + scale if self.unit_offset else scale
@@ -40,9 +40,9 @@ class RMSNorm(nnx.Module):
     def cost(self, context: CostContext, *, adds_residual: bool = False) -> PartCost:
         """Returns the cost of a norm before a branch or, with `adds_residual`, of a norm after it.
 
-        A norm before a branch does not count its result as a residual, because the next projection does so in
-        `Linear.norm_project_cost`. The backward kernel of this norm also adds the gradient of the residual connection.
-        A norm after a branch adds the residual stream to its result.
+        A norm before a branch leaves out that its result is kept for the backward pass: the projection that follows
+        counts this in `Linear.norm_project_cost`. The backward kernel of this norm also adds the gradient of the
+        residual connection. A norm after a branch adds the residual stream to its result.
         """
         row = self.scale.shape[-1] * context.itemsize  # bytes per token
         if adds_residual:

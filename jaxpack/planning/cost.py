@@ -1,6 +1,6 @@
-"""Defines the shape of a step, and sums the work of its passes over the costs that the model's parts declare.
+"""Defines the shape of a step, and computes the work of its forward pass, backward pass, loss and update.
 
-`model.cost` defines these costs.
+The work of layers is the sum of the costs that the model's parts declare, see `model.cost`.
 
 The figures are for GPU kernels and bfloat16; plain XLA (`implementation="xla"`) takes more memory and time.
 """
@@ -35,7 +35,7 @@ class StepShape:
       trains_head: whether the head is trained: with all weights, or in full beside adapters.
       casts_weights: see `Transformer.casts_weights`.
       copies_head: whether the loss makes a dense copy of the head, because it is stored in another form.
-      shape: A micro-batches of B rows of T tokens.
+      shape: `(A, B, T)`: micro-batches, rows in a micro-batch, and tokens in a row.
       max_targets: the maximum number of targets in a micro-batch.
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
     """

@@ -154,7 +154,7 @@ def replace_file(path: Path, content: bytes, name: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Deletes what a killed process left beside `path` in `whole_folder` or `replace_folder`.
+    """Deletes the files that are left beside `path` if a process is killed in `whole_folder` or `replace_folder`.
 
     If it was killed between the two renames of `replace_folder`, the old folder gets its place back.
     """
