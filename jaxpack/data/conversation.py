@@ -63,8 +63,8 @@ def read_conversation(row: Mapping[str, Any], messages: list, where: str, *, pro
         trained.append(is_trained)
     if row.get("weight") not in (None, 1):
         raise InputError(
-            f"`weight` must be 1 for a whole row, got {row['weight']!r:.80} in {where}. Leave the row out, or give its"
-            " messages a `weight` of 0 or 1."
+            f"`weight` must be 1 for a whole row, got {row['weight']!r:.80} in {where}. Remove the field or leave"
+            " the row out, or give its messages a `weight` of 0 or 1."
         )
     system = row.get("system")
     if system and (not turns or turns[0].get("role") != "system"):
@@ -136,11 +136,14 @@ def _message(message: Any, where: str) -> tuple[Message, bool]:
             f"A message must have `role` and `content`, or `from` and `value`, got {message!r:.80} in {where}."
         )
     is_trained = all([_training_flag(key, message.pop(key), where) for key in _TRAINING if key in message])
-    if "function_call" in message:  # OpenAI's older form of a single call
-        message.setdefault("tool_calls", []).append({"type": "function", "function": message.pop("function_call")})
     calls = message.pop("tool_calls", [])
     if not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise InputError(f"`tool_calls` must be a list of mappings, got {calls!r:.80} in {where}.")
+    if "function_call" in message:  # OpenAI's older form of a single call
+        called = message.pop("function_call")
+        if not isinstance(called, Mapping):
+            raise InputError(f"`function_call` must be a mapping, got {called!r:.80} in {where}.")
+        calls = [*calls, {"type": "function", "function": called}]
     if calls:  # templates take an empty list for calls
         message["tool_calls"] = [with_arguments(call, _from_json) for call in calls]
     if calls and message.get("content") is None:

@@ -130,6 +130,10 @@ def test_an_older_function_call_is_a_call():
     old = {"role": "assistant", "content": None, "function_call": {"name": "cabs", "arguments": '{"x": 1}'}}
     tokenizer = of_template(LENIENT)
     assert trained(load([{"messages": [turn("user", "a"), old]}], tokenizer), tokenizer) == ['<c>cabs {"x": 1}</c><e>']
+    assert old.keys() == {"role", "content", "function_call"}  # the row is as it was
+    assert "`function_call` must be a mapping" in refusal(
+        [{"messages": [turn("user", "a"), old | {"function_call": "cabs()"}]}], tokenizer
+    )
 
 
 @pytest.mark.parametrize(
