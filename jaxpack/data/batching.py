@@ -162,7 +162,8 @@ class Batches:
     def packing_efficiency(self) -> float:
         """Returns the share of positions in an epoch's rows that hold a token.
 
-        Rows have `max_length` positions with packing, and those of the longest document without.
+        With packing, each row counts as `max_length` positions. Without packing, each row counts as many positions as
+        the longest document has tokens.
         """
         lengths = self._rows.row_lengths
         return float(

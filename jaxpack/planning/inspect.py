@@ -298,8 +298,8 @@ def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
 def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
     padded, free, packed = (layouts[layout] for layout in get_args(Layout))
     of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
-    of_free = f"padding-free batches are {_percent(free.padding_share)}"
-    of_packed = f"packed rows of {packed.config.max_length:,} tokens are {_percent(packed.padding_share)}"
+    of_free = f"padding-free batches are {_percent(free.padding_share)} padding"
+    of_packed = f"packed rows of {packed.config.max_length:,} tokens are {_percent(packed.padding_share)} padding"
     flags = f"`--packing --per-device-train-batch-size {packed.config.per_device_train_batch_size}`"
     if max(free.speedup, packed.speedup) < _WORTH:
         return f"Packing gains nothing here: {of_padded}, {of_free}, and {of_packed}."
@@ -431,10 +431,10 @@ def _basis(found: Inspection) -> str:
         )
     if found.run.refusal is not None:
         return f"The run does not fit: {found.run.refusal}"
-    rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, because its own are not known"
+    rates = "the rates of its kernels" if known_gpu(found.device) else "assumed low rates, because its own are unknown"
     unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
     full = " Its free memory is not known, so remat is full: `--memory-limit` sets the memory." if unknown else ""
-    return f"Times are predicted for {found.device}, from {rates}, not measured.{full}"
+    return f"Times for {found.device} are predicted, not measured. They follow from {rates}.{full}"
 
 
 def _batch(config: TrainConfig) -> str:
