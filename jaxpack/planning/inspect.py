@@ -269,7 +269,10 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
 
 
 def _sampled(documents: Documents, seed: int) -> Documents:
-    """Returns the documents or, of more than `_SAMPLE`, a random sample of that size with every token as a target."""
+    """Returns the documents, or `_SAMPLE` documents with random lengths of theirs if there are more.
+
+    In these, every token is a target.
+    """
     if len(documents) <= _SAMPLE:
         return documents
     lengths = np.random.default_rng(seed).choice(documents.lengths, _SAMPLE, replace=False)
