@@ -45,7 +45,7 @@ class LayoutEstimate:
     Attributes:
       config: the settings of the run. Its trainer will report the same padding share.
       padding_share: the share of padding among the run's positions.
-      shapes: the shapes `(A, B, T)` that the run compiles.
+      shapes: the shapes that the run compiles, `(A, B, T)`: micro-batches, rows in a micro-batch, tokens in a row.
       speedup: tokens a second divided by those of the padded run. If times are not predicted, it is computed from the
         number of positions instead.
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
@@ -78,8 +78,8 @@ class Inspection(JupyterMixin):
       lengths: the lengths of all documents in tokens, int64 `[documents]`.
       num_tokens, num_targets: the tokens and the targets in all documents; a target is a token that is trained on.
       untrained: how many documents have no target.
-      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. Documents
-        without a target before the cut count as dropped, too.
+      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. The `untrained`
+        documents count as dropped, too.
       targets_lost: how many targets are cut off.
       layouts: the estimate of the run in each layout, with about the same number of tokens per step.
       padding: `padding[name][size]` is a padding share. `name` is a layout, or `ORDINARY` for batches that are each
@@ -269,9 +269,9 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
 
 
 def _sampled(documents: Documents, seed: int) -> Documents:
-    """Returns the documents, or `_SAMPLE` documents with random lengths of theirs if there are more.
+    """Returns the documents. If there are more than `_SAMPLE`, returns as many stand-ins with lengths drawn from them.
 
-    In these, every token is a target.
+    In a stand-in, every token is a target.
     """
     if len(documents) <= _SAMPLE:
         return documents
