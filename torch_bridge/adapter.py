@@ -33,7 +33,8 @@ _TOLD = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", 
 _TOLD |= {"megatron_core", "qalora_group_size", "runtime_config"}
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
 _READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
-# Other initialisations change the base weights, and PEFT changes them again when it loads the adapter.
+# The values of `init_lora_weights` that are accepted. All others change the base weights, and PEFT changes these again
+# when it loads the adapter.
 _STARTS = (True, False, None, "gaussian", "orthogonal")
 
 

@@ -17,7 +17,7 @@ from jaxpack.settings import TrainConfig
 
 MAX_SHAPES = 4
 MAX_STEPS = 10_000_000  # in a run: the plan holds a few numbers in memory for each step
-_MAX_SIZES = 1024  # maximum number of distinct row lengths to choose from; more are first rounded up, to fewer
+_MAX_SIZES = 1024  # maximum number of distinct row lengths to choose from; if there are more, they are first rounded up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,8 @@ class Batches:
     def packing_efficiency(self) -> float:
         """Returns the share of positions in an epoch's rows that hold a token.
 
-        Rows have `max_length` positions with packing, and those of the longest document without.
+        With packing, a row has `max_length` positions. Without packing, a row has as many positions as the longest
+        document has tokens.
         """
         lengths = self._rows.row_lengths
         return float(
@@ -289,8 +290,8 @@ def choose_buckets(sizes: np.ndarray, max_buckets: int = MAX_SHAPES, multiple: i
         multiple *= 2
     sizes, counts = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
-    # cost[i, j]: positions computed if sizes i..j share the bucket sizes[j]. Every choice has the same number of real
-    # tokens in them, so the fewest positions have the least padding.
+    # cost[i, j]: positions computed if sizes i..j share the bucket sizes[j]. The number of real tokens is the same for
+    # every choice, so the choice with the fewest positions has the least padding.
     cost = (total[None, 1:] - total[:-1, None]) * sizes[None, :].astype(np.float64)
     cost[np.tril_indices(len(sizes), -1)] = np.inf
     best, splits = cost[0], []

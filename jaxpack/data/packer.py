@@ -59,8 +59,8 @@ class Packer:
       truncation: the `Truncation` up to now: documents shortened, tokens lost, documents dropped.
 
     Raises:
-      InputError: an argument is invalid, or, while iterating, a row is: the message names the row by its place in the
-        stream, counted from 0.
+      InputError: an argument is invalid; or, during the iteration, a row of the stream is invalid. The message then
+        names the row by its place in the stream, counted from 0.
 
     Example:
       >>> from jaxpack import Packer

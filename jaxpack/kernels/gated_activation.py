@@ -124,7 +124,7 @@ def _erfc(t: jax.Array) -> jax.Array:
     """Computes `1 - erf(t)` for t >= 0 as `exp2(-t^2 log2(e) - t r(t))`, where r is a polynomial: Triton has no erf.
 
     r was fitted at Chebyshev nodes of [0, 4] to `-log2(erfc(t) exp(t^2)) / t`. The absolute error is at most 8e-8
-    everywhere, the relative error 2e-6 up to t = 4. Beyond 4, where erfc is under 2e-8, r keeps its value at 4.
+    everywhere, the relative error 2e-6 up to t = 4. Beyond 4, where erfc is under 2e-8, `t r(t)` keeps its value at 4.
     """
     near = jnp.minimum(t, _ERFC_LIMIT)
     r = _ERFC_COEFFICIENTS[-1]

@@ -45,7 +45,7 @@ class LayoutEstimate:
     Attributes:
       config: the settings of the run. Its trainer will report the same padding share.
       padding_share: the share of padding among the run's positions.
-      shapes: the shapes `(A, B, T)` that the run compiles.
+      shapes: the shapes that the run compiles, `(A, B, T)`: micro-batches, rows in a micro-batch, tokens in a row.
       speedup: tokens a second divided by those of the padded run. If times are not predicted, it is computed from the
         number of positions instead.
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
@@ -78,8 +78,8 @@ class Inspection(JupyterMixin):
       lengths: the lengths of all documents in tokens, int64 `[documents]`.
       num_tokens, num_targets: the tokens and the targets in all documents; a target is a token that is trained on.
       untrained: how many documents have no target.
-      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. Documents
-        without a target before the cut count as dropped, too.
+      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. The `untrained`
+        documents count as dropped, too.
       targets_lost: how many targets are cut off.
       layouts: the estimate of the run in each layout, with about the same number of tokens per step.
       padding: `padding[name][size]` is a padding share. `name` is a layout, or `ORDINARY` for batches that are each
@@ -269,7 +269,10 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
 
 
 def _sampled(documents: Documents, seed: int) -> Documents:
-    """Returns the documents or, of more than `_SAMPLE`, a random sample of that size with every token as a target."""
+    """Returns the documents. If there are more than `_SAMPLE`, returns as many stand-ins with lengths drawn from them.
+
+    In a stand-in, every token is a target.
+    """
     if len(documents) <= _SAMPLE:
         return documents
     lengths = np.random.default_rng(seed).choice(documents.lengths, _SAMPLE, replace=False)
@@ -298,8 +301,8 @@ def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
 def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
     padded, free, packed = (layouts[layout] for layout in get_args(Layout))
     of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
-    of_free = f"padding-free batches are {_percent(free.padding_share)}"
-    of_packed = f"packed rows of {packed.config.max_length:,} tokens are {_percent(packed.padding_share)}"
+    of_free = f"padding-free batches are {_percent(free.padding_share)} padding"
+    of_packed = f"packed rows of {packed.config.max_length:,} tokens are {_percent(packed.padding_share)} padding"
     flags = f"`--packing --per-device-train-batch-size {packed.config.per_device_train_batch_size}`"
     if max(free.speedup, packed.speedup) < _WORTH:
         return f"Packing gains nothing here: {of_padded}, {of_free}, and {of_packed}."
@@ -431,10 +434,10 @@ def _basis(found: Inspection) -> str:
         )
     if found.run.refusal is not None:
         return f"The run does not fit: {found.run.refusal}"
-    rates = "the rates of its kernels" if known_gpu(found.device) else "low rates, because its own are not known"
+    rates = "the rates of its kernels" if known_gpu(found.device) else "assumed low rates, because its own are unknown"
     unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
     full = " Its free memory is not known, so remat is full: `--memory-limit` sets the memory." if unknown else ""
-    return f"Times are predicted for {found.device}, from {rates}, not measured.{full}"
+    return f"Times for {found.device} are predicted, not measured. They follow from {rates}.{full}"
 
 
 def _batch(config: TrainConfig) -> str:

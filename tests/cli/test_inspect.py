@@ -36,7 +36,7 @@ def test_the_run_is_that_of_the_flags_of_train(exit_status, base, data, capfd):
     out, _ = capfd.readouterr()
     assert "packed *     │ 2 rows of 128" in out
     assert "row 3: " in out
-    assert "predicted for H200" in out
+    assert "Times for H200 are predicted, not measured." in out
 
 
 def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):

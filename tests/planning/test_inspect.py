@@ -359,5 +359,5 @@ def test_the_tables_hold_the_figures():
         assert f"{estimate.speedup:.2f} x" in text
     assert "packed *" in text
     assert "<- max_length 128" in text
-    assert "predicted for H100, from the rates of its kernels, not measured" in text
+    assert "Times for H100 are predicted, not measured. They follow from the rates of its kernels." in text
     assert text.rstrip().replace("\n", " ").endswith(found.recommendation[-40:])
