@@ -78,8 +78,8 @@ class Inspection(JupyterMixin):
       lengths: the lengths of all documents in tokens, int64 `[documents]`.
       num_tokens, num_targets: the tokens and the targets in all documents; a target is a token that is trained on.
       untrained: how many documents have no target.
-      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. The `untrained`
-        documents count as dropped, too.
+      truncation: counts of the documents that the run shortens or drops, and of the tokens that it loses. The
+        `untrained` documents count as dropped, too.
       targets_lost: how many targets are cut off.
       layouts: the estimate of the run in each layout, with about the same number of tokens per step.
       padding: `padding[name][size]` is a padding share. `name` is a layout, or `ORDINARY` for batches that are each
