@@ -317,5 +317,5 @@ def _peft_config(model: Transformer) -> dict:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,  # another value makes PEFT change the base weights again
+        "init_lora_weights": True,  # see `_STARTS`: PEFT then changes no base weight when it loads the adapter
     }

@@ -236,8 +236,8 @@ def ordinary_padding(lengths: np.ndarray, batch_size: int) -> float:
     """Returns the padding share of batches in random order that are each padded to their longest document.
 
     The share is 1 - tokens / positions, with the exact expectation of the positions over all orders of the documents.
-    The expected length of a batch's longest document is computed from the number of documents that are no longer than
-    each length. The last batch may be smaller.
+    For each length, the number of documents of at most this length gives the probability that a batch has no longer
+    document, and these probabilities give the expected length of its longest document. The last batch may be smaller.
     """
     ordered = np.sort(lengths).astype(np.float64)
     whole, rest = divmod(len(ordered), batch_size)
@@ -269,9 +269,9 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
 
 
 def _sampled(documents: Documents, seed: int) -> Documents:
-    """Returns the documents. If there are more than `_SAMPLE`, returns as many stand-ins with lengths drawn from them.
+    """Returns the documents, or, if there are more than `_SAMPLE`, `_SAMPLE` stand-ins with some of their lengths.
 
-    In a stand-in, every token is a target.
+    The lengths are drawn at random. In a stand-in, every token is a target.
     """
     if len(documents) <= _SAMPLE:
         return documents
