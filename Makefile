@@ -87,6 +87,7 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(RUN) -m pip install --quiet --constraint constraints/jax-$(JAX).txt --editable '.[docs]'
 	touch $@
 
+.PRECIOUS: .venv-jax-%/installed  # else make deletes it as an intermediate file
 .venv-jax-%/installed: pyproject.toml constraints/jax-%.txt
 	$(PYTHON312) -m venv .venv-jax-$*
 	.venv-jax-$*/bin/python -m pip install --quiet --constraint constraints/jax-$*.txt --editable '.[hf,dev]'
