@@ -241,6 +241,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "max_steps": 7,
         "eval_steps": 7,
         "resume_from_checkpoint": "latest",
+        "chat_template_date": "2031-02-03",
         "report_to": ("tensorboard",),
         "memory_limit": 40.5,
         "dataset_text_field": "body",
