@@ -31,13 +31,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 # `auto_map` names files with code, which are not copied. The other fields are written anew.
 _REPLACED = ("auto_map", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters")
 _MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
-_DESCRIBING = [
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-]  # the files of a hub model that describe it
+# The files of a hub model that describe it.
+_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
 
 

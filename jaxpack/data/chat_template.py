@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 from jaxpack.data import written
 from jaxpack.data.conversation import Conversation, Message, with_arguments
 from jaxpack.data.tokenizer import ChatTokenizer
+from jaxpack.data.written import MARK, MARKS
 from jaxpack.errors import InputError, reason
 
 Span = tuple[int, int]  # the first character, and the one after the last
 
-_MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
-_MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
-_QUESTION = {"role": "user", "content": _MARK.format(0)}
+_QUESTION = {"role": "user", "content": MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MAX_KNOWN = 1024  # most forms of conversations, and most edges of turns, to keep
@@ -75,6 +74,7 @@ class ChatTemplate:
         self.date_used: datetime.date | None = None
         self._allow_lost_thoughts = allow_lost_thoughts
         self._date = datetime.date.today() if date is None else date
+        self._dated: dict[str, tuple[str, list[str]]] = {}
         self._written: dict[Any, Mapping[written.Piece, int] | None] = {}
         self._tokenizer = tokenizer
         self._tokens = tuple(token for token in tokenizer.get_added_vocab() if token.strip())
@@ -155,7 +155,7 @@ class ChatTemplate:
         assistants = [i for i, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
         counted = set()
         for piece in written.unwritten(conversation, text, self._written[key]):
-            is_last = piece.kind == written.THOUGHT and piece.message == assistants[-1]
+            is_last = piece.kind == written.THOUGHT and assistants[-1:] == [piece.message]
             is_learned = is_last and conversation.is_trained(piece.message)
             # Some templates write tools and system texts only if the last message is a question (Mistral's), and most
             # write only the thoughts of the last answer.
@@ -192,8 +192,11 @@ class ChatTemplate:
         transformers gives templates a function, `strftime_now`, and turns any other function into text. So the calls of
         it are replaced by their results; known templates call it with a literal.
         """
-        dates = [self._date.strftime(match[2]) for match in _NOW.finditer(template)]
-        return _NOW.sub(lambda match: json.dumps(self._date.strftime(match[2])), template), dates
+        if template not in self._dated:
+            dates = [self._date.strftime(match[2]) for match in _NOW.finditer(template)]
+            dated = _NOW.sub(lambda match: json.dumps(self._date.strftime(match[2])), template)
+            self._dated[template] = dated, dates
+        return self._dated[template]
 
     def _with_readable_calls(self, conversation: Conversation) -> Conversation:
         """Returns the conversation, with arguments of calls as JSON text if the template requires it (DeepSeek's)."""
@@ -228,7 +231,7 @@ class ChatTemplate:
             slots = _split(trial)[1]
             tagged = [trial[begin:end] for begin, end in trial_spans]
             answers = any(marked[i].get("role") == "assistant" for i in slots)
-            if answers and any(tagged) and not any(map(_MARKS.search, tagged)):
+            if answers and any(tagged) and not any(map(MARKS.search, tagged)):
                 # transformers places tags that are within a macro at the beginning of the macro's text.
                 raise _Undecided("its tags are not where they seem to be: tags within a macro are misplaced")
             if answers:
@@ -339,8 +342,8 @@ class ChatTemplate:
         The answer is tried as the last turn, and as one before a user's message.
         """
         i = len(before)
-        answer = {"role": "assistant", "content": _MARK.format(i)}
-        for after in ([], [{"role": "user", "content": _MARK.format(i + 1)}]):
+        answer = {"role": "assistant", "content": MARK.format(i)}
+        for after in ([], [{"role": "user", "content": MARK.format(i + 1)}]):
             with contextlib.suppress(_Undecided):
                 between, slots = _split(self._try(conversation, [*before, answer, *after]))
                 if slots.count(i) == 1:
@@ -365,7 +368,7 @@ class ChatTemplate:
 
     def _writes_headers(self, conversation: Conversation) -> bool:
         """Returns whether the template writes more than white space before a plain answer to a question."""
-        answer = {"role": "assistant", "content": _MARK.format(1)}
+        answer = {"role": "assistant", "content": MARK.format(1)}
         alone, answered = (self._after(conversation, messages, 0) for messages in ([_QUESTION], [_QUESTION, answer]))
         return bool(answered[common_prefix(answered, alone) :].strip())
 
@@ -376,7 +379,7 @@ class ChatTemplate:
             alone = self._after(conversation, marked[: i + 1], i)
         else:
             with contextlib.suppress(_Undecided):  # the template may refuse a user's message here
-                followed = self._after(conversation, [*marked, {"role": "user", "content": _MARK.format(i + 1)}], i)
+                followed = self._after(conversation, [*marked, {"role": "user", "content": MARK.format(i + 1)}], i)
         # The text that both share is neither the end of the text nor the beginning of the next message.
         shared = alone[: common_prefix(alone, followed)]
         for token in itertools.chain(self._added.finditer(alone), self._added.finditer(followed)):
@@ -474,7 +477,7 @@ def _to_json(arguments: Any) -> str:
 
 def _marked(message: Message, i: int) -> Message:
     """Returns the message with a mark in the place of its content, and of the arguments of its calls."""
-    mark = _MARK.format(i)
+    mark = MARK.format(i)
     calls = message.get("tool_calls")
     if message.get("role") != "assistant":
         return {**message, "content": mark} if isinstance(message.get("content"), str) else message
@@ -495,7 +498,7 @@ def _split(text: str) -> tuple[list[str], list[int]]:
     Text between two marks of one message counts as a part of the message.
     """
     between, slots, end = [], [], 0
-    for match in _MARKS.finditer(text):
+    for match in MARKS.finditer(text):
         i = int(match[1])
         if slots[-1:] != [i]:
             between.append(text[end : match.start()])

@@ -16,8 +16,8 @@ from jaxpack.data.conversation import THOUGHTS, Conversation, Message, with_argu
 
 CONTENT, SYSTEM, THOUGHT, CALL, TOOL = "content", "system text", "thoughts", "calls", "tools"
 
-_MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
-_MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
+MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
+MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _INLINE = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)  # a thought that a content begins with
 
 Piece = tuple[int, str]  # the number of a message, and one of the kinds above
@@ -68,10 +68,10 @@ def written_pieces(conversation: Conversation, write: Callable[[list[Message]], 
 
     def mark(piece: Piece) -> str:
         marks.append(piece)
-        return _MARK.format(len(marks) - 1)
+        return MARK.format(len(marks) - 1)
 
     text = write([_marked(message, i, mark) for i, message in enumerate(conversation.messages)])
-    counts = Counter(int(number) for number in _MARKS.findall(text))
+    counts = Counter(int(number) for number in MARKS.findall(text))
     written: dict[Piece, int] = {}
     for number, piece in enumerate(marks):
         # A call has several marks; it is written if all of them are.
@@ -84,7 +84,7 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
     content = message.get("content")
     thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
     if isinstance(content, str):
-        if message.get("role") == "assistant" and (inline := _INLINE.fullmatch(content)):
+        if (inline := _inline(message)) is not None:
             thoughts.append(inline[2])
             content = inline[4]
         if content.strip():
@@ -93,6 +93,11 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
         yield THOUGHT, thoughts
     if calls := message.get("tool_calls"):
         yield CALL, [text for call in calls for text in _texts_of_call(call)]
+
+
+def _inline(message: Message) -> re.Match | None:
+    """Splits an assistant's content that begins with a thought; None for any other message."""
+    return _INLINE.fullmatch(message["content"]) if message.get("role") == "assistant" else None
 
 
 def _kind_of_content(message: Message) -> str:
@@ -129,8 +134,7 @@ def _marked(message: Message, i: int, mark: Callable[[Piece], str]) -> Message:
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        inline = _INLINE.fullmatch(content) if message.get("role") == "assistant" else None
-        if inline is None:
+        if (inline := _inline(message)) is None:
             marked["content"] = mark((i, _kind_of_content(message)))
         else:
             thought = mark((i, THOUGHT)) if inline[2].strip() else inline[2]

@@ -158,6 +158,14 @@ def test_a_last_thought_that_is_left_out_is_refused_unless_allowed(template, ans
     assert "'because'" in said
 
 
+@pytest.mark.parametrize("answer", [[], [turn("assistant", "b")]])
+def test_a_thought_of_nobody_who_answers_is_counted(answer, capsys):
+    """A thought may stand in a question, even in a conversation without any answer."""
+    rows = [{"messages": [turn("user", "a", thinking="why"), *answer]}, {"messages": chat("c", "d")}]
+    load(rows, of_template(LENIENT))
+    assert "in 1 rows, the chat template leaves out thoughts" in " ".join(capsys.readouterr().err.split())
+
+
 def test_earlier_thoughts_that_are_left_out_are_counted(capsys):
     rows = [{"messages": [*chat("a"), turn("assistant", "b", reasoning_content="why"), *chat("c", "d")]}] * 3
     load(rows, of_template(QWEN3))
