@@ -1,4 +1,4 @@
-"""Defines `InputError`, the one error that a user can cause, and helpers for its messages."""
+"""Defines `InputError`, the error that a user can cause, `TrainingError`, and helpers for their messages."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,6 +17,19 @@ class InputError(ValueError):
       ... except jaxpack.InputError as error:
       ...     print(error)
       `max_length` must be at least 2 (one token to read, one to predict), got 1.
+    """
+
+
+class TrainingError(RuntimeError):
+    """Says that a run cannot go on although its input was right, such as when its weights are no longer finite.
+
+    The message says in which step, what was saved, and what usually helps. The command line prints it and exits with
+    status 1.
+
+    Example:
+      >>> import jaxpack
+      >>> issubclass(jaxpack.TrainingError, RuntimeError)
+      True
     """
 
 

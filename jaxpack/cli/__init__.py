@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, TrainingError
 from jaxpack.utils.console import console
 
 # Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
@@ -72,11 +72,11 @@ def _options(
 def main() -> None:
     """Runs a command.
 
-    Bad input ends with one sentence and status 2, and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its
-    traceback.
+    Bad input ends with one sentence and status 2, a run that cannot go on with one sentence and status 1, and Ctrl-C
+    with status 130 (by typer). A bug in jaxpack keeps its traceback.
     """
     try:
         app()
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -5,6 +5,8 @@ other documents are masked, whatever they are, so their tokens read only the 0. 
 NaN, so the document gets NaN, as it would alone.
 """
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -47,7 +49,7 @@ def contain(
         pieces = [pl.ds(*piece) for piece in powers_of_two(H)]
         values = [v_in[*here, first_value + head, piece] for piece in pieces]
         finite = [jnp.abs(x.astype(jnp.float32)) < jnp.inf for x in values]
-        bad = sum(jnp.sum((~x).astype(jnp.int32), axis=1) for x in finite)
+        bad = functools.reduce(operator.add, (jnp.sum((~x).astype(jnp.int32), axis=1) for x in finite))
 
         @pl.when(jnp.sum(bad) > 0)
         def _() -> None:

@@ -34,7 +34,7 @@ from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
-from jaxpack.parallel.device import current_device, platform_of
+from jaxpack.parallel.device import current_device, on_host
 from jaxpack.settings import TrainConfig
 from jaxpack.train.step import TrainState
 from jaxpack.utils.console import console
@@ -79,14 +79,14 @@ def identity_of(
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
-    weights = _named(frozen)
+    weights = arrays_by_name(frozen)
     of_jax: Any = jax.config  # JAX declares no types for its settings
     identity = (
         structure
         | settings
         | {f"adapters' {name}": value for name, value in lora.items()}
         | {name: None if documents is None else _describe(documents) for name, documents in datasets.items()}
-        | {f"array {name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(state).items()}
+        | {f"array {name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays_by_name(state).items()}
         | {
             f"frozen {name}": f"{leaf.dtype}{list(leaf.shape)} {checksum:08x}"
             for (name, leaf), checksum in zip(weights.items(), checksums(list(weights.values())).tolist(), strict=True)
@@ -125,7 +125,7 @@ def _checksums(arrays: list[Array]) -> Array:
     return jnp.stack([checksum(x) for x in arrays])
 
 
-def _named(tree: Any) -> dict[str, Array]:
+def arrays_by_name(tree: Any) -> dict[str, Array]:
     """Returns the arrays of a pytree by their paths, such as `trainable.blocks.mlp.down.lora_a`."""
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -178,7 +178,10 @@ class Checkpoints:
         When the method returns, the arrays are on the host, so the state may be donated.
         """
         self.wait()
-        arrays = {name: _on_host(leaf) for name, leaf in _named(state).items()}
+        arrays = {
+            name: leaf if isinstance(leaf, np.ndarray) else on_host(leaf)
+            for name, leaf in arrays_by_name(state).items()
+        }
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
         evaluations = dict(progress.evaluations)
         self._writing = self._writer.submit(self._write, step, arrays, evaluations)
@@ -186,6 +189,12 @@ class Checkpoints:
     def wait(self) -> bool:
         """Waits until nothing is being written, and returns whether the last save, if any, is on the disk."""
         return self._writing is None or self._writing.result()
+
+    def newest(self) -> Path | None:
+        """Waits for the save that is being written, and returns the checkpoint of the last step, or None."""
+        self.wait()
+        steps = steps_in(self.folder)
+        return self.folder / str(steps[-1]) if steps else None
 
     def close(self) -> None:
         """Waits for the save that is being written, and ends the thread."""
@@ -245,11 +254,6 @@ def _fault(arrays: dict[str, np.ndarray]) -> str | None:
     floats = [array for array in state if array.size and jnp.issubdtype(array.dtype, jnp.floating)]
     ends = [float(end) for array in floats for end in (array.min(), array.max())]
     return None if all(map(math.isfinite, ends)) else "its weights are not finite"
-
-
-def _on_host(leaf: Array) -> np.ndarray:
-    # Copied on a CPU: `np.asarray` would give a view of memory that is donated to the next step.
-    return np.array(leaf) if platform_of(leaf) == "cpu" else np.asarray(leaf)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
@@ -341,7 +345,7 @@ def load_checkpoint(
             f" {sorted(missing)}."
         )
     _require_same(path, about["identity"], identity)
-    named = _named(state)
+    named = arrays_by_name(state)
     wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named.items()}
     found = _read_part(path, _STATE, ocp.args.StandardRestore(wanted | {_LOSSES: np.zeros(about["step"])}))
     changed = [f"{name} {there}, not {notes[name]}" for name, there in about["notes"].items() if there != notes[name]]
