@@ -26,7 +26,7 @@ from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
-from jaxpack.train.checkpoint import LATEST, Checkpoints, Progress, date_of_run, find_checkpoint, identity_of, notes_of
+from jaxpack.train.checkpoint import LATEST, Checkpoints, Progress, date_of_run, find_checkpoints, identity_of, notes_of
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.progress import Log, Start
@@ -92,7 +92,8 @@ class Trainer:
         divided by the sum of its weights.
 
     Attributes:
-      checkpoint: the checkpoint that the run resumes from, or None.
+      checkpoint: the checkpoint that the run resumes from, or None. If `train` finds that the newest one is damaged, it
+        takes the one before.
       date: the date for chat templates that write one: `chat_template_date`, or the day of the run's first start.
       in_place: whether the run continues the one in `output_dir`, which may have stopped before its first checkpoint.
       progress: the losses of all finished steps and the evaluation losses, including those before a resume.
@@ -140,7 +141,7 @@ class Trainer:
         require_libraries(config)
         self._find_previous_run()
         # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
-        kept = None if self.checkpoint is None else date_of_run(self.checkpoint)
+        kept = date_of_run(self._checkpoints)
         given = config.chat_template_date
         self.date = datetime.date.fromisoformat(given) if given is not None else kept or datetime.date.today()
         self.progress = Progress()
@@ -158,7 +159,8 @@ class Trainer:
     def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
         config = self.config
-        self.checkpoint = find_checkpoint(config)
+        self._checkpoints = find_checkpoints(config)
+        self.checkpoint = next(iter(self._checkpoints), None)
         output = None if config.output_dir is None else Path(config.output_dir)
         self.in_place = output is not None and (
             config.resume_from_checkpoint == LATEST
@@ -321,8 +323,8 @@ class Trainer:
         if not isinstance(self.objective, SFT):
             identity["objective"] = type(self.objective).__name__
         notes = notes_of(run.remat, config.implementation)
-        if self.checkpoint is not None:
-            self.progress = run.resume(self.checkpoint, identity, notes)
+        if self._checkpoints:
+            self.checkpoint, self.progress = run.resume(self._checkpoints, identity, notes)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
         elif config.resume_from_checkpoint is not None:
@@ -330,6 +332,7 @@ class Trainer:
         if config.output_dir is not None:
             on_saved = functools.partial(events.add, "save")
             checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes, self.date, on_saved)
+            checkpoints.set_aside(after=run.started)
             every = config.steps_between_saves
             when = f"every {every:,} steps and at the end" if every else "when the run is stopped"
             best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
