@@ -235,20 +235,20 @@ class Checkpoints:
         console.print(f"saved the checkpoint {path}")
         self._on_saved(step, path)
         try:
-            self._delete_all_but(self._kept(evaluations))
+            self._prune(step, evaluations)
         except OSError as error:
             console.print(f"an older checkpoint could not be deleted: {reason(error)}", style="yellow")
         return True
 
-    def _kept(self, evaluations: dict[int, float]) -> set[int]:
-        steps = steps_in(self.folder)
-        evaluated = [step for step in steps if not math.isnan(evaluations.get(step, math.nan))]
-        return {*steps[-self._keep :], *sorted(evaluated, key=evaluations.__getitem__)[:1]}
-
-    def _delete_all_but(self, kept: set[int]) -> None:
-        for step in set(steps_in(self.folder)) - kept:
+    def _prune(self, step: int, evaluations: dict[int, float]) -> None:
+        """Deletes the checkpoints that are no longer kept, now that the one of `step` is written."""
+        # A later one is damaged, see `set_aside`: it must not count in the place of a whole one.
+        steps = [other for other in steps_in(self.folder) if other <= step]
+        evaluated = [other for other in steps if not math.isnan(evaluations.get(other, math.nan))]
+        kept = {*steps[-self._keep :], *sorted(evaluated, key=evaluations.__getitem__)[:1]}
+        for other in set(steps) - kept:
             # Renamed first: a half-deleted checkpoint must never look like a whole one.
-            shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}"))
+            shutil.rmtree((self.folder / str(other)).rename(self.folder / f"{other}{_DELETED}"))
 
 
 def steps_in(folder: Path) -> list[int]:

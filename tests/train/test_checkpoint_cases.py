@@ -533,6 +533,33 @@ def test_no_checkpoint_is_deleted_for_one_that_could_not_be_written(
     assert steps_in(resumed.folder) == [2, 6]
 
 
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_not_kept_for_a_whole_one(
+    copies: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rename = Path.rename
+
+    def denied(path: Path, target: Path) -> Path:
+        if path.name == "3":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", denied)
+    flip(largest(copies / "3"), 99)
+    shutil.rmtree(copies / "2")
+    checkpoints = Checkpoints(str(copies.parent), 1, SETTINGS, NOTES, DAY)
+    checkpoints.set_aside(after=1)
+    checkpoints.save(2, small_state(2), Progress([0.5, 0.5]))
+    assert checkpoints.wait()
+    assert steps_in(copies) == [2, 3]
+    checkpoints.save(4, small_state(4), Progress(4 * [0.5]))
+    assert checkpoints.wait()
+    checkpoints.close()
+    said = capsys.readouterr().err
+    assert f"{copies / '3'} cannot be renamed to {copies / '3.damaged-1'}: Permission denied" in said
+    assert "an older checkpoint could not be deleted: Permission denied" in said
+    require_equal(load(copies / "4")[1], small_state(4))
+
+
 def test_a_checkpoint_appears_with_its_checksums(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
