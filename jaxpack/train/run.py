@@ -177,12 +177,16 @@ class Run:
             f" {' or '.join(advice)}."
         )
 
-    def resume(self, path: Path, identity: dict[str, Any], notes: dict[str, str]) -> Progress:
-        """Loads a checkpoint: sets `state`, `started` and the model's trained parameters, and returns its progress."""
-        self.state, progress = load_checkpoint(path, self.state, identity, notes)
+    def resume(self, paths: list[Path], identity: dict[str, Any], notes: dict[str, str]) -> tuple[Path, Progress]:
+        """Loads the first checkpoint that is not damaged, and returns its path and progress.
+
+        Sets `state`, `started` and the model's trained parameters.
+        """
+        num_steps = self._batches.num_steps
+        path, self.state, progress = load_checkpoint(paths, self.state, identity, notes, num_steps)
         nnx.update(self._model, self.state.trainable)
         self.started = len(progress.losses)
-        return progress
+        return path, progress
 
     def step(self, batch: PackedBatch) -> Metrics:
         """Starts one step on a batch that is on the device, and returns its metrics without waiting for them."""

@@ -34,7 +34,7 @@ from jaxpack.train.checkpoint import (
     Checkpoints,
     Progress,
     date_of_run,
-    find_checkpoint,
+    find_checkpoints,
     identity_of,
     notes_of,
 )
@@ -103,7 +103,8 @@ class Trainer:
         divided by the sum of its weights.
 
     Attributes:
-      checkpoint: the checkpoint that the run resumes from, or None.
+      checkpoint: the checkpoint that the run resumes from, or None. If `train` finds that the newest one is damaged, it
+        takes the one before.
       date: the date for chat templates that write one: `chat_template_date`, or the day of the run's first start.
       in_place: whether the run continues the one in `output_dir`, which may have stopped before its first checkpoint.
       progress: the losses of all finished steps and the evaluation losses, including those before a resume.
@@ -153,7 +154,7 @@ class Trainer:
         require_libraries(config)
         self._find_previous_run()
         # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
-        kept = None if self.checkpoint is None else date_of_run(self.checkpoint)
+        kept = date_of_run(self._checkpoints)
         given = config.chat_template_date
         self.date = datetime.date.fromisoformat(given) if given is not None else kept or datetime.date.today()
         self.progress, self.steps_in_model = Progress(), 0
@@ -172,7 +173,8 @@ class Trainer:
     def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
         config = self.config
-        self.checkpoint = find_checkpoint(config)
+        self._checkpoints = find_checkpoints(config)
+        self.checkpoint = next(iter(self._checkpoints), None)
         output = None if config.output_dir is None else Path(config.output_dir)
         self.in_place = output is not None and (
             config.resume_from_checkpoint == LATEST
@@ -399,7 +401,7 @@ class Trainer:
                 newest = None if checkpoints is None else checkpoints.newest()
                 if newest is None:
                     return False
-                run.resume(newest, self._identity, notes_of(run.remat, self.config.implementation))
+                run.resume([newest], self._identity, notes_of(run.remat, self.config.implementation))
         except Exception as error:  # A device that has failed may take no arrays.
             console.print(f"the last whole state could not be loaded: {reason(error):.200}", style="yellow")
             return False
@@ -461,8 +463,9 @@ class Trainer:
         self._identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
         if not isinstance(self.objective, SFT):
             self._identity["objective"] = type(self.objective).__name__
-        if self.checkpoint is not None:
-            self.progress = run.resume(self.checkpoint, self._identity, notes_of(run.remat, config.implementation))
+        if self._checkpoints:
+            notes = notes_of(run.remat, config.implementation)
+            self.checkpoint, self.progress = run.resume(self._checkpoints, self._identity, notes)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
         elif config.resume_from_checkpoint is not None:
@@ -480,7 +483,11 @@ class Trainer:
             return None
         notes = notes_of(run.remat, config.implementation)
         on_saved = functools.partial(events.add, "save")
-        return Checkpoints(config.output_dir, config.save_total_limit, self._identity, notes, self.date, on_saved)
+        checkpoints = Checkpoints(
+            config.output_dir, config.save_total_limit, self._identity, notes, self.date, on_saved
+        )
+        checkpoints.set_aside(after=run.started)
+        return checkpoints
 
     def _plan(self, run: Run) -> list[str]:
         """Returns lines that describe the data, the steps, and the number of parameters that are trained."""
