@@ -275,7 +275,10 @@ class ChatTemplate:
         return self._one_by_one(conversation, text, form) if spans is None else spans
 
     def _key(self, conversation: Conversation) -> Any:
-        kinds = tuple((message.get("role"), *sorted(message)) for message in conversation.messages)
+        kinds = tuple(
+            (message.get("role"), written.inline_thought(message) is not None, *sorted(message))
+            for message in conversation.messages
+        )
         trained = conversation.prompt, conversation.untrained
         return kinds, trained, repr(conversation.tools), repr(conversation.options)
 
@@ -294,9 +297,8 @@ class ChatTemplate:
             previous = slots[slot - 1] if slot else None
             key = between[slot], between[slot + 1], previous is None, i + 1 == len(marked), repr(conversation.options)
             if key not in self._edges:
-                lead = self._lead(
-                    conversation, marked[:i], between[slot], previous, plain=set(message) <= set(_QUESTION)
-                )
+                plain = set(message) <= set(_QUESTION) and written.inline_thought(message) is None
+                lead = self._lead(conversation, marked[:i], between[slot], previous, plain=plain)
                 _keep(self._edges, key, _Edges(lead, *self._tail(conversation, marked, i, between[slot + 1])))
             edges[slot] = self._edges[key]
         return _Form(between, slots, edges)
@@ -476,14 +478,19 @@ def _to_json(arguments: Any) -> str:
 
 
 def _marked(message: Message, i: int) -> Message:
-    """Returns the message with a mark in the place of its content, and of the arguments of its calls."""
+    """Returns the message with a mark in the place of its content, and of the arguments of its calls.
+
+    A thought that the content begins with keeps its tags and gets a mark of its own: templates go by the tags.
+    """
     mark = MARK.format(i)
     calls = message.get("tool_calls")
     if message.get("role") != "assistant":
         return {**message, "content": mark} if isinstance(message.get("content"), str) else message
+    content = {"content": mark} if message.get("content") or not calls else {}
+    if (inline := written.inline_thought(message)) is not None:
+        content = {"content": inline[1] + (mark if inline[2].strip() else inline[2]) + inline[3] + mark}
     if not calls:
-        return {**message, "content": mark}
-    content = {"content": mark} if message.get("content") else {}
+        return {**message, **content}
     arguments = {mark: mark}
 
     def mark_arguments(given: Any) -> Any:

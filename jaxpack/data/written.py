@@ -18,7 +18,8 @@ CONTENT, SYSTEM, THOUGHT, CALL, TOOL = "content", "system text", "thoughts", "ca
 
 MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
 MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
-_INLINE = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)  # a thought that a content begins with
+# A thought that a content begins with, and the answer after it.
+_INLINE = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 
 Piece = tuple[int, str]  # the number of a message, and one of the kinds above
 
@@ -84,7 +85,7 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
     content = message.get("content")
     thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
     if isinstance(content, str):
-        if (inline := _inline(message)) is not None:
+        if (inline := inline_thought(message)) is not None:
             thoughts.append(inline[2])
             content = inline[4]
         if content.strip():
@@ -95,9 +96,11 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
         yield CALL, [text for call in calls for text in _texts_of_call(call)]
 
 
-def _inline(message: Message) -> re.Match | None:
-    """Splits an assistant's content that begins with a thought; None for any other message."""
-    return _INLINE.fullmatch(message["content"]) if message.get("role") == "assistant" else None
+def inline_thought(message: Message) -> re.Match | None:
+    """Splits an assistant's content that begins with a thought into tag, thought, tag and answer; else returns None."""
+    content = message.get("content")
+    is_answer = message.get("role") == "assistant" and isinstance(content, str)
+    return _INLINE.fullmatch(content) if is_answer else None
 
 
 def _kind_of_content(message: Message) -> str:
@@ -134,7 +137,7 @@ def _marked(message: Message, i: int, mark: Callable[[Piece], str]) -> Message:
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        if (inline := _inline(message)) is None:
+        if (inline := inline_thought(message)) is None:
             marked["content"] = mark((i, _kind_of_content(message)))
         else:
             thought = mark((i, THOUGHT)) if inline[2].strip() else inline[2]
