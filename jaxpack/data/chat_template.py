@@ -27,7 +27,15 @@ Span = tuple[int, int]  # the first character, and the one after the last
 
 _QUESTION = {"role": "user", "content": MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+# transformers gives templates a function, `strftime_now`, which reads the clock. This macro takes its place, and writes
+# the date of the run. The line break belongs to the last tag and is not written.
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    "{% for code, value in CODES.items() %}{% set now.text = now.text | replace(code, value) %}{% endfor %}"
+    "{{ now.text }}{% endmacro %}\n"
+)
+_CODES = [f"%{dash}{letter}" for dash in ("-", "") for letter in "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ%"]
+_FORMAT = re.compile(r"""(['"])([^'"\n]*%-?[a-zA-Z][^'"\n]*)\1""")
 _MAX_KNOWN = 1024  # most forms of conversations, and most edges of turns, to keep
 
 
@@ -103,8 +111,9 @@ class ChatTemplate:
     def answer_end(self) -> str | None:
         """Returns the token that ends a plain answer, or None if there is none or the template leaves it undecided."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        trial = ChatTemplate(self._tokenizer)  # this question is no row, and must not be counted as one
         with contextlib.suppress(InputError):
-            text, spans = self.write_with_spans(Conversation(messages), "a question")
+            text, spans = trial.write_with_spans(Conversation(messages), "a question")
             trained = text[: spans[-1][1]].rstrip() if spans else ""
             return max((token for token in self._tokens if trained.endswith(token)), key=len, default=None)
         return None
@@ -178,7 +187,7 @@ class ChatTemplate:
     def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
         template = self._tokenizer.get_chat_template(tools=conversation.tools)
         dated, dates = self._with_date(template)
-        given = {"chat_template": dated} if dates else {}
+        given = {"chat_template": dated} if dated != template else {}
         text = self._tokenizer.apply_chat_template(
             list(messages), tools=conversation.tools, tokenize=False, **{**given, **conversation.options, **options}
         )
@@ -187,15 +196,13 @@ class ChatTemplate:
         return text
 
     def _with_date(self, template: str) -> tuple[str, list[str]]:
-        """Returns a template that writes the date of the run in the place of today's, and that date as it writes it.
-
-        transformers gives templates a function, `strftime_now`, and turns any other function into text. So the calls of
-        it are replaced by their results; known templates call it with a literal.
-        """
+        """Returns a template that writes the date of the run in the place of today's, and that date as it writes it."""
+        if "strftime_now" not in template:
+            return template, []
         if template not in self._dated:
-            dates = [self._date.strftime(match[2]) for match in _NOW.finditer(template)]
-            dated = _NOW.sub(lambda match: json.dumps(self._date.strftime(match[2])), template)
-            self._dated[template] = dated, dates
+            codes = json.dumps({code: self._date.strftime(code) for code in _CODES})
+            dates = [self._date.strftime(match[2]) for match in _FORMAT.finditer(template)]
+            self._dated[template] = _CLOCK.replace("CODES", codes) + template, dates
         return self._dated[template]
 
     def _with_readable_calls(self, conversation: Conversation) -> Conversation:

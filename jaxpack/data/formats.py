@@ -290,7 +290,11 @@ def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: Wh
 def _encode_completions(
     prompts: list[str], completions: list[str], begin: int, tokenizer: Tokenizer, end: str | None, where: Where
 ) -> Encoded:
-    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    whole = [
+        prompt + (completion.removeprefix(bos) if prompt else completion)  # each may have been written with a BOS
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     prompt_ids = _tokenize(prompts, begin, tokenizer, where)["input_ids"]
     tokenized = _tokenize(whole, begin, tokenizer, where)["input_ids"]
     whole_ids = [_with_end(text, ids, tokenizer, end, where) for text, ids in zip(whole, tokenized, strict=True)]
@@ -379,9 +383,15 @@ def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: Where, 
 
 
 def _with_end(text: str, ids: list[int], tokenizer: Tokenizer, end: str | None, where: Where) -> list[int]:
-    """Appends EOS, unless the text ends in it or in `end`, the token that ends a turn of the chat template."""
-    eos = tokenizer.eos_token_id
-    ends = tuple(token for token in (end, getattr(tokenizer, "eos_token", None)) if token)
+    """Returns ids with EOS at the end, but without it if the text ends in it or in `end`, which ends a template's turn.
+
+    Some tokenizers append EOS themselves.
+    """
+    eos, name = tokenizer.eos_token_id, getattr(tokenizer, "eos_token", None)
+    ends = tuple(token for token in (end, name) if token)
     is_ended = bool(ends) and text.rstrip().endswith(ends)
+    is_appended = ids[-1:] == [eos] and (ids[-2:] == [eos, eos] or not (name and text.endswith(name)))
+    if is_ended and is_appended:
+        ids = ids[:-1]
     where.written += begins_with_bos(text, tokenizer) or (is_ended and ids[-1:] != [eos])
     return ids if eos is None or ids[-1:] == [eos] or is_ended else [*ids, eos]

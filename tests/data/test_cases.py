@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from chat_templates import QWEN3, STYLES, with_tags, without_tags
 from conversations import call, chat, load, refusal, trained, turn, whole
+from tokenizers import processors
 from tokenizers_for_tests import small_tokenizer
 
 from jaxpack.errors import InputError
@@ -75,6 +76,48 @@ def test_written_text_gets_no_second_beginning_or_end(after, capsys):
     documents = load([{"prompt": prompt, "completion": text[len(prompt) :] + after}], tokenizer)
     assert whole(documents, tokenizer) == text + after
     assert trained(documents, tokenizer) == ["b<e>" + after]
+
+
+def ending(single: str, *, bos: str | None = "<bos>"):
+    """Returns a tokenizer that itself puts special tokens around a text, as `single` says."""
+    tokenizer = of_template(WITH_BOS, bos=True)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    tokenizer.bos_token = bos
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\n <bos><s:user>a<e>", "<bos><s:user>a<e>"),
+        ("<bos><bos><s:user>a<e>", "<bos><s:user>a<e>"),
+        ("<bos>ab<eos>", "<bos>ab<eos>"),
+        ("<bos>ab<eos>\n", "<bos>ab<eos>\n"),
+        ("ab", "<bos>ab<eos>"),
+        ("ab<eos>", "<bos>ab<eos>"),
+        ("", "<bos><eos>"),
+    ],
+)
+@pytest.mark.parametrize("single", ["<bos> $A", "<bos> $A <eos>"])
+def test_a_text_has_one_beginning_and_one_end_whatever_the_tokenizer_adds(single, text, expected):
+    tokenizer = ending(single)
+    assert whole(load([{"text": text}], tokenizer), tokenizer) == expected
+    if text.startswith("<bos>") and text.count("<bos>") == 1:
+        documents = load([{"prompt": "<bos>q", "completion": text}], tokenizer)
+        assert whole(documents, tokenizer) == "<bos>q" + expected.removeprefix("<bos>")
+        assert trained(documents, tokenizer) == [expected.removeprefix("<bos>")]
+
+
+def test_a_text_has_one_beginning_if_the_tokenizer_adds_one_that_it_does_not_name():
+    tokenizer = ending("<bos> $A", bos=None)
+    assert whole(load([{"text": "<bos>ab"}], tokenizer), tokenizer) == "<bos>ab<eos>"
+
+
+def test_the_question_that_shows_the_end_of_a_turn_is_not_counted_as_a_row(capsys):
+    tokenizer = of_template("{{ strftime_now('%Y') }}" + LENIENT.replace("<e>", ""))
+    assert whole(load([{"text": "ab"}], tokenizer), tokenizer) == "ab<eos>"
+    assert capsys.readouterr().err == ""
 
 
 def test_other_text_begins_with_one_bos_and_ends_with_eos(capsys):
@@ -267,6 +310,25 @@ def test_a_date_in_a_template_is_the_runs_and_is_said(tags, assistant_only_loss,
     assert today.strftime("%d %b %Y") in whole(load(rows, tokenizer, **options), tokenizer)
     load(rows, of_template(LENIENT), **options)
     assert "writes the date" not in " ".join(capsys.readouterr().err.split()).replace(f"writes the date {today}", "")
+
+
+@pytest.mark.parametrize("tags", [False, True])
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("{% set form = '%Y-%m-%d' %}{{ strftime_now(form) }}", "2031-02-03"),
+        ("{{ strftime_now(format='%B %-d, %Y') }}", "February 3, 2031"),
+        ('{{ strftime_now("%A")  }}\n', "Monday\n"),
+        ("\n  {% if true %}{{ strftime_now('%F %%') }}{% endif %}\n", "\n2031-02-03 %"),
+        ("{% macro today() %}{{ strftime_now('%d %b') }}{% endmacro %}{{ today() }}", "03 Feb"),
+        ("{{ strftime_now('%Y') | int - 1 }}", "2030"),
+    ],
+)
+def test_a_date_is_the_runs_however_the_template_asks_for_it(before, expected, tags):
+    tokenizer = of_template(before + LENIENT, tags=tags)
+    documents = load([{"messages": chat("a", "b")}], tokenizer, date=datetime.date(2031, 2, 3))
+    assert whole(documents, tokenizer) == expected + "<s:user>a<e><s:assistant>b<e>"
+    assert trained(documents, tokenizer) == ["b<e>"]
 
 
 # Rows of tokens.
