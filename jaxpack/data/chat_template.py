@@ -206,20 +206,23 @@ class ChatTemplate:
         return self._dated[template]
 
     def _with_readable_calls(self, conversation: Conversation) -> Conversation:
-        """Returns the conversation, with arguments of calls as JSON text if the template requires it (DeepSeek's)."""
+        """Returns the conversation with calls in the form in which the template writes them.
+
+        Some templates take arguments as JSON text (DeepSeek's), or an empty content beside calls but no missing one, or
+        the reverse.
+        """
         if not any(message.get("tool_calls") for message in conversation.messages):
             return conversation
-        messages = [
-            {**message, "tool_calls": [with_arguments(call, _to_json) for call in message["tool_calls"]]}
-            if message.get("tool_calls")
-            else message
-            for message in conversation.messages
-        ]
-        for candidate in (conversation, dataclasses.replace(conversation, messages=messages)):
+        readable = []
+        for other_content, as_json in itertools.product((False, True), repeat=2):
+            messages = [_with_calls(message, other_content, as_json) for message in conversation.messages]
+            candidate = dataclasses.replace(conversation, messages=messages)
             with contextlib.suppress(Exception):
-                self._apply(candidate, candidate.messages)
-                return candidate
-        return conversation
+                text = self._apply(candidate, messages)
+                if not any(piece.kind == written.CALL for piece in written.unwritten(candidate, text, None)):
+                    return candidate
+                readable.append(candidate)
+        return readable[0] if readable else conversation
 
     # Finding the assistant's parts by the template's tags.
 
@@ -478,6 +481,20 @@ def _unwritten(conversation: Conversation, piece: written.Unwritten, where: str)
         f"The chat template must write all that a row says once, but it {does} the {kind} of message {piece.message}"
         f" (role {role!r}), {piece.text.strip()!r:.80}, in {where}. {advice}"
     )
+
+
+def _with_calls(message: Message, other_content: bool, as_json: bool) -> Message:
+    """Returns a message with its calls in another form: beside an empty content or none, or with arguments as JSON."""
+    if not message.get("tool_calls"):
+        return message
+    message = dict(message)
+    if other_content and "content" not in message:
+        message["content"] = ""
+    elif other_content and not message["content"].strip():
+        del message["content"]
+    if as_json:
+        message["tool_calls"] = [with_arguments(call, _to_json) for call in message["tool_calls"]]
+    return message
 
 
 def _to_json(arguments: Any) -> str:

@@ -18,8 +18,9 @@ CONTENT, SYSTEM, THOUGHT, CALL, TOOL = "content", "system text", "thoughts", "ca
 
 MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
 MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
-# A thought that a content begins with, and the answer after it.
-_INLINE = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+# A thought that a content begins with, and the answer after it. Where the generation prompt has opened the thought, the
+# content may lack that tag.
+_INLINE = re.compile(r"(\s*(?:<think>\s*)?)((?:(?!<think>).)*?)(\s*</think>\s*)(.*)", re.DOTALL)
 
 Piece = tuple[int, str]  # the number of a message, and one of the kinds above
 
@@ -99,8 +100,9 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
 def inline_thought(message: Message) -> re.Match | None:
     """Splits an assistant's content that begins with a thought into tag, thought, tag and answer; else returns None."""
     content = message.get("content")
-    is_answer = message.get("role") == "assistant" and isinstance(content, str)
-    return _INLINE.fullmatch(content) if is_answer else None
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        return None
+    return _INLINE.fullmatch(content)
 
 
 def _kind_of_content(message: Message) -> str:
@@ -108,9 +110,8 @@ def _kind_of_content(message: Message) -> str:
 
 
 def _texts_of_call(call: Mapping[str, Any]) -> Iterator[str]:
-    function = call["function"] if isinstance(call.get("function"), Mapping) else call
-    yield str(function.get("name", ""))
-    yield from _leaves(function.get("arguments", {}))
+    yield call["function"]["name"]
+    yield from _leaves(call["function"]["arguments"])
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -157,6 +158,4 @@ def _marked_call(call: Mapping[str, Any], piece: Piece, mark: Callable[[Piece], 
         return json.dumps(arguments, ensure_ascii=False) if isinstance(given, str) else arguments
 
     marked = with_arguments(call, mark_arguments)
-    if isinstance(marked.get("function"), Mapping):
-        return {**marked, "function": {**marked["function"], "name": mark(piece)}}
-    return {**marked, "name": mark(piece)}
+    return {**marked, "function": {**marked["function"], "name": mark(piece)}}

@@ -5,8 +5,10 @@ Each test has the reported case and more of its kind. `pytest -k cases` runs the
 
 import datetime
 import json
+import os
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -130,7 +132,8 @@ def test_other_text_begins_with_one_bos_and_ends_with_eos(capsys):
 
 
 @pytest.mark.parametrize(
-    "flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_mask": 0}, {"training": 0.0}]
+    "flag",
+    [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_mask": 0}, {"training": 0.0}, {"trainable": False}],
 )
 @pytest.mark.parametrize("tags", [False, True])
 def test_a_turn_without_weight_is_read_and_not_trained_on(flag, tags):
@@ -154,7 +157,79 @@ def test_a_weight_between_is_refused():
         load([{"messages": [*chat("a", "b"), turn("assistant", "c", weight=0)]}], tokenizer, assistant_only_loss=False)
 
 
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.5}, {"training": 0}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": chat("a", "b")},
+        {"text": "ab"},
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "a", "output": "b"},
+        {"input_ids": [1, 2]},
+    ],
+)
+def test_a_row_that_is_not_to_be_trained_on_is_refused(row, flag):
+    tokenizer, ((key, value),) = of_template(LENIENT), flag.items()
+    message = refusal([row, row | flag], tokenizer)
+    assert f"`{key}` must be 1 for a whole row, got {value!r} in row 1" in message
+    load([row | {key: None}, row | {key: 1}, row | {"loss": 0.0}], tokenizer)
+
+
 # Calls, thoughts, roles and contents.
+
+
+CALLS = {
+    "a JSON text": {"type": "function", "function": {"name": "cabs", "arguments": '{"x": 1}'}},
+    "without a type": {"function": {"name": "cabs", "arguments": {"x": 1}}},
+    "flat": {"name": "cabs", "arguments": {"x": 1}, "id": "abcdefghi"},
+    "flat, with parameters": {"name": "cabs", "parameters": {"x": 1}},
+    "with args": {"function": {"name": "cabs", "args": '{"x": 1}'}},
+}
+# These refuse a message without a content, or write calls only where there is none.
+NEEDS_CONTENT = LENIENT.replace("{{ m.content or '' }}", "{{ m['content'] + '' }}")
+NEEDS_NO_CONTENT = CALL_OR_CONTENT.replace("'tool_calls' in m ", "'tool_calls' in m and 'content' not in m ")
+TYPED = LENIENT.replace("in m.tool_calls or [] %}", "in m.tool_calls or [] %}{{ c['type'] | replace('function', '') }}")
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("form", CALLS)
+def test_a_call_in_any_form_is_written_by_any_template(form, content):
+    message = {"role": "assistant", "tool_calls": [CALLS[form]], **content}
+    for template in (LENIENT, NEEDS_CONTENT, TYPED):
+        tokenizer = of_template(template)
+        documents = load([{"messages": [turn("user", "a"), message]}], tokenizer)
+        assert trained(documents, tokenizer) == ['<c>cabs {"x": 1}</c><e>']
+    tokenizer = of_template(NEEDS_NO_CONTENT)
+    documents = load([{"messages": [turn("user", "a"), message]}], tokenizer)
+    assert trained(documents, tokenizer) == ['{"name": "cabs", "parameters": {"x": 1}}<e>']
+
+
+@pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}])
+def test_a_call_may_have_no_arguments(arguments):
+    tokenizer = of_template(LENIENT)
+    message = turn("assistant", None, tool_calls=[{"function": {"name": "cabs", **arguments}}])
+    documents = load([{"messages": [turn("user", "a"), message]}], tokenizer)
+    assert trained(documents, tokenizer) == ["<c>cabs {}</c><e>"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"id": "x"}, {"function": "cabs"}, {"name": 5}, {"function": {"name": None}}, "cabs"]
+)
+def test_a_call_without_a_name_is_refused(wrong):
+    message = refusal(
+        [{"messages": [turn("user", "a"), turn("assistant", "", tool_calls=[wrong])]}], of_template(LENIENT)
+    )
+    assert "A call of a tool must have a function with a `name`" in message
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+def test_a_message_that_is_a_call_is_a_turn_of_the_assistant(role):
+    tokenizer = of_template(LENIENT)
+    for content in ('{"name": "cabs", "arguments": {"x": 1}}', '[{"name": "cabs", "arguments": "{\\"x\\": 1}"}]'):
+        row = [{"from": "human", "value": "a"}, {"from": role, "value": content}, {"from": "observation", "value": "2"}]
+        documents = load([{"conversations": [*row, {"from": "gpt", "value": "b"}]}], tokenizer)
+        assert trained(documents, tokenizer) == ['<c>cabs {"x": 1}</c><e>', "b<e>"]
+    assert "A call of a tool must have" in refusal([{"messages": [turn("user", "a"), turn(role, "cabs()")]}], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +249,7 @@ def test_an_older_function_call_is_a_call():
     tokenizer = of_template(LENIENT)
     assert trained(load([{"messages": [turn("user", "a"), old]}], tokenizer), tokenizer) == ['<c>cabs {"x": 1}</c><e>']
     assert old.keys() == {"role", "content", "function_call"}  # the row is as it was
-    assert "`function_call` must be a mapping" in refusal(
+    assert "A call of a tool must have" in refusal(
         [{"messages": [turn("user", "a"), old | {"function_call": "cabs()"}]}], tokenizer
     )
 
@@ -209,6 +284,29 @@ def test_a_thought_of_nobody_who_answers_is_counted(answer, capsys):
     assert "in 1 rows, the chat template leaves out thoughts" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("content", ["<think>why</think>b", "why</think>b", " why\n</think>\n\nb"])
+def test_a_thought_in_a_content_may_lack_the_tag_that_opens_it(content, capsys):
+    tokenizer = of_template(CUTS_THOUGHTS)
+    assert "leaves out the thoughts of message 1" in refusal([{"messages": chat("a", content)}], tokenizer)
+    load([{"messages": chat("a", content)}], tokenizer, allow_lost_thoughts=True)
+    assert "leaves out thoughts that the row has" in " ".join(capsys.readouterr().err.split())
+    assert "leaves out the content" in refusal([{"messages": chat("a", f"well <think>{content}")}], tokenizer)
+
+
+def test_a_thought_in_two_fields_is_written_once():
+    tokenizer = of_template(WRITES_THINKING)
+    answer = turn("assistant", "b", reasoning_content="why", thinking=" why ", reasoning=None)
+    assert trained(load([{"messages": [turn("user", "a"), answer]}], tokenizer), tokenizer) == ["whyb<e>"]
+    assert "thoughts" in refusal([{"messages": [turn("user", "a"), answer | {"reasoning": "or"}]}], tokenizer)
+
+
+@pytest.mark.parametrize("thought", [["why"], {"text": "why"}, 7])
+def test_a_thought_that_is_no_text_is_refused(thought):
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        rows = [{"messages": [turn("user", "a"), turn("assistant", "b", **{key: thought})]}]
+        assert f"`{key}` of a message must be text" in refusal(rows, of_template(QWEN3))
+
+
 def test_earlier_thoughts_that_are_left_out_are_counted(capsys):
     rows = [{"messages": [*chat("a"), turn("assistant", "b", reasoning_content="why"), *chat("c", "d")]}] * 3
     load(rows, of_template(QWEN3))
@@ -218,7 +316,7 @@ def test_earlier_thoughts_that_are_left_out_are_counted(capsys):
 @pytest.mark.parametrize("role", ["human", "User", " user", "Human"])
 def test_a_role_is_read_as_from_is(role):
     tokenizer = of_template(LENIENT)
-    for answering in ("gpt", "Assistant", "model", "chatgpt"):
+    for answering in ("gpt", "Assistant", "model", "chatgpt", "bot", "AI"):
         documents = load([{"messages": [turn(role, "q"), turn(answering, "b")]}], tokenizer)
         assert whole(documents, tokenizer) == "<s:user>q<e><s:assistant>b<e>"
         assert trained(documents, tokenizer) == ["b<e>"]
@@ -239,6 +337,29 @@ def test_a_content_that_is_no_text_is_refused(content, role):
     message = refusal(rows, of_template(LENIENT))
     assert "message 2, row 0 of the dataset" in message
     assert "must be text" in message
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image", "text": "a"}, {"text": "a", "image_url": {"url": "x"}}, {"type": "text", "content": "a"}, "a"],
+)
+def test_a_part_that_is_no_text_is_refused(part):
+    parts = [{"type": "text", "text": "a"}, part]
+    assert "The parts of a message must be text" in refusal(
+        [{"messages": [turn("user", parts), turn("assistant", "b")]}], of_template(LENIENT)
+    )
+
+
+@pytest.mark.parametrize("text", ["content", "value"])
+@pytest.mark.parametrize("role", ["role", "from"])
+def test_a_message_has_one_text(role, text):
+    tokenizer = of_template(LENIENT)
+    row = [{role: "user", text: "a"}, {role: "assistant", "content": "b", "value": "b"}]
+    assert trained(load([{"messages": row}], tokenizer), tokenizer) == ["b<e>"]
+    row[1]["value"] = "c"
+    assert "A message must have one text, got a `content` of 'b' and a `value` of 'c'" in refusal(
+        [{"messages": row}], tokenizer
+    )
 
 
 def test_a_message_without_a_content_is_refused():
@@ -272,6 +393,74 @@ def test_history_and_system_of_alpaca_are_turns_before():
     assert "`history` must be a list of pairs" in refusal([row | {"history": ["first?"]}], tokenizer)
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_rows_system_text_is_written_once_or_refused(key):
+    tokenizer = of_template(LENIENT)
+    for messages in (chat("a", "b"), chat("a", "b", system="be brief")):
+        documents = load([{"messages": messages, key: "be brief"}], tokenizer)
+        assert whole(documents, tokenizer) == "<s:system>be brief<e><s:user>a<e><s:assistant>b<e>"
+    rows = [{"messages": chat("a", "b", system="be brief"), key: "be long"}]
+    assert f"A row must have one system text, got 'be brief' and a `{key}` of 'be long'" in refusal(rows, tokenizer)
+    rows = [{"instruction": "a", "output": "b", "system": "be brief", "system_prompt": "be long"}]
+    assert "A row must have one system text" in refusal(rows, tokenizer)
+
+
+def test_fields_that_are_not_used_are_said(capsys):
+    tokenizer = of_template(LENIENT)
+    for row in (
+        {"messages": chat("a", "b")},
+        {"text": "a"},
+        {"input_ids": [1, 2]},
+        {"instruction": "a", "output": "b"},
+    ):
+        load([row | {"source": "web", "context": "c", "weight": 1, "none": None}], tokenizer)
+        assert "these fields of the rows are not used: `source`, `context`\n" in capsys.readouterr().err
+    load([{"prompt": "a", "completion": "b", "system": "be brief"}], tokenizer)
+    assert "not used: `system`" in capsys.readouterr().err
+    load([{"messages": chat("a", "b"), "system": "be brief", "tools": [], "chat_template_kwargs": {}}], tokenizer)
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_the_format_is_one_whose_fields_are_not_null():
+    tokenizer = of_template(LENIENT)
+    row = {"messages": None, "conversations": chat("a", "b"), "text": None, "input_ids": None}
+    assert trained(load([row], tokenizer), tokenizer) == ["b<e>"]
+
+
+def test_texts_without_roles_are_a_users_and_an_assistants_in_turn():
+    tokenizer = of_template(LENIENT)
+    documents = load([{"conversations": ["a", "b", "c", "d"]}], tokenizer)
+    assert whole(documents, tokenizer) == "<s:user>a<e><s:assistant>b<e><s:user>c<e><s:assistant>d<e>"
+    assert trained(documents, tokenizer) == ["b<e>", "d<e>"]
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_a_conversation_without_messages_has_nothing_to_learn(tags, capsys):
+    tokenizer = of_template(LENIENT, tags=tags)
+    for options in ({}, {"assistant_only_loss": False}):
+        documents = load([{"messages": [], "system": "x"}, {"messages": chat("a", "b")}], tokenizer, **options)
+        assert whole(documents, tokenizer) == "<s:user>a<e><s:assistant>b<e>"
+        assert "1 of 2 rows have nothing to learn" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("listed", [tuple, lambda items: np.array(items, object)])
+def test_messages_in_arrays_and_tuples_are_read(listed):
+    tokenizer = of_template(LENIENT)
+    answer = turn(
+        "assistant", listed([{"type": "text", "text": "b"}]), tool_calls=listed([call("cabs", x=listed([1, 2]))])
+    )
+    documents = load([{"messages": listed([turn("user", "a"), answer])}], tokenizer)
+    assert trained(documents, tokenizer) == ['b<c>cabs {"x": [1, 2]}</c><e>']
+    documents = load([{"prompt": listed(chat("a")), "completion": listed([answer])}], tokenizer)
+    assert trained(documents, tokenizer) == ['b<c>cabs {"x": [1, 2]}</c><e>']
+
+
+def test_an_empty_instruction_is_not_written():
+    tokenizer = of_template(LENIENT)
+    documents = load([{"instruction": "", "input": "a", "output": "b"}], tokenizer)
+    assert whole(documents, tokenizer) == "<s:user>a<e><s:assistant>b<e>"
+
+
 @pytest.mark.parametrize(
     ("row", "used"),
     [
@@ -289,10 +478,66 @@ def test_of_several_formats_the_structured_one_is_read_and_it_is_said(row, used,
     assert whole(load([row | {"text": "t"}], tokenizer, text_field="text"), tokenizer) != "t<eos>"
 
 
-def test_a_json_array_is_read(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 2, indent=1))
-    assert len(load(str(path), of_template(LENIENT))) == 2
+ROW = json.dumps({"messages": chat("a", "b")}, indent=1)
+LINE = json.dumps(json.loads(ROW))
+FILES = {
+    "an array": f"[{ROW}, {ROW}]",
+    "an array over lines": f"\n\n[\n{LINE},\r\n{LINE}\r\n]\r\n",
+    "an array after a byte order mark": f"\ufeff[{LINE},{LINE}]",
+    "lines after byte order marks": f"\ufeff\r\n{LINE}\r\n\n\ufeff{LINE}\r\n \n",
+    "a field with the rows": f'{{"data": [{LINE}, {LINE}]}}',
+    "a field with the rows, over lines": f'{{\n "version": "1",\n "rows": [{ROW}, {ROW}]\n}}',
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".JSON"])
+@pytest.mark.parametrize("name", FILES)
+def test_json_is_read_whatever_holds_the_rows(name, suffix, tmp_path, capsys):
+    path = tmp_path / f"data{suffix}"
+    path.write_text(FILES[name], newline="")
+    tokenizer = of_template(LENIENT)
+    documents = load(str(path), tokenizer)
+    assert [trained(documents, tokenizer, which) for which in range(len(documents))] == [["b<e>"], ["b<e>"]]
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("are those of its field" in said) == ("field" in name)
+    assert ("not used: `version`" in said) == ("version" in FILES[name])
+
+
+def test_a_file_of_one_row_over_several_lines_is_read(tmp_path):
+    path = tmp_path / "row.json"
+    path.write_text(ROW)
+    tokenizer = of_template(LENIENT)
+    assert trained(load(str(path), tokenizer), tokenizer) == ["b<e>"]
+
+
+@pytest.mark.timeout(30)
+def test_rows_are_read_from_a_pipe(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    os.mkfifo(path)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(path.write_text, FILES["a field with the rows, over lines"])
+        assert len(load(str(path), of_template(LENIENT))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            f'{{"train": [{LINE}], "test": [{LINE}]}}',
+            "must have the rows of one dataset, got lists of rows in the fields",
+        ),
+        (f'{LINE}\n{{"text": "a", "text": "b"}}', "Line 2 of"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content' stands twice"),
+        (f'[{LINE},\n {{"text": "a", "text": "b"}}]', "'text' stands twice"),
+        (f'{{"data": [{LINE}],\n "data": []}}', "'data' stands twice"),
+        ('{"data": [1]}', "A row must have"),
+        ('{\n"messages": oops\n}', "Line 1 of"),
+    ],
+)
+def test_json_of_which_a_part_would_be_lost_is_refused(text, why, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert why in refusal(str(path), of_template(LENIENT))
 
 
 # Templates that write the date.
@@ -339,13 +584,30 @@ def test_masks_of_rows_of_tokens_are_labels():
         return load([row], small_tokenizer()).labels.tolist()
 
     ids = {"input_ids": [1, 2, 3, 4]}
-    for name in ("assistant_masks", "completion_mask"):
+    for name in ("assistant_masks", "completion_mask", "assistant_mask", "assistant_tokens_mask", "loss_mask"):
         assert labels(ids | {name: [0, 0, 1, 1]}) == [-100, -100, 3, 4]
         assert labels(ids | {name: np.array([0, 0, 1, 1])}) == [-100, -100, 3, 4]
         assert labels(ids | {name: [False, False, True, True]}) == [-100, -100, 3, 4]
     assert labels(ids | {"completion_mask": [0, 1, 1, 1], "assistant_masks": [0, 1, 0, 1]}) == [-100, 2, -100, 4]
     assert labels(ids | {"attention_mask": [1, 1, 1, 0]}) == [1, 2, 3]
     assert labels(ids | {"attention_mask": [0, 1, 1, 0], "completion_mask": [0, 0, 1, 1]}) == [-100, 3]
+
+
+@pytest.mark.parametrize("name", ["assistant_masks", "completion_mask", "labels"])
+def test_every_row_of_tokens_says_what_is_trained_on_if_the_first_does(name):
+    row = {"input_ids": [1, 2], name: [0, 1]}
+    for other in ({"input_ids": [1, 2]}, row | {name: None}):
+        message = refusal([row, other], small_tokenizer())
+        assert f"`{name}`" in message
+        assert "row 1" in message
+
+
+@pytest.mark.parametrize("field", [{"position_ids": [0, 1, 0, 1]}, {"seq_lengths": [2, 2]}])
+def test_a_row_of_several_documents_is_refused(field):
+    tokenizer = small_tokenizer()
+    assert "must be one document, got several" in refusal([{"input_ids": [1, 2, 3, 4], **field}], tokenizer)
+    load([{"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 2, 3], "seq_lengths": [4]}], tokenizer)
+    load([{"input_ids": [1, 2, 3], "position_ids": [1, 0, 1], "attention_mask": [0, 1, 1]}], tokenizer)
 
 
 def test_rows_of_tensors_are_read():
