@@ -327,6 +327,8 @@ class ChatTemplate:
             return len(opening) - opening.index(prompt) - len(prompt)
         shared = common_prefix(opening, given)
         if shared < min(len(opening), len(given)):  # the prompt may open a thought and the turn not, or the reverse
+            if opening.rstrip() == given.rstrip():  # the row may open its thought with other white space
+                return 0
             others = (
                 self._given(conversation, before, previous, enable_thinking=thinking) or given
                 for thinking in (False, True)

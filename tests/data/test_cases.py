@@ -6,7 +6,6 @@ Each test has the reported case and more of its kind. `pytest -k cases` runs the
 import datetime
 import json
 import os
-import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from chat_templates import QWEN3, STYLES, with_tags, without_tags
 from conversations import call, chat, load, refusal, trained, turn, whole
+from marked_conversations import is_written
 from tokenizers import processors
 from tokenizers_for_tests import small_tokenizer
 
@@ -636,74 +636,8 @@ TEMPLATES = {
 }
 
 
-class Marked:
-    """Draws a random conversation in which each piece has a marker: `learned` or `context`, by kind."""
-
-    def __init__(self, seed: int):
-        self.draw = random.Random(seed)
-        self.learned: dict[str, str] = {}
-        self.context: dict[str, str] = {}
-        self.messages: list[dict[str, Any]] = []
-        if self.draw.random() < 0.3:
-            self.messages.append(
-                turn(self.draw.choice(["system", "developer"]), self.mark(self.context, "system text"))
-            )
-        for _ in range(self.draw.randint(1, 3)):
-            role = self.draw.choice(["user"] * 6 + ["human", "critic"])
-            self.messages.append(turn(role, self.mark(self.context, "content")))
-            if self.draw.random() < 0.3:
-                self.messages += [self.answer(with_call=True), turn("tool", self.mark(self.context, "content"))]
-                self.messages[-1]["tool_call_id"] = "abcdefghi"
-            self.messages.append(self.answer(with_call=False))
-
-    def mark(self, pieces: dict[str, str], kind: str) -> str:
-        marker = f"q{len(self.learned) + len(self.context)}w"
-        pieces[marker] = kind
-        return self.draw.choice(["{}", " {}", "{}\n", "so {} it"]).format(marker)
-
-    def answer(self, *, with_call: bool) -> dict[str, Any]:
-        weight = self.draw.choice([{}, {}, {"weight": 1}, {"weight": 0}, {"train": False}])
-        pieces = self.context if 0 in weight.values() else self.learned
-        content = self.mark(pieces, "content") if not with_call or self.draw.random() < 0.5 else ""
-        if self.draw.random() < 0.2:
-            content = f"<think>{self.mark(pieces, 'thoughts')}</think>{content}"
-        message = turn(self.draw.choice(["assistant", "assistant", "gpt"]), content, **weight)
-        if self.draw.random() < 0.2:
-            message[self.draw.choice(["reasoning_content", "thinking"])] = self.mark(pieces, "thoughts")
-        if with_call:
-            arguments = {
-                self.mark(pieces, "calls"): self.mark(pieces, "calls"),
-                "deep": [{"x": self.mark(pieces, "calls")}],
-            }
-            message["tool_calls"] = [call(self.mark(pieces, "calls").strip(), **arguments)]
-        if self.draw.random() < 0.05:
-            message["content"] = self.draw.choice([7, True, {"a": 1}])
-        return message
-
-
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_each_marker_is_written_once_or_its_row_is_refused_or_counted(name, capsys):
-    tokenizer, outcomes = TEMPLATES[name], []
-    for seed in range(150):
-        row = Marked(seed)
-        try:
-            documents = load([{"messages": row.messages}], tokenizer)
-        except InputError:
-            outcomes.append("refused")
-            continue
-        said = " ".join(capsys.readouterr().err.split())
-        text, learned = whole(documents, tokenizer), " ".join(trained(documents, tokenizer))
-        for markers, are_learned in ((row.learned, True), (row.context, False)):
-            for marker, kind in markers.items():
-                count = text.count(marker)
-                assert count == 1 or (count == 0 and f"leaves out {kind} that" in said), (
-                    seed,
-                    marker,
-                    kind,
-                    text,
-                    said,
-                )
-                assert (marker in learned) == (are_learned and count == 1), (seed, marker, text, learned)
-        outcomes.append("written")
-    assert ("written" in outcomes) == (name != "twice"), outcomes.count("refused")
+    outcomes = [is_written(seed, TEMPLATES[name], capsys) for seed in range(150)]
+    assert any(outcomes) == (name != "twice")

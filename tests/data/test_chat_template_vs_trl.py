@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conversations import call, chat, load, trained, turn, whole
+from marked_conversations import is_written
 from tokenizers_for_tests import small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -220,3 +221,10 @@ def test_all_that_the_assistant_writes_is_trained_on_once_and_nothing_else(name:
         }  # these are counted
         assert sorted(_WORDS.findall(" ".join(written.stretches))) == sorted({*said} - thoughts), conversation
     assert (ours(TEMPLATES[name], "plain").text is None) == (name in IN_PARTS)
+
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_marker_is_written_once_or_its_row_is_refused_or_counted(name: str, capsys: pytest.CaptureFixture) -> None:
+    outcomes = [is_written(seed, of_template(TEMPLATES[name]), capsys) for seed in range(40)]
+    assert any(outcomes) == (name.removesuffix("_training") not in IN_PARTS)
