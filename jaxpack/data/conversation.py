@@ -24,6 +24,7 @@ _ROLES = {  # names that datasets give the roles, in `role` or in ShareGPT's `fr
     "ai": "assistant",
     "system": "system",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
     "function_response": "tool",
     "tool_response": "tool",
@@ -36,6 +37,7 @@ TRAINING = ("weight", "train", "training", "trainable", "train_on_turn", "loss",
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the fields that hold what an answer was thought out by
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")  # names of a call's arguments, ours first
 SYSTEMS = ("system", "system_prompt")  # a row's fields for the text of a first message of the role "system"
+TOOLS = ("tools", "functions")  # a row's fields for its tools; the second is OpenAI's older name
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "audio", "video")
 
@@ -80,20 +82,23 @@ def read_conversation(row: Mapping[str, Any], messages: list, where: str, *, pro
         text = row.get(key) or ""
         if not isinstance(text, str):
             raise InputError(f"`{key}` must be a str, got {text!r:.80} in {where}.")
-        if turns[0].get("role") != "system" and text.strip():
+        if not text.strip():
+            continue
+        if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": text})
             trained.insert(0, True)
             prompt += prompt > 0
-        elif text.strip() and text.strip() != turns[0]["content"].strip():
+        elif (first := turns[0].get("content", "")).strip() != text.strip():
             raise InputError(
-                f"A row must have one system text, got {turns[0]['content']!r:.80} and a `{key}` of {text!r:.80} in"
-                f" {where}. Remove one of them."
+                f"A row must have one system text, got {first!r:.80} and a `{key}` of {text!r:.80} in {where}. Remove"
+                " one of them."
             )
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise InputError(f"`chat_template_kwargs` must be a mapping, got {options!r:.80} in {where}.")
     untrained = frozenset(i for i, is_trained in enumerate(trained) if not is_trained)
-    return Conversation(turns, _tools(row.get("tools"), where), options, prompt, untrained)
+    tools = next((row[key] for key in TOOLS if row.get(key) is not None), None)
+    return Conversation(turns, _tools(tools, where), options, prompt, untrained)
 
 
 def check_row_is_trained(row: Mapping[str, Any], where: str) -> None:
@@ -211,12 +216,14 @@ def _calls(message: Message, name: str, where: str) -> list[Message]:
 
 
 def _call(call: Any, where: str) -> Message:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    function = function if isinstance(function, Mapping) else {}
+    given = [function[key] for key in _ARGUMENTS if function.get(key) is not None]
+    if not isinstance(function.get("name"), str) or len(given) > 1:
         raise InputError(
             f"A call of a tool must have a function with a `name` (a str) and `arguments`, got {call!r:.80} in {where}."
         )
-    arguments = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), {})
+    arguments = given[0] if given else {}
     if isinstance(arguments, str) and not arguments.strip():
         arguments = {}
     if isinstance(parsed := _from_json(arguments), Mapping):  # most templates would quote JSON once more
@@ -281,7 +288,7 @@ def plain(value: Any, *, drop_none: bool) -> Any:
 
 
 def _tools(tools: Any, where: str) -> list | None:
-    """Reads a row's tools from a list, or from JSON of a list; each tool may be JSON, too."""
+    """Reads a row's tools from a list, or from JSON of a list; each tool may be JSON, too, and a function alone."""
     try:
         found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
         if isinstance(found, list):
@@ -290,4 +297,14 @@ def _tools(tools: Any, where: str) -> list | None:
         found = tools
     if found is not None and not (isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found)):
         raise InputError(f"`tools` must be a list of mappings, or JSON of one, got {tools!r:.80} in {where}.")
-    return found or None
+    return [_tool(tool) for tool in found] if found else None
+
+
+def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a tool in the one form that all templates know: OpenAI's."""
+    is_function = (
+        isinstance(tool.get("name"), str) and "function" not in tool and tool.get("type") in (None, "function")
+    )
+    if not is_function:
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}

@@ -11,6 +11,7 @@ from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate, common_prefix
 from jaxpack.data.conversation import (
     SYSTEMS,
+    TOOLS,
     TRAINING,
     Conversation,
     alpaca_prompt,
@@ -141,7 +142,7 @@ def _encoder(
 
 # Fields that say which tokens of a row of tokens are trained on: TRL's, transformers', and others' names for the same.
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "assistant_tokens_mask", "loss_mask")
-_OF_CHATS = (*SYSTEMS, "tools", "chat_template_kwargs")
+_OF_CHATS = (*SYSTEMS, *TOOLS, "chat_template_kwargs")
 # The fields of each format, in the order in which formats are looked for, and the fields that rows may have besides.
 _FORMATS = {
     ("input_ids",): ("labels", "attention_mask", "position_ids", "seq_lengths", *_MASKS),

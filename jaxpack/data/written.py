@@ -58,7 +58,13 @@ def unwritten(conversation: Conversation, text: str, form: Mapping[Piece, int] |
 def form_of(conversation: Conversation) -> Any:
     """Returns what decides where a template writes pieces, but for what they say."""
     kinds = tuple(
-        (message.get("role"), tuple(sorted(message)), tuple(kind for kind, _ in _pieces(message)))
+        (
+            message.get("role"),
+            tuple(sorted(message)),
+            tuple(
+                (kind, len(message["tool_calls"]) if kind == CALL else len(texts)) for kind, texts in _pieces(message)
+            ),
+        )
         for message in conversation.messages
     )
     return kinds, repr(conversation.tools), repr(conversation.options)

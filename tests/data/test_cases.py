@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_templates import QWEN3, STYLES, with_tags, without_tags
-from conversations import call, chat, load, refusal, trained, turn, whole
+from conversations import TOOLS, call, chat, load, refusal, trained, turn, whole
 from marked_conversations import is_written
 from tokenizers import processors
 from tokenizers_for_tests import small_tokenizer
@@ -212,14 +212,39 @@ def test_a_call_may_have_no_arguments(arguments):
     assert trained(documents, tokenizer) == ["<c>cabs {}</c><e>"]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"id": "x"}, {"function": "cabs"}, {"name": 5}, {"function": {"name": None}}, "cabs"]
-)
-def test_a_call_without_a_name_is_refused(wrong):
-    message = refusal(
-        [{"messages": [turn("user", "a"), turn("assistant", "", tool_calls=[wrong])]}], of_template(LENIENT)
-    )
+NO_CALLS_AT_ALL = [
+    {"id": "x"},
+    {"function": "cabs"},
+    {"name": 5},
+    {"function": {"name": None}},
+    {"name": "cabs", "arguments": {}, "parameters": {}},
+    "cabs",
+]
+
+
+@pytest.mark.parametrize("wrong", NO_CALLS_AT_ALL, ids=str)
+def test_a_call_without_a_name_or_with_two_arguments_is_refused(wrong):
+    messages = [turn("user", "a"), turn("assistant", "", tool_calls=[wrong])]
+    message = refusal([{"messages": messages}], of_template(LENIENT))
     assert "A call of a tool must have a function with a `name`" in message
+
+
+@pytest.mark.parametrize("tool", [TOOLS[0], TOOLS[0]["function"], {"type": "function", **TOOLS[0]["function"]}])
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_have_one_form(tool, key):
+    tokenizer = of_template("{% for t in tools %}{{ '<u>' + t.type + t.function.name + '<e>' }}{% endfor %}" + LENIENT)
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
+        documents = load([{"messages": chat("a", "b"), key: tools}], tokenizer)
+        assert whole(documents, tokenizer) == "<u>functioncabs<e><s:user>a<e><s:assistant>b<e>"
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "observation", "tool_response"])
+def test_the_result_of_a_call_is_a_message_of_a_tool(role):
+    tokenizer = of_template(LENIENT)
+    messages = [turn("user", "a"), turn("assistant", None, function_call={"name": "cabs", "arguments": "{}"})]
+    documents = load([{"messages": [*messages, turn(role, "1", name="cabs"), turn("assistant", "b")]}], tokenizer)
+    assert "<s:tool>1<e>" in whole(documents, tokenizer)
+    assert trained(documents, tokenizer) == ["<c>cabs {}</c><e>", "b<e>"]
 
 
 @pytest.mark.parametrize("role", ["function_call", "tool_call"])
@@ -242,6 +267,30 @@ def test_a_call_beside_a_content_is_written_whole_or_refused(template, what):
     assert f"leaves out the {what} of message" in refusal([{"messages": messages}], of_template(template))
     documents = load([{"messages": messages}], of_template(LENIENT))
     assert trained(documents, of_template(LENIENT))[0] == 'let me look<c>cabs {"x": "one"}</c><e>'
+
+
+@pytest.mark.parametrize("value", [1, True, "x"])
+def test_a_second_call_that_the_template_passes_over_is_refused_in_any_row(value):
+    tokenizer = of_template(LENIENT.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"))
+    calls = [call("cabs", x=value), call("cabs", x=value)]
+    rows = [{"messages": [turn("user", "a"), turn("assistant", "", tool_calls=calls[:n])]} for n in (1, 2)]
+    message = refusal(rows, tokenizer)
+    assert "leaves out the tool calls of message 1" in message
+    assert "row 1" in message
+    load([rows[0]], tokenizer)
+
+
+def test_a_second_thought_that_the_template_passes_over_is_refused_in_any_row():
+    tokenizer = of_template(
+        WRITES_THINKING.replace("{{ m.content or '' }}", "{{ (m.content or '').split('</think>')[-1] }}")
+    )
+    rows = [
+        {"messages": [turn("user", "a"), turn("assistant", content, thinking="so")]}
+        for content in ("b", "<think>s</think>b")
+    ]
+    message = refusal(rows, tokenizer)
+    assert "leaves out the thoughts of message 1" in message
+    assert "row 1" in message
 
 
 def test_an_older_function_call_is_a_call():
@@ -322,7 +371,7 @@ def test_a_role_is_read_as_from_is(role):
         assert trained(documents, tokenizer) == ["b<e>"]
 
 
-@pytest.mark.parametrize("role", ["developer", "function", "critic", "ipython"])
+@pytest.mark.parametrize("role", ["developer", "environment", "critic", "ipython"])
 def test_a_role_that_the_template_passes_over_is_refused(role):
     message = refusal([{"messages": [turn(role, "q"), *chat("a", "b")]}], of_template(LENIENT))
     assert f"leaves out the content of message 0 (role '{role}'), 'q', in row 0" in message
