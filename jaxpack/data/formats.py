@@ -62,10 +62,8 @@ def encoder(
     The function takes rows, and the number of the first of them.
     """
     present = {field: value for field, value in first.items() if value is not None}
-    if text_field == TEXT_FIELD and formats_of(
-        present
-    ):  # a dataset of two formats has both of their fields in each row
-        first = present
+    if text_field == TEXT_FIELD and formats_of(present):
+        first = present  # tables of two formats have the fields of both in every row, some of them null
     encode = _encoder(first, tokenizer, template, text_field, assistant_only, where)
 
     def check_and_encode(rows: Rows, begin: int) -> Encoded:
@@ -93,7 +91,7 @@ def _encoder(
         )
     _say_what_is_used(first, text_field if is_chosen else None)
     if "input_ids" in first and not is_chosen:
-        every = ["input_ids", *(field for field in ("labels", *_MASKS) if field in first)]
+        every = [field for field in ("labels", *_MASKS) if field in first]
         return lambda rows, begin: _encode_ids(rows, begin, every, where)
     if tokenizer is None:
         raise InputError(
@@ -245,8 +243,8 @@ def _encode_ids(rows: Rows, begin: int, every: list[str], where: Where) -> Encod
                     f"`labels` must be -100 where `{name}` is 0, got {trained[~mask][trained[~mask] != IGNORE][0]} in"
                     f" {where(row)}."
                 )
-        _check_is_one_document(record, where(row))
         real = _mask(record, "attention_mask", len(document), where(row))
+        _check_is_one_document(record, real, row, where)
         if real is not None and not real.all():
             document, trained = (_unpadded(values, real, where(row)) for values in (document, trained))
         yield document, trained
@@ -276,18 +274,18 @@ def _mask(record: Record, name: str, length: int, where: str) -> np.ndarray | No
     return mask.astype(bool)
 
 
-def _check_is_one_document(record: Record, where: str) -> None:
+def _check_is_one_document(record: Record, real: np.ndarray | None, row: int, where: Where) -> None:
     """Refuses a row of several documents, as TRL packs them: their tokens would attend to each other."""
-    real, positions, lengths = (
-        np.asarray([] if record.get(name) is None else record[name])
-        for name in ("attention_mask", "position_ids", "seq_lengths")
+    lengths, positions = (
+        _integers([[] if record.get(name) is None else record[name]], row, name, where)[0]
+        for name in ("seq_lengths", "position_ids")
     )
-    if positions.shape == real.shape:
-        positions = positions[real != 0]  # padding has any position
-    if lengths.size > 1 or (positions.size and (np.diff(positions) != 1).any()):
+    if real is not None and positions.shape == real.shape:
+        positions = positions[real]  # padding may have any position
+    if len(lengths) > 1 or (np.diff(positions) != 1).any():
         raise InputError(
-            f"A row of `input_ids` must be one document, got several by its `position_ids` or `seq_lengths` in {where}."
-            " Give each document a row of its own; jaxpack packs them into rows."
+            "A row of `input_ids` must be one document, got several by its `position_ids` or `seq_lengths` in"
+            f" {where(row)}. Give each document a row of its own; jaxpack packs them into rows."
         )
 
 

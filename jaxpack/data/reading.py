@@ -253,13 +253,13 @@ def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
 
 
 def _rows_within(records: list[Record], where: Where, path: Path) -> tuple[Sequence[Record], Where]:
-    """Returns the rows in the only list of objects of a file's only object; the object itself if it is a row."""
+    """Returns the rows in a list that a file's only object holds; the object itself if it is a row, or holds none."""
     if not records or formats_of(records[0]):
         return records, where
     lists = {
         key: value
         for key, value in records[0].items()
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        if isinstance(value, list) and value and isinstance(value[0], dict) and formats_of(value[0])
     }
     if len(lists) > 1:
         raise InputError(f"{path} must have the rows of one dataset, got lists of rows in the fields {sorted(lists)}.")

@@ -559,6 +559,13 @@ def test_a_file_of_one_row_over_several_lines_is_read(tmp_path):
     assert trained(load(str(path), tokenizer), tokenizer) == ["b<e>"]
 
 
+def test_a_row_that_has_a_list_of_other_things_is_a_row(tmp_path):
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps({"body": "ab", "authors": [{"name": "c"}]}))
+    tokenizer = of_template(LENIENT)
+    assert whole(load(str(path), tokenizer, text_field="body"), tokenizer) == "ab<eos>"
+
+
 @pytest.mark.timeout(30)
 def test_rows_are_read_from_a_pipe(tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -656,6 +663,8 @@ def test_a_row_of_several_documents_is_refused(field):
     tokenizer = small_tokenizer()
     assert "must be one document, got several" in refusal([{"input_ids": [1, 2, 3, 4], **field}], tokenizer)
     load([{"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 2, 3], "seq_lengths": [4]}], tokenizer)
+    for wrong in ([[0], [1, 2]], ["a"], [0.5, 1]):
+        assert "must be a flat list of integers" in refusal([{"input_ids": [1, 2], "position_ids": wrong}], tokenizer)
     load([{"input_ids": [1, 2, 3], "position_ids": [1, 0, 1], "attention_mask": [0, 1, 1]}], tokenizer)
 
 
