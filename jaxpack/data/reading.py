@@ -1,6 +1,8 @@
 """Reads a dataset (a file or an iterable of rows) into documents."""
 
+import contextlib
 import datetime
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +13,9 @@ import numpy as np
 
 from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate
-from jaxpack.data.conversation import Conversation, without_none
+from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, question_of
+from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, formats_of, question_of
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
@@ -37,8 +39,8 @@ def load_documents(
 
     Each row has one of these formats. The first row decides the format of all rows:
 
-    - `input_ids`, optionally `labels` (-100 for a token that is not trained on): taken as they are, and must have no
-      padding.
+    - `input_ids`, optionally with `labels` (-100 for a token that is not trained on), `completion_mask` or
+      `assistant_masks` (0 for such a token) and `attention_mask` (0 for padding, which is cut off).
     - `messages` (or `conversations`), with `role` and `content`, or with ShareGPT's `from` and `value`: written by the
       tokenizer's chat template, and trained on the assistant's text and on the token that ends its turn. The
       template also gets the row's `tools` (a list, or JSON of one), `system` and `chat_template_kwargs`.
@@ -136,7 +138,7 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
       InputError: the dataset is empty or unreadable, or a row is unreadable. The message says which one.
     """
     records, where = _read(dataset)
-    records = without_none(list(records)) if where.of_arrow else records
+    records = [plain(record, drop_none=where.of_arrow) for record in records]
     return [question_of(record, row, where, chat) for row, record in enumerate(records)]
 
 
@@ -211,11 +213,12 @@ def _read_rows(dataset: Any) -> tuple[Sequence[Record], Where]:
 
 
 def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"`dataset` must be an existing file, got {str(path)!r}.")
-    if path.suffix in (".jsonl", ".json"):
-        return _read_array(path) if _is_array(path) else _read_jsonl(path)
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json"):
+        return _read_json(path)
+    if suffix == ".parquet":
         import pyarrow.parquet
 
         try:
@@ -225,47 +228,96 @@ def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
     raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
 
 
-def _is_array(path: Path) -> bool:
+def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
+    """Reads JSON Lines, or a file that is one JSON value: an array of rows, or an object that is a row or has the rows.
+
+    The file is read once, because it may be a pipe.
+    """
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _read_array(path: Path) -> tuple[list[Record], Where]:
-    """Reads a file that is one JSON array of rows."""
+        number, first = next((line for line in enumerate(map(_stripped, file), 1) if line[1]), (1, b""))
+        lines = itertools.chain([first], file)
+        if not first.startswith((b"[", b"{")) or (first.startswith(b"{") and _is_json(first)):
+            records, where = _read_lines(lines, number, path)
+            return (records, where) if len(records) > 1 else _rows_within(records, where, path)
+        whole = b"\n".join(lines)
     try:
-        records = json.loads(path.read_text("utf-8-sig"))
+        value = _parse(whole)
     except (ValueError, RecursionError) as error:
+        if first.startswith(b"{") and isinstance(error, json.JSONDecodeError):
+            return _read_lines([first], number, path)  # and says what is wrong with the first line
         raise InputError(
-            f"{path} must be JSON Lines, or one JSON array of objects, got an array that cannot be read:"
+            f"{path} must be JSON Lines, or one JSON array of objects, got one value that cannot be read:"
             f" {reason(error)}."
         ) from error
+    return _rows_within([value], Where(str(path)), path) if isinstance(value, dict) else _read_array(value, str(path))
+
+
+def _rows_within(records: list[Record], where: Where, path: Path) -> tuple[Sequence[Record], Where]:
+    """Returns the rows in a list that a file's only object holds; the object itself if it is a row, or holds none."""
+    if not records or formats_of(records[0]):
+        return records, where
+    lists = {
+        key: value
+        for key, value in records[0].items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and formats_of(value[0])
+    }
+    if len(lists) > 1:
+        raise InputError(f"{path} must have the rows of one dataset, got lists of rows in the fields {sorted(lists)}.")
+    if not lists:
+        return records, where
+    ((key, rows),) = lists.items()
+    others = [f"`{other}`" for other in records[0] if other != key]
+    rest = f"; not used: {', '.join(others)}" if others else ""
+    console.print(f"the rows of {path} are those of its field `{key}`{rest}")
+    return _read_array(rows, f"`{key}` of {path}")
+
+
+def _read_array(records: list, source: str) -> tuple[list[Record], Where]:
     for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise InputError(f"Each item of the array in {path} must be an object, got {record!r:.80} as item {row}.")
-    return records, Where(str(path))
+            raise InputError(f"Each item of the array in {source} must be an object, got {record!r:.80} as item {row}.")
+    return records, Where(source)
 
 
-def _read_jsonl(path: Path) -> tuple[list[Record], Where]:
-    records, lines = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                why = (
-                    f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
-                )
-                raise InputError(
-                    f"Line {number} of {path} must be a JSON object, one row on each line: {why}."
-                ) from error
-            if not isinstance(record, dict):
-                raise InputError(
-                    f"Line {number} of {path} must be a JSON object, one row on each line, got {text[:80]!r}."
-                )
-            records.append(record)
-            lines.append(number)
-    return records, Where(str(path), lines)
+def _read_lines(lines: Iterable[bytes], first: int, path: Path) -> tuple[list[Record], Where]:
+    """Reads JSON Lines; `first` is the number of the first of the lines in the file."""
+    records, numbers = [], []
+    for number, line in enumerate(map(_stripped, lines), first):
+        if not line:
+            continue
+        try:
+            record = _parse(line)
+        except (ValueError, RecursionError) as error:
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line: {why}.") from error
+        if not isinstance(record, dict):
+            text = line[:320].decode(errors="replace")[:80]
+            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line, got {text!r}.")
+        records.append(record)
+        numbers.append(number)
+    return records, Where(str(path), numbers)
+
+
+def _stripped(line: bytes) -> bytes:
+    """Removes white space around a line, and a byte order mark before it: joined files have marks within."""
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def _is_json(line: bytes) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(line)
+        return True
+    return False
+
+
+def _parse(text: bytes) -> Any:
+    return json.loads(text.decode(), object_pairs_hook=_without_doubles)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a mapping of what JSON says; refuses a key that stands twice, because one of its values would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return made
