@@ -1,5 +1,6 @@
 """Reads torch modules (through DLPack) and files written by torch; the only module of the bridge that imports torch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,21 @@ class TorchFolder:
         held = buffer[: part.numel() * part.itemsize]
         torch.from_numpy(held).view(part.dtype).view(part.shape).copy_(part)
         return held.view(_DTYPES[part.dtype]).reshape(part.shape)
+
+
+def read_torch_file(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+    """Returns a file's tensors by name: for each its shape, its dtype, and a function that reads it in float32.
+
+    Raises:
+      InputError: as in `TorchFolder`.
+    """
+
+    def reads(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+        return lambda: tensor.detach().float().numpy().copy()  # the file is mapped: it must not change the values later
+
+    return {
+        name: (tuple(tensor.shape), _DTYPES[tensor.dtype], reads(tensor)) for name, tensor in _read_pickle(path).items()
+    }
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

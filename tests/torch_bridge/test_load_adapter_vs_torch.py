@@ -237,16 +237,6 @@ def test_all_keys_that_are_wrong_are_reported_at_once(some: tuple[Transformer, P
     assert "lora_A.default" in message
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=str)
-def test_a_tied_matrix_that_was_trained_apart_is_refused(saved: list[str], tmp_path: Path):
-    """PEFT then has two different matrices, and the tied model has room for only one."""
-    _, base, adapter = save_peft(tmp_path, "qwen3-tied", {"target_modules": SOME, "modules_to_save": saved})
-    model, _ = torch_bridge.from_pretrained(base, dtype="float32")
-    with pytest.raises(InputError, match="tied"):
-        torch_bridge.load_adapter(model, adapter)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
