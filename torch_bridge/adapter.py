@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -143,7 +142,7 @@ class _Found(NamedTuple):
     """Describes a tensor of an adapter's file; `read` returns it in float32."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype | None
     read: Callable[[], np.ndarray]
 
 
@@ -209,7 +208,7 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
 
 
 def _read(tensor: Tensor) -> np.ndarray:
-    buffer = np.empty(tensor.dtype.itemsize * math.prod(tensor.shape), np.uint8)
+    buffer = np.empty(tensor.nbytes, np.uint8)
     return tensor.read(0, tensor.shape[0], buffer).astype(np.float32)
 
 

@@ -21,6 +21,7 @@ WHOLE = {"lm_head": HEAD, "embed_tokens": EMBEDDING, EMBEDDING: EMBEDDING}  # na
 _TOLD = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"}
 _TOLD |= {"megatron_core", "qalora_group_size", "runtime_config"}
 _TOLD |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+_TOLD |= {"fan_in_fan_out"}  # PEFT turns this off for linear layers, and all projections are linear layers
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
 _READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
 _READ |= {"exclude_modules", "layers_to_transform", "layers_pattern"}

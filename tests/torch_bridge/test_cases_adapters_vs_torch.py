@@ -92,6 +92,7 @@ READ: dict[str, dict[str, Any]] = {
     "excluded from all": {"target_modules": "all-linear", "exclude_modules": ["mlp.down_proj", "k_proj"]},
     "excluded head": {"target_modules": r".*(q_proj|head)", "exclude_modules": ["lm_head"]},
     "excluded nothing": {"exclude_modules": ["c_attn"]},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
     "names of other models": {"target_modules": ["q_proj", "c_attn", "query_key_value"]},
     "rsLoRA with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
 }

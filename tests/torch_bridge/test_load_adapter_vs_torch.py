@@ -138,7 +138,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
-    "fan_in_fan_out": {"fan_in_fan_out": True},
     "layers_to_transform": {"layers_to_transform": [0]},
     "exclude_modules": {"exclude_modules": ["v_proj"]},
     "target_parameters": {"target_parameters": ["mlp.experts.down_proj"]},
