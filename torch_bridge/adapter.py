@@ -154,7 +154,7 @@ def _tensors(folder: Path) -> tuple[Path, dict[str, _Found]]:
         try:
             from torch_bridge.live import read_torch_file
         except ImportError as error:
-            raise not_installed(f"{path}", "torch", "torch") from error
+            raise not_installed(str(path), "torch", "torch") from error
         found = {name: _Found(*tensor) for name, tensor in read_torch_file(path).items()}
     else:
         require_files(folder, ADAPTER_WEIGHTS)
@@ -176,7 +176,7 @@ def _key(name: str) -> str:
     return f"{_PREFIX}{WHOLE[name]}.weight"
 
 
-def _differs(model: Transformer, name: str, copy: np.ndarray, dtype: np.dtype) -> bool:
+def _differs(model: Transformer, name: str, copy: np.ndarray, dtype: np.dtype | None) -> bool:
     """Returns whether a copy of a matrix, stored in `dtype`, differs from the model's by more than rounding."""
     matrix = model.head if name == "lm_head" else weight_of(model.embedding)
     base = np.asarray(matrix.dense(jnp.float32))
@@ -185,7 +185,10 @@ def _differs(model: Transformer, name: str, copy: np.ndarray, dtype: np.dtype) -
 
 def _equal(read: Mapping[str, np.ndarray], whole: Sequence[str]) -> bool:
     """Returns whether an adapter holds both the head and the embedding, with equal values."""
-    return len(whole) == 2 and np.array_equal(*(read[_key(name)] for name in whole))
+    if len(whole) == 1:
+        return False
+    head, embedding = (read[_key(name)] for name in whole)
+    return np.array_equal(head, embedding)
 
 
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Reads and writes PEFT's `adapter_config.json`: which modules have an adapter, and of which rank and strength."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 from torch_bridge.io.folder import some
+from torch_bridge.patterns import match_all, match_ends
 from torch_bridge.tensors import tensor_table
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
@@ -125,14 +125,11 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path) -> tuple[s
     """
     modules = list(modules_of(model))
     names = [HEAD, EMBEDDING, *(module for module, _, _ in modules)]
-    wanted, excluded = peft.get("target_modules"), peft.get("exclude_modules")
-    _check_names(wanted, "target_modules", path)
+    wanted, excluded = (_names(peft, field, path) for field in ("target_modules", "exclude_modules"))
     if wanted == "all-linear":
         wanted = names[2:]
     selected = _selected(wanted, names, "target_modules", path)
-    if excluded:
-        _check_names(excluded, "exclude_modules", path)
-        selected -= _selected(excluded, names, "exclude_modules", path)
+    selected -= _selected(excluded, names, "exclude_modules", path)
     fields = "`target_modules`" + (" without `exclude_modules`" if excluded else "")
     if outside := sorted(selected & {HEAD, EMBEDDING}):
         raise InputError(
@@ -157,12 +154,17 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path) -> tuple[s
     return targets
 
 
-def _check_names(names: Any, field: str, path: Path) -> None:
+def _names(peft: Mapping[str, Any], field: str, path: Path) -> str | list[str]:
+    """Reads a list of module names or one pattern; only `target_modules` must name something."""
+    names = peft.get(field)
+    if not names and field == "exclude_modules":
+        return []
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not names or not (listed or isinstance(names, str)):
         raise InputError(
             f"`{field}` of {path} must be a list of module names or one pattern, got {names!r:.100}. {_CORRECT}"
         )
+    return names
 
 
 def _selected(wanted: str | list[str], names: Sequence[str], field: str, path: Path) -> set[str]:
@@ -196,16 +198,6 @@ def _check_layers(model: Transformer, peft: Mapping[str, Any], path: Path) -> No
         )
 
 
-def match_all(patterns: Sequence[str], names: Sequence[str], where: str) -> list[set[str]]:
-    """Returns, for each regular expression, the names that it matches from their beginnings to their ends."""
-    try:
-        return [{name for name in names if re.fullmatch(pattern, name)} for pattern in patterns]
-    except (re.error, RecursionError) as error:
-        raise InputError(
-            f"{where} must be regular expressions, got one that Python cannot read: {error}. {_CORRECT}"
-        ) from error
-
-
 def _by_projection(
     model: Transformer, targets: tuple[str, ...], peft: Mapping[str, Any], pattern: str, default: str, path: Path
 ) -> dict[str, Any]:
@@ -216,7 +208,7 @@ def _by_projection(
     """
     values = peft.get(pattern) or {}
     modules = [module for module, projection, _ in modules_of(model) if projection in targets]
-    ends = match_all([rf"(.*\.)?({key})" for key in values], modules, f"`{pattern}` of {path}")
+    ends = match_ends(list(values), modules, f"`{pattern}` of {path}")
     found: dict[str, list[Any]] = {projection: [] for projection in targets}
     for module, projection, _ in modules_of(model):
         if projection in found:

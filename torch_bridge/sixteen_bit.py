@@ -23,7 +23,7 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)  # a folder in the cache of the hub
 # Owners who publish quantised copies of others' models, and the owners of the families.
 _COPYING = {"thebloke", "redhatai", "neuralmagic", "hugging-quants", "casperhansen", "modelcloud", "mlx-community"}
-_COPYING |= {"solidrust", "techxgenus", "kaitchup", "nm-testing", "intel", "pytorch", "gaunernst", "nvidia", "amd"}
+_COPYING |= {"solidrust", "techxgenus", "kaitchup", "nm-testing", "intel", "pytorch", "gaunernst"}
 _OWNERS = {"llama": "meta-llama", "mistral": "mistralai", "qwen2": "Qwen", "qwen3": "Qwen", "phi3": "microsoft"}
 _OWNERS |= {"gemma2": "google", "gemma3_text": "google"}
 
@@ -66,6 +66,7 @@ def sixteen_bit_sibling(name_or_path: str, hf: Mapping[str, Any]) -> str | None:
     for source in (hf.get("_name_or_path"), told.get("model_name_or_path"), told.get("base_model"), name_or_path):
         name = _id_of(source) if isinstance(source, str) and len(source) < _LONGEST else ""
         owner, _, model = name.rpartition("/")
+        owner = owner.strip(".")  # a path that begins with "./" looks like an id
         base = _without_format(model)
         if owner.lower() in _COPYING and base != model:
             owner = _OWNERS.get(str(hf.get("model_type")), "")

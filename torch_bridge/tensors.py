@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -33,7 +33,7 @@ class TensorSource(Protocol):
     """Provides named tensors, which are read a few rows at a time."""
 
     description: str  # what error messages call the source
-    unreadable: Mapping[str, str]  # the forms of tensors that `read` would refuse, by name
+    unreadable: dict[str, str]  # the forms of tensors that `read` would refuse, by name
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor by name, in the order in which the tensors are best read."""

@@ -101,7 +101,8 @@ def _state_at(source: Path) -> _State | None:
     try:
         from transformers import AutoTokenizer
 
-        return _state_of(AutoTokenizer.from_pretrained(source))
+        # By default transformers asks the user whether to run the code that `auto_map` names, and waits.
+        return _state_of(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     except Exception:  # transformers raises any class for files that are gone or damaged
         return None
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack.errors import InputError, not_installed
+from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
@@ -101,8 +101,8 @@ def _check_fields_of_4(folder: str, model: Transformer) -> None:
         read = config_from_hf({name: value for name, value in hf.items() if name != "rope_parameters"})
         differs = (read.rope, read.local_rope) != (config.rope, config.local_rope)
         theirs = f"{read.rope}" + ("" if read.local_rope is None else f" and, in local layers, {read.local_rope}")
-    except InputError as error:
-        differs, theirs = True, f"an error ({error})"
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # as in `from_pretrained`
+        differs, theirs = True, f"an error ({reason(error)})"
     if not differs:
         return
     ours = f"{config.rope}" + ("" if config.local_rope is None else f" and, in local layers, {config.local_rope}")

@@ -69,6 +69,8 @@ def test_verify_refuses_another_theta_or_none(saved: Path, config: dict[str, Any
     )
     with pytest.raises(InputError, match=message):
         torch_bridge.verify(edited(saved, {"rope_theta": 3e4}))
+    with pytest.raises(InputError, match="got one from which transformers 4 takes an error"):
+        torch_bridge.verify(edited(saved, {"rope_theta": "a million"}))
     if config["rope_theta"] not in (1e4, 1e6):  # the defaults of the families
         with pytest.raises(InputError, match=message):
             torch_bridge.verify(edited(saved, config, drop=("rope_theta",)))
@@ -188,6 +190,7 @@ SIBLINGS = {
     "mlx-community/Qwen3-4B-4bit-DWQ": "Qwen/Qwen3-4B",
     "someone/Llama-3.2-1B-MXFP4": "someone/Llama-3.2-1B",
     "/data/models/Qwen3-4B-bnb-4bit": "Qwen3-4B",
+    "./Qwen3-4B-bnb-4bit": "Qwen3-4B",
     "/root/.cache/huggingface/hub/models--unsloth--Qwen3-4B-bnb-4bit/snapshots/0123abc": "unsloth/Qwen3-4B",
 }
 _TYPES = {"Mistral": "mistral", "Llama": "llama", "gemma": "gemma2"}
