@@ -218,7 +218,7 @@ def _check_shapes(model: Transformer, source: TensorSource) -> None:
     if problems:
         hint = f" {quantised_hint(model.config.name_or_path, {})}" if is_quantised(found) else ""
         raise InputError(
-            f"{source.description} must hold the tensors that its `config.json` describes, in 16 or 32 bits, got"
+            f"{source.description} must hold the tensors that its `config.json` describes, in F32, BF16 or F16, got"
             f" {'; '.join(problems)}.{hint}"
         )
     known = {*expected, _HEAD}  # a checkpoint may or may not store a tied head
