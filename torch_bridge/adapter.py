@@ -104,28 +104,18 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     _check_keys(_expected_shapes(model, lora, copies), tensors, path, described)
     read = {name: tensor.read() for name, tensor in tensors.items()}  # read everything before the model changes
     changed = [name for name in copies if _differs(model, name, read[_key(name)], tensors[_key(name)].dtype)]
-    if changed and model.config.tie_word_embeddings and len(copies) == 1:  # PEFT overwrites the one matrix of both
-        changed = list(WHOLE_MODULES)
-        read |= {_key(name): read[_key(copies[0])] for name in WHOLE_MODULES}
     if changed:
         console.print(
             f"{path}: {' and '.join(changed)} beside the adapters differ from the base model's. They are read, trained"
             " and saved whole, as if they were in `modules_to_save`",
             style="yellow",
         )
+    if len(copies) == len(changed) == 1 and model.config.tie_word_embeddings and not lora.modules_to_save:
+        changed = list(WHOLE_MODULES)  # PEFT overwrites the one matrix of both
+        read |= {_key(name): read[_key(copies[0])] for name in WHOLE_MODULES}
     whole = tuple(name for name in WHOLE_MODULES if name in lora.modules_to_save or name in changed)
-    if model.config.tie_word_embeddings and whole and not _equal(read, whole):
-        if peft.get("ensure_weight_tying"):
-            raise InputError(
-                f"{folder} must hold the same matrix for {HEAD} and {EMBEDDING}, because of `ensure_weight_tying`, got"
-                " two matrices that differ. Use the base model of the adapter's training."
-            )
-        console.print(
-            f"{path}: the head and the embedding were trained apart, although the base model ties them"
-            " (`tie_word_embeddings`). The model is untied, and so is a merged model that is written from it",
-            style="yellow",
-        )
-        untie(model)
+    if model.config.tie_word_embeddings and whole:
+        _untie_if_apart(model, [read[_key(name)] for name in whole], path, ties=bool(peft.get("ensure_weight_tying")))
     add_lora(model, dataclasses.replace(lora, modules_to_save=whole))
     if "embed_tokens" in whole:
         model.embedding.set_value(jnp.asarray(read[_key("embed_tokens")]))
@@ -183,12 +173,27 @@ def _differs(model: Transformer, name: str, copy: np.ndarray, dtype: np.dtype | 
     return not any(np.array_equal(copy.astype(kind), base.astype(kind)) for kind in (dtype, matrix.dtype))
 
 
-def _equal(read: Mapping[str, np.ndarray], whole: Sequence[str]) -> bool:
-    """Returns whether an adapter holds both the head and the embedding, with equal values."""
-    if len(whole) == 1:
-        return False
-    head, embedding = (read[_key(name)] for name in whole)
-    return np.array_equal(head, embedding)
+def _untie_if_apart(model: Transformer, matrices: Sequence[np.ndarray], path: Path, *, ties: bool) -> None:
+    """Unties a model whose adapter holds only one of the head and the embedding, or two that differ.
+
+    Args:
+      matrices: what the adapter holds: the head, the embedding or both.
+      path: the adapter's file.
+      ties: whether the adapter says that both are one matrix (`ensure_weight_tying`).
+    """
+    if len(matrices) == 2 and np.array_equal(matrices[0], matrices[1]):
+        return
+    if ties:
+        raise InputError(
+            f"{path} must hold the same matrix for {HEAD} and {EMBEDDING}, because of `ensure_weight_tying`, got two"
+            " matrices that differ. Use the base model of the adapter's training."
+        )
+    console.print(
+        f"{path}: the head and the embedding were trained apart, although the base model ties them"
+        " (`tie_word_embeddings`). The model is untied, and so is a merged model that is written from it",
+        style="yellow",
+    )
+    untie(model)
 
 
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:

@@ -195,6 +195,18 @@ def test_one_changed_copy_of_a_tied_matrix_changes_both(bases: dict[str, str], t
     assert same_as_peft(base, adapter).config.tie_word_embeddings
 
 
+def test_a_changed_copy_beside_a_trained_matrix_is_the_other_matrix(bases: dict[str, str], tmp_path: Path):
+    """The adapter then holds two matrices that differ, one of them under a name that its config does not mention."""
+    settings = {"target_modules": SOME, "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = trained(bases["qwen3-tied"], tmp_path / "adapter", settings)
+    expected = same_as_peft(bases["qwen3-tied"], adapter)
+    edit(adapter, {"modules_to_save": ["embed_tokens"]})
+    model, _ = torch_bridge.from_pretrained(bases["qwen3-tied"], dtype="float32")
+    torch_bridge.load_adapter(model, str(adapter))
+    tokens = jnp.asarray(hf.random_tokens(1, 24))
+    np.testing.assert_array_equal(model.logits(tokens), expected.logits(tokens))
+
+
 def test_a_resized_vocabulary_is_refused_with_its_size(bases: dict[str, str], tmp_path: Path):
     base = bases["llama-untied"]
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
