@@ -65,9 +65,9 @@ test-jax-%: .venv-jax-%/installed
 		--ignore-glob='*_vs_torch.py' --ignore-glob='*_vs_trl.py'
 
 # Servers that have transformers 4 read what we write.
-test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare written models in transformers 4
+test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare written folders in transformers 4
 	rm -rf build/transformers4
-	PYTHONPATH=. $(RUN) -m tests.torch_bridge.transformers4 write build/transformers4
+	PYTHONPATH=.:tests $(UNOPTIMISED) $(RUN) -m tests.torch_bridge.transformers4 write build/transformers4
 	.venv-transformers4/bin/python tests/torch_bridge/transformers4.py read build/transformers4
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and compiled every kernel's tests and
