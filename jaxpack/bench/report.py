@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from jaxpack.bench.cases import ABLATION, OFFLOADED
 from jaxpack.bench.processes import Record
+from jaxpack.utils.console import TextConsole
 from jaxpack.utils.figures import Line, frame, head, label_ends, lying_bars, new_figure
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def comparable(records: list[Record]) -> list[list[Record]]:
 def print_tables(records: list[Record], *more: Table) -> None:
     """Prints the results, any ablations, and `more` to stdout, 240 columns wide if stdout is no terminal."""
     ablations = map(ablation_table, comparable(of_plan(records, "ablation")))
-    Console(width=None if sys.stdout.isatty() else 240).print(results_table(records), *ablations, *more)
+    TextConsole(width=None if sys.stdout.isatty() else 240).print(results_table(records), *ablations, *more)
 
 
 def draw_all(records: list[Record], results: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 import jaxpack
 from jaxpack.errors import InputError
-from jaxpack.utils.console import console
+from jaxpack.utils.console import console, make_output_visible
 
 # Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
 COMMANDS = {
@@ -75,8 +75,9 @@ def main() -> None:
     Bad input ends with one sentence and status 2, and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its
     traceback.
     """
+    make_output_visible()
     try:
         app()
     except InputError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red")
         sys.exit(2)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -19,11 +18,11 @@ from jaxpack.cli.reading import read_base
 from jaxpack.data.conversation import Conversation
 from jaxpack.data.formats import text_prompt
 from jaxpack.data.reading import load_prompts
-from jaxpack.errors import InputError, errors_name
+from jaxpack.errors import InputError, errors_name, visible
 from jaxpack.generation.text import generate_text
 from jaxpack.settings import GenerateConfig
 from jaxpack.utils.compilation_cache import ProgramCache
-from jaxpack.utils.console import console, visible
+from jaxpack.utils.console import TextConsole, console
 from jaxpack.utils.files import replace_file, require_folder
 
 
@@ -138,7 +137,7 @@ def _check_arguments(
 
 
 def _show(asked: Sequence[str | Conversation], written: dict[str, list[str]]) -> None:
-    shown = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+    shown = TextConsole(width=None if sys.stdout.isatty() else 120)
     for number, (prompt, *texts) in enumerate(zip(asked, *written.values(), strict=True), 1):
         shown.print(Rule(f"prompt {number}", align="left", style="bold"))
         shown.print(Text(visible(_text(prompt)), "grey50"))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
@@ -18,7 +17,7 @@ from jaxpack.errors import InputError, errors_name, reason
 from jaxpack.planning.inspect import inspect as inspect_documents
 from jaxpack.planning.time import RATES
 from jaxpack.settings import LoraConfig, TrainConfig
-from jaxpack.utils.console import console
+from jaxpack.utils.console import TextConsole, console
 from jaxpack.utils.figures import require_matplotlib
 
 # The settings that determine padding, times and the order of rows; other settings do not matter here.
@@ -112,4 +111,4 @@ def inspect(
         except OSError as error:
             raise InputError(f"`picture` must be writable, got {str(picture)!r}: {reason(error)}.") from error
         console.print(f"drew {picture}")
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(*parts)
+    TextConsole(width=None if sys.stdout.isatty() else 120).print(*parts)

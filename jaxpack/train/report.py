@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from jaxpack.errors import InputError, install_command, reason
+from jaxpack.errors import InputError, install_command, one_line, reason, visible
 from jaxpack.train.metrics import ABOUT, METRICS, Record, read_records
 from jaxpack.utils.figures import frame, new_figure
 from jaxpack.utils.files import replace_file
@@ -119,32 +119,37 @@ def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: s
     began = f"continued after step {after:,} at" if after else "started at"
     return "\n".join(
         [
-            f"# {folder.resolve().name}: {done:,} of {about['num_steps']:,} steps",
+            f"# {_inline(folder.resolve().name)}: {done:,} of {about['num_steps']:,} steps",
             "",
-            f"{about['model']}, {began} {about['started']} on {about['device']}.",
+            _inline(f"{about['model']}, {began} {about['started']} on {about['device']}."),
             "",
             "| figure | value |",
             "|---|---|",
-            *(f"| {name} | {value} |" for name, value in _figures(records, about)),
+            *(f"| {name} | {_inline(value)} |" for name, value in _figures(records, about)),
             "",
             picture,
             "",
             "## Data and model",
             "",
-            *(f"- {line}" for line in about["plan"]),
+            *(f"- {_inline(line)}" for line in about["plan"]),
             "",
             "## Settings",
             "",
             "```yaml",
-            settings.rstrip("\n"),
+            visible(settings.rstrip("\n")),
             "```",
             "",
             "## Versions",
             "",
-            f"{versions}; {about['device']}",
+            _inline(f"{versions}; {about['device']}"),
             "",
         ]
     )
+
+
+def _inline(text: str) -> str:
+    """Writes a text of a file so that Markdown neither ends the table cell nor reads HTML or links in it."""
+    return one_line(str(text)).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, str]]:
