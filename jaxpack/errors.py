@@ -47,7 +47,7 @@ class InputError(ValueError):
       `max_length` must be at least 2 (one token to read, one to predict), got 1.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(one_line(message))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from jaxpack.generation.text import generate_text
 from jaxpack.settings import GenerateConfig
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import TextConsole, console
-from jaxpack.utils.files import replace_file, require_folder
+from jaxpack.utils.files import require_data_file, require_folder, write_new_file
 
 
 @with_flags(GenerateConfig)
@@ -127,11 +128,11 @@ def _check_arguments(
         raise InputError(f"`prompt` or `prompts` must be given, and not both, got {'both' if prompt else 'none'}.")
     if prompt and not all(prompt):
         raise InputError("`prompt` must have text, got ''.")
-    if prompts is not None and not prompts.is_file():
-        raise InputError(f"`prompts` must be an existing file, got {str(prompts)!r}.")
+    if prompts is not None:
+        require_data_file(prompts, "prompts")
     if output is not None:
         folder = output.absolute().parent
-        if output.exists() or not folder.is_dir():
+        if os.path.lexists(output) or not folder.is_dir():
             raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
         require_folder(folder, "output")
 
@@ -165,5 +166,5 @@ def _save(asked: Sequence[str | Conversation], written: dict[str, list[str]], ou
         if others:
             line["without_adapter"] = others[0][i]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    replace_file(output, "".join(lines).encode(), "output")
+    write_new_file(output, "".join(lines).encode(), "output")
     console.print(f"saved {output}")
