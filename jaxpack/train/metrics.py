@@ -13,6 +13,7 @@ from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.files import open_own_file, replace_file
+from jaxpack.utils.json_file import read_file
 
 METRICS, ABOUT = "metrics.jsonl", "about.json"
 TENSORBOARD = "tensorboard"  # the folder of its events, within `output_dir`
@@ -143,7 +144,7 @@ class MetricsFile:
 def read_records(folder: Path) -> list[Record]:
     """Reads the whole records of `metrics.jsonl`, without a half-written last line of a run that was killed."""
     try:
-        return [record for _, record in _whole_records((folder / METRICS).read_bytes())]
+        return [record for _, record in _whole_records(read_file(folder / METRICS))]
     except OSError as error:
         raise InputError(f"`folder` must hold {METRICS}, got {str(folder)!r}: {reason(error)}.") from error
 

@@ -1,7 +1,6 @@
 """Reports on a run, finished or not, from `metrics.jsonl` and `about.json`: Markdown with a picture beside it."""
 
 import io
-import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxpack.errors import InputError, install_command, one_line, reason, visibl
 from jaxpack.train.metrics import ABOUT, METRICS, Record, read_records
 from jaxpack.utils.figures import frame, new_figure
 from jaxpack.utils.files import replace_file
+from jaxpack.utils.json_file import parse_json, read_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     try:
-        about = json.loads((folder / ABOUT).read_bytes())
+        about = parse_json(read_file(folder / ABOUT), finite=False)
     except (OSError, ValueError) as error:
         raise InputError(f"`folder` must hold {ABOUT}, got {str(folder)!r}: {reason(error)}.") from error
     missing = [name for name in _ABOUT if not isinstance(about, dict) or name not in about]
