@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from jaxpack.model.lora import adapters, add_lora
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.settings import LoraConfig
-from jaxpack.utils.files import whole_folder
+from jaxpack.utils.files import is_regular_file, whole_folder
 from torch_bridge.io.folder import mismatches, read_json, some, tensor_count, write_tensors
 from torch_bridge.io.safetensors_file import Tensor, read_header
+from torch_bridge.patterns import match_all, match_ends
 from torch_bridge.tensors import tensor_shapes, tensor_table
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
 def require_files(adapter: str | os.PathLike, *names: str) -> Path:
     """Returns the adapter's folder, or raises InputError if one of the files is missing."""
     for name in names:
-        if not os.path.isfile(Path(adapter) / name):
+        if not is_regular_file(Path(adapter) / name):
             raise InputError(
                 f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200}, which has no such file. Give the"
                 " folder that PEFT or `save_adapter` wrote."
@@ -202,14 +202,9 @@ def _lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> Lor
     saved = {_WHOLE[name] for name in whole}
     if model.config.tie_word_embeddings and saved and peft.get("ensure_weight_tying"):
         saved = {_HEAD, _EMBEDDING}
-    try:
-        targets = _targets(model, peft.get("target_modules"), path)
-        ranks = _by_projection(model, targets, peft, "rank_pattern", "r", path)
-        alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
-    except (re.error, RecursionError) as error:
-        raise InputError(
-            f"{path} must give its patterns as regular expressions, got one that Python cannot read: {error}."
-        ) from error
+    targets = _targets(model, peft.get("target_modules"), path)
+    ranks = _by_projection(model, targets, peft, "rank_pattern", "r", path)
+    alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
     try:
         return LoraConfig(
             r=peft.get("r", 8),
@@ -236,14 +231,17 @@ def _targets(model: Transformer, wanted: Any, path: Path) -> tuple[str, ...]:
             f"`target_modules` of {path} must be a list of module names or one pattern, got {wanted!r:.100}."
         )
 
-    def is_target(module: str) -> bool:
-        if isinstance(wanted, str):
-            return re.fullmatch(wanted, module) is not None
-        return any(f".{module}".endswith(f".{name}") for name in wanted)
-
     modules = list(_modules(model))
     if wanted == "all-linear":
         wanted = [module for module, _, _ in modules]
+    matched: set[str] = set()
+    if isinstance(wanted, str):
+        names = [_HEAD, _EMBEDDING, *(module for module, _, _ in modules)]
+        (matched,) = match_all([wanted], names, f"`target_modules` of {path}")
+
+    def is_target(module: str) -> bool:
+        return module in matched or (named and any(f".{module}".endswith(f".{name}") for name in wanted))
+
     ends = {_HEAD, _EMBEDDING, *(module for module, _, _ in modules)}
     unknown = [name for name in wanted if named and not any(f".{end}".endswith(f".{name}") for end in ends)]
     outside = [name for name in (_HEAD, _EMBEDDING) if is_target(name)]
@@ -279,10 +277,12 @@ def _by_projection(
     expression that matches the end of its name, or else the default.
     """
     values = peft.get(pattern) or {}
+    modules = [module for module, projection, _ in _modules(model) if projection in targets]
+    matched = dict(zip(values, match_ends(list(values), modules, f"`{pattern}` of {path}"), strict=True))
     found: dict[str, list[Any]] = {projection: [] for projection in targets}
     for module, projection, _ in _modules(model):
         if projection in found:
-            key = next((key for key in values if re.match(rf"(.*\.)?({key})$", module)), None)
+            key = next((key for key in values if module in matched[key]), None)
             found[projection].append(peft.get(default, 8) if key is None else values[key])
     for projection, those in found.items():
         if any(value != those[0] for value in those):
