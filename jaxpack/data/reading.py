@@ -1,6 +1,7 @@
 """Reads a dataset (a file or an iterable of rows) into documents."""
 
 import datetime
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxpack.constants import IGNORE
+from jaxpack.data.bounded import bounded_lines, parquet_rows, too_large
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, without_none
 from jaxpack.data.documents import Documents
@@ -17,6 +19,7 @@ from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, questi
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
+from jaxpack.utils.files import kind_of, require_data_file
 
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
@@ -211,30 +214,35 @@ def _read_rows(dataset: Any) -> tuple[Sequence[Record], Where]:
 
 
 def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
-    if not path.is_file():
-        raise InputError(f"`dataset` must be an existing file, got {str(path)!r}.")
-    if path.suffix in (".jsonl", ".json"):
-        return _read_array(path) if _is_array(path) else _read_jsonl(path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist(), Where(str(path), of_arrow=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path} must be a readable Parquet file: {reason(error)}.") from error
+    require_data_file(path, "dataset")
+    try:
+        if path.suffix in (".jsonl", ".json") or (not path.suffix and kind_of(path) == "a pipe"):
+            return _read_json(path)
+        if path.suffix == ".parquet":
+            return parquet_rows(path), Where(str(path), of_arrow=True)
+    except MemoryError as error:
+        raise too_large(path, "the memory is full") from error
+    except OSError as error:
+        raise InputError(f"`dataset` must be a file that can be read, got {str(path)!r}: {reason(error)}.") from error
     raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
 
 
-def _is_array(path: Path) -> bool:
+def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
+    """Reads JSON Lines, or one JSON array of rows; the file is read once, because it may be a pipe."""
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        lines = enumerate(bounded_lines(file, path), 1)
+        number, first = next(((number, line) for number, line in lines if line.strip()), (1, b""))
+        if number == 1:
+            first = first.removeprefix(b"\xef\xbb\xbf")
+        if first.lstrip().startswith(b"["):
+            return _read_array(path, b"".join([first, *(line for _, line in lines)]))
+        return _read_jsonl(path, itertools.chain([(number, first)], lines))
 
 
-def _read_array(path: Path) -> tuple[list[Record], Where]:
+def _read_array(path: Path, content: bytes) -> tuple[list[Record], Where]:
     """Reads a file that is one JSON array of rows."""
     try:
-        records = json.loads(path.read_text("utf-8-sig"))
+        records = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} must be JSON Lines, or one JSON array of objects, got an array that cannot be read:"
@@ -246,26 +254,19 @@ def _read_array(path: Path) -> tuple[list[Record], Where]:
     return records, Where(str(path))
 
 
-def _read_jsonl(path: Path) -> tuple[list[Record], Where]:
+def _read_jsonl(path: Path, given: Iterable[tuple[int, bytes]]) -> tuple[list[Record], Where]:
     records, lines = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                why = (
-                    f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
-                )
-                raise InputError(
-                    f"Line {number} of {path} must be a JSON object, one row on each line: {why}."
-                ) from error
-            if not isinstance(record, dict):
-                raise InputError(
-                    f"Line {number} of {path} must be a JSON object, one row on each line, got {text[:80]!r}."
-                )
-            records.append(record)
-            lines.append(number)
+    for number, line in given:
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8").strip()
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line: {why}.") from error
+        if not isinstance(record, dict):
+            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line, got {text[:80]!r}.")
+        records.append(record)
+        lines.append(number)
     return records, Where(str(path), lines)
