@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 
 
 class ChatTokenizer(Protocol):
@@ -55,7 +55,7 @@ def tokenize(
     A text that begins with the tokenizer's BOS, because a chat template has written it, gets no second one.
 
     Raises:
-      InputError: one of the texts is not valid Unicode.
+      InputError: one of the texts is not valid Unicode, or the tokenizer gives up on it.
     """
     try:
         encoded = tokenizer(texts, **options)
@@ -64,6 +64,13 @@ def tokenize(
             if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can encode half of a surrogate pair
                 raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(index)}.") from None
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and no `Exception`
+            raise
+        raise InputError(
+            f"The tokenizer must encode every text, but it failed with {reason(error)!r:.200}. A pattern in its"
+            " tokenizer.json needs too many attempts: use the tokenizer of the model's authors."
+        ) from None
     twice = [
         index
         for index, ids in enumerate(encoded["input_ids"])
