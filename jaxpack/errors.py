@@ -86,6 +86,13 @@ def not_installed(what: str, package: str, extras: str) -> InputError:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the host, or a device of JAX, has too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def reason(error: BaseException) -> str:
     """Returns the message of another library's error on one line without its full stop, to end a sentence of ours."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxpack.errors import InputError, reason
 
@@ -46,6 +47,7 @@ def match_all(patterns: Sequence[str], names: Sequence[str], where: str) -> list
         )
     if not patterns:
         return []
+    found: Any
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCH],

@@ -109,8 +109,9 @@ def _install() -> None:
                 _check_format(value.__self__)
             return wrapped
 
-    chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
-    chat_template_utils._compile_jinja_template.cache_clear()  # templates that were compiled without bounds
+    utils: Any = chat_template_utils
+    utils.ImmutableSandboxedEnvironment = BoundedEnvironment
+    utils._compile_jinja_template.cache_clear()  # templates that were compiled without bounds
 
 
 def _require(is_bounded: bool, what: str, size: object) -> None:

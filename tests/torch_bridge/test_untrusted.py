@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from models import small_model
 from tokenizers_for_tests import write_checkpoint
 
+import jaxpack.cli
 import torch_bridge
+import torch_bridge.tensors
 from jaxpack.errors import InputError
 from jaxpack.settings import LoraConfig
 from torch_bridge.io.untrusted import require_regular_files, require_sound_tokenizer
@@ -250,3 +253,62 @@ def test_patterns_match_as_in_this_process():
     for keys in (ends[:3], ends):
         assert match_ends(keys, NAMES, "")[:3] == [{n for n in NAMES if "q_proj" in n}, {NAMES[5]}, set()]
     assert match_ends(ends, NAMES, "")[3] == {n for n in NAMES if "up_proj" in n}
+
+
+# No room for the model.
+
+
+def full(*_: object) -> None:
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\n[Allocations] ..."
+    )
+
+
+def no_memory(*_: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("where", ["_zeros", "fill", "_place"])
+@pytest.mark.parametrize("fails", [full, no_memory])
+def test_cases_no_memory_for_a_model_is_a_sentence(
+    fails: Callable, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch_bridge.tensors, where, fails)
+    message = refused(folder)
+    assert message.startswith(
+        f"`model` must fit into the memory of cpu: the weights of {folder} need 0.00 GiB in float32"
+    )
+    assert "`dtype` bfloat16 needs half of that" in message
+    assert "Use a smaller model or a device with more memory" in message
+    assert "\n" not in message
+
+
+def test_cases_a_model_larger_than_the_memory_is_refused_before_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch_bridge.tensors, "available_host_bytes", lambda: 10_000)
+    monkeypatch.setattr(torch_bridge.tensors, "_zeros", lambda *_: pytest.fail("memory was taken"))
+    assert "need 0.00 GiB in float32, got 0.00 GiB that are free" in refused(folder)
+
+
+def test_other_errors_of_a_device_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(torch_bridge.tensors, "fill", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        torch_bridge.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("fails", [full, no_memory])
+def test_cases_full_memory_ends_a_command_with_a_sentence(
+    fails: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(jaxpack.cli, "make_output_visible", lambda: None)
+    monkeypatch.setattr(jaxpack.cli, "app", fails)
+    with pytest.raises(SystemExit) as ended:
+        jaxpack.cli.main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: the memory of ")
+    assert shown.count("\n") == 1

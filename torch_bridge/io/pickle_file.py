@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from jaxpack.errors import InputError, reason
 
@@ -29,7 +29,7 @@ def require_plain_records(path: Path) -> None:
         pickle is too large or broken; or a storage is longer than its record.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(_Bounded(file)) as archive:  # pyright: ignore[reportArgumentType]
+        with path.open("rb") as file, zipfile.ZipFile(cast(Any, _Bounded(file))) as archive:
             sizes = _sizes(archive, file)
             (described,) = [name for name in sizes if name.endswith("/data.pkl")] or [""]
             if not described:
