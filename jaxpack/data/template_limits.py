@@ -8,6 +8,7 @@ bounded, and a watching thread ends the rest.
 import contextlib
 import functools
 import re
+import string
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ _MAX_PARTS = 1_000_000  # of lists within lists
 _MAX_NUMBER = 100_000  # of a width, a count or a precision
 _MAX_BITS = 10_000  # of a whole number
 _BOUNDED = frozenset(("*", "**", "%"))
-_WIDE = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)|\{[^{}]*:[^{}]*(\d{6}|\{)")  # a format with a width that is huge or given
+_WIDE = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)")  # a format with a width that is huge, or is given with the values
+_WIDE_FIELD = re.compile(r"\d{6}|\{")  # the same in the format of a field in braces
 _REFUSED_METHODS = ("translate", "maketrans", "expandtabs")  # no template needs these, which make much of little
 _REFUSED_FILTERS = ("urlize", "wordwrap", "xmlattr")
 _limit = Limit(_SECONDS, _MEMORY)
@@ -106,7 +108,8 @@ def _install() -> None:
         def wrap_str_format(self, value: Any) -> Any:
             wrapped = super().wrap_str_format(value)
             if wrapped is not None:
-                _check_format(value.__self__)
+                fields = string.Formatter().parse(value.__self__)
+                _require_narrow(not any(_WIDE_FIELD.search(form or "") for _, _, form, _ in fields))
             return wrapped
 
     utils: Any = chat_template_utils
@@ -143,7 +146,11 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
 
 
 def _check_format(text: str | bytes) -> None:
-    if _WIDE.search(text.decode("latin1") if isinstance(text, bytes) else text):
+    _require_narrow(_WIDE.search(text.decode("latin1") if isinstance(text, bytes) else text) is None)
+
+
+def _require_narrow(is_narrow: bool) -> None:
+    if not is_narrow:
         raise OverflowError("it formats with a width that is more than a chat template needs")
 
 

@@ -21,7 +21,7 @@ class LimitReached(BaseException):
 
 
 class Limit:
-    """Limits the time and the memory of code within `with limit.watch()`; one thread at a time may be inside.
+    """Limits the time and the memory of code within `with limit.watch()`, in any number of threads.
 
     Args:
       seconds: the time that the code may take, as its thread's own time, so that waiting does not count.
@@ -30,20 +30,25 @@ class Limit:
 
     def __init__(self, seconds: float, memory: int):
         self._seconds, self._memory = seconds, memory
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._watched: tuple[int, float, float] | None = None  # the thread inside, and its times when it came in
-        self._why: str | None = None
+        self._watched: dict[int, tuple[float, float]] = {}  # by thread: its own time and the clock when it came in
+        self._why: dict[int, str] = {}  # why the code in a thread is to end
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Watches the code in the block.
+        """Watches the code in the block. Blocks may not be within one another.
 
         Raises:
           TimeoutError: the code took too long, or too much memory; the message says which.
         """
         with self._lock:
-            self._watched, self._why = (threading.get_ident(), time.thread_time(), time.monotonic()), None
+            self._watched[threading.get_ident()] = time.thread_time(), time.monotonic()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="jaxpack-limit", daemon=True)
                 self._thread.start()
@@ -57,39 +62,41 @@ class Limit:
             raise TimeoutError(why)
 
     def _leave(self) -> str | None:
-        """Ends the watch, and returns why the code was to be ended, if it was."""
+        """Ends the watch of this thread, and returns why the code was to be ended, if it was."""
+        thread = threading.get_ident()
         while True:
             try:
                 with self._lock:
-                    self._watched = None
-                    if self._why is not None:
-                        _raise_in(threading.get_ident(), None)  # the exception may not have arrived yet
-                    return self._why
+                    self._watched.pop(thread, None)
+                    if thread in self._why:
+                        _raise_in(thread, None)  # the exception may not have arrived yet
+                    return self._why.pop(thread, None)
             except LimitReached:  # it has arrived just now
                 continue
 
     def _look(self) -> None:
         idle_since = time.monotonic()
-        before, memory = None, 0
+        memory: dict[tuple[int, float], int] = {}  # of the process, at the first look at a block
         while True:
             time.sleep(_LOOK_SECONDS)
             with self._lock:
-                watched = self._watched
-                if watched is None:
+                if not self._watched:
+                    memory.clear()
                     if time.monotonic() - idle_since > _IDLE_SECONDS:
                         self._thread = None
                         return
                     continue
-                idle_since = time.monotonic()
-                if watched != before:
-                    before, memory = watched, _memory_of_process()
-                elif self._why is None:
-                    thread = watched[0]
-                    if _time_since(*watched) > self._seconds:
-                        self._why = f"it takes longer than {self._seconds:g} seconds"
-                    elif _memory_of_process() - memory > self._memory:
-                        self._why = f"it takes more than {self._memory >> 20:,} MiB of memory"
-                    if self._why is not None:
+                idle_since, now = time.monotonic(), _memory_of_process()
+                blocks = [(thread, clock) for thread, (_, clock) in self._watched.items()]
+                memory = {block: memory.get(block, now) for block in blocks}
+                for thread, (own, clock) in self._watched.items():
+                    if thread in self._why:
+                        continue
+                    if _time_since(thread, own, clock) > self._seconds:
+                        self._why[thread] = f"it takes longer than {self._seconds:g} seconds"
+                    elif now - memory[thread, clock] > self._memory:
+                        self._why[thread] = f"it takes more than {self._memory >> 20:,} MiB of memory"
+                    if thread in self._why:
                         _raise_in(thread, LimitReached)
 
 

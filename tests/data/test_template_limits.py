@@ -45,6 +45,7 @@ HOSTILE = {
     "a format with a width of its own": "{{ '%*d' % (999999999, 1) }}",
     "a format method": "{{ '{:>999999999}'.format(1) }}",
     "a format method with a width of its own": "{{ '{:{w}}'.format(1, w='999999999') }}",
+    "a format of a million signs": "{{ ('{' + ':' * 999999).format(1) }}",
     "a format filter": "{{ '%999999999d' | format(1) }}",
     "a centered text": "{{ 'a' | center(999999999) }}",
     "a centered text by a method": "{{ 'a'.center(999999999) }}",
@@ -155,6 +156,9 @@ PLAIN = {
     "{{ range(5) | map('string') | join('-') }} {{ '{:>4}'.format('x') }} {{ 'a,b'.split(',') }}": (
         "0-1-2-3-4    x ['a', 'b']"
     ),
+    "{{ '{\"a\": %s, \"b\": {' % 1 }} {{ '%d%% of 1234567' % 5 }} {{ '{{{}}}: 1234567'.format(2) }}": (
+        '{"a": 1, "b": { 5% of 1234567 {2}: 1234567'
+    ),
     "{{ 'x' | replace('x', 'yy') }}{{ [1, 2, 3] | batch(2) | list }}{{ messages }}": "yy[[1, 2], [3]][]",
 }
 
@@ -231,6 +235,26 @@ def test_code_in_another_thread_and_code_that_catches_everything_is_ended():
     thread.start()
     thread.join(30)
     assert [str(error) for error in caught] == ["it takes longer than 0.2 seconds"]
+
+
+def test_threads_are_watched_apart():
+    limit, ended = Limit(0.3, 1 << 30), []
+
+    def run(seconds: float) -> None:
+        begin = time.thread_time()
+        try:
+            with limit.watch():
+                while time.thread_time() - begin < seconds:
+                    pass
+        except TimeoutError:
+            ended.append(seconds)
+
+    threads = [threading.Thread(target=run, args=(seconds,)) for seconds in (0.05, 60.0, 0.1, 50.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(ended) == [50.0, 60.0]
 
 
 def test_memory_is_limited():
