@@ -65,7 +65,8 @@ def match_all(patterns: Sequence[str], names: Sequence[str], where: str) -> list
         raise InputError(
             f"{where} must be regular expressions that can be matched quickly, got {_shown(patterns)}: {found!s:.200}."
         )
-    return [{names[i] for i in matched} for matched in found]
+    places: list[list[int]] = found
+    return [{names[i] for i in matched} for matched in places]
 
 
 def match_ends(patterns: Sequence[str], names: Sequence[str], where: str) -> list[set[str]]:

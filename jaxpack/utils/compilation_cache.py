@@ -214,10 +214,10 @@ def _remove_unsafe(folder: Path) -> None:
                 _remove(entry)
         except OSError:  # another run has just deleted it
             continue
-    for count, why in ((others, "could have been written by others"), (changed, "were damaged")):
+    for count, which in ((others, "others could have written"), (changed, "were damaged")):
         if count:
             console.print(
-                f"{count:,} compiled programs in {folder} {why}, and were deleted; they are compiled again",
+                f"compiled programs that {which} are deleted from {folder}, and compiled again: {count:,}",
                 style="yellow",
             )
 

@@ -32,9 +32,7 @@ _KINDS = (
 )
 _PARTIAL = ".partial"  # the end of the name of a file that is not whole yet
 _LEFT_BEHIND = 60  # seconds after which nobody writes to a partial file any more
-_HELD = (
-    ".replaced"  # the end of the name of a folder that holds a new and an old folder while one takes the other's place
-)
+_HELD = ".replaced"  # the end of the name of a folder that holds a new and an old folder during a replacement
 
 
 def kind_of(path: Path) -> str | None:
@@ -73,8 +71,8 @@ def require_regular_file(path: Path, name: str) -> None:
     `name` is the argument that errors name.
     """
     if (kind := kind_of(path)) != "a regular file":
-        got = "which does not exist" if kind is None else f"which is {kind}"
-        raise InputError(f"`{name}` must be an existing file, got {str(path)!r:.200}, {got}.")
+        got = "" if kind is None else f", which is {kind}"
+        raise InputError(f"`{name}` must be an existing file, got {str(path)!r:.200}{got}.")
 
 
 def require_data_file(path: Path, name: str) -> None:
@@ -238,7 +236,11 @@ def write_new_file(path: Path, content: bytes, name: str) -> None:
             raise
         except OSError:  # the file system has no hard links
             with path.open("xb") as file:
-                file.write(content)
+                try:
+                    file.write(content)
+                except OSError:
+                    path.unlink()
+                    raise
 
     try:
         _write_file(path, content, name, put)

@@ -276,8 +276,7 @@ def test_cases_a_program_that_others_can_have_written_is_not_run(
     assert compiled(tmp_path, 16.0) == 0
     shown = capsys.readouterr().err
     assert shown == (
-        f"1 compiled programs in {tmp_path} could have been written by others, and were deleted; they are compiled"
-        " again\n"
+        f"compiled programs that others could have written are deleted from {tmp_path}, and compiled again: 1\n"
     )
     assert compiled(tmp_path, 16.0) == 1
 
