@@ -3,12 +3,40 @@
 import contextlib
 from collections.abc import Iterator
 
+# Control characters of ASCII have signs of their own in Unicode. Others, and those that change the direction of text or
+# begin a line, become the replacement character.
+_SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_SIGNS |= dict.fromkeys([*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Replaces control characters by visible signs, so that text from a file cannot control a terminal.
+
+    Newlines and tabs stay.
+
+    Example:
+      >>> visible("red: \\x1b[31m")
+      'red: ␛[31m'
+    """
+    return text.translate(_SIGNS)
+
+
+def one_line(text: str) -> str:
+    """Replaces control characters as `visible` does, and newlines, so that a text cannot pretend to be several lines.
+
+    Example:
+      >>> one_line("a name\\nsaved out/adapter")
+      'a name␊saved out/adapter'
+    """
+    return visible(text).replace("\n", "␊")
+
 
 class InputError(ValueError):
     """Says that an argument, a setting or a file of the user cannot be used as given.
 
     The message names the argument, the rule and the value received. The command line prints it and exits with status 2;
-    any other exception is a fault of jaxpack and keeps its traceback.
+    any other exception is a fault of jaxpack and keeps its traceback. Messages are one line, and control characters in
+    them, which names and texts in files may have, become visible signs.
 
     Example:
       >>> import jaxpack
@@ -18,6 +46,9 @@ class InputError(ValueError):
       ...     print(error)
       `max_length` must be at least 2 (one token to read, one to predict), got 1.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(message))
 
 
 class TrainingError(RuntimeError):
@@ -66,6 +97,13 @@ def not_installed(what: str, package: str, extras: str) -> InputError:
     return InputError(
         f"{what} needs the Python package {package}, which is not installed. Install it with {install_command(extras)}."
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the host, or a device of JAX, has too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def reason(error: BaseException) -> str:

@@ -18,9 +18,10 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.settings import LoraConfig
 from jaxpack.utils.console import console
-from jaxpack.utils.files import whole_folder
+from jaxpack.utils.files import is_regular_file, whole_folder
+from jaxpack.utils.json_file import read_json
 from torch_bridge.adapter_config import EMBEDDING, HEAD, WHOLE, modules_of, peft_config, read_lora_config
-from torch_bridge.io.folder import mismatches, read_json, some, tensor_count, write_tensors
+from torch_bridge.io.folder import mismatches, some, tensor_count, write_tensors
 from torch_bridge.io.safetensors_file import Tensor, read_header
 from torch_bridge.tensors import tensor_shapes
 
@@ -60,7 +61,7 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
 def require_files(adapter: str | os.PathLike, *names: str) -> Path:
     """Returns the adapter's folder, or raises InputError if one of the files is missing."""
     for name in names:
-        if not os.path.isfile(Path(adapter) / name):
+        if not is_regular_file(Path(adapter) / name):
             raise InputError(
                 f"`adapter` must be a folder with {name}, got {str(adapter)!r:.200}, which has no such file. Give the"
                 " folder that PEFT or `save_adapter` wrote."

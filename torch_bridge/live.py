@@ -14,6 +14,7 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import platform_of
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf
 from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensor_count, tensors_of
+from torch_bridge.io.pickle_file import require_plain_records
 from torch_bridge.tensors import build_model
 
 _DTYPES = {getattr(torch, name): jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
@@ -153,6 +154,7 @@ def read_torch_file(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, Ca
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    require_plain_records(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken pickle may raise any class

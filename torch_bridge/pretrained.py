@@ -25,6 +25,7 @@ from torch_bridge.io.folder import (
     read_json,
     write_safetensors,
 )
+from torch_bridge.io.untrusted import require_regular_files, require_sound_tokenizer
 from torch_bridge.tensors import TensorSource, build_model, model_tensors, tensor_shapes
 from torch_bridge.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 
@@ -140,6 +141,7 @@ def write_folder(
 def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
     """Returns the folder, the contents of its JSON files by name, and the `ModelConfig` that they describe."""
     folder = _folder(name_or_path, weights=weights)
+    require_regular_files(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r}, which has no such file.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
@@ -217,8 +219,9 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
             f" trained on rows of `input_ids` only. Install transformers with {install_command('hf')}"
         )
         return None
+    require_sound_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it may ask the user, and wait
     except Exception as error:  # transformers raises any class for bad files or a bad config
         raise InputError(
             f"{folder} must hold a tokenizer that transformers reads, got this error: {reason(error):.400}."

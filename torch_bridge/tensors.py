@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import Weight, write_rows
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.transformer import Transformer
-from jaxpack.parallel.device import current_device
+from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.utils.console import console, progress_bar
+from jaxpack.utils.host import available_host_bytes
 from jaxpack.utils.prefetch import prefetched
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import Entry
@@ -56,7 +57,8 @@ def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) ->
         GPU and float32 on a CPU, where bfloat16 is slow.
 
     Raises:
-      InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated.
+      InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated. Or
+        the device or the host has too little memory for the model.
     """
     if dtype is None:
         dtype = "float32" if current_device().platform == "cpu" else "bfloat16"
@@ -68,9 +70,36 @@ def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) ->
     _check_tied(config, source)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
-    model = nnx.merge(graph, tree.unflatten(_zeros(tuple(leaves))))
-    fill(model, source)
+    with _room_for(leaves, dtype, source):
+        model = nnx.merge(graph, tree.unflatten(_zeros(tuple(leaves))))
+        fill(model, source)
     return model
+
+
+@contextlib.contextmanager
+def _room_for(leaves: list[jax.ShapeDtypeStruct], dtype: str, source: TensorSource) -> Iterator[None]:
+    """Makes an `InputError` of too little memory for the weights, before they are read or while they are."""
+    device = current_device()
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    free = available_host_bytes() if device.platform == "cpu" else free_device_bytes(device)
+
+    def refused(got: str) -> InputError:
+        half = " `dtype` bfloat16 needs half of that." if dtype == "float32" else ""
+        return InputError(
+            f"`model` must fit into the memory of {device.device_kind}: the weights of {source.description} need"
+            f" {needed / 2**30:.2f} GiB in {dtype}, got {got}.{half} Use a smaller model or a device with more memory,"
+            " or end other programs that use this one."
+        )
+
+    if free is not None and needed > free:
+        raise refused(f"{free / 2**30:.2f} GiB that are free")
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        left = "" if free is None else f", with {free / 2**30:.2f} GiB free at the start"
+        raise refused(f"no more memory while they were read{left} ({reason(error):.200})") from error
 
 
 def fill(model: Transformer, source: TensorSource) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
-from torch_bridge.io.folder import read_json
+from jaxpack.utils.json_file import read_json
 
 CONFIG, FAST = "tokenizer_config.json", "tokenizer.json"
 _SPECIAL_TOKENS, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"

@@ -12,9 +12,10 @@ import numpy as np
 from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
+from jaxpack.utils.files import is_regular_file
+from jaxpack.utils.json_file import read_json
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
 from torch_bridge.config_json import CONFIG_FILE, config_from_hf
-from torch_bridge.io.folder import read_json
 from torch_bridge.pretrained import from_pretrained
 
 _RANDOM_TOKENS = 64
@@ -52,7 +53,7 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
         raise not_installed("`verify`", "torch", "hf,torch") from error
     if not os.path.isdir(folder):
         raise InputError(f"`folder` must be an existing folder, got {str(folder)!r:.200}.")
-    adapter = folder if (Path(folder) / ADAPTER_CONFIG).is_file() else None
+    adapter = folder if is_regular_file(Path(folder) / ADAPTER_CONFIG) else None
     if adapter is None and base is not None:
         raise InputError(f"`base` must be None unless `folder` holds an adapter, got {base!r}.")
     model_folder = folder if adapter is None else (base_of(adapter) if base is None else base)

@@ -5,7 +5,6 @@ import datetime
 import json
 import math
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -155,7 +154,8 @@ def in_own_process(command: list[str], request: Any, *, seconds: float | None = 
             last = next((line.strip() for line in reversed(lines) if line.strip()), "the process printed nothing")
             record = {"failed": f"exit code {process.returncode}: {last[:300]}"}
         if "failed" in record:
-            print(*lines[-20:], sep="\n", file=sys.stderr, flush=True)
+            for line in lines[-20:]:
+                console.print(line)
         return record
 
 

@@ -1,17 +1,19 @@
 """Shows records as tables and as pictures. Needs no device; only the pictures need matplotlib."""
 
+import io
 import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from jaxpack.bench.cases import ABLATION, OFFLOADED
 from jaxpack.bench.processes import Record
+from jaxpack.utils.console import TextConsole
 from jaxpack.utils.figures import Line, frame, head, label_ends, lying_bars, new_figure
+from jaxpack.utils.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +119,7 @@ def comparable(records: list[Record]) -> list[list[Record]]:
 def print_tables(records: list[Record], *more: Table) -> None:
     """Prints the results, any ablations, and `more` to stdout, 240 columns wide if stdout is no terminal."""
     ablations = map(ablation_table, comparable(of_plan(records, "ablation")))
-    Console(width=None if sys.stdout.isatty() else 240).print(results_table(records), *ablations, *more)
+    TextConsole(width=None if sys.stdout.isatty() else 240).print(results_table(records), *ablations, *more)
 
 
 def draw_all(records: list[Record], results: Path) -> list[Path]:
@@ -127,7 +129,9 @@ def draw_all(records: list[Record], results: Path) -> list[Path]:
         groups = comparable(of_plan(records, plan))
         for number, group in enumerate(groups, 1):
             drawn.append(results.with_name(f"{results.stem}_{plan}{f'_{number}' if len(groups) > 1 else ''}.png"))
-            draw(group).savefig(drawn[-1], dpi=130)
+            image = io.BytesIO()
+            draw(group).savefig(image, format="png", dpi=130)
+            replace_file(drawn[-1], image.getvalue(), "output")
     return drawn
 
 

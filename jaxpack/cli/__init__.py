@@ -8,8 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
-from jaxpack.errors import InputError, TrainingError
-from jaxpack.utils.console import console
+from jaxpack.errors import InputError, TrainingError, is_out_of_memory, reason
+from jaxpack.utils.console import console, make_output_visible
 
 # Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
 COMMANDS = {
@@ -72,11 +72,22 @@ def _options(
 def main() -> None:
     """Runs a command.
 
-    Bad input ends with one sentence and status 2, a run that cannot go on with one sentence and status 1, and Ctrl-C
-    with status 130 (by typer). A bug in jaxpack keeps its traceback.
+    Bad input and full memory end with one sentence and status 2, a run that cannot go on with one sentence and status
+    1, and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its traceback.
     """
+    make_output_visible()
     try:
         app()
     except (InputError, TrainingError) as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red")
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        whose = "this machine" if isinstance(error, MemoryError) else "the device"
+        console.print(
+            f"error: the memory of {whose} is full ({reason(error):.200}). Use a smaller model, `max_length` or batch,"
+            " or end other programs that use this memory.",
+            style="red",
+        )
+        sys.exit(2)

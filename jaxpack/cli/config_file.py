@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
+from yaml.composer import ComposerError
 
 from jaxpack.cli.options import FLAG_OF, is_pairs
 from jaxpack.errors import InputError, reason
@@ -123,7 +124,7 @@ def _parse(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text("utf-8-sig")
         found = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"`config` must be a YAML or TOML file, got {str(path)!r}: {reason(error)}.") from error
     if not isinstance(found, dict) or not found:
         held = "nothing" if not found else f"{found!r:.80}"
@@ -133,7 +134,13 @@ def _parse(path: Path) -> dict[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that occurs twice; reads numbers as in YAML 1.2 (2e-4 is a number), and dates as text."""
+    """Refuses names that occur twice, and aliases; reads numbers as in YAML 1.2 (2e-4 is one), and dates as text."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # with a few of these, a short file has billions of values
+            mark = self.peek_event().start_mark
+            raise ComposerError(None, None, "an alias is not allowed", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()

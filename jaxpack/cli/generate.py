@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -19,12 +19,12 @@ from jaxpack.cli.reading import read_base
 from jaxpack.data.conversation import Conversation
 from jaxpack.data.formats import text_prompt
 from jaxpack.data.reading import load_prompts
-from jaxpack.errors import InputError, errors_name
+from jaxpack.errors import InputError, errors_name, visible
 from jaxpack.generation.text import generate_text
 from jaxpack.settings import GenerateConfig
 from jaxpack.utils.compilation_cache import ProgramCache
-from jaxpack.utils.console import console, visible
-from jaxpack.utils.files import replace_file, require_folder
+from jaxpack.utils.console import TextConsole, console
+from jaxpack.utils.files import require_data_file, require_folder, write_new_file
 
 
 @with_flags(GenerateConfig)
@@ -128,17 +128,17 @@ def _check_arguments(
         raise InputError(f"`prompt` or `prompts` must be given, and not both, got {'both' if prompt else 'none'}.")
     if prompt and not all(prompt):
         raise InputError("`prompt` must have text, got ''.")
-    if prompts is not None and not prompts.is_file():
-        raise InputError(f"`prompts` must be an existing file, got {str(prompts)!r}.")
+    if prompts is not None:
+        require_data_file(prompts, "prompts")
     if output is not None:
         folder = output.absolute().parent
-        if output.exists() or not folder.is_dir():
+        if os.path.lexists(output) or not folder.is_dir():
             raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
         require_folder(folder, "output")
 
 
 def _show(asked: Sequence[str | Conversation], written: dict[str, list[str]]) -> None:
-    shown = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+    shown = TextConsole(width=None if sys.stdout.isatty() else 120)
     for number, (prompt, *texts) in enumerate(zip(asked, *written.values(), strict=True), 1):
         shown.print(Rule(f"prompt {number}", align="left", style="bold"))
         shown.print(Text(visible(_text(prompt)), "grey50"))
@@ -166,5 +166,5 @@ def _save(asked: Sequence[str | Conversation], written: dict[str, list[str]], ou
         if others:
             line["without_adapter"] = others[0][i]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    replace_file(output, "".join(lines).encode(), "output")
+    write_new_file(output, "".join(lines).encode(), "output")
     console.print(f"saved {output}")

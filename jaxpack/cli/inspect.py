@@ -2,24 +2,26 @@
 
 import dataclasses
 import datetime
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
 from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.data.batching import Batches
 from jaxpack.data.preview import show_row as shown
-from jaxpack.errors import InputError, errors_name, reason
+from jaxpack.errors import InputError, errors_name
 from jaxpack.planning.inspect import inspect as inspect_documents
 from jaxpack.planning.time import RATES
 from jaxpack.settings import LoraConfig, TrainConfig
-from jaxpack.utils.console import console
+from jaxpack.utils.console import TextConsole, console
 from jaxpack.utils.figures import require_matplotlib
+from jaxpack.utils.files import write_new_file
 
 # The settings that determine padding, times and the order of rows; other settings do not matter here.
 _USED = {
@@ -90,7 +92,7 @@ def inspect(
             )
     if picture is not None:
         require_matplotlib()
-        if picture.suffix not in _PICTURES or picture.exists():
+        if picture.suffix not in _PICTURES or os.path.lexists(picture):
             raise InputError(f"`picture` must end in {', '.join(_PICTURES)} and not exist yet, got {str(picture)!r}.")
     model_config, tokenizer, documents = read_documents(
         model,
@@ -107,9 +109,8 @@ def inspect(
         packed = Batches(documents, found.layouts["packed"].config)
         parts = [shown(packed, show_row or 0, tokenizer), "", found]
     if picture is not None:
-        try:
-            found.figure().savefig(picture, dpi=130)
-        except OSError as error:
-            raise InputError(f"`picture` must be writable, got {str(picture)!r}: {reason(error)}.") from error
+        image = io.BytesIO()
+        found.figure().savefig(image, format=picture.suffix.removeprefix("."), dpi=130)
+        write_new_file(picture, image.getvalue(), "picture")
         console.print(f"drew {picture}")
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(*parts)
+    TextConsole(width=None if sys.stdout.isatty() else 120).print(*parts)

@@ -13,6 +13,7 @@ from jaxpack.errors import InputError, errors_name
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
+from jaxpack.utils.files import require_data_file
 
 MODEL_HELP = (
     "Hugging Face model: a folder, or the id of a model on the hub. Or a shape that gets random weights:"
@@ -26,12 +27,13 @@ LENGTHS_HELP = (
 
 
 def require_one(data: Path | None, lengths: Path | None) -> None:
-    """Raises InputError unless exactly one of `data` and `lengths` is given, and `data` is a file."""
+    """Raises InputError unless exactly one of `data` and `lengths` is given, and it is a file or a pipe."""
     if (data is None) == (lengths is None):
         given = "none" if data is None else "both"
         raise InputError(f"`data` or `lengths` must be given, and not both, got {given}.")
-    if data is not None and not data.is_file():
-        raise InputError(f"`data` must be an existing file, got {str(data)!r}.")
+    for name, file in (("data", data), ("lengths", lengths)):
+        if file is not None:
+            require_data_file(file, name)
 
 
 def read_base(model: str | None, adapter: Path | None, dtype: str | None) -> tuple[Transformer, Tokenizer | None]:

@@ -18,7 +18,14 @@ from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.metrics import METRICS, read_records, require_libraries
 from jaxpack.train.trainer import Trainer
 from jaxpack.utils.console import console
-from jaxpack.utils.files import remove_leftovers, replace_folder, require_folder, require_free_folder, require_room
+from jaxpack.utils.files import (
+    remove_leftovers,
+    replace_folder,
+    require_data_file,
+    require_folder,
+    require_free_folder,
+    require_room,
+)
 
 _SETTINGS = "run.yaml"
 _FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # by trainer arguments
@@ -97,8 +104,8 @@ def train(
         require_folder(output, "output")
         remove_leftovers(trained)
     for name, file in (("data", data), ("eval_data", eval_data)):
-        if file is not None and not file.is_file():
-            raise InputError(f"`{name}` must be an existing file, got {str(file)!r}.")
+        if file is not None:
+            require_data_file(file, name)
     network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype)
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from jaxpack.data import written
 from jaxpack.data.conversation import Conversation, Message, with_arguments
+from jaxpack.data.template_limits import limited
 from jaxpack.data.tokenizer import ChatTokenizer
 from jaxpack.data.written import MARK, MARKS
 from jaxpack.errors import InputError, reason
@@ -188,9 +189,10 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(tools=conversation.tools)
         dated, dates = self._with_date(template)
         given = {"chat_template": dated} if dated != template else {}
-        text = self._tokenizer.apply_chat_template(
-            list(messages), tools=conversation.tools, tokenize=False, **{**given, **conversation.options, **options}
-        )
+        with limited(template):
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tools=conversation.tools, tokenize=False, **{**given, **conversation.options, **options}
+            )
         if any(date in text for date in dates):
             self.date_used = self._date
         return text
@@ -252,13 +254,14 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template, dates = self._with_date(template)
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            tools=conversation.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **conversation.options},
-        )
+        with limited(template):
+            rendered: Any = render_jinja_template(
+                conversations=[messages],
+                tools=conversation.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **conversation.options},
+            )
         texts, spans = rendered
         if any(date in texts[0] for date in dates):
             self.date_used = self._date

@@ -13,8 +13,7 @@ from rich.text import Text
 from jaxpack.constants import IGNORE
 from jaxpack.data.batching import Batches
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError
-from jaxpack.utils.console import visible
+from jaxpack.errors import InputError, visible
 
 
 class Span(NamedTuple):

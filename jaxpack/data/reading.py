@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxpack.constants import IGNORE
+from jaxpack.data.bounded import bounded_lines, parquet_rows, too_large
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
@@ -19,6 +20,7 @@ from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, format
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
+from jaxpack.utils.files import kind_of, require_data_file
 
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
@@ -213,18 +215,16 @@ def _read_rows(dataset: Any) -> tuple[Sequence[Record], Where]:
 
 
 def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
-    if not path.exists() or path.is_dir():
-        raise InputError(f"`dataset` must be an existing file, got {str(path)!r}.")
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        return _read_json(path)
-    if suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist(), Where(str(path), of_arrow=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path} must be a readable Parquet file: {reason(error)}.") from error
+    require_data_file(path, "dataset")
+    try:
+        if path.suffix.lower() in (".jsonl", ".json") or (not path.suffix and kind_of(path) == "a pipe"):
+            return _read_json(path)
+        if path.suffix.lower() == ".parquet":
+            return parquet_rows(path), Where(str(path), of_arrow=True)
+    except MemoryError as error:
+        raise too_large(path, "the memory is full") from error
+    except OSError as error:
+        raise InputError(f"`dataset` must be a file that can be read, got {str(path)!r}: {reason(error)}.") from error
     raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
 
 
@@ -234,8 +234,9 @@ def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
     The file is read once, because it may be a pipe.
     """
     with path.open("rb") as file:
-        number, first = next((line for line in enumerate(map(_stripped, file), 1) if line[1]), (1, b""))
-        lines = itertools.chain([first], file)
+        read = bounded_lines(file, path)
+        number, first = next((line for line in enumerate(map(_stripped, read), 1) if line[1]), (1, b""))
+        lines = itertools.chain([first], read)
         if not first.startswith((b"[", b"{")) or (first.startswith(b"{") and _is_json(first)):
             records, where = _read_lines(lines, number, path)
             return (records, where) if len(records) > 1 else _rows_within(records, where, path)

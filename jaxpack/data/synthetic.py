@@ -11,6 +11,7 @@ from jaxpack.errors import InputError, reason
 
 _COLUMNS = ("token_length_from", "token_length_to", "documents")
 _IDS = (10, 100_000)
+_MAX_DRAWN = 100_000_000
 
 
 def drawn_lengths(histogram: Path, count: int | None, rng: np.random.Generator) -> np.ndarray:
@@ -22,14 +23,18 @@ def drawn_lengths(histogram: Path, count: int | None, rng: np.random.Generator) 
     try:
         with histogram.open(newline="") as file:
             bins = [[float(row[name]) for name in _COLUMNS] for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
             f"`lengths` must be a CSV file with numbers in the columns {', '.join(_COLUMNS)}, got {str(histogram)!r}: "
             f"{type(error).__name__} {reason(error)}."
         ) from error
     low, high, weight = np.array(bins or [[0, 0, 0]]).T
-    if not (weight.min() >= 0 and weight.sum() > 0 and (low <= high).all()):
+    if not (np.isfinite([low, high, weight]).all() and weight.min() >= 0 and weight.sum() > 0 and (low <= high).all()):
         raise InputError(f"`lengths` must have bins with documents in them, got none in {str(histogram)!r}.")
+    if count is None and weight.sum() > _MAX_DRAWN:
+        raise InputError(
+            f"`lengths` must have at most {_MAX_DRAWN:,} documents, got {weight.sum():.10g} in {str(histogram)!r}."
+        )
     drawn = rng.choice(len(bins), round(weight.sum()) if count is None else count, p=weight / weight.sum())
     return np.maximum(2, rng.uniform(low[drawn], high[drawn]).astype(int))
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, reason
 
 
 class ChatTokenizer(Protocol):
@@ -57,7 +57,7 @@ def tokenize(
     text gets no second one, and white space before the token is cut off.
 
     Raises:
-      InputError: one of the texts is not valid Unicode.
+      InputError: one of the texts is not valid Unicode, or the tokenizer gives up on it.
     """
     begins = _added_before(tokenizer) if options.get("add_special_tokens", True) else []
     if begins:
@@ -69,6 +69,13 @@ def tokenize(
             if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can encode half of a surrogate pair
                 raise InputError(f"Text must be valid Unicode, got {text!r:.80} in {where(index)}.") from None
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and no `Exception`
+            raise
+        raise InputError(
+            f"The tokenizer must encode every text, but it failed with {reason(error)!r:.200}. A pattern in its"
+            " tokenizer.json needs too many attempts: use the tokenizer of the model's authors."
+        ) from None
     doubled = [
         sum(1 for _ in itertools.takewhile(lambda token: [token] == begins, ids[1:])) if ids[:1] == begins else 0
         for ids in encoded["input_ids"]

@@ -29,9 +29,10 @@ from jaxpack.model.config import DynamicRopeScaling
 from jaxpack.model.lora import adapters, require_finite
 from jaxpack.model.rope import last_length_alike
 from jaxpack.model.transformer import Transformer
-from jaxpack.parallel.device import available_host_bytes, current_device, free_device_bytes
+from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.settings import GenerateConfig
 from jaxpack.utils.console import progress_bar
+from jaxpack.utils.host import available_host_bytes
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation  # text to continue, or messages to answer
 

@@ -8,10 +8,7 @@ longer row finds no block that is long enough, although enough memory is free.
 import jax
 import numpy as np
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that the device's memory is exhausted."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+from jaxpack.errors import is_out_of_memory
 
 
 def has_block(size: int, device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm]

@@ -17,7 +17,6 @@ from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import (
     PINNED_LIMIT,
-    available_host_bytes,
     current_device,
     free_device_bytes,
     pinned_limit_bytes,
@@ -26,6 +25,7 @@ from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import autotuning_bytes, host_bytes, peak_bytes
 from jaxpack.planning.time import DeviceRates, rates_of, step_seconds
 from jaxpack.settings import TrainConfig
+from jaxpack.utils.host import available_host_bytes
 
 _GIB = 2**30
 _ACCURACY = 0.1  # Measured memory may exceed the prediction by this share.

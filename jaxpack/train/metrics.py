@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
-from jaxpack.utils.files import replace_file
+from jaxpack.utils.files import open_own_file, replace_file
+from jaxpack.utils.json_file import read_file
 
 METRICS, ABOUT = "metrics.jsonl", "about.json"
 TENSORBOARD = "tensorboard"  # the folder of its events, within `output_dir`
@@ -117,9 +118,10 @@ class MetricsFile:
     name = METRICS
 
     def __init__(self, path: Path, after: int | None):
-        self._file = path.open("xb" if after is None else "a+b", buffering=0)
+        self._file = open_own_file(path, is_new=after is None)
         if after is not None:
-            kept = [end for end, record in _whole_records(path.read_bytes()) if record["step"] <= after]
+            self._file.seek(0)
+            kept = [end for end, record in _whole_records(self._file.read()) if record["step"] <= after]
             self._file.truncate(kept[-1] if kept else 0)
             self._file.seek(0, os.SEEK_END)
 
@@ -142,7 +144,7 @@ class MetricsFile:
 def read_records(folder: Path) -> list[Record]:
     """Reads the whole records of `metrics.jsonl`, without a half-written last line of a run that was killed."""
     try:
-        return [record for _, record in _whole_records((folder / METRICS).read_bytes())]
+        return [record for _, record in _whole_records(read_file(folder / METRICS))]
     except OSError as error:
         raise InputError(f"`folder` must hold {METRICS}, got {str(folder)!r}: {reason(error)}.") from error
 
@@ -181,6 +183,10 @@ class TensorBoard:
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, Summary
+        if folder.is_symlink():  # its events would be written elsewhere
+            raise InputError(
+                f"`output_dir` must have a folder {TENSORBOARD!r} of its own, got a link at {str(folder)!r}."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # names differ even within one second
         if after is not None:  # TensorBoard then hides what was written for later steps.

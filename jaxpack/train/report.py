@@ -1,7 +1,6 @@
 """Reports on a run, finished or not, from `metrics.jsonl` and `about.json`: Markdown with a picture beside it."""
 
 import io
-import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from jaxpack.errors import InputError, install_command, reason
+from jaxpack.errors import InputError, install_command, one_line, reason, visible
 from jaxpack.train.metrics import ABOUT, METRICS, Record, read_records
 from jaxpack.utils.figures import frame, new_figure
 from jaxpack.utils.files import replace_file
+from jaxpack.utils.json_file import parse_json, read_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     try:
-        about = json.loads((folder / ABOUT).read_bytes())
+        about = parse_json(read_file(folder / ABOUT), finite=False)
     except (OSError, ValueError) as error:
         raise InputError(f"`folder` must hold {ABOUT}, got {str(folder)!r}: {reason(error)}.") from error
     missing = [name for name in _ABOUT if not isinstance(about, dict) or name not in about]
@@ -119,32 +119,37 @@ def _text(folder: Path, records: list[Record], about: dict[str, Any], picture: s
     began = f"continued after step {after:,} at" if after else "started at"
     return "\n".join(
         [
-            f"# {folder.resolve().name}: {done:,} of {about['num_steps']:,} steps",
+            f"# {_inline(folder.resolve().name)}: {done:,} of {about['num_steps']:,} steps",
             "",
-            f"{about['model']}, {began} {about['started']} on {about['device']}.",
+            _inline(f"{about['model']}, {began} {about['started']} on {about['device']}."),
             "",
             "| figure | value |",
             "|---|---|",
-            *(f"| {name} | {value} |" for name, value in _figures(records, about)),
+            *(f"| {name} | {_inline(value)} |" for name, value in _figures(records, about)),
             "",
             picture,
             "",
             "## Data and model",
             "",
-            *(f"- {line}" for line in about["plan"]),
+            *(f"- {_inline(line)}" for line in about["plan"]),
             "",
             "## Settings",
             "",
             "```yaml",
-            settings.rstrip("\n"),
+            visible(settings.rstrip("\n")),
             "```",
             "",
             "## Versions",
             "",
-            f"{versions}; {about['device']}",
+            _inline(f"{versions}; {about['device']}"),
             "",
         ]
     )
+
+
+def _inline(text: str) -> str:
+    """Writes a text of a file so that Markdown neither ends the table cell nor reads HTML or links in it."""
+    return one_line(str(text)).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, str]]:

@@ -18,13 +18,13 @@ from flax import nnx
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
-from jaxpack.parallel.allocator import has_block, is_out_of_memory, reserve_small_blocks
-from jaxpack.parallel.device import available_host_bytes, current_device, free_device_bytes, on_host
+from jaxpack.parallel.allocator import has_block, reserve_small_blocks
+from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import choices
 from jaxpack.settings import TrainConfig
@@ -33,6 +33,7 @@ from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console
+from jaxpack.utils.host import available_host_bytes
 from jaxpack.utils.prefetch import prefetched
 
 

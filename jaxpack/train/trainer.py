@@ -20,11 +20,10 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError, TrainingError, check_type, errors_name, reason
+from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
-from jaxpack.parallel.allocator import is_out_of_memory
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function

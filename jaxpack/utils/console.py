@@ -1,12 +1,20 @@
-"""Holds the one console that a run prints to, so that progress bars and lines do not overwrite each other."""
+"""Holds the one console that a run prints to, and sees to it that text of files cannot control the terminal."""
 
 import contextlib
 import importlib.util
+import logging
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
 from typing import Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+from jaxpack.errors import one_line, visible
 
 
 class _Stderr:
@@ -34,16 +42,66 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
-# Markup is off because paths and foreign messages contain brackets. Wrapping is off so that a line stays one line.
-console = Console(file=cast(TextIO, _Stderr()), highlight=False, markup=False, soft_wrap=True)
+class TextConsole(Console):
+    """Prints text as it is: without markup, emoji codes or highlighting, and with control characters made visible.
 
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+    Text of files reaches a terminal only through such a console. A string is one line: a newline in it, which can only
+    come from a file, becomes a visible sign. Tables and other renderables keep their lines.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+        self.push_render_hook(_MakeVisible())
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints like rich's console, but without control characters from the text."""
+        super().print(*(one_line(item) if isinstance(item, str) else item for item in objects), **options)
 
 
-def visible(text: str) -> str:
-    """Replaces control characters by visible signs, so foreign text cannot move the cursor or change text direction."""
-    return text.translate(_VISIBLE)
+class _MakeVisible(RenderHook):
+    """Replaces control characters in all text that a console renders; rich's own control codes stay."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(item) for item in renderables]
+
+
+class _Visible:
+    def __init__(self, renderable: ConsoleRenderable):
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+# Wrapping is off so that a line stays one line.
+console = TextConsole(file=cast(TextIO, _Stderr()), soft_wrap=True)
+
+
+def make_output_visible() -> None:
+    """Makes control characters visible in what other libraries print: warnings, log records and tracebacks.
+
+    They quote names and texts of files, too. The change holds for the whole process, so only the command line makes it.
+    """
+    sys.excepthook = _print_traceback
+    warnings.formatwarning = _format_warning
+    logging.setLogRecordFactory(_VisibleRecord)
+
+
+class _VisibleRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
+
+
+_format_warning_as_before = warnings.formatwarning
+
+
+def _format_warning(*about: Any, **options: Any) -> str:
+    return visible(_format_warning_as_before(*about, **options))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _Stderr().write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 
 def progress_bar(what: str, *, transient: bool = True) -> Progress:

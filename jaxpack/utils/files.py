@@ -1,11 +1,19 @@
-"""Writes folders and files so that they appear whole or not at all, and checks paths before a run writes to them."""
+"""Writes folders and files so that they appear whole or not at all, and checks paths before they are read or written.
+
+Whatever is created here is created exclusively, under a name that nobody can predict, and then renamed: so a link that
+somebody left in a folder is replaced, and never followed to a file elsewhere.
+"""
 
 import contextlib
+import glob
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxpack.errors import InputError, reason
 
@@ -13,6 +21,64 @@ try:
     import fcntl
 except ImportError:  # Windows has no locks of this kind
     fcntl = None
+
+
+_KINDS = (
+    (stat.S_ISREG, "a regular file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda _: True, "a device"),
+)
+_PARTIAL = ".partial"  # the end of the name of a file that is not whole yet
+_LEFT_BEHIND = 60  # seconds after which nobody writes to a partial file any more
+_HELD = ".replaced"  # the end of the name of a folder that holds a new and an old folder during a replacement
+
+
+def kind_of(path: Path) -> str | None:
+    """Returns in words what lies at a path, such as "a regular file", "a folder" or "a pipe"; None if nothing does.
+
+    A link counts as what it points to, and a link to nothing is "a link to nothing". Nothing is opened: that would wait
+    forever at a pipe.
+
+    Raises:
+      InputError: the path is not valid, or may not be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link to nothing" if path.is_symlink() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path!s:.200} must be a path that can be read: {reason(error)}.") from error
+    return next(name for is_kind, name in _KINDS if is_kind(mode))
+
+
+def is_regular_file(path: Path) -> bool:
+    """Returns whether there is a regular file, or a link to one, at a path; False if there is nothing.
+
+    Raises:
+      InputError: there is something else, such as a pipe or a link to nothing, which must not pass for a missing file.
+    """
+    kind = kind_of(path)
+    if kind not in (None, "a regular file"):
+        raise InputError(f"{path!s:.200} must be a regular file, got {kind}. Copy or download the file again.")
+    return kind is not None
+
+
+def require_regular_file(path: Path, name: str) -> None:
+    """Refuses a path that is no regular file and no link to one: a pipe may never end, and a device never does.
+
+    `name` is the argument that errors name.
+    """
+    if (kind := kind_of(path)) != "a regular file":
+        got = "" if kind is None else f", which is {kind}"
+        raise InputError(f"`{name}` must be an existing file, got {str(path)!r:.200}{got}.")
+
+
+def require_data_file(path: Path, name: str) -> None:
+    """Refuses a path as `require_regular_file` does, but for a pipe, through which another program may send data."""
+    if kind_of(path) != "a pipe":
+        require_regular_file(path, name)
 
 
 def require_free_folder(path: Path, name: str) -> None:
@@ -99,12 +165,12 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name:.50}-", dir=path.parent))
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+        temporary.chmod(0o777 & ~_umask())  # at the end: until then, nobody else can leave a link in it
         temporary.rename(path)  # atomic, and allowed over an empty folder
     except OSError as error:
         raise InputError(
@@ -122,35 +188,107 @@ def from_home(path: Path) -> str:
 
 
 def replace_folder(write: Callable[[Path], None], path: Path) -> None:
-    """Lets `write` create a folder, and puts the folder in the place of an existing one at `path`."""
-    if not path.exists():
+    """Lets `write` create a folder, and puts the folder in the place of an existing folder or link at `path`."""
+    if not os.path.lexists(path):
         write(path)
         return
-    new, old = _beside(path)
-    write(new)
-    path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    held = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=_HELD, dir=path.parent))
+    try:
+        write(held / "new")
+    except BaseException:
+        shutil.rmtree(held, ignore_errors=True)
+        raise
+    path.rename(held / "old")
+    (held / "new").rename(path)
+    shutil.rmtree(held, ignore_errors=True)
 
 
 def replace_file(path: Path, content: bytes, name: str) -> None:
     """Replaces or creates a file atomically: a reader finds the old or the new content, never a part of it.
 
+    A link at `path` is replaced; the file that it points to stays as it is.
+
     Raises:
       InputError: the disk refused a write. The file that was there is unchanged.
     """
-    partial = path.with_name(f".{path.name}")  # a fixed name: the next write overwrites what a killed process left
+
+    def put(partial: Path) -> None:
+        partial.replace(path)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+    except OSError as error:
+        raise InputError(f"`{name}` must be writable, got {str(path)!r}: {reason(error)}.") from error
+    _write_file(path, content, name, put)
+
+
+def write_new_file(path: Path, content: bytes, name: str) -> None:
+    """Creates a file in an existing folder; the file appears whole or not at all.
+
+    Raises:
+      InputError: there is something at `path`, even if it is only a link to nothing; or the disk refused a write.
+    """
+
+    def put(partial: Path) -> None:
+        try:
+            path.hardlink_to(partial)  # unlike a renaming, this never replaces anything
+        except FileExistsError:
+            raise
+        except OSError:  # the file system has no hard links
+            with path.open("xb") as file:
+                try:
+                    file.write(content)
+                except OSError:
+                    path.unlink()
+                    raise
+
+    try:
+        _write_file(path, content, name, put)
+    except FileExistsError:
+        raise InputError(f"`{name}` must be a new file, got {str(path)!r}, which exists.") from None
+
+
+def open_own_file(path: Path, *, is_new: bool) -> BinaryIO:
+    """Opens a file without a buffer to write at its end: a new file, or an existing regular file that is no link.
+
+    Raises:
+      OSError: there is a file where a new one is to be, or there is something else than a regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_EXCL if is_new else 0)
+    for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # not every system has all of them
+        flags |= getattr(os, flag, 0)
+    opened = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError("it is no regular file")
+    return open(opened, "a+b", buffering=0)
+
+
+def _write_file(path: Path, content: bytes, name: str, put: Callable[[Path], None]) -> None:
+    """Writes a file of an unpredictable name beside `path`, and lets `put` give it its name."""
+    partial = None
+    try:
+        prefix = f".{path.name:.50}-"
+        for leftover in path.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                if leftover.lstat().st_mtime < time.time() - _LEFT_BEHIND:
+                    leftover.unlink()
+        opened, written = tempfile.mkstemp(prefix=prefix, suffix=_PARTIAL, dir=path.parent)
+        partial = Path(written)
+        with open(opened, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial.chmod(0o666 & ~_umask())
+        put(partial)
+    except FileExistsError:
+        raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise InputError(f"`{name}` must be writable, got {str(path)!r}: {reason(error)}.") from error
+    finally:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -158,17 +296,13 @@ def remove_leftovers(path: Path) -> None:
 
     If it was killed between the two renames of `replace_folder`, the old folder gets its place back.
     """
-    new, old = _beside(path)
-    if old.exists() and not path.exists():
-        old.rename(path)  # the process was killed between the two renames
-    for name in (path.name, new.name):
-        for leftover in path.parent.glob(f".{name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _beside(path: Path) -> tuple[Path, Path]:
-    """Returns the paths at which `replace_folder` keeps the new and the old folder while it replaces `path`."""
-    return path.with_name(f".{path.name}-new"), path.with_name(f".{path.name}-old")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        if leftover.is_symlink() or not leftover.is_dir():
+            continue
+        old = leftover / "old"
+        if leftover.name.endswith(_HELD) and os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)  # the process was killed between the two renames
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _existing(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Tests `jaxpack train --config FILE`: flags override the file, and a run's own file repeats the run."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,15 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "word": ("max_length", "yaml", ["must hold names of flags with their values", "with 'max_length'"]),
     "no_yaml": ("max_length: [64", "yaml", ["must be a YAML or TOML file", "line 1"]),
     "no_toml": ("max_length: 64", "toml", ["must be a YAML or TOML file", "line 1"]),
+    "cases_aliases": (
+        "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklm")),
+        "yaml",
+        ["YAML or TOML file", "an alias is not allowed", "line 2"],
+    ),
+    "cases_deep": ("a: " + "[" * 5000, "yaml", ["YAML or TOML file", "recursion"]),
+    "cases_deep_toml": ("a = " + "[" * 5000, "toml", ["YAML or TOML file", "recursion"]),
+    "cases_control": ('"learning_rte\\e[31m": 1', "yaml", ["learning_rte\\x1b[31m"]),
     "suffix": ("{}", "json", ["`config` must end in .yaml, .yml or .toml", "settings.json'"]),
 }
 

@@ -69,7 +69,7 @@ def test_texts_that_cannot_be_saved_are_shown(exit_status, base, tmp_path, monke
 
     given = ["--model", base, "--prompt", "the cab", "--output", tmp_path / "texts.jsonl"]
     with monkeypatch.context() as patch:
-        patch.setattr("jaxpack.cli.generate.replace_file", full)
+        patch.setattr("jaxpack.cli.generate.write_new_file", full)
         assert exit_status("generate", *given, *TOKENS) == 2
     out, err = capfd.readouterr()
     assert "completion ─" in out

@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,51 @@ def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     return damage
 
 
+def rewritten(change: Callable[[str, bytes], bytes | None] = lambda name, content: content, **options: int) -> Callable:
+    """Writes the records of a file anew, with `change` applied to each; `options` are those of `zipfile.ZipFile`."""
+
+    def damage(folder: Path) -> None:
+        with zipfile.ZipFile(folder / BIN) as good:
+            contents = {name: good.read(name) for name in good.namelist()}
+        with zipfile.ZipFile(folder / BIN, "w", **options) as bad:
+            for name, content in contents.items():
+                if (changed := change(name, content)) is not None:
+                    bad.writestr(name, changed)
+
+    return damage
+
+
+def one_compressed(folder: Path) -> None:
+    """Compresses one record among plain ones."""
+    rewritten()(folder)
+    with zipfile.ZipFile(folder / BIN) as good:
+        contents = {name: good.read(name) for name in good.namelist()}
+    with zipfile.ZipFile(folder / BIN, "w") as bad:
+        for name, content in contents.items():
+            method = zipfile.ZIP_DEFLATED if name.endswith("data/1") else zipfile.ZIP_STORED
+            bad.writestr(name, content, compress_type=method)
+
+
+def twice(folder: Path) -> None:
+    with zipfile.ZipFile(folder / BIN, "a") as both, warnings.catch_warnings(action="ignore"):
+        name = next(name for name in both.namelist() if name.endswith("data/0"))
+        both.writestr(name, bytes(len(both.read(name))))
+
+
+def shorter_storage(name: str, content: bytes) -> bytes:
+    """Cuts a storage: the tensor in it would take in the bytes of its neighbours."""
+    return content[:-64] if name.endswith("data/0") else content
+
+
+def bomb(name: str, content: bytes) -> bytes:
+    """Describes the tensors at great length."""
+    return content[:-1] + b"0" * (5 << 20) + content[-1:] if name.endswith("data.pkl") else content
+
+
+def pickled(opcodes: bytes) -> Callable:
+    return rewritten(lambda name, content: b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
+
+
 NORM = "model.norm.weight"
 
 
@@ -123,6 +169,18 @@ NORM = "model.norm.weight"
         saved([torch.ones(2)]),
         saved({"a": 7}),
         saved({7: torch.ones(2)}),
+        rewritten(compression=zipfile.ZIP_DEFLATED),
+        rewritten(compression=zipfile.ZIP_LZMA),
+        one_compressed,
+        twice,
+        rewritten(shorter_storage),
+        rewritten(bomb),
+        rewritten(lambda name, content: None if name.endswith("data/0") else content),
+        rewritten(lambda name, content: None if name.endswith("data.pkl") else content),
+        pickled(b"r\xff\xff\xff\x1fN."),  # a memo of half a billion entries
+        pickled(b"\x96" + (10**10).to_bytes(8, "little") + b"."),  # an array of ten billion bytes
+        pickled(b"\x8a\x04" + b"\xff" * 4 + b"."),
+        pickled(b"(" * 100_000),
         replaced(NORM, torch.Tensor.double),
         replaced(NORM, torch.Tensor.to_sparse),
         replaced(NORM, lambda x: x.to("meta")),
@@ -130,7 +188,7 @@ NORM = "model.norm.weight"
         replaced(NORM, lambda x: torch.ones(1).expand(10**9)),  # a billion numbers in a file of a few bytes
     ],
 )
-def test_what_is_no_weights_is_one_clear_error(damage: Callable, tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_cases_what_is_no_weights_is_one_clear_error(damage: Callable, tmp_path: Path, capfd: pytest.CaptureFixture):
     save_bin(tmp_path, "llama-untied")
     damage(tmp_path)
     with pytest.raises(InputError) as refused:

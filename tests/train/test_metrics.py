@@ -181,3 +181,27 @@ def test_wandb_itself_keeps_a_run_and_goes_on_with_it(tmp_path: Path, monkeypatc
     content = b"".join(file.read_bytes() for file in files)
     for name in (b"train/loss", b"eval/perplexity"):
         assert name in content
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+@pytest.mark.parametrize("after", [None, 4])
+def test_cases_metrics_are_written_through_no_link(after: int | None, name: str, tmp_path: Path) -> None:
+    """An output folder that somebody prepared may hold links to files of the user."""
+    output, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
+    output.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("mine")
+    (output / name).symlink_to(elsewhere / "mine" if name == "metrics.jsonl" else elsewhere)
+    with pytest.raises(InputError, match="`output_dir` must"):
+        open_reports(TrainConfig(output_dir=str(output), report_to="tensorboard"), ABOUT, after)
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]
+    assert (elsewhere / "mine").read_text() == "mine"
+
+
+def test_cases_a_run_s_settings_are_written_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "about.json").symlink_to(tmp_path / "mine")
+    open_reports(TrainConfig(output_dir=str(tmp_path / "output")), ABOUT, None).__exit__()
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "output" / "about.json").is_symlink()

@@ -206,3 +206,19 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(copied: Path, caps
     assert (
         f"the report could not be written: `folder` must be writable, got '{copied}/report.md': Is a directory" in shown
     )
+
+
+def test_cases_texts_of_a_file_stay_texts_in_a_report(copied: Path) -> None:
+    """A folder that somebody else made holds an `about.json` of their own."""
+    about = json.loads((copied / "about.json").read_text())
+    about |= {"model": "m | x | <script>", "remat": "a | b\n| c | d", "device": "gpu\x1b[31m"}
+    about["plan"] = ["one\n# two", "![see](https://example.com/x.png)", "a\x9b2J"]
+    (copied / "about.json").write_text(json.dumps(about))
+    text = jaxpack.write_report(copied).read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        *(f"# {copied.name}: 7 of 7 steps", "## Data and model", "## Settings", "## Versions")
+    ]
+    assert not {*text} & {"\x1b", "\x9b"}
+    assert "<script>" not in text
+    assert "](https" not in text
+    assert table(text)["recomputation in the backward pass"] == r"`remat` a \| b␊\| c \| d"

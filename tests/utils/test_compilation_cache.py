@@ -1,10 +1,12 @@
-"""Compiled programs are kept in the right folder and found again, and a user's own compilations are left alone."""
+"""Compiled programs are kept in the right folder and found again, unless others can have changed them."""
 
-import contextlib
 import math
 import os
+import random
 import threading
-from collections.abc import Iterator
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -156,14 +158,171 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning_of_one_line(tmp_path: P
     assert cache.found == 0
 
 
-def test_a_damaged_file_is_a_warning(tmp_path: Path):
-    for expected in (contextlib.nullcontext(), pytest.warns(UserWarning, match="Error reading")):
-        cache = ProgramCache(str(tmp_path))
-        with cache.in_use(), expected:
-            assert cache.compile(lowered(15.0))(jnp.ones(8)).shape == (8,)
-        assert cache.found == 0
-        (file,) = kept(tmp_path)
-        os.truncate(file, 100)
+# Programs of others, and damaged ones.
+
+
+def compiled(folder: Path, factor: float) -> int:
+    """Compiles a program with a cache in a folder, checks its result, and returns how many programs were found."""
+    cache = ProgramCache(str(folder))
+    with cache.in_use():
+        program = cache.compile(lowered(factor))
+    assert float(program(jnp.ones(8))[0]) == pytest.approx(factor * math.tanh(1))
+    return cache.found
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, 100)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def garbage(file: Path) -> None:
+    file.write_bytes(random.Random(0).randbytes(5000))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def garbage_within(file: Path) -> None:
+    """Is a good archive of a bad program."""
+    file.write_bytes(zlib.compress(b"\0\0\0\1" + bytes(100)))
+
+
+@pytest.mark.parametrize("has_checksum", [True, False])
+@pytest.mark.parametrize("damage", [cut, empty, garbage, flip, garbage_within])
+def test_cases_a_damaged_program_is_replaced_with_one_sentence(
+    damage: Callable[[Path], None], has_checksum: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert compiled(tmp_path, 15.0) == 0
+    (file,) = map(Path, kept(tmp_path))
+    damage(file)
+    if not has_checksum:  # as in a folder of JAX's own, or after a kill
+        (checksum,) = tmp_path.glob("*.crc32")
+        checksum.unlink()
+    capsys.readouterr()
+    assert compiled(tmp_path, 15.0) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "damaged" in shown
+    assert "compiled again" in shown
+    if damage is garbage_within and not has_checksum:  # JAX finds out when it has loaded it, and then writes nothing
+        assert compiled(tmp_path, 15.0) == 0
+    assert compiled(tmp_path, 15.0) == 1  # the new one is good
+    assert capsys.readouterr().err == ""
+
+
+def test_cases_a_damaged_program_costs_no_other_program(tmp_path: Path):
+    for factor in (20.0, 21.0):
+        assert compiled(tmp_path, factor) == 0
+    files = sorted(map(Path, kept(tmp_path)))
+    garbage_within(files[0])
+    files[0].with_name(files[0].name + ".crc32").unlink()
+    assert compiled(tmp_path, 20.0) + compiled(tmp_path, 21.0) == 1
+    assert compiled(tmp_path, 20.0) + compiled(tmp_path, 21.0) == 1
+    assert compiled(tmp_path, 20.0) + compiled(tmp_path, 21.0) == 2
+
+
+def test_cases_other_warnings_of_a_compilation_are_still_shown(tmp_path: Path):
+    class Lowered:
+        def compile(self) -> str:
+            warnings.warn("of the user's own function", UserWarning, stacklevel=1)
+            return "program"
+
+    cache = ProgramCache(str(tmp_path))
+    with cache.in_use(), pytest.warns(UserWarning, match="of the user's own function"):
+        assert cache.compile(Lowered()) == "program"
+
+
+def by_another_user(path: Path) -> None:
+    os.chown(path, 12345, 12345, follow_symlinks=False)
+
+
+def writable_by_all(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+def writable_by_a_group(path: Path) -> None:
+    os.chown(path, os.geteuid(), 12345)
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
+
+
+@as_root
+@pytest.mark.parametrize("change", [by_another_user, writable_by_all, writable_by_a_group, linked, piped])
+def test_cases_a_program_that_others_can_have_written_is_not_run(
+    change: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert compiled(tmp_path, 16.0) == 0
+    (file,) = map(Path, kept(tmp_path))
+    change(file)
+    capsys.readouterr()
+    assert compiled(tmp_path, 16.0) == 0
+    shown = capsys.readouterr().err
+    assert shown == (
+        f"compiled programs that others could have written are deleted from {tmp_path}, and compiled again: 1\n"
+    )
+    assert compiled(tmp_path, 16.0) == 1
+
+
+@as_root
+@pytest.mark.parametrize("change", [by_another_user, writable_by_all, writable_by_a_group])
+@pytest.mark.parametrize("which", ["programs", "."])
+def test_cases_a_folder_that_others_can_write_to_is_not_used(
+    which: str, change: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folder = tmp_path / "mine" / "programs"
+    assert compiled(folder, 17.0) == 0
+    assert folder.parent.stat().st_mode & 0o077 == 0
+    change(folder.parent / which)
+    capsys.readouterr()
+    assert compiled(folder, 17.0) == 0
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"compiled programs cannot be kept in {folder}: ")
+    assert shown.endswith("; each run compiles them again\n")
+    assert shown.count("\n") == 1
+    assert len(kept(folder)) == 1
+
+
+@as_root
+def test_a_folder_within_one_that_others_can_write_to_is_used_if_they_cannot_rename_it(tmp_path: Path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    for found in (0, 1):
+        assert compiled(tmp_path / "tmp" / "programs", 18.0) == found
+
+
+def test_cases_the_folder_that_jax_is_set_to_is_checked_too(own_folder: Path, capsys: pytest.CaptureFixture):
+    lowered(19.0).compile()
+    own_folder.chmod(0o777)
+    cache = ProgramCache("auto")
+    assert cache.folder is None
+    assert "others can write to it" in capsys.readouterr().err
+    with cache.in_use():
+        cache.compile(lowered(19.0))
+    assert cache.found == 0
+
+
+def test_cases_a_link_to_a_folder_is_followed_once(tmp_path: Path):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("disk")
+    assert ProgramCache(str(tmp_path / "link")).folder == str(tmp_path / "disk")
 
 
 def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path: Path):

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,18 @@ from jaxpack.errors import InputError
 from jaxpack.utils.files import (
     from_home,
     held_folder,
+    is_regular_file,
+    kind_of,
+    open_own_file,
     remove_leftovers,
     replace_file,
     replace_folder,
+    require_data_file,
     require_free_folder,
     require_new_folder,
+    require_regular_file,
     whole_folder,
+    write_new_file,
 )
 
 
@@ -195,3 +202,144 @@ def test_a_path_is_shown_from_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert from_home(tmp_path / "me/.cache/programs") == "~/.cache/programs"
     assert from_home(tmp_path / "memo") == str(tmp_path / "memo")
+
+
+# A link that somebody left in the folder is never followed to a file elsewhere.
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "elsewhere" / "victim"
+    path.parent.mkdir()
+    path.write_text("mine")
+    return path
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_cases_a_link_in_the_place_of_a_file_is_replaced(exists: bool, tmp_path: Path, victim: Path):
+    target = victim if exists else victim.with_name("new")
+    (tmp_path / "report.md").symlink_to(target)
+    replace_file(tmp_path / "report.md", b"ours", "folder")
+    assert not (tmp_path / "report.md").is_symlink()
+    assert (tmp_path / "report.md").read_bytes() == b"ours"
+    assert [path.name for path in victim.parent.iterdir()] == ["victim"]
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_cases_a_new_file_is_made_at_no_link(exists: bool, tmp_path: Path, victim: Path):
+    target = victim if exists else victim.with_name("new")
+    (tmp_path / "drawn.png").symlink_to(target)
+    with pytest.raises(InputError, match="`picture` must be a new file"):
+        write_new_file(tmp_path / "drawn.png", b"ours", "picture")
+    assert os.listdir(tmp_path) == ["drawn.png", "elsewhere"] or len(os.listdir(tmp_path)) == 2
+    assert os.listdir(victim.parent) == ["victim"]
+    assert victim.read_text() == "mine"
+
+
+def test_cases_a_new_file_never_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_links(path: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("linked", "written"):
+        write_new_file(tmp_path / name, b"one", "output")
+        with pytest.raises(InputError, match=r"`output` must be a new file, got .*, which exists"):
+            write_new_file(tmp_path / name, b"two", "output")
+        assert (tmp_path / name).read_bytes() == b"one"
+        monkeypatch.setattr(Path, "hardlink_to", no_links)  # as on a file system without them
+    assert sorted(os.listdir(tmp_path)) == ["linked", "written"]
+
+
+def test_cases_temporary_names_cannot_be_predicted(tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch):
+    """The names that earlier versions used are links to a file elsewhere, and stay so."""
+    names = (".report.md", ".adapter-new", ".adapter-old")
+    for name in names:
+        (tmp_path / name).symlink_to(victim)
+    seen = set()
+
+    def synced(number: int) -> None:
+        seen.add(os.readlink(f"/proc/self/fd/{number}"))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for _ in range(2):
+        replace_file(tmp_path / "report.md", b"ours", "folder")
+        replace_folder(write, tmp_path / "adapter")
+    assert len(seen) == 4
+    assert all((tmp_path / name).is_symlink() for name in names)
+    assert victim.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "adapter", "elsewhere", "report.md"])
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_cases_a_link_in_the_place_of_a_folder_is_replaced(exists: bool, tmp_path: Path, victim: Path):
+    (tmp_path / "adapter").symlink_to(victim.parent if exists else victim.with_name("new"))
+    replace_folder(write, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").is_symlink()
+    assert os.listdir(tmp_path / "adapter") == ["file"]
+    assert os.listdir(victim.parent) == ["victim"]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_cases_a_file_is_continued_through_no_link(is_new: bool, tmp_path: Path, victim: Path):
+    (tmp_path / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(OSError, match=r"(File exists|symbolic links)"):
+        open_own_file(tmp_path / "metrics.jsonl", is_new=is_new)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError):  # noqa: PT011 (it must not wait for a reader)
+        open_own_file(tmp_path / "pipe", is_new=is_new)
+    assert victim.read_text() == "mine"
+    (tmp_path / "own").write_text("a")
+    with open_own_file(tmp_path / "own", is_new=False) as file:
+        file.write(b"b")
+    assert (tmp_path / "own").read_text() == "ab"
+
+
+def test_a_file_that_a_killed_process_left_is_removed_later(tmp_path: Path):
+    for name in (".file-aaaa.partial", ".file-bbbb.partial", ".other-cccc.partial"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".file-aaaa.partial", (0, 0))
+    replace_file(tmp_path / "file", b"", "output")
+    assert sorted(os.listdir(tmp_path)) == [".file-bbbb.partial", ".other-cccc.partial", "file"]
+
+
+# What is no regular file is told apart from what is not there, and is never opened.
+
+
+def special(folder: Path) -> dict[str, Path]:
+    paths = {name: folder / name for name in ("pipe", "socket", "folder", "link")}
+    os.mkfifo(paths["pipe"])
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(folder)  # the path of a socket must be short
+        server.bind("socket")
+    paths["folder"].mkdir()
+    paths["link"].symlink_to("nowhere")
+    return paths | {"device": Path("/dev/null")}
+
+
+def test_cases_only_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    words = {"pipe": "a pipe", "socket": "a socket", "folder": "a folder", "link": "a link to nothing"}
+    words["device"] = "a device"
+    for name, path in special(tmp_path).items():
+        assert kind_of(path) == words[name]
+        with pytest.raises(InputError, match=f"must be a regular file, got {words[name]}"):
+            is_regular_file(path)
+        with pytest.raises(InputError, match=f"`data` must be an existing file, got .* which is {words[name]}"):
+            require_regular_file(path, "data")
+        if name != "pipe":
+            with pytest.raises(InputError, match="`data` must be an existing file"):
+                require_data_file(path, "data")
+    require_data_file(tmp_path / "pipe", "data")
+    (tmp_path / "file").touch()
+    (tmp_path / "good").symlink_to("file")
+    for name in ("file", "good"):  # the hub's cache is made of links to files
+        assert is_regular_file(tmp_path / name)
+        require_regular_file(tmp_path / name, "data")
+    for absent in (tmp_path / "absent", tmp_path / "file" / "below"):
+        assert kind_of(absent) is None
+        assert not is_regular_file(absent)
+        with pytest.raises(InputError, match=r"`data` must be an existing file, got .*(absent|below)'\."):
+            require_data_file(absent, "data")
+    for wrong in (tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(InputError, match="must be a path that can be read"):
+            is_regular_file(wrong)

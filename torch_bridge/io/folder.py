@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError
+from jaxpack.utils.files import is_regular_file
+from jaxpack.utils.json_file import read_json
 from torch_bridge.io.safetensors_file import header_bytes, read_header
 
 Found = TypeVar("Found")
 
 WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 _FILE_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)  # a plain name, without a path to another folder
-_MAX_JSON_BYTES = 64 << 20  # ten times the index of 100,000 tensors
 _SHARD_BYTES = 2 << 30
 _SHOWN = 4  # names shown in one message
 
@@ -69,8 +70,12 @@ def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Fou
 
 
 def has_weights(folder: Path, one_file: str) -> bool:
-    """Returns whether a folder has this file of weights, or an index of its shards."""
-    return any((folder / name).is_file() for name in (one_file, _index_of(one_file)))
+    """Returns whether a folder has this file of weights, or an index of its shards.
+
+    Raises:
+      InputError: one of them is no regular file.
+    """
+    return any(is_regular_file(folder / name) for name in (one_file, _index_of(one_file)))
 
 
 def _index_of(one_file: str) -> str:
@@ -79,10 +84,10 @@ def _index_of(one_file: str) -> str:
 
 def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
     """Returns the weight files, each with the tensors that the index lists for it (none without an index)."""
-    if (folder / one_file).is_file():
+    if is_regular_file(folder / one_file):
         return {folder / one_file: []}
     index = folder / _index_of(one_file)
-    if not index.is_file():
+    if not is_regular_file(index):
         raise InputError(f"{folder} must hold {one_file} or {index.name}, got neither.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -95,7 +100,7 @@ def _weight_files(folder: Path, one_file: str) -> dict[Path, list[str]]:
             raise InputError(f"{index} must list only names of files in its own folder, got {name!r:.80}.")
         files.setdefault(folder / name, []).append(tensor)
     for path in files:
-        if not path.is_file():
+        if not is_regular_file(path):
             raise InputError(
                 f"{folder} must hold every file that its index lists, got no file {path.name!r}. Copy or download it."
             )
@@ -125,19 +130,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(f"{name:.120}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object from a file; raises InputError if the file holds anything else."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} must be a JSON file, got one that cannot be read: {reason(error)}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, got {content!r:.80}.")
-    return content
-
-
 def write_safetensors(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -164,7 +156,7 @@ def write_safetensors(
         (folder / _index_of(WEIGHTS)).write_text(json.dumps(index, indent=2))
     coming = iter(tensors)
     for file, shard in zip(files, shards, strict=True):
-        with (folder / file).open("wb") as written:
+        with (folder / file).open("xb") as written:
             written.write(header_bytes({name: shapes[name] for name in shard}, dtype))
             for name in shard:
                 given, tensor = next(coming)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpack.errors import InputError, reason
+from jaxpack.utils.json_file import parse_json
 
 DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 _MAX_HEADER_BYTES = 16 << 20  # enough for 100,000 tensors; the format allows 100 MB, gigabytes in Python
@@ -95,8 +96,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     header = np.empty(length, np.uint8)
     read_at(path, 8, header)
     try:
-        described = json.loads(header.tobytes(), object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:
+        described = parse_json(header.tobytes())
+    except ValueError as error:
         raise _broken(path, f"its header is not valid JSON: {reason(error)}") from error
     if not isinstance(described, dict):
         raise _broken(path, "its header is not a JSON object")
@@ -143,15 +144,6 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
 def _is_whole(values: Any) -> bool:
     """Returns whether `values` is a list of at most 8 integers below 2**63; the limit bounds their product."""
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the name {name:.80} occurs twice")
-        result[name] = value
-    return result
 
 
 def _broken(path: Path, why: str) -> InputError:
