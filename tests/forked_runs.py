@@ -6,8 +6,11 @@ exit status, which is negative for a signal. If `moment` is given, the run sends
 - `["step", n, seconds]`: this many seconds after the n-th step starts,
 - `["save", n, seconds]`: this many seconds after the n-th checkpoint begins to be written,
 - `["file", n]`: before Python makes, opens, renames or deletes something in the output folder for the n-th time.
+
+With the moment `["fill", n, path]`, the run sends no signal: before its n-th step it fills the disk of `path`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -62,6 +65,12 @@ def _before_call(owner: Any, name: str, number: int, act: Callable[[], None]) ->
     setattr(owner, name, counted)
 
 
+def _fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
 def _prepare(moment: list, number: int, output: str) -> None:
     from jaxpack.train import checkpoint, run
 
@@ -72,7 +81,9 @@ def _prepare(moment: list, number: int, output: str) -> None:
         threading.Thread(target=lambda: (time.sleep(seconds[0]), send()), daemon=True).start()
 
     what, count, *seconds = moment
-    if what == "step":
+    if what == "fill":
+        _before_call(run.Run, "step", count, lambda: _fill(Path(moment[2])))
+    elif what == "step":
         _before_call(run.Run, "step", count, send_later)
     elif what == "save":
         _before_call(checkpoint, "_write", count, send_later)

@@ -1,9 +1,11 @@
 """Tests that `jaxpack train`, killed or stopped at any moment and resumed, equals an undisturbed run bit for bit."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -133,6 +135,56 @@ def test_a_signal_saves_and_then_stops(setting: Setting, tmp_path: Path) -> None
     for name in ADAPTER:
         assert (output / name).read_bytes() == (setting.undisturbed / name).read_bytes()
     assert len({*adapters, (output / ADAPTER[1]).read_bytes()}) == 3
+
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+INTERRUPTIONS = int(os.environ.get("JAXPACK_INTERRUPTIONS", "4"))  # 60 take ten minutes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(INTERRUPTIONS))
+def test_cases_a_run_that_is_interrupted_ends_as_if_it_never_was(seed: int, setting: Setting, tmp_path: Path) -> None:
+    output, log, draw = tmp_path / "run", tmp_path / "log", random.Random(seed)
+    command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest"]
+    moment = draw.choice(
+        [
+            ["step", draw.randint(1, STEPS - 4), draw.uniform(0, 0.02)],
+            ["save", draw.randint(1, 6), draw.uniform(0, 0.12)],
+            ["file", draw.randint(1, 250)],
+        ]
+    )
+    number = SIGNALS[seed % len(SIGNALS)]
+    status = setting.run(*command, log=log, moment=moment, number=number)
+    assert status in (-number, 128 + number, 0), (moment, log.read_text())  # 0: it had ended before
+    if status == 128 + number and "stopped after step" in log.read_text():
+        assert (output / ADAPTER[1]).exists()
+    if status:
+        assert setting.run(*command, log=log) == 0, (moment, log.read_text())
+    require_same_end(output, setting.undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mounts a disk of 8 MB, which only root may do."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"only root may mount a disk: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(-(-INTERRUPTIONS // 4)))
+def test_cases_a_run_whose_disk_is_full_can_be_resumed(seed: int, setting: Setting, small_disk: Path) -> None:
+    output, log, filler = small_disk / "run", small_disk / "log", small_disk / "filler"
+    command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest"]
+    step = random.Random(seed).randint(1, STEPS)
+    assert setting.run(*command, log=log, moment=["fill", step, str(filler)]) == 2  # the adapter could not be saved
+    filler.unlink()
+    assert setting.run(*command, log=log) == 0, log.read_text()
+    require_same_end(output, setting.undisturbed)
 
 
 def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path) -> None:
