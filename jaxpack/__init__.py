@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # at run time `__getattr__` imports a name when it is used: `
     from jaxpack.data.packing import PackedBatch, pack_rows
     from jaxpack.data.preview import ShownRow, show_row
     from jaxpack.data.reading import load_documents
-    from jaxpack.errors import InputError
+    from jaxpack.errors import InputError, TrainingError
     from jaxpack.generation.text import generate, generate_text
     from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig
     from jaxpack.model.lora import add_lora
@@ -54,6 +54,7 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "Trainer",
+    "TrainingError",
     "Transformer",
     "add_lora",
     "generate",
@@ -74,7 +75,7 @@ _MODULES = {
     "jaxpack.data.packing": ("PackedBatch", "pack_rows"),
     "jaxpack.data.preview": ("ShownRow", "show_row"),
     "jaxpack.data.reading": ("load_documents",),
-    "jaxpack.errors": ("InputError",),
+    "jaxpack.errors": ("InputError", "TrainingError"),
     "jaxpack.generation.text": ("generate", "generate_text"),
     "jaxpack.model.config": ("Llama3RopeScaling", "ModelConfig", "RopeConfig"),
     "jaxpack.model.lora": ("add_lora",),

@@ -1,4 +1,4 @@
-"""Defines `InputError`, the one error that a user can cause, and helpers for its messages."""
+"""Defines `InputError`, the error that a user can cause, `TrainingError`, and helpers for their messages."""
 
 import contextlib
 from collections.abc import Iterator
@@ -51,6 +51,22 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+class TrainingError(RuntimeError):
+    """Says that a run cannot go on although its input was right, such as when its weights are no longer finite.
+
+    The message says in which step, what was saved, and what usually helps. The command line prints it and exits with
+    status 1.
+
+    Example:
+      >>> import jaxpack
+      >>> issubclass(jaxpack.TrainingError, RuntimeError)
+      True
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(message))
+
+
 def check_type(name: str, value: object, kind: type) -> None:
     """Refuses a value of another type than the argument must have, such as a model of another library."""
     if not isinstance(value, kind):
@@ -87,9 +103,7 @@ def not_installed(what: str, package: str, extras: str) -> InputError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that the host, or a device of JAX, has too little memory."""
-    if isinstance(error, MemoryError):
-        return True
+    """Returns whether an error says that the memory of a device of JAX is exhausted."""
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -200,7 +200,8 @@ class TrainConfig:
     resume_from_checkpoint: str | None = _option(
         None,
         "Checkpoint to continue from: the folder of a checkpoint; the folder of a run, for its newest checkpoint; or "
-        "'latest', for the newest one in output_dir (if there is none, the run starts from the beginning).",
+        "'latest', for the newest one in output_dir (if there is none, the run starts from the beginning). If the "
+        "newest is damaged, the run takes the one before; a damaged checkpoint that is named is refused.",
     )
     seed: int = _option(
         42,

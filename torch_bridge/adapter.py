@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError
-from jaxpack.model.lora import adapters, add_lora
+from jaxpack.model.lora import adapters, add_lora, require_finite
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.settings import LoraConfig
@@ -46,7 +46,8 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
     read checkpoints, and an assertion checks that every adapter of the model is in the table.
 
     Raises:
-      InputError: the model has no adapters, `path` is not empty, or the disk refused a write.
+      InputError: the model has no adapters, or its trained weights are not finite, `path` is not empty, or the disk
+        refused a write.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -58,6 +59,7 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
         raise InputError(
             "`model` must have LoRA adapters, got a model without any. Write a whole model with `save_pretrained`."
         )
+    require_finite(model)
     tensors = adapter_tensors(model)
     with whole_folder(Path(path), "path") as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n")

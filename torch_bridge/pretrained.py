@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, install_command, reason
 from jaxpack.model.config import ModelConfig
-from jaxpack.model.lora import adapters
+from jaxpack.model.lora import adapters, require_finite
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
@@ -94,7 +94,8 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer |
     """Writes a model without adapters as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
     Raises:
-      InputError: the model has adapters (use `save_adapter`), `path` is not empty, or the disk refused a write.
+      InputError: the model has adapters (use `save_adapter`), or its trained weights are not finite, `path` is not
+        empty, or the disk refused a write.
 
     Example:
       >>> import torch_bridge
@@ -106,6 +107,7 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer |
             "`model` must be without LoRA adapters, got a model that has them. Write the adapters with `save_adapter`,"
             " or the merged model with `save_merged`."
         )
+    require_finite(model)
     tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
     with whole_folder(Path(path), "path") as folder:
         write_folder(folder, model, tensors, jnp.dtype(model.dtype).name, tokenizer)

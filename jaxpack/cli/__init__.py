@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
-from jaxpack.errors import InputError, is_out_of_memory, reason
+from jaxpack.errors import InputError, TrainingError, is_out_of_memory, reason
 from jaxpack.utils.console import console, make_output_visible
 
 # Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
@@ -72,17 +72,17 @@ def _options(
 def main() -> None:
     """Runs a command.
 
-    Bad input and full memory end with one sentence and status 2, and Ctrl-C with status 130 (by typer). A bug in
-    jaxpack keeps its traceback.
+    Bad input ends with one sentence and status 2; a run that cannot go on, and full memory, with one sentence and
+    status 1; and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its traceback.
     """
     make_output_visible()
     try:
         app()
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         console.print(f"error: {error}", style="red")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise
         whose = "this machine" if isinstance(error, MemoryError) else "the device"
         console.print(
@@ -90,4 +90,4 @@ def main() -> None:
             " or end other programs that use this memory.",
             style="red",
         )
-        sys.exit(2)
+        sys.exit(1)

@@ -138,7 +138,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # with a few of these, a short file has billions of values
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "an alias is not allowed", mark)
+            raise yaml.constructor.ConstructorError(None, None, "an alias is not allowed", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

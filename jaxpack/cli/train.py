@@ -148,12 +148,16 @@ def train(
     try:
         with errors_name(**_FLAG_OF):
             result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
-    except (KeyboardInterrupt, SystemExit):
-        if trainer.progress.losses:
-            console.print("interrupted: the weights are saved as trained so far")
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        how = "interrupted" if stopped else "an error ended the run"
+        if trainer.steps_in_model:
+            console.print(f"{how}: the weights are saved as trained in {trainer.steps_in_model:,} steps")
             save()
-        else:
-            console.print("interrupted before a step was done: there is nothing to save")
+        elif trainer.progress.losses:
+            console.print(f"{how}: the trained weights are lost or not finite, so they are not saved")
+        elif not isinstance(error, InputError):  # Its message says enough.
+            console.print(f"{how} before a step was done: there is nothing to save")
         raise
     evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
     if result.first_step_seconds:

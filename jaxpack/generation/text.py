@@ -26,6 +26,7 @@ from jaxpack.generation.decode import decode_step, prefill
 from jaxpack.generation.sampling import DecodeState, SamplingParams, rounded_length
 from jaxpack.model.cache import Cache
 from jaxpack.model.config import DynamicRopeScaling
+from jaxpack.model.lora import adapters, require_finite
 from jaxpack.model.rope import last_length_alike
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, free_device_bytes
@@ -53,9 +54,9 @@ def generate(
       The new tokens of each prompt: `max_new_tokens`, or fewer where a stop token would be next.
 
     Raises:
-      InputError: an option is unknown or out of range, a prompt is empty or has ids outside the vocabulary, or there
-        are more tokens than fit into memory or than the model's `max_position_embeddings`, beyond which only dynamic
-        NTK is made to go.
+      InputError: an option is unknown or out of range, the adapters hold NaN or infinity, a prompt is empty or has ids
+        outside the vocabulary, or there are more tokens than fit into memory or than the model's
+        `max_position_embeddings`, beyond which only dynamic NTK is made to go.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -74,6 +75,8 @@ def generate(
     listed: Any = [list(one) if isinstance(one, Iterable) and type(one) is not str else one for one in prompts]
     prompts = cast(list[list[int]], listed)
     _check_prompts(model, prompts, config)
+    if adapters(model):
+        require_finite(model)
     params = SamplingParams.of(config, _stops(stop_tokens))
     graph, state = nnx.split(model)
     written: dict[int, list[int]] = {}

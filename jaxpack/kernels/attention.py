@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxpack.errors import InputError
 from jaxpack.kernels import cudnn
 from jaxpack.kernels._launch import dispatch, launch, pl, plt, powers_of_two
+from jaxpack.kernels.nonfinite import contain, contain_reference
 
 Implementation = Literal["xla", "pallas", "cudnn"]
 LANES = 128  # the kernels need T to be a multiple of this; `attention` pads T to one
@@ -86,7 +87,7 @@ def attention(
 
     Query head `n` reads key and value head `n // (N / K)` (grouped queries). Padding yields zeros. Scores and softmax
     are float32; the result has the dtype of `q`. Tokens of another segment have weight exactly 0, so they cannot change
-    a result even in its last bit. The backward pass recomputes scores, block by block.
+    a result even in its last bit, nor if they are NaN or infinite. The backward pass recomputes scores, block by block.
 
     Args:
       bounds: the result of `segment_bounds` for the batch.
@@ -197,6 +198,7 @@ def attention_reference(
 ) -> Float[Array, "B T N H"]:
     """Computes `attention` in plain jnp, with dense scores for one chunk of queries at a time."""
     T = q.shape[1]
+    k, v = contain_reference(k, v)
     chunk = max(_MIN_CHUNK, -(-T // _MAX_CHUNKS))
     # No query attends to keys after its chunk, so these keys are not read.
     outputs = [
@@ -645,13 +647,14 @@ def _attention_forward(q, k, v, bounds, sinks, options):
     def pallas(q, k, v, bounds, sinks):
         T = q.shape[1]
         bounds, q, k, v = pad_tokens(bounds, q, k, v)
+        k, v = contain(k, v, K)
         out, lse = attention_forward(Heads(q), Heads(k), Heads(v), N, K, bounds, sinks, options)
-        return out[:, :T], lse
+        return out[:, :T], lse, k[:, :T], v[:, :T]
 
     def xla(q, k, v, bounds, sinks):
-        return attention_reference(q, k, v, bounds, sinks, options), no_lse(q, K)
+        return attention_reference(q, k, v, bounds, sinks, options), no_lse(q, K), k, v
 
-    out, lse = dispatch(options.implementation, xla=xla, pallas=pallas)(q, k, v, bounds, sinks)
+    out, lse, k, v = dispatch(options.implementation, xla=xla, pallas=pallas)(q, k, v, bounds, sinks)
     return out, (q, k, v, bounds, sinks, out, lse)
 
 

@@ -29,6 +29,7 @@ from jaxpack.kernels.attention import (
     pad_tokens,
     segments_for_cudnn,
 )
+from jaxpack.kernels.nonfinite import contain
 from jaxpack.kernels.rope import Angles, norm_rotate_reference, rotate_reference
 
 
@@ -133,6 +134,7 @@ def _forward(qkv, angles, bounds, norms, sinks, N, eps, options):
             qk = qkv = _rotated(qkv, angles, N)
         else:
             qk = _normed(qkv, angles, norms, N, eps)
+        qk, qkv = contain(qk, qkv, K, first_key=N, first_value=N + K)
         out, lse = attention_forward(*_at(qk, qkv, N), N, K, bounds, sinks, options)
         return out[:, :T], lse, qkv[:, :T]
 

@@ -75,6 +75,30 @@ def adapters(model: Transformer) -> dict[str, LoraAdapter]:
     }
 
 
+def require_finite(model: Transformer) -> None:
+    """Refuses a model whose trained parameters hold NaN or infinity; the device reads them once.
+
+    Raises:
+      InputError: such a value was found.
+    """
+    trained = nnx.to_flat_state(nnx.state(model, TRAINED))
+    if not trained:
+        return
+    finite = jax.device_get(_all_finite([value[...] for _, value in trained]))
+    wrong = [".".join(map(str, path)) for (path, _), good in zip(trained, finite, strict=True) if not good]
+    if wrong:
+        others = f" and {len(wrong) - 1} other arrays" if len(wrong) > 1 else ""
+        raise InputError(
+            f"`model` must have trained weights that are finite, got NaN or infinity in {wrong[0]}{others}. Use a"
+            " checkpoint or an adapter from before the training failed, and train with a lower `learning_rate`."
+        )
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+
 def without_adapters(model: Transformer) -> Transformer:
     """Returns a view of the model, around the same arrays, that has no adapters."""
     view = nnx.merge(*nnx.split(model))

@@ -4,6 +4,7 @@ import os
 import sys
 
 import jax
+import numpy as np
 from jax.extend import backend
 
 try:
@@ -36,6 +37,12 @@ def may_lower_for_gpu() -> bool:
 def platform_of(array: jax.Array) -> str:
     """Returns the platform that an array lies on: "cpu" or "gpu"."""
     return next(iter(array.devices())).platform
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """Returns an array's values in the host's memory, which stay when the array is donated."""
+    # Copied on a CPU: `np.asarray` would give a view of memory that is donated to the next step.
+    return np.array(array) if platform_of(array) == "cpu" else np.asarray(array)
 
 
 def free_device_bytes(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]

@@ -40,6 +40,13 @@ class Prediction(NamedTuple):
     host_bytes: int
 
 
+class Choice(NamedTuple):
+    """Holds a choice of `remat` for a run, and the reason for it."""
+
+    remat: Remat
+    reason: str | None  # None if the user named the choice
+
+
 def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
     """Returns a prediction for every choice, from the one that keeps least on the device to the one that keeps most."""
     first = autotuning_bytes(step)
@@ -58,10 +65,13 @@ def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
     return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
 
 
-def resolve(
+def choices(
     config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int, gpu: str | None = None
-) -> tuple[Remat, str | None]:
-    """Returns a run's choice of `remat`, and a line with the reason if the setting is "auto", else None.
+) -> list[Choice]:
+    """Returns the choices of `remat` that a run may take: the best first, then those that need less memory each.
+
+    The later ones are for a run that finds less memory than was predicted. If the user named a choice, it is the only
+    one.
 
     Args:
       held_bytes: the bytes of device memory that the run's own weights and optimizer state take already.
@@ -75,21 +85,20 @@ def resolve(
     if config.remat != "auto":
         if gpu is None:
             _check_host(step, config.remat)
-        return config.remat, None
+        return [Choice(config.remat, None)]
     device = current_device()
     free = _free_bytes(device, held_bytes) if gpu is None else None
     memory = free if config.memory_limit is None else config.memory_limit * _GIB
     if memory is None:
-        return (
-            "full",
-            'remat "full": this device does not report its free memory; a `memory_limit` may allow a faster choice',
-        )
+        why = 'remat "full": this device does not report its free memory; a `memory_limit` may allow a faster choice'
+        return [Choice("full", why)]
     predictions = list(predict(step, rates_of(gpu or device.device_kind)).values())
     if gpu is None and device.platform == "cpu":  # Its only memory is the host's.
         predictions = [p for p in predictions if not p.host_bytes]
     if not (fitting := fits(predictions, memory)):
         raise InputError(_refusal(config, step, fits(predictions, math.inf), memory))
-    return fitting[0].remat, _explanation(fitting[0], predictions, memory)
+    frugal = [p for i, p in enumerate(fitting) if all(p.peak_bytes < other.peak_bytes for other in fitting[:i])]
+    return [Choice(p.remat, _explanation(p, predictions, memory)) for p in frugal]
 
 
 def _check_host(step: StepShape, remat: Remat) -> None:

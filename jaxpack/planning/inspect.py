@@ -18,7 +18,7 @@ from jaxpack.data.packing import packed_rows
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
-from jaxpack.planning.choose import resolve
+from jaxpack.planning.choose import choices
 from jaxpack.planning.time import RATES, DeviceRates, known_gpu, run_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.figures import Line, frame, label_ends, new_figure
@@ -212,7 +212,7 @@ def _timed(
     for layout, estimate in layouts.items():
         run = batches[layout]
         try:
-            remat, _ = resolve(estimate.config, model, run, 0, gpu)
+            remat = choices(estimate.config, model, run, 0, gpu)[0].remat
         except InputError as error:
             timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue

@@ -1,8 +1,9 @@
 """Saves and resumes a run: orbax writes checkpoints while the run goes on; a checkpoint's folder is whole or absent.
 
-`checkpoints/<step>` holds the arrays of the state (trained weights, optimizer state, step) with the losses so far and,
-in `run`, a description of the run (`identity_of`, `notes_of`). The order of the data and dropout follow from the seed
-and the step alone (`data.batching`, `train.step`), so a checkpoint needs no other random state.
+`checkpoints/<step>` holds the arrays of the state (trained weights, optimizer state, step) with the losses so far; in
+`run`, a description of the run (`record.Record`); and a checksum of each file (`utils.checksums`), which is checked
+before the run resumes. The order of the data and dropout follow from the seed and the step alone (`data.batching`,
+`train.step`), so a checkpoint needs no other random state.
 """
 
 import contextlib
@@ -31,20 +32,25 @@ from flax import nnx
 from jaxtyping import Array, UInt32
 
 from jaxpack.data.documents import Documents
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, reason, visible
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
-from jaxpack.parallel.device import current_device, platform_of
+from jaxpack.parallel.device import current_device, on_host
 from jaxpack.settings import TrainConfig
+from jaxpack.train.record import Record, read_record, shown
 from jaxpack.train.step import TrainState
+from jaxpack.utils.checksums import CHECKSUMS, DamagedError, check_folder, sync_folder, write_checksums
 from jaxpack.utils.console import console
 
 FOLDER = "checkpoints"
 LATEST = "latest"
 
 _STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, and an array in the first part
-_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # Folders with these endings are not checkpoints.
+# Folders with these endings are not checkpoints. Orbax appends the second one to the first while it writes.
+_UNFINISHED, _ORBAX_UNFINISHED, _DELETED = ".unfinished", ".orbax-checkpoint-tmp", ".deleted"
+_DAMAGED = ".damaged"  # the ending of a checkpoint that was not resumed from, kept for its user
 _SPARE = 2**20  # Bytes that a checkpoint may take in addition to its arrays.
+_PART = 2**20  # Values that are looked at together: their bits stay in the cache of a processor.
 # Settings that may differ between a run and its continuation. The last two change only how a step is rounded.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
@@ -79,14 +85,14 @@ def identity_of(
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
-    weights = _named(frozen)
+    weights = arrays_by_name(frozen)
     of_jax: Any = jax.config  # JAX declares no types for its settings
     identity = (
         structure
         | settings
         | {f"adapters' {name}": value for name, value in lora.items()}
         | {name: None if documents is None else _describe(documents) for name, documents in datasets.items()}
-        | {f"array {name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(state).items()}
+        | {f"array {name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays_by_name(state).items()}
         | {
             f"frozen {name}": f"{leaf.dtype}{list(leaf.shape)} {checksum:08x}"
             for (name, leaf), checksum in zip(weights.items(), checksums(list(weights.values())).tolist(), strict=True)
@@ -125,7 +131,7 @@ def _checksums(arrays: list[Array]) -> Array:
     return jnp.stack([checksum(x) for x in arrays])
 
 
-def _named(tree: Any) -> dict[str, Array]:
+def arrays_by_name(tree: Any) -> dict[str, Array]:
     """Returns the arrays of a pytree by their paths, such as `trainable.blocks.mlp.down.lora_a`."""
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -142,8 +148,8 @@ class Checkpoints:
     """Keeps a run's checkpoints in `output_dir/checkpoints`: the last few, and the one with the lowest eval loss.
 
     A save only waits until the arrays are on the host. A thread then writes them to a folder that gets its final name
-    once it is whole. After that, checkpoints that are no longer kept are renamed and deleted. A save that fails (a full
-    disk) prints a message and does not end the run; the earlier checkpoints stay.
+    once it is whole, checksums included. After that, checkpoints that are no longer kept are renamed and deleted. A
+    save that fails (a full disk) prints a message and does not end the run; the earlier checkpoints stay.
 
     Args:
       output_dir: the folder of the run.
@@ -165,12 +171,30 @@ class Checkpoints:
     ):
         self.folder = Path(output_dir) / FOLDER
         self._on_saved = on_saved
-        self._keep, self._about = keep, {"identity": identity, "notes": notes, "date": date.isoformat()}
+        self._keep, self._identity, self._notes, self._date = keep, identity, notes, date
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
-        for pattern in (f"*{_UNFINISHED}", f"*{_DELETED}"):
-            for leftover in self.folder.glob(pattern):  # from a run that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+        cut_off = set()
+        for ending in (_UNFINISHED, _ORBAX_UNFINISHED, _DELETED):
+            for leftover in self.folder.glob(f"*{ending}"):  # from a run that was killed
+                _remove(leftover)
+                if ending != _DELETED:
+                    cut_off.add(visible(leftover.name.split(".")[0]))
+        for step in sorted(cut_off):
+            console.print(f"the run was ended while it wrote the checkpoint of step {step}: its files are deleted")
+
+    def set_aside(self, after: int) -> None:
+        """Renames the checkpoints of steps later than `after`: they are damaged, and the run repeats these steps."""
+        for step in steps_in(self.folder):
+            if step > after:
+                path, number = self.folder / str(step), 1
+                while os.path.lexists(aside := self.folder / f"{step}{_DAMAGED}-{number}"):
+                    number += 1
+                try:
+                    path.rename(aside)
+                    console.print(f"the damaged checkpoint {path} is now {aside}; nothing reads it, it may be deleted")
+                except OSError as error:
+                    console.print(f"{path} cannot be renamed to {aside}: {reason(error)}", style="yellow")
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
         """Waits for the previous save, and starts to save the state after `step` steps.
@@ -178,7 +202,10 @@ class Checkpoints:
         When the method returns, the arrays are on the host, so the state may be donated.
         """
         self.wait()
-        arrays = {name: _on_host(leaf) for name, leaf in _named(state).items()}
+        arrays = {
+            name: leaf if isinstance(leaf, np.ndarray) else on_host(leaf)
+            for name, leaf in arrays_by_name(state).items()
+        }
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
         evaluations = dict(progress.evaluations)
         self._writing = self._writer.submit(self._write, step, arrays, evaluations)
@@ -186,6 +213,12 @@ class Checkpoints:
     def wait(self) -> bool:
         """Waits until nothing is being written, and returns whether the last save, if any, is on the disk."""
         return self._writing is None or self._writing.result()
+
+    def newest(self) -> Path | None:
+        """Waits for the save that is being written, and returns the checkpoint of the last step, or None."""
+        self.wait()
+        steps = steps_in(self.folder)
+        return self.folder / str(steps[-1]) if steps else None
 
     def close(self) -> None:
         """Waits for the save that is being written, and ends the thread."""
@@ -196,167 +229,291 @@ class Checkpoints:
             console.print(f"step {step} is not saved: {fault}, and no run can continue from that", style="yellow")
             return False
         path = self.folder / str(step)
-        about = self._about | {"step": step, "evaluations": {str(at): loss for at, loss in evaluations.items()}}
+        record = Record(self._identity, self._notes, self._date, step, evaluations)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             needed = sum(array.nbytes for array in arrays.values()) + _SPARE
             if shutil.disk_usage(self.folder).free < needed:  # orbax would print pages of errors
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            _write(path, arrays, about)
+            _write(path, arrays, record.to_json())
         except Exception as error:  # The libraries under orbax raise errors of any type.
-            shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
+            for ending in (_UNFINISHED, _UNFINISHED + _ORBAX_UNFINISHED):
+                _remove(path.with_name(path.name + ending))
             console.print(f"step {step} could not be saved in {path}: {_reason(error)}; the run goes on", style="red")
             return False
         console.print(f"saved the checkpoint {path}")
         self._on_saved(step, path)
         try:
-            self._delete_all_but(self._kept(evaluations))
+            self._prune(step, evaluations)
         except OSError as error:
             console.print(f"an older checkpoint could not be deleted: {reason(error)}", style="yellow")
         return True
 
-    def _kept(self, evaluations: dict[int, float]) -> set[int]:
-        steps = steps_in(self.folder)
-        evaluated = [step for step in steps if not math.isnan(evaluations.get(step, math.nan))]
-        return {*steps[-self._keep :], *sorted(evaluated, key=evaluations.__getitem__)[:1]}
-
-    def _delete_all_but(self, kept: set[int]) -> None:
-        for step in set(steps_in(self.folder)) - kept:
+    def _prune(self, step: int, evaluations: dict[int, float]) -> None:
+        """Deletes the checkpoints that are no longer kept, now that the one of `step` is written."""
+        # A later one is damaged, see `set_aside`: it must not count in the place of a whole one.
+        steps = [other for other in steps_in(self.folder) if other <= step]
+        evaluated = [other for other in steps if not math.isnan(evaluations.get(other, math.nan))]
+        kept = {*steps[-self._keep :], *sorted(evaluated, key=evaluations.__getitem__)[:1]}
+        for other in set(steps) - kept:
             # Renamed first: a half-deleted checkpoint must never look like a whole one.
-            shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}{_DELETED}"))
+            shutil.rmtree((self.folder / str(other)).rename(self.folder / f"{other}{_DELETED}"))
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Returns the steps that have a checkpoint in a folder, ascending."""
-    if not folder.is_dir():
+    """Returns the steps that have a checkpoint in a folder, ascending; a damaged one may be no folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name)))
 
 
 def _fault(arrays: dict[str, np.ndarray]) -> str | None:
     """Returns the reason why no run could resume from these arrays, or None.
 
-    Checks the last loss and the weights: a loss is computed before its step's update, so it can be finite while the
-    updated weights are not.
+    Checks the last loss and the state: a loss is computed before its step's update, so it can be finite while the
+    updated weights are not. A single number of the optimizer may be infinite: a schedule that watches the loss begins
+    with an infinite best loss.
     """
     if not math.isfinite(loss := arrays[_LOSSES][-1]):
         return f"its loss is {loss}"
-    state = [array for name, array in arrays.items() if name != _LOSSES]
-    floats = [array for array in state if array.size and jnp.issubdtype(array.dtype, jnp.floating)]
-    ends = [float(end) for array in floats for end in (array.min(), array.max())]
-    return None if all(map(math.isfinite, ends)) else "its weights are not finite"
+    for name, array in sorted(arrays.items(), key=lambda item: not item[0].startswith("trainable.")):
+        if name != _LOSSES and jnp.issubdtype(array.dtype, jnp.floating):
+            may_be_infinite = array.ndim == 0 and name.startswith("optimizer.")
+            if not (_is_finite(array) or (may_be_infinite and not math.isnan(array))):
+                return f"`{name}` has values that are not finite"
+    return None
 
 
-def _on_host(leaf: Array) -> np.ndarray:
-    # Copied on a CPU: `np.asarray` would give a view of memory that is donated to the next step.
-    return np.array(leaf) if platform_of(leaf) == "cpu" else np.asarray(leaf)
+def _is_finite(array: np.ndarray) -> bool:
+    # By the bits: numpy compares the values of bfloat16 arrays about 20 times more slowly.
+    bits = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
+    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
+    parts = (bits[begin : begin + _PART] for begin in range(0, bits.size, _PART))
+    return not any(((part & exponent) == exponent).any() for part in parts)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp  # Here, because the import takes half a second.
 
     parts = {_STATE: ocp.args.StandardSave(arrays), _RUN: ocp.args.JsonSave(about)}
+    unfinished = path.with_name(path.name + _UNFINISHED)
     with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(*parts)) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.Composite(**parts))
+        checkpointer.save(unfinished.absolute(), args=ocp.args.Composite(**parts))
+    write_checksums(unfinished)
+    unfinished.rename(path)
+    sync_folder(path.parent)  # before an older checkpoint is deleted
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder or another entry, or leaves it if it cannot be deleted. Never follows a link."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# --- Finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(config: TrainConfig) -> list[Path]:
+    """Returns the checkpoints that a run may resume from, newest first: it takes the first that is not damaged.
+
+    The list is empty for a fresh start, and has one entry if `resume_from_checkpoint` names a checkpoint.
+
+    Raises:
+      InputError: `output_dir` holds a run that this one does not continue, or there is no checkpoint to resume from.
+    """
+    own = [] if config.output_dir is None else _newest_first(Path(config.output_dir) / FOLDER, "output_dir")
+    choice = config.resume_from_checkpoint
+    if choice == LATEST:
+        return own
+    found = []
+    if choice is not None:
+        path, name = Path(choice), "resume_from_checkpoint"
+        found = _newest_first(path / FOLDER, name) or _newest_first(path, name) or [path]
+        if found == [path] and not any(os.path.lexists(path / part) for part in (_RUN, _STATE, CHECKSUMS)):
+            raise InputError(
+                "`resume_from_checkpoint` must be the folder of a checkpoint, a folder of checkpoints, the folder of a"
+                f" run, or 'latest', got {choice!r}."
+            )
+    chosen = next((path for path in own if found and path.resolve() == found[0].resolve()), None)
+    if own and (chosen is None or not all(map(_is_damaged, own[: own.index(chosen)]))):
+        raise InputError(
+            f"`output_dir` must not hold {FOLDER}/, unless `resume_from_checkpoint` is the newest checkpoint there or"
+            f" 'latest', got {config.output_dir!r}, which holds {own[0]}. Continue that run, or choose another folder."
+        )
+    return found
+
+
+def _newest_first(folder: Path, name: str) -> list[Path]:
+    try:
+        return [folder / str(step) for step in reversed(steps_in(folder))]
+    except (OSError, ValueError) as error:  # It is not permitted, or the name is too long or has a null character.
+        raise InputError(f"`{name}` must be readable, got {str(folder)!r:.200}: {reason(error)}.") from error
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        check_folder(path)
+        read_record(path)
+    except DamagedError:
+        return True
+    except OSError:
+        return False  # That is not known.
+    return False
+
+
+def date_of_run(paths: list[Path]) -> datetime.date | None:
+    """Returns the date that the run of some checkpoints gave its chat template; None for those of older versions.
+
+    Raises:
+      InputError: all of the checkpoints are damaged.
+    """
+    faults = {}
+    for path in paths:
+        try:
+            return read_record(path).date
+        except DamagedError as error:
+            faults[path] = str(error)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    if faults:
+        raise _refusal(faults)
+    return None
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """Returns the checkpoint that a run resumes from, or None for a fresh start.
-
-    Raises:
-      InputError: `output_dir` holds a run that this one does not continue, or there is no checkpoint to resume from.
-    """
-    own = None if config.output_dir is None else Path(config.output_dir) / FOLDER
-    newest = None if own is None or not (steps := steps_in(own)) else own / str(steps[-1])
-    choice = config.resume_from_checkpoint
-    if choice == LATEST:
-        return newest
-    path = None if choice is None else Path(choice)
-    for folder in (path / FOLDER, path) if path is not None else ():
-        if steps := steps_in(folder):
-            path = folder / str(steps[-1])
-            break
-    if path is not None and not (path / _RUN).is_dir():
-        raise InputError(
-            "`resume_from_checkpoint` must be the folder of a checkpoint, a folder of checkpoints, the folder of a run,"
-            f" or 'latest', got {choice!r}."
-        )
-    if newest is not None and (path is None or path.resolve() != newest.resolve()):
-        raise InputError(
-            f"`output_dir` must not hold {FOLDER}/, unless `resume_from_checkpoint` is the newest checkpoint there or"
-            f" 'latest', got {config.output_dir!r}, which holds {newest}. Continue that run, or choose another folder."
-        )
-    return path
-
-
-def _read_part(path: Path, name: str, args: Any) -> Any:
-    import orbax.checkpoint as ocp
-
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(name)) as checkpointer:
-            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{name: args}))[name]
-    except Exception as error:  # The libraries under orbax raise errors of any type.
-        raise InputError(
-            f"`resume_from_checkpoint` must be a complete checkpoint, got {str(path)!r}, which cannot be read:"
-            f" {_reason(error)}."
-        ) from error
-
-
-def date_of_run(path: Path) -> datetime.date | None:
-    """Returns the date that the run of a checkpoint gave its chat template; None for checkpoints of older versions.
-
-    Raises:
-      InputError: the checkpoint is not readable.
-    """
-    import orbax.checkpoint as ocp
-
-    about = _read_part(path, _RUN, ocp.args.JsonRestore())
-    found = about.get("date") if isinstance(about, dict) else None
-    try:
-        return None if found is None else datetime.date.fromisoformat(found)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"`resume_from_checkpoint` must be a checkpoint that jaxpack wrote, got {str(path)!r} with the date"
-            f" {found!r:.80}."
-        ) from error
-
-
 def load_checkpoint(
-    path: Path, state: TrainState, identity: dict[str, Any], notes: dict[str, str]
-) -> tuple[TrainState, Progress]:
-    """Reads a checkpoint in place of `state`, whose arrays are deleted one by one as the new ones arrive.
+    paths: list[Path], state: TrainState, identity: dict[str, Any], notes: dict[str, str], num_steps: int
+) -> tuple[Path, TrainState, Progress]:
+    """Reads the first of some checkpoints that is not damaged, and says so if it is not the first of all.
+
+    The arrays come in the place of those of `state`, which are deleted one by one as the new ones arrive.
+
+    Args:
+      paths: checkpoints of one run, newest first, see `find_checkpoints`.
+      state: the state of the run before its first step.
+      identity: the facts that must be the same in the run of the checkpoint, see `identity_of`.
+      notes: the facts that may differ, which is then said, see `notes_of`.
+      num_steps: the number of steps of the run.
 
     Raises:
-      InputError: the checkpoint is of another run, damaged, or not readable; `state` is then unchanged.
+      InputError: the checkpoint is of another run, all checkpoints are damaged, or one is not readable; `state` is then
+        unchanged.
     """
-    import orbax.checkpoint as ocp
-
-    about = _read_part(path, _RUN, ocp.args.JsonRestore())
-    if missing := {"identity", "notes", "step", "evaluations"} - set(about):
-        raise InputError(
-            f"`resume_from_checkpoint` must be a checkpoint that jaxpack wrote, got {str(path)!r} without"
-            f" {sorted(missing)}."
-        )
-    _require_same(path, about["identity"], identity)
-    named = _named(state)
-    wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named.items()}
-    found = _read_part(path, _STATE, ocp.args.StandardRestore(wanted | {_LOSSES: np.zeros(about["step"])}))
-    changed = [f"{name} {there}, not {notes[name]}" for name, there in about["notes"].items() if there != notes[name]]
-    if changed:
-        console.print(
-            f"the checkpoint was written with {'; '.join(changed)}: losses may differ by rounding", style="yellow"
-        )
+    named, faults = arrays_by_name(state), {}
+    for path in paths:
+        try:
+            record, arrays = _read(path, named, identity, notes, num_steps)
+            break
+        except DamagedError as error:
+            faults[path] = str(error)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    else:
+        raise _refusal(faults)
+    for damaged, fault in faults.items():
+        console.print(f"the checkpoint {damaged} is damaged, so it is not used: {visible(fault)}", style="yellow")
+    if faults:
+        first, last = record.step + 1, int(paths[0].name)
+        repeated = f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"
+        line = f"the one before, {path}, is whole: the run resumes from it and repeats {repeated}"
+        console.print(line, style="yellow")
+    differ = [f"{name} {there}, not {notes[name]}" for name, there in record.notes.items() if there != notes[name]]
+    if differ:
+        line = f"the checkpoint was written with {'; '.join(differ)}: losses may differ by rounding"
+        console.print(visible(line), style="yellow")
     leaves = []
     for name, leaf in named.items():
         # An uncommitted array stays uncommitted, so that the same program is compiled.
         device = leaf.sharding if leaf.committed else None
         leaf.delete()  # Deleted first: a device may have no room for both.
-        leaves.append(jax.device_put(found.pop(name), device))
-    evaluations = {int(step): loss for step, loss in about["evaluations"].items()}
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(found[_LOSSES].tolist(), evaluations)
+        leaves.append(jax.device_put(arrays.pop(name), device))
+    state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return path, state, Progress(arrays[_LOSSES].tolist(), record.evaluations)
+
+
+def _read(
+    path: Path, named: dict[str, Array], identity: dict[str, Any], notes: dict[str, str], num_steps: int
+) -> tuple[Record, dict[str, np.ndarray]]:
+    """Returns the record and the arrays of a checkpoint, all of them checked."""
+    has_checksums = check_folder(path)
+    record = read_record(path)
+    _require_same(path, record.identity, identity)
+    if path.parent.name == FOLDER and path.name.isdecimal() and path.name != str(record.step):
+        raise DamagedError(f"its step must be {path.name}, as its folder's name, got {record.step}")
+    if record.step > num_steps:
+        raise DamagedError(f"its step must be at most {num_steps}, the number of steps of the run, got {record.step}")
+    if record.notes.keys() != notes.keys():
+        raise DamagedError(f"its `notes` must be {sorted(notes)}, got {shown(sorted(record.notes))}")
+    wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named.items()}
+    wanted[_LOSSES] = np.zeros(record.step)
+    try:
+        arrays = _restore(path, wanted)
+    except Exception as error:  # The libraries under orbax raise errors of any type.
+        if has_checksums or isinstance(error, MemoryError):  # The checkpoint before is no easier to read.
+            raise _unreadable(path, error) from error
+        raise DamagedError(f"its arrays cannot be read: {_reason(error)}") from error
+    for name, array in wanted.items():
+        found = arrays.get(name)
+        if not isinstance(found, np.ndarray) or (found.shape, found.dtype) != (array.shape, array.dtype):
+            raise DamagedError(f"its array `{name}` must be {array.dtype}{list(array.shape)}")
+    if (step := int(arrays["step"])) != record.step:
+        raise DamagedError(f"its array `step` must be {record.step}, as its record, got {step}")
+    if (fault := _fault(arrays)) is not None:
+        raise DamagedError(fault)
+    if not has_checksums:
+        console.print(
+            f"the checkpoint {path} has no checksums, because an earlier version of jaxpack wrote it: damage to its"
+            " numbers cannot be found",
+            style="yellow",
+        )
+    return record, arrays
+
+
+def _restore(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(_STATE)) as checkpointer:
+        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
+        return checkpointer.restore(path.absolute(), args=args)[_STATE]
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"`resume_from_checkpoint` must be readable, got {str(path)!r}, which may be whole: {_reason(error)}. Mend the"
+        " cause, and resume again."
+    )
+
+
+def _refusal(faults: dict[Path, str]) -> InputError:
+    """Returns the error of a damaged checkpoint, or of several if there is no other."""
+    path, fault = next(iter(faults.items()))
+    if len(faults) > 1:
+        told = "; ".join(f"{path.name} ({fault})" for path, fault in list(faults.items())[:5])
+        return InputError(
+            f"`resume_from_checkpoint` must lead to a whole checkpoint, got {str(path.parent)!r}, where all"
+            f" {len(faults)} are damaged: {told}. Put back a copy of one, or start a new run in another folder."
+        )
+    before = [other for other in _newest_first(path.parent, "resume_from_checkpoint") if _is_before(other, path)]
+    whole = next((other for other in before if not _is_damaged(other)), None)
+    advice = (
+        "There is no whole checkpoint before it: put back a copy, or start a new run in another folder."
+        if whole is None
+        else f"The one before it, {str(whole)!r}, is whole: resume from that."
+    )
+    return InputError(
+        f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}, which is damaged: {fault}. {advice}"
+    )
+
+
+def _is_before(other: Path, path: Path) -> bool:
+    return path.name.isdecimal() and int(other.name) < int(path.name)
 
 
 def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
@@ -367,17 +524,25 @@ def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
 
 
 def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    differ = [name for name in here | there if there.get(name) != here.get(name)]
+    differ = [name for name in here | there if not _is_same(there.get(name), here.get(name))]
     if not differ:
         return
     # If sizes or settings differ, arrays differ too, so arrays are named only if nothing else differs.
     told = [name for name in differ if not name.startswith(("array ", "frozen "))] or differ
-    what = ", ".join(f"`{name}` {there.get(name)!r} (here {here.get(name)!r})" for name in told[:4])
+    what = ", ".join(f"`{visible(name):.80}` {shown(there.get(name))} (here {here.get(name)!r})" for name in told[:4])
     more = f" and {len(told) - 4} more" if len(told) > 4 else ""
     raise InputError(
         f"`resume_from_checkpoint` must be a checkpoint of the same run, got {str(path)!r} with {what}{more}. Use the"
         " model, data and settings of that run, or start a new run."
     )
+
+
+def _is_same(there: Any, here: Any) -> bool:
+    if isinstance(here, dict) and isinstance(there, dict):
+        return here.keys() == there.keys() and all(_is_same(there[name], here[name]) for name in here)
+    if isinstance(here, list) and isinstance(there, list):
+        return len(here) == len(there) and all(map(_is_same, there, here))
+    return there == here and isinstance(there, bool) == isinstance(here, bool)  # Python's True equals 1.
 
 
 def _reason(error: BaseException) -> str:
@@ -386,7 +551,7 @@ def _reason(error: BaseException) -> str:
     The whole text may fill pages.
     """
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return reason(error)[:200] if code is None else os.strerror(int(code[1]))
+    return visible(reason(error))[:200] if code is None else os.strerror(int(code[1]))
 
 
 @contextlib.contextmanager

@@ -79,15 +79,8 @@ class Log:
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
-        was_finite = math.isfinite(sum(self._done.losses[-1:]))
         self._done.losses.append(loss)
         done = len(self._done.losses)
-        if was_finite and not math.isfinite(loss + self._grad_norm):
-            what = f"loss of step {done} is {loss}"
-            if math.isfinite(loss):
-                what = f"gradient of step {done} has norm {self._grad_norm}"
-            line = f"the {what}: training cannot recover from it; try a lower `learning_rate`"
-            self._progress.console.print(line, style="yellow")
         if done == self._first + 1:
             self.first_step_seconds, compiling = now - self._start.begin, self._start.compile_seconds
             self._progress.console.print(

@@ -1,10 +1,13 @@
 """A run trains a model on its batches: it holds the training state and compiles a program for each batch shape."""
 
 import contextlib
+import functools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +18,30 @@ from flax import nnx
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
-from jaxpack.parallel.device import current_device, free_device_bytes
+from jaxpack.parallel.allocator import has_block, reserve_small_blocks
+from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.mesh import make_mesh
-from jaxpack.planning.choose import resolve
+from jaxpack.planning.choose import choices
 from jaxpack.settings import TrainConfig
-from jaxpack.train.checkpoint import Progress, load_checkpoint
+from jaxpack.train.checkpoint import Progress, arrays_by_name, load_checkpoint
 from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
 from jaxpack.utils.compilation_cache import ProgramCache
+from jaxpack.utils.console import console
+from jaxpack.utils.host import available_host_bytes
 from jaxpack.utils.prefetch import prefetched
+
+
+class HostCopy(NamedTuple):
+    """Holds a copy of a run's state on the host, and the number of steps that led to it."""
+
+    step: int
+    state: TrainState  # of numpy arrays
 
 
 class Run:
@@ -40,8 +53,10 @@ class Run:
       frozen: the weights that no step changes.
       schedule: the learning rate by step; None if the user's optimizer has its own.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
-      remat, explanation: the choice of `remat` and the reason for it, see `choose.resolve`.
+      remat, explanation: the choice of `remat` and the reason for it, see `choose.choices`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
+      copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
+        such a step may find too little memory, and an error destroys the state that a step was given.
     """
 
     def __init__(
@@ -55,8 +70,10 @@ class Run:
         optimizer: optax.GradientTransformation | Callable[..., Any] | None = None,
         compute_metrics: ComputeMetrics | None = None,
     ):
-        self._model, self._batches, self._eval_batches = model, batches, eval_batches
+        self._model, self._batches, self._eval_batches, self._config = model, batches, eval_batches, config
         self.started = 0
+        self.copy: HostCopy | None = None
+        self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded
         mesh = make_mesh()
         graph, trainable, self.frozen = split_trainable(model)
         # `split_trainable` copied the trained parameters. The model now takes the copies, so the originals are freed.
@@ -64,18 +81,19 @@ class Run:
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
-        self.remat: Remat
-        self.remat, self.explanation = resolve(config, model, batches, held_bytes)
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
-        self._step = make_train_step(
+        self._make_step = functools.partial(
+            make_train_step,
             graph,
             optimizer,
             objective=objective,
-            remat=self.remat,
             implementation=config.implementation,
             dropout_seed=config.seed if has_dropout else None,
             mesh=mesh,
         )
+        self._choices = deque(choices(config, model, batches, held_bytes))
+        self.remat: Remat
+        self.remat, self.explanation = self._choices.popleft()
         self._eval_step = make_eval_step(
             graph,
             objective=objective,
@@ -85,16 +103,20 @@ class Run:
         )
         self.programs: dict[int, jax.stages.Compiled] = {}
         self.eval_programs: dict[int, jax.stages.Compiled] = {}
+        self._walls: list[jax.Array] = []
 
     def compile(self, cache: ProgramCache) -> float:
-        """Compiles all programs before the run, or finds them in the cache; returns the seconds that it took."""
+        """Compiles all programs before the run, or finds them in the cache; returns the seconds that it took.
+
+        If a program needs more memory than there is, the run takes the next choice of `remat`, aloud.
+
+        Raises:
+          InputError: no choice is left, or an evaluation needs more memory than there is.
+        """
         begin = time.perf_counter()
         with cache.in_use():
-            for shape in self._batches.shapes:
-                lowered = self._step.lower(
-                    self.state, self.frozen, _abstract(shape), limits=self._batches.limits[shape[-1]]
-                )
-                self.programs[shape[-1]] = cache.compile(lowered)
+            while (shortage := self._compile_steps(cache)) is not None:
+                self.take_next_choice(shortage)
             evaluated = self._eval_batches
             for shape in evaluated.shapes if evaluated is not None else ():
                 assert evaluated is not None
@@ -104,12 +126,68 @@ class Run:
                 _check_room(program, shape)
         return time.perf_counter() - begin
 
-    def resume(self, path: Path, identity: dict[str, Any], notes: dict[str, str]) -> Progress:
-        """Loads a checkpoint: sets `state`, `started` and the model's trained parameters, and returns its progress."""
-        self.state, progress = load_checkpoint(path, self.state, identity, notes)
+    def _compile_steps(self, cache: ProgramCache) -> str | None:
+        """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
+        step, self.programs = self._make_step(remat=self.remat), {}
+        for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
+            limits = self._batches.limits[shape[-1]]
+            lowered = step.lower(self.state, self.frozen, _abstract(shape), limits=limits)
+            try:
+                program = self.programs[shape[-1]] = cache.compile(lowered)
+            except jax.errors.JaxRuntimeError as error:
+                if is_out_of_memory(error):
+                    return f"compiling a step of {_written(shape)} tokens ran out of memory"
+                raise
+            needed, free = _temporary_bytes(program), free_device_bytes(current_device())
+            if free is not None and (needed > free or not has_block(needed, current_device())):
+                return (
+                    f"a step of {_written(shape)} tokens needs {needed / 2**30:.1f} GiB in one block, and"
+                    f" {free / 2**30:.1f} GiB are free"
+                )
+        return None
+
+    @property
+    def has_next_choice(self) -> bool:
+        """Returns whether there is a choice of `remat` that needs less memory."""
+        return bool(self._choices)
+
+    def take_next_choice(self, shortage: str) -> None:
+        """Takes the next choice of `remat`, which needs less memory, and says so; `compile` must follow.
+
+        Args:
+          shortage: a clause that says what there is too little memory for.
+
+        Raises:
+          InputError: no choice is left.
+        """
+        if not self._choices:
+            raise self.no_room(shortage)
+        console.print(f'remat "{self.remat}" does not fit: {shortage}', style="yellow")
+        self.remat, self.explanation = self._choices.popleft()
+        console.print(f"the run takes {self.explanation}", style="yellow")
+
+    def no_room(self, shortage: str) -> InputError:
+        """Returns the error of a run that has too little memory, with what to do instead."""
+        advice = ["a smaller `per_device_train_batch_size` or `max_length`"]
+        if self._choices:
+            advice.append(f'`remat` "{self._choices[0].remat}"')
+        elif self._config.remat != "auto":
+            advice.append('`remat` "auto"')
+        return InputError(
+            f'`remat` must be a choice that fits on the device, got "{self.remat}": {shortage}. Choose'
+            f" {' or '.join(advice)}."
+        )
+
+    def resume(self, paths: list[Path], identity: dict[str, Any], notes: dict[str, str]) -> tuple[Path, Progress]:
+        """Loads the first checkpoint that is not damaged, and returns its path and progress.
+
+        Sets `state`, `started` and the model's trained parameters.
+        """
+        num_steps = self._batches.num_steps
+        path, self.state, progress = load_checkpoint(paths, self.state, identity, notes, num_steps)
         nnx.update(self._model, self.state.trainable)
         self.started = len(progress.losses)
-        return progress
+        return path, progress
 
     def step(self, batch: PackedBatch) -> Metrics:
         """Starts one step on a batch that is on the device, and returns its metrics without waiting for them."""
@@ -130,24 +208,77 @@ class Run:
         as long as running it. At a pause, a step's metrics still arrive when the step ends. Otherwise they wait until
         the next step is started, so they arrive up to one step later.
 
+        If this generator ends early, the metrics of the steps that were started are left to `metrics_left`.
+
         Args:
           pauses: returns whether to pause after a step, counted from 1.
           on_start: is called whenever a step has been started.
         """
-        first = self.started + 1
+        first, ran = self.started + 1, set()
+        self._reserve()
         with self._on_device(self._batches, self.started) as batches_on_device:
-            waiting = None
             for batch in batches_on_device:
-                metrics = self.step(batch)
+                if batch.tokens.shape not in ran:
+                    yield from self.metrics_left()
+                    self.copy_state()
+                    ran.add(batch.tokens.shape)
+                self._waiting.append(self.step(batch))
                 on_start()
-                if waiting is not None:
-                    yield waiting
-                waiting = metrics
+                if len(self._waiting) > 1:
+                    yield self._waiting.popleft()
                 if self.started == first or pauses(self.started):
-                    yield waiting
-                    waiting = None
-            if waiting is not None:
-                yield waiting
+                    yield from self.metrics_left()
+            yield from self.metrics_left()
+
+    def metrics_left(self) -> Generator[Metrics, None, None]:
+        """Yields the metrics of the steps that were started and not yet yielded, in order."""
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def _reserve(self) -> None:
+        """Keeps the arrays of a batch away from the block of memory that a step needs."""
+        if free_device_bytes(device := current_device()) is not None and len(self.programs) > 1 and not self._walls:
+            largest = max(math.prod(shape) for shape in self._batches.shapes) * np.dtype(np.int32).itemsize
+            self._walls = reserve_small_blocks(largest, _SMALL_BLOCKS, device)
+
+    def copy_state(self) -> HostCopy | None:
+        """Copies the state to the host, waiting for the steps that were started; returns None if it is large."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        available = available_host_bytes()
+        if size > _COPIED_BYTES or (available is not None and size > available // 4):
+            return None
+        if self.copy is None or self.copy.step != self.started:
+            self.copy = HostCopy(self.started, jax.tree.map(on_host, self.state))
+        return self.copy
+
+    def restore(self, copy: HostCopy) -> None:
+        """Goes back to the state in `copy`."""
+        # An uncommitted array stays uncommitted, so that the same program runs.
+        self.state = jax.tree.map(
+            lambda x, old: jax.device_put(x, old.sharding if old.committed else None), copy.state, self.state
+        )
+        self.started = copy.step
+        self._waiting.clear()
+
+    def is_whole(self) -> bool:
+        """Returns whether the state can be read; it cannot after a step that failed. Waits for the steps."""
+        try:
+            leaves = jax.tree.leaves(self.state)
+            return not any(leaf.is_deleted() for leaf in leaves) and jax.block_until_ready(leaves) is not None
+        except jax.errors.JaxRuntimeError:
+            return False
+
+    def faults(self) -> list[str]:
+        """Returns the names of the trained parameters that are not finite, such as `blocks.mlp.down.lora_a`.
+
+        Waits for the steps that were started.
+
+        Raises:
+          JaxRuntimeError: a step failed, and the state is lost.
+        """
+        arrays = arrays_by_name(self.state.trainable)
+        finite = np.asarray(_all_finite(list(arrays.values())))
+        return [name for name, good in zip(arrays, finite, strict=True) if not good]
 
     def evaluate(self) -> dict[str, float]:
         """Returns means over the evaluation's batches: "loss", the objective's metrics, and the user's metrics.
@@ -172,18 +303,35 @@ class Run:
         return contextlib.closing(made)
 
 
+_SMALL_BLOCKS = 32  # four arrays each for the batches of the running step and of those that are prefetched, and losses
+_COPIED_BYTES = 4 * 2**30  # the largest state that is copied to the host
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+
+def _written(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _temporary_bytes(program: jax.stages.Compiled) -> int:
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
     return PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
 
 
 def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
     """Raises InputError if an evaluation does not fit on the device; its documents may be longer than in training."""
-    memory, free = program.memory_analysis(), free_device_bytes(current_device())
-    assert memory is not None
-    needed = memory.temp_size_in_bytes
+    needed, free = _temporary_bytes(program), free_device_bytes(current_device())
     if free is not None and needed > free:
         raise InputError(
-            f"`eval_dataset` must fit on the device: a batch of {' x '.join(map(str, shape))} tokens needs"
+            f"`eval_dataset` must fit on the device: a batch of {_written(shape)} tokens needs"
             f" {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} GiB free. A smaller `max_length` or"
             " `per_device_train_batch_size` needs less."
         )

@@ -1,15 +1,18 @@
-"""Notes SIGINT and SIGTERM during a run, so that the run ends in order."""
+"""Notes SIGINT, SIGTERM and SIGHUP during a run, so that the run ends in order."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
+# SIGHUP comes when the terminal is closed; Windows does not have it.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM within a `with` block, so that a loop can end in order; a second acts as usual.
+    """Notes the first signal that asks to stop within a `with` block, so that a loop can end in order.
 
-    Outside the main thread, and where a signal is ignored (`nohup`), nothing changes.
+    A second signal acts as usual. Outside the main thread, and where a signal is ignored (`nohup`), nothing changes.
     """
 
     def __init__(self) -> None:
@@ -28,7 +31,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 handler = signal.getsignal(number)
                 if handler not in (signal.SIG_IGN, None):  # None: Python did not set it and cannot restore it
                     self._before[number] = handler

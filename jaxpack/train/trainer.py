@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,14 +20,23 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError, check_type, errors_name
+from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
-from jaxpack.train.checkpoint import LATEST, Checkpoints, Progress, date_of_run, find_checkpoint, identity_of, notes_of
+from jaxpack.train.checkpoint import (
+    FOLDER,
+    LATEST,
+    Checkpoints,
+    Progress,
+    date_of_run,
+    find_checkpoints,
+    identity_of,
+    notes_of,
+)
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.progress import Log, Start
@@ -92,10 +102,13 @@ class Trainer:
         divided by the sum of its weights.
 
     Attributes:
-      checkpoint: the checkpoint that the run resumes from, or None.
+      checkpoint: the checkpoint that the run resumes from, or None. If `train` finds that the newest one is damaged, it
+        takes the one before.
       date: the date for chat templates that write one: `chat_template_date`, or the day of the run's first start.
       in_place: whether the run continues the one in `output_dir`, which may have stopped before its first checkpoint.
       progress: the losses of all finished steps and the evaluation losses, including those before a resume.
+      steps_in_model: the number of steps that `model` is trained for, including those before a resume. After an error,
+        these may be fewer than were run; 0 if the weights are lost or not finite.
 
     Raises:
       InputError: the model cannot be trained on this input; the message says what is wrong and where.
@@ -140,10 +153,11 @@ class Trainer:
         require_libraries(config)
         self._find_previous_run()
         # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
-        kept = None if self.checkpoint is None else date_of_run(self.checkpoint)
+        kept = date_of_run(self._checkpoints)
         given = config.chat_template_date
         self.date = datetime.date.fromisoformat(given) if given is not None else kept or datetime.date.today()
-        self.progress = Progress()
+        self.progress, self.steps_in_model = Progress(), 0
+        self._identity: dict[str, Any] = {}
         together = self.objective.documents_together
         with errors_name(dataset="train_dataset", documents="train_dataset"):
             self.documents = self._load(train_dataset)
@@ -158,7 +172,8 @@ class Trainer:
     def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
         config = self.config
-        self.checkpoint = find_checkpoint(config)
+        self._checkpoints = find_checkpoints(config)
+        self.checkpoint = next(iter(self._checkpoints), None)
         output = None if config.output_dir is None else Path(config.output_dir)
         self.in_place = output is not None and (
             config.resume_from_checkpoint == LATEST
@@ -187,8 +202,12 @@ class Trainer:
 
         Prints the plan, then the progress, and writes a report at the end.
 
-        SIGINT (Ctrl-C) or SIGTERM ends the run after the step that is running. The run then saves a checkpoint if there
-        is an `output_dir`, and raises KeyboardInterrupt or SystemExit. A second signal ends it at once.
+        SIGINT (Ctrl-C), SIGTERM or SIGHUP ends the run after the step that is running. The run then saves a checkpoint
+        if there is an `output_dir`, and raises KeyboardInterrupt or SystemExit. A second signal ends it at once.
+
+        An error ends the run, too, and is raised again. The run then saves a checkpoint of the last whole state, and
+        `model` holds its weights. If a step finds too little memory and `remat` is "auto", the run goes on with a
+        choice of `remat` that needs less.
 
         If the run was stopped and `train` is called again, the same rules hold as in a new process: the run continues
         with `resume_from_checkpoint`, and is refused without it if `output_dir` holds a run.
@@ -197,8 +216,9 @@ class Trainer:
           on_start: is called before the first step, once all checks have passed.
 
         Raises:
-          InputError: the checkpoint to resume from is damaged or belongs to another run, or another run is in
-            `output_dir`.
+          InputError: the checkpoint to resume from is damaged or belongs to another run, another run is in
+            `output_dir`, or the device has too little memory.
+          TrainingError: the trained weights are no longer finite.
         """
         output = self.config.output_dir
         with contextlib.nullcontext() if output is None else held_folder(Path(output), "output_dir"):
@@ -206,13 +226,12 @@ class Trainer:
 
     def _train(self, on_start: Callable[[], object]) -> TrainResult:
         begin = time.perf_counter()
-        config, batches = self.config, self.batches
         self._find_previous_run()  # Again, because an earlier call may have been stopped.
-        cache = ProgramCache(config.compilation_cache_dir)
+        cache = ProgramCache(self.config.compilation_cache_dir)
         run = Run(
             self.model,
-            batches,
-            config,
+            self.batches,
+            self.config,
             self.eval_batches,
             objective=self.objective,
             optimizer=self.optimizer,
@@ -222,8 +241,7 @@ class Trainer:
         for line in plan:
             console.print(line)
         events = Events(self.callbacks)
-        checkpoints = self._resume(run, events)
-        progress = self.progress
+        self._resume(run)
         if cache.folder is not None:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
             console.print(f"compiled programs are kept in {folder} for later runs ({size:.1f} MiB; it may be deleted)")
@@ -232,29 +250,89 @@ class Trainer:
         console.print(
             f"programs are ready after {start.compile_seconds:.1f} s; {cache.found} of {programs} were found compiled"
         )
-        reports = open_reports(config, self._about(run, plan), after=run.started if self.in_place else None)
-        is_cross_entropy = isinstance(self.objective, SFT)
-        log = Log(config, batches, run.schedule, start, progress, reports, is_cross_entropy=is_cross_entropy)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._write_back, run)
+            stop = stack.enter_context(StopSignal())
+            in_place = self.in_place
+            while (log := self._attempt(run, start, events, stop, plan, on_start, in_place=in_place)) is None:
+                run.compile(cache)
+                on_start, in_place = lambda: None, True
+        self._report()
+        result = self._result(log, start)
+        events.add("end", result)
+        events.tell()
+        return result
+
+    def _attempt(
+        self,
+        run: Run,
+        start: Start,
+        events: Events,
+        stop: StopSignal,
+        plan: list[str],
+        on_start: Callable[[], object],
+        *,
+        in_place: bool,
+    ) -> Log | None:
+        """Runs the steps that are left, and saves the last whole state if an error ends them.
+
+        Returns None if a step ran out of memory and the run can go on from an earlier state, with another choice of
+        `remat` to compile.
+        """
+        with contextlib.ExitStack() as stack:
+            checkpoints = self._open_checkpoints(run, events)
+            if checkpoints is not None:
+                stack.callback(checkpoints.close)
+            after = run.started if in_place else None
+            reports = stack.enter_context(open_reports(self.config, self._about(run, plan), after))
+            is_cross_entropy = isinstance(self.objective, SFT)
+            log = Log(
+                self.config,
+                self.batches,
+                run.schedule,
+                start,
+                self.progress,
+                reports,
+                is_cross_entropy=is_cross_entropy,
+            )
+            on_start()
+            stack.enter_context(log)
+            try:
+                self._steps(run, log, checkpoints, events, stop)
+                return log
+            except Exception as error:
+                whole = self._catch_up(run, log)
+                done = len(self.progress.losses)
+                whole = whole or self._go_back(run, checkpoints)
+                if not is_out_of_memory(error):
+                    self._save_what_is_left(run, checkpoints, whole)
+                    raise
+                shortage = "the device ran out of memory in a step"
+                if whole and run.has_next_choice:
+                    run.take_next_choice(shortage)
+                    console.print(f"the run goes on after step {run.started}; steps to repeat: {done - run.started}")
+                    return None
+                self._save_what_is_left(run, checkpoints, whole)
+                raise run.no_room(shortage) from error
+
+    def _steps(self, run: Run, log: Log, checkpoints: Checkpoints | None, events: Events, stop: StopSignal) -> None:
+        """Runs the steps that are left, with their evaluations and checkpoints, until the last or until a stop."""
+        num_steps, progress = self.batches.num_steps, self.progress
 
         def saves(step: int) -> bool:
-            every = 0 if checkpoints is None else config.steps_between_saves
-            return every > 0 and (step % every == 0 or step == batches.num_steps)
+            every = 0 if checkpoints is None else self.config.steps_between_saves
+            return every > 0 and (step % every == 0 or step == num_steps)
 
         def pauses(step: int) -> bool:
             return stop.asked or events.ends or saves(step) or self._evaluates(step)
 
-        with contextlib.ExitStack() as stack:
-            if checkpoints is not None:
-                stack.callback(checkpoints.close)
-            stack.callback(self._write_back, run)
-            stack.enter_context(reports)
-            on_start()
-            stop = stack.enter_context(StopSignal())
-            stack.enter_context(log)
-            for metrics in stack.enter_context(contextlib.closing(run.steps(pauses, events.tell))):
+        with contextlib.closing(run.steps(pauses, events.tell)) as steps:
+            for metrics in steps:
                 measured = log.step(metrics)
                 step = len(progress.losses)
                 events.add("step", step, measured)
+                if not all(map(math.isfinite, measured.values())):
+                    self._require_finite(run, measured)
                 if step < run.started:
                     events.tell()
                     continue  # The next step is running already.
@@ -263,9 +341,12 @@ class Trainer:
                     progress.evaluations[step] = more.pop("loss")
                     events.add("evaluation", step, log.evaluation(more))
                 stops = stop.asked  # Read once: a signal may come between the two uses.
-                ends = events.ends and step < batches.num_steps
+                ends = events.ends and step < num_steps
+                if stops or ends or saves(step) or step == num_steps:
+                    self._require_finite(run, measured)
                 if checkpoints is not None and (stops or ends or saves(step)):
-                    checkpoints.save(step, run.state, progress)
+                    copy = run.copy_state()
+                    checkpoints.save(step, run.state if copy is None else copy.state, progress)
                 if ends and not stops:
                     log.record()
                     console.print(f"ended after step {step}, because a callback asked for it")
@@ -279,11 +360,72 @@ class Trainer:
                     self._report()
                     raise stop.error()
                 log.go_on()
+
+    def _require_finite(self, run: Run, measured: dict[str, float]) -> None:
+        """Raises TrainingError if the run's state is not finite, because no later step can mend it."""
+        step, faults = len(self.progress.losses), run.faults()
+        figures = f"the loss of step {step} is {measured['loss']:.4g} and its gradient norm {measured['grad_norm']:.4g}"
+        if not faults:
+            if not all(map(math.isfinite, measured.values())):
+                console.print(f"{figures}, but the weights are finite, so the run goes on", style="yellow")
+            return
+        others = f" and {len(faults) - 1} other arrays" if len(faults) > 1 else ""
+        config = self.config
+        raise TrainingError(
+            f"the run's weights must stay finite, but after step {run.started}, {faults[0]}{others} hold NaN or"
+            f" infinity: {figures}. What usually helps is a lower `learning_rate` (it was {config.learning_rate:g}),"
+            f" more `warmup_steps`, a `max_grad_norm` of 1 (it was {config.max_grad_norm:g}), or bfloat16 instead of"
+            f" float16. If it happens again in step {step}, look at the rows of that step."
+        )
+
+    def _catch_up(self, run: Run, log: Log) -> bool:
+        """Logs the steps that were started before an error, and returns whether the state after them is whole."""
+        try:
+            for metrics in run.metrics_left():
+                log.step(metrics)
+            log.record()
+            return len(self.progress.losses) == run.started and not run.faults()
+        except Exception:  # The device or the disk may fail again; an earlier state is then the last whole one.
+            return False
+
+    def _go_back(self, run: Run, checkpoints: Checkpoints | None) -> bool:
+        """Puts the last whole state into a run, and returns whether there is one: a copy on the host or a checkpoint.
+
+        Forgets the losses of later steps.
+        """
+        try:
+            if run.copy is not None:
+                run.restore(run.copy)
+            if run.copy is None or run.faults():
+                newest = None if checkpoints is None else checkpoints.newest()
+                if newest is None:
+                    return False
+                run.resume([newest], self._identity, notes_of(run.remat, self.config.implementation))
+        except Exception as error:  # A device that has failed may take no arrays.
+            console.print(f"the last whole state could not be loaded: {reason(error):.200}", style="yellow")
+            return False
+        del self.progress.losses[run.started :]
+        for step in [step for step in self.progress.evaluations if step > run.started]:
+            del self.progress.evaluations[step]
+        return True
+
+    def _save_what_is_left(self, run: Run, checkpoints: Checkpoints | None, whole: bool) -> None:
+        """Saves the state of a run that an error has ended, unless its last checkpoint has that state already."""
+        if not whole or not run.started:
+            console.print("an error ended the run, and no step was done that could be saved", style="red")
+            return
+        saved = False
+        if checkpoints is not None:
+            newest = checkpoints.newest()
+            saved = newest is not None and int(newest.name) >= run.started
+            if not saved:
+                checkpoints.save(run.started, run.state, self.progress)
+                saved = checkpoints.wait()
+        how = "saved as a checkpoint" if saved else "without a checkpoint"
+        console.print(
+            f"an error ended the run; its last whole state is that after step {run.started}, {how}", style="red"
+        )
         self._report()
-        result = self._result(log, start)
-        events.add("end", result)
-        events.tell()
-        return result
 
     def _result(self, log: Log, start: Start) -> TrainResult:
         return TrainResult(
@@ -300,10 +442,10 @@ class Trainer:
 
     def _write_back(self, run: Run) -> None:
         """Writes the trained parameters of a run back to the model."""
-        trainable = run.state.trainable
-        # A step that failed has donated the parameters: then there is nothing to write back.
-        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable)):
-            nnx.update(self.model, trainable)
+        self.steps_in_model = 0
+        if run.is_whole():  # A step that failed has taken the parameters: then there is nothing to write back.
+            nnx.update(self.model, run.state.trainable)
+            self.steps_in_model = 0 if run.faults() else run.started
 
     def _evaluates(self, step: int) -> bool:
         if self.eval_batches is None:
@@ -311,30 +453,39 @@ class Trainer:
         every = self.config.save_steps if self.config.eval_steps is None else self.config.eval_steps
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
 
-    def _resume(self, run: Run, events: Events) -> Checkpoints | None:
-        """Loads the checkpoint to resume from, if any, and sets `progress`; returns the `Checkpoints` to save to."""
-        config, checkpoints, self.progress = self.config, None, Progress()
+    def _resume(self, run: Run) -> None:
+        """Loads the checkpoint to resume from, if any, and sets `progress`."""
+        config, self.progress, self._identity = self.config, Progress(), {}
         if config.output_dir is None and self.checkpoint is None:
-            return None
+            return
         datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
-        identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
+        self._identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
         if not isinstance(self.objective, SFT):
-            identity["objective"] = type(self.objective).__name__
-        notes = notes_of(run.remat, config.implementation)
-        if self.checkpoint is not None:
-            self.progress = run.resume(self.checkpoint, identity, notes)
+            self._identity["objective"] = type(self.objective).__name__
+        if self._checkpoints:
+            notes = notes_of(run.remat, config.implementation)
+            self.checkpoint, self.progress = run.resume(self._checkpoints, self._identity, notes)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
         elif config.resume_from_checkpoint is not None:
             console.print(f"there is no checkpoint in {config.output_dir}: the run starts from the beginning")
         if config.output_dir is not None:
-            on_saved = functools.partial(events.add, "save")
-            checkpoints = Checkpoints(config.output_dir, config.save_total_limit, identity, notes, self.date, on_saved)
             every = config.steps_between_saves
             when = f"every {every:,} steps and at the end" if every else "when the run is stopped"
             best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
             kept = f"the last {config.save_total_limit}{best} are kept"
-            console.print(f"checkpoints are saved {when} in {checkpoints.folder}; {kept}")
+            console.print(f"checkpoints are saved {when} in {Path(config.output_dir) / FOLDER}; {kept}")
+
+    def _open_checkpoints(self, run: Run, events: Events) -> Checkpoints | None:
+        config = self.config
+        if config.output_dir is None:
+            return None
+        notes = notes_of(run.remat, config.implementation)
+        on_saved = functools.partial(events.add, "save")
+        checkpoints = Checkpoints(
+            config.output_dir, config.save_total_limit, self._identity, notes, self.date, on_saved
+        )
+        checkpoints.set_aside(after=run.started)
         return checkpoints
 
     def _plan(self, run: Run) -> list[str]:

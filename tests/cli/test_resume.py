@@ -148,3 +148,32 @@ def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path)
         assert setting.run(*setting.command, "--output", output, *flags, log=log) == 2
         assert message in log.read_text()
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_in_cases_of_damage_latest_falls_back_and_never_starts_anew(setting: Setting, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(setting.undisturbed, output)
+    command = [*setting.command, "--output", output, "--save-total-limit", STEPS, "--resume-from-checkpoint"]
+    checkpoints = output / "checkpoints"
+    for step in (STEPS, STEPS - 3):
+        arrays = max((checkpoints / str(step) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+        content = bytearray(arrays.read_bytes())
+        content[len(content) // 2] ^= 4
+        arrays.write_bytes(content)
+    assert setting.run(*command, checkpoints / str(STEPS), log=log) == 2
+    assert f"The one before it, '{checkpoints / str(STEPS - 6)}', is whole: resume from that." in log.read_text()
+    assert setting.run(*command, "latest", log=log) == 0, log.read_text()
+    said = log.read_text()
+    assert f"the checkpoint {checkpoints / str(STEPS)} is damaged, so it is not used: state/" in said
+    assert f"the run resumes from it and repeats steps {STEPS - 5} to {STEPS}" in said
+    for name in ADAPTER:
+        assert (output / name).read_bytes() == (setting.undisturbed / name).read_bytes()
+    assert records(output) == records(setting.undisturbed)
+    assert require_whole_checkpoints(output, setting.undisturbed) == steps_in(setting.undisturbed / "checkpoints")
+
+    for step in steps_in(checkpoints):
+        (checkpoints / str(step) / "run" / "metadata").write_text("{}")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert setting.run(*command, "latest", log=log) == 2
+    assert f"where all {STEPS // 3} are damaged: {STEPS} (run/metadata" in log.read_text()
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer.main
@@ -22,6 +24,7 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.run import Run
+from jaxpack.train.step import Metrics
 from torch_bridge.tensors import model_tensors
 
 RECORD = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "padding_share", "peak_memory_bytes"}
@@ -122,7 +125,7 @@ def test_an_interrupt_saves_what_is_trained_so_far(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
-    assert "interrupted: the weights are saved as trained so far" in capsys.readouterr().err
+    assert "interrupted: the weights are saved as trained in 2 steps" in capsys.readouterr().err
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     whole = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
     assert saved.keys() == whole.keys()
@@ -130,6 +133,40 @@ def test_an_interrupt_saves_what_is_trained_so_far(
         if "lora_B" in name:
             assert np.abs(tensor).max() > 0  # trained for two steps
             assert (tensor != whole[name]).any()  # not for three
+
+
+@pytest.mark.parametrize("fault", ["nan", "error"])
+def test_cases_a_run_that_fails_leaves_the_adapter_of_its_last_whole_state(
+    inputs: Inputs, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_status: Callable,
+    capsys: pytest.CaptureFixture, fault: str,
+) -> None:  # fmt: skip
+    step = Run.step
+
+    def fail(run: Run, batch: PackedBatch) -> Metrics:
+        if run.started < 2:
+            return step(run, batch)
+        if fault == "error":
+            raise RuntimeError("the driver is gone")
+        metrics = step(run, batch)
+        run.state = run.state._replace(trainable=jax.tree.map(lambda x: x * jnp.nan, run.state.trainable))
+        return metrics._replace(loss=metrics.loss * jnp.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", fail)
+        arguments = ["train", *inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, *ADAPTER, "--save-steps", 2]
+        if fault == "nan":
+            assert exit_status(*arguments) == 1
+        else:
+            with pytest.raises(RuntimeError, match="the driver is gone"):
+                exit_status(*arguments)
+    told = capsys.readouterr().err
+    assert "an error ended the run: the weights are saved as trained in 2 steps" in told
+    assert "Traceback" not in told
+    assert ("error: the run's weights must stay finite, but after step 3" in told) == (fault == "nan")
+    arguments = ["--resume-from-checkpoint", "latest", "--save-steps", 2]
+    assert exit_status("train", *inputs.flags(tmp_path / "run"), *SETTINGS, *STEPS, *ADAPTER, *arguments) == 0
+    resumed, whole = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", adapter_run))
+    assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_an_interrupt_before_a_step_is_done_leaves_the_folder_to_the_next_run(

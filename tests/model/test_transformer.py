@@ -60,6 +60,23 @@ def test_changing_a_document_changes_no_other_in_the_last_bit(any_family):
             assert (after[seen] != before[seen]).all(axis=-1).all()
 
 
+def test_cases_a_document_that_is_not_finite_changes_no_other_in_the_last_bit():
+    model = small_model("qwen3", lora=LoraConfig(r=4))
+    documents, batch = packed(LENGTHS)
+    tokens = np.where(batch.tokens == 96, 95, batch.tokens)
+    tokens[0, documents.starts[1]] = 96
+    ids = jnp.asarray(batch.segment_ids)
+
+    def logits_with(value):
+        model.embedding.set_value(model.embedding[...].at[96].set(value))
+        return np.asarray(model.logits(jnp.asarray(tokens), ids))[0, :, :96]
+
+    before, after = logits_with(0.01), logits_with(jnp.nan)
+    others = (batch.segment_ids[0] != 2) & (batch.segment_ids[0] > 0)
+    np.testing.assert_array_equal(after[others], before[others])
+    assert np.isnan(after[batch.segment_ids[0] == 2]).all()
+
+
 def test_a_window_ends_what_a_layer_sees():
     """With a window of W in each of two layers, a token sees the 2 (W - 1) tokens before it and none beyond."""
     config = small_config("llama", sliding_window=7, local_layers=None)

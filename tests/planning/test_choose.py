@@ -28,7 +28,7 @@ from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import unrolls
-from jaxpack.planning.choose import fits, predict, resolve
+from jaxpack.planning.choose import choices, fits, predict
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes
 from jaxpack.planning.time import RATES, known_gpu, rates_of, step_seconds
@@ -141,7 +141,7 @@ def predictions() -> dict:
 
 @pytest.fixture
 def resolved(monkeypatch):
-    """Calls `resolve` for Qwen3-4B on a GPU with `free` bytes, beside 8 GiB of its own and 3 GiB of other processes."""
+    """Calls `choices` for Qwen3-4B on a GPU with `free` bytes, beside 8 GiB of its own and 3 GiB of other processes."""
 
     def resolved(free: float, host: float | None = None, platform: str = "gpu", **changes):
         held, others = 8 * GIB, 3 * GIB
@@ -149,7 +149,7 @@ def resolved(monkeypatch):
         monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: device)
         monkeypatch.setattr("jaxpack.planning.choose.available_host_bytes", lambda: host)
         config = TrainConfig(**(vars(PACKED) | changes))
-        return resolve(config, abstract_model("Qwen3-4B", LORA), batches(), held)
+        return choices(config, abstract_model("Qwen3-4B", LORA), batches(), held)[0]
 
     return resolved
 
@@ -181,9 +181,9 @@ def test_of_another_gpu_only_what_is_said_is_known(kind, platform, monkeypatch):
     here = FakeGpu(limit=200 * GIB, in_use=0, device_kind=kind, platform=platform)
     monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: here)
     model = abstract_model("Qwen3-4B", LORA)
-    assert resolve(PACKED, model, batches(), 0, gpu="H200")[0] == "full"
+    assert choices(PACKED, model, batches(), 0, gpu="H200")[0].remat == "full"
     limited = TrainConfig(**vars(PACKED) | {"memory_limit": 12.0})
-    assert resolve(limited, model, batches(), 0, gpu="H200")[0] == "offload"
+    assert choices(limited, model, batches(), 0, gpu="H200")[0].remat == "offload"
 
 
 def test_what_is_asked_for_by_name_is_taken(resolved):

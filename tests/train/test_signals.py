@@ -7,7 +7,7 @@ import pytest
 from jaxpack.train.signals import StopSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_noted_and_the_second_acts_as_ever(number):
     acted = []
     before = signal.signal(number, lambda *_: acted.append(number))
