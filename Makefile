@@ -54,19 +54,20 @@ dist: $(VENV)/installed  ## Build a wheel and an sdist into build/dist, and inst
 bench-check: $(VENV)/installed  ## Compare results files: OLD=a.json NEW=b.json; fails where a rate fell or memory grew
 	PYTHONPATH=. $(RUN) benchmarks/check.py $(OLD) $(NEW)
 
-# The tests that need no torch, on the newer jax versions.
+# The tests that need neither torch nor TRL, which needs torch, on the newer jax versions.
 test-jax: $(OTHER_JAX:%=test-jax-%)  ## Run the tests that need no torch on the newer jax versions (needs Python 3.12)
 
 # Each version runs every test, but of a test with many cases only its share of them: a change in jax shows in any case.
 CASES-0.11.2 := 0/2
 CASES-0.12.0.1 := 1/2
 test-jax-%: .venv-jax-%/installed
-	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --ignore-glob='*_vs_torch.py' --cases $(CASES-$*)
+	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --cases $(CASES-$*) \
+		--ignore-glob='*_vs_torch.py' --ignore-glob='*_vs_trl.py'
 
 # Servers that have transformers 4 read what we write.
-test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare written models in transformers 4
+test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare written folders in transformers 4
 	rm -rf build/transformers4
-	PYTHONPATH=. $(RUN) -m tests.torch_bridge.transformers4 write build/transformers4
+	PYTHONPATH=.:tests $(UNOPTIMISED) $(RUN) -m tests.torch_bridge.transformers4 write build/transformers4
 	.venv-transformers4/bin/python tests/torch_bridge/transformers4.py read build/transformers4
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and compiled every kernel's tests and
@@ -80,7 +81,7 @@ test-gpu:  ## Run the tests of kernels and short runs on an NVIDIA GPU, in the e
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints/jax-$(JAX).txt --editable '.[hf,torch,dev]'
+	$(RUN) -m pip install --quiet --constraint constraints/jax-$(JAX).txt --editable '.[hf,torch,dev,trl]'
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

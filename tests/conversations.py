@@ -45,7 +45,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 TOOLS = [{"type": "function", "function": {"name": "cabs", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def refusal(rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> str:
+def refusal(rows: Any, tokenizer: PreTrainedTokenizerFast) -> str:
     with pytest.raises(InputError) as caught:
         load(rows, tokenizer)
     message = str(caught.value)

@@ -9,6 +9,7 @@ from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
 from torch_bridge.families.rope import read_rope, rope_to_hf, rope_to_hf_4
+from torch_bridge.sixteen_bit import quantisation_of, quantised_hint
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -24,13 +25,15 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     Raises:
       InputError: the architecture or an option is not supported, or a field is missing.
     """
-    architectures = hf.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
-        raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r}.")
-    family = FAMILIES[architectures[0]]
-    hf = {**family.fields, **hf}
+    architecture = _architecture(hf)
+    family = FAMILIES[architecture]
+    hf = {**family.fields, **hf, "architectures": [architecture]}
     require(hf, "model_type", family.model_type)  # transformers chooses the class by it
-    require(hf, "quantization_config", None)
+    if quantisation := quantisation_of(hf):
+        raise InputError(
+            f"`{quantisation[0]}` must be null, because jaxpack reads weights of 16 and 32 bits, got"
+            f" {quantisation[1]!r:.200}. {quantised_hint(name_or_path, hf)}"
+        )
     field = _activation_field(family)
     activation = first(hf.get(field), family.fields.get(field), "silu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
@@ -38,7 +41,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     special = family.read(hf)
     num_heads, hidden_size = whole(hf, "num_attention_heads"), whole(hf, "hidden_size")
     return ModelConfig(
-        architecture=architectures[0],
+        architecture=architecture,
         vocab_size=whole(hf, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=whole(hf, "intermediate_size"),
@@ -54,6 +57,23 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         name_or_path=name_or_path,
         **special,
     )
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+    """Returns the architecture that `architectures` names, or else that of `model_type`."""
+    architectures = hf.get("architectures")
+    if architectures is None or architectures == []:
+        found = [name for name, family in FAMILIES.items() if family.model_type == hf.get("model_type")]
+        if not found:
+            raise InputError(
+                f"`architectures` must be one of {sorted(FAMILIES)} in a list, or `model_type` one of"
+                f" {sorted(family.model_type for family in FAMILIES.values())}, got {architectures!r} and"
+                f" {hf.get('model_type')!r:.80}."
+            )
+        return found[0]
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
+        raise InputError(f"`architectures` must be one of {sorted(FAMILIES)} in a list, got {architectures!r:.200}.")
+    return architectures[0]
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Reads torch modules (through DLPack) and files written by torch; the only module of the bridge that imports torch."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class _ModuleTensors:
     def __init__(self, module: torch.nn.Module):
         self.description = type(module).__name__
         self._tensors = {name: x for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+        self.unreadable = _unreadable(self._tensors)
         if absent := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
             raise InputError(
                 f"`module` must have its weights in memory, got {tensor_count(absent)} on the device 'meta', without"
@@ -121,6 +123,7 @@ class TorchFolder:
     def __init__(self, folder: Path):
         self.description = str(folder)
         self._tensors = tensors_of(folder, TORCH_WEIGHTS, _read_pickle)
+        self.unreadable = _unreadable(self._tensors)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor by name."""
@@ -132,6 +135,22 @@ class TorchFolder:
         held = buffer[: part.numel() * part.itemsize]
         torch.from_numpy(held).view(part.dtype).view(part.shape).copy_(part)
         return held.view(_DTYPES[part.dtype]).reshape(part.shape)
+
+
+def read_torch_file(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+    """Returns a file's tensors by name: for each its shape, its dtype, and a function that reads it in float32.
+
+    Raises:
+      InputError: as in `TorchFolder`, or a tensor is of another dtype than float32, bfloat16 and float16.
+    """
+
+    def reads(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+        return lambda: tensor.detach().float().numpy().copy()  # the file is mapped: it must not change the values later
+
+    tensors = _read_pickle(path)
+    for name, form in _unreadable(tensors).items():
+        raise InputError(f"{name:.80} of {path} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {form}.")
+    return {name: (tuple(tensor.shape), _DTYPES[tensor.dtype], reads(tensor)) for name, tensor in tensors.items()}
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -150,9 +169,13 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise InputError(
                 f"{path} must hold a dict from names to tensors, got {type(tensor).__name__} under {name!r:.80}."
             )
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise InputError(
-                f"{name:.80} of {path} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {tensor.layout} of"
-                f" {tensor.dtype} on {tensor.device}."
-            )
     return content
+
+
+def _unreadable(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Returns the dtypes and forms of tensors that cannot be read, by name."""
+    return {
+        name: f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta"
+    }

@@ -27,13 +27,14 @@ from torch_bridge.io.folder import (
 )
 from torch_bridge.io.untrusted import require_regular_files, require_sound_tokenizer
 from torch_bridge.tensors import TensorSource, build_model, model_tensors, tensor_shapes
+from torch_bridge.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # `auto_map` names files with code, which are not copied. The other fields are written anew.
 _REPLACED = ("auto_map", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters")
 _MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
-# The files of a hub model that describe it.
-_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+# The files of a hub model that describe it: JSON files, and all that a copy of its tokenizer needs.
+_DESCRIBING = ["*.json", *(pattern for pattern in TOKENIZER_FILES if not pattern.endswith(".json"))]
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
 
 
@@ -134,10 +135,7 @@ def write_folder(
         (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
     write_safetensors(folder, tensor_shapes(model), dtype, tensors)
     if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # a full disk is a plain `Exception` in tokenizers
-            raise OSError(reason(error)) from error
+        write_tokenizer(folder, tokenizer)
 
 
 def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
@@ -209,7 +207,7 @@ def _weights(folder: Path) -> TensorSource:
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in _NEEDED_FILES):
         console.print(f"{folder} has no tokenizer: the model can be trained only on rows of `input_ids`")
         return None
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns that torch is missing

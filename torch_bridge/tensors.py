@@ -23,6 +23,7 @@ from jaxpack.utils.prefetch import prefetched
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import Entry
 from torch_bridge.io.folder import mismatches, some, tensor_count
+from torch_bridge.sixteen_bit import is_quantised, quantised_hint
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE = 16 << 20  # elements: 32 MiB of bfloat16, enough for the full speed of a disk and of the link to a GPU
@@ -33,6 +34,7 @@ class TensorSource(Protocol):
     """Provides named tensors, which are read a few rows at a time."""
 
     description: str  # what error messages call the source
+    unreadable: dict[str, str]  # the forms of tensors that `read` would refuse, by name
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor by name, in the order in which the tensors are best read."""
@@ -239,9 +241,14 @@ def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
 
 def _check_shapes(model: Transformer, source: TensorSource) -> None:
     found, expected = source.shapes(), tensor_shapes(model)
-    if problems := mismatches(found, expected):
+    problems = mismatches(found, expected)
+    if refused := [f"{name:.120} of {form}" for name, form in source.unreadable.items() if name in expected]:
+        problems.append(f"{tensor_count(refused)} that cannot be read ({some(refused)})")
+    if problems:
+        hint = f" {quantised_hint(model.config.name_or_path, {})}" if is_quantised(found) else ""
         raise InputError(
-            f"{source.description} must hold the tensors that its `config.json` describes, got {'; '.join(problems)}."
+            f"{source.description} must hold the tensors that its `config.json` describes, in F32, BF16 or F16, got"
+            f" {'; '.join(problems)}.{hint}"
         )
     known = {*expected, _HEAD}  # a checkpoint may or may not store a tied head
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]

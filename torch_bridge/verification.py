@@ -1,5 +1,6 @@
 """Checks a folder against torch: compares the logits of transformers (PEFT for an adapter) with jaxpack's."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack.errors import InputError, not_installed
+from jaxpack.errors import InputError, not_installed, reason
+from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import is_regular_file
 from jaxpack.utils.json_file import read_json
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
+from torch_bridge.config_json import CONFIG_FILE, config_from_hf
 from torch_bridge.pretrained import from_pretrained
 
 _RANDOM_TOKENS = 64
+_FIELDS_OF_4 = ("rope_theta", "rope_scaling", "torch_dtype")
+_REMEDY = "Write the folder again, with `save_pretrained` or `save_merged`, which write the fields of both versions."
 _TOLERANCE = 1e-3  # of the largest logit: ten times the effect of the order of float32 sums in 36 layers
 
 
 def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -> float:
     """Reads a folder with torch and with jaxpack, in float32, and prints how far their logits on a prompt are apart.
+
+    Also checks that `config.json` means the same to transformers 4, which takes the RoPE from `rope_theta` and
+    `rope_scaling`, as to version 5. If the file has no field of version 4, a warning says what that version reads.
 
     Args:
       folder: a model folder or a PEFT adapter folder.
@@ -31,7 +39,8 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
       The largest absolute difference between two logits.
 
     Raises:
-      InputError: the folder cannot be read, torch's logits differ too much, or torch is missing.
+      InputError: the folder cannot be read, torch's logits differ too much, the fields of transformers 4 do not mean
+        what those of version 5 do, or torch is missing.
 
     Example:
       >>> import torch_bridge
@@ -49,6 +58,7 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
         raise InputError(f"`base` must be None unless `folder` holds an adapter, got {base!r}.")
     model_folder = folder if adapter is None else (base_of(adapter) if base is None else base)
     model, tokenizer = from_pretrained(model_folder, dtype="float32")
+    _check_fields_of_4(model_folder, model)
     if adapter is not None:
         load_adapter(model, adapter)
     if prompt is None:
@@ -76,6 +86,39 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
         raise InputError(f"`folder` must give the same logits in torch and in jaxpack, got {folder!r}, where {line}.")
     console.print(f"{folder}: {line}")
     return difference
+
+
+def _check_fields_of_4(folder: str, model: Transformer) -> None:
+    """Compares what transformers 4 reads from `config.json` with the model: its RoPE, and the dtype of its weights."""
+    hf: dict[str, Any] = json.loads(dict(model.source_files)[CONFIG_FILE])
+    both = [str(hf[name]).removeprefix("torch.") for name in ("torch_dtype", "dtype") if hf.get(name) is not None]
+    if len(set(both)) > 1:
+        raise InputError(
+            f"`torch_dtype` and `dtype` of {CONFIG_FILE} in {folder} must be the same, because transformers 4 reads the"
+            f" first and version 5 the second, got {both[0]!r:.40} and {both[1]!r:.40}. {_REMEDY}"
+        )
+    config = model.config
+    try:
+        read = config_from_hf({name: value for name, value in hf.items() if name != "rope_parameters"})
+        differs = (read.rope, read.local_rope) != (config.rope, config.local_rope)
+        theirs = f"{read.rope}" + ("" if read.local_rope is None else f" and, in local layers, {read.local_rope}")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # as in `from_pretrained`
+        differs, theirs = True, f"an error ({reason(error)})"
+    if not differs:
+        return
+    ours = f"{config.rope}" + ("" if config.local_rope is None else f" and, in local layers, {config.local_rope}")
+    found = (
+        f"transformers 4 takes {theirs:.300} from `rope_theta` and `rope_scaling`, and version 5 takes {ours:.300} from"
+        " `rope_parameters`"
+    )
+    if not hf.keys().isdisjoint(_FIELDS_OF_4):
+        raise InputError(
+            f"{CONFIG_FILE} in {folder} must describe the same RoPE to transformers 4 and 5, got one from which"
+            f" {found}. {_REMEDY}"
+        )
+    console.print(
+        f"{folder}: only transformers 5 reads {CONFIG_FILE} as it is meant: {found}. {_REMEDY}", style="yellow"
+    )
 
 
 def base_of(adapter: str) -> str:

@@ -72,8 +72,8 @@ def _options(
 def main() -> None:
     """Runs a command.
 
-    Bad input ends with one sentence and status 2; a run that cannot go on, and full memory, with one sentence and
-    status 1; and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its traceback.
+    Bad input and full memory end with one sentence and status 2, a run that cannot go on with one sentence and status
+    1, and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its traceback.
     """
     make_output_visible()
     try:
@@ -90,4 +90,4 @@ def main() -> None:
             " or end other programs that use this memory.",
             style="red",
         )
-        sys.exit(1)
+        sys.exit(2)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
+from yaml.composer import ComposerError
 
 from jaxpack.cli.options import FLAG_OF, is_pairs
 from jaxpack.errors import InputError, reason
@@ -138,7 +139,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # with a few of these, a short file has billions of values
             mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "an alias is not allowed", mark)
+            raise ComposerError(None, None, "an alias is not allowed", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

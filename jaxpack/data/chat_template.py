@@ -28,7 +28,15 @@ Span = tuple[int, int]  # the first character, and the one after the last
 
 _QUESTION = {"role": "user", "content": MARK.format(0)}
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_NOW = re.compile(r"""strftime_now\(\s*(['"])([^'"\n]{0,200})\1\s*\)""")
+# transformers gives templates a function, `strftime_now`, which reads the clock. This macro takes its place, and writes
+# the date of the run. The line break belongs to the last tag and is not written.
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    "{% for code, value in CODES.items() %}{% set now.text = now.text | replace(code, value) %}{% endfor %}"
+    "{{ now.text }}{% endmacro %}\n"
+)
+_CODES = [f"%{dash}{letter}" for dash in ("-", "") for letter in "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ%"]
+_FORMAT = re.compile(r"""(['"])([^'"\n]*%-?[a-zA-Z][^'"\n]*)\1""")
 _MAX_KNOWN = 1024  # most forms of conversations, and most edges of turns, to keep
 
 
@@ -104,8 +112,9 @@ class ChatTemplate:
     def answer_end(self) -> str | None:
         """Returns the token that ends a plain answer, or None if there is none or the template leaves it undecided."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        trial = ChatTemplate(self._tokenizer)  # this question is no row, and must not be counted as one
         with contextlib.suppress(InputError):
-            text, spans = self.write_with_spans(Conversation(messages), "a question")
+            text, spans = trial.write_with_spans(Conversation(messages), "a question")
             trained = text[: spans[-1][1]].rstrip() if spans else ""
             return max((token for token in self._tokens if trained.endswith(token)), key=len, default=None)
         return None
@@ -179,7 +188,7 @@ class ChatTemplate:
     def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
         template = self._tokenizer.get_chat_template(tools=conversation.tools)
         dated, dates = self._with_date(template)
-        given = {"chat_template": dated} if dates else {}
+        given = {"chat_template": dated} if dated != template else {}
         with limited(template):
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=conversation.tools, tokenize=False, **{**given, **conversation.options, **options}
@@ -189,32 +198,33 @@ class ChatTemplate:
         return text
 
     def _with_date(self, template: str) -> tuple[str, list[str]]:
-        """Returns a template that writes the date of the run in the place of today's, and that date as it writes it.
-
-        transformers gives templates a function, `strftime_now`, and turns any other function into text. So the calls of
-        it are replaced by their results; known templates call it with a literal.
-        """
+        """Returns a template that writes the date of the run in the place of today's, and that date as it writes it."""
+        if "strftime_now" not in template:
+            return template, []
         if template not in self._dated:
-            dates = [self._date.strftime(match[2]) for match in _NOW.finditer(template)]
-            dated = _NOW.sub(lambda match: json.dumps(self._date.strftime(match[2])), template)
-            self._dated[template] = dated, dates
+            codes = json.dumps({code: self._date.strftime(code) for code in _CODES})
+            dates = [self._date.strftime(match[2]) for match in _FORMAT.finditer(template)]
+            self._dated[template] = _CLOCK.replace("CODES", codes) + template, dates
         return self._dated[template]
 
     def _with_readable_calls(self, conversation: Conversation) -> Conversation:
-        """Returns the conversation, with arguments of calls as JSON text if the template requires it (DeepSeek's)."""
+        """Returns the conversation with calls in the form in which the template writes them.
+
+        Some templates take arguments as JSON text (DeepSeek's), or an empty content beside calls but no missing one, or
+        the reverse.
+        """
         if not any(message.get("tool_calls") for message in conversation.messages):
             return conversation
-        messages = [
-            {**message, "tool_calls": [with_arguments(call, _to_json) for call in message["tool_calls"]]}
-            if message.get("tool_calls")
-            else message
-            for message in conversation.messages
-        ]
-        for candidate in (conversation, dataclasses.replace(conversation, messages=messages)):
+        readable = []
+        for other_content, as_json in itertools.product((False, True), repeat=2):
+            messages = [_with_calls(message, other_content, as_json) for message in conversation.messages]
+            candidate = dataclasses.replace(conversation, messages=messages)
             with contextlib.suppress(Exception):
-                self._apply(candidate, candidate.messages)
-                return candidate
-        return conversation
+                text = self._apply(candidate, messages)
+                if not any(piece.kind == written.CALL for piece in written.unwritten(candidate, text, None)):
+                    return candidate
+                readable.append(candidate)
+        return readable[0] if readable else conversation
 
     # Finding the assistant's parts by the template's tags.
 
@@ -278,7 +288,10 @@ class ChatTemplate:
         return self._one_by_one(conversation, text, form) if spans is None else spans
 
     def _key(self, conversation: Conversation) -> Any:
-        kinds = tuple((message.get("role"), *sorted(message)) for message in conversation.messages)
+        kinds = tuple(
+            (message.get("role"), written.inline_thought(message) is not None, *sorted(message))
+            for message in conversation.messages
+        )
         trained = conversation.prompt, conversation.untrained
         return kinds, trained, repr(conversation.tools), repr(conversation.options)
 
@@ -297,9 +310,8 @@ class ChatTemplate:
             previous = slots[slot - 1] if slot else None
             key = between[slot], between[slot + 1], previous is None, i + 1 == len(marked), repr(conversation.options)
             if key not in self._edges:
-                lead = self._lead(
-                    conversation, marked[:i], between[slot], previous, plain=set(message) <= set(_QUESTION)
-                )
+                plain = set(message) <= set(_QUESTION) and written.inline_thought(message) is None
+                lead = self._lead(conversation, marked[:i], between[slot], previous, plain=plain)
                 _keep(self._edges, key, _Edges(lead, *self._tail(conversation, marked, i, between[slot + 1])))
             edges[slot] = self._edges[key]
         return _Form(between, slots, edges)
@@ -318,6 +330,8 @@ class ChatTemplate:
             return len(opening) - opening.index(prompt) - len(prompt)
         shared = common_prefix(opening, given)
         if shared < min(len(opening), len(given)):  # the prompt may open a thought and the turn not, or the reverse
+            if opening.rstrip() == given.rstrip():  # the row may open its thought with other white space
+                return 0
             others = (
                 self._given(conversation, before, previous, enable_thinking=thinking) or given
                 for thinking in (False, True)
@@ -474,19 +488,38 @@ def _unwritten(conversation: Conversation, piece: written.Unwritten, where: str)
     )
 
 
+def _with_calls(message: Message, other_content: bool, as_json: bool) -> Message:
+    """Returns a message with its calls in another form: beside an empty content or none, or with arguments as JSON."""
+    if not message.get("tool_calls"):
+        return message
+    message = dict(message)
+    if other_content and "content" not in message:
+        message["content"] = ""
+    elif other_content and not message["content"].strip():
+        del message["content"]
+    if as_json:
+        message["tool_calls"] = [with_arguments(call, _to_json) for call in message["tool_calls"]]
+    return message
+
+
 def _to_json(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _marked(message: Message, i: int) -> Message:
-    """Returns the message with a mark in the place of its content, and of the arguments of its calls."""
+    """Returns the message with a mark in the place of its content, and of the arguments of its calls.
+
+    A thought that the content begins with keeps its tags and gets a mark of its own: templates go by the tags.
+    """
     mark = MARK.format(i)
     calls = message.get("tool_calls")
     if message.get("role") != "assistant":
         return {**message, "content": mark} if isinstance(message.get("content"), str) else message
+    content = {"content": mark} if message.get("content") or not calls else {}
+    if (inline := written.inline_thought(message)) is not None:
+        content = {"content": inline[1] + (mark if inline[2].strip() else inline[2]) + inline[3] + mark}
     if not calls:
-        return {**message, "content": mark}
-    content = {"content": mark} if message.get("content") else {}
+        return {**message, **content}
     arguments = {mark: mark}
 
     def mark_arguments(given: Any) -> Any:

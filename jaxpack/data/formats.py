@@ -1,6 +1,7 @@
 """Tells the format of a dataset's rows by their fields, and encodes rows into token ids and labels."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,17 @@ import numpy as np
 from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate, common_prefix
 from jaxpack.data.conversation import (
+    SYSTEMS,
+    TOOLS,
+    TRAINING,
     Conversation,
     alpaca_prompt,
+    check_row_is_trained,
     instruction_message,
+    plain,
     read_conversation,
     read_history,
     read_instruction,
-    without_none,
 )
 from jaxpack.data.tokenizer import Tokenizer, begins_with_bos, tokenize
 from jaxpack.errors import InputError
@@ -56,6 +61,28 @@ def encoder(
 
     The function takes rows, and the number of the first of them.
     """
+    present = {field: value for field, value in first.items() if value is not None}
+    if text_field == TEXT_FIELD and formats_of(present):
+        first = present  # tables of two formats have the fields of both in every row, some of them null
+    encode = _encoder(first, tokenizer, template, text_field, assistant_only, where)
+
+    def check_and_encode(rows: Rows, begin: int) -> Encoded:
+        for row, record in enumerate(rows, begin):
+            if any(field in record for field in TRAINING):
+                check_row_is_trained(record, where(row))
+        return encode(rows, begin)
+
+    return check_and_encode
+
+
+def _encoder(
+    first: Record,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    text_field: str,
+    assistant_only: bool,
+    where: Where,
+) -> Encoder:
     is_chosen = text_field != TEXT_FIELD
     if is_chosen and text_field not in first:
         raise InputError(
@@ -64,7 +91,8 @@ def encoder(
         )
     _say_what_is_used(first, text_field if is_chosen else None)
     if "input_ids" in first and not is_chosen:
-        return lambda rows, begin: _encode_ids(rows, begin, first.get("labels") is not None, where)
+        every = [field for field in ("labels", *_MASKS) if field in first]
+        return lambda rows, begin: _encode_ids(rows, begin, every, where)
     if tokenizer is None:
         raise InputError(
             f"`tokenizer` must come with the model for rows without `input_ids`, got None, and {where(0)} has the"
@@ -75,8 +103,7 @@ def encoder(
 
     def chats(read: Callable[[Rows, int], list[Conversation]]) -> Encoder:
         def encode(rows: Rows, begin: int) -> Encoded:
-            if where.of_arrow:
-                rows = without_none(list(rows))
+            rows = [plain(row, drop_none=where.of_arrow) for row in rows]
             conversations = read(rows, begin)
             if template is None:
                 raise InputError(
@@ -92,7 +119,7 @@ def encoder(
         return chats(lambda rows, begin: _read_messages(rows, begin, key, where))
     if "prompt" in first and "completion" in first:
         kind = type(first["prompt"])
-        if kind is list:
+        if isinstance(first["prompt"], _LISTS):
             return chats(lambda rows, begin: _read_prompts(rows, begin, where))
         return lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, template, where)
     if "instruction" in first and "output" in first:
@@ -111,20 +138,28 @@ def encoder(
     raise InputError(f"A row must have {formats}, got {sorted(first)} in {where(0)}.")
 
 
-# The fields of each format, in the order in which formats are looked for.
-_FORMATS = (
-    ("input_ids",),
-    ("messages",),
-    ("conversations",),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    (TEXT_FIELD,),
-)
+# Fields that say which tokens of a row of tokens are trained on: TRL's, transformers', and others' names for the same.
+_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "assistant_tokens_mask", "loss_mask")
+_OF_CHATS = (*SYSTEMS, *TOOLS, "chat_template_kwargs")
+# The fields of each format, in the order in which formats are looked for, and the fields that rows may have besides.
+_FORMATS = {
+    ("input_ids",): ("labels", "attention_mask", "position_ids", "seq_lengths", *_MASKS),
+    ("messages",): _OF_CHATS,
+    ("conversations",): _OF_CHATS,
+    ("prompt", "completion"): _OF_CHATS,
+    ("instruction", "output"): (*_OF_CHATS, "input", "history"),
+    (TEXT_FIELD,): (),
+}
+
+
+def formats_of(record: Record) -> list[tuple[str, ...]]:
+    """Returns the formats, by their fields, that a row could be read in."""
+    return [fields for fields in _FORMATS if all(field in record for field in fields)]
 
 
 def _say_what_is_used(first: Record, chosen: str | None) -> None:
-    """Prints which format is read if the first row has the fields of several."""
-    formats = [fields for fields in _FORMATS if all(field in first for field in fields) and fields != (chosen,)]
+    """Prints which format is read if the first row has the fields of several, and which fields no format has."""
+    formats = [fields for fields in formats_of(first) if fields != (chosen,)]
     used = (chosen,) if chosen is not None else formats.pop(0) if formats else ()
     if formats:
         names = [" and ".join(f"`{field}`" for field in fields) for fields in (used, *formats)]
@@ -132,6 +167,11 @@ def _say_what_is_used(first: Record, chosen: str | None) -> None:
             f"the rows have the fields of several formats: {names[0]} is read, and {', '.join(names[1:])} is ignored"
             " (`dataset_text_field` chooses a field of plain text)"
         )
+    is_of_texts = used == ("prompt", "completion") and isinstance(first["prompt"], str)
+    besides = () if is_of_texts else _FORMATS.get(used, ())
+    known = {*TRAINING, *besides, *used, *itertools.chain.from_iterable(formats)}
+    if used and (others := [f"`{field}`" for field in first if field not in known]):
+        console.print(f"these fields of the rows are not used: {', '.join(others)}")
 
 
 def text_prompt(text: str, *, chat: bool) -> str | Conversation:
@@ -177,11 +217,14 @@ def _column(rows: Rows, begin: int, key: str, kinds: tuple[type, ...], where: Wh
     return [record[key] for record in rows]
 
 
-def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encoded:
+def _encode_ids(rows: Rows, begin: int, every: list[str], where: Where) -> Encoded:
+    """Encodes rows of tokens, each of which must have the fields `every`: without them, it would train on more."""
     rows = [_without_tensors(record) for record in rows]
+    for field in every:
+        _column(rows, begin, field, _LISTS, where)
     ids = _integers(_column(rows, begin, "input_ids", _LISTS, where), begin, "input_ids", where)
     labelled = rows
-    if not has_labels:  # later rows may still have labels; without labels, every token is trained on
+    if "labels" not in every:  # later rows may still have labels; without labels, every token is trained on
         labelled = [row if row.get("labels") is not None else {"labels": row["input_ids"]} for row in rows]
     labels = _integers(_column(labelled, begin, "labels", _LISTS, where), begin, "labels", where)
     for row, (record, document, trained) in enumerate(zip(rows, ids, labels, strict=True), begin):
@@ -189,7 +232,7 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
             raise InputError(
                 f"`labels` must be as long as `input_ids` ({len(document)}), got {len(trained)} in {where(row)}."
             )
-        for name in ("assistant_masks", "completion_mask"):  # TRL's, and transformers'
+        for name in _MASKS:
             mask = _mask(record, name, len(document), where(row))
             if mask is None:
                 continue
@@ -201,6 +244,7 @@ def _encode_ids(rows: Rows, begin: int, has_labels: bool, where: Where) -> Encod
                     f" {where(row)}."
                 )
         real = _mask(record, "attention_mask", len(document), where(row))
+        _check_is_one_document(record, real, row, where)
         if real is not None and not real.all():
             document, trained = (_unpadded(values, real, where(row)) for values in (document, trained))
         yield document, trained
@@ -228,6 +272,21 @@ def _mask(record: Record, name: str, length: int, where: str) -> np.ndarray | No
             f"`{name}` must have a 0 or a 1 for each of {length} `input_ids`, got {values!r:.80} in {where}."
         )
     return mask.astype(bool)
+
+
+def _check_is_one_document(record: Record, real: np.ndarray | None, row: int, where: Where) -> None:
+    """Refuses a row of several documents, as TRL packs them: their tokens would attend to each other."""
+    lengths, positions = (
+        _integers([[] if record.get(name) is None else record[name]], row, name, where)[0]
+        for name in ("seq_lengths", "position_ids")
+    )
+    if real is not None and positions.shape == real.shape:
+        positions = positions[real]  # padding may have any position
+    if len(lengths) > 1 or (np.diff(positions) != 1).any():
+        raise InputError(
+            "A row of `input_ids` must be one document, got several by its `position_ids` or `seq_lengths` in"
+            f" {where(row)}. Give each document a row of its own; jaxpack packs them into rows."
+        )
 
 
 def _unpadded(values: np.ndarray, real: np.ndarray, where: str) -> np.ndarray:
@@ -277,7 +336,7 @@ def _encode_prompts(
 def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: Where) -> Encoded:
     texts = [read_instruction(record, where(row)) for row, record in enumerate(rows, begin)]
     for row, record in enumerate(rows, begin):
-        for field in ("system", "history"):
+        for field in (*SYSTEMS, "history"):
             if record.get(field):
                 raise InputError(
                     f"`{field}` must be empty where the tokenizer has no chat template, since Alpaca's words have no"
@@ -290,7 +349,11 @@ def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: Wh
 def _encode_completions(
     prompts: list[str], completions: list[str], begin: int, tokenizer: Tokenizer, end: str | None, where: Where
 ) -> Encoded:
-    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    whole = [
+        prompt + (completion.removeprefix(bos) if prompt else completion)  # each may have been written with a BOS
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     prompt_ids = _tokenize(prompts, begin, tokenizer, where)["input_ids"]
     tokenized = _tokenize(whole, begin, tokenizer, where)["input_ids"]
     whole_ids = [_with_end(text, ids, tokenizer, end, where) for text, ids in zip(whole, tokenized, strict=True)]
@@ -348,7 +411,7 @@ def _encode_chats(
         for row, conversation in enumerate(conversations, begin):
             asked = dataclasses.replace(conversation, messages=conversation.messages[: conversation.prompt])
             prompts.append(template.write_question(asked, where(row)) if asked.messages else "")
-            texts.append(template.write(conversation, where(row)))
+            texts.append(template.write(conversation, where(row)) if conversation.messages else "")
         prompt_ids, ids = (
             _tokenize(some, begin, tokenizer, where, **options)["input_ids"] for some in (prompts, texts)
         )
@@ -360,7 +423,8 @@ def _encode_chats(
             f" made of, got a {type(tokenizer).__name__}. Or turn `assistant_only_loss` off to train on every token."
         )
     written = [
-        template.write_with_spans(conversation, where(row)) for row, conversation in enumerate(conversations, begin)
+        template.write_with_spans(conversation, where(row)) if conversation.messages else ("", [])
+        for row, conversation in enumerate(conversations, begin)
     ]
     added = np.array(list(tokenizer.get_added_vocab().values()), np.int64)
     encoded = _tokenize([text for text, _ in written], begin, tokenizer, where, return_offsets_mapping=True, **options)
@@ -379,9 +443,15 @@ def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: Where, 
 
 
 def _with_end(text: str, ids: list[int], tokenizer: Tokenizer, end: str | None, where: Where) -> list[int]:
-    """Appends EOS, unless the text ends in it or in `end`, the token that ends a turn of the chat template."""
-    eos = tokenizer.eos_token_id
-    ends = tuple(token for token in (end, getattr(tokenizer, "eos_token", None)) if token)
+    """Returns ids with EOS at the end, but without it if the text ends in it or in `end`, which ends a template's turn.
+
+    Some tokenizers append EOS themselves.
+    """
+    eos, name = tokenizer.eos_token_id, getattr(tokenizer, "eos_token", None)
+    ends = tuple(token for token in (end, name) if token)
     is_ended = bool(ends) and text.rstrip().endswith(ends)
+    is_appended = ids[-1:] == [eos] and (ids[-2:] == [eos, eos] or not (name and text.endswith(name)))
+    if is_ended and is_appended:
+        ids = ids[:-1]
     where.written += begins_with_bos(text, tokenizer) or (is_ended and ids[-1:] != [eos])
     return ids if eos is None or ids[-1:] == [eos] or is_ended else [*ids, eos]

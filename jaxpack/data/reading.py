@@ -1,5 +1,6 @@
 """Reads a dataset (a file or an iterable of rows) into documents."""
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -13,9 +14,9 @@ import numpy as np
 from jaxpack.constants import IGNORE
 from jaxpack.data.bounded import bounded_lines, parquet_rows, too_large
 from jaxpack.data.chat_template import ChatTemplate
-from jaxpack.data.conversation import Conversation, without_none
+from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, question_of
+from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, formats_of, question_of
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
@@ -40,8 +41,8 @@ def load_documents(
 
     Each row has one of these formats. The first row decides the format of all rows:
 
-    - `input_ids`, optionally `labels` (-100 for a token that is not trained on): taken as they are, and must have no
-      padding.
+    - `input_ids`, optionally with `labels` (-100 for a token that is not trained on), `completion_mask` or
+      `assistant_masks` (0 for such a token) and `attention_mask` (0 for padding, which is cut off).
     - `messages` (or `conversations`), with `role` and `content`, or with ShareGPT's `from` and `value`: written by the
       tokenizer's chat template, and trained on the assistant's text and on the token that ends its turn. The
       template also gets the row's `tools` (a list, or JSON of one), `system` and `chat_template_kwargs`.
@@ -139,7 +140,7 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
       InputError: the dataset is empty or unreadable, or a row is unreadable. The message says which one.
     """
     records, where = _read(dataset)
-    records = without_none(list(records)) if where.of_arrow else records
+    records = [plain(record, drop_none=where.of_arrow) for record in records]
     return [question_of(record, row, where, chat) for row, record in enumerate(records)]
 
 
@@ -216,9 +217,9 @@ def _read_rows(dataset: Any) -> tuple[Sequence[Record], Where]:
 def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
     require_data_file(path, "dataset")
     try:
-        if path.suffix in (".jsonl", ".json") or (not path.suffix and kind_of(path) == "a pipe"):
+        if path.suffix.lower() in (".jsonl", ".json") or (not path.suffix and kind_of(path) == "a pipe"):
             return _read_json(path)
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return parquet_rows(path), Where(str(path), of_arrow=True)
     except MemoryError as error:
         raise too_large(path, "the memory is full") from error
@@ -228,45 +229,96 @@ def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
 
 
 def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
-    """Reads JSON Lines, or one JSON array of rows; the file is read once, because it may be a pipe."""
+    """Reads JSON Lines, or a file that is one JSON value: an array of rows, or an object that is a row or has the rows.
+
+    The file is read once, because it may be a pipe.
+    """
     with path.open("rb") as file:
-        lines = enumerate(bounded_lines(file, path), 1)
-        number, first = next(((number, line) for number, line in lines if line.strip()), (1, b""))
-        if number == 1:
-            first = first.removeprefix(b"\xef\xbb\xbf")
-        if first.lstrip().startswith(b"["):
-            return _read_array(path, b"".join([first, *(line for _, line in lines)]))
-        return _read_jsonl(path, itertools.chain([(number, first)], lines))
-
-
-def _read_array(path: Path, content: bytes) -> tuple[list[Record], Where]:
-    """Reads a file that is one JSON array of rows."""
+        read = bounded_lines(file, path)
+        number, first = next((line for line in enumerate(map(_stripped, read), 1) if line[1]), (1, b""))
+        lines = itertools.chain([first], read)
+        if not first.startswith((b"[", b"{")) or (first.startswith(b"{") and _is_json(first)):
+            records, where = _read_lines(lines, number, path)
+            return (records, where) if len(records) > 1 else _rows_within(records, where, path)
+        whole = b"\n".join(lines)
     try:
-        records = json.loads(content.decode("utf-8"))
+        value = _parse(whole)
     except (ValueError, RecursionError) as error:
+        if first.startswith(b"{") and isinstance(error, json.JSONDecodeError):
+            return _read_lines([first], number, path)  # and says what is wrong with the first line
         raise InputError(
-            f"{path} must be JSON Lines, or one JSON array of objects, got an array that cannot be read:"
+            f"{path} must be JSON Lines, or one JSON array of objects, got one value that cannot be read:"
             f" {reason(error)}."
         ) from error
+    return _rows_within([value], Where(str(path)), path) if isinstance(value, dict) else _read_array(value, str(path))
+
+
+def _rows_within(records: list[Record], where: Where, path: Path) -> tuple[Sequence[Record], Where]:
+    """Returns the rows in a list that a file's only object holds; the object itself if it is a row, or holds none."""
+    if not records or formats_of(records[0]):
+        return records, where
+    lists = {
+        key: value
+        for key, value in records[0].items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and formats_of(value[0])
+    }
+    if len(lists) > 1:
+        raise InputError(f"{path} must have the rows of one dataset, got lists of rows in the fields {sorted(lists)}.")
+    if not lists:
+        return records, where
+    ((key, rows),) = lists.items()
+    others = [f"`{other}`" for other in records[0] if other != key]
+    rest = f"; not used: {', '.join(others)}" if others else ""
+    console.print(f"the rows of {path} are those of its field `{key}`{rest}")
+    return _read_array(rows, f"`{key}` of {path}")
+
+
+def _read_array(records: list, source: str) -> tuple[list[Record], Where]:
     for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise InputError(f"Each item of the array in {path} must be an object, got {record!r:.80} as item {row}.")
-    return records, Where(str(path))
+            raise InputError(f"Each item of the array in {source} must be an object, got {record!r:.80} as item {row}.")
+    return records, Where(source)
 
 
-def _read_jsonl(path: Path, given: Iterable[tuple[int, bytes]]) -> tuple[list[Record], Where]:
-    records, lines = [], []
-    for number, line in given:
-        if not line.strip():
+def _read_lines(lines: Iterable[bytes], first: int, path: Path) -> tuple[list[Record], Where]:
+    """Reads JSON Lines; `first` is the number of the first of the lines in the file."""
+    records, numbers = [], []
+    for number, line in enumerate(map(_stripped, lines), first):
+        if not line:
             continue
         try:
-            text = line.decode("utf-8").strip()
-            record = json.loads(text)
+            record = _parse(line)
         except (ValueError, RecursionError) as error:
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
             raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line: {why}.") from error
         if not isinstance(record, dict):
-            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line, got {text[:80]!r}.")
+            text = line[:320].decode(errors="replace")[:80]
+            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line, got {text!r}.")
         records.append(record)
-        lines.append(number)
-    return records, Where(str(path), lines)
+        numbers.append(number)
+    return records, Where(str(path), numbers)
+
+
+def _stripped(line: bytes) -> bytes:
+    """Removes white space around a line, and a byte order mark before it: joined files have marks within."""
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def _is_json(line: bytes) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(line)
+        return True
+    return False
+
+
+def _parse(text: bytes) -> Any:
+    return json.loads(text.decode(), object_pairs_hook=_without_doubles)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a mapping of what JSON says; refuses a key that stands twice, because one of its values would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return made

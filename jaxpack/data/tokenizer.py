@@ -1,5 +1,6 @@
 """Declares the parts of a Hugging Face tokenizer that jaxpack uses, and tokenises texts."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -52,11 +53,15 @@ def tokenize(
 ) -> Mapping[str, list]:
     """Calls a tokenizer on texts. `where` returns how an error names a text, for example by its row, given its index.
 
-    A text that begins with the tokenizer's BOS, because a chat template has written it, gets no second one.
+    If a text begins with the token with which the tokenizer begins texts, because a chat template has written it, the
+    text gets no second one, and white space before the token is cut off.
 
     Raises:
       InputError: one of the texts is not valid Unicode, or the tokenizer gives up on it.
     """
+    begins = _added_before(tokenizer) if options.get("add_special_tokens", True) else []
+    if begins:
+        texts = [text.lstrip() if begins_with_bos(text, tokenizer) else text for text in texts]
     try:
         encoded = tokenizer(texts, **options)
     except TypeError:
@@ -71,21 +76,25 @@ def tokenize(
             f"The tokenizer must encode every text, but it failed with {reason(error)!r:.200}. A pattern in its"
             " tokenizer.json needs too many attempts: use the tokenizer of the model's authors."
         ) from None
-    twice = [
-        index
-        for index, ids in enumerate(encoded["input_ids"])
-        if begins_with_bos(texts[index], tokenizer) and ids[:2] == 2 * [tokenizer.bos_token_id]
+    doubled = [
+        sum(1 for _ in itertools.takewhile(lambda token: [token] == begins, ids[1:])) if ids[:1] == begins else 0
+        for ids in encoded["input_ids"]
     ]
-    if not twice:
+    if not any(doubled):
         return encoded
-    columns = {name: list(column) for name, column in encoded.items()}
-    for column in columns.values():
-        for index in twice:
-            column[index] = column[index][1:]
-    return columns
+    return {name: [row[cut:] for row, cut in zip(column, doubled, strict=True)] for name, column in encoded.items()}
+
+
+def _added_before(tokenizer: Tokenizer) -> list[int]:
+    """Returns the token that a tokenizer puts before a text by itself, in a list; an empty list if it puts none."""
+    alone, whole = (tokenizer(["a"], add_special_tokens=add)["input_ids"][0] for add in (False, True))
+    return list(whole[:1]) if list(whole[1 : 1 + len(alone)]) == list(alone) else []
 
 
 def begins_with_bos(text: str, tokenizer: Tokenizer) -> bool:
-    """Returns whether a text begins with the tokenizer's BOS token, as texts do that a chat template has written."""
+    """Returns whether a text begins with the tokenizer's BOS token, as texts do that a chat template has written.
+
+    White space may stand before it.
+    """
     bos = getattr(tokenizer, "bos_token", None)
-    return bool(bos) and text.startswith(bos)
+    return bool(bos) and text.lstrip().startswith(bos)

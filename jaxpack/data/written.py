@@ -18,7 +18,9 @@ CONTENT, SYSTEM, THOUGHT, CALL, TOOL = "content", "system text", "thoughts", "ca
 
 MARK = "\ufdd0{}\ufdd1"  # Unicode reserves these two: text never has them
 MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
-_INLINE = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)  # a thought that a content begins with
+# A thought that a content begins with, and the answer after it. Where the generation prompt has opened the thought, the
+# content may lack that tag.
+_INLINE = re.compile(r"(\s*(?:<think>\s*)?)((?:(?!<think>).)*?)(\s*</think>\s*)(.*)", re.DOTALL)
 
 Piece = tuple[int, str]  # the number of a message, and one of the kinds above
 
@@ -56,7 +58,13 @@ def unwritten(conversation: Conversation, text: str, form: Mapping[Piece, int] |
 def form_of(conversation: Conversation) -> Any:
     """Returns what decides where a template writes pieces, but for what they say."""
     kinds = tuple(
-        (message.get("role"), tuple(sorted(message)), tuple(kind for kind, _ in _pieces(message)))
+        (
+            message.get("role"),
+            tuple(sorted(message)),
+            tuple(
+                (kind, len(message["tool_calls"]) if kind == CALL else len(texts)) for kind, texts in _pieces(message)
+            ),
+        )
         for message in conversation.messages
     )
     return kinds, repr(conversation.tools), repr(conversation.options)
@@ -84,7 +92,7 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
     content = message.get("content")
     thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
     if isinstance(content, str):
-        if (inline := _inline(message)) is not None:
+        if (inline := inline_thought(message)) is not None:
             thoughts.append(inline[2])
             content = inline[4]
         if content.strip():
@@ -95,9 +103,12 @@ def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
         yield CALL, [text for call in calls for text in _texts_of_call(call)]
 
 
-def _inline(message: Message) -> re.Match | None:
-    """Splits an assistant's content that begins with a thought; None for any other message."""
-    return _INLINE.fullmatch(message["content"]) if message.get("role") == "assistant" else None
+def inline_thought(message: Message) -> re.Match | None:
+    """Splits an assistant's content that begins with a thought into tag, thought, tag and answer; else returns None."""
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        return None
+    return _INLINE.fullmatch(content)
 
 
 def _kind_of_content(message: Message) -> str:
@@ -105,9 +116,8 @@ def _kind_of_content(message: Message) -> str:
 
 
 def _texts_of_call(call: Mapping[str, Any]) -> Iterator[str]:
-    function = call["function"] if isinstance(call.get("function"), Mapping) else call
-    yield str(function.get("name", ""))
-    yield from _leaves(function.get("arguments", {}))
+    yield call["function"]["name"]
+    yield from _leaves(call["function"]["arguments"])
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -134,7 +144,7 @@ def _marked(message: Message, i: int, mark: Callable[[Piece], str]) -> Message:
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        if (inline := _inline(message)) is None:
+        if (inline := inline_thought(message)) is None:
             marked["content"] = mark((i, _kind_of_content(message)))
         else:
             thought = mark((i, THOUGHT)) if inline[2].strip() else inline[2]
@@ -154,6 +164,4 @@ def _marked_call(call: Mapping[str, Any], piece: Piece, mark: Callable[[Piece], 
         return json.dumps(arguments, ensure_ascii=False) if isinstance(given, str) else arguments
 
     marked = with_arguments(call, mark_arguments)
-    if isinstance(marked.get("function"), Mapping):
-        return {**marked, "function": {**marked["function"], "name": mark(piece)}}
-    return {**marked, "name": mark(piece)}
+    return {**marked, "function": {**marked["function"], "name": mark(piece)}}

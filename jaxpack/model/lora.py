@@ -1,5 +1,6 @@
 """Adds LoRA adapters to projections and initialises them; `model/linear.py` computes with them."""
 
+import dataclasses
 import math
 
 import jax
@@ -62,6 +63,14 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
                 linear.lora[name] = LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout)
     model.lora_config = config
     return model
+
+
+def untie(model: Transformer) -> None:
+    """Gives a model that ties its head to its embedding a head of its own, with the same values, in place."""
+    assert model.config.tie_word_embeddings, "the head is already a matrix of its own"
+    head = weight_of(model.embedding).dense(model.dtype)
+    model.lm_head = TRAINED(jnp.array(head, copy=True))  # a step may donate both matrices, each once
+    model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
 
 
 def adapters(model: Transformer) -> dict[str, LoraAdapter]:

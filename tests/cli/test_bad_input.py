@@ -92,7 +92,7 @@ BAD_DATA: dict[str, tuple[bytes | None, list[str]]] = {
     "empty": (b"", ["`data` must have at least one row", "rows.jsonl"]),
     "array": (
         b"[" + jsonl(GOOD[0]),
-        ["must be JSON Lines, or one JSON array of objects", "rows.jsonl", "an array that cannot be read"],
+        ["must be JSON Lines, or one JSON array of objects", "rows.jsonl", "one value that cannot be read"],
     ),
     "not_json": (jsonl(GOOD[0], GOOD[1]) + b"\nthe cab\n" + jsonl(GOOD[2]), ["Line 4 of", "rows.jsonl", "JSON"]),
     "not_utf8": (jsonl(GOOD[0]) + '{"text": "é"}\n'.encode("latin-1"), ["Line 2 of", "rows.jsonl"]),

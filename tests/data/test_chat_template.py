@@ -143,6 +143,24 @@ def test_thoughts_that_a_template_writes_are_trained_on(name: str, tags: bool) -
     assert trained(documents, tokenizer) == expected
 
 
+@pytest.mark.parametrize("tag", ["<think>", "<think>\n"])
+@pytest.mark.parametrize("default", [True, False])
+def test_a_thought_in_a_content_is_trained_on_from_the_end_of_the_generation_prompt(tag: str, default: bool) -> None:
+    # The prompt opens a thought, or writes an empty one if thoughts are off by default (Qwen3.5's smaller models).
+    template = (
+        "{% for m in messages %}{% set parts = m.content.split('</think>') %}{% if m.role == 'user' %}"
+        "{{ '<u>' + m.content + '<e>' }}{% else %}{{ '<a><think>\n' }}"
+        "{{ parts[0].split('<think>')[-1].strip() if parts[1:] else '' }}"
+        "{{ '\n</think>\n\n' + parts[-1].strip() + '<e>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<a><think>\n' }}"
+        f"{{% if not (enable_thinking | default({default})) %}}{{{{ '\n</think>\n\n' }}}}{{% endif %}}{{% endif %}}"
+    )
+    tokenizer = of_template(template, "<u>", "<a>", "<e>")
+    documents = load([{"messages": chat("a", f"{tag}hm\n</think>\n\nb", "c", "d")}], tokenizer)
+    empty = "" if not default else "\n</think>\n\n"
+    assert trained(documents, tokenizer) == ["hm\n</think>\n\nb<e>", f"{empty}d<e>"]
+
+
 def test_rows_have_thoughts_of_their_own() -> None:
     tokenizer = of_template(QWEN3, *CHATML_TOKENS)
     thoughts = ["hm", "oh", "the cab"]

@@ -47,7 +47,7 @@ AS_MESSAGES = [
         {"messages": SHAREGPT["conversations"]},
         {"conversations": AS_MESSAGES},
         {"conversations": SHAREGPT["conversations"][1:], "system": "be"},
-        {"messages": AS_MESSAGES, "system": "unused: they have their own"},
+        {"messages": AS_MESSAGES, "system": AS_MESSAGES[0]["content"]},
         {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in AS_MESSAGES]},
     ],
     ids=["sharegpt", "from_in_messages", "role_in_conversations", "system", "own_system", "parts"],

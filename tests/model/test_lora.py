@@ -9,7 +9,7 @@ from models import small_model
 
 from jaxpack.errors import InputError
 from jaxpack.model.linear import Linear, LoraAdapter
-from jaxpack.model.lora import adapters, add_lora
+from jaxpack.model.lora import adapters, add_lora, untie
 from jaxpack.settings import LoraConfig
 from jaxpack.train.step import split_trainable
 
@@ -114,3 +114,14 @@ def test_what_cannot_be_is_refused(family):
         add_lora(add_lora(small_model(family), LoraConfig()), LoraConfig())
     with pytest.raises(InputError, match="`r` must be at least 1, got 0"):
         LoraConfig(r=0)
+
+
+def test_an_untied_model_computes_the_same_with_two_matrices():
+    model, tokens = small_model("qwen3"), jnp.arange(12)[None]
+    before = model.logits(tokens)
+    untie(model)
+    np.testing.assert_array_equal(model.logits(tokens), before)
+    model.lm_head.set_value(model.lm_head[...] + 1)
+    assert (model.logits(tokens) != before).any()
+    np.testing.assert_array_equal(model.embed(tokens), small_model("qwen3").embed(tokens))
+    add_lora(model, LoraConfig(r=2, modules_to_save="lm_head"))  # a tied model has no head to train alone

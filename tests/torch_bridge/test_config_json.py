@@ -136,8 +136,8 @@ def test_options_that_are_null_are_off(family: str, option: str):
 
 UNSUPPORTED = [
     ("architectures", {"architectures": ["GPT2LMHeadModel"]}),
-    ("architectures", {"architectures": []}),
-    ("architectures", {"architectures": None}),
+    ("architectures", {"architectures": ["LlamaForCausalLM", "Qwen3ForCausalLM"]}),
+    ("architectures", {"architectures": "LlamaForCausalLM"}),
     ("hidden_act", {"hidden_act": "relu2"}),
     ("attention_bias", {"attention_bias": "all"}),
     ("rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),

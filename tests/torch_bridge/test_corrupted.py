@@ -249,7 +249,7 @@ def config_number(rng: random.Random, folder: Path) -> None:
 
 def config_option(rng: random.Random, folder: Path) -> None:
     changes = [
-        {"architectures": rng.choice([None, [], "Qwen3ForCausalLM", ["GPT2LMHeadModel"], [None], [[]], {}, 7])},
+        {"architectures": rng.choice(["", ["", ""], "Qwen3ForCausalLM", ["GPT2LMHeadModel"], [None], [[]], {}, 7])},
         {"layer_types": rng.choice([7, [{}], ["x"], [None], {"a": 1}])},
         {
             "rope_parameters": rng.choice(

@@ -164,7 +164,9 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
         torch_bridge.from_pretrained(str(tmp_path / "model"))
 
 
-DESCRIBING = {"tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+DESCRIBING = {"tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt"}
+DESCRIBING |= {"vocab.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"}
+DESCRIBING |= {"chat_template.jinja", "additional_chat_templates/tools.jinja"}
 SHARDS = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 PICKLES = {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
 OTHERS = {"README.md", "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json"}
@@ -173,13 +175,13 @@ OTHERS = {"README.md", "consolidated.safetensors", "original/consolidated.00.pth
 @pytest.mark.parametrize(
     ("read", "weights", "endings"),
     [
-        (torch_bridge.from_pretrained, SHARDS | PICKLES, (".json", ".jinja", ".model", ".safetensors")),
-        (torch_bridge.from_pretrained, PICKLES, (".json", ".jinja", ".model", ".bin")),
-        (torch_bridge.read_config, SHARDS | PICKLES, (".json", ".jinja", ".model")),
+        (torch_bridge.from_pretrained, SHARDS | PICKLES, (".json", ".safetensors")),
+        (torch_bridge.from_pretrained, PICKLES, (".json", ".bin")),
+        (torch_bridge.read_config, SHARDS | PICKLES, (".json",)),
     ],
     ids=["safetensors", "nothing but pickles", "no weights"],
 )
-def test_of_the_hub_only_what_is_read_is_downloaded(
+def test_cases_of_the_hub_only_what_is_read_or_copied_is_downloaded(
     read: Callable, weights: set[str], endings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def download(name: str, **patterns: list[str]) -> str:
@@ -192,4 +194,4 @@ def test_of_the_hub_only_what_is_read_is_downloaded(
     with pytest.raises(InputError, match=r"must hold a config.json"):
         read("owner/name")
     downloaded = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
-    assert downloaded == {file for file in DESCRIBING | weights if file.endswith(endings)}
+    assert downloaded == DESCRIBING | {file for file in weights if file.endswith(endings)}

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from models import small_model
+from safetensors.numpy import load_file, save_file
 from short_runs import LORA
 
 import jaxpack
@@ -25,6 +26,20 @@ def test_cases_such_an_adapter_is_not_saved(value, tmp_path):
     with pytest.raises(InputError, match=r"`model` must have trained weights that are finite.*lora.o_proj.lora_b\."):
         torch_bridge.save_adapter(spoiled_adapter(value), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@VALUES
+def test_cases_such_an_adapter_is_not_read(value, tmp_path):
+    torch_bridge.save_adapter(small_model("qwen3", lora=LORA), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = max(tensors)
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 0] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = small_model("qwen3")
+    with pytest.raises(InputError, match=f"must hold finite numbers, got NaN or infinity in {name}. The training"):
+        torch_bridge.load_adapter(model, str(tmp_path))
+    assert not adapters(model)
 
 
 @VALUES

@@ -24,6 +24,7 @@ class FakeTensors:
     def __init__(self, tensors: dict[str, np.ndarray]):
         self.tensors = tensors
         self.read_names: list[str] = []
+        self.unreadable: dict[str, str] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}

@@ -308,7 +308,7 @@ def test_cases_full_memory_ends_a_command_with_a_sentence(
     monkeypatch.setattr(jaxpack.cli, "app", fails)
     with pytest.raises(SystemExit) as ended:
         jaxpack.cli.main()
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: the memory of ")
     assert shown.count("\n") == 1

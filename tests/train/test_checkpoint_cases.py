@@ -357,7 +357,7 @@ def test_a_record_that_is_no_record_is_refused(change: Callable, rule: str, seal
 def rewrite(path: Path, **changes: np.ndarray | None) -> None:
     """Writes a checkpoint anew with other arrays, and with checksums that fit them."""
     state = small_state(3)
-    arrays = {name: np.asarray(leaf) for name, leaf in checkpoint._named(state).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.arrays_by_name(state).items()}
     arrays = arrays | {"losses": np.full(3, 0.5)} | {name.replace("__", "."): x for name, x in changes.items()}
     about = json.loads((path / "run" / "metadata").read_text())
     shutil.rmtree(path)

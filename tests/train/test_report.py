@@ -15,6 +15,7 @@ from jaxpack.errors import InputError, install_command
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.progress import Log
 from jaxpack.train.report import draw_run
+from jaxpack.train.step import Metrics
 from jaxpack.train.trainer import Trainer
 
 ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).tolist()} for i in range(40)]
@@ -118,10 +119,11 @@ def test_a_run_that_was_killed_is_reported_up_to_there(copied: Path) -> None:
 def test_a_run_that_is_stopped_has_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Log.step
 
-    def stop(log: Log, metrics: object) -> None:
-        step(log, metrics)
+    def stop(log: Log, metrics: Metrics) -> dict[str, float]:
+        measured = step(log, metrics)
         if len(log._done.losses) == 4:
             signal.raise_signal(signal.SIGINT)
+        return measured
 
     monkeypatch.setattr(Log, "step", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -35,6 +35,9 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.description = str(folder)
         self._tensors = tensors_of(folder, WEIGHTS, read_header)
+        self.unreadable = {
+            name: f"dtype {tensor.code:.20}" for name, tensor in self._tensors.items() if tensor.dtype is None
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor by name."""

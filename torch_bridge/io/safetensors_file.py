@@ -24,19 +24,31 @@ _MAX_HEADER_BYTES = 16 << 20  # enough for 100,000 tensors; the format allows 10
 
 
 class Tensor(NamedTuple):
-    """Locates a tensor in a file: its rows, of `dtype`, begin at byte `offset`."""
+    """Locates a tensor in a file: its rows begin at byte `offset`.
+
+    Attributes:
+      dtype: the dtype of the values; None if it is none of `DTYPES`, so that the tensor cannot be read.
+      code: the dtype as the file calls it, such as "BF16".
+      nbytes: the bytes of all rows.
+    """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype | None
     path: Path
     offset: int
+    code: str
+    nbytes: int
 
     def read(self, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
         """Returns rows `first` to `last` (exclusive) as a view of `buffer`, which is uint8 and large enough.
 
         Raises:
-          InputError: the file has become shorter, or cannot be read.
+          InputError: the file has become shorter, or cannot be read, or the dtype is none of `DTYPES`.
         """
+        if self.dtype is None:
+            raise InputError(
+                f"{self.path} must hold tensors of dtype {', '.join(DTYPES)}, got one of {self.code!r:.20}."
+            )
         row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
         wanted = buffer[: (last - first) * row_bytes]
         read_at(self.path, self.offset + first * row_bytes, wanted)
@@ -60,11 +72,11 @@ def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:
 def read_header(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a file by name, in the order of their bytes in the file.
 
-    Reads only the header, and allocates no more than the file's size allows.
+    Reads only the header, and allocates no more than the file's size allows. Tensors of other dtypes than F32, BF16 and
+    F16 are listed, too, and refused only when they are read: a checkpoint may have some that no model needs.
 
     Raises:
-      InputError: the file is missing or cut off, its tensors overlap, leave gaps or lie beyond its end, or a dtype is
-        not F32, BF16 or F16.
+      InputError: the file is missing or cut off, or its tensors overlap, leave gaps or lie beyond its end.
     """
     try:
         status = path.stat()
@@ -92,11 +104,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
     described.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in described.items()}
     end = 8 + length
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))))
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     for name, tensor in tensors.items():
         if tensor.offset != end:
             raise _broken(path, f"{name:.80} begins at byte {tensor.offset:,} and must begin at byte {end:,}")
-        end += tensor.dtype.itemsize * math.prod(tensor.shape)
+        end += tensor.nbytes
     if end != status.st_size:
         raise _broken(path, f"its tensors end at byte {end:,}, but the file ends at byte {status.st_size:,}")
     return tensors
@@ -121,12 +133,12 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (_is_whole(shape) and _is_whole(offsets) and len(offsets) == 2):
         raise _broken(path, f"its header describes {name:.80} by {entry!r:.80}, with a wrong shape or data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{name:.80} of {path} must be of dtype {', '.join(DTYPES)}, got {dtype!r:.20}.")
-    size = DTYPES[dtype].itemsize * math.prod(shape)
+    if not isinstance(dtype, str) or offsets[1] < offsets[0]:
+        raise _broken(path, f"its header describes {name:.80} by {entry!r:.80}, with a wrong dtype or data_offsets")
+    size = DTYPES[dtype].itemsize * math.prod(shape) if dtype in DTYPES else offsets[1] - offsets[0]
     if offsets[1] - offsets[0] != size:
         raise _broken(path, f"{name:.80} of shape {shape!r:.80} needs {size:.10g} bytes, but lies at {offsets!r:.80}")
-    return Tensor(tuple(shape), DTYPES[dtype], path, data + offsets[0])
+    return Tensor(tuple(shape), DTYPES.get(dtype), path, data + offsets[0], dtype, size)
 
 
 def _is_whole(values: Any) -> bool:

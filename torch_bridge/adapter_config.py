@@ -1,0 +1,252 @@
+"""Reads and writes PEFT's `adapter_config.json`: which modules have an adapter, and of which rank and strength."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpack.constants import WHOLE_MODULES
+from jaxpack.errors import InputError
+from jaxpack.model.lora import adapters
+from jaxpack.model.transformer import Transformer
+from jaxpack.settings import LoraConfig
+from torch_bridge.io.folder import some
+from torch_bridge.patterns import match_all, match_ends
+from torch_bridge.tensors import tensor_table
+
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+WHOLE = {"lm_head": HEAD, "embed_tokens": EMBEDDING, EMBEDDING: EMBEDDING}  # names for `modules_to_save`
+
+# Fields that describe the base model or the software that wrote or ran the adapter, or that only matter with an option
+# that is refused. They do not change the results of an adapter.
+_TOLD = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"}
+_TOLD |= {"megatron_core", "qalora_group_size", "runtime_config"}
+_TOLD |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+_TOLD |= {"fan_in_fan_out"}  # PEFT turns this off for linear layers, and all projections are linear layers
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
+_READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
+_READ |= {"exclude_modules", "layers_to_transform", "layers_pattern"}
+# The values of `init_lora_weights` that are accepted: they change no base weight.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Other values whose beginnings are known. With these PEFT changes base weights, again each time it reads the adapter.
+_CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_LAYER_LISTS = ("layers", "model.layers")  # the names of the list of layers, as `layers_pattern` may give them
+
+_MERGE = (
+    "Merge the adapter with PEFT instead: save `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, and use"
+    " that as the model."
+)
+_CORRECT = "Correct the file, or save the adapter again."
+
+
+def modules_of(model: Transformer) -> Iterator[tuple[str, str, int]]:
+    """Yields each projection of each layer: the Hugging Face module name, the projection's name, and the layer."""
+    for name, (entry, layer) in tensor_table(model.config).items():
+        if entry.projection is not None and layer is not None and entry.path.endswith(".weight"):
+            yield name.removesuffix(".weight"), entry.projection, layer
+
+
+def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> LoraConfig:
+    """Returns the `LoraConfig` that a PEFT config describes for this model's modules.
+
+    `modules_to_save` may name only one of two tied matrices, which `LoraConfig` allows and `add_lora` does not.
+
+    Args:
+      model: the base model.
+      peft: the content of `adapter_config.json`.
+      path: the file, for errors.
+
+    Raises:
+      InputError: a setting changes the results and is not supported, or has a value that PEFT does not allow.
+    """
+
+    def require(ok: bool, name: str, rule: str, remedy: str = _MERGE) -> None:
+        if not ok:
+            raise InputError(f"`{name}` of {path} must be {rule}, got {peft.get(name)!r:.100}. {remedy}")
+
+    require(peft.get("peft_type") == "LORA", "peft_type", "'LORA'")
+    require(peft.get("task_type") in ("CAUSAL_LM", None), "task_type", "'CAUSAL_LM'", "Use an adapter of a causal LM.")
+    require(peft.get("bias", "none") == "none", "bias", "'none'")
+    _check_start(peft.get("init_lora_weights", True), path)
+    for name in sorted(peft.keys() - _TOLD - _READ):
+        require(not peft[name], name, "off, because jaxpack does not support it")
+    require(type(peft.get("lora_dropout", 0.0)) in (int, float), "lora_dropout", "a number", _CORRECT)
+    for name in ("rank_pattern", "alpha_pattern"):
+        require(isinstance(peft.get(name) or {}, dict), name, "a JSON object", _CORRECT)
+    whole = peft.get("modules_to_save") or []
+    known = isinstance(whole, list) and all(isinstance(name, str) and name in WHOLE for name in whole)
+    require(known, "modules_to_save", f"a list of names among {sorted(WHOLE)}")
+    saved = {WHOLE[name] for name in whole}
+    if model.config.tie_word_embeddings and saved and peft.get("ensure_weight_tying"):
+        saved = {HEAD, EMBEDDING}
+    targets = _targets(model, peft, path)
+    ranks = _by_projection(model, targets, peft, "rank_pattern", "r", path)
+    alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
+    try:
+        return LoraConfig(
+            r=peft.get("r", 8),
+            lora_alpha=peft.get("lora_alpha", 8),
+            lora_dropout=peft.get("lora_dropout", 0.0),
+            use_rslora=peft.get("use_rslora", False),
+            target_modules=targets,
+            rank_pattern=tuple(ranks.items()),
+            alpha_pattern=tuple(alphas.items()),
+            modules_to_save=tuple(name for name in WHOLE_MODULES if WHOLE[name] in saved),
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error} {_CORRECT}") from error
+
+
+def _check_start(start: Any, path: Path) -> None:
+    """Refuses a way of initialising an adapter that changes the base weights, and unknown ones."""
+    if start is None or isinstance(start, bool):
+        return
+    name = start.lower() if isinstance(start, str) else ""
+    if name in _STARTS:
+        return
+    got = f"`init_lora_weights` of {path} must be one of {_STARTS}, got {start!r:.40}"
+    if not name.startswith(_CHANGING_STARTS):
+        raise InputError(f"{got}. {_MERGE}")
+    if name == "loftq":
+        raise InputError(
+            f"{got}, with which PEFT quantises the base weights. If the base folder already holds the quantised"
+            f" weights, set the field to true. {_MERGE}"
+        )
+    raise InputError(
+        f"{got}, with which the first values of the adapter are subtracted from the base weights. Save the adapter with"
+        " `save_pretrained(folder, path_initial_model_for_weight_conversion=initial)` of PEFT, which makes an ordinary"
+        " adapter of it; or, if the base folder already holds the changed weights, set the field to true."
+    )
+
+
+def _targets(model: Transformer, peft: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Returns the projections with an adapter: those of `target_modules` that `exclude_modules` does not select.
+
+    PEFT passes over names that no module has, as long as another name selects one.
+    """
+    modules = list(modules_of(model))
+    names = [HEAD, EMBEDDING, *(module for module, _, _ in modules)]
+    wanted, excluded = (_names(peft, field, path) for field in ("target_modules", "exclude_modules"))
+    if wanted == "all-linear":
+        wanted = names[2:]
+    selected = _selected(wanted, names, "target_modules", path)
+    selected -= _selected(excluded, names, "exclude_modules", path)
+    fields = "`target_modules`" + (" without `exclude_modules`" if excluded else "")
+    if outside := sorted(selected & {HEAD, EMBEDDING}):
+        raise InputError(
+            f"{fields} of {path} must name only projections of the model's layers, got {some(outside)}. {_MERGE}"
+        )
+    layers: dict[str, int] = {}
+    for module, projection, _ in modules:
+        layers[projection] = layers.get(projection, 0) + (module in selected)
+    partial = [projection for projection, count in layers.items() if 0 < count < model.config.num_layers]
+    if partial:
+        raise InputError(
+            f"{fields} of {path} must name a projection in all layers or in none, got {partial} in only some layers."
+            f" {_MERGE}"
+        )
+    targets = tuple(projection for projection, count in layers.items() if count)
+    if not targets:
+        raise InputError(
+            f"{fields} of {path} must match at least one projection of the model, got {wanted!r:.100}, which matches"
+            " none. Use the base model that the adapter was trained on."
+        )
+    _check_layers(model, peft, path)
+    return targets
+
+
+def _names(peft: Mapping[str, Any], field: str, path: Path) -> str | list[str]:
+    """Reads a list of module names or one pattern; only `target_modules` must name something."""
+    names = peft.get(field)
+    if not names and field == "exclude_modules":
+        return []
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not names or not (listed or isinstance(names, str)):
+        raise InputError(
+            f"`{field}` of {path} must be a list of module names or one pattern, got {names!r:.100}. {_CORRECT}"
+        )
+    return names
+
+
+def _selected(wanted: str | list[str], names: Sequence[str], field: str, path: Path) -> set[str]:
+    """Returns the module names that PEFT selects: by their ends, or as a whole by one pattern."""
+    if isinstance(wanted, str):
+        return match_all([wanted], names, f"`{field}` of {path}")[0]
+    return {name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted)}
+
+
+def _check_layers(model: Transformer, peft: Mapping[str, Any], path: Path) -> None:
+    """Requires `layers_to_transform` to name all layers, if it names any."""
+    wanted, lists = peft.get("layers_to_transform"), peft.get("layers_pattern") or []
+    if wanted is None or wanted == []:
+        return
+    if isinstance(peft["target_modules"], str):
+        raise InputError(
+            f"`layers_to_transform` of {path} must be null beside a pattern in `target_modules`, because PEFT refuses"
+            f" both, got {wanted!r:.100}. {_CORRECT}"
+        )
+    numbers = [wanted] if type(wanted) is int else wanted
+    if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+        raise InputError(f"`layers_to_transform` of {path} must be a list of layers, got {wanted!r:.100}. {_CORRECT}")
+    lists = [lists] if isinstance(lists, str) else lists
+    if lists and not (isinstance(lists, list) and any(name in _LAYER_LISTS for name in lists)):
+        raise InputError(f"`layers_pattern` of {path} must name {_LAYER_LISTS[0]!r}, got {lists!r:.100}. {_CORRECT}")
+    count = model.config.num_layers
+    if missing := sorted(set(range(count)) - set(numbers)):
+        raise InputError(
+            f"`layers_to_transform` of {path} must name all {count} layers or be null, because the layers of a model"
+            f" have alike adapters, got a list without {', '.join(map(str, missing[:8]))}. {_MERGE}"
+        )
+
+
+def _by_projection(
+    model: Transformer, targets: tuple[str, ...], peft: Mapping[str, Any], pattern: str, default: str, path: Path
+) -> dict[str, Any]:
+    """Returns each projection's value (its rank or alpha), if it differs from the default.
+
+    The field `pattern` of the PEFT config maps regular expressions to values. A module gets the value of the first
+    expression that matches the end of its name, or else the default.
+    """
+    values = peft.get(pattern) or {}
+    modules = [module for module, projection, _ in modules_of(model) if projection in targets]
+    ends = match_ends(list(values), modules, f"`{pattern}` of {path}")
+    found: dict[str, list[Any]] = {projection: [] for projection in targets}
+    for module, projection, _ in modules_of(model):
+        if projection in found:
+            given = (value for value, matched in zip(values.values(), ends, strict=True) if module in matched)
+            found[projection].append(next(given, peft.get(default, 8)))
+    for projection, those in found.items():
+        if any(value != those[0] for value in those):
+            raise InputError(
+                f"`{pattern}` of {path} must give a projection the same value in all layers, got {those!r:.100} for"
+                f" {projection}. {_MERGE}"
+            )
+    return {projection: those[0] for projection, those in found.items() if those[0] != peft.get(default, 8)}
+
+
+def peft_config(model: Transformer) -> dict[str, Any]:
+    """Returns the content of `adapter_config.json` for a model with adapters."""
+    # Only long-standing fields of PEFT: older versions warn about fields that they do not know.
+    config: Any = model.lora_config
+    alpha = config.lora_alpha
+    tying = {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
+    return tying | {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.config.name_or_path or None,
+        "revision": None,
+        "r": config.r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # an integer in PEFT
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "target_modules": sorted(adapters(model)),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,  # see `_STARTS`: PEFT then changes no base weight when it loads the adapter
+    }
