@@ -63,6 +63,9 @@ class TrainingError(RuntimeError):
       True
     """
 
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(message))
+
 
 def check_type(name: str, value: object, kind: type) -> None:
     """Refuses a value of another type than the argument must have, such as a model of another library."""
@@ -100,9 +103,7 @@ def not_installed(what: str, package: str, extras: str) -> InputError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that the host, or a device of JAX, has too little memory."""
-    if isinstance(error, MemoryError):
-        return True
+    """Returns whether an error says that the memory of a device of JAX is exhausted."""
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -96,7 +96,7 @@ def _room_for(leaves: list[jax.ShapeDtypeStruct], dtype: str, source: TensorSour
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise
         left = "" if free is None else f", with {free / 2**30:.2f} GiB free at the start"
         raise refused(f"no more memory while they were read{left} ({reason(error):.200})") from error

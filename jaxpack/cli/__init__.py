@@ -82,7 +82,7 @@ def main() -> None:
         console.print(f"error: {error}", style="red")
         sys.exit(2 if isinstance(error, InputError) else 1)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise
         whose = "this machine" if isinstance(error, MemoryError) else "the device"
         console.print(

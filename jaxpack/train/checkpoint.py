@@ -32,7 +32,7 @@ from flax import nnx
 from jaxtyping import Array, UInt32
 
 from jaxpack.data.documents import Documents
-from jaxpack.errors import InputError, reason
+from jaxpack.errors import InputError, reason, visible
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, on_host
@@ -40,7 +40,7 @@ from jaxpack.settings import TrainConfig
 from jaxpack.train.record import Record, read_record, shown
 from jaxpack.train.step import TrainState
 from jaxpack.utils.checksums import CHECKSUMS, DamagedError, check_folder, sync_folder, write_checksums
-from jaxpack.utils.console import console, visible
+from jaxpack.utils.console import console
 
 FOLDER = "checkpoints"
 LATEST = "latest"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import re
 import reprlib
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from jaxpack.errors import reason
 from jaxpack.utils.checks import is_date
 from jaxpack.utils.checksums import CHECKSUMS, DamagedError, read_checked
+from jaxpack.utils.json_file import parse_json
 
 FILE = "run/metadata"  # where orbax writes the part `run`
 
@@ -49,8 +49,8 @@ def read_record(path: Path) -> Record:
     """
     content = read_checked(path, FILE)
     try:
-        fields = json.loads(content, object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(content, finite=False)
+    except ValueError as error:
         raise DamagedError(f"{FILE} is not valid JSON: {reason(error):.200}") from error
     if not isinstance(fields, dict):
         raise DamagedError(f"{FILE} must be a JSON object, got {shown(fields)}")
@@ -77,15 +77,6 @@ def shown(value: object) -> str:
 def _check(field: str, ok: bool, rule: str, value: object) -> None:
     if not ok:
         raise DamagedError(f"the field `{field}` of {FILE} must {rule}, got {shown(value)}")
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has {name!r:.80} twice")
-        found[name] = value
-    return found
 
 
 def _object(field: str, value: Any) -> dict[str, Any]:

@@ -337,9 +337,9 @@ def test_a_field_that_is_missing_is_named(field: str, sealed: bool, copies: Path
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        (lambda text: text[:-1] + ', "step": 3}', "run/metadata is not valid JSON: it has 'step' twice"),
-        (lambda text: text.replace('"device"', '"remat"', 1), "it has 'remat' twice"),
-        (lambda text: text.replace('"packing"', '"learning_rate"', 1), "it has 'learning_rate' twice"),
+        (lambda text: text[:-1] + ', "step": 3}', "run/metadata is not valid JSON: the key 'step' occurs twice"),
+        (lambda text: text.replace('"device"', '"remat"', 1), "the key 'remat' occurs twice"),
+        (lambda text: text.replace('"packing"', '"learning_rate"', 1), "the key 'learning_rate' occurs twice"),
         (lambda text: text[:-1], "run/metadata is not valid JSON"),
         (lambda text: "", "run/metadata is not valid JSON"),
         (lambda text: "[]", "run/metadata must be a JSON object, got []"),
