@@ -300,7 +300,9 @@ class Trainer:
             try:
                 self._steps(run, log, checkpoints, events, stop)
                 return log
-            except Exception as error:
+            except (Exception, SystemExit) as error:
+                if isinstance(error, SystemExit) and stop.asked:
+                    raise  # The state is saved already.
                 whole = self._catch_up(run, log)
                 done = len(self.progress.losses)
                 whole = whole or self._go_back(run, checkpoints)
@@ -326,13 +328,18 @@ class Trainer:
         def pauses(step: int) -> bool:
             return stop.asked or events.ends or saves(step) or self._evaluates(step)
 
+        was_finite = True
         with contextlib.closing(run.steps(pauses, events.tell)) as steps:
             for metrics in steps:
                 measured = log.step(metrics)
                 step = len(progress.losses)
                 events.add("step", step, measured)
-                if not all(map(math.isfinite, measured.values())):
-                    self._require_finite(run, measured)
+                is_finite = math.isfinite(measured["loss"] + measured["grad_norm"])
+                if not is_finite:
+                    figures = self._require_finite(run, measured)
+                    if was_finite:
+                        console.print(f"{figures}, but the weights are finite, so the run goes on", style="yellow")
+                was_finite = is_finite
                 if step < run.started:
                     events.tell()
                     continue  # The next step is running already.
@@ -361,14 +368,15 @@ class Trainer:
                     raise stop.error()
                 log.go_on()
 
-    def _require_finite(self, run: Run, measured: dict[str, float]) -> None:
-        """Raises TrainingError if the run's state is not finite, because no later step can mend it."""
+    def _require_finite(self, run: Run, measured: dict[str, float]) -> str:
+        """Raises TrainingError if the run's weights are not finite, because no later step can mend them.
+
+        Otherwise returns a clause with the loss and the gradient's norm of the last step.
+        """
         step, faults = len(self.progress.losses), run.faults()
         figures = f"the loss of step {step} is {measured['loss']:.4g} and its gradient norm {measured['grad_norm']:.4g}"
         if not faults:
-            if not all(map(math.isfinite, measured.values())):
-                console.print(f"{figures}, but the weights are finite, so the run goes on", style="yellow")
-            return
+            return figures
         others = f" and {len(faults) - 1} other arrays" if len(faults) > 1 else ""
         config = self.config
         raise TrainingError(

@@ -31,12 +31,12 @@ ADAPTERS = (LORA, None)
 class Fails(Callback):
     """Raises an error when a step is told."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, error: BaseException):
+        self.step, self.error = step, error
 
     def on_step(self, step, metrics):
         if step == self.step:
-            raise RuntimeError("the callback failed")
+            raise self.error
 
 
 def trained(model) -> list[np.ndarray]:
@@ -58,13 +58,17 @@ def resumed(config: TrainConfig, lora: LoraConfig | None) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "full"])
-def test_cases_an_error_saves_a_checkpoint_and_leaves_the_weights_in_the_model(lora, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("lora", "error"),
+    [(LORA, RuntimeError("it failed")), (LORA, SystemExit("it failed")), (None, RuntimeError("it failed"))],
+    ids=["lora", "exit", "full"],
+)
+def test_cases_an_error_saves_a_checkpoint_and_leaves_the_weights_in_the_model(lora, error, tmp_path, capsys):
     whole = Trainer(small_model("qwen3", lora=lora), None, ROWS, SHORT)
     whole.train()
     config = changed(SHORT, output_dir=str(tmp_path))
-    trainer = Trainer(small_model("qwen3", lora=lora), None, ROWS, config, callbacks=[Fails(3)])
-    with pytest.raises(RuntimeError, match="the callback failed"):
+    trainer = Trainer(small_model("qwen3", lora=lora), None, ROWS, config, callbacks=[Fails(3, error)])
+    with pytest.raises(type(error), match="it failed"):
         trainer.train()
     done = trainer.steps_in_model
     assert done in (3, 4)  # The callback is told when the next step has been started.
