@@ -141,7 +141,7 @@ def norm_rope_case(heads: int, kv_heads: int, head_dim: int, rotary_dim: int) ->
 def attention_case(heads: int, kv_heads: int, head_dim: int, *, sinks: bool = False, **options) -> Case:
     kv = (kv_heads, head_dim)
     shapes = lambda T: [(1, T, heads, head_dim), (1, T, *kv), (1, T, *kv)] + [(heads,)] * sinks  # noqa: E731
-    return Case(attend, shapes, options, ["attention"], ["attention_backward_q", "attention_backward_kv"])
+    return Case(attend, shapes, options, ["contain", "attention"], ["attention_backward_q", "attention_backward_kv"])
 
 
 def gated_case(activation: str, features: int, *, two_arrays: bool = False) -> Case:
@@ -153,7 +153,9 @@ def fused_case(num_heads: int, kv_heads: int, head_dim: int, *, normed: bool) ->
     shapes = lambda T: [(1, T, num_heads + 2 * kv_heads, head_dim)] + [(head_dim,)] * 2 * normed  # noqa: E731
     attends = ["attention_backward_q", "attention_backward_kv"]
     backward = ["norm_rope", *attends, "norm_rope_backward"] if normed else [*attends, "rope_backward"]
-    return Case(fused, shapes, {"num_heads": num_heads}, ["norm_rope" if normed else "rope", "attention"], backward)
+    return Case(
+        fused, shapes, {"num_heads": num_heads}, ["norm_rope" if normed else "rope", "contain", "attention"], backward
+    )
 
 
 def normed_linear_case(channels: int, rank: int | None) -> Case:
