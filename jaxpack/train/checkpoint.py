@@ -334,7 +334,9 @@ def find_checkpoints(config: TrainConfig) -> list[Path]:
     if choice is not None:
         path, name = Path(choice), "resume_from_checkpoint"
         found = _newest_first(path / FOLDER, name) or _newest_first(path, name) or [path]
-        if found == [path] and not any(os.path.lexists(path / part) for part in (_RUN, _STATE, CHECKSUMS)):
+        parts = (_RUN, _STATE, CHECKSUMS)
+        # Other folders have names of digits, too. In a folder of checkpoints, one at least has a part of one.
+        if not any(os.path.lexists(one / part) for one in found for part in parts):
             raise InputError(
                 "`resume_from_checkpoint` must be the folder of a checkpoint, a folder of checkpoints, the folder of a"
                 f" run, or 'latest', got {choice!r}."
