@@ -21,6 +21,7 @@ from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.files import kind_of, require_data_file
+from jaxpack.utils.json_file import parse_json
 
 Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
@@ -242,8 +243,8 @@ def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
             return (records, where) if len(records) > 1 else _rows_within(records, where, path)
         whole = b"\n".join(lines)
     try:
-        value = _parse(whole)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(whole.decode(), finite=False)
+    except ValueError as error:
         if first.startswith(b"{") and isinstance(error, json.JSONDecodeError):
             return _read_lines([first], number, path)  # and says what is wrong with the first line
         raise InputError(
@@ -287,8 +288,8 @@ def _read_lines(lines: Iterable[bytes], first: int, path: Path) -> tuple[list[Re
         if not line:
             continue
         try:
-            record = _parse(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line.decode(), finite=False)
+        except ValueError as error:
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
             raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line: {why}.") from error
         if not isinstance(record, dict):
@@ -309,16 +310,3 @@ def _is_json(line: bytes) -> bool:
         json.loads(line)
         return True
     return False
-
-
-def _parse(text: bytes) -> Any:
-    return json.loads(text.decode(), object_pairs_hook=_without_doubles)
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a mapping of what JSON says; refuses a key that stands twice, because one of its values would be lost."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return made
