@@ -18,12 +18,13 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
     def run(*more: str) -> subprocess.CompletedProcess:
         command = f"benchmarks/bench_training.py --lengths {lengths} --model tiny --rows 1 --steps 1"
         command += f" --max-length 128 --documents 100 --output {output}"
-        # The opponent's packages are in no folder, so the opponent fails, and its checkpoint is not kept here.
-        environment = os.environ | {"PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)}
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "TMPDIR": str(tmp_path)}
         return subprocess.run(
             [sys.executable, *command.split(), *more], capture_output=True, text=True, env=environment, check=False
         )
 
+    # The opponent fails, as if it were not installed.
+    (tmp_path / "trl.py").write_text("raise ModuleNotFoundError('No module named trl')")
     failed = run("--system", "trl", "--site", str(tmp_path / "none"))
     (record,) = json.loads(output.read_text())["results"]
     assert failed.returncode == 1
