@@ -46,8 +46,8 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL or Parquet file of prompts, instead of --prompt. Each row has prompt; messages; conversations;"
-            " or instruction and input. Answers at the end of messages are left out."
+            help="JSON, JSONL or Parquet file of prompts, instead of --prompt. Each row has prompt; messages;"
+            " conversations; or instruction and input. Answers at the end of messages are left out."
         ),
     ] = None,
     chat: Annotated[

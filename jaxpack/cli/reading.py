@@ -19,7 +19,7 @@ MODEL_HELP = (
     "Hugging Face model: a folder, or the id of a model on the hub. Or a shape that gets random weights:"
     f" {', '.join(SHAPES)}."
 )
-DATA_HELP = "Dataset: a JSONL or Parquet file, with rows in any format that jaxpack train reads."
+DATA_HELP = "Dataset: a JSON, JSONL or Parquet file, with rows in any format that jaxpack train reads."
 LENGTHS_HELP = (
     "Lengths of documents, instead of --data: a CSV file with the columns token_length_from, token_length_to and"
     " documents. Random documents are drawn with these lengths."

@@ -44,7 +44,7 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            help="Training data: a JSONL or Parquet file. Each row has text; prompt and completion; messages; "
+            help="Training data: a JSON, JSONL or Parquet file. Each row has text; prompt and completion; messages; "
             "conversations; instruction and output; or input_ids."
         ),
     ],

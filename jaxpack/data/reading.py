@@ -23,7 +23,7 @@ from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.files import kind_of, require_data_file
 from jaxpack.utils.json_file import parse_json
 
-Dataset = str | os.PathLike | Iterable[Record]  # a JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
+Dataset = str | os.PathLike | Iterable[Record]  # a JSON, JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
 
 _CHUNK = 1024  # rows that the tokenizer gets at a time; it spreads them over the cores
 

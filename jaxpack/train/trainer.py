@@ -86,7 +86,7 @@ class Trainer:
     Args:
       model: the model, which is trained in place; `trainer.model` is the same object.
       tokenizer: turns the dataset's text into tokens, see `load_documents`; may be None for rows of `input_ids`.
-      train_dataset: a JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
+      train_dataset: a JSON, JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
       config: the settings of the run; None takes the defaults of `TrainConfig`.
       eval_dataset: rows that are not trained on, in any of the formats. Their loss is computed every `eval_steps`
         steps, in batches like those of training.
