@@ -150,14 +150,12 @@ def train(
             result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-        how = "interrupted" if stopped else "an error ended the run"
         if trainer.steps_in_model:
-            console.print(f"{how}: the weights are saved as trained in {trainer.steps_in_model:,} steps")
+            how = "interrupted" if stopped else "an error ended the run"
+            console.print(f"{how}: the weights are saved as they were after step {trainer.steps_in_model:,}")
             save()
-        elif trainer.progress.losses:
-            console.print(f"{how}: the trained weights are lost or not finite, so they are not saved")
-        elif not isinstance(error, InputError):  # Its message says enough.
-            console.print(f"{how} before a step was done: there is nothing to save")
+        elif stopped:  # The trainer says it of an error.
+            console.print("interrupted before a step was done: there is nothing to save")
         raise
     evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
     if result.first_step_seconds:

@@ -379,11 +379,13 @@ class Trainer:
             return figures
         others = f" and {len(faults) - 1} other arrays" if len(faults) > 1 else ""
         config = self.config
+        clips = 0 < config.max_grad_norm <= 1
+        clipping = "" if clips else f", a `max_grad_norm` of 1 (it was {config.max_grad_norm:g})"
         raise TrainingError(
             f"the run's weights must stay finite, but after step {run.started}, {faults[0]}{others} hold NaN or"
             f" infinity: {figures}. What usually helps is a lower `learning_rate` (it was {config.learning_rate:g}),"
-            f" more `warmup_steps`, a `max_grad_norm` of 1 (it was {config.max_grad_norm:g}), or bfloat16 instead of"
-            f" float16. If it happens again in step {step}, look at the rows of that step."
+            f" more `warmup_steps`{clipping}, or bfloat16 instead of float16. If it happens again in step {step}, look"
+            " at the rows of that step."
         )
 
     def _catch_up(self, run: Run, log: Log) -> bool:
@@ -420,7 +422,7 @@ class Trainer:
     def _save_what_is_left(self, run: Run, checkpoints: Checkpoints | None, whole: bool) -> None:
         """Saves the state of a run that an error has ended, unless its last checkpoint has that state already."""
         if not whole or not run.started:
-            console.print("an error ended the run, and no step was done that could be saved", style="red")
+            console.print("an error ended the run, and there is no whole state of a finished step to save", style="red")
             return
         saved = False
         if checkpoints is not None:

@@ -125,7 +125,7 @@ def test_an_interrupt_saves_what_is_trained_so_far(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
-    assert "interrupted: the weights are saved as trained in 2 steps" in capsys.readouterr().err
+    assert "interrupted: the weights are saved as they were after step 2" in capsys.readouterr().err
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     whole = load_file(adapter_run / "adapter" / "adapter_model.safetensors")
     assert saved.keys() == whole.keys()
@@ -160,7 +160,7 @@ def test_cases_a_run_that_fails_leaves_the_adapter_of_its_last_whole_state(
             with pytest.raises(RuntimeError, match="the driver is gone"):
                 exit_status(*arguments)
     told = capsys.readouterr().err
-    assert "an error ended the run: the weights are saved as trained in 2 steps" in told
+    assert "an error ended the run: the weights are saved as they were after step 2" in told
     assert "Traceback" not in told
     assert ("error: the run's weights must stay finite, but after step 3" in told) == (fault == "nan")
     arguments = ["--resume-from-checkpoint", "latest", "--save-steps", 2]

@@ -108,7 +108,7 @@ def test_cases_an_error_before_the_first_step_saves_nothing(monkeypatch, tmp_pat
         trainer.train()
     assert trainer.steps_in_model == 0
     assert not (tmp_path / "checkpoints").exists()
-    assert "no step was done that could be saved" in capsys.readouterr().err
+    assert "there is no whole state of a finished step to save" in capsys.readouterr().err
 
 
 def spoil(step: int, monkeypatch, **metric: float) -> None:
