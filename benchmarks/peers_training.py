@@ -128,9 +128,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     if unsloth:
         import unsloth as _  # noqa: F401
     import torch
+    import trl
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
+    of_trl: Any = trl  # its types are those of one version, and depend on what else is installed
     model, tokenizer, peft_config = (load_with_unsloth if unsloth else load)(request)
     packed, padding_free = (request["layout"] == name for name in ("packed", "padding-free"))
     settings: dict[str, Any] = {
@@ -170,10 +171,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         }
         settings |= {"use_cpu": True} if not torch.cuda.is_available() else {}
     clock = make_clock(request)
-    trainer = SFTTrainer(
+    trainer = of_trl.SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        args=SFTConfig(**settings),
+        args=of_trl.SFTConfig(**settings),
         train_dataset=Dataset.from_dict({"input_ids": read_documents(request)}),
         callbacks=[clock],
         **({} if peft_config is None else {"peft_config": peft_config}),
