@@ -20,7 +20,7 @@ _MAX_TEXT = 16 << 20  # characters of a text, or items of a list
 _MAX_PARTS = 1_000_000  # of lists within lists
 _MAX_NUMBER = 100_000  # of a width, a count or a precision
 _MAX_BITS = 10_000  # of a whole number
-_BOUNDED = frozenset(("*", "**", "%"))
+_BOUNDED = frozenset(("+", "*", "**", "%"))
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)")  # a format with a width that is huge, or is given with the values
 _WIDE_FIELD = re.compile(r"\d{6}|\{")  # the same in the format of a field in braces
 _REFUSED_METHODS = ("translate", "maketrans", "expandtabs")  # no template needs these, which make much of little
@@ -98,6 +98,10 @@ def _install() -> None:
             return super().from_string(source, *args, **options)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+":
+                if isinstance(left, str | list | tuple) and type(left) is type(right):
+                    _require((size := len(left) + len(right)) <= _MAX_TEXT, "a text or a list", size)
+                return left + right
             _check_operation(operator, left, right)
             return super().call_binop(context, operator, left, right)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 _LOOK_SECONDS = 0.02
 _IDLE_SECONDS = 1.0  # after which the watching thread ends
+_AGAIN_SECONDS = 0.5  # after which the exception is raised again: a callback of a library may have swallowed it
 
 
 class LimitReached(BaseException):
@@ -38,6 +39,7 @@ class Limit:
         self._lock = threading.Lock()
         self._watched: dict[int, tuple[float, float]] = {}  # by thread: its own time and the clock when it came in
         self._why: dict[int, str] = {}  # why the code in a thread is to end
+        self._raised: dict[int, float] = {}  # by thread: when the exception was last raised in it
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -91,13 +93,19 @@ class Limit:
                 memory = {block: memory.get(block, now) for block in blocks}
                 for thread, (own, clock) in self._watched.items():
                     if thread in self._why:
+                        if time.monotonic() - self._raised[thread] > _AGAIN_SECONDS:
+                            self._end(thread)
                         continue
                     if _time_since(thread, own, clock) > self._seconds:
                         self._why[thread] = f"it takes longer than {self._seconds:g} seconds"
                     elif now - memory[thread, clock] > self._memory:
                         self._why[thread] = f"it takes more than {self._memory >> 20:,} MiB of memory"
                     if thread in self._why:
-                        _raise_in(thread, LimitReached)
+                        self._end(thread)
+
+    def _end(self, thread: int) -> None:
+        self._raised[thread] = time.monotonic()
+        _raise_in(thread, LimitReached)
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
