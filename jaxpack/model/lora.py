@@ -11,7 +11,7 @@ from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import TRAINED, freeze, is_trained, weight_of
+from jaxpack.model.weights import TRAINED, freeze, is_trained, non_finite, weight_of
 from jaxpack.settings import LoraConfig
 
 
@@ -90,22 +90,12 @@ def require_finite(model: Transformer) -> None:
     Raises:
       InputError: such a value was found.
     """
-    trained = nnx.to_flat_state(nnx.state(model, TRAINED))
-    if not trained:
-        return
-    finite = jax.device_get(_all_finite([value[...] for _, value in trained]))
-    wrong = [".".join(map(str, path)) for (path, _), good in zip(trained, finite, strict=True) if not good]
-    if wrong:
+    if wrong := non_finite(nnx.state(model, TRAINED)):
         others = f" and {len(wrong) - 1} other arrays" if len(wrong) > 1 else ""
         raise InputError(
             f"`model` must have trained weights that are finite, got NaN or infinity in {wrong[0]}{others}. Use a"
             " checkpoint or an adapter from before the training failed, and train with a lower `learning_rate`."
         )
-
-
-@jax.jit
-def _all_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 def without_adapters(model: Transformer) -> Transformer:

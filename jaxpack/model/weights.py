@@ -40,6 +40,24 @@ def split_trained(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State
     return graph, trained, others
 
 
+def non_finite(parameters: nnx.State) -> list[str]:
+    """Returns the names of the parameters that hold NaN or infinity, such as `blocks.mlp.down.lora_a`.
+
+    The device reads them once.
+
+    Raises:
+      JaxRuntimeError: a program that was to compute them has failed.
+    """
+    arrays = {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(parameters)}
+    finite = jax.device_get(_all_finite(list(arrays.values()))) if arrays else []
+    return [name for name, good in zip(arrays, finite, strict=True) if not good]
+
+
+@jax.jit
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+
 def freeze(
     model: nnx.Module, store: Callable[[Array], Weight] = DenseWeight, *, leave_out: Collection[str] = ()
 ) -> None:

@@ -21,6 +21,7 @@ from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import non_finite
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
@@ -28,7 +29,7 @@ from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import choices
 from jaxpack.settings import TrainConfig
-from jaxpack.train.checkpoint import Progress, arrays_by_name, load_checkpoint
+from jaxpack.train.checkpoint import Progress, load_checkpoint
 from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
 from jaxpack.utils.compilation_cache import ProgramCache
@@ -276,9 +277,7 @@ class Run:
         Raises:
           JaxRuntimeError: a step failed, and the state is lost.
         """
-        arrays = arrays_by_name(self.state.trainable)
-        finite = np.asarray(_all_finite(list(arrays.values())))
-        return [name for name, good in zip(arrays, finite, strict=True) if not good]
+        return non_finite(self.state.trainable)
 
     def evaluate(self) -> dict[str, float]:
         """Returns means over the evaluation's batches: "loss", the objective's metrics, and the user's metrics.
@@ -305,11 +304,6 @@ class Run:
 
 _SMALL_BLOCKS = 32  # four arrays each for the batches of the running step and of those that are prefetched, and losses
 _COPIED_BYTES = 4 * 2**30  # the largest state that is copied to the host
-
-
-@jax.jit
-def _all_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 def _written(shape: tuple[int, ...]) -> str:
