@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from flax import nnx
 from jaxtyping import Array, UInt32
 
 from jaxpack.data.documents import Documents
-from jaxpack.errors import InputError, reason, visible
+from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, on_host
@@ -41,6 +41,8 @@ from jaxpack.train.record import Record, read_record, shown
 from jaxpack.train.step import TrainState
 from jaxpack.utils.checksums import CHECKSUMS, DamagedError, check_folder, sync_folder, write_checksums
 from jaxpack.utils.console import console
+
+Read = TypeVar("Read")
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -179,7 +181,7 @@ class Checkpoints:
             for leftover in self.folder.glob(f"*{ending}"):  # from a run that was killed
                 _remove(leftover)
                 if ending != _DELETED:
-                    cut_off.add(visible(leftover.name.split(".")[0]))
+                    cut_off.add(leftover.name.split(".")[0])
         for step in sorted(cut_off):
             console.print(f"the run was ended while it wrote the checkpoint of step {step}: its files are deleted")
 
@@ -374,17 +376,10 @@ def date_of_run(paths: list[Path]) -> datetime.date | None:
     Raises:
       InputError: all of the checkpoints are damaged.
     """
-    faults = {}
-    for path in paths:
-        try:
-            return read_record(path).date
-        except DamagedError as error:
-            faults[path] = str(error)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    if faults:
-        raise _refusal(faults)
-    return None
+    if not paths:
+        return None
+    record, _ = _first_whole(paths, read_record)
+    return record.date
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -408,19 +403,12 @@ def load_checkpoint(
       InputError: the checkpoint is of another run, all checkpoints are damaged, or one is not readable; `state` is then
         unchanged.
     """
-    named, faults = arrays_by_name(state), {}
-    for path in paths:
-        try:
-            record, arrays = _read(path, named, identity, notes, num_steps)
-            break
-        except DamagedError as error:
-            faults[path] = str(error)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    else:
-        raise _refusal(faults)
+    named = arrays_by_name(state)
+    (path, record, arrays), faults = _first_whole(
+        paths, lambda path: (path, *_read(path, named, identity, notes, num_steps))
+    )
     for damaged, fault in faults.items():
-        console.print(f"the checkpoint {damaged} is damaged, so it is not used: {visible(fault)}", style="yellow")
+        console.print(f"the checkpoint {damaged} is damaged, so it is not used: {fault}", style="yellow")
     if faults:
         first, last = record.step + 1, int(paths[0].name)
         repeated = f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"
@@ -429,7 +417,7 @@ def load_checkpoint(
     differ = [f"{name} {there}, not {notes[name]}" for name, there in record.notes.items() if there != notes[name]]
     if differ:
         line = f"the checkpoint was written with {'; '.join(differ)}: losses may differ by rounding"
-        console.print(visible(line), style="yellow")
+        console.print(line, style="yellow")
     leaves = []
     for name, leaf in named.items():
         # An uncommitted array stays uncommitted, so that the same program is compiled.
@@ -438,6 +426,23 @@ def load_checkpoint(
         leaves.append(jax.device_put(arrays.pop(name), device))
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     return path, state, Progress(arrays[_LOSSES].tolist(), record.evaluations)
+
+
+def _first_whole(paths: list[Path], read: Callable[[Path], Read]) -> tuple[Read, dict[Path, str]]:
+    """Returns what `read` returns for the first checkpoint that is not damaged, and what is wrong with those before.
+
+    Raises:
+      InputError: all of the checkpoints are damaged, or one is not readable.
+    """
+    faults = {}
+    for path in paths:
+        try:
+            return read(path), faults
+        except DamagedError as error:
+            faults[path] = str(error)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    raise _refusal(faults)
 
 
 def _read(
@@ -531,7 +536,7 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
         return
     # If sizes or settings differ, arrays differ too, so arrays are named only if nothing else differs.
     told = [name for name in differ if not name.startswith(("array ", "frozen "))] or differ
-    what = ", ".join(f"`{visible(name):.80}` {shown(there.get(name))} (here {here.get(name)!r})" for name in told[:4])
+    what = ", ".join(f"`{name:.80}` {shown(there.get(name))} (here {here.get(name)!r})" for name in told[:4])
     more = f" and {len(told) - 4} more" if len(told) > 4 else ""
     raise InputError(
         f"`resume_from_checkpoint` must be a checkpoint of the same run, got {str(path)!r} with {what}{more}. Use the"
@@ -553,7 +558,7 @@ def _reason(error: BaseException) -> str:
     The whole text may fill pages.
     """
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return visible(reason(error))[:200] if code is None else os.strerror(int(code[1]))
+    return reason(error)[:200] if code is None else os.strerror(int(code[1]))
 
 
 @contextlib.contextmanager
