@@ -98,10 +98,6 @@ def _install() -> None:
             return super().from_string(source, *args, **options)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "+":
-                if isinstance(left, str | list | tuple) and type(left) is type(right):
-                    _require((size := len(left) + len(right)) <= _MAX_TEXT, "a text or a list", size)
-                return left + right
             _check_operation(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
@@ -137,6 +133,10 @@ def _concat(parts: Iterable[str]) -> str:
 
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
+    if operator == "+":
+        if isinstance(left, str | list | tuple) and type(left) is type(right):
+            _require((size := len(left) + len(right)) <= _MAX_TEXT, "a text or a list", size)
+        return
     if operator == "%":
         if isinstance(left, str | bytes):
             _check_format(left)
