@@ -191,7 +191,7 @@ SIBLINGS = {
     "someone/Llama-3.2-1B-MXFP4": "someone/Llama-3.2-1B",
     "/data/models/Qwen3-4B-bnb-4bit": "Qwen3-4B",
     "./Qwen3-4B-bnb-4bit": "Qwen3-4B",
-    "/root/.cache/huggingface/hub/models--unsloth--Qwen3-4B-bnb-4bit/snapshots/0123abc": "unsloth/Qwen3-4B",
+    "/cache/huggingface/hub/models--unsloth--Qwen3-4B-bnb-4bit/snapshots/0123abc": "unsloth/Qwen3-4B",
 }
 _TYPES = {"Mistral": "mistral", "Llama": "llama", "gemma": "gemma2"}
 

@@ -302,7 +302,7 @@ def test_a_file_that_a_killed_process_left_is_removed_later(tmp_path: Path):
     assert sorted(os.listdir(tmp_path)) == [".file-bbbb.partial", ".other-cccc.partial", "file"]
 
 
-# What is no regular file is told apart from what is not there, and is never opened.
+# A pipe, a device or a link to nothing is told apart from a missing file, and is never opened.
 
 
 def special(folder: Path) -> dict[str, Path]:
