@@ -23,9 +23,11 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
             [sys.executable, *command.split(), *more], capture_output=True, text=True, env=environment, check=False
         )
 
-    # The opponent fails, as if it were not installed.
-    (tmp_path / "trl.py").write_text("raise ModuleNotFoundError('No module named trl')")
-    failed = run("--system", "trl", "--site", str(tmp_path / "none"))
+    # The opponent fails, as if it were not installed. The folder of packages is the first that its process searches.
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "trl.py").write_text("raise ModuleNotFoundError('No module named trl')")
+    failed = run("--system", "trl", "--site", str(site))
     (record,) = json.loads(output.read_text())["results"]
     assert failed.returncode == 1
     assert "No module named" in record["failed"]
