@@ -106,11 +106,15 @@ def fill(model: Transformer, source: TensorSource) -> None:
     """Reads the tensors of `source` into the model's parameters, in place on the device.
 
     `source` must hold all of them. A thread reads pieces of `_PIECE` elements, a few pieces ahead; the host holds no
-    more than these pieces.
+    more than these pieces. A tensor that is quantised while it is read is one piece.
     """
     table = tensor_table(model.config)
     shapes = {name: shape for name, shape in source.shapes().items() if name in table}
-    pieces = [(name, first, last) for name, shape in shapes.items() for first, last in _pieces(shape)]
+    pieces = [
+        (name, first, last)
+        for name, shape in shapes.items()
+        for first, last in ([(0, shape[0])] if _is_written_whole(model, table[name][0]) else _pieces(shape))
+    ]
     size = max((last - first) * math.prod(shapes[name][1:]) for name, first, last in pieces)
     # There is one buffer for each piece ahead, one for the piece in use, and one for the piece before, which the device
     # may still read.
@@ -206,6 +210,11 @@ def _place(whole: Weight | jax.Array, part: jax.Array, start: jax.Array) -> tupl
 
 def _parameter(model: Transformer, entry: Entry) -> nnx.Variable:
     return operator.attrgetter(entry.path)(model)
+
+
+def _is_written_whole(model: Transformer, entry: Entry) -> bool:
+    value = _parameter(model, entry).get_value()
+    return isinstance(value, Weight) and value.is_written_whole
 
 
 def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:

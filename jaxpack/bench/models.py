@@ -1,7 +1,6 @@
 """Makes models without a checkpoint: with random weights, or with shapes only."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxpack.kernels.weight import DenseWeight, Weight
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import freeze
+from jaxpack.model.weights import Store, freeze, store_dense
 from jaxpack.settings import LoraConfig
 
 
@@ -21,7 +20,7 @@ def abstract_model(
     config: ModelConfig,
     lora: LoraConfig | None,
     dtype: DTypeLike = jnp.bfloat16,
-    store: Callable[[jax.Array], Weight] = DenseWeight,
+    store: Store = store_dense,
 ) -> Transformer:
     """Makes a model with shapes but no arrays, for predictions. See `random_model` for the arguments."""
 
@@ -39,7 +38,7 @@ def random_model(
     config: ModelConfig,
     lora: LoraConfig | None,
     dtype: DTypeLike = jnp.bfloat16,
-    store: Callable[[jax.Array], Weight] = DenseWeight,
+    store: Store = store_dense,
 ) -> Transformer:
     """Makes a model with random weights of a realistic size, and never holds a weight twice.
 

@@ -45,6 +45,11 @@ class Weight(abc.ABC):
         """Returns the bytes of all leaves, which may be abstract arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
+    @property
+    def is_written_whole(self) -> bool:
+        """Returns whether `write` needs all rows of a projection at once."""
+        return False
+
     @abc.abstractmethod
     def at(self, layer: Int[Array, ""] | int) -> "Weight":
         """Returns one layer of a stack, as a weight."""

@@ -58,20 +58,31 @@ def _all_finite(arrays: list[Array]) -> Array:
     return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
-def freeze(
-    model: nnx.Module, store: Callable[[Array], Weight] = DenseWeight, *, leave_out: Collection[str] = ()
-) -> None:
+# Makes a `Weight` from a matrix, or from a stack of matrices, and from the rows of each projection in it: None for an
+# embedding and a head, which are no projections.
+Store = Callable[[Array, tuple[int, ...] | None], Weight]
+
+
+def store_dense(matrix: Array, rows: tuple[int, ...] | None = None) -> DenseWeight:
+    """Returns the matrix as a weight that is stored as it is."""
+    del rows
+    return DenseWeight(matrix)
+
+
+def freeze(model: nnx.Module, store: Store = store_dense, *, leave_out: Collection[str] = ()) -> None:
     """Turns all parameters of a model into frozen ones, in place.
 
     Args:
-      store: makes a `Weight` from a matrix, or from a stack of matrices.
+      store: makes the weights of the matrices.
       leave_out: names of attributes of the model itself that stay trained.
     """
     for path, module in list(nnx.iter_modules(model)):
+        projections = getattr(module, "projections", None)
+        rows = None if projections is None else tuple(size for _, size in projections)
         for name, variable in list(vars(module).items()):
             if is_trained(variable) and not (path == () and name in leave_out):
                 value = variable.get_value()
-                setattr(module, name, Frozen(store(value) if name in MATRICES else value))
+                setattr(module, name, Frozen(store(value, rows) if name in MATRICES else value))
 
 
 def reads_by_number(_: Any, variable: Any) -> bool:
@@ -112,6 +123,11 @@ class MixedWeight(Weight):
     def dtype(self) -> jnp.dtype:
         """Returns the dtype that the parts' dtypes promote to."""
         return jnp.result_type(*(part.dtype for part in self.parts))
+
+    @property
+    def is_written_whole(self) -> bool:
+        """Returns whether any part needs all rows of a projection at once."""
+        return any(part.is_written_whole for part in self.parts)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "MixedWeight":
         """Returns the stack with `rows` of one layer replaced, stored in the form of that layer."""

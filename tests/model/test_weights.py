@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from int8_weight import Int8Weight, dense_twin, mixed
+from int8_weight import Int8Weight, dense_twin, mixed, mixed_nf4
 from models import random_documents, small_config, small_model
 
 import torch_bridge
@@ -18,19 +18,22 @@ from jaxpack.bench.models import abstract_model, random_model
 from jaxpack.errors import InputError
 from jaxpack.kernels.weight import DenseWeight
 from jaxpack.model.lora import adapters
+from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import OFFLOADED, compiler_options
-from jaxpack.model.weights import TRAINED, Frozen, freeze, is_trained, weight_of
+from jaxpack.model.weights import TRAINED, Frozen, freeze, is_trained, store_dense, weight_of
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes, loss_bytes
 from jaxpack.train.step import loss_and_gradients, split_trainable
 from torch_bridge.tensors import fill, model_tensors
 
-STORES = {"int8": Int8Weight.of, "mixed": mixed}
+STORES = {"int8": Int8Weight.of, "mixed": mixed, "nf4": nf4_store(32), "mixed nf4": mixed_nf4}
 CHOICES = ["offload", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "none", "keep_projections"))]
 all_stores = pytest.mark.parametrize("store", STORES)
 # Where programs are compiled, a model that mixes both forms shows what each form alone does.
-either_store = pytest.mark.parametrize("store", ["mixed", pytest.param("int8", marks=pytest.mark.slow)])
+either_store = pytest.mark.parametrize(
+    "store", ["nf4", "mixed", *(pytest.param(store, marks=pytest.mark.slow) for store in ("int8", "mixed nf4"))]
+)
 
 
 @functools.cache
@@ -85,9 +88,10 @@ def test_the_derivative_keeps_the_weights_as_they_are_stored(store, dropout, rem
     matrices = {linear.weight.shape[-2:] for linear in linears(model)}
     shapes = {(o + r, i) for o, i in matrices for r in ranks} | {(o, i + r) for o, i in matrices for r in ranks}
     stored = [(x.shape, x.dtype) for x in jax.tree.leaves([weight_of(x.weight) for x in linears(model)])]
-    found = [(x.shape, x.dtype) for x in residuals if x.shape[-2:] in shapes and x.shape[-2] != 128]
-    assert found
-    assert set(found) <= set(stored)
+    kept_arrays = [(x.shape, x.dtype) for x in residuals]
+    assert set(stored) & set(kept_arrays)
+    matrices_kept = {array for array in kept_arrays if array[0][-2:] in shapes and array[0][-2] != 128}
+    assert matrices_kept <= set(stored)
 
 
 def linears(model: Transformer):
@@ -174,7 +178,7 @@ def test_a_checkpoint_is_read_into_the_form_and_written_from_it(store):
     want = small_model("qwen3", num_layers=3)
     freeze(want, STORES[store])
     model = small_model("qwen3", num_layers=3, vocab_size=97)
-    freeze(model, lambda dense: STORES[store](jnp.zeros_like(dense)))
+    freeze(model, lambda dense, rows: STORES[store](jnp.zeros_like(dense), rows))
 
     tensors = dict(model_tensors(source))
 
@@ -229,7 +233,8 @@ def test_a_compiled_step_holds_one_dense_matrix_at_a_time(store, remat):
     config = dataclasses.replace(SHAPES["Qwen3-0.6B"], num_layers=8)
 
     def temporary_bytes(form) -> int:
-        model = abstract_model(config, LoraConfig(r=16), store=lambda w: form(w) if w.ndim == 3 else DenseWeight(w))
+        layers_only = lambda w, rows: form(w, rows) if w.ndim == 3 else DenseWeight(w)  # noqa: E731
+        model = abstract_model(config, LoraConfig(r=16), store=layers_only)
         graph, trainable, frozen = nnx.split(model, TRAINED, ...)
         rows = PackedBatch(*4 * [jax.ShapeDtypeStruct((1, 4, 1024), jnp.int32)])
         step = jax.jit(
@@ -237,6 +242,6 @@ def test_a_compiled_step_holds_one_dense_matrix_at_a_time(store, remat):
         )
         return step.lower(trainable, frozen, rows).compile().memory_analysis().temp_size_in_bytes
 
-    dense = temporary_bytes(DenseWeight)
+    dense = temporary_bytes(store_dense)
     largest = 2 * 2 * config.intermediate_size * config.hidden_size  # gate and up, bfloat16
     assert temporary_bytes(STORES[store]) <= dense + largest // 2
