@@ -69,8 +69,9 @@ class Card:
 def _published(name: str, gigabytes: int, tflops: float, bandwidth: float, link: float, ecc: bool = False) -> Card:
     """Returns a card whose rates are shares of published figures.
 
-    The shares are those that steps sustained on the H200, and on the H100 where that is less: 720 of 989 TFLOP/s in
-    matmuls, 500 of 989 in attention, 3.0 of 4.8 TB/s of memory, and 50 of 63 GB/s of PCIe 5.0 with 16 lanes.
+    The shares are those that steps sustained on the H200: 720 of 989 TFLOP/s in matmuls, 500 of 989 in attention, 3.0
+    of 4.8 TB/s of memory, and 50 of 63 GB/s of PCIe 5.0 with 16 lanes. On the H100 they were the same, and higher only
+    for memory: 2.4 of 3.35 TB/s.
 
     Args:
       tflops: dense bfloat16 operations with float32 accumulation, in 10^12 per second.
