@@ -13,7 +13,7 @@ UNOPTIMISED := XLA_FLAGS="--xla_backend_optimization_level=0 \
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.PHONY: help demo test test-slow lint format docs dist bench-check test-jax test-transformers4 test-gpu clean
+.PHONY: help demo test test-slow lint format docs docs-tables dist bench-check test-jax test-transformers4 test-gpu clean
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ format: $(VENV)/installed  ## Format the code, and mend what ruff can mend
 
 docs: $(VENV)/installed-docs  ## Build the documentation, with a reference of all public names, into build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+docs-tables: $(VENV)/installed  ## Make the tables of docs/ anew that follow from predictions
+	$(RUN) -m jaxpack.bench.what_fits docs/memory.md
 
 # `-I` keeps the checkout off Python's path, so that the import finds the installed package.
 dist: $(VENV)/installed  ## Build a wheel and an sdist into build/dist, and install each into an empty environment

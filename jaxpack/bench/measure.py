@@ -14,9 +14,9 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
+from jaxpack.planning.cards import rates_of
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.time import rates_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.run import Run
 from jaxpack.utils.compilation_cache import ProgramCache

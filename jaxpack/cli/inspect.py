@@ -16,8 +16,8 @@ from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_docume
 from jaxpack.data.batching import Batches
 from jaxpack.data.preview import show_row as shown
 from jaxpack.errors import InputError, errors_name
+from jaxpack.planning.cards import card_named
 from jaxpack.planning.inspect import inspect as inspect_documents
-from jaxpack.planning.time import RATES
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.utils.console import TextConsole, console
 from jaxpack.utils.figures import require_matplotlib
@@ -66,7 +66,11 @@ def inspect(
         bool, typer.Option(help="Predict times for training all weights, instead of an adapter.")
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help=f"GPU to predict times for: {' or '.join(RATES)}.", show_default="this one")
+        str | None,
+        typer.Option(
+            help="Card to predict for, by its name, such as 'RTX 4090': says whether the run fits, and how fast it is.",
+            show_default="this one",
+        ),
     ] = None,
     show_row: Annotated[
         int | None,
@@ -90,6 +94,8 @@ def inspect(
             raise InputError(
                 f"`{name}` must be without `lengths`, got both: documents drawn from lengths have no text. Use `data`."
             )
+    if gpu is not None:
+        card_named(gpu)  # refuses one that is not known before the dataset is read
     if picture is not None:
         require_matplotlib()
         if picture.suffix not in _PICTURES or os.path.lexists(picture):

@@ -24,6 +24,9 @@ def qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: 
 SHAPES = {
     "tiny": qwen3(64, 128, 2, 8, tied=True),  # to try things on a CPU
     "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen3-1.7B": qwen3(2048, 6144, 28, 16, tied=True),
     "Qwen3-4B": qwen3(2560, 9728, 36, 32, tied=True),
     "Qwen3-8B": qwen3(4096, 12288, 36, 32, tied=False),
+    "Qwen3-14B": qwen3(5120, 17408, 40, 40, tied=False),
+    "Qwen3-32B": qwen3(5120, 25600, 64, 64, tied=False),
 }

@@ -5,11 +5,11 @@ Qwen3-0.6B to 8B, and all weights of 0.6B. Steps of under 30 ms can be off by 30
 one such step took 19, 22 and 31 ms.
 """
 
+import bisect
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, get_args
-
-import jax
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
@@ -21,9 +21,10 @@ from jaxpack.parallel.device import (
     free_device_bytes,
     pinned_limit_bytes,
 )
+from jaxpack.planning.cards import Card, DeviceRates, rates_of
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.memory import autotuning_bytes, host_bytes, peak_bytes
-from jaxpack.planning.time import DeviceRates, rates_of, step_seconds
+from jaxpack.planning.memory import argument_bytes, autotuning_bytes, host_bytes, peak_bytes
+from jaxpack.planning.time import step_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.host import available_host_bytes
 
@@ -58,15 +59,26 @@ def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
     }
 
 
-def fits(predictions: Iterable[Prediction], memory: float) -> list[Prediction]:
-    """Returns the predictions that fit in `memory` bytes on the device and in free host memory, fastest first."""
-    host = _host_room()
+def fits(predictions: Iterable[Prediction], memory: float, host: float) -> list[Prediction]:
+    """Returns the predictions that fit in `memory` bytes on the device and `host` bytes on the host, fastest first."""
     room = [p for p in predictions if p.peak_bytes <= memory and p.host_bytes <= host]
     return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
 
 
+def usable_bytes(config: TrainConfig, held_bytes: int = 0, card: Card | None = None) -> float | None:
+    """Returns the bytes of device memory that a run may use, or None if the device does not report its free memory.
+
+    These are the user's `memory_limit` or else the free bytes, and those that the run holds already, less a margin for
+    errors of predictions. If a card is named, the memory that a run can have on it counts as free.
+    """
+    if config.memory_limit is not None:
+        return config.memory_limit * _GIB
+    free = free_device_bytes(current_device()) if card is None else card.memory_bytes
+    return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
+
+
 def choices(
-    config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int, gpu: str | None = None
+    config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int, card: Card | None = None
 ) -> list[Choice]:
     """Returns the choices of `remat` that a run may take: the best first, then those that need less memory each.
 
@@ -75,28 +87,41 @@ def choices(
 
     Args:
       held_bytes: the bytes of device memory that the run's own weights and optimizer state take already.
-      gpu: a name in `time.RATES`, for a run on another device than this machine's, whose free memory is not known.
+      card: the card of a run on another machine than this one. A choice that the user named must fit on it, because
+        that machine is not here to try. Its host is expected to have as much memory as XLA pins.
 
     Raises:
       InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the
         choice that the user named.
     """
     step = StepShape.of_run(model, batches)
-    if config.remat != "auto":
-        if gpu is None:
-            _check_host(step, config.remat)
-        return [Choice(config.remat, None)]
-    device = current_device()
-    free = _free_bytes(device, held_bytes) if gpu is None else None
-    memory = free if config.memory_limit is None else config.memory_limit * _GIB
+    named = None if config.remat == "auto" else config.remat
+    if named is not None and card is None:
+        _check_host(step, named)
+        return [Choice(named, None)]
+    memory = usable_bytes(config, held_bytes, card)
     if memory is None:
         why = 'remat "full": this device does not report its free memory; a `memory_limit` may allow a faster choice'
         return [Choice("full", why)]
-    predictions = list(predict(step, rates_of(gpu or device.device_kind)).values())
-    if gpu is None and device.platform == "cpu":  # Its only memory is the host's.
-        predictions = [p for p in predictions if not p.host_bytes]
-    if not (fitting := fits(predictions, memory)):
-        raise InputError(_refusal(config, step, fits(predictions, math.inf), memory))
+    device = current_device()
+    host = _host_room() if card is None else pinned_limit_bytes()
+
+    def predicted(step: StepShape) -> list[Prediction]:
+        predictions = predict(step, rates_of(device.device_kind) if card is None else card.rates).values()
+        on_host = card is None and device.platform == "cpu"  # Its only memory is the host's.
+        return [p for p in predictions if not (on_host and p.host_bytes)]
+
+    def does_fit(step: StepShape) -> bool:
+        return bool(fits(predicted(step), memory, host))
+
+    predictions = predicted(step)
+    allowed = [p for p in predictions if named in (None, p.remat)]
+    if not (fitting := fits(allowed, memory, host)):
+        frugal = min(fits(allowed, math.inf, host) or allowed, key=lambda p: p.peak_bytes)
+        refusal = _refusal(config, step, frugal, memory, card)
+        raise InputError(f"{refusal} {_remedy(config, model, batches, memory, does_fit)}")
+    if named is not None:
+        return [Choice(named, None)]
     frugal = [p for i, p in enumerate(fitting) if all(p.peak_bytes < other.peak_bytes for other in fitting[:i])]
     return [Choice(p.remat, _explanation(p, predictions, memory)) for p in frugal]
 
@@ -117,12 +142,6 @@ def _host_room() -> int:
     return limit if available is None else min(available, limit)
 
 
-def _free_bytes(device: jax.Device, held_bytes: int) -> float | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Returns the device bytes that a run may take: the free ones and those it holds, less a margin for errors."""
-    free = free_device_bytes(device)
-    return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
-
-
 def _explanation(chosen: Prediction, predictions: list[Prediction], memory: float) -> str:
     of_room = f"{_gib(chosen.peak_bytes)} of the {_gib(memory)} that the run may use"
     line = f'remat "{chosen.remat}": a step is predicted to take {chosen.seconds:.3g} s and {of_room}'
@@ -137,14 +156,42 @@ def _gib(size: float) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-def _refusal(config: TrainConfig, step: StepShape, choices: list[Prediction], memory: float) -> str:
-    frugal = min(choices, key=lambda p: p.peak_bytes)
+def _refusal(config: TrainConfig, step: StepShape, frugal: Prediction, memory: float, card: Card | None) -> str:
+    """Returns a sentence that says which argument asks for too much; `frugal` is the choice that needs least."""
     what = f"a step of {' x '.join(map(str, step.shape))} tokens"
     need, room = f'{_gib(frugal.peak_bytes)} (remat "{frugal.remat}")', _gib(memory)
     if config.memory_limit is not None:
-        return f"`memory_limit` must be at least {need} for {what}, got {room}; a smaller batch needs less."
+        return f"`memory_limit` must be at least {need} for {what}, got {room}."
+    if card is not None:
+        host = f" and {_gib(frugal.host_bytes)} of host memory" if frugal.host_bytes else ""
+        return f"`gpu` must have {need}{host} for {what}, got {card.name}, on which a run may use {room}."
     return (
         "`per_device_train_batch_size` or `max_length` must be smaller, got a batch size of"
         f" {config.per_device_train_batch_size} and a maximum length of {config.max_length}: {what} needs {need}, but"
         f" only {room} can be used."
     )
+
+
+def _remedy(
+    config: TrainConfig, model: Transformer, batches: Batches, memory: float, does_fit: Callable[[StepShape], bool]
+) -> str:
+    """Returns a sentence that says what would make a run fit whose largest step does not."""
+    step = StepShape.of_run(model, batches)
+    if does_fit(step):
+        return f'Another choice fits: take `remat` "auto" instead of "{config.remat}".'
+
+    def too_large(size: int) -> bool:
+        if config.layout == "padding-free":
+            fewer = dataclasses.replace(config, per_device_train_batch_size=size)
+            return not does_fit(StepShape.of_run(model, Batches(batches.documents, fewer)))
+        A, B, T = step.shape
+        rows = math.ceil(B * size / config.per_device_train_batch_size)
+        targets = min(step.max_targets, rows * T)
+        return not does_fit(dataclasses.replace(step, shape=(A, rows, T), max_targets=targets))
+
+    sizes = range(1, config.per_device_train_batch_size)
+    if fitting := bisect.bisect_left(sizes, True, key=too_large):
+        return f"A batch size of {sizes[fitting - 1]} is predicted to fit."
+    if (held := argument_bytes(step)) > memory:
+        return f"The weights and the optimizer's state take {_gib(held)}: choose a smaller model or more memory."
+    return "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs less."

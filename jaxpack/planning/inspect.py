@@ -18,8 +18,10 @@ from jaxpack.data.packing import packed_rows
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
-from jaxpack.planning.choose import choices
-from jaxpack.planning.time import RATES, DeviceRates, known_gpu, run_seconds
+from jaxpack.planning.cards import JAX_MEMORY_FRACTION, MEMORY_FRACTION, Card, card_named, card_of, cards_called
+from jaxpack.planning.choose import choices, predict, usable_bytes
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.time import run_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.figures import Line, frame, label_ends, new_figure
 
@@ -31,6 +33,7 @@ ORDINARY = "padded to the longest"  # Other trainers do this: they compile no sh
 _SAMPLE = 16_384  # The padding by batch size is counted on at most this many documents.
 _WORTH = 1.05  # A smaller speed-up is not worth a recommendation.
 _LOSS = 0.005  # A smaller share of tokens cut off is not worth a warning.
+_TIMES = ("tokens/s", "hours/epoch", "remat", "memory")  # columns that need a model and a device with known rates
 _NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, about as many tokens"}
 _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", "packed": "#0072B2"}
 
@@ -49,6 +52,8 @@ class LayoutEstimate:
       speedup: tokens a second divided by those of the padded run. If times are not predicted, it is computed from the
         number of positions instead.
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
+      peak_bytes, host_bytes: the memory that the largest step is predicted to take on the device, and the pinned memory
+        on the host; None as above.
       refusal: the reason why the run does not fit in the device's memory; None if it fits or times are not predicted.
 
     Example:
@@ -66,6 +71,8 @@ class LayoutEstimate:
     remat: Remat | None = None
     tokens_per_second: float | None = None
     hours_per_epoch: float | None = None
+    peak_bytes: int | None = None
+    host_bytes: int | None = None
     refusal: str | None = None
 
 
@@ -87,6 +94,9 @@ class Inspection(JupyterMixin):
         the data has enough documents for. The share of `ORDINARY` batches is the exact expectation over all orders; the
         other shares are counted, on at most 16,384 documents.
       device: the device whose times are predicted; None if times are not predicted.
+      usable_bytes: the device memory that the run may use; None if times are not predicted, or if the device does not
+        report its free memory.
+      variants: cards with the name that was given as `gpu`, but with more memory than `device`.
       recommendation: advice on the settings, with the reasons.
 
     Example:
@@ -107,6 +117,8 @@ class Inspection(JupyterMixin):
     layouts: dict[Layout, LayoutEstimate]
     padding: dict[str, dict[int, float]]
     device: str | None
+    usable_bytes: float | None
+    variants: tuple[str, ...]
     recommendation: str
 
     @property
@@ -119,7 +131,8 @@ class Inspection(JupyterMixin):
         return _draw(self)
 
     def __rich__(self) -> RenderableType:
-        parts = (_lengths_table(self), _facts(self), _padding_table(self), _layouts_table(self), Text(_basis(self)))
+        tables = (_lengths_table(self), _facts(self), _padding_table(self), _layouts_table(self))
+        parts = (*tables, Text("\n".join(_basis(self))))
         verdict = Text(f"-> {self.recommendation}", style="bold")
         return Group(*(part for one in (*parts, verdict) for part in (one, "")))
 
@@ -133,11 +146,12 @@ def inspect(
       documents: the dataset, from `load_documents`.
       config: the settings of the run. The batch size counts documents or, with `packing`, rows.
       model: the model whose times are predicted; its arrays may be abstract. None predicts no times.
-      gpu: the GPU whose times are predicted, "H200" or "H100"; None takes this machine's device.
+      gpu: the name of the card that the run is for, such as "RTX 4090": whether the run fits on it, and how fast it
+        is. None takes this machine's device.
 
     Raises:
       InputError: the documents yield no batch with these settings, an argument has the wrong type, or `gpu` is not
-        known.
+        known or cannot compute in bfloat16.
 
     Example:
       >>> from jaxpack import TrainConfig, inspect, load_documents
@@ -151,17 +165,16 @@ def inspect(
     check_type("config", config, TrainConfig)
     if model is not None:
         check_type("model", model, Transformer)
-    if gpu is not None and gpu not in RATES:
-        raise InputError(f"`gpu` must be one of {', '.join(RATES)}, got {gpu!r}.")
-    device = None if model is None else gpu or current_device().device_kind
-    known = None if device is None else known_gpu(device)
+    named = None if gpu is None else card_named(gpu)
+    card = card_of(current_device().device_kind) if named is None else named
+    times = model is not None and card is not None
     runs = _in_every_layout(documents, config)
     batches: dict[Layout, Batches] = {layout: Batches(documents, run) for layout, run in runs.items()}
     layouts: dict[Layout, LayoutEstimate] = {
         layout: _estimate(run, batches[layout], batches["padded"]) for layout, run in runs.items()
     }
-    if model is not None and known is not None:
-        layouts = _timed(layouts, batches, model, RATES[known], gpu)
+    if model is not None and card is not None:
+        layouts = _timed(layouts, batches, model, card, named)
     run = batches[config.layout]
     num_targets, kept = documents.num_targets, run.documents.num_targets
     targets_lost = int(num_targets.sum() - kept.sum())
@@ -177,7 +190,9 @@ def inspect(
         targets_lost=targets_lost,
         layouts=layouts,
         padding=_padding(documents, batches["padded"].documents, config),
-        device=None if known is None else device,
+        device=(current_device().device_kind if named is None else named.name) if times else None,
+        usable_bytes=usable_bytes(config, card=named) if times else None,
+        variants=tuple(other.name for other in cards_called(gpu or "")[1:]),
         recommendation=" ".join(advice),
     )
 
@@ -204,25 +219,31 @@ def _timed(
     layouts: dict[Layout, LayoutEstimate],
     batches: dict[Layout, Batches],
     model: Transformer,
-    rates: DeviceRates,
-    gpu: str | None,
+    card: Card,
+    named: Card | None,
 ) -> dict[Layout, LayoutEstimate]:
-    """Adds predicted times and speed-ups to the estimates; a layout that does not fit gets the reason as `refusal`."""
+    """Adds predicted times, memory and speed-ups to the estimates; one that does not fit gets a reason as `refusal`.
+
+    `named` is the card if the user named it, and None if it is this machine's, whose free memory counts.
+    """
     timed = {}
     for layout, estimate in layouts.items():
         run = batches[layout]
         try:
-            remat = choices(estimate.config, model, run, 0, gpu)[0].remat
+            remat = choices(estimate.config, model, run, 0, named)[0].remat
         except InputError as error:
             timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue
-        seconds = run_seconds(model, run, remat, rates)
+        largest = predict(StepShape.of_run(model, run), card.rates)[remat]
+        seconds = run_seconds(model, run, remat, card.rates)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(
             estimate,
             remat=remat,
             tokens_per_second=rate,
+            peak_bytes=largest.peak_bytes,
+            host_bytes=largest.host_bytes,
             hours_per_epoch=seconds / run.num_steps * run.steps_per_epoch / 3600,
             speedup=rate / base if base is not None else estimate.speedup,
         )
@@ -411,33 +432,68 @@ def _padding_table(found: Inspection) -> Table:
 
 def _layouts_table(found: Inspection) -> Table:
     table = Table(title="the same run in each layout (*: the layout of the settings)", title_justify="left")
-    columns = ("", "batch", "padding", "speed-up", *(("tokens/s", "hours/epoch", "remat") if found.device else ()))
+    columns = ("", "batch", "padding", "speed-up", *(_TIMES if found.device else ()))
     for name in columns:
         table.add_column(name, justify="left" if name in ("", "batch", "remat") else "right", no_wrap=True)
     for layout, estimate in found.layouts.items():
-        times = ["", "", "does not fit" if estimate.refusal else ""]
-        if estimate.tokens_per_second is not None and estimate.hours_per_epoch is not None:
+        times = ["", "", "does not fit" if estimate.refusal else "", ""]
+        if estimate.tokens_per_second is not None:
+            assert estimate.hours_per_epoch is not None
+            assert estimate.peak_bytes is not None
             hours = f"{estimate.hours_per_epoch:{'.2f' if estimate.hours_per_epoch >= 0.1 else '.2g'}}"
-            times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat]
+            times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat, _gib(estimate.peak_bytes)]
         name = f"{layout} *" if estimate.config is found.run.config else layout
         cells = (name, _batch(estimate.config), _percent(estimate.padding_share), f"{estimate.speedup:.2f} x")
         table.add_row(*cells, *times[: len(columns) - 4])
     return table
 
 
-def _basis(found: Inspection) -> str:
-    """Returns a line that names the basis of the figures."""
-    if found.device is None:
-        return (
+def _basis(found: Inspection) -> Iterator[str]:
+    """Yields lines that say whether the run fits, and what the figures follow from."""
+    card = card_of(found.device or "")
+    if card is None:
+        yield (
             "Speed-ups compare how many positions are computed, not times. To predict times, give a model; for a GPU"
             " that this machine does not have, also give `--gpu`."
         )
-    if found.run.refusal is not None:
-        return f"The run does not fit: {found.run.refusal}"
-    rates = "the rates of its kernels" if known_gpu(found.device) else "assumed low rates, because its own are unknown"
-    unknown = found.device in RATES and found.config.remat == "auto" and found.config.memory_limit is None
-    full = " Its free memory is not known, so remat is full: `--memory-limit` sets the memory." if unknown else ""
-    return f"Times for {found.device} are predicted, not measured. They follow from {rates}.{full}"
+        return
+    named, run = found.device == card.name, found.run
+    if run.refusal is not None:
+        yield f"The run does not fit: {run.refusal}"
+    elif run.peak_bytes is not None and found.usable_bytes is not None:
+        verdict = "fits" if run.peak_bytes <= found.usable_bytes else "may not fit"
+        host = f", and {_gib(run.host_bytes)} of the host's memory" if run.host_bytes else ""
+        yield (
+            f'The run {verdict}: with remat "{run.remat}", it is predicted to take {_gib(run.peak_bytes)} of the'
+            f" {_gib(found.usable_bytes)} that it may use{host}."
+        )
+    if found.variants:
+        yield (
+            f"`gpu` is taken for {card.name}, which has the least memory of the cards with this name; for the other,"
+            f" give {' or '.join(found.variants)}."
+        )
+    if named and found.config.memory_limit is None and found.usable_bytes is not None:
+        share = found.usable_bytes * JAX_MEMORY_FRACTION / MEMORY_FRACTION
+        if run.peak_bytes is not None and run.peak_bytes > share:
+            yield (
+                f"jax takes only {JAX_MEMORY_FRACTION:.0%} of a card: for this much, set the environment variable"
+                f" XLA_CLIENT_MEM_FRACTION={MEMORY_FRACTION}."
+            )
+    if run.refusal is not None:
+        return
+    why = "the rates of its kernels."
+    if not card.measured:
+        why = (
+            "the card's published figures, because jaxpack has never been measured on it: they may be off by a quarter"
+            " or more."
+        )
+    yield f"Times for {found.device} are predicted, not measured. They follow from {why}"
+    if found.usable_bytes is None and found.config.remat == "auto":
+        yield "Its free memory is not known, so remat is full: `--memory-limit` sets the memory."
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _batch(config: TrainConfig) -> str:

@@ -1,5 +1,6 @@
 """Tests that predictions are within a tenth of measurements, and that `remat="auto"` follows the predictions."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -28,10 +29,11 @@ from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import unrolls
-from jaxpack.planning.choose import choices, fits, predict
+from jaxpack.planning.cards import CARDS, card_named, card_of, rates_of
+from jaxpack.planning.choose import choices, fits, predict, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes
-from jaxpack.planning.time import RATES, known_gpu, rates_of, step_seconds
+from jaxpack.planning.time import step_seconds
 from jaxpack.train.step import make_train_step
 from jaxpack.train.trainer import Trainer
 
@@ -83,7 +85,7 @@ def test_the_page_on_memory_says_what_is_predicted():
 
 
 def test_both_ends_and_both_gpus_were_measured():
-    assert {known_gpu(row["device"]) for row in PACKED_RUNS} == set(RATES)
+    assert {card_of(row["device"]) for row in PACKED_RUNS} == {card for card in CARDS if card.measured}
     assert {"offload", "none"} <= {row["remat"] for row in PACKED_RUNS if not row["full_finetuning"]}
     assert any(row["full_finetuning"] for row in PACKED_RUNS)
 
@@ -173,17 +175,80 @@ def test_auto_takes_the_fastest_that_fits(resolved, predictions, remat):
 )
 def test_what_is_offloaded_is_what_the_link_carries(name, memory, expected):
     predictions = predict(StepShape.of(abstract_model(name, LORA), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN), H200)
-    assert fits(predictions.values(), memory * GIB)[0].remat == expected
+    assert fits(predictions.values(), memory * GIB, 64 * GIB)[0].remat == expected
 
 
 @pytest.mark.parametrize(("kind", "platform"), [("NVIDIA X1", "gpu"), ("cpu", "cpu")])
-def test_of_another_gpu_only_what_is_said_is_known(kind, platform, monkeypatch):
+def test_of_another_card_its_own_memory_counts_and_not_that_of_this_device(kind, platform, monkeypatch):
     here = FakeGpu(limit=200 * GIB, in_use=0, device_kind=kind, platform=platform)
     monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: here)
+    monkeypatch.setattr("jaxpack.planning.choose.available_host_bytes", lambda: 0)
     model = abstract_model("Qwen3-4B", LORA)
-    assert choices(PACKED, model, batches(), 0, gpu="H200")[0].remat == "full"
-    limited = TrainConfig(**vars(PACKED) | {"memory_limit": 12.0})
-    assert choices(limited, model, batches(), 0, gpu="H200")[0].remat == "offload"
+
+    def chosen(name: str, **changes) -> Remat:
+        return choices(TrainConfig(**vars(PACKED) | changes), model, batches(), 0, card_named(name))[0].remat
+
+    assert chosen("H200") == chosen("H200", remat="none") == "none"
+    assert chosen("H100") == "none"
+    assert chosen("A100 40GB") == "offload_heads"
+    assert chosen("H200", memory_limit=12.0) == "offload"
+    with pytest.raises(InputError, match=r'`gpu` must have 9.8 GiB \(remat "offload"\) and 5.5 GiB of host memory for'):
+        chosen("RTX 3060")
+
+
+@pytest.mark.parametrize(
+    ("changes", "card", "advice"),
+    [
+        ({"per_device_train_batch_size": 60}, "RTX 4080", "`gpu` must have .* got RTX 4080"),
+        ({"per_device_train_batch_size": 80, "packing": False}, "RTX 5080", "`gpu` must have .* got RTX 5080"),
+        ({"per_device_train_batch_size": 80, "packing": False, "padding_free": False}, "RTX 5080", "`gpu` must have"),
+        ({"per_device_train_batch_size": 40, "memory_limit": 11.0}, "RTX 5080", "`memory_limit` must be at least"),
+    ],
+    ids=str,
+)
+def test_the_batch_size_that_is_advised_is_the_largest_that_fits(changes, card, advice):
+    model, documents = abstract_model("Qwen3-4B", LORA), random_documents(60 * [1000, 900])
+
+    def refusal(size: int) -> str:
+        config = TrainConfig(**{"packing": True, "max_steps": 1} | changes | {"per_device_train_batch_size": size})
+        try:
+            choices(config, model, Batches(documents, config), 0, card_named(card))
+        except InputError as error:
+            return str(error)
+        return ""
+
+    said = refusal(changes["per_device_train_batch_size"])
+    assert re.match(advice, said)
+    size = int(re.search(r"(?<=A batch size of )\d+(?= is predicted to fit\.$)", said)[0])
+    assert refusal(size) == ""
+    assert refusal(size + 1) != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "changes", "advice"),
+    [
+        ("Qwen3-8B", "RTX 5080", {}, "The weights and the optimizer's state take 15.7 GiB: choose a smaller model or"),
+        ("Qwen3-4B", "RTX 3060", {}, "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs"),
+        ("Qwen3-4B", "RTX 5080", {"remat": "none"}, 'Another choice fits: take `remat` "auto" instead of "none".'),
+    ],
+)
+def test_a_refusal_says_what_to_change(name, card, changes, advice):
+    with pytest.raises(InputError, match=f"got {card}, on which a run may use .* GiB. {advice}"):
+        choices(TrainConfig(**vars(PACKED) | changes), abstract_model(name, LORA), batches(), 0, card_named(card))
+
+
+def test_with_more_memory_and_the_same_rates_a_card_refuses_nothing_that_a_smaller_one_takes():
+    smaller = card_named("RTX 3060")
+    for name, rows in itertools.product(("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B"), (1, 8, 64)):
+        predictions = predict(StepShape.of(abstract_model(name, LORA), (1, rows, 1024)), smaller.rates).values()
+        fastest = []
+        for gigabytes in range(2, 200):
+            card = dataclasses.replace(smaller, gigabytes=gigabytes)
+            memory = usable_bytes(TrainConfig(), card=card)
+            assert memory < gigabytes * GIB
+            fastest.append(min((p.seconds for p in fits(predictions, memory, 64 * GIB)), default=math.inf))
+        assert fastest == sorted(fastest, reverse=True)
+        assert fastest[0] == math.inf > fastest[-1]
 
 
 def test_what_is_asked_for_by_name_is_taken(resolved):

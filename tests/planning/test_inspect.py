@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -29,9 +30,10 @@ from jaxpack.data.reading import load_documents
 from jaxpack.data.synthetic import drawn_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.model.presets import SHAPES
+from jaxpack.planning.cards import card_named
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding
-from jaxpack.planning.time import RATES, step_seconds
+from jaxpack.planning.time import step_seconds
 
 ROOT = Path(__file__).parent.parent.parent
 LAYOUTS = get_args(Layout)
@@ -209,7 +211,7 @@ def test_times_are_those_of_the_steps():
     found = jaxpack.inspect(documents, config, model=qwen(), gpu="H200")
     batches = Batches(documents, config)
     shapes = [StepShape.of_run(qwen(), batches, int(T)) for T in batches.row_lengths]
-    steps = [step_seconds(shape, "none", RATES["H200"]) for shape in shapes]
+    steps = [step_seconds(shape, "none", card_named("H200").rates) for shape in shapes]
     assert len(set(steps)) > 1
     run, padded = found.run, found.layouts["padded"]
     assert run.hours_per_epoch == pytest.approx(sum(steps) / 2 / 3600)
@@ -253,19 +255,75 @@ def test_what_does_not_fit_says_so():
     assert "does not fit" in printed(found)
 
 
-def test_of_a_gpu_elsewhere_it_says_that_its_memory_is_not_known():
-    for limit, said in ((None, True), (100.0, False)):
-        found = jaxpack.inspect(skewed(), TrainConfig(max_length=256, memory_limit=limit), model=qwen(), gpu="H200")
-        assert (
-            (found.run.remat == "full")
-            == said
-            == ("so remat is full: `--memory-limit` sets" in " ".join(printed(found).split()))
-        )
+def said_of(gpu: str, model: str = "Qwen3-4B", **changes) -> str:
+    """Returns what is printed, in one line, for packed rows of 1,024 tokens on a card."""
+    config = TrainConfig(**{"packing": True, "per_device_train_batch_size": 16} | changes)
+    return " ".join(printed(jaxpack.inspect(skewed(2000), config, model=with_adapters(model), gpu=gpu)).split())
 
 
-def test_a_gpu_without_rates_is_refused():
-    with pytest.raises(InputError, match="`gpu` must be one of H200, H100, got 'A100'"):
-        jaxpack.inspect(skewed(), gpu="A100")
+def test_a_card_says_whether_a_run_fits_and_how_fast_it_is():
+    found = jaxpack.inspect(skewed(2000), TrainConfig(packing=True), model=qwen(), gpu="nvidia geforce rtx-4090")
+    assert (found.device, found.variants) == ("RTX 4090", ())
+    assert found.run.peak_bytes <= found.usable_bytes < 24 / 1.1 * 2**30
+    assert 1_000 < found.run.tokens_per_second < 8_000
+    said = said_of("4090")
+    assert re.search(r'The run fits: with remat "(\w+)", .* take [\d.]+ GiB of the 19.5 GiB that it may use, and', said)
+    assert "Times for RTX 4090 are predicted, not measured. They follow from the card's published figures" in said
+    assert "they may be off by a quarter or more" in said
+    for measured in ("H200", "H100"):
+        said = said_of(measured)
+        assert f"Times for {measured} are predicted, not measured. They follow from the rates of its kernels." in said
+        assert "published" not in said
+
+
+def test_a_run_that_does_not_fit_on_a_card_gets_no_times():
+    said = said_of("RTX 3080", "Qwen3-8B")
+    assert re.search(
+        r"The run does not fit: `gpu` must have .*, got RTX 3080 10GB, on which a run may use 7.9 GiB", said
+    )
+    assert "`gpu` is taken for RTX 3080 10GB, which has the least memory of the cards with this name" in said
+    assert "give RTX 3080 12GB." in said
+    assert "Times for" not in said
+    assert "`gpu` is taken for" not in said_of("RTX 3080 12GB", "Qwen3-8B")
+
+
+def test_a_run_that_needs_more_than_jax_takes_says_how_to_get_it():
+    asked = "set the environment variable XLA_CLIENT_MEM_FRACTION=0.92"
+    full, little = said_of("RTX 4090", "Qwen3-8B"), said_of("RTX 4090", "Qwen3-0.6B", per_device_train_batch_size=2)
+    assert "The run fits" in full
+    assert "The run fits" in little
+    assert asked in full
+    assert asked not in little
+    assert asked not in said_of("RTX 4090", "Qwen3-8B", memory_limit=20.0)
+
+
+def test_a_memory_limit_takes_the_place_of_a_cards_memory():
+    assert "of the 12.5 GiB that it may use" in said_of("H200", memory_limit=12.5)
+    assert "`memory_limit` must be at least" in said_of("H200", memory_limit=5.0)
+
+
+def test_a_card_that_is_here_and_does_not_report_its_memory_says_that(monkeypatch):
+    class Gpu(NamedTuple):
+        device_kind: str = "NVIDIA GeForce RTX 4090"
+        platform: str = "gpu"
+
+        def memory_stats(self) -> None:
+            return None
+
+    for module in ("planning.choose", "planning.inspect"):
+        monkeypatch.setattr(f"jaxpack.{module}.current_device", Gpu)
+    found = jaxpack.inspect(skewed(), TrainConfig(packing=True, max_length=256), model=qwen())
+    assert (found.device, found.run.remat, found.usable_bytes) == ("NVIDIA GeForce RTX 4090", "full", None)
+    said = " ".join(printed(found).split())
+    assert "Its free memory is not known, so remat is full: `--memory-limit` sets the memory." in said
+    assert "published figures" in said
+
+
+def test_a_card_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match="`gpu` must be the name of a known card, got 'A1000'"):
+        jaxpack.inspect(skewed(), gpu="A1000")
+    with pytest.raises(InputError, match='`gpu` must be the name of a card, such as "RTX 4090", got 4090'):
+        jaxpack.inspect(skewed(), gpu=4090)
 
 
 # --- Truncation -------------------------------------------------------------------------------------------------------

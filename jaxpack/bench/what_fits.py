@@ -1,0 +1,80 @@
+"""Makes the table of docs/memory.md that says which model can be trained on which card: `make docs-tables`."""
+
+import bisect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from jaxpack.bench.models import abstract_model
+from jaxpack.kernels.weight import DenseWeight, Weight
+from jaxpack.model.presets import SHAPES
+from jaxpack.planning.cards import card_named
+from jaxpack.planning.choose import Prediction, fits, predict, usable_bytes
+from jaxpack.planning.cost import StepShape
+from jaxpack.settings import LoraConfig, TrainConfig
+
+CARDS = ("RTX 4060 Ti 8GB", "RTX 3060", "RTX 5080", "RTX 4090", "RTX 5090", "RTX A6000", "H100")
+MODELS = tuple(name for name in SHAPES if name != "tiny")
+# The forms in which frozen weights are stored, with the functions that make them from dense matrices.
+FORMS: dict[str, Callable[[jax.Array], Weight]] = {"16-bit": DenseWeight}
+MOST_ROWS = 64
+ROW = 1024  # tokens
+RANK = 16
+HOST_GIB = 32  # free memory of the host
+_BLOCK = re.compile(r"(?<=<!-- made by `make docs-tables` -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def largest_batch(
+    model: str, card: str, store: Callable[[jax.Array], Weight] = DenseWeight
+) -> tuple[int, Prediction] | None:
+    """Returns the most rows that can be trained at once, with the fastest choice for them; None if not even one fits.
+
+    The model has adapters on all projections, and every token of a row may have a target.
+
+    Args:
+      model: a name of `SHAPES`.
+      card: a card's name.
+      store: makes the frozen weights from dense matrices.
+    """
+    abstract, named = abstract_model(SHAPES[model], LoraConfig(r=RANK), store=store), card_named(card)
+    memory = usable_bytes(TrainConfig(), card=named)
+    assert memory is not None
+
+    def fitting(rows: int) -> list[Prediction]:
+        step = StepShape.of(abstract, (1, rows, ROW))
+        return fits(predict(step, named.rates).values(), memory, HOST_GIB * 2**30)
+
+    sizes = range(1, MOST_ROWS + 1)
+    rows = bisect.bisect_left(sizes, True, key=lambda rows: not fitting(rows))
+    return (rows, fitting(rows)[0]) if rows else None
+
+
+def table() -> Iterator[str]:
+    """Yields the lines of the table in Markdown: a row for each model and form of its weights, a column for each card.
+
+    A cell holds the number of rows, and the predicted memory.
+    """
+    cards = [card_named(name) for name in CARDS]
+    titles = [f"{card.gigabytes} GB<br>{card.name.removesuffix(f' {card.gigabytes}GB')}" for card in cards]
+    yield f"| model | weights | {' | '.join(titles)} |"
+    yield f"|---|---|{'---|' * len(cards)}"
+    for model in MODELS:
+        for form, store in FORMS.items():
+            found = [largest_batch(model, card, store) for card in CARDS]
+            cells = ["-" if cell is None else f"{cell[0]} ({cell[1].peak_bytes / 2**30:.1f} GiB)" for cell in found]
+            yield f"| {model} | {form} | {' | '.join(cells)} |"
+
+
+def with_table(page: str) -> str:
+    """Returns a page with the table between its two comments made anew."""
+    assert _BLOCK.search(page), "the page has no comments that the table stands between"
+    made = "\n".join(table())
+    return _BLOCK.sub(lambda _: f"\n{made}\n\n", page)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(with_table(path.read_text()))
