@@ -154,17 +154,19 @@ def _check(arrays: NF4Arrays, places: NF4Places, below: Array | None, beside: Ar
         array = getattr(arrays, name)
         if array is not None and array.shape[1:] != shape:
             raise InputError(f"`arrays.{name}` must have shape (layers, {str(shape)[1:]}, got {array.shape}.")
+    if arrays.absmax.dtype.itemsize == 1 and arrays.absmax.size >= 2**31:  # Pallas would compute offsets in 32 bits
+        raise InputError(f"`arrays.absmax` must have fewer than 2^31 codes, got {arrays.absmax.size}: use more stacks.")
     if places.columns % CODES_PER_WORD:
         raise InputError(f"`places.columns` must be a multiple of {CODES_PER_WORD}, got {places.columns}.")
 
 
-def magnitudes(codes: Array, scales: Array, means: Array, table: Array) -> Array:
-    """Returns float32 magnitudes from their codes, and from the scale and the mean that belong to each.
+def magnitudes(values: Float[Array, "*N"], scales: Float[Array, "*N"], means: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """Returns `values * scales + means` in float32: magnitudes from the values of their codes.
 
     The product is rounded before the mean is added, as bitsandbytes does. Compilers would fuse both into one operation
     that rounds once, so the product's bits pass through an operation that changes nothing, which no compiler can know.
     """
-    products = jax.lax.bitcast_convert_type(table[codes.astype(jnp.int32)] * scales, jnp.int32)
+    products = jax.lax.bitcast_convert_type(values * scales, jnp.int32)
     products = jax.lax.bitcast_convert_type(products ^ (means != means).astype(jnp.int32), jnp.float32)
     return products + means
 
@@ -184,7 +186,7 @@ def _reference(arrays, layer, behind, *, places, stored, dtype, axis):
         factors = absmax[block : block + places.blocks[i]]
         if arrays.table is not None:
             own = jnp.repeat(scales[group : group + places.groups[i]], GROUP)[: len(factors)]
-            factors = magnitudes(factors, own, jnp.broadcast_to(means[i], factors.shape), arrays.table)
+            factors = magnitudes(arrays.table[factors.astype(jnp.int32)], own, jnp.broadcast_to(means[i], own.shape))
         part = values[row : row + places.rows[i]].reshape(-1)
         blocks = jnp.pad(part, (0, len(factors) * places.block_size - len(part))).reshape(-1, places.block_size)
         dense.append((blocks * factors[:, None]).reshape(-1)[: len(part)].reshape(-1, places.columns))
@@ -288,6 +290,7 @@ def _dense_block(refs: Sequence[Any], places: NF4Places, row: Any, column: Any, 
     if nested_refs:
         scales_ref, means_ref, table_ref = nested_refs
         scales = scales_ref[layers, first_group + block // GROUP]
-        absmax = magnitudes(absmax, scales, jnp.broadcast_to(means_ref[layer, projection], block.shape), table_ref)
+        means = jnp.broadcast_to(means_ref[layer, projection], block.shape)
+        absmax = magnitudes(table_ref[absmax.astype(jnp.int32)], scales, means)
     by_run = jnp.broadcast_to(absmax[:, :, None], (*absmax.shape, run // CODES_PER_WORD))
     return (values * jnp.broadcast_to(by_run.reshape(by_word[:2])[:, :, None], by_word)).reshape(shape)
