@@ -214,13 +214,20 @@ def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Returns the model, its tokenizer and a LoRA configuration, as TRL takes them."""
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     model = AutoModelForCausalLM.from_pretrained(
         request["checkpoint"],
         dtype=torch.bfloat16,
         attn_implementation="sdpa" if request["layout"] == "padded" else "flex_attention",
         device_map={"": 0} if torch.cuda.is_available() else None,
+        **({"quantization_config": four_bit} if request["load_in_4bit"] else {}),
     )
     lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
@@ -237,7 +244,7 @@ def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
         request["checkpoint"],
         max_seq_length=request["max_length"],
         dtype=torch.bfloat16,
-        load_in_4bit=False,
+        load_in_4bit=request["load_in_4bit"],
         full_finetuning=request["full_finetuning"],
         use_gradient_checkpointing=recompute,
     )

@@ -25,6 +25,7 @@ class Case:
       rows: the batch size of a step, in rows of `max_length` if packed, else in documents.
       remat: what the backward pass recomputes; an opponent has its own values.
       implementation: the implementation of our kernels.
+      load_in_4bit: whether the frozen projections are held in 4 bits.
       steps: the number of steps that are timed, after the warm-up.
     """
 
@@ -36,6 +37,7 @@ class Case:
     remat: str = "full"
     implementation: Implementation | None = None
     full_finetuning: bool = False
+    load_in_4bit: bool = False
     steps: int = 10
     learning_rate: float = 1e-4
 
@@ -43,6 +45,10 @@ class Case:
         for name in ("rows", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.load_in_4bit and self.full_finetuning:
+            raise InputError(
+                "`load_in_4bit` must be without `full_finetuning`, got both: 4-bit weights are not trained."
+            )
         if self.layout not in get_args(Layout):
             raise InputError(f"`layout` must be one of {get_args(Layout)}, got {self.layout!r}.")
         if self.system == "jaxpack" and self.remat not in REMAT:
@@ -53,6 +59,7 @@ class Case:
         parts = [self.system, self.model, self.layout, f"{self.rows} {what}", f"remat {self.remat}"]
         parts += [self.implementation] if self.implementation else []
         parts += ["full fine-tuning"] if self.full_finetuning else []
+        parts += ["4-bit"] if self.load_in_4bit else []
         return " ".join(parts)
 
 

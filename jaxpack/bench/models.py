@@ -66,7 +66,7 @@ def _filled(abstract: Weight) -> Weight:
     """Returns a weight that holds the same random matrix in each layer, written one layer at a time."""
     weight = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract))()
     *layers, rows, columns = weight.shape
-    matrix = jax.jit(_noise, static_argnums=0)(jax.ShapeDtypeStruct((rows, columns), jnp.float32))
+    matrix = jax.jit(_noise, static_argnums=0)(jax.ShapeDtypeStruct((rows, columns), weight.dtype))
     write = jax.jit(lambda weight, start: weight.write(start, matrix), donate_argnums=0)
     for layer in range(math.prod(layers)):
         weight = write(weight, (layer, 0) if layers else (0,))

@@ -35,6 +35,7 @@ def results_table(records: list[Record]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         model = record["model"] + (", all weights" if record["full_finetuning"] else "")
+        model += ", 4-bit" if record.get("load_in_4bit") else ""
         remat = record["remat"] + (f": {record.get('chosen_remat', '?')}" if record["remat"] == "auto" else "")
         about = [record["plan"], record["system"], model, record["layout"], str(record["rows"]), remat]
         about.append((record["implementation"] or "fastest") if record["system"] == "jaxpack" else _attention(record))
@@ -109,10 +110,10 @@ def of_plan(records: list[Record], plan: str) -> list[Record]:
 
 def comparable(records: list[Record]) -> list[list[Record]]:
     """Groups records that may be compared: same model, kind of training, maximum length, dataset and device."""
-    fields = ("model", "full_finetuning", "max_length", "data", "device")
+    fields = ("model", "full_finetuning", "load_in_4bit", "max_length", "data", "device")
     groups: dict[tuple, list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(record[field] for field in fields), []).append(record)
+        groups.setdefault(tuple(record.get(field, False) for field in fields), []).append(record)
     return list(groups.values())
 
 
@@ -254,5 +255,6 @@ def _plain_ticks(panel: "Axes") -> None:
 def _about(records: list[Record]) -> str:
     first = records[0]
     what = "all weights trained" if first["full_finetuning"] else "LoRA r=16"
+    what += ", 4-bit" if first.get("load_in_4bit") else ""
     dates = " and ".join(dict.fromkeys(record["date"] for record in records))
     return f"{first['model']}, {what}, {first['data']}. {first['device']}, {dates}."

@@ -12,8 +12,10 @@ from jaxpack.bench.models import random_model
 from jaxpack.bench.processes import Record, answer
 from jaxpack.data.synthetic import read_documents
 from jaxpack.model.lora import add_lora
+from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import store_dense
 from jaxpack.settings import LoraConfig
 
 
@@ -31,8 +33,8 @@ def measure_here(request: Path, result: Path, **options: Any) -> None:
 def _model(case: Case) -> Transformer:
     lora = None if case.full_finetuning else LoraConfig(r=16)
     if case.model in SHAPES:
-        return random_model(SHAPES[case.model], lora)
-    model, _ = torch_bridge.from_pretrained(case.model)
+        return random_model(SHAPES[case.model], lora, store=nf4_store() if case.load_in_4bit else store_dense)
+    model, _ = torch_bridge.from_pretrained(case.model, load_in_4bit=case.load_in_4bit)
     return model if lora is None else add_lora(model, lora)
 
 

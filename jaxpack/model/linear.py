@@ -118,7 +118,7 @@ class Linear(nnx.Module):
         """
         (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
         matrix = O * (I + R)  # elements of the weight with the adapters' B factors appended as columns
-        copied = Cost(weight_bytes=2 * matrix * size)
+        copied = self._copy_cost(matrix, context)
         rows = PartCost(
             unnamed_bytes=self._dropout_bytes(context) if context.has_dropout else (I + R) * size,
             cast_weight_bytes=matrix * size if context.casts_weights else 0,
@@ -139,7 +139,7 @@ class Linear(nnx.Module):
         """
         (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
         matrix = (O + R) * I  # elements of the weight with the adapters' A factors appended as rows
-        copied = Cost(weight_bytes=2 * matrix * size)
+        copied = self._copy_cost(matrix, context)
         part = PartCost(
             unnamed_bytes=self._dropout_bytes(context) if context.has_dropout else 0,
             output=Cost(matmul=2 * matrix, bytes=(3 * O + R) * size) + copied,
@@ -152,6 +152,13 @@ class Linear(nnx.Module):
         if post_norm is not None:
             part = part.name_output("branch", O * size) + post_norm.cost(context, adds_residual=True)
         return PartCost(named={"lora": NamedActivation(R * size)}) + part
+
+    def _copy_cost(self, matrix: int, context: CostContext) -> Cost:
+        """Returns the work to read the weight as it is stored, and to write the dense matrix that a matmul reads."""
+        weight = weight_of(self.weight)
+        layers = weight.shape[0] if len(weight.shape) == 3 else 1
+        stored = matrix * context.itemsize if weight.is_dense else weight.nbytes // layers
+        return Cost(weight_bytes=stored + matrix * context.itemsize)
 
     def _gradient_cost(self, matrix: int, context: CostContext) -> Cost:
         """Returns the work to compute the gradients of the input, of a trained weight and of the adapters' factors."""
