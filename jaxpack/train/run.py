@@ -24,13 +24,13 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import non_finite
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
+from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
-from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console

@@ -12,10 +12,10 @@ from planned_steps import GIB, H200, LORA, PADDING_FREE_RUNS, abstract_model, mo
 from jaxpack import LoraConfig, TrainConfig, Transformer
 from jaxpack.data.packing import PackedBatch
 from jaxpack.model.lora import add_lora
+from jaxpack.optimizers.optimizer import make_optimizer, make_schedule
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes, host_bytes, peak_bytes
-from jaxpack.train.optimizer import make_optimizer, make_schedule
 from jaxpack.train.step import TrainState, make_train_step, split_trainable
 
 

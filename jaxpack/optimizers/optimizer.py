@@ -1,4 +1,4 @@
-"""Makes the optimizer of a run: AdamW with the run's settings, or the user's own."""
+"""Makes the optimizer of a run: AdamW with the run's settings or the user's own."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from jaxpack.errors import InputError
+from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
 from jaxpack.settings import TrainConfig
 
 
@@ -27,23 +28,42 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, after clipping by the global gradient norm. Norm scales and biases have no weight decay."""
+    """Returns AdamW, after clipping by the global gradient norm. Norm scales and biases have no weight decay.
+
+    Its moments are float32 or, with `optim` "adamw_8bit", 8-bit, except those of the embedding and of small matrices.
+    """
 
     def decays(parameters: nnx.State) -> nnx.State:
         def is_matrix(path: tuple, _: jax.Array) -> bool:
-            return all(getattr(key, "key", None) not in ("scale", "bias") for key in path)
+            return _names(path).isdisjoint(("scale", "bias"))
 
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
-    adamw = optax.adamw(
-        schedule,
-        config.adam_beta1,
-        config.adam_beta2,
-        config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=decays,
+    settings = (config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+    adam = (
+        scale_by_adam_8bit(*settings, _num_matrices) if config.optim == "adamw_8bit" else optax.scale_by_adam(*settings)
     )
-    return _clipped(config, adamw)
+    decay = optax.add_decayed_weights(config.weight_decay, decays)
+    return _clipped(config, optax.chain(adam, decay, optax.scale_by_learning_rate(schedule)))
+
+
+def _num_matrices(path: tuple, parameter: jax.Array) -> int:
+    """Returns how many matrices with 8-bit moments an array holds: one, or one for each layer of a stack.
+
+    Projections that lie in one matrix, such as q, k and v, count as one: blocks cross from one to the next only if the
+    sizes of the projections are no multiples of 256.
+
+    The embedding keeps float32 moments, as in transformers' `Trainer` with bitsandbytes: the gradients of rare tokens
+    are far smaller than their block's largest.
+    """
+    names = _names(path)
+    if "embedding" in names:
+        return 0
+    return parameter.shape[0] if "blocks" in names else 1
+
+
+def _names(path: tuple) -> set[Any]:
+    return {getattr(key, "key", None) for key in path}
 
 
 def resolve_optimizer(
@@ -52,13 +72,19 @@ def resolve_optimizer(
     """Returns a run's optimizer, and its learning rate by step, or None where that is not known.
 
     Args:
-      optimizer: None is AdamW with the schedule of `config`. A schedule replaces the schedule of `config`. An optax
-        transformation replaces AdamW and the schedule, and gets gradients that are clipped to `max_grad_norm`.
+      optimizer: None is the AdamW that `optim` names, with the schedule of `config`. A schedule replaces the schedule
+        of `config`. An optax transformation replaces AdamW and the schedule, and gets gradients that are clipped to
+        `max_grad_norm`.
 
     Raises:
-      InputError: `optimizer` is none of these.
+      InputError: `optimizer` is none of these, or an optax transformation beside an `optim` that asks for another.
     """
     if isinstance(optimizer, optax.GradientTransformation):
+        if config.optim != "adamw":
+            raise InputError(
+                f"`optimizer` must be None or a schedule with `optim` {config.optim!r}, got an optax transformation,"
+                " which would replace it. Leave one of the two out."
+            )
         return _clipped(config, optimizer), None
     if optimizer is None:
         schedule = make_schedule(config, num_steps)
