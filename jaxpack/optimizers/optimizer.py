@@ -1,14 +1,17 @@
-"""Makes the optimizer of a run: AdamW with the run's settings or the user's own."""
+"""Makes the optimizer of a run, AdamW with the run's settings or the user's own, and tells the bytes of its state."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from jaxpack.errors import InputError
+from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
 from jaxpack.settings import TrainConfig
 
@@ -64,6 +67,14 @@ def _num_matrices(path: tuple, parameter: jax.Array) -> int:
 
 def _names(path: tuple) -> set[Any]:
     return {getattr(key, "key", None) for key in path}
+
+
+def state_bytes(config: TrainConfig, model: Transformer) -> int:
+    """Returns the bytes of the state that a run's own optimizer keeps for a model, whose arrays may be abstract."""
+    _, trained, _ = split_trained(model)
+    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
+    state = jax.eval_shape(make_optimizer(config, optax.constant_schedule(0.0)).init, trained)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def resolve_optimizer(

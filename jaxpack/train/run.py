@@ -81,7 +81,10 @@ class Run:
         nnx.update(model, trainable)
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
-        held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
+        held_bytes, optimizer_bytes = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+            for held in ((self.state, self.frozen), self.state.optimizer)
+        )
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
         self._make_step = functools.partial(
             make_train_step,
@@ -92,7 +95,7 @@ class Run:
             dropout_seed=config.seed if has_dropout else None,
             mesh=mesh,
         )
-        self._choices = deque(choices(config, model, batches, held_bytes))
+        self._choices = deque(choices(config, model, batches, held_bytes, optimizer_bytes=optimizer_bytes))
         self.remat: Remat
         self.remat, self.explanation = self._choices.popleft()
         self._eval_step = make_eval_step(

@@ -1,4 +1,4 @@
-"""Tests which moments are kept in 8 bits, and that an update is Adam's, matrix by matrix."""
+"""Tests which moments are kept in 8 bits, what they take, and that an update is Adam's, matrix by matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from planned_steps import abstract_model
 from jaxpack import InputError, LoraConfig, TrainConfig
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import BLOCK, Quantized, scale_by_adam_8bit
-from jaxpack.optimizers.optimizer import make_optimizer, resolve_optimizer
+from jaxpack.optimizers.optimizer import make_optimizer, resolve_optimizer, state_bytes
 from jaxpack.train.checkpoint import arrays_by_name
 
 IN_8_BITS = TrainConfig(optim="adamw_8bit")
@@ -37,6 +37,13 @@ def test_moments_of_large_matrices_are_in_8_bits_and_those_of_the_embedding_are_
             assert (factors.shape, factors.dtype) == (codes.shape[:2], jnp.float32)
     in_bits = [name for name in moments if name.endswith(".codes")]
     assert len(in_bits) == {16: 14, 1: 0}.get(lora.r if lora else None, 4)
+
+
+def test_the_state_of_adapters_takes_a_quarter():
+    model = abstract_model("Qwen3-4B", LoraConfig(r=16))
+    trained = sum(x.size for x in jax.tree.leaves(split_trained(model)[1]))
+    assert state_bytes(TrainConfig(), model) == pytest.approx(8 * trained, rel=1e-6)
+    assert state_bytes(IN_8_BITS, model) == pytest.approx((2 + 8 / 256) * trained, rel=1e-6)
 
 
 def run(gradients: list, layers: int, b1: float = 0.9) -> tuple[np.ndarray, object]:
