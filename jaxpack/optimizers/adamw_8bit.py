@@ -4,16 +4,16 @@ A moment is cut into blocks of 256 values. For each value, a block holds the cod
 dynamic map), and one float32 factor, the largest magnitude in the block. Two moments so take 2.03 bytes instead of 8.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
+
+from jaxpack.kernels.dynamic_map import dynamic_map, look_up, nearest_codes
 
 BLOCK = 256
 MIN_SIZE = 4096  # Smaller parameters keep float32 moments, as with bitsandbytes' `min_8bit_size`.
@@ -106,66 +106,13 @@ def _dense(moment: Quantized | jax.Array, *, signed: bool) -> jax.Array:
     return dequantize(moment, signed=signed) if isinstance(moment, Quantized) else moment
 
 
-# --- The dynamic map --------------------------------------------------------------------------------------------------
-
-
 def dequantize(x: Quantized, *, signed: bool) -> Float[Array, "M blocks 256"]:
     """Returns the values that codes stand for: the number of the map times the block's largest magnitude."""
-    return _look_up(dynamic_map(signed), x.codes) * x.absmax[..., None]
+    return look_up(dynamic_map(signed=signed), x.codes) * x.absmax[..., None]
 
 
 def quantize(x: Float[Array, "M blocks 256"], *, signed: bool) -> Quantized:
-    """Returns the code of the nearest number of the map, the lower of two that are as near, for every value.
-
-    The first 16 bits of a float32 (sign, exponent and 7 bits of the fraction) select a range of values that holds one
-    midpoint between two numbers of the map at most. A table of these ranges gives the code at the range's lower end;
-    one comparison with that midpoint decides whether it is the next one. Both are elementwise, so XLA fuses them with
-    the update. `jnp.searchsorted` takes a loop that XLA does not fuse, or 8 reads one after another, or 255 comparisons
-    for each value.
-    """
+    """Returns the code of the number of the map that is nearest to each value, in units of its block's largest."""
     absmax = jnp.max(jnp.abs(x), axis=-1)
     scaled = x * (1 / jnp.maximum(absmax, 2e-38))[..., None]  # The limit keeps a block of zeros free of NaN.
-    lowest, midpoints = _tables(signed)
-    code = _look_up(lowest, jax.lax.bitcast_convert_type(scaled, jnp.uint32) >> 16)
-    return Quantized(code + (scaled > _look_up(midpoints, code)).astype(jnp.uint8), absmax)
-
-
-def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
-    return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
-
-
-@functools.cache
-def dynamic_map(signed: bool) -> Float[np.ndarray, " 256"]:
-    """Returns bitsandbytes' dynamic map, ascending and bit for bit: 0, 1, and 7 decades down to 1e-7.
-
-    Decade i, from `10**(i - 7)` to `10**(i - 6)`, is cut into `2**i` equal parts (unsigned: twice as many), and their
-    centres are numbers of the map; a signed map also has their negatives.
-    """
-    numbers = [np.zeros(1, np.float32), np.ones(1, np.float32)]
-    for i in range(7):
-        parts = 2**i if signed else 2 ** (i + 1)
-        edges = _linspace(parts + 1)
-        centres = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        numbers += [centres, -centres] if signed else [centres]
-    return np.sort(np.concatenate(numbers))
-
-
-def _linspace(count: int) -> Float[np.ndarray, " count"]:
-    """Returns `torch.linspace(0.1, 1, count)`, rounded as in torch: steps in float32, counted from both ends."""
-    first = np.float32(0.1)
-    step = np.float64((np.float32(1) - first) / np.float32(count - 1))
-    place = np.arange(count)
-    return np.where(place < count // 2, first + step * place, 1 - step * (count - 1 - place)).astype(np.float32)
-
-
-@functools.cache
-def _tables(signed: bool) -> tuple[UInt8[np.ndarray, " 65536"], Float[np.ndarray, " 256"]]:
-    """Returns the lowest code of each range of `quantize`, and the midpoint between each code and the next one."""
-    numbers = dynamic_map(signed)
-    midpoints = np.append((numbers[:-1] + numbers[1:]) / np.float32(2), np.float32(np.inf))
-    ends = np.arange(2**16, dtype=np.uint32) << 16
-    ends = np.stack([ends, ends | 0xFFFF]).view(np.float32)  # towards 0 and away from it
-    ends = np.where(np.isnan(ends), np.float32(0), ends)  # NaN gets any code: its parameter is NaN by then
-    lowest, highest = (np.searchsorted(midpoints, end) for end in (ends.min(0), ends.max(0)))
-    assert (highest - lowest)[np.abs(ends).max(0) <= 1].max() == 1, "a range holds two midpoints"
-    return lowest.astype(np.uint8), midpoints
+    return Quantized(nearest_codes(scaled, signed=signed), absmax)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpack.optimizers.adamw_8bit import Quantized, dynamic_map, quantize, scale_by_adam_8bit
+from jaxpack.optimizers.adamw_8bit import Quantized, quantize, scale_by_adam_8bit
 
 torch = pytest.importorskip("torch")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -131,9 +131,8 @@ def test_parameters_follow_bitsandbytes_as_it_is_on_a_cpu():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_map_and_the_codes_are_those_of_bitsandbytes(signed):
+def test_codes_are_those_of_bitsandbytes(signed):
     code = bitsandbytes.functional.create_dynamic_map(signed=signed)
-    np.testing.assert_array_equal(dynamic_map(signed), code.numpy())
     rng = np.random.default_rng(0)
     middles = (code[1:] + code[:-1]).numpy() / 2
     around = [np.nextafter(middles, np.float32(end)) for end in (-1, 1)]  # the smallest differences that decide
