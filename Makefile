@@ -85,7 +85,7 @@ test-gpu:  ## Run the tests of kernels and short runs on an NVIDIA GPU, in the e
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints/jax-$(JAX).txt --editable '.[hf,torch,dev,trl]'
+	$(RUN) -m pip install --quiet --constraint constraints/jax-$(JAX).txt --editable '.[hf,torch,dev,trl,bitsandbytes]'
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

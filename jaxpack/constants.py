@@ -13,5 +13,6 @@ Remat = Literal["offload", "offload_heads", "full", "keep_attention", "keep_proj
 RematSetting = Literal["auto", Remat]  # as a user sets it; a step is built with a `Remat`
 Implementation = Literal["xla", "pallas"]
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+Optim = Literal["adamw", "adamw_8bit"]
 Destination = Literal["tensorboard", "wandb"]  # where metrics go, besides metrics.jsonl
 WHOLE_MODULES = ("embed_tokens", "lm_head")  # Hugging Face names; may be trained whole, beside adapters

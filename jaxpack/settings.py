@@ -14,13 +14,17 @@ from jaxpack.constants import (
     Destination,
     Implementation,
     Layout,
+    Optim,
     PackingStrategy,
     RematSetting,
     Schedule,
 )
+from jaxpack.errors import InputError
 from jaxpack.utils.checks import check, is_date, is_positive
 
 _SAVE_STEPS = 500
+# Other names of the optimizers in transformers and TRL.
+_OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -166,6 +170,13 @@ class TrainConfig:
     warmup_steps: float = _option(
         0, "Steps in which the learning rate rises linearly from 0. A value below 1 is a share of all steps."
     )
+    optim: str = _option(
+        "adamw",
+        "Optimizer. 'adamw' keeps two float32 moments for each trained parameter. 'adamw_8bit' keeps them in 8 bits, "
+        "as bitsandbytes does: 2 bytes a parameter instead of 8. The moments of the embedding, and of matrices with "
+        "fewer than 4,096 elements, stay float32. TRL's names 'adamw_torch', 'adamw_torch_fused' and 'adamw_bnb_8bit' "
+        "mean the same.",
+    )
     weight_decay: float = _option(0.0, "AdamW weight decay. Norm scales and biases are not decayed.")
     adam_beta1: float = _option(0.9, "AdamW beta1: decay of the running mean of gradients.")
     adam_beta2: float = _option(0.999, "AdamW beta2: decay of the running mean of squared gradients.")
@@ -272,6 +283,7 @@ class TrainConfig:
             self.chat_template_date,
         )
         object.__setattr__(self, "report_to", _destinations(self.report_to))
+        object.__setattr__(self, "optim", _optim(self.optim))
         check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
         for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir"):
             folder = getattr(self, name)
@@ -431,6 +443,17 @@ def _destinations(value: Any) -> tuple[str, ...]:
     allowed = get_args(Destination)
     check(all(name in allowed for name in names), "report_to", f"must be 'none' or among {allowed}", value)
     return tuple(dict.fromkeys(names))
+
+
+def _optim(name: str) -> str:
+    """Returns the optimizer that a name of ours, of transformers or of TRL stands for."""
+    found = _OPTIMS.get(name, name)
+    if found not in get_args(Optim):
+        raise InputError(
+            f"`optim` must be among {(*get_args(Optim), *_OPTIMS)}, got {name!r}. Use 'adamw_8bit' to"
+            " save memory; for another optimizer, pass an optax transformation to `Trainer` as `optimizer`."
+        )
+    return found
 
 
 def _by_name(pattern: Any) -> dict[str, Any]:

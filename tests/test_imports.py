@@ -22,6 +22,7 @@ ROOMS = [
     "jaxpack.kernels",
     "jaxpack.data",
     "jaxpack.model",
+    "jaxpack.optimizers",
     "jaxpack.planning",
     "jaxpack.objectives",
     "jaxpack.train",

@@ -28,6 +28,7 @@ from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
         (TrainConfig, "memory_limit", 0, "a positive number"),
         (TrainConfig, "memory_limit", "40", "a positive number"),
         (TrainConfig, "remat", "some", "one of"),
+        (TrainConfig, "optim", None, "text"),
         (TrainConfig, "warmup_steps", -1, "0 or a positive number"),
         (TrainConfig, "compilation_cache_dir", None, "text"),
         (TrainConfig, "compilation_cache_dir", "", "a folder, 'auto' or 'none'"),
@@ -115,6 +116,24 @@ def test_names_of_modules_come_as_a_list_or_as_a_string():
     expected = ("q_proj", "v_proj")
     for given in (expected, ["q_proj", "v_proj"], "q_proj,v_proj", " q_proj, v_proj "):
         assert LoraConfig(target_modules=given).target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        *((name, "adamw") for name in ("adamw", "adamw_torch", "adamw_torch_fused")),
+        *((name, "adamw_8bit") for name in ("adamw_8bit", "adamw_bnb_8bit")),
+    ],
+)
+def test_an_optimizer_has_the_names_that_trl_knows(given, meant):
+    assert TrainConfig(optim=given).optim == meant
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_torch_8bit", "lion_8bit", "adafactor", "sgd", "AdamW", ""])
+def test_another_optimizer_is_refused_with_what_to_use(name):
+    rule = rf"`optim` must be among \('adamw', 'adamw_8bit', .*\), got {name!r}\. Use 'adamw_8bit' .* as `optimizer`\."
+    with pytest.raises(InputError, match=rule):
+        TrainConfig(optim=name)
 
 
 def test_destinations_come_as_a_list_or_as_a_string_or_not_at_all():

@@ -38,6 +38,7 @@ _USED = {
     "assistant_only_loss",
     "allow_lost_thoughts",
     "chat_template_date",
+    "optim",
     "remat",
     "memory_limit",
     "r",

@@ -54,6 +54,7 @@ class Batches:
       documents_together: n, the number of documents in a group.
 
     Attributes:
+      config: the settings of the run.
       documents: the documents that are trained on, after truncation.
       truncation: counts of the documents that are shortened or dropped, and of the tokens that are lost.
       num_rows, rows_per_step: rows in an epoch, and in a step; without packing, each document counts as a row.
@@ -78,7 +79,7 @@ class Batches:
 
     def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1):
         _check_groups(documents, config, documents_together)
-        self._config = config
+        self.config = config
         self.documents, self.truncation = _fit(documents, config, documents_together)
         self._group_lengths = self.documents.lengths.reshape(-1, documents_together).sum(axis=1)
         # Shuffling keeps this many rows together. A packed row holds whole groups, any other row holds one document.
@@ -130,7 +131,7 @@ class Batches:
 
     @property
     def _end_to_end(self) -> bool:
-        return self._config.padding_free and not self._config.packing
+        return self.config.padding_free and not self.config.packing
 
     def __len__(self) -> int:
         return self.num_steps
@@ -149,7 +150,7 @@ class Batches:
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
         """Returns the shapes `(A, B, T)` that the run compiles, by ascending T."""
-        config = self._config
+        config = self.config
         rows = 1 if self._end_to_end else config.per_device_train_batch_size
         return [(config.gradient_accumulation_steps, rows, int(T)) for T in np.unique(self.row_lengths)]
 
@@ -167,7 +168,7 @@ class Batches:
         """
         lengths = self._rows.row_lengths
         return float(
-            lengths.sum() / (len(lengths) * (self._config.max_length if self._config.packing else lengths.max()))
+            lengths.sum() / (len(lengths) * (self.config.max_length if self.config.packing else lengths.max()))
         )
 
     @property
@@ -194,9 +195,9 @@ class Batches:
     def _which(self, step: int) -> np.ndarray:
         """Returns the rows of a step, int64 `[A, ...]`; -1 is a missing row, which an epoch's last step may have."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        together, accumulation = self._rows_together, self._config.gradient_accumulation_steps
+        together, accumulation = self._rows_together, self.config.gradient_accumulation_steps
         per_step = self.rows_per_step // together
-        order = row_order(self._config.seed, epoch, self.num_rows // together)[place * per_step :][:per_step]
+        order = row_order(self.config.seed, epoch, self.num_rows // together)[place * per_step :][:per_step]
         if self._end_to_end:
             return members(_balanced(order, self._group_lengths, accumulation), together)
         which = np.full(per_step, -1)

@@ -191,7 +191,7 @@ def _quantized(matrix: Float[Array, "O I"], places: NF4Places, nested: bool) -> 
         return NF4Arrays(words, absmax)
     mean = jnp.mean(absmax)
     scales, scaled = _scaled(_blocks(absmax - mean, GROUP))
-    return NF4Arrays(words, nearest_codes(scaled.reshape(-1)[: len(absmax)], dynamic_map()), scales, mean[None])
+    return NF4Arrays(words, nearest_codes(scaled.reshape(-1)[: len(absmax)]), scales, mean[None])
 
 
 def _blocks(x: Float[Array, " N"], size: int) -> Float[Array, "B S"]:

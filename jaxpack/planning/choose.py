@@ -78,7 +78,12 @@ def usable_bytes(config: TrainConfig, held_bytes: int = 0, card: Card | None = N
 
 
 def choices(
-    config: TrainConfig, model: Transformer, batches: Batches, held_bytes: int, card: Card | None = None
+    config: TrainConfig,
+    model: Transformer,
+    batches: Batches,
+    held_bytes: int,
+    card: Card | None = None,
+    optimizer_bytes: int | None = None,
 ) -> list[Choice]:
     """Returns the choices of `remat` that a run may take: the best first, then those that need less memory each.
 
@@ -89,12 +94,13 @@ def choices(
       held_bytes: the bytes of device memory that the run's own weights and optimizer state take already.
       card: the card of a run on another machine than this one. A choice that the user named must fit on it, because
         that machine is not here to try. Its host is expected to have as much memory as XLA pins.
+      optimizer_bytes: the bytes of the optimizer's state; None for those of the optimizer that `optim` names.
 
     Raises:
       InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the
         choice that the user named.
     """
-    step = StepShape.of_run(model, batches)
+    step = StepShape.of_run(model, batches, optimizer_bytes=optimizer_bytes)
     named = None if config.remat == "auto" else config.remat
     if named is not None and card is None:
         _check_host(step, named)
@@ -119,7 +125,7 @@ def choices(
     if not (fitting := fits(allowed, memory, host)):
         frugal = min(fits(allowed, math.inf, host) or allowed, key=lambda p: p.peak_bytes)
         refusal = _refusal(config, step, frugal, memory, card)
-        raise InputError(f"{refusal} {_remedy(config, model, batches, memory, does_fit)}")
+        raise InputError(f"{refusal} {_remedy(config, model, batches, step, memory, does_fit)}")
     if named is not None:
         return [Choice(named, None)]
     frugal = [p for i, p in enumerate(fitting) if all(p.peak_bytes < other.peak_bytes for other in fitting[:i])]
@@ -173,17 +179,22 @@ def _refusal(config: TrainConfig, step: StepShape, frugal: Prediction, memory: f
 
 
 def _remedy(
-    config: TrainConfig, model: Transformer, batches: Batches, memory: float, does_fit: Callable[[StepShape], bool]
+    config: TrainConfig,
+    model: Transformer,
+    batches: Batches,
+    step: StepShape,
+    memory: float,
+    does_fit: Callable[[StepShape], bool],
 ) -> str:
     """Returns a sentence that says what would make a run fit whose largest step does not."""
-    step = StepShape.of_run(model, batches)
     if does_fit(step):
         return f'Another choice fits: take `remat` "auto" instead of "{config.remat}".'
 
     def too_large(size: int) -> bool:
         if config.layout == "padding-free":
             fewer = dataclasses.replace(config, per_device_train_batch_size=size)
-            return not does_fit(StepShape.of_run(model, Batches(batches.documents, fewer)))
+            batches_of_fewer = Batches(batches.documents, fewer)
+            return not does_fit(StepShape.of_run(model, batches_of_fewer, optimizer_bytes=step.optimizer_bytes))
         A, B, T = step.shape
         rows = math.ceil(B * size / config.per_device_train_batch_size)
         targets = min(step.max_targets, rows * T)

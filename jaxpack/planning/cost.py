@@ -19,6 +19,8 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.remat import KEPT, offloaded
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import is_trained, split_trained
+from jaxpack.optimizers.optimizer import state_bytes
+from jaxpack.settings import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class StepShape:
       layer: the cost of one layer.
       itemsize: bytes of an element of the activations.
       trained: how many parameters are trained, in float32.
+      optimizer_bytes: the bytes of the optimizer's state.
       frozen_bytes: the bytes of all other parameters.
       trains_all: whether all weights are trained.
       trains_head: whether the head is trained: with all weights, or in full beside adapters.
@@ -44,6 +47,7 @@ class StepShape:
     layer: PartCost
     itemsize: int
     trained: int
+    optimizer_bytes: int
     frozen_bytes: int
     trains_all: bool
     trains_head: bool
@@ -61,6 +65,7 @@ class StepShape:
         *,
         max_targets: int | None = None,
         keys_per_token: float | None = None,
+        optimizer_bytes: int | None = None,
     ) -> "StepShape":
         """Returns the shape of a step of a model, whose arrays may be abstract.
 
@@ -68,6 +73,7 @@ class StepShape:
           shape: `(A, B, T)`.
           max_targets: the maximum number of targets in a micro-batch; None if every token may have one.
           keys_per_token: how many tokens a token attends to, on average; None if every row is one document.
+          optimizer_bytes: the bytes of the optimizer's state; None for those of AdamW.
         """
         if keys_per_token is None:
             keys_per_token = _keys_per_token(model.config, np.array([shape[2]]))
@@ -80,11 +86,14 @@ class StepShape:
             has_dropout=any(adapter.dropout for adapter in of_model),
             casts_weights=model.casts_weights,
         )
+        if optimizer_bytes is None:
+            optimizer_bytes = state_bytes(TrainConfig(), model)
         return cls(
             config=model.config,
             layer=model.blocks.cost(context),
             itemsize=context.itemsize,
             trained=sum(x.size for x in jax.tree.leaves(trained)),
+            optimizer_bytes=optimizer_bytes,
             frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
             trains_all=is_trained(model.norm.scale),
             trains_head=is_trained(model.head_variable),
@@ -96,8 +105,16 @@ class StepShape:
         )
 
     @classmethod
-    def of_run(cls, model: Transformer, batches: Batches, row_length: int | None = None) -> "StepShape":
-        """Returns the shape of the largest step of a run, or of one with rows of `row_length` tokens."""
+    def of_run(
+        cls, model: Transformer, batches: Batches, row_length: int | None = None, optimizer_bytes: int | None = None
+    ) -> "StepShape":
+        """Returns the shape of the largest step of a run, or of one with rows of `row_length` tokens.
+
+        Args:
+          optimizer_bytes: the bytes of the optimizer's state; None for those of the optimizer that `optim` names.
+        """
+        if optimizer_bytes is None:
+            optimizer_bytes = state_bytes(batches.config, model)
         A, B, longest = max(batches.shapes)
         shape = (A, B, row_length or longest)
         return cls.of(
@@ -105,6 +122,7 @@ class StepShape:
             shape,
             max_targets=batches.limits[shape[2]].max_targets,
             keys_per_token=_keys_per_token(model.config, np.minimum(batches.documents.lengths, shape[2])),
+            optimizer_bytes=optimizer_bytes,
         )
 
     @property
@@ -179,6 +197,6 @@ def loss_cost(step: StepShape) -> Cost:
 def update_cost(step: StepShape) -> Cost:
     """Returns the work of a step's update.
 
-    It reads gradients twice, and reads and writes the parameters and both moments.
+    It reads gradients and parameters, writes parameters, and reads and writes the optimizer's state.
     """
-    return Cost(weight_bytes=7 * 4 * step.trained)
+    return Cost(weight_bytes=3 * 4 * step.trained + 2 * step.optimizer_bytes)

@@ -10,11 +10,11 @@ from jaxpack.planning.cost import StepShape
 def argument_bytes(step: StepShape) -> int:
     """Returns the bytes of a step's arguments.
 
-    These are the frozen weights, the trained ones in float32 with AdamW's two moments, and the batch of four int32
+    These are the frozen weights, the trained ones in float32, the state of the optimizer, and the batch of four int32
     arrays.
     """
     A, B, T = step.shape
-    return step.frozen_bytes + 3 * 4 * step.trained + 4 * 4 * A * B * T
+    return step.frozen_bytes + 4 * step.trained + step.optimizer_bytes + 4 * 4 * A * B * T
 
 
 def layer_bytes(step: StepShape, remat: Remat) -> int:

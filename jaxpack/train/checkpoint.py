@@ -59,6 +59,7 @@ _FREE = {
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
+_BEFORE = {"optim": "adamw"}  # settings that checkpoints of older versions lack, with the values that these had
 
 
 @dataclasses.dataclass
@@ -531,6 +532,7 @@ def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
 
 
 def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    there = {name: value for name, value in _BEFORE.items() if name in here} | there
     differ = [name for name in here | there if not _is_same(there.get(name), here.get(name))]
     if not differ:
         return

@@ -24,13 +24,13 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import non_finite
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
+from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
-from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console
@@ -81,7 +81,10 @@ class Run:
         nnx.update(model, trainable)
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
-        held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.frozen)))
+        held_bytes, optimizer_bytes = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+            for held in ((self.state, self.frozen), self.state.optimizer)
+        )
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
         self._make_step = functools.partial(
             make_train_step,
@@ -92,7 +95,7 @@ class Run:
             dropout_seed=config.seed if has_dropout else None,
             mesh=mesh,
         )
-        self._choices = deque(choices(config, model, batches, held_bytes))
+        self._choices = deque(choices(config, model, batches, held_bytes, optimizer_bytes=optimizer_bytes))
         self.remat: Remat
         self.remat, self.explanation = self._choices.popleft()
         self._eval_step = make_eval_step(

@@ -24,6 +24,7 @@ from jaxpack.errors import InputError, TrainingError, check_type, errors_name, i
 from jaxpack.model.transformer import Transformer
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
+from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
@@ -38,7 +39,6 @@ from jaxpack.train.checkpoint import (
     notes_of,
 )
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
-from jaxpack.train.optimizer import resolve_optimizer
 from jaxpack.train.progress import Log, Start
 from jaxpack.train.report import write_report
 from jaxpack.train.run import Run
@@ -93,8 +93,8 @@ class Trainer:
       objective: the objective to minimise; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
         `LogProbObjective` make an objective from a function.
       optimizer: None is AdamW with the settings of `config`. A schedule (a function from the step to the learning rate)
-        replaces the schedule of `config`. An optax transformation replaces AdamW and the schedule; its gradients are
-        still clipped to `max_grad_norm` (0 turns clipping off).
+        replaces the schedule of `config`. An optax transformation replaces AdamW and the schedule, so `optim` must then
+        be left at "adamw"; its gradients are still clipped to `max_grad_norm` (0 turns clipping off).
       callbacks: objects that are told of steps, evaluations, checkpoints and the end, see `Callback`.
       compute_metrics: computes metrics of an evaluation: `function(losses, predictions, batch) -> {name: (sum,
         weight)}`. Write it in jax, as it runs within the compiled evaluation. `losses` float32 and `predictions` (the

@@ -296,6 +296,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "learning_rate_inf": (["--learning-rate", "inf"], ["learning_rate", "got inf"]),
     "epochs_inf": (["--num-train-epochs", "inf", "--max-steps", "-1"], ["num_train_epochs", "got inf"]),
     "adam_beta2": (["--adam-beta2", "1"], ["adam_beta2", "[0, 1)", "got 1.0"]),
+    "optim": (["--optim", "lion_8bit"], ["`optim` must be among ('adamw', 'adamw_8bit'", "got 'lion_8bit'. Use '"]),
     "lora_r": (["--lora-r", "0"], ["lora_r", "at least 1", "got 0"]),
     "lora_alpha": (["--lora-alpha", "0"], ["lora_alpha", "positive", "got 0.0"]),
     "lora_dropout": (["--lora-dropout", "1"], ["lora_dropout", "[0, 1)", "got 1.0"]),

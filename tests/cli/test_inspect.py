@@ -54,6 +54,15 @@ def test_lengths_alone_and_a_picture(exit_status, tmp_path, capfd):
     assert f"drew {picture}" in err
 
 
+def test_the_optimizer_decides_what_fits(exit_status, tmp_path, capfd):
+    histogram = tmp_path / "lengths.csv"
+    histogram.write_text("token_length_from,token_length_to,documents\n20,60,50\n")
+    for optim, fits in (("adamw_torch", False), ("adamw_8bit", True)):
+        flags = ["--lengths", histogram, "--gpu", "H200", "--full-finetuning", "--memory-limit", "9", "--optim", optim]
+        assert exit_status("inspect", "--model", "Qwen3-0.6B", *flags) == 0
+        assert ("The run does not fit" not in capfd.readouterr().out) == fits
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

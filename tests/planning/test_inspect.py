@@ -23,7 +23,7 @@ from jaxpack.bench.cases import case_of
 from jaxpack.bench.measure import train_config
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.demo import sample, train_tokenizer
-from jaxpack.constants import Layout
+from jaxpack.constants import Layout, Optim
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.reading import load_documents
@@ -253,6 +253,21 @@ def test_what_does_not_fit_says_so():
     assert padded.tokens_per_second is None
     assert free.tokens_per_second > 0
     assert "does not fit" in printed(found)
+
+
+def test_moments_in_8_bits_fit_where_those_in_float32_do_not():
+    # All of Qwen3-0.6B: parameters and gradients take 2.2 GiB each, moments 4.4 GiB, or 2.0 with the embedding's.
+    model = abstract_model(SHAPES["Qwen3-0.6B"], None)
+    settings = {"per_device_train_batch_size": 2, "max_length": 256, "remat": "auto", "memory_limit": 9.0}
+    for optim, fits in (("adamw", False), ("adamw_8bit", True)):
+        found = jaxpack.inspect(skewed(), TrainConfig(optim=optim, **settings), model=model, gpu="H200")
+        assert (found.run.refusal is None) == fits
+    step, in_8_bits = (
+        StepShape.of_run(model, Batches(skewed(), TrainConfig(optim=optim, **settings))) for optim in get_args(Optim)
+    )
+    assert step_seconds(in_8_bits, "full", card_named("H200").rates) < step_seconds(
+        step, "full", card_named("H200").rates
+    )
 
 
 def said_of(gpu: str, model: str = "Qwen3-4B", **changes) -> str:

@@ -1,5 +1,7 @@
 """Tests that predicted bytes agree with the model's own arrays and with the memory of compiled steps."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,12 +12,13 @@ from models import small_config, small_model
 from planned_steps import GIB, H200, LORA, PADDING_FREE_RUNS, abstract_model, model_of
 
 from jaxpack import LoraConfig, TrainConfig, Transformer
+from jaxpack.constants import Optim
 from jaxpack.data.packing import PackedBatch
 from jaxpack.model.lora import add_lora
+from jaxpack.optimizers.optimizer import make_optimizer, make_schedule, state_bytes
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes, host_bytes, peak_bytes
-from jaxpack.train.optimizer import make_optimizer, make_schedule
 from jaxpack.train.step import TrainState, make_train_step, split_trainable
 
 
@@ -29,15 +32,17 @@ def test_short_steps_take_what_choosing_their_kernels_takes(row):
     assert predict(step, H200)[remat].peak_bytes == pytest.approx(peak, rel=0.02)
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(r=8), None], ids=["lora", "full"])
-def test_arguments_are_those_of_the_step(family, lora):
+@pytest.mark.parametrize("optim", get_args(Optim))
+@pytest.mark.parametrize("lora", [LoraConfig(r=64), None], ids=["lora", "full"])
+def test_arguments_are_those_of_the_step(family, lora, optim):
     model = small_model(family, lora=lora, dtype=jnp.bfloat16)
     _, trainable, frozen = split_trainable(model)
-    config = TrainConfig()
-    moments = [x for x in jax.tree.leaves(make_optimizer(config, make_schedule(config, 1)).init(trainable)) if x.ndim]
-    arrays = [*jax.tree.leaves((trainable, frozen)), *moments]
+    config = TrainConfig(optim=optim)
+    state = make_optimizer(config, make_schedule(config, 1)).init(trainable)
+    arrays = jax.tree.leaves((trainable, frozen, state))
     batch = 4 * 3 * 2 * 128 * 4
-    assert argument_bytes(StepShape.of(model, (3, 2, 128))) == sum(x.nbytes for x in arrays) + batch
+    step = StepShape.of(model, (3, 2, 128), optimizer_bytes=state_bytes(config, model))
+    assert argument_bytes(step) == sum(x.nbytes for x in arrays) + batch
 
 
 def compiled_temporary_bytes(model: Transformer, shape: tuple[int, int, int]) -> int:

@@ -10,6 +10,8 @@ import pytest
 from models import random_documents, small_model
 
 from jaxpack import Callback, InputError, LoraConfig, TrainConfig, Trainer
+from jaxpack.planning.choose import predict
+from jaxpack.planning.memory import argument_bytes
 from jaxpack.train.run import Run
 
 
@@ -147,6 +149,23 @@ def test_an_optax_transformation_takes_the_place_of_adamw(tmp_path):
     assert not np.array_equal(adapter.lora_a[...], before)
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert "learning_rate" not in record
+
+
+def test_memory_is_predicted_with_the_state_of_ones_own_optimizer(monkeypatch):
+    training = trainer(config={"memory_limit": 100, "max_length": 128})
+
+    steps = []
+    monkeypatch.setattr(
+        "jaxpack.planning.choose.predict", lambda step, rates: steps.append(step) or predict(step, rates)
+    )
+    runs = [
+        Run(training.model, training.batches, training.config, optimizer=optimizer)
+        for optimizer in (None, optax.sgd(0.5), optax.sgd(0.5, momentum=0.9))
+    ]
+    for run, step, moments in zip(runs, steps, (2, 0, 1), strict=True):
+        assert step.optimizer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.optimizer))
+        assert step.optimizer_bytes == pytest.approx(moments * 4 * step.trained, abs=8)
+        assert argument_bytes(step) - step.optimizer_bytes == argument_bytes(steps[1])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from models import random_documents, small_model
@@ -21,6 +22,7 @@ from jaxpack.errors import InputError, TrainingError
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import Frozen
+from jaxpack.optimizers.optimizer import make_optimizer
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train import checkpoint
 from jaxpack.train.checkpoint import Checkpoints, Progress, checksums, identity_of, load_checkpoint, steps_in
@@ -91,6 +93,12 @@ def require_same(result: TrainResult, model: Transformer, expected: TrainResult,
         pytest.param({}, LORA, id="padding_free", marks=pytest.mark.slow),
         pytest.param({"packing": True}, LORA, id="packed", marks=pytest.mark.slow),
         pytest.param({"weight_decay": 0.1, "warmup_steps": 3}, None, id="full", marks=pytest.mark.slow),
+        pytest.param(
+            {"packing": True, "optim": "adamw_8bit"},
+            LoraConfig(r=96, target_modules="q_proj"),
+            id="8bit",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_resumed_run_is_the_undisturbed_one(changes: dict, lora: LoraConfig | None, tmp_path: Path) -> None:
@@ -177,6 +185,7 @@ def other_weights(model: Transformer) -> Transformer:
 
 OTHERS: dict[str, tuple[Callable[[], dict], list[str]]] = {
     "setting": (lambda: {"learning_rate": 0.02, "seed": 7}, ["`learning_rate` 0.01 (here 0.02)", "`seed` 42 (here 7)"]),
+    "optim": (lambda: {"optim": "adamw_8bit"}, ["`optim` 'adamw' (here 'adamw_8bit')"]),
     "steps": (lambda: {"max_steps": 9}, ["`max_steps` 8 (here 9)"]),
     "rows": (lambda: {"rows": [*ROWS[:-1], {"input_ids": [1, 2]}]}, ["`train_dataset` '40 documents of"]),
     "alpha": (
@@ -282,6 +291,17 @@ def test_the_names_in_a_checkpoint_are_those_of_the_first_version() -> None:
     assert {name for name in identity if name.startswith("frozen ")} == {f"frozen {name}" for name in FROZEN_NAMES}
 
 
+def test_checkpoints_from_before_a_setting_go_on_with_the_value_that_it_had() -> None:
+    def identity(**changes: object) -> dict:
+        training = trainer(None, **changes)
+        return identity_of(training.model, training.config, small_state(), nnx.State({}), train_dataset=None)
+
+    older = {name: value for name, value in identity().items() if name != "optim"}
+    checkpoint._require_same(Path("3"), older, identity())
+    with pytest.raises(InputError, match=r"with `optim` 'adamw' \(here 'adamw_8bit'\)\."):
+        checkpoint._require_same(Path("3"), older, identity(optim="adamw_8bit"))
+
+
 def test_two_halves_of_documents_of_one_length_are_two_datasets() -> None:
     documents = random_documents(8 * [20])
     first, second = documents[np.arange(0, 8, 2)], documents[np.arange(1, 8, 2)]
@@ -339,10 +359,27 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
     opened.close()
 
 
-def load(folder: Path) -> tuple[TrainState, Progress]:
-    path, state, progress = load_checkpoint([folder], small_state(), {"learning_rate": 1.0}, {"device": "cpu"}, 10)
+def load(folder: Path, state: TrainState | None = None) -> tuple[TrainState, Progress]:
+    state = small_state() if state is None else state
+    path, state, progress = load_checkpoint([folder], state, {"learning_rate": 1.0}, {"device": "cpu"}, 10)
     assert path == folder
     return state, progress
+
+
+def test_moments_in_8_bits_are_kept_to_the_bit(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    optimizer = make_optimizer(TrainConfig(optim="adamw_8bit"), optax.constant_schedule(1e-2))
+    trainable = nnx.State({"blocks": {"weight": nnx.Param(jnp.ones((2, 70, 90)))}, "a": nnx.Param(jnp.ones(5))})
+    start = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+    gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), trainable)
+    _, state = optimizer.update(gradients, start.optimizer, trainable)
+    saved = jax.tree.map(np.array, TrainState(gradients, state, jnp.int32(3)))
+    checkpoints.save(3, saved, progress_of(3))
+    checkpoints.wait()
+    loaded, _ = load(tmp_path / "checkpoints" / "3", start)
+    names = {name: array.dtype for name, array in checkpoint.arrays_by_name(loaded).items()}
+    assert names["optimizer.1.0.nu.blocks.weight.codes"] == jnp.uint8
+    for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved), strict=True):
+        np.testing.assert_array_equal(got, want, strict=True)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.packing import PackedBatch, Rows, fill_batch
 from jaxpack.model.linear import Linear, LoraAdapter
+from jaxpack.optimizers.optimizer import make_optimizer, make_schedule
 from jaxpack.settings import LoraConfig, TrainConfig
-from jaxpack.train.optimizer import make_optimizer, make_schedule
 from jaxpack.train.step import TrainState, loss_and_gradients, make_train_step, split_trainable
 
 LENGTHS = [17, 2, 40, 3, 22, 31, 9, 28, 5, 64, 11, 8, 19, 33, 26, 14]

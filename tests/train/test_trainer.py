@@ -17,6 +17,7 @@ from short_runs import LORA, ROWS, SHORT, changed
 from jaxpack.constants import Implementation, Remat
 from jaxpack.errors import InputError
 from jaxpack.model.weights import Frozen
+from jaxpack.settings import LoraConfig
 from jaxpack.train.signals import StopSignal
 from jaxpack.train.trainer import Trainer
 
@@ -31,6 +32,19 @@ def test_only_what_is_trained_changes_and_arrays_held_elsewhere_live_on(lora):
     ):
         trained = lora is None or path[-1] in ("lora_a", "lora_b")
         assert (np.asarray(old[...]) != np.asarray(new[...])).any() == trained, path
+
+
+@pytest.mark.parametrize("lora", [pytest.param(LoraConfig(r=96), marks=pytest.mark.slow), None], ids=["lora", "full"])
+def test_losses_with_moments_in_8_bits_follow_those_in_float32(lora):
+    def losses(**changes: object) -> np.ndarray:
+        config = changed(SHORT, max_steps=20, **changes)
+        return Trainer(small_model("qwen3", lora=lora), None, rows, config).train().losses
+
+    rows = [{"input_ids": list(range(start, start + 50))} for start in range(1, 41)]  # can be learned
+
+    float32, in_8_bits = losses(), losses(optim="adamw_8bit")
+    assert float32[-1] < 0.7 * float32[0]
+    assert 0 < np.abs(in_8_bits - float32).max() < 0.005
 
 
 def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
