@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--implementation", choices=("xla", "pallas"))
     parser.add_argument("--full-finetuning", action="store_true")
     parser.add_argument("--load-in-4bit", action="store_true", help="hold the frozen projections in 4 bits")
+    parser.add_argument("--optim", help="adamw (the default) or adamw_8bit")
     parser.add_argument("--steps", type=int, help="number of steps that are timed (10)")
     options = parser.parse_args()
     if options.draw is None and options.lengths is None and options.plan != "losses":

@@ -146,7 +146,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
+        "optim": {"adamw": "adamw_torch_fused"}.get(request["optim"], request["optim"]),
         "bf16": True,
         "dataloader_drop_last": True,
         "logging_strategy": "no",

@@ -26,6 +26,7 @@ class Case:
       remat: what the backward pass recomputes; an opponent has its own values.
       implementation: the implementation of our kernels.
       load_in_4bit: whether the frozen projections are held in 4 bits.
+      optim: the optimizer, as in `TrainConfig`.
       steps: the number of steps that are timed, after the warm-up.
     """
 
@@ -38,6 +39,7 @@ class Case:
     implementation: Implementation | None = None
     full_finetuning: bool = False
     load_in_4bit: bool = False
+    optim: str = "adamw"
     steps: int = 10
     learning_rate: float = 1e-4
 
@@ -60,6 +62,7 @@ class Case:
         parts += [self.implementation] if self.implementation else []
         parts += ["full fine-tuning"] if self.full_finetuning else []
         parts += ["4-bit"] if self.load_in_4bit else []
+        parts += [self.optim] if self.optim != "adamw" else []
         return " ".join(parts)
 
 

@@ -32,6 +32,7 @@ def train_config(case: Case) -> TrainConfig:
         remat=cast(RematSetting, case.remat),  # a case of ours has no other; opponents have their own
         implementation=case.implementation,
         learning_rate=case.learning_rate,
+        optim=case.optim,
         lr_scheduler_type="constant",
     ).in_layout(case.layout, case.rows)
 

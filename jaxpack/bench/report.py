@@ -36,6 +36,7 @@ def results_table(records: list[Record]) -> Table:
     for record in records:
         model = record["model"] + (", all weights" if record["full_finetuning"] else "")
         model += ", 4-bit" if record.get("load_in_4bit") else ""
+        model += f", {record['optim']}" if record.get("optim", "adamw") != "adamw" else ""
         remat = record["remat"] + (f": {record.get('chosen_remat', '?')}" if record["remat"] == "auto" else "")
         about = [record["plan"], record["system"], model, record["layout"], str(record["rows"]), remat]
         about.append((record["implementation"] or "fastest") if record["system"] == "jaxpack" else _attention(record))

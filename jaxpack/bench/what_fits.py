@@ -3,14 +3,13 @@
 import bisect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 from jaxpack.bench.models import abstract_model
-from jaxpack.kernels.weight import DenseWeight, Weight
+from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
+from jaxpack.model.weights import Store, store_dense
 from jaxpack.planning.cards import card_named
 from jaxpack.planning.choose import Prediction, fits, predict, usable_bytes
 from jaxpack.planning.cost import StepShape
@@ -19,7 +18,7 @@ from jaxpack.settings import LoraConfig, TrainConfig
 CARDS = ("RTX 4060 Ti 8GB", "RTX 3060", "RTX 5080", "RTX 4090", "RTX 5090", "RTX A6000", "H100")
 MODELS = tuple(name for name in SHAPES if name != "tiny")
 # The forms in which frozen weights are stored, with the functions that make them from dense matrices.
-FORMS: dict[str, Callable[[jax.Array], Weight]] = {"16-bit": DenseWeight}
+FORMS: dict[str, Store] = {"16-bit": store_dense, "4-bit": nf4_store()}
 MOST_ROWS = 64
 ROW = 1024  # tokens
 RANK = 16
@@ -27,9 +26,7 @@ HOST_GIB = 32  # free memory of the host
 _BLOCK = re.compile(r"(?<=<!-- made by `make docs-tables` -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def largest_batch(
-    model: str, card: str, store: Callable[[jax.Array], Weight] = DenseWeight
-) -> tuple[int, Prediction] | None:
+def largest_batch(model: str, card: str, store: Store = store_dense) -> tuple[int, Prediction] | None:
     """Returns the most rows that can be trained at once, with the fastest choice for them; None if not even one fits.
 
     The model has adapters on all projections, and every token of a row may have a target.
