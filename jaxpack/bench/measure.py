@@ -1,5 +1,6 @@
 """Measures one case of jaxpack in this process: the trainer's own `Run`, timed step by step."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -71,6 +72,7 @@ def measure(
         ends.append(time.perf_counter())
 
     seconds = np.diff(ends)
+    step = dataclasses.replace(step, loss_chunk=run.choice.loss_chunk)
     predicted = predict(step, rates_of(current_device().device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
     assert memory is not None
@@ -88,6 +90,7 @@ def measure(
         "losses": losses,
         "shapes": batches.shapes,
         "chosen_remat": run.remat,
+        "loss_chunk": run.choice.loss_chunk,
         "predicted_step_seconds": predicted.seconds,
         "predicted_peak_bytes": predicted.peak_bytes,
         "argument_bytes": memory.argument_size_in_bytes,

@@ -11,7 +11,7 @@ from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.weights import Store, store_dense
 from jaxpack.planning.cards import card_named
-from jaxpack.planning.choose import Prediction, fits, predict, usable_bytes
+from jaxpack.planning.choose import Prediction, fits, predict_all, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.settings import LoraConfig, TrainConfig
 
@@ -42,7 +42,7 @@ def largest_batch(model: str, card: str, store: Store = store_dense) -> tuple[in
 
     def fitting(rows: int) -> list[Prediction]:
         step = StepShape.of(abstract, (1, rows, ROW))
-        return fits(predict(step, named.rates).values(), memory, HOST_GIB * 2**30)
+        return fits(predict_all(step, named.rates), memory, HOST_GIB * 2**30)
 
     sizes = range(1, MOST_ROWS + 1)
     rows = bisect.bisect_left(sizes, True, key=lambda rows: not fitting(rows))

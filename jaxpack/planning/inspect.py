@@ -230,17 +230,18 @@ def _timed(
     for layout, estimate in layouts.items():
         run = batches[layout]
         try:
-            remat = choices(estimate.config, model, run, 0, named)[0].remat
+            choice = choices(estimate.config, model, run, 0, named)[0]
         except InputError as error:
             timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue
-        largest = predict(StepShape.of_run(model, run), card.rates)[remat]
-        seconds = run_seconds(model, run, remat, card.rates)
+        step = dataclasses.replace(StepShape.of_run(model, run), loss_chunk=choice.loss_chunk)
+        largest = predict(step, card.rates)[choice.remat]
+        seconds = run_seconds(model, run, choice.remat, card.rates, loss_chunk=choice.loss_chunk)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(
             estimate,
-            remat=remat,
+            remat=choice.remat,
             tokens_per_second=rate,
             peak_bytes=largest.peak_bytes,
             host_bytes=largest.host_bytes,

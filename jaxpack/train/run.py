@@ -54,7 +54,7 @@ class Run:
       frozen: the weights that no step changes.
       schedule: the learning rate by step; None if the user's optimizer has its own.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
-      remat, explanation: the choice of `remat` and the reason for it, see `choose.choices`.
+      choice: what was chosen, and the reason for it, see `choose.choices`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
       copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
         such a step may find too little memory, and an error destroys the state that a step was given.
@@ -96,8 +96,7 @@ class Run:
             mesh=mesh,
         )
         self._choices = deque(choices(config, model, batches, held_bytes, optimizer_bytes=optimizer_bytes))
-        self.remat: Remat
-        self.remat, self.explanation = self._choices.popleft()
+        self.choice = self._choices.popleft()
         self._eval_step = make_eval_step(
             graph,
             objective=objective,
@@ -108,6 +107,11 @@ class Run:
         self.programs: dict[int, jax.stages.Compiled] = {}
         self.eval_programs: dict[int, jax.stages.Compiled] = {}
         self._walls: list[jax.Array] = []
+
+    @property
+    def remat(self) -> Remat:
+        """Returns what the backward pass of the run computes again."""
+        return self.choice.remat
 
     def compile(self, cache: ProgramCache) -> float:
         """Compiles all programs before the run, or finds them in the cache; returns the seconds that it took.
@@ -132,7 +136,7 @@ class Run:
 
     def _compile_steps(self, cache: ProgramCache) -> str | None:
         """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
-        step, self.programs = self._make_step(remat=self.remat), {}
+        step, self.programs = self._make_step(remat=self.choice.remat, loss_chunk=self.choice.loss_chunk), {}
         for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
             limits = self._batches.limits[shape[-1]]
             lowered = step.lower(self.state, self.frozen, _abstract(shape), limits=limits)
@@ -152,11 +156,11 @@ class Run:
 
     @property
     def has_next_choice(self) -> bool:
-        """Returns whether there is a choice of `remat` that needs less memory."""
+        """Returns whether there is a choice that needs less memory."""
         return bool(self._choices)
 
     def take_next_choice(self, shortage: str) -> None:
-        """Takes the next choice of `remat`, which needs less memory, and says so; `compile` must follow.
+        """Takes the next choice, which needs less memory, and says so; `compile` must follow.
 
         Args:
           shortage: a clause that says what there is too little memory for.
@@ -166,15 +170,15 @@ class Run:
         """
         if not self._choices:
             raise self.no_room(shortage)
-        console.print(f'remat "{self.remat}" does not fit: {shortage}', style="yellow")
-        self.remat, self.explanation = self._choices.popleft()
-        console.print(f"the run takes {self.explanation}", style="yellow")
+        console.print(f"{self.choice} does not fit: {shortage}", style="yellow")
+        self.choice = self._choices.popleft()
+        console.print(f"the run takes {self.choice.reason or self.choice}", style="yellow")
 
     def no_room(self, shortage: str) -> InputError:
         """Returns the error of a run that has too little memory, with what to do instead."""
         advice = ["a smaller `per_device_train_batch_size` or `max_length`"]
-        if self._choices:
-            advice.append(f'`remat` "{self._choices[0].remat}"')
+        if others := [choice.remat for choice in self._choices if choice.remat != self.remat]:
+            advice.append(f'`remat` "{others[0]}"')
         elif self._config.remat != "auto":
             advice.append('`remat` "auto"')
         return InputError(

@@ -410,7 +410,7 @@ class Trainer:
                 newest = None if checkpoints is None else checkpoints.newest()
                 if newest is None:
                     return False
-                run.resume([newest], self._identity, notes_of(run.remat, self.config.implementation))
+                run.resume([newest], self._identity, notes_of(run.choice.note, self.config.implementation))
         except Exception as error:  # A device that has failed may take no arrays.
             console.print(f"the last whole state could not be loaded: {reason(error):.200}", style="yellow")
             return False
@@ -473,7 +473,7 @@ class Trainer:
         if not isinstance(self.objective, SFT):
             self._identity["objective"] = type(self.objective).__name__
         if self._checkpoints:
-            notes = notes_of(run.remat, config.implementation)
+            notes = notes_of(run.choice.note, config.implementation)
             self.checkpoint, self.progress = run.resume(self._checkpoints, self._identity, notes)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
@@ -490,7 +490,7 @@ class Trainer:
         config = self.config
         if config.output_dir is None:
             return None
-        notes = notes_of(run.remat, config.implementation)
+        notes = notes_of(run.choice.note, config.implementation)
         on_saved = functools.partial(events.add, "save")
         checkpoints = Checkpoints(
             config.output_dir, config.save_total_limit, self._identity, notes, self.date, on_saved
@@ -510,7 +510,7 @@ class Trainer:
             )
         sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (run.state.trainable, run.frozen)]
         lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {current_device().device_kind}")
-        return lines if run.explanation is None else [*lines, run.explanation]
+        return lines if run.choice.reason is None else [*lines, run.choice.reason]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
         """Returns the content of `about.json`: the facts that `write_report` needs in addition to the metrics."""
