@@ -141,6 +141,10 @@ class MixedWeight(Weight):
             parts[kind] = jax.lax.cond(number < 0, keep, put, part, number)
         return dataclasses.replace(self, parts=tuple(parts))
 
+    def with_part(self, kind: int, part: Weight) -> "MixedWeight":
+        """Returns the stack with one of its parts replaced."""
+        return dataclasses.replace(self, parts=(*self.parts[:kind], part, *self.parts[kind + 1 :]))
+
     def at(self, layer: Int[Array, ""] | int) -> "MixedWeight":
         """Returns one layer of the stack."""
         return dataclasses.replace(self, layer=layer)

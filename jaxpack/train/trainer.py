@@ -22,6 +22,7 @@ from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import TRAINED
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
@@ -139,6 +140,11 @@ class Trainer:
         config = TrainConfig() if config is None else config
         check_type("model", model, Transformer)
         check_type("config", config, TrainConfig)
+        if not jax.tree.leaves(nnx.state(model, TRAINED)):
+            raise InputError(
+                "`model` must have weights to train, got a model whose weights are all frozen, as those of a model in 4"
+                " bits are. Add adapters with `add_lora`, or read a 16-bit model to train all weights."
+            )
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.objective = SFT() if objective is None else check_objective(objective)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
