@@ -24,13 +24,14 @@ from torch_bridge.io.folder import (
     WEIGHTS,
     SafetensorsFolder,
     has_weights,
+    read_ahead,
     read_json,
     write_safetensors,
 )
 from torch_bridge.io.untrusted import require_regular_files, require_sound_tokenizer
 from torch_bridge.quantized import ByteSource
 from torch_bridge.sixteen_bit import QUANTISED_FIELDS, quantisation_of
-from torch_bridge.tensors import build_model, model_tensors, tensor_shapes
+from torch_bridge.tensors import lazy_model, model_tensors, tensor_shapes
 from torch_bridge.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 
 _NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -43,7 +44,7 @@ _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model
 
 
 def from_pretrained(
-    name_or_path: str, *, dtype: str | None = None, load_in_4bit: bool = False
+    name_or_path: str, *, dtype: str | None = None, load_in_4bit: bool = False, lazy: bool = False
 ) -> tuple[Transformer, Tokenizer | None]:
     """Reads a model and its tokenizer from a Hugging Face folder, or from the hub.
 
@@ -58,6 +59,8 @@ def from_pretrained(
       load_in_4bit: whether to hold the projections of a model of 16 or 32 bits in 4 bits. They are quantised one at a
         time while they are read, to the codes that bitsandbytes gives (NF4, nested). Embedding, head and norms keep
         `dtype`. Nothing changes for a folder that is in 4 bits already.
+      lazy: whether to leave the weights in their files until they are needed. A `Trainer` then compiles its programs
+        before it reads them: the memory that compiling needs for a moment need not be free beside the weights.
 
     Returns:
       The model and its tokenizer; the tokenizer is None if the folder has none.
@@ -71,15 +74,21 @@ def from_pretrained(
       >>> model.config.architecture
       'Qwen3ForCausalLM'
     """
-    if not isinstance(load_in_4bit, bool):
-        raise InputError(f"`load_in_4bit` must be true or false, got {load_in_4bit!r:.80}.")
+    for name, value in (("load_in_4bit", load_in_4bit), ("lazy", lazy)):
+        if not isinstance(value, bool):
+            raise InputError(f"`{name}` must be true or false, got {value!r:.80}.")
     folder, described, config = _read(str(name_or_path), weights=True)
     if dtype == "auto":
         stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
     tokenizer = _tokenizer(folder)  # first, so that an error comes before the slow read of the weights
-    model = build_model(config, _weights(folder), dtype, load_in_4bit=load_in_4bit)
+    weights = _weights(folder)
+    model = lazy_model(config, weights, dtype, load_in_4bit=load_in_4bit)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
+    if lazy:
+        read_ahead(folder)
+    else:
+        model.read_weights()
     return model, tokenizer
 
 
@@ -135,6 +144,7 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer |
             "`model` must be without LoRA adapters, got a model that has them. Write the adapters with `save_adapter`,"
             " or the merged model with `save_merged`."
         )
+    model.read_weights()
     require_finite(model)
     tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
     with whole_folder(Path(path), "path") as folder:

@@ -44,7 +44,16 @@ _AHEAD = 2
 def build_model(
     config: ModelConfig, source: ByteSource, dtype: str | None, *, load_in_4bit: bool = False
 ) -> Transformer:
-    """Builds a model with the tensors of `source`.
+    """Builds a model with the tensors of `source`, see `lazy_model`."""
+    model = lazy_model(config, source, dtype, load_in_4bit=load_in_4bit)
+    model.read_weights()
+    return model
+
+
+def lazy_model(
+    config: ModelConfig, source: ByteSource, dtype: str | None, *, load_in_4bit: bool = False
+) -> Transformer:
+    """Builds a model for the tensors of `source`, which `Transformer.read_weights` then reads.
 
     If some of them are in 4 bits (NF4), all parameters of the model are frozen, and its projections stay in 4 bits.
 
@@ -54,8 +63,8 @@ def build_model(
       load_in_4bit: whether projections are quantised while they are read, one at a time, if none is in 4 bits yet.
 
     Raises:
-      InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated. Or
-        the device or the host has too little memory for the model.
+      InputError: tensors are missing or of the wrong shape; all are reported at once. `read_weights` raises one if the
+        device or the host has too little memory for the model.
     """
     if dtype is None:
         dtype = "float32" if current_device().platform == "cpu" else "bfloat16"
@@ -76,11 +85,17 @@ def build_model(
     _check_tied(config, tensors)
     if in_4bit:
         _hold_in_4bit(model, tensors.forms or dict.fromkeys(tensor_table(config), default_form(dtype)))
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    with _room_for(leaves, dtype, tensors, in_4bit=in_4bit):
-        model = nnx.merge(graph, tree.unflatten(_zeros(tuple(leaves))))
-        fill(model, tensors)
+
+    def read(model: Transformer) -> None:
+        leaves, tree = jax.tree.flatten(nnx.state(model))  # Those of adapters are arrays already.
+        abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+        with _room_for(abstract, dtype, tensors, in_4bit=in_4bit):
+            zeros = iter(_zeros(tuple(abstract)))
+            filled = [next(zeros) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
+            nnx.update(model, tree.unflatten(filled))
+            fill(model, tensors)
+
+    model.pending = read
     return model
 
 
@@ -224,6 +239,7 @@ def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
     """Yields the name and the value of each checkpoint tensor of the model, without its adapters."""
+    model.read_weights()
     for name, (entry, layer) in tensor_table(model.config).items():
         value = _parameter(model, entry).get_value()
         if isinstance(value, Weight):

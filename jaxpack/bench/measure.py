@@ -59,9 +59,10 @@ def measure(
     config = train_config(case)
     batches = Batches(documents, config)
     run = Run(model, batches, config)
-    step = StepShape.of_run(model, batches)
+    step = dataclasses.replace(StepShape.of_run(model, batches), compiles_first=model.pending is not None)
     cache = ProgramCache(config.compilation_cache_dir)
     compile_seconds = run.compile(cache)
+    run.read_weights(cache)
     timed = timed_steps(batches)
     edges = set(np.flatnonzero(timed[1:] != timed[:-1]) + 1)
 

@@ -1,6 +1,7 @@
 """Makes the table of docs/memory.md that says which model can be trained on which card: `make docs-tables`."""
 
 import bisect
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def largest_batch(model: str, card: str, store: Store = store_dense) -> tuple[in
     assert memory is not None
 
     def fitting(rows: int) -> list[Prediction]:
-        step = StepShape.of(abstract, (1, rows, ROW))
+        step = dataclasses.replace(StepShape.of(abstract, (1, rows, ROW)), compiles_first=True)
         return fits(predict_all(step, named.rates), memory, HOST_GIB * 2**30)
 
     sizes = range(1, MOST_ROWS + 1)

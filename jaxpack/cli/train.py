@@ -113,7 +113,10 @@ def train(
     for name, file in (("data", data), ("eval_data", eval_data)):
         if file is not None:
             require_data_file(file, name)
-    network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype, load_in_4bit=load_in_4bit)
+    # The weights are read after the programs are compiled.
+    network, tokenizer = torch_bridge.from_pretrained(
+        model, dtype=dtype, load_in_4bit=load_in_4bit, lazy=not full_finetuning
+    )
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
     elif not full_finetuning:

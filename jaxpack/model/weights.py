@@ -63,8 +63,8 @@ def _all_finite(arrays: list[Array]) -> Array:
 Store = Callable[[Array, tuple[int, ...] | None], Weight]
 
 
-def store_dense(matrix: Array, rows: tuple[int, ...] | None = None) -> DenseWeight:
-    """Returns the matrix as a weight that is stored as it is."""
+def store_dense(matrix: Array | jax.ShapeDtypeStruct, rows: tuple[int, ...] | None = None) -> DenseWeight:
+    """Returns the matrix, which may be abstract, as a weight that is stored as it is."""
     del rows
     return DenseWeight(matrix)
 

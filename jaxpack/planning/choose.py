@@ -119,6 +119,7 @@ def choices(
     held_bytes: int,
     card: Card | None = None,
     optimizer_bytes: int | None = None,
+    compiles_first: bool = False,
 ) -> list[Choice]:
     """Returns the choices that a run may take: the best first, then those that need less memory each.
 
@@ -129,12 +130,14 @@ def choices(
       card: the card of a run on another machine than this one. A choice that the user named must fit on it, because
         that machine is not here to try. Its host is expected to have as much memory as XLA pins.
       optimizer_bytes: the bytes of the optimizer's state; None for those of the optimizer that `optim` names.
+      compiles_first: whether the frozen weights are read after the programs are compiled.
 
     Raises:
       InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the
         choice that the user named.
     """
     step = StepShape.of_run(model, batches, optimizer_bytes=optimizer_bytes)
+    step = dataclasses.replace(step, compiles_first=compiles_first)
     named = None if config.remat == "auto" else config.remat
     if named is not None and card is None:
         _check_host(step, named)
@@ -233,7 +236,8 @@ def _remedy(
         if config.layout == "padding-free":
             fewer = dataclasses.replace(config, per_device_train_batch_size=size)
             batches_of_fewer = Batches(batches.documents, fewer)
-            return not does_fit(StepShape.of_run(model, batches_of_fewer, optimizer_bytes=step.optimizer_bytes))
+            fewer_tokens = StepShape.of_run(model, batches_of_fewer, optimizer_bytes=step.optimizer_bytes)
+            return not does_fit(dataclasses.replace(fewer_tokens, compiles_first=step.compiles_first))
         A, B, T = step.shape
         rows = math.ceil(B * size / config.per_device_train_batch_size)
         targets = min(step.max_targets, rows * T)

@@ -43,6 +43,7 @@ class StepShape:
       max_targets: the maximum number of targets in a micro-batch.
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
       loss_chunk: the number of tokens whose logits exist at a time.
+      compiles_first: whether the frozen weights are read after the programs are compiled.
     """
 
     config: ModelConfig
@@ -59,6 +60,7 @@ class StepShape:
     max_targets: int
     keys_per_token: float
     loss_chunk: int = CHUNK
+    compiles_first: bool = False
 
     @classmethod
     def of(

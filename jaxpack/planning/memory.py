@@ -90,16 +90,16 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
 def autotuning_bytes(step: StepShape) -> int:
     """Returns the maximum number of bytes before the first step, while XLA measures kernels for each matmul.
 
-    All arguments but the batch are on the device already. The largest matmul makes a chunk of logits, or a trained
-    head's gradient, in float32. XLA allocates the operands of this matmul once, and its output twice, to compare
-    results.
+    All arguments but the batch are on the device already, unless the frozen weights are read later. The largest matmul
+    makes a chunk of logits, or a trained head's gradient, in float32. XLA allocates the operands of this matmul once,
+    and its output twice, to compare results.
     """
     chunk = min(step.loss_chunk, step.max_targets)
     hidden, logits = chunk * step.config.hidden_size, chunk * step.config.vocab_size
     matmul = (hidden + step.head) * step.itemsize + 2 * 4 * logits
     if step.trains_head:
         matmul = max(matmul, (hidden + logits) * step.itemsize + 2 * 4 * step.head)
-    return argument_bytes(step) + matmul
+    return argument_bytes(step) - (step.frozen_bytes if step.compiles_first else 0) + matmul
 
 
 def host_bytes(step: StepShape, remat: Remat) -> int:

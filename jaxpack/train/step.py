@@ -73,8 +73,14 @@ def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.St
       >>> len(jax.tree.leaves(trainable))  # A and B of each projection, stacked over layers
       4
     """
+    model.read_weights()
     graph, trainable, frozen = split_trained(model)
-    return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
+    return graph, float32_copies(trainable), frozen
+
+
+def float32_copies(parameters: nnx.State) -> nnx.State:
+    """Returns float32 copies of parameters."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), parameters)
 
 
 def loss_and_gradients(
