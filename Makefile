@@ -61,8 +61,8 @@ bench-check: $(VENV)/installed  ## Compare results files: OLD=a.json NEW=b.json;
 test-jax: $(OTHER_JAX:%=test-jax-%)  ## Run the tests that need no torch on the newer jax versions (needs Python 3.12)
 
 # Each version runs every test, but of a test with many cases only its share of them: a change in jax shows in any case.
-CASES-0.11.2 := 0/2
-CASES-0.12.0.1 := 1/2
+CASES-0.11.2 := 0/3
+CASES-0.12.0.1 := 1/3
 SKIPPED-0.12.0.1 := --ignore=tests/data  # it imports no jax, so one run on Python 3.12 is enough
 test-jax-%: .venv-jax-%/installed
 	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --cases $(CASES-$*) $(SKIPPED-$*) \
