@@ -16,3 +16,4 @@ Activation = Literal["silu", "gelu_tanh", "gelu"]
 Optim = Literal["adamw", "adamw_8bit"]
 Destination = Literal["tensorboard", "wandb"]  # where metrics go, besides metrics.jsonl
 WHOLE_MODULES = ("embed_tokens", "lm_head")  # Hugging Face names; may be trained whole, beside adapters
+MEMORY_FRACTION = 0.92  # the share of a GPU's memory that the commands ask for; jax by itself takes 0.75

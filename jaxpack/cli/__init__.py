@@ -1,6 +1,7 @@
 """Defines the commands of `jaxpack`: train, inspect, generate, export, bench, demo. May import torch_bridge."""
 
 import importlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
+from jaxpack.constants import MEMORY_FRACTION
 from jaxpack.errors import InputError, TrainingError, is_out_of_memory, reason
 from jaxpack.utils.console import console, make_output_visible
 
@@ -69,6 +71,13 @@ def _options(
     """Declares the options that come before a command."""
 
 
+def _ask_for_most_of_the_memory() -> None:
+    """Lets jax take more of a GPU's memory than by default, unless the user has set how much."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
+    if not any(os.environ.get(name) for name in names):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
+
+
 def main() -> None:
     """Runs a command.
 
@@ -76,6 +85,7 @@ def main() -> None:
     1, and Ctrl-C with status 130 (by typer). A bug in jaxpack keeps its traceback.
     """
     make_output_visible()
+    _ask_for_most_of_the_memory()
     try:
         app()
     except (InputError, TrainingError) as error:

@@ -5,6 +5,7 @@ import difflib
 import re
 from typing import NamedTuple
 
+from jaxpack.constants import MEMORY_FRACTION
 from jaxpack.errors import InputError
 from jaxpack.model.cost import Cost
 
@@ -28,8 +29,7 @@ class DeviceRates(NamedTuple):
         return cost.matmul / self.matmul + cost.attention / self.attention + moved / self.memory
 
 
-MEMORY_FRACTION = 0.92  # the share of a card that a run should ask for, with XLA_CLIENT_MEM_FRACTION
-JAX_MEMORY_FRACTION = 0.75  # the share that jax takes if that variable is not set
+JAX_MEMORY_FRACTION = 0.75  # the share of a card that jax takes by itself
 _GIB = 2**30
 
 

@@ -11,7 +11,7 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 
-from jaxpack.constants import Layout, Remat
+from jaxpack.constants import MEMORY_FRACTION, Layout, Remat
 from jaxpack.data.batching import Batches, Truncation
 from jaxpack.data.documents import Documents
 from jaxpack.data.packing import packed_rows
@@ -19,7 +19,7 @@ from jaxpack.errors import InputError, check_type
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
-from jaxpack.planning.cards import JAX_MEMORY_FRACTION, MEMORY_FRACTION, Card, card_named, card_of, cards_called
+from jaxpack.planning.cards import JAX_MEMORY_FRACTION, Card, card_named, card_of, cards_called
 from jaxpack.planning.choose import choices, predict, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.time import run_seconds
@@ -480,8 +480,8 @@ def _basis(found: Inspection) -> Iterator[str]:
         share = found.usable_bytes * JAX_MEMORY_FRACTION / MEMORY_FRACTION
         if run.peak_bytes is not None and run.peak_bytes > share:
             yield (
-                f"jax takes only {JAX_MEMORY_FRACTION:.0%} of a card: for this much, set the environment variable"
-                f" XLA_CLIENT_MEM_FRACTION={MEMORY_FRACTION}."
+                f"`jaxpack train` takes this much. A script of your own gets only {JAX_MEMORY_FRACTION:.0%} of a card"
+                f" from jax, unless you set the environment variable XLA_CLIENT_MEM_FRACTION={MEMORY_FRACTION}."
             )
     if run.refusal is not None:
         return

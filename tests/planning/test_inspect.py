@@ -303,7 +303,7 @@ def test_a_run_that_does_not_fit_on_a_card_gets_no_times():
 
 
 def test_a_run_that_needs_more_than_jax_takes_says_how_to_get_it():
-    asked = "set the environment variable XLA_CLIENT_MEM_FRACTION=0.92"
+    asked = "unless you set the environment variable XLA_CLIENT_MEM_FRACTION=0.92"
     full, little = said_of("RTX 4090", "Qwen3-8B"), said_of("RTX 4090", "Qwen3-0.6B", per_device_train_batch_size=2)
     assert "The run fits" in full
     assert "The run fits" in little
