@@ -91,6 +91,16 @@ def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
     return config, _tokenizer(folder)
 
 
+def read_tensors(name_or_path: str) -> tuple[dict[str, Any], ModelConfig, TensorSource]:
+    """Returns a model's `config.json`, the architecture that it describes, and its tensors, of which none is read yet.
+
+    Raises:
+      InputError: as in `from_pretrained`.
+    """
+    folder, described, config = _read(str(name_or_path), weights=True)
+    return described[CONFIG_FILE], config, _weights(folder)
+
+
 def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model without adapters as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
