@@ -147,7 +147,7 @@ def test_what_a_page_names_is_there(page: str):
     scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     flags = {"--help", *re.findall(r'add_argument\("(--[a-z-]+)"', scripts)}
     flags |= {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
-    assert set(re.findall(r"(?<![\w-])--(?!xla_)[a-z][a-z-]+", text)) - flags == set()  # XLA's own flags aside
+    assert set(re.findall(r"(?<![\w-])--(?!xla_)[a-z][a-z0-9-]+", text)) - flags == set()  # XLA's own flags aside
 
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, page, "exec")

@@ -9,7 +9,7 @@ from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
 from torch_bridge.families.rope import read_rope, rope_to_hf, rope_to_hf_4
-from torch_bridge.sixteen_bit import quantisation_of, quantised_hint
+from torch_bridge.sixteen_bit import quantisation_of, quantised_hint, unsupported_format
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -29,10 +29,11 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     family = FAMILIES[architecture]
     hf = {**family.fields, **hf, "architectures": [architecture]}
     require(hf, "model_type", family.model_type)  # transformers chooses the class by it
-    if quantisation := quantisation_of(hf):
+    field, quantisation = quantisation_of(hf) or ("", None)
+    if quantisation and (form := unsupported_format(quantisation)):
         raise InputError(
-            f"`{quantisation[0]}` must be null, because jaxpack reads weights of 16 and 32 bits, got"
-            f" {quantisation[1]!r:.200}. {quantised_hint(name_or_path, hf)}"
+            f"`{field}` must be null or describe bitsandbytes' NF4, because jaxpack reads weights of 16 and 32 bits and"
+            f" NF4, got {form}: {quantisation!r:.200}. {quantised_hint(name_or_path, hf)}"
         )
     field = _activation_field(family)
     activation = first(hf.get(field), family.fields.get(field), "silu")

@@ -77,6 +77,10 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
         raise InputError(
             f"{where} must be a folder that transformers and PEFT can read, got their error: {reason(error):.400}."
         ) from error
+    layers: Any = module.modules()
+    for layer in layers:
+        if hasattr(layer, "compute_dtype"):  # a projection in 4 bits, which may be set to compute in 16
+            layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
     if any(found.values()):
         wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
         raise InputError(f"{model} must hold exactly the tensors that transformers expects, got differences: {wrong}.")
@@ -110,6 +114,14 @@ class _ModuleTensors:
         # A JAX array on the CPU would stay on the host, and so would everything computed from it.
         return np.asarray(part) if platform_of(part) == "cpu" else part
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Returns the dtype of a tensor and the number of its bytes, see `ByteSource.stored`."""
+        return _stored(self._tensors[name])
+
+    def read_bytes(self, name: str, buffer: np.ndarray) -> None:
+        """Fills `buffer` with all bytes of a tensor, see `ByteSource.read_bytes`."""
+        _copy_bytes(self._tensors[name], buffer)
+
 
 class TorchFolder:
     """Provides the tensors of `pytorch_model.bin`, or of the shards in its index, through a memory map.
@@ -135,6 +147,22 @@ class TorchFolder:
         held = buffer[: part.numel() * part.itemsize]
         torch.from_numpy(held).view(part.dtype).view(part.shape).copy_(part)
         return held.view(_DTYPES[part.dtype]).reshape(part.shape)
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Returns the dtype of a tensor and the number of its bytes, see `ByteSource.stored`."""
+        return _stored(self._tensors[name])
+
+    def read_bytes(self, name: str, buffer: np.ndarray) -> None:
+        """Fills `buffer` with all bytes of a tensor, see `ByteSource.read_bytes`."""
+        _copy_bytes(self._tensors[name], buffer)
+
+
+def _stored(tensor: torch.Tensor) -> tuple[str, int]:
+    return str(tensor.dtype).removeprefix("torch."), tensor.numel() * tensor.itemsize
+
+
+def _copy_bytes(tensor: torch.Tensor, buffer: np.ndarray) -> None:
+    torch.from_numpy(buffer).copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
 
 def read_torch_file(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:

@@ -88,6 +88,7 @@ def save_merged(
             "`base` must be None for a model without weights in 4 bits, whose adapters are merged into its own weights,"
             f" got {base!r:.200}."
         )
+    model.read_weights()
     source = model if base is None else with_original_weights(model, base)
     compared = _compare(model, source, dtype)
     with whole_folder(Path(path), "path") as folder:

@@ -28,8 +28,9 @@ from jaxpack.utils.console import console
 from torch_bridge.config_json import CONFIG_FILE
 from torch_bridge.io.folder import mismatches, some, tensor_count
 from torch_bridge.pretrained import read_tensors
+from torch_bridge.quantized import TensorSource
 from torch_bridge.sixteen_bit import quantisation_of, quantised_hint
-from torch_bridge.tensors import TensorSource, parameter_tensors, tensor_shapes
+from torch_bridge.tensors import parameter_tensors, tensor_shapes
 
 # The distance between the model's 4-bit weights and those that the original weights give, relative to their size. It is
 # 0 if both were quantised alike, 0.02 after a rounding to bfloat16 in between, and 1.4 for unrelated weights.

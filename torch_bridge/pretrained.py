@@ -13,7 +13,9 @@ from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, install_command, reason
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters, require_finite
+from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import Store, store_dense
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
@@ -22,30 +24,43 @@ from torch_bridge.io.folder import (
     WEIGHTS,
     SafetensorsFolder,
     has_weights,
+    read_ahead,
     read_json,
     write_safetensors,
 )
 from torch_bridge.io.untrusted import require_regular_files, require_sound_tokenizer
-from torch_bridge.tensors import TensorSource, build_model, model_tensors, tensor_shapes
+from torch_bridge.quantized import ByteSource
+from torch_bridge.sixteen_bit import QUANTISED_FIELDS, quantisation_of
+from torch_bridge.tensors import lazy_model, model_tensors, tensor_shapes
 from torch_bridge.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 
 _NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # `auto_map` names files with code, which are not copied. The other fields are written anew.
-_REPLACED = ("auto_map", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters")
+_REPLACED = ("auto_map", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", *QUANTISED_FIELDS)
 _MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
 # The files of a hub model that describe it: JSON files, and all that a copy of its tokenizer needs.
 _DESCRIBING = ["*.json", *(pattern for pattern in TOKENIZER_FILES if not pattern.endswith(".json"))]
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
 
 
-def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer | None]:
+def from_pretrained(
+    name_or_path: str, *, dtype: str | None = None, load_in_4bit: bool = False, lazy: bool = False
+) -> tuple[Transformer, Tokenizer | None]:
     """Reads a model and its tokenizer from a Hugging Face folder, or from the hub.
+
+    Weights that bitsandbytes quantised to 4 bits (NF4) stay in 4 bits. All weights of a model in 4 bits are frozen: add
+    adapters to train it.
 
     Args:
       name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. If there is
         only `pytorch_model.bin`, or its shards, torch's weights-only loader reads them.
       dtype: the dtype of the weights and of the computation, "bfloat16", "float16" or "float32"; None is bfloat16 on a
         GPU and float32 on a CPU, where bfloat16 is slow; "auto" is the dtype in `config.json`, else float32.
+      load_in_4bit: whether to hold the projections of a model of 16 or 32 bits in 4 bits. They are quantised one at a
+        time while they are read, to the codes that bitsandbytes gives (NF4, nested). Embedding, head and norms keep
+        `dtype`. Nothing changes for a folder that is in 4 bits already.
+      lazy: whether to leave the weights in their files until they are needed. A `Trainer` then compiles its programs
+        before it reads them: the memory that compiling needs for a moment need not be free beside the weights.
 
     Returns:
       The model and its tokenizer; the tokenizer is None if the folder has none.
@@ -59,13 +74,21 @@ def from_pretrained(name_or_path: str, *, dtype: str | None = None) -> tuple[Tra
       >>> model.config.architecture
       'Qwen3ForCausalLM'
     """
+    for name, value in (("load_in_4bit", load_in_4bit), ("lazy", lazy)):
+        if not isinstance(value, bool):
+            raise InputError(f"`{name}` must be true or false, got {value!r:.80}.")
     folder, described, config = _read(str(name_or_path), weights=True)
     if dtype == "auto":
         stored = described[CONFIG_FILE].get("dtype") or described[CONFIG_FILE].get("torch_dtype")
         dtype = stored if stored in ("bfloat16", "float16") else "float32"
     tokenizer = _tokenizer(folder)  # first, so that an error comes before the slow read of the weights
-    model = build_model(config, _weights(folder), dtype)
+    weights = _weights(folder)
+    model = lazy_model(config, weights, dtype, load_in_4bit=load_in_4bit)
     model.source_files = tuple((name, json.dumps(content, indent=2) + "\n") for name, content in described.items())
+    if lazy:
+        read_ahead(folder)
+    else:
+        model.read_weights()
     return model, tokenizer
 
 
@@ -91,7 +114,20 @@ def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
     return config, _tokenizer(folder)
 
 
-def read_tensors(name_or_path: str) -> tuple[dict[str, Any], ModelConfig, TensorSource]:
+def described_store(name_or_path: str) -> Store:
+    """Returns how a model's `config.json` says that projections are stored, for predictions without its weights.
+
+    Raises:
+      InputError: as in `read_config`.
+    """
+    _, described, _ = _read(str(name_or_path), weights=False)
+    quantisation = quantisation_of(described[CONFIG_FILE])
+    if quantisation is None:
+        return store_dense
+    return nf4_store(nested=bool(quantisation[1].get("bnb_4bit_use_double_quant")))  # others are refused
+
+
+def read_tensors(name_or_path: str) -> tuple[dict[str, Any], ModelConfig, ByteSource]:
     """Returns a model's `config.json`, the architecture that it describes, and its tensors, of which none is read yet.
 
     Raises:
@@ -118,6 +154,7 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer |
             "`model` must be without LoRA adapters, got a model that has them. Write the adapters with `save_adapter`,"
             " or the merged model with `save_merged`."
         )
+    model.read_weights()
     require_finite(model)
     tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
     with whole_folder(Path(path), "path") as folder:
@@ -149,8 +186,21 @@ def write_folder(
 
 
 def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
-    """Returns the folder, the contents of its JSON files by name, and the `ModelConfig` that they describe."""
-    folder = _folder(name_or_path, weights=weights)
+    """Returns the folder, the contents of its JSON files by name, and the `ModelConfig` that they describe.
+
+    The weights of a model on the hub are downloaded only once its config was read.
+    """
+    folder = _folder(name_or_path)
+    described, config = _described(folder, name_or_path)
+    if weights and not os.path.isdir(name_or_path):
+        folder = _download(name_or_path, "*.safetensors")
+        if not has_weights(folder, WEIGHTS):
+            folder = _download(name_or_path, "pytorch_model*.bin")
+        require_regular_files(folder)
+    return folder, described, config
+
+
+def _described(folder: Path, name_or_path: str) -> tuple[dict[str, dict[str, Any]], ModelConfig]:
     require_regular_files(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r}, which has no such file.")
@@ -158,7 +208,7 @@ def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str
     try:
         if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
             raise InputError(f"`num_hidden_layers` must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
-        return folder, described, config_from_hf(described[CONFIG_FILE], name_or_path)
+        return described, config_from_hf(described[CONFIG_FILE], name_or_path)
     except InputError as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -168,7 +218,8 @@ def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str
         ) from error
 
 
-def _folder(name_or_path: str, *, weights: bool) -> Path:
+def _folder(name_or_path: str) -> Path:
+    """Returns a folder, or downloads the files that describe a model on the hub."""
     if os.path.isdir(name_or_path):  # unlike `Path.is_dir`, false for an invalid or forbidden path
         if not os.access(name_or_path, os.R_OK | os.X_OK):
             raise InputError(
@@ -180,30 +231,27 @@ def _folder(name_or_path: str, *, weights: bool) -> Path:
             "`model` must be an existing folder or the id of a model on the hub (owner/name), got"
             f" {name_or_path!r:.200}."
         )
+    return _download(name_or_path)
+
+
+def _download(name: str, *more: str) -> Path:
+    """Downloads the files that describe a model on the hub, and those that match further patterns."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise InputError(
-            f"`model` must be an existing folder, got {name_or_path!r}. If it is the id of a model on the hub, install"
+            f"`model` must be an existing folder, got {name!r}. If it is the id of a model on the hub, install"
             f" the Python package huggingface_hub to download it, with {install_command('hf')}."
         ) from error
-
-    def download(*more: str) -> Path:
-        return Path(snapshot_download(name_or_path, allow_patterns=[*_DESCRIBING, *more], ignore_patterns=_TWICE))
-
     try:
-        if not weights:
-            return download()
-        folder = download("*.safetensors")
-        return folder if has_weights(folder, WEIGHTS) else download("pytorch_model*.bin")
+        return Path(snapshot_download(name, allow_patterns=[*_DESCRIBING, *more], ignore_patterns=_TWICE))
     except Exception as error:  # no network, no such model, or no permission: the hub's message says which
         raise InputError(
-            f"`model` must be an existing folder or the id of a model on the hub, got {name_or_path!r}:"
-            f" {reason(error)}."
+            f"`model` must be an existing folder or the id of a model on the hub, got {name!r}: {reason(error)}."
         ) from error
 
 
-def _weights(folder: Path) -> TensorSource:
+def _weights(folder: Path) -> ByteSource:
     if has_weights(folder, WEIGHTS) or not has_weights(folder, TORCH_WEIGHTS):
         return SafetensorsFolder(folder)
     try:

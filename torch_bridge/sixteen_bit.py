@@ -1,14 +1,40 @@
-"""Finds the 16-bit model from which a quantised model was made, by its name."""
+"""Recognises quantised models, and finds the 16-bit model from which one was made, by its name."""
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-_QUANTISED_FIELDS = ("quantization_config", "quantization", "compression_config")  # of `config.json`
-# The ends of tensors' names in GPTQ, AWQ, bitsandbytes, compressed-tensors, FP8 and MXFP4.
-_QUANTISED_ENDS = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".quant_map", ".SCB", ".weight_format")
-_QUANTISED_ENDS += (".weight_scale", ".weight_scale_inv", "_proj_blocks", "_proj_scales", ".biases")
+QUANTISED_FIELDS = ("quantization_config", "quantization", "compression_config")  # of `config.json`
+# The names of formats, by the ends of the names of tensors that only they have. The first that is found counts.
+_TENSOR_ENDS = {
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes' fp4",
+    ".SCB": "bitsandbytes' int8",
+    ".absmax": "bitsandbytes' 4 bits",
+    ".quant_map": "bitsandbytes' 4 bits",
+    ".weight_packed": "compressed-tensors",
+    ".g_idx": "GPTQ",
+    ".qweight": "AWQ or GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
+    "_proj_blocks": "MXFP4",
+    "_proj_scales": "MXFP4",
+    ".biases": "MLX",
+}
+_FORMATS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "mxfp4": "MXFP4",
+    "hqq": "HQQ",
+    "aqlm": "AQLM",
+    "quanto": "Quanto",
+    "eetq": "EETQ",
+    "vptq": "VPTQ",
+    "higgs": "HIGGS",
+}
 
 # Words at the end of a quantised model's name, after the name of the model that it was made from.
 _FORMAT = re.compile(
@@ -28,14 +54,36 @@ _OWNERS = {"llama": "meta-llama", "mistral": "mistralai", "qwen2": "Qwen", "qwen
 _OWNERS |= {"gemma2": "google", "gemma3_text": "google"}
 
 
-def is_quantised(tensors: Iterable[str]) -> bool:
-    """Returns whether the names of a checkpoint's tensors are those of quantised weights."""
-    return any(name.endswith(_QUANTISED_ENDS) for name in tensors)
+def format_of_tensors(names: Iterable[str]) -> str | None:
+    """Returns the name of the format whose tensors a checkpoint has; None if it is not quantised."""
+    names = list(names)
+    return next((form for end, form in _TENSOR_ENDS.items() if any(name.endswith(end) for name in names)), None)
 
 
 def quantisation_of(hf: Mapping[str, Any]) -> tuple[str, Any] | None:
     """Returns the field of a `config.json` that says how the weights are quantised, with its value; else None."""
-    return next(((field, hf[field]) for field in _QUANTISED_FIELDS if hf.get(field)), None)
+    return next(((field, hf[field]) for field in QUANTISED_FIELDS if hf.get(field)), None)
+
+
+def unsupported_format(quantisation: Any) -> str | None:
+    """Returns the name of the format that a `quantization_config` describes; None for bitsandbytes' NF4.
+
+    bitsandbytes' 4 bits are NF4 unless the config says fp4: which of the two they are is seen by the tensors.
+
+    Example:
+      >>> unsupported_format({"quant_method": "gptq", "bits": 4})
+      'GPTQ'
+      >>> unsupported_format({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    """
+    fields = quantisation if isinstance(quantisation, dict) else {}
+    in_4bit, in_8bit = (any(fields.get(f"{start}load_in_{n}bit") is True for start in ("", "_")) for n in (4, 8))
+    method = fields.get("quant_method")
+    if method == "bitsandbytes" or (method is None and (in_4bit or in_8bit)):
+        if in_4bit and not in_8bit:
+            kind = fields.get("bnb_4bit_quant_type") or "nf4"
+            return None if kind == "nf4" else f"bitsandbytes' {kind!s:.20}"
+        return "bitsandbytes' int8"
+    return _FORMATS.get(str(method), "another format" if method is None else f"{method!s:.40}")
 
 
 def quantised_hint(name_or_path: str, hf: Mapping[str, Any]) -> str:
@@ -47,15 +95,15 @@ def quantised_hint(name_or_path: str, hf: Mapping[str, Any]) -> str:
 
     Example:
       >>> quantised_hint("unsloth/Qwen3-4B-bnb-4bit", {})
-      "Use the 16-bit model that it was made from, probably 'unsloth/Qwen3-4B'."
+      "Use the 16-bit model that it was made from, probably 'unsloth/Qwen3-4B'. `load_in_4bit` holds it in 4 bits."
     """
     sibling = sixteen_bit_sibling(name_or_path, hf)
     if sibling is None:
         return (
-            "Use the 16-bit model that it was made from: the model's card on the hub names it as its base model. Load a"
-            " model in memory without `quantization_config`."
+            "Use the 16-bit model that it was made from: the model's card on the hub names it as its base model."
+            " `load_in_4bit` holds it in 4 bits. Load a model in memory without `quantization_config`."
         )
-    return f"Use the 16-bit model that it was made from, probably {sibling!r:.200}."
+    return f"Use the 16-bit model that it was made from, probably {sibling!r:.200}. `load_in_4bit` holds it in 4 bits."
 
 
 def sixteen_bit_sibling(name_or_path: str, hf: Mapping[str, Any]) -> str | None:

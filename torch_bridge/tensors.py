@@ -4,8 +4,8 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from flax import nnx
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import Weight, write_rows
 from jaxpack.model.config import ModelConfig
+from jaxpack.model.nf4 import NF4Weight
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import Frozen, MixedWeight, freeze, weight_of
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.host import available_host_bytes
@@ -23,72 +25,121 @@ from jaxpack.utils.prefetch import prefetched
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import Entry
 from torch_bridge.io.folder import mismatches, some, tensor_count
-from torch_bridge.sixteen_bit import is_quantised, quantised_hint
+from torch_bridge.quantized import (
+    ByteSource,
+    NF4Form,
+    NF4Source,
+    TensorSource,
+    abstract_weight,
+    default_form,
+    dense_nf4,
+)
+from torch_bridge.sixteen_bit import format_of_tensors, quantised_hint
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE = 16 << 20  # elements: 32 MiB of bfloat16, enough for the full speed of a disk and of the link to a GPU
 _AHEAD = 2
 
 
-class TensorSource(Protocol):
-    """Provides named tensors, which are read a few rows at a time."""
-
-    description: str  # what error messages call the source
-    unreadable: dict[str, str]  # the forms of tensors that `read` would refuse, by name
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each tensor by name, in the order in which the tensors are best read."""
-        ...
-
-    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> Any:
-        """Returns rows `first` to `last` (exclusive) of a tensor, in a form that `jax.device_put` takes.
-
-        The dtype is float32, bfloat16 or float16. May be called in a thread. The result may lie in `buffer`, which is
-        uint8 with four bytes for each element.
-        """
-        ...
+def build_model(
+    config: ModelConfig, source: ByteSource, dtype: str | None, *, load_in_4bit: bool = False
+) -> Transformer:
+    """Builds a model with the tensors of `source`, see `lazy_model`."""
+    model = lazy_model(config, source, dtype, load_in_4bit=load_in_4bit)
+    model.read_weights()
+    return model
 
 
-def build_model(config: ModelConfig, source: TensorSource, dtype: str | None) -> Transformer:
-    """Builds a model with the tensors of `source`.
+def lazy_model(
+    config: ModelConfig, source: ByteSource, dtype: str | None, *, load_in_4bit: bool = False
+) -> Transformer:
+    """Builds a model for the tensors of `source`, which `Transformer.read_weights` then reads.
+
+    If some of them are in 4 bits (NF4), all parameters of the model are frozen, and its projections stay in 4 bits.
 
     Args:
       dtype: the dtype of the weights and of the computation, "bfloat16", "float16" or "float32"; None is bfloat16 on a
         GPU and float32 on a CPU, where bfloat16 is slow.
+      load_in_4bit: whether projections are quantised while they are read, one at a time, if none is in 4 bits yet.
 
     Raises:
-      InputError: tensors are missing or of the wrong shape; all are reported at once, before anything is allocated. Or
-        the device or the host has too little memory for the model.
+      InputError: tensors are missing or of the wrong shape; all are reported at once. `read_weights` raises one if the
+        device or the host has too little memory for the model.
     """
     if dtype is None:
         dtype = "float32" if current_device().platform == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    _check_sizes(config, source)
-    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    _check_shapes(model, source)
-    _check_tied(config, source)
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    with _room_for(leaves, dtype, source):
-        model = nnx.merge(graph, tree.unflatten(_zeros(tuple(leaves))))
-        fill(model, source)
+    tensors = NF4Source(source)
+    _check_sizes(config, tensors)
+    in_4bit = load_in_4bit or bool(tensors.forms)
+
+    def make() -> Transformer:
+        model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+        if in_4bit:
+            freeze(model)
+        return model
+
+    model = nnx.eval_shape(make)
+    _check_shapes(model, tensors, source.shapes().keys())
+    _check_tied(config, tensors)
+    if in_4bit:
+        _hold_in_4bit(model, tensors.forms or dict.fromkeys(tensor_table(config), default_form(dtype)))
+
+    def read(model: Transformer) -> None:
+        leaves, tree = jax.tree.flatten(nnx.state(model))  # Those of adapters are arrays already.
+        abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+        with _room_for(abstract, dtype, tensors, in_4bit=in_4bit):
+            zeros = iter(_zeros(tuple(abstract)))
+            filled = [next(zeros) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
+            nnx.update(model, tree.unflatten(filled))
+            fill(model, tensors)
+
+    model.pending = read
     return model
 
 
+def _hold_in_4bit(model: Transformer, forms: Mapping[str, NF4Form]) -> None:
+    """Gives the projections of an abstract, frozen model the forms of their tensors, in place. Prints the result."""
+    stacks: dict[str, list[set[NF4Form | None]]] = {}
+    for name, (entry, layer) in tensor_table(model.config).items():
+        if layer is not None and entry.projection is not None and entry.path.endswith(".weight"):
+            layers = stacks.setdefault(entry.path, [set() for _ in range(model.config.num_layers)])
+            layers[layer].add(forms.get(name))
+    dense = nbytes = held = count = 0
+    for path, layers in stacks.items():
+        linear = operator.attrgetter(path.rpartition(".")[0])(model)
+        rows = tuple(size for _, size in linear.projections)
+        before = weight_of(linear.weight)
+        weight = abstract_weight(layers, rows, before.shape[-1], model.dtype)
+        linear.weight = Frozen(weight)
+        parts = weight.parts if isinstance(weight, MixedWeight) else (weight,)
+        held += len(rows) * sum(part.shape[0] for part in parts if isinstance(part, NF4Weight))
+        count += len(rows) * len(layers)
+        dense, nbytes = dense + before.nbytes, nbytes + weight.nbytes
+    which = str(held) if held == count else f"{held} of {count}"
+    rest = "" if held == count else f". The other {count - held} stay in {model.dtype.name}"
+    unit, scale = ("GiB", 2**30) if dense >= 2**30 else ("MiB", 2**20)
+    console.print(
+        f"{model.config.name_or_path or model.config.architecture}: {which} projections are held in 4 bits (NF4)."
+        f" All projections take {nbytes / scale:.2f} {unit} instead of {dense / scale:.2f}{rest}"
+    )
+
+
 @contextlib.contextmanager
-def _room_for(leaves: list[jax.ShapeDtypeStruct], dtype: str, source: TensorSource) -> Iterator[None]:
+def _room_for(leaves: list[jax.ShapeDtypeStruct], dtype: str, source: NF4Source, *, in_4bit: bool) -> Iterator[None]:
     """Makes an `InputError` of too little memory for the weights, before they are read or while they are."""
     device = current_device()
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     free = available_host_bytes() if device.platform == "cpu" else free_device_bytes(device)
 
     def refused(got: str) -> InputError:
-        half = " `dtype` bfloat16 needs half of that." if dtype == "float32" else ""
+        less = " `dtype` bfloat16 needs half of that." if dtype == "float32" and not in_4bit else ""
+        less += "" if in_4bit else " `load_in_4bit` needs less than a third of bfloat16 for the projections."
         return InputError(
             f"`model` must fit into the memory of {device.device_kind}: the weights of {source.description} need"
-            f" {needed / 2**30:.2f} GiB in {dtype}, got {got}.{half} Use a smaller model or a device with more memory,"
-            " or end other programs that use this one."
+            f" {needed / 2**30:.2f} GiB in {'4 bits and ' if in_4bit else ''}{dtype}, got {got}.{less} Use a smaller"
+            " model or a device with more memory, or end other programs that use this one."
         )
 
     if free is not None and needed > free:
@@ -106,14 +157,17 @@ def fill(model: Transformer, source: TensorSource) -> None:
     """Reads the tensors of `source` into the model's parameters, in place on the device.
 
     `source` must hold all of them. A thread reads pieces of `_PIECE` elements, a few pieces ahead; the host holds no
-    more than these pieces. A tensor that is quantised while it is read is one piece.
+    more than these pieces. A tensor that is quantised, or is to be quantised, is one piece.
     """
     table = tensor_table(model.config)
     shapes = {name: shape for name, shape in source.shapes().items() if name in table}
+    forms = source.forms if isinstance(source, NF4Source) else {}
     pieces = [
         (name, first, last)
         for name, shape in shapes.items()
-        for first, last in ([(0, shape[0])] if _is_written_whole(model, table[name][0]) else _pieces(shape))
+        for first, last in (
+            [(0, shape[0])] if name in forms or _is_written_whole(model, *table[name]) else _pieces(shape)
+        )
     ]
     size = max((last - first) * math.prod(shapes[name][1:]) for name, first, last in pieces)
     # There is one buffer for each piece ahead, one for the piece in use, and one for the piece before, which the device
@@ -131,10 +185,13 @@ def fill(model: Transformer, source: TensorSource) -> None:
             entry, layer = table[name]
             parameter = _parameter(model, entry)
             first += _rows(model, entry)[0]
+            whole = parameter.get_value()
+            kind, layer = whole.places[layer] if isinstance(whole, MixedWeight) and layer is not None else (None, layer)
             start = np.array([first] if layer is None else [layer, first], np.int32)
             before = placed
-            whole, placed = _place(parameter.get_value(), jax.device_put(part), start)
-            parameter.set_value(whole)
+            target = whole if kind is None else whole.parts[kind]
+            target, placed = _place(target, jax.device_put(part), start, shapes[name])
+            parameter.set_value(target if kind is None else whole.with_part(kind, target))
             if before is not None:
                 before.block_until_ready()  # the next read overwrites its buffer
             progress.advance(bar)
@@ -182,6 +239,7 @@ def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
     """Yields the name and the value of each checkpoint tensor of the model, without its adapters."""
+    model.read_weights()
     for name, (entry, layer) in tensor_table(model.config).items():
         value = _parameter(model, entry).get_value()
         first, size = _rows(model, entry)
@@ -210,12 +268,18 @@ def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
     return [jnp.zeros(one.shape, one.dtype) for one in shapes]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(whole: Weight | jax.Array, part: jax.Array, start: jax.Array) -> tuple[Weight | jax.Array, jax.Array]:
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _place(
+    whole: Weight | jax.Array, part: NF4Weight | jax.Array, start: jax.Array, shape: tuple[int, ...]
+) -> tuple[Weight | jax.Array, jax.Array]:
     """Returns `whole` with `part` written into it, and a small array that is there once the write is done.
 
-    The caller waits for this array, because the next call donates `whole`.
+    The caller waits for this array, because the next call donates `whole`. `shape` is that of the tensor.
     """
+    if isinstance(whole, NF4Weight) and isinstance(part, NF4Weight):
+        return whole.put(tuple(start), part), start[0]
+    if isinstance(part, NF4Weight):
+        part = dense_nf4(part, shape, whole.dtype)
     placed = whole.write(tuple(start), part) if isinstance(whole, Weight) else write_rows(whole, tuple(start), part)
     return placed, start[0]
 
@@ -224,8 +288,10 @@ def _parameter(model: Transformer, entry: Entry) -> nnx.Variable:
     return operator.attrgetter(entry.path)(model)
 
 
-def _is_written_whole(model: Transformer, entry: Entry) -> bool:
+def _is_written_whole(model: Transformer, entry: Entry, layer: int | None) -> bool:
     value = _parameter(model, entry).get_value()
+    if isinstance(value, MixedWeight) and layer is not None:
+        value = value.parts[value.places[layer][0]]
     return isinstance(value, Weight) and value.is_written_whole
 
 
@@ -260,16 +326,19 @@ def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
             )
 
 
-def _check_shapes(model: Transformer, source: TensorSource) -> None:
+def _check_shapes(model: Transformer, source: NF4Source, names: Collection[str]) -> None:
+    """Checks the tensors of a source; `names` are those of all stored tensors."""
     found, expected = source.shapes(), tensor_shapes(model)
-    problems = mismatches(found, expected)
-    if refused := [f"{name:.120} of {form}" for name, form in source.unreadable.items() if name in expected]:
-        problems.append(f"{tensor_count(refused)} that cannot be read ({some(refused)})")
+    whole = {name: shape for name, shape in expected.items() if name not in source.unreadable}
+    problems = mismatches(found, whole)
+    if refused := [f"{name:.120} of {form:.160}" for name, form in source.unreadable.items() if name in expected]:
+        problems.append(f"{tensor_count(refused)} that cannot be read ({some(refused, length=300)})")
     if problems:
-        hint = f" {quantised_hint(model.config.name_or_path, {})}" if is_quantised(found) else ""
+        form = format_of_tensors(names)
+        hint = f" {quantised_hint(model.config.name_or_path, {})}" if form else ""
         raise InputError(
-            f"{source.description} must hold the tensors that its `config.json` describes, in F32, BF16 or F16, got"
-            f" {'; '.join(problems)}.{hint}"
+            f"{source.description} must hold the tensors that its `config.json` describes, in F32, BF16, F16 or"
+            f" bitsandbytes' NF4, got {'; '.join(problems)}{f', in {form}' if form else ''}.{hint}"
         )
     known = {*expected, _HEAD}  # a checkpoint may or may not store a tied head
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
@@ -279,20 +348,26 @@ def _check_shapes(model: Transformer, source: TensorSource) -> None:
         )
 
 
-def _check_tied(config: ModelConfig, source: TensorSource) -> None:
+def _check_tied(config: ModelConfig, source: NF4Source) -> None:
     """Refuses a head that differs from the embedding if the config says that they are tied."""
     shapes = source.shapes()
     if not config.tie_word_embeddings or _HEAD not in shapes:
         return
-    pieces = list(_pieces(shapes[_EMBEDDING]))
+    both = (_HEAD, _EMBEDDING)
+    rows = shapes[_EMBEDDING][0]
+    pieces = [(0, rows)] if source.forms.keys() & set(both) else list(_pieces(shapes[_EMBEDDING]))
     size = pieces[0][1] * math.prod(shapes[_EMBEDDING][1:])
-    both = [(name, np.empty(4 * size, np.uint8)) for name in (_HEAD, _EMBEDDING)]
+    buffers = {name: np.empty(4 * size, np.uint8) for name in both}
 
-    def same(piece: tuple[int, int]) -> bool:
-        head, embedding = (source.read(name, *piece, buffer) for name, buffer in both)
-        return np.array_equal(np.asarray(head), np.asarray(embedding))
+    def read(name: str, piece: tuple[int, int]) -> np.ndarray:
+        part: Any = source.read(name, *piece, buffers[name])
+        if isinstance(part, NF4Weight):
+            part = dense_nf4(jax.device_put(part), shapes[name], part.dtype)
+        return np.asarray(part)
 
-    if shapes[_HEAD] != shapes[_EMBEDDING] or not all(map(same, pieces)):
+    if shapes[_HEAD] != shapes[_EMBEDDING] or not all(
+        np.array_equal(read(_HEAD, piece), read(_EMBEDDING, piece)) for piece in pieces
+    ):
         raise InputError(
             f"`tie_word_embeddings` of {source.description} must be false, because {_HEAD} differs from {_EMBEDDING},"
             " got true."

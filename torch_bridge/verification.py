@@ -1,5 +1,6 @@
 """Checks a folder against torch: compares the logits of transformers (PEFT for an adapter) with jaxpack's."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxpack.utils.json_file import read_json
 from torch_bridge.adapter import ADAPTER_CONFIG, load_adapter, require_files
 from torch_bridge.config_json import CONFIG_FILE, config_from_hf
 from torch_bridge.pretrained import from_pretrained
+from torch_bridge.sixteen_bit import quantisation_of
 
 _RANDOM_TOKENS = 64
 _FIELDS_OF_4 = ("rope_theta", "rope_scaling", "torch_dtype")
@@ -59,6 +61,7 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
     model_folder = folder if adapter is None else (base_of(adapter) if base is None else base)
     model, tokenizer = from_pretrained(model_folder, dtype="float32")
     _check_fields_of_4(model_folder, model)
+    _require_packages_for_4bit(model_folder, model)
     if adapter is not None:
         load_adapter(model, adapter)
     if prompt is None:
@@ -86,6 +89,18 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
         raise InputError(f"`folder` must give the same logits in torch and in jaxpack, got {folder!r}, where {line}.")
     console.print(f"{folder}: {line}")
     return difference
+
+
+def _require_packages_for_4bit(folder: str, model: Transformer) -> None:
+    """Refuses a folder in 4 bits if packages are missing with which transformers reads it."""
+    if quantisation_of(json.loads(dict(model.source_files)[CONFIG_FILE])) is None:
+        return
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"`verify` of {folder}, whose weights are in 4 bits, needs the Python packages bitsandbytes and accelerate,"
+            f" got an installation without {' and '.join(missing)}. Install with `pip install {' '.join(missing)}`."
+        )
 
 
 def _check_fields_of_4(folder: str, model: Transformer) -> None:

@@ -1,5 +1,6 @@
 """Measures one case of jaxpack in this process: the trainer's own `Run`, timed step by step."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -58,9 +59,10 @@ def measure(
     config = train_config(case)
     batches = Batches(documents, config)
     run = Run(model, batches, config)
-    step = StepShape.of_run(model, batches)
+    step = dataclasses.replace(StepShape.of_run(model, batches), compiles_first=model.pending is not None)
     cache = ProgramCache(config.compilation_cache_dir)
     compile_seconds = run.compile(cache)
+    run.read_weights(cache)
     timed = timed_steps(batches)
     edges = set(np.flatnonzero(timed[1:] != timed[:-1]) + 1)
 
@@ -71,6 +73,7 @@ def measure(
         ends.append(time.perf_counter())
 
     seconds = np.diff(ends)
+    step = dataclasses.replace(step, loss_chunk=run.choice.loss_chunk)
     predicted = predict(step, rates_of(current_device().device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
     assert memory is not None
@@ -88,6 +91,7 @@ def measure(
         "losses": losses,
         "shapes": batches.shapes,
         "chosen_remat": run.remat,
+        "loss_chunk": run.choice.loss_chunk,
         "predicted_step_seconds": predicted.seconds,
         "predicted_peak_bytes": predicted.peak_bytes,
         "argument_bytes": memory.argument_size_in_bytes,

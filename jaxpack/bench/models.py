@@ -12,7 +12,7 @@ from jaxpack.kernels.weight import DenseWeight, Weight
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import Store, freeze, store_dense
+from jaxpack.model.weights import TRAINED, Store, freeze, store_dense
 from jaxpack.settings import LoraConfig
 
 
@@ -39,14 +39,16 @@ def random_model(
     lora: LoraConfig | None,
     dtype: DTypeLike = jnp.bfloat16,
     store: Store = store_dense,
+    *,
+    lazy: bool = False,
 ) -> Transformer:
     """Makes a model with random weights of a realistic size, and never holds a weight twice.
 
     Args:
       lora: the adapters; None for full fine-tuning.
       store: makes the frozen weights of a model with adapters from dense matrices.
+      lazy: whether frozen weights are made only when they are needed, as `from_pretrained` reads them.
     """
-    graph, state = nnx.split(abstract_model(config, lora, dtype, store))
 
     def fill(path: tuple, value: Any) -> Any:
         names = {getattr(key, "key", None) for key in path}
@@ -58,8 +60,18 @@ def random_model(
             return jnp.zeros(value.shape, value.dtype)
         return jax.tree.map(jax.jit(_noise, static_argnums=0), value)
 
-    state = jax.tree_util.tree_map_with_path(fill, state, is_leaf=lambda value: isinstance(value, Weight))
-    return nnx.merge(graph, state)
+    def fill_all(model: Transformer, kind: Any) -> None:
+        state = nnx.state(model, kind)
+        is_weight = lambda value: isinstance(value, Weight)  # noqa: E731
+        nnx.update(model, jax.tree_util.tree_map_with_path(fill, state, is_leaf=is_weight))
+
+    model = abstract_model(config, lora, dtype, store)
+    fill_all(model, TRAINED)
+    if lora is not None:
+        model.pending = lambda model: fill_all(model, nnx.Not(TRAINED))
+    if not lazy:
+        model.read_weights()
+    return model
 
 
 def _filled(abstract: Weight) -> Weight:

@@ -1,6 +1,7 @@
 """Makes the table of docs/memory.md that says which model can be trained on which card: `make docs-tables`."""
 
 import bisect
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.weights import Store, store_dense
 from jaxpack.planning.cards import card_named
-from jaxpack.planning.choose import Prediction, fits, predict, usable_bytes
+from jaxpack.planning.choose import Prediction, fits, predict_all, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.settings import LoraConfig, TrainConfig
 
@@ -41,8 +42,8 @@ def largest_batch(model: str, card: str, store: Store = store_dense) -> tuple[in
     assert memory is not None
 
     def fitting(rows: int) -> list[Prediction]:
-        step = StepShape.of(abstract, (1, rows, ROW))
-        return fits(predict(step, named.rates).values(), memory, HOST_GIB * 2**30)
+        step = dataclasses.replace(StepShape.of(abstract, (1, rows, ROW)), compiles_first=True)
+        return fits(predict_all(step, named.rates), memory, HOST_GIB * 2**30)
 
     sizes = range(1, MOST_ROWS + 1)
     rows = bisect.bisect_left(sizes, True, key=lambda rows: not fitting(rows))

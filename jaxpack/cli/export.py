@@ -33,6 +33,14 @@ def export(
             show_default="float16 for a base in float16, else bfloat16",
         ),
     ] = None,
+    load_in_4bit: Annotated[
+        bool,
+        typer.Option(
+            "--load-in-4bit",
+            help="Merge into the weights beside which a run with --load-in-4bit trained its adapter: those of the base"
+            " model, quantised to 4 bits (NF4) and made dense again.",
+        ),
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +61,7 @@ def export(
     if not os.path.isdir(adapter):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
     # "auto" keeps the stored dtype, so that each weight is rounded only once, when it is merged.
-    network, tokenizer = read_base(model, adapter, "auto")
+    network, tokenizer = read_base(model, adapter, "auto", load_in_4bit=load_in_4bit)
     torch_bridge.load_adapter(network, str(adapter))
     written = sum(map(math.prod, tensor_shapes(network).values())) * jnp.dtype(dtype or "bfloat16").itemsize
     require_room(merged, "merged", written)

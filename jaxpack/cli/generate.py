@@ -15,7 +15,7 @@ from rich.text import Text
 
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
-from jaxpack.cli.reading import read_base
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, read_base
 from jaxpack.data.conversation import Conversation
 from jaxpack.data.formats import text_prompt
 from jaxpack.data.reading import load_prompts
@@ -69,12 +69,13 @@ def generate(
             show_default="bfloat16 on a GPU, float32 on a CPU",
         ),
     ] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
     **flags: object,
 ) -> None:
     """Generate text from a model, with or without an adapter."""
     config = from_flags(GenerateConfig, flags)
     _check_arguments(model, adapter, prompt, prompts, compare, output)
-    network, tokenizer = read_base(model, adapter, dtype)
+    network, tokenizer = read_base(model, adapter, dtype, load_in_4bit=load_in_4bit)
     if tokenizer is None:
         raise InputError("`model` must have a tokenizer, got a model without one.")
     if chat is None:

@@ -12,16 +12,20 @@ import typer
 
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
-from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, MODEL_HELP, read_documents, require_one
+from jaxpack.cli.reading import DATA_HELP, LENGTHS_HELP, LOAD_IN_4BIT_HELP, MODEL_HELP, read_documents, require_one
 from jaxpack.data.batching import Batches
 from jaxpack.data.preview import show_row as shown
 from jaxpack.errors import InputError, errors_name
+from jaxpack.model.nf4 import nf4_store
+from jaxpack.model.presets import SHAPES
+from jaxpack.model.weights import store_dense
 from jaxpack.planning.cards import card_named
 from jaxpack.planning.inspect import inspect as inspect_documents
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.utils.console import TextConsole, console
 from jaxpack.utils.figures import require_matplotlib
 from jaxpack.utils.files import write_new_file
+from torch_bridge.pretrained import described_store
 
 # The settings that determine padding, times and the order of rows; other settings do not matter here.
 _USED = {
@@ -66,6 +70,7 @@ def inspect(
     full_finetuning: Annotated[
         bool, typer.Option(help="Predict times for training all weights, instead of an adapter.")
     ] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -88,6 +93,8 @@ def inspect(
         config = from_flags(TrainConfig, flags)
     if full_finetuning and asks_for_adapter(flags):
         raise InputError("`full_finetuning` must be without flags of adapters, got both. Leave one of them out.")
+    if full_finetuning and load_in_4bit:
+        raise InputError("`load_in_4bit` must be without `full_finetuning`, got both. Leave one of them out.")
     lora = None if full_finetuning else from_flags(LoraConfig, flags)
     require_one(data, lengths)
     for name in _OF_TEXT:
@@ -110,7 +117,10 @@ def inspect(
         allow_lost_thoughts=config.allow_lost_thoughts,
         date=None if config.chat_template_date is None else datetime.date.fromisoformat(config.chat_template_date),
     )
-    found = inspect_documents(documents, config, model=abstract_model(model_config, lora), gpu=gpu)
+    described = store_dense if model in SHAPES else described_store(model)
+    store = nf4_store() if load_in_4bit and described is store_dense else described
+    shapes = abstract_model(model_config, lora, store=store)
+    found = inspect_documents(documents, config, model=shapes, gpu=gpu)
     parts: list[object] = [found]
     if data is not None:
         packed = Batches(documents, found.layouts["packed"].config)

@@ -33,8 +33,9 @@ def measure_here(request: Path, result: Path, **options: Any) -> None:
 def _model(case: Case) -> Transformer:
     lora = None if case.full_finetuning else LoraConfig(r=16)
     if case.model in SHAPES:
-        return random_model(SHAPES[case.model], lora, store=nf4_store() if case.load_in_4bit else store_dense)
-    model, _ = torch_bridge.from_pretrained(case.model, load_in_4bit=case.load_in_4bit)
+        store = nf4_store() if case.load_in_4bit else store_dense
+        return random_model(SHAPES[case.model], lora, store=store, lazy=True)
+    model, _ = torch_bridge.from_pretrained(case.model, load_in_4bit=case.load_in_4bit, lazy=lora is not None)
     return model if lora is None else add_lora(model, lora)
 
 

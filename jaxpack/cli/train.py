@@ -11,6 +11,7 @@ import typer
 import torch_bridge
 from jaxpack.cli.config_file import overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
 from jaxpack.model.weights import split_trained
@@ -78,6 +79,7 @@ def train(
             show_default="bfloat16 on a GPU, float32 on a CPU",
         ),
     ] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a PEFT adapter to train further, instead of a new adapter.")
     ] = None,
@@ -97,6 +99,11 @@ def train(
         raise InputError("`full_finetuning` must be without flags of adapters, got both. Leave one of them out.")
     if adapter is not None and asks_for_adapter(flags):
         raise InputError("`adapter` must be without flags of a new adapter, got both. Leave one of them out.")
+    if full_finetuning and load_in_4bit:
+        raise InputError(
+            "`load_in_4bit` must be without `full_finetuning`, because weights in 4 bits are not trained, got both."
+            " Leave one of them out: without `full_finetuning`, an adapter is trained."
+        )
     trained = output / ("model" if full_finetuning else "adapter")
     if config.resume_from_checkpoint is None:
         require_free_folder(output, "output")
@@ -106,7 +113,10 @@ def train(
     for name, file in (("data", data), ("eval_data", eval_data)):
         if file is not None:
             require_data_file(file, name)
-    network, tokenizer = torch_bridge.from_pretrained(model, dtype=dtype)
+    # The weights are read after the programs are compiled.
+    network, tokenizer = torch_bridge.from_pretrained(
+        model, dtype=dtype, load_in_4bit=load_in_4bit, lazy=not full_finetuning
+    )
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
     elif not full_finetuning:
@@ -126,6 +136,7 @@ def train(
         "output": str(output),
         "eval_data": None if eval_data is None else str(eval_data),
         "dtype": network.dtype.name,
+        "load_in_4bit": load_in_4bit,
         "adapter": None if adapter is None else str(adapter),
         "full_finetuning": full_finetuning,
         **to_flags(config),

@@ -75,6 +75,7 @@ def generate(
     listed: Any = [list(one) if isinstance(one, Iterable) and type(one) is not str else one for one in prompts]
     prompts = cast(list[list[int]], listed)
     _check_prompts(model, prompts, config)
+    model.read_weights()
     if adapters(model):
         require_finite(model)
     params = SamplingParams.of(config, _stops(stop_tokens))

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxpack.constants import Implementation
 from jaxpack.kernels.logits import (
+    CHUNK,
     Chunks,
+    LossOptions,
     capped_logits,
     check,
     chunked,
@@ -36,6 +38,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     max_targets: int | None = None,
+    chunk: int = CHUNK,
     implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
     """Returns the sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
@@ -49,11 +52,13 @@ def linear_cross_entropy(
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
       max_targets: an upper bound on the number of targets, if known. Only that many tokens are then computed. More
         targets make the loss NaN.
+      chunk: the number of tokens whose logits exist at a time. Fewer tokens take less memory, and more time.
       implementation: how to compute the log-sum-exp, see `jaxpack.kernels`; the rest is always XLA.
     """
     head = as_weight(head)
-    check(hidden, head, targets, softcap, max_targets)
-    return _summed(hidden, head, targets, softcap, max_targets, implementation)
+    options = LossOptions(softcap, max_targets, chunk, implementation)
+    check(hidden, head, targets, options)
+    return _summed(hidden, head, targets, options)
 
 
 def token_losses(
@@ -62,15 +67,16 @@ def token_losses(
     targets: Int[Array, "*B"],
     *,
     softcap: float | None = None,
+    chunk: int = CHUNK,
 ) -> Float[Array, "*B"]:
     """Returns the loss of each token, 0 without a target: the terms that `linear_cross_entropy` adds up.
 
     It is plain jnp, and the reference for `linear_cross_entropy`.
     """
     head = as_weight(head)
-    check(hidden, head, targets, softcap)
+    check(hidden, head, targets, LossOptions(softcap, chunk=chunk))
     head = head.dense(hidden.dtype)
-    chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
 
     @jax.checkpoint
     def of_chunk(_: None, chunk: Chunks) -> tuple[None, Float[Array, " C"]]:
@@ -85,21 +91,20 @@ def token_losses(
 # The sum of the losses, with its gradients computed beside it.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _summed(hidden, head, targets, softcap, max_targets, implementation):
-    settings = softcap, max_targets, implementation
-    return _loss_and_gradients(hidden, head, targets, *settings, wanted=(False, False))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(hidden, head, targets, options):
+    return _loss_and_gradients(hidden, head, targets, options, wanted=(False, False))[0]
 
 
-def _forward(hidden, head, targets, softcap, max_targets, implementation):
+def _forward(hidden, head, targets, options):
     head, trains_head = primal_of(head)
-    arguments = hidden.value, head, targets.value, softcap, max_targets, implementation
+    arguments = hidden.value, head, targets.value, options
     loss, *gradients = _loss_and_gradients(*arguments, wanted=(hidden.perturbed, trains_head))
     return loss, gradients
 
 
-def _backward(softcap, max_targets, implementation, gradients, d_loss):
-    del softcap, max_targets, implementation
+def _backward(options, gradients, d_loss):
+    del options
     d_loss = instantiate(d_loss)
     return *jax.tree.map(lambda x: (d_loss * x.astype(jnp.float32)).astype(x.dtype), gradients), None
 
@@ -111,22 +116,20 @@ def _loss_and_gradients(
     hidden: Float[Array, "*B D"],
     head: Weight,
     targets: Int[Array, "*B"],
-    softcap: float | None,
-    max_targets: int | None,
-    implementation: Implementation | None,
+    options: LossOptions,
     *,
     wanted: tuple[bool, bool],
 ) -> tuple[Float[Array, ""], Float[Array, "*B D"] | None, Weight | None]:
     """Returns the loss and the gradients of hidden states and head; a gradient that is not `wanted` is None."""
     shape, dtype = hidden.shape, hidden.dtype
-    hidden, targets, selection = select(hidden, targets, max_targets)
-    chunks = chunked(hidden, targets)
+    hidden, targets, selection = select(hidden, targets, options.max_targets)
+    chunks = chunked(hidden, targets, options.chunk)
     weights = head.dense(dtype)
 
     def step(carry, chunk: Chunks):
         total, d_head = carry
-        logits, tanh = capped_logits(chunk.hidden, weights, softcap)
-        lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
+        logits, tanh = capped_logits(chunk.hidden, weights, options.softcap)
+        lse = nan_outside(logsumexp(logits, implementation=options.implementation), chunk.targets, len(weights))
         total = total + jnp.sum(losses_of(logits, chunk.targets, lse))
         if not any(wanted):
             return (total, None), None
@@ -141,8 +144,8 @@ def _loss_and_gradients(
 
     d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
     (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
-    if selection is not None and max_targets is not None:
-        total = jnp.where(jnp.sum(selection) > max_targets, jnp.nan, total)
+    if selection is not None and options.max_targets is not None:
+        total = jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, total)
     if d_hidden is not None:
         d_hidden = put_back(d_hidden.reshape(-1, shape[-1])[: len(targets)], selection).reshape(shape)
     return total, d_hidden, None if d_head is None else head.cotangent(lambda: d_head)

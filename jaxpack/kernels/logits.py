@@ -6,25 +6,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpack.constants import IGNORE
+from jaxpack.constants import IGNORE, Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.weight import Weight
 
 CHUNK = 1024  # tokens whose logits exist at a time: 0.6 GB in float32 for a vocabulary of 152k
 
 
-def check(
-    hidden: jax.Array, head: Weight, targets: jax.Array, softcap: float | None, max_targets: int | None = None
-) -> None:
+class LossOptions(NamedTuple):
+    """Holds the settings of a loss that its derivative needs, too; see `linear_cross_entropy`."""
+
+    softcap: float | None = None
+    max_targets: int | None = None
+    chunk: int = CHUNK
+    implementation: Implementation | None = None
+
+
+def check(hidden: jax.Array, head: Weight, targets: jax.Array, options: LossOptions) -> None:
     """Raises an InputError for arguments of a loss that do not fit each other or are out of range."""
     if hidden.shape[:-1] != targets.shape:
         raise InputError(f"`targets` must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}.")
     if hidden.shape[-1] != head.shape[1]:
         raise InputError(f"`head` must have {hidden.shape[-1]} columns, as `hidden` has channels, got {head.shape[1]}.")
-    if softcap is not None and not softcap > 0:
-        raise InputError(f"`softcap` must be positive, got {softcap}.")
-    if max_targets is not None and max_targets < 1:
-        raise InputError(f"`max_targets` must be positive, got {max_targets}.")
+    for name in ("softcap", "max_targets", "chunk"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise InputError(f"`{name}` must be positive, got {value}.")
 
 
 def select(
@@ -62,10 +68,10 @@ class Chunks(NamedTuple):
     targets: Int[Array, "n C"]
 
 
-def chunked(hidden: Float[Array, "T D"], targets: Int[Array, " T"]) -> Chunks:
-    """Cuts tokens into chunks of at most `CHUNK` tokens."""
+def chunked(hidden: Float[Array, "T D"], targets: Int[Array, " T"], most: int) -> Chunks:
+    """Cuts tokens into chunks of at most `most` tokens."""
     length = max(1, len(targets))  # for no tokens, one token of padding
-    count, unit = -(-length // CHUNK), min(128, CHUNK, length)  # multiples of 128 are fast in matmuls
+    count, unit = -(-length // most), min(128, most, length)  # multiples of 128 are fast in matmuls
     size = -(-length // (count * unit)) * unit
     missing = count * size - len(targets)
     return Chunks(

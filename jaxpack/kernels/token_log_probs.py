@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxpack.constants import IGNORE, Implementation
 from jaxpack.kernels.logits import (
+    CHUNK,
     Chunks,
+    LossOptions,
     capped_logits,
     check,
     chunked,
@@ -37,6 +39,7 @@ def token_log_probs(
     *,
     softcap: float | None = None,
     max_targets: int | None = None,
+    chunk: int = CHUNK,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B"]:
     """Returns `log_softmax(head @ hidden)[target]` for each token, float32.
@@ -45,7 +48,7 @@ def token_log_probs(
     of `hidden`; logits are float32. A target that is neither -100 nor in [0, V) makes its log-probability NaN.
 
     Args:
-      softcap, max_targets, implementation: see `linear_cross_entropy`. With more than `max_targets` targets, all
+      softcap, max_targets, chunk, implementation: see `linear_cross_entropy`. With more than `max_targets` targets, all
         log-probabilities are NaN.
 
     Example:
@@ -55,8 +58,9 @@ def token_log_probs(
       [-1.3899999856948853, 0.0, -1.3899999856948853]
     """
     head = as_weight(head)
-    check(hidden, head, targets, softcap, max_targets)
-    return _log_probs(hidden, head, targets, softcap, max_targets, implementation)
+    options = LossOptions(softcap, max_targets, chunk, implementation)
+    check(hidden, head, targets, options)
+    return _log_probs(hidden, head, targets, options)
 
 
 def token_log_probs_reference(
@@ -85,13 +89,14 @@ def token_scores(
     targets: Int[Array, "*B"],
     *,
     softcap: float | None = None,
+    chunk: int = CHUNK,
     implementation: Implementation | None = None,
 ) -> TokenScores:
     """Returns the loss of each token, float32, and the likeliest next token, int32. It has no derivative."""
     head = as_weight(head)
-    check(hidden, head, targets, softcap)
+    check(hidden, head, targets, LossOptions(softcap, chunk=chunk))
     weights = head.dense(hidden.dtype)
-    chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
 
     def step(_: None, chunk: Chunks) -> tuple[None, TokenScores]:
         logits = capped_logits(chunk.hidden, weights, softcap)[0]
@@ -103,30 +108,29 @@ def token_scores(
     return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), scores)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _log_probs(hidden, head, targets, softcap, max_targets, implementation):
-    return _with_direction(hidden, head, targets, softcap, max_targets, implementation, wanted=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _log_probs(hidden, head, targets, options):
+    return _with_direction(hidden, head, targets, options, wanted=False)[0]
 
 
-def _forward(hidden, head, targets, softcap, max_targets, implementation):
+def _forward(hidden, head, targets, options):
     head, trains_head = primal_of(head)
     hidden_is_perturbed, hidden, targets = hidden.perturbed, hidden.value, targets.value
-    settings = softcap, max_targets, implementation
-    out, direction = _with_direction(hidden, head, targets, *settings, wanted=hidden_is_perturbed)
+    out, direction = _with_direction(hidden, head, targets, options, wanted=hidden_is_perturbed)
     return out, (direction, targets, (hidden, head) if trains_head else None)
 
 
-def _with_direction(hidden, head, targets, softcap, max_targets, implementation, *, wanted: bool):
+def _with_direction(hidden, head, targets, options, *, wanted: bool):
     """Returns the log-probabilities of all tokens and, if `wanted`, their derivatives by the hidden states.
 
     The derivatives are in chunks and cover the selected tokens only; they are None if not wanted.
     """
     weights = head.dense(hidden.dtype)
-    flat, labels, selection = select(hidden, targets, max_targets)
+    flat, labels, selection = select(hidden, targets, options.max_targets)
 
     def step(_: None, chunk: Chunks):
-        logits, tanh = capped_logits(chunk.hidden, weights, softcap)
-        lse = nan_outside(logsumexp(logits, implementation=implementation), chunk.targets, len(weights))
+        logits, tanh = capped_logits(chunk.hidden, weights, options.softcap)
+        lse = nan_outside(logsumexp(logits, implementation=options.implementation), chunk.targets, len(weights))
         out = 0.0 - losses_of(logits, chunk.targets, lse)  # 0, and not -0, without a target
         if not wanted:
             return None, (out, None)
@@ -134,41 +138,39 @@ def _with_direction(hidden, head, targets, softcap, max_targets, implementation,
         direction = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32)
         return None, (out, direction.astype(hidden.dtype))
 
-    _, (out, direction) = jax.lax.scan(step, None, chunked(flat, labels))
+    _, (out, direction) = jax.lax.scan(step, None, chunked(flat, labels, options.chunk))
     out = put_back(out.reshape(-1, 1)[: len(labels)], selection)[:, 0].reshape(targets.shape)
     if selection is not None:
-        out = jnp.where(jnp.sum(selection) > max_targets, jnp.nan, out)
+        out = jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, out)
     return out, direction
 
 
-def _backward(softcap, max_targets, implementation, residuals, d_out):
+def _backward(options, residuals, d_out):
     direction, targets, of_head = residuals
     d_out = instantiate(d_out)
     d_hidden = d_head = None
     if direction is not None:
         channels = direction.shape[-1]
-        d_selected, labels, selection = select(d_out[..., None], targets, max_targets)
+        d_selected, labels, selection = select(d_out[..., None], targets, options.max_targets)
         scaled = d_selected * direction.reshape(-1, channels)[: len(labels)].astype(jnp.float32)
         d_hidden = put_back(scaled.astype(direction.dtype), selection).reshape(*targets.shape, channels)
     if of_head is not None:
         hidden, head = of_head
-        d_head = head.cotangent(
-            lambda: _head_gradient(hidden, head, targets, d_out, softcap, max_targets, implementation)
-        )
+        d_head = head.cotangent(lambda: _head_gradient(hidden, head, targets, d_out, options))
     return d_hidden, d_head, None
 
 
-def _head_gradient(hidden, head, targets, d_out, softcap, max_targets, implementation) -> Float[Array, "V D"]:
+def _head_gradient(hidden, head, targets, d_out, options) -> Float[Array, "V D"]:
     weights = head.dense(hidden.dtype)
-    flat, labels, _ = select(hidden, targets, max_targets)
-    d_selected, _, _ = select(d_out[..., None], targets, max_targets)
-    chunks = chunked(flat, labels)
-    d_chunks = chunked(d_selected, labels).hidden[..., 0]
+    flat, labels, _ = select(hidden, targets, options.max_targets)
+    d_selected, _, _ = select(d_out[..., None], targets, options.max_targets)
+    chunks = chunked(flat, labels, options.chunk)
+    d_chunks = chunked(d_selected, labels, options.chunk).hidden[..., 0]
 
     def step(total, chunk):
         (hidden, targets), d = chunk
-        logits, tanh = capped_logits(hidden, weights, softcap)
-        lse = nan_outside(logsumexp(logits, implementation=implementation), targets, len(weights))
+        logits, tanh = capped_logits(hidden, weights, options.softcap)
+        lse = nan_outside(logsumexp(logits, implementation=options.implementation), targets, len(weights))
         d_logits = (-d[:, None] * logit_gradients(logits, tanh, lse, targets)).astype(hidden.dtype)
         return total + jnp.einsum("TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32), None
 

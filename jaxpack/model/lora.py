@@ -44,6 +44,8 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     whole = set(config.modules_to_save)
     if model.config.tie_word_embeddings and len(whole) == 1:
         raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
+    if whole:  # They are trained from copies of the weights.
+        model.read_weights()
     attributes = {"embed_tokens": "embedding", "lm_head": model.head_name}
     trained = {attributes[name] for name in whole}
     freeze(model, leave_out=trained)

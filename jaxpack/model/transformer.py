@@ -1,6 +1,7 @@
 """Defines the model: embedding, a scan over stacked blocks, a norm, and the head that computes logits."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class Transformer(nnx.Module):
         to it.
       lora_config: the settings with which adapters were added; None without adapters.
       source_files: names and texts of the JSON files that the model was read from; `torch_bridge` writes them again.
+      pending: reads the weights into the model, if they are still in their files: its arrays are then abstract, except
+        those of adapters. See `read_weights`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +70,17 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.lora_config: LoraConfig | None = None  # set by `add_lora`
         self.source_files: tuple[tuple[str, str], ...] = ()  # set by `torch_bridge`
+        self.pending: Callable[[Transformer], None] | None = None  # set by `torch_bridge`
+
+    def read_weights(self) -> None:
+        """Reads the weights, if they are still in their files (`torch_bridge.from_pretrained(..., lazy=True)`).
+
+        Raises:
+          InputError: the device has too little memory for them, or a file has changed.
+        """
+        if self.pending is not None:
+            self.pending(self)
+            self.pending = None
 
     def __call__(
         self,
@@ -166,6 +180,7 @@ class Transformer(nnx.Module):
 
         Without `segment_ids`, each row is one document.
         """
+        self.read_weights()
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         return _logits(*nnx.split(self), tokens, segment_ids)

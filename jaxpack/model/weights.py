@@ -63,8 +63,8 @@ def _all_finite(arrays: list[Array]) -> Array:
 Store = Callable[[Array, tuple[int, ...] | None], Weight]
 
 
-def store_dense(matrix: Array, rows: tuple[int, ...] | None = None) -> DenseWeight:
-    """Returns the matrix as a weight that is stored as it is."""
+def store_dense(matrix: Array | jax.ShapeDtypeStruct, rows: tuple[int, ...] | None = None) -> DenseWeight:
+    """Returns the matrix, which may be abstract, as a weight that is stored as it is."""
     del rows
     return DenseWeight(matrix)
 
@@ -140,6 +140,10 @@ class MixedWeight(Weight):
             put = lambda part, number: part.write((number, row), rows)  # noqa: E731
             parts[kind] = jax.lax.cond(number < 0, keep, put, part, number)
         return dataclasses.replace(self, parts=tuple(parts))
+
+    def with_part(self, kind: int, part: Weight) -> "MixedWeight":
+        """Returns the stack with one of its parts replaced."""
+        return dataclasses.replace(self, parts=(*self.parts[:kind], part, *self.parts[kind + 1 :]))
 
     def at(self, layer: Int[Array, ""] | int) -> "MixedWeight":
         """Returns one layer of the stack."""

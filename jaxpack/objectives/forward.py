@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from jaxpack.constants import Implementation, Remat
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.errors import InputError
+from jaxpack.kernels.logits import CHUNK
 from jaxpack.kernels.token_log_probs import TokenScores, token_log_probs, token_scores
 from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.model.transformer import Transformer
@@ -23,6 +24,7 @@ class Forward:
       batch: rows of whole documents, as arrays `[B, T]`.
       limits: upper limits for the documents in a row and the targets in the batch.
       implementation: see `jaxpack.kernels`.
+      loss_chunk: the number of tokens whose logits exist at a time.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class Forward:
         implementation: Implementation | None = None,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
         dropout_key: Key[Array, ""] | None = None,
+        loss_chunk: int = CHUNK,
     ):
         self.model, self.batch, self.limits = model, batch, limits
         self.implementation: Implementation | None = implementation
+        self.loss_chunk = loss_chunk
         self._remat: Remat = remat
         self._dropout_key = dropout_key
 
@@ -71,7 +75,7 @@ class Forward:
     def scores(self) -> TokenScores:
         """Returns the loss of each token and the likeliest next token. They have no gradient."""
         softcap = self.model.config.final_logit_softcapping
-        options: dict[str, Any] = {"softcap": softcap, "implementation": self.implementation}
+        options: dict[str, Any] = {"softcap": softcap, "implementation": self.implementation, "chunk": self.loss_chunk}
         return token_scores(self.hidden, self.model.head, self.batch.targets, **options)
 
     def _hidden_of(self, model: Transformer, dropout_key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
@@ -92,5 +96,6 @@ class Forward:
             self.batch.targets,
             softcap=model.config.final_logit_softcapping,
             max_targets=self.limits.max_targets,
+            chunk=self.loss_chunk,
             implementation=self.implementation,
         )

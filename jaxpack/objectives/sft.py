@@ -31,6 +31,7 @@ class SFT:
             batch.targets,
             softcap=forward.model.config.final_logit_softcapping,
             max_targets=forward.limits.max_targets,
+            chunk=forward.loss_chunk,
             implementation=forward.implementation,
         )
         # A float like the other sums, so that devices add all of them in one all-reduce; exact up to 2^24 targets.

@@ -14,6 +14,7 @@ from typing import NamedTuple, get_args
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
+from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import (
     PINNED_LIMIT,
@@ -30,22 +31,43 @@ from jaxpack.utils.host import available_host_bytes
 
 _GIB = 2**30
 _ACCURACY = 0.1  # Measured memory may exceed the prediction by this share.
-
-
-class Prediction(NamedTuple):
-    """Holds the predicted memory and time of a step with one choice of `remat`."""
-
-    remat: Remat
-    peak_bytes: int
-    seconds: float
-    host_bytes: int
+_SMALLER_CHUNKS = (512, 256, 128)  # of the loss; with fewer tokens, a GPU's matmuls are slow
+_WORTH = 0.98  # A choice that a run may fall back on needs at most this share of the memory of the one before it.
 
 
 class Choice(NamedTuple):
-    """Holds a choice of `remat` for a run, and the reason for it."""
+    """Holds what a run chooses to save memory or time.
+
+    Attributes:
+      remat: what the backward pass computes again.
+      loss_chunk: the number of tokens whose logits exist at a time.
+      reason: a line for the user; None if the user named the choice.
+    """
 
     remat: Remat
-    reason: str | None  # None if the user named the choice
+    loss_chunk: int = CHUNK
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f'remat "{self.remat}"{self._chunks}'
+
+    @property
+    def note(self) -> str:
+        """Returns what the rounding of a run depends on, for its checkpoints."""
+        return self.remat + self._chunks
+
+    @property
+    def _chunks(self) -> str:
+        return "" if self.loss_chunk == CHUNK else f" with the logits of {self.loss_chunk} tokens at a time"
+
+
+class Prediction(NamedTuple):
+    """Holds the predicted memory and time of a step with one choice."""
+
+    choice: Choice
+    peak_bytes: int
+    seconds: float
+    host_bytes: int
 
 
 def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
@@ -53,10 +75,23 @@ def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
     first = autotuning_bytes(step)
     return {
         remat: Prediction(
-            remat, max(first, peak_bytes(step, remat)), step_seconds(step, remat, rates), host_bytes(step, remat)
+            Choice(remat, step.loss_chunk),
+            max(first, peak_bytes(step, remat)),
+            step_seconds(step, remat, rates),
+            host_bytes(step, remat),
         )
         for remat in get_args(Remat)
     }
+
+
+def predict_all(step: StepShape, rates: DeviceRates) -> list[Prediction]:
+    """Returns the predictions of every `remat` with every size of the loss's chunks, the largest chunks first."""
+    sizes = [CHUNK, *(size for size in _SMALLER_CHUNKS if size < step.max_targets)]
+    return [
+        prediction
+        for size in sizes
+        for prediction in predict(dataclasses.replace(step, loss_chunk=size), rates).values()
+    ]
 
 
 def fits(predictions: Iterable[Prediction], memory: float, host: float) -> list[Prediction]:
@@ -84,52 +119,59 @@ def choices(
     held_bytes: int,
     card: Card | None = None,
     optimizer_bytes: int | None = None,
+    compiles_first: bool = False,
 ) -> list[Choice]:
-    """Returns the choices of `remat` that a run may take: the best first, then those that need less memory each.
+    """Returns the choices that a run may take: the best first, then those that need less memory each.
 
-    The later ones are for a run that finds less memory than was predicted. If the user named a choice, it is the only
-    one.
+    The later ones are for a run that finds less memory than was predicted. If the user named a `remat`, all have it.
 
     Args:
       held_bytes: the bytes of device memory that the run's own weights and optimizer state take already.
       card: the card of a run on another machine than this one. A choice that the user named must fit on it, because
         that machine is not here to try. Its host is expected to have as much memory as XLA pins.
       optimizer_bytes: the bytes of the optimizer's state; None for those of the optimizer that `optim` names.
+      compiles_first: whether the frozen weights are read after the programs are compiled.
 
     Raises:
       InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the
         choice that the user named.
     """
     step = StepShape.of_run(model, batches, optimizer_bytes=optimizer_bytes)
+    step = dataclasses.replace(step, compiles_first=compiles_first)
     named = None if config.remat == "auto" else config.remat
     if named is not None and card is None:
         _check_host(step, named)
-        return [Choice(named, None)]
     memory = usable_bytes(config, held_bytes, card)
     if memory is None:
         why = 'remat "full": this device does not report its free memory; a `memory_limit` may allow a faster choice'
-        return [Choice("full", why)]
+        return [Choice("full", reason=why) if named is None else Choice(named)]
     device = current_device()
     host = _host_room() if card is None else pinned_limit_bytes()
 
     def predicted(step: StepShape) -> list[Prediction]:
-        predictions = predict(step, rates_of(device.device_kind) if card is None else card.rates).values()
+        predictions = predict_all(step, rates_of(device.device_kind) if card is None else card.rates)
         on_host = card is None and device.platform == "cpu"  # Its only memory is the host's.
-        return [p for p in predictions if not (on_host and p.host_bytes)]
+        return [p for p in predictions if named is not None or not (on_host and p.host_bytes)]
 
     def does_fit(step: StepShape) -> bool:
         return bool(fits(predicted(step), memory, host))
 
     predictions = predicted(step)
-    allowed = [p for p in predictions if named in (None, p.remat)]
-    if not (fitting := fits(allowed, memory, host)):
+    allowed = [p for p in predictions if named in (None, p.choice.remat)]
+    fitting = fits(allowed, memory, host)
+    if named is not None and card is None:  # The user's choice is tried, whatever is predicted.
+        fitting = fitting or [min(allowed, key=lambda p: p.peak_bytes)]
+    if not fitting:
         frugal = min(fits(allowed, math.inf, host) or allowed, key=lambda p: p.peak_bytes)
         refusal = _refusal(config, step, frugal, memory, card)
         raise InputError(f"{refusal} {_remedy(config, model, batches, step, memory, does_fit)}")
+    frugal = fitting[:1]
+    for prediction in fitting[1:]:
+        if prediction.peak_bytes <= _WORTH * frugal[-1].peak_bytes:
+            frugal.append(prediction)
     if named is not None:
-        return [Choice(named, None)]
-    frugal = [p for i, p in enumerate(fitting) if all(p.peak_bytes < other.peak_bytes for other in fitting[:i])]
-    return [Choice(p.remat, _explanation(p, predictions, memory)) for p in frugal]
+        return [p.choice for p in frugal]
+    return [p.choice._replace(reason=_explanation(p, predictions, memory)) for p in frugal]
 
 
 def _check_host(step: StepShape, remat: Remat) -> None:
@@ -150,12 +192,12 @@ def _host_room() -> int:
 
 def _explanation(chosen: Prediction, predictions: list[Prediction], memory: float) -> str:
     of_room = f"{_gib(chosen.peak_bytes)} of the {_gib(memory)} that the run may use"
-    line = f'remat "{chosen.remat}": a step is predicted to take {chosen.seconds:.3g} s and {of_room}'
-    faster = [p for p in predictions if p.seconds < chosen.seconds]
+    line = f"{chosen.choice}: a step is predicted to take {chosen.seconds:.3g} s and {of_room}"
+    faster = [p for p in predictions if p.seconds < chosen.seconds and p.choice.loss_chunk == CHUNK]
     if not faster:
         return line
     following = max(faster, key=lambda p: p.seconds)
-    return f'{line}; "{following.remat}" would take {following.seconds:.3g} s, but need {_gib(following.peak_bytes)}'
+    return f"{line}; {following.choice} would take {following.seconds:.3g} s, but need {_gib(following.peak_bytes)}"
 
 
 def _gib(size: float) -> str:
@@ -165,7 +207,7 @@ def _gib(size: float) -> str:
 def _refusal(config: TrainConfig, step: StepShape, frugal: Prediction, memory: float, card: Card | None) -> str:
     """Returns a sentence that says which argument asks for too much; `frugal` is the choice that needs least."""
     what = f"a step of {' x '.join(map(str, step.shape))} tokens"
-    need, room = f'{_gib(frugal.peak_bytes)} (remat "{frugal.remat}")', _gib(memory)
+    need, room = f"{_gib(frugal.peak_bytes)} ({frugal.choice})", _gib(memory)
     if config.memory_limit is not None:
         return f"`memory_limit` must be at least {need} for {what}, got {room}."
     if card is not None:
@@ -194,7 +236,8 @@ def _remedy(
         if config.layout == "padding-free":
             fewer = dataclasses.replace(config, per_device_train_batch_size=size)
             batches_of_fewer = Batches(batches.documents, fewer)
-            return not does_fit(StepShape.of_run(model, batches_of_fewer, optimizer_bytes=step.optimizer_bytes))
+            fewer_tokens = StepShape.of_run(model, batches_of_fewer, optimizer_bytes=step.optimizer_bytes)
+            return not does_fit(dataclasses.replace(fewer_tokens, compiles_first=step.compiles_first))
         A, B, T = step.shape
         rows = math.ceil(B * size / config.per_device_train_batch_size)
         targets = min(step.max_targets, rows * T)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
+from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.cost import NO_COST, Cost, CostContext, PartCost
 from jaxpack.model.lora import adapters
@@ -41,6 +42,8 @@ class StepShape:
       shape: `(A, B, T)`: micro-batches, rows in a micro-batch, and tokens in a row.
       max_targets: the maximum number of targets in a micro-batch.
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
+      loss_chunk: the number of tokens whose logits exist at a time.
+      compiles_first: whether the frozen weights are read after the programs are compiled.
     """
 
     config: ModelConfig
@@ -56,6 +59,8 @@ class StepShape:
     shape: tuple[int, int, int]
     max_targets: int
     keys_per_token: float
+    loss_chunk: int = CHUNK
+    compiles_first: bool = False
 
     @classmethod
     def of(
@@ -187,11 +192,14 @@ def backward_cost(step: StepShape) -> Cost:
 def loss_cost(step: StepShape) -> Cost:
     """Returns the work of a micro-batch's loss.
 
-    It computes the logits and the gradients from them, and writes and reads float32 logits.
+    It computes the logits and the gradients from them, and writes and reads float32 logits. Each matmul reads the head
+    once for each chunk. In chunks of `CHUNK` tokens, this is hidden behind the arithmetic.
     """
     matmuls = 3 if step.trains_head else 2
     of_target = Cost(matmul=2 * matmuls * step.head, bytes=step.config.vocab_size * (2 * 4 + step.itemsize))
-    return of_target.for_tokens(step.max_targets)
+    more_chunks = step.max_targets / step.loss_chunk - step.max_targets / CHUNK
+    again = Cost(weight_bytes=max(0, more_chunks) * matmuls * step.head * step.itemsize)
+    return of_target.for_tokens(step.max_targets) + again
 
 
 def update_cost(step: StepShape) -> Cost:

@@ -16,6 +16,7 @@ from jaxpack.data.batching import Batches, Truncation
 from jaxpack.data.documents import Documents
 from jaxpack.data.packing import packed_rows
 from jaxpack.errors import InputError, check_type
+from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
 from jaxpack.planning.cards import JAX_MEMORY_FRACTION, MEMORY_FRACTION, Card, card_named, card_of, cards_called
@@ -227,20 +228,23 @@ def _timed(
     `named` is the card if the user named it, and None if it is this machine's, whose free memory counts.
     """
     timed = {}
+    compiles_first = bool(adapters(model))  # as `jaxpack train` does
     for layout, estimate in layouts.items():
         run = batches[layout]
         try:
-            remat = choices(estimate.config, model, run, 0, named)[0].remat
+            choice = choices(estimate.config, model, run, 0, named, compiles_first=compiles_first)[0]
         except InputError as error:
             timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue
-        largest = predict(StepShape.of_run(model, run), card.rates)[remat]
-        seconds = run_seconds(model, run, remat, card.rates)
+        step = StepShape.of_run(model, run)
+        step = dataclasses.replace(step, loss_chunk=choice.loss_chunk, compiles_first=compiles_first)
+        largest = predict(step, card.rates)[choice.remat]
+        seconds = run_seconds(model, run, choice.remat, card.rates, loss_chunk=choice.loss_chunk)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(
             estimate,
-            remat=remat,
+            remat=choice.remat,
             tokens_per_second=rate,
             peak_bytes=largest.peak_bytes,
             host_bytes=largest.host_bytes,

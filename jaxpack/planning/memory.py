@@ -1,7 +1,6 @@
 """Predicts the memory that a step takes with each choice of `remat`, in bytes on the device and on the host."""
 
 from jaxpack.constants import Remat
-from jaxpack.kernels.logits import CHUNK as LOSS_CHUNK
 from jaxpack.model.cost import BackwardPeak
 from jaxpack.model.remat import KEPT, OFFLOADED, unrolls
 from jaxpack.planning.cost import StepShape
@@ -44,7 +43,7 @@ def loss_bytes(step: StepShape) -> int:
     of the hidden states that have a target, and a gradient of hidden states; the gradient and the cast of a trained
     head; and a dense copy of a head that is stored in another form.
     """
-    chunk = min(LOSS_CHUNK, step.max_targets) * step.config.vocab_size * (4 + step.itemsize)
+    chunk = min(step.loss_chunk, step.max_targets) * step.config.vocab_size * (4 + step.itemsize)
     head = step.head * (4 + step.itemsize) if step.trains_head else 0
     head += step.head * step.itemsize if step.copies_head else 0
     return chunk + 4 * step.tokens * step.input_bytes + head
@@ -91,16 +90,16 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
 def autotuning_bytes(step: StepShape) -> int:
     """Returns the maximum number of bytes before the first step, while XLA measures kernels for each matmul.
 
-    All arguments but the batch are on the device already. The largest matmul makes a chunk of logits, or a trained
-    head's gradient, in float32. XLA allocates the operands of this matmul once, and its output twice, to compare
-    results.
+    All arguments but the batch are on the device already, unless the frozen weights are read later. The largest matmul
+    makes a chunk of logits, or a trained head's gradient, in float32. XLA allocates the operands of this matmul once,
+    and its output twice, to compare results.
     """
-    chunk = min(LOSS_CHUNK, step.max_targets)
+    chunk = min(step.loss_chunk, step.max_targets)
     hidden, logits = chunk * step.config.hidden_size, chunk * step.config.vocab_size
     matmul = (hidden + step.head) * step.itemsize + 2 * 4 * logits
     if step.trains_head:
         matmul = max(matmul, (hidden + logits) * step.itemsize + 2 * 4 * step.head)
-    return argument_bytes(step) + matmul
+    return argument_bytes(step) - (step.frozen_bytes if step.compiles_first else 0) + matmul
 
 
 def host_bytes(step: StepShape, remat: Remat) -> int:

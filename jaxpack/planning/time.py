@@ -1,9 +1,12 @@
 """Predicts the seconds that a step takes with each choice of `remat`, at the rates of a device."""
 
+import dataclasses
+
 import numpy as np
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
+from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.remat import OFFLOADED, unrolls
 from jaxpack.model.transformer import Transformer
 from jaxpack.planning.cards import DeviceRates
@@ -35,8 +38,12 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     return max(seconds, count * rates.start) if remat in OFFLOADED else seconds
 
 
-def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates) -> float:
+def run_seconds(
+    model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates, *, loss_chunk: int = CHUNK
+) -> float:
     """Returns the predicted seconds of all steps of a run."""
     lengths, counts = np.unique(batches.row_lengths, return_counts=True)
-    steps = (StepShape.of_run(model, batches, int(length)) for length in lengths)
+    steps = (
+        dataclasses.replace(StepShape.of_run(model, batches, int(length)), loss_chunk=loss_chunk) for length in lengths
+    )
     return sum(count * step_seconds(step, remat, rates) for step, count in zip(steps, counts.tolist(), strict=True))

@@ -21,7 +21,7 @@ from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import non_finite
+from jaxpack.model.weights import non_finite, split_trained
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
@@ -31,7 +31,7 @@ from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
-from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, make_eval_step, make_train_step, split_trainable
+from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, float32_copies, make_eval_step, make_train_step
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console
 from jaxpack.utils.host import available_host_bytes
@@ -54,7 +54,7 @@ class Run:
       frozen: the weights that no step changes.
       schedule: the learning rate by step; None if the user's optimizer has its own.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
-      remat, explanation: the choice of `remat` and the reason for it, see `choose.choices`.
+      choice: what was chosen, and the reason for it, see `choose.choices`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
       copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
         such a step may find too little memory, and an error destroys the state that a step was given.
@@ -76,13 +76,16 @@ class Run:
         self.copy: HostCopy | None = None
         self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded
         mesh = make_mesh()
-        graph, trainable, self.frozen = split_trainable(model)
-        # `split_trainable` copied the trained parameters. The model now takes the copies, so the originals are freed.
+        if not adapters(model):  # All weights are trained, and the run's state is made from them.
+            model.read_weights()
+        graph, trainable, self.frozen = split_trained(model)
+        # The model takes the copies, so that the originals are freed.
+        trainable = float32_copies(trainable)
         nnx.update(model, trainable)
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes, optimizer_bytes = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+            sum(leaf.nbytes for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array))
             for held in ((self.state, self.frozen), self.state.optimizer)
         )
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
@@ -95,9 +98,9 @@ class Run:
             dropout_seed=config.seed if has_dropout else None,
             mesh=mesh,
         )
-        self._choices = deque(choices(config, model, batches, held_bytes, optimizer_bytes=optimizer_bytes))
-        self.remat: Remat
-        self.remat, self.explanation = self._choices.popleft()
+        more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}
+        self._choices = deque(choices(config, model, batches, held_bytes, **more))
+        self.choice = self._choices.popleft()
         self._eval_step = make_eval_step(
             graph,
             objective=objective,
@@ -108,6 +111,11 @@ class Run:
         self.programs: dict[int, jax.stages.Compiled] = {}
         self.eval_programs: dict[int, jax.stages.Compiled] = {}
         self._walls: list[jax.Array] = []
+
+    @property
+    def remat(self) -> Remat:
+        """Returns what the backward pass of the run computes again."""
+        return self.choice.remat
 
     def compile(self, cache: ProgramCache) -> float:
         """Compiles all programs before the run, or finds them in the cache; returns the seconds that it took.
@@ -130,9 +138,29 @@ class Run:
                 _check_room(program, shape)
         return time.perf_counter() - begin
 
+    def read_weights(self, cache: ProgramCache) -> None:
+        """Reads the model's weights, if they are still in their files, after the programs are compiled.
+
+        XLA's search for kernels needs much memory for a moment, so it comes before the weights. If a program then finds
+        too little memory beside them, the run takes the next choice, aloud, and compiles again.
+
+        Raises:
+          InputError: the weights do not fit, or no choice is left.
+        """
+        if self._model.pending is None:
+            return
+        self._model.read_weights()
+        _, _, self.frozen = split_trained(self._model)
+        shapes = {shape[-1]: shape for shape in self._batches.shapes}
+        for length, program in self.programs.items():
+            if (shortage := self._shortage(program, shapes[length])) is not None:
+                self.take_next_choice(shortage)
+                self.compile(cache)
+                return
+
     def _compile_steps(self, cache: ProgramCache) -> str | None:
         """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
-        step, self.programs = self._make_step(remat=self.remat), {}
+        step, self.programs = self._make_step(remat=self.choice.remat, loss_chunk=self.choice.loss_chunk), {}
         for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
             limits = self._batches.limits[shape[-1]]
             lowered = step.lower(self.state, self.frozen, _abstract(shape), limits=limits)
@@ -142,21 +170,31 @@ class Run:
                 if is_out_of_memory(error):
                     return f"compiling a step of {_written(shape)} tokens ran out of memory"
                 raise
-            needed, free = _temporary_bytes(program), free_device_bytes(current_device())
-            if free is not None and (needed > free or not has_block(needed, current_device())):
-                return (
-                    f"a step of {_written(shape)} tokens needs {needed / 2**30:.1f} GiB in one block, and"
-                    f" {free / 2**30:.1f} GiB are free"
-                )
+            if (shortage := self._shortage(program, shape)) is not None:
+                return shortage
         return None
+
+    def _shortage(self, program: jax.stages.Compiled, shape: tuple[int, ...]) -> str | None:
+        """Says what a step of this shape lacks, if it finds too little memory on the device; otherwise None."""
+        needed, free = _temporary_bytes(program), free_device_bytes(current_device())
+        if free is None:
+            return None
+        unread = [leaf for leaf in jax.tree.leaves(self.frozen) if isinstance(leaf, jax.ShapeDtypeStruct)]
+        free -= sum(leaf.size * leaf.dtype.itemsize for leaf in unread)
+        if needed <= free and has_block(needed, current_device()):
+            return None
+        return (
+            f"a step of {_written(shape)} tokens needs {needed / 2**30:.1f} GiB in one block, and"
+            f" {free / 2**30:.1f} GiB are free"
+        )
 
     @property
     def has_next_choice(self) -> bool:
-        """Returns whether there is a choice of `remat` that needs less memory."""
+        """Returns whether there is a choice that needs less memory."""
         return bool(self._choices)
 
     def take_next_choice(self, shortage: str) -> None:
-        """Takes the next choice of `remat`, which needs less memory, and says so; `compile` must follow.
+        """Takes the next choice, which needs less memory, and says so; `compile` must follow.
 
         Args:
           shortage: a clause that says what there is too little memory for.
@@ -166,15 +204,15 @@ class Run:
         """
         if not self._choices:
             raise self.no_room(shortage)
-        console.print(f'remat "{self.remat}" does not fit: {shortage}', style="yellow")
-        self.remat, self.explanation = self._choices.popleft()
-        console.print(f"the run takes {self.explanation}", style="yellow")
+        console.print(f"{self.choice} does not fit: {shortage}", style="yellow")
+        self.choice = self._choices.popleft()
+        console.print(f"the run takes {self.choice.reason or self.choice}", style="yellow")
 
     def no_room(self, shortage: str) -> InputError:
         """Returns the error of a run that has too little memory, with what to do instead."""
         advice = ["a smaller `per_device_train_batch_size` or `max_length`"]
-        if self._choices:
-            advice.append(f'`remat` "{self._choices[0].remat}"')
+        if others := [choice.remat for choice in self._choices if choice.remat != self.remat]:
+            advice.append(f'`remat` "{others[0]}"')
         elif self._config.remat != "auto":
             advice.append('`remat` "auto"')
         return InputError(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.data.packing import BatchLimits, PackedBatch
+from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
@@ -72,8 +73,14 @@ def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.St
       >>> len(jax.tree.leaves(trainable))  # A and B of each projection, stacked over layers
       4
     """
+    model.read_weights()
     graph, trainable, frozen = split_trained(model)
-    return graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
+    return graph, float32_copies(trainable), frozen
+
+
+def float32_copies(parameters: nnx.State) -> nnx.State:
+    """Returns float32 copies of parameters."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), parameters)
 
 
 def loss_and_gradients(
@@ -99,6 +106,7 @@ def objective_and_gradients(
     implementation: Implementation | None = None,
     limits: BatchLimits = BatchLimits(),  # noqa: B008
     dropout_key: Key[Array, ""] | None = None,
+    loss_chunk: int = CHUNK,
     mesh: DeviceMesh | None = None,
 ) -> tuple[Sums, nnx.State]:
     """Returns the objective over a batch `[A, B, T]` with its metrics, and the gradient of its loss.
@@ -113,6 +121,7 @@ def objective_and_gradients(
       remat, implementation: see `Transformer`.
       limits: upper limits for the documents in a row, and for the targets in a micro-batch on one device.
       dropout_key: turns the dropout of adapters on; None turns it off.
+      loss_chunk: the number of tokens whose logits exist at a time.
       mesh: the devices; None is the one device that arrays are made on.
     """
     mesh = make_mesh() if mesh is None else mesh
@@ -122,7 +131,7 @@ def objective_and_gradients(
     ) -> tuple[Sums, nnx.State]:
         def micro_sums(trainable: nnx.State, micro: PackedBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
             model = nnx.merge(graph, trainable, frozen)
-            options = {"remat": remat, "implementation": implementation, "limits": limits}
+            options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             sums = objective(Forward(model, micro, dropout_key=key, **options))
             return sums.loss, sums
 
@@ -165,6 +174,7 @@ def make_train_step(
     remat: Remat = "full",
     implementation: Implementation | None = None,
     dropout_seed: int | None = None,
+    loss_chunk: int = CHUNK,
     mesh: DeviceMesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
@@ -182,6 +192,7 @@ def make_train_step(
       remat: the choice of activations that the backward pass recomputes, as in `TrainConfig`, but not "auto".
       implementation: the implementation of all kernels, as in `TrainConfig`.
       dropout_seed: turns dropout on; each step draws new masks from the seed and the number of the step.
+      loss_chunk: the number of tokens whose logits exist at a time. Fewer take less memory, and more time.
       mesh: the devices; None is the current device alone.
 
     Example:
@@ -216,6 +227,7 @@ def make_train_step(
             implementation=implementation,
             limits=limits,
             dropout_key=key,
+            loss_chunk=loss_chunk,
             mesh=mesh,
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
@@ -233,6 +245,7 @@ def make_eval_step(
     objective: Objective = SFT(),  # noqa: B008
     compute_metrics: ComputeMetrics | None = None,
     implementation: Implementation | None = None,
+    loss_chunk: int = CHUNK,
     mesh: DeviceMesh | None = None,
 ) -> Callable[..., EvalSums]:
     """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> sums`.
@@ -241,6 +254,7 @@ def make_eval_step(
 
     Args:
       compute_metrics: a user's function, see `Trainer`.
+      loss_chunk: the number of tokens whose logits exist at a time.
     """
     mesh = make_mesh() if mesh is None else mesh
 
@@ -253,7 +267,8 @@ def make_eval_step(
         def local_sums(batch: PackedBatch, trainable: nnx.State, frozen: nnx.State) -> EvalSums:
             micro = jax.tree.map(lambda x: x.squeeze(0), batch)
             model = nnx.merge(graph, trainable, frozen)
-            forward = Forward(model, micro, implementation=implementation, limits=limits)
+            options = {"implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
+            forward = Forward(model, micro, **options)
             computed = {} if compute_metrics is None else compute_metrics(*forward.scores, micro)
             return EvalSums(objective(forward), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), computed))
 

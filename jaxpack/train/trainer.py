@@ -22,6 +22,7 @@ from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.weights import TRAINED
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
@@ -139,6 +140,11 @@ class Trainer:
         config = TrainConfig() if config is None else config
         check_type("model", model, Transformer)
         check_type("config", config, TrainConfig)
+        if not jax.tree.leaves(nnx.state(model, TRAINED)):
+            raise InputError(
+                "`model` must have weights to train, got a model whose weights are all frozen, as those of a model in 4"
+                " bits are. Add adapters with `add_lora`, or read a 16-bit model to train all weights."
+            )
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.objective = SFT() if objective is None else check_objective(objective)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
@@ -241,7 +247,6 @@ class Trainer:
         for line in plan:
             console.print(line)
         events = Events(self.callbacks)
-        self._resume(run)
         if cache.folder is not None:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
             console.print(f"compiled programs are kept in {folder} for later runs ({size:.1f} MiB; it may be deleted)")
@@ -250,6 +255,8 @@ class Trainer:
         console.print(
             f"programs are ready after {start.compile_seconds:.1f} s; {cache.found} of {programs} were found compiled"
         )
+        run.read_weights(cache)
+        self._resume(run)
         with contextlib.ExitStack() as stack:
             stack.callback(self._write_back, run)
             stop = stack.enter_context(StopSignal())
@@ -410,7 +417,7 @@ class Trainer:
                 newest = None if checkpoints is None else checkpoints.newest()
                 if newest is None:
                     return False
-                run.resume([newest], self._identity, notes_of(run.remat, self.config.implementation))
+                run.resume([newest], self._identity, notes_of(run.choice.note, self.config.implementation))
         except Exception as error:  # A device that has failed may take no arrays.
             console.print(f"the last whole state could not be loaded: {reason(error):.200}", style="yellow")
             return False
@@ -473,7 +480,7 @@ class Trainer:
         if not isinstance(self.objective, SFT):
             self._identity["objective"] = type(self.objective).__name__
         if self._checkpoints:
-            notes = notes_of(run.remat, config.implementation)
+            notes = notes_of(run.choice.note, config.implementation)
             self.checkpoint, self.progress = run.resume(self._checkpoints, self._identity, notes)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
@@ -490,7 +497,7 @@ class Trainer:
         config = self.config
         if config.output_dir is None:
             return None
-        notes = notes_of(run.remat, config.implementation)
+        notes = notes_of(run.choice.note, config.implementation)
         on_saved = functools.partial(events.add, "save")
         checkpoints = Checkpoints(
             config.output_dir, config.save_total_limit, self._identity, notes, self.date, on_saved
@@ -510,7 +517,7 @@ class Trainer:
             )
         sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (run.state.trainable, run.frozen)]
         lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {current_device().device_kind}")
-        return lines if run.explanation is None else [*lines, run.explanation]
+        return lines if run.choice.reason is None else [*lines, run.choice.reason]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
         """Returns the content of `about.json`: the facts that `write_report` needs in addition to the metrics."""

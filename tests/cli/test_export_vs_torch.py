@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +15,7 @@ from transformers import AutoTokenizer
 
 import torch_bridge
 from jaxpack import LoraConfig, add_lora, cli
-from jaxpack.cli import reading
 from jaxpack.model.lora import adapters
-from jaxpack.model.nf4 import nf4_store
-from jaxpack.model.weights import freeze
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +105,15 @@ def test_bad_input(flags: dict[str, str], fragment: str, folders: tuple[Path, Pa
 
 
 def test_an_adapter_of_a_4_bit_model_is_merged_into_either_base(
-    folders: tuple[Path, Path], tmp_path: Path, export: Callable, monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Path, Path], tmp_path: Path, export: Callable
 ):
-    def read_base(*arguments: Any, **options: Any) -> Any:
-        model, tokenizer = reading.read_base(*arguments, **options)
-        freeze(model, nf4_store())
-        return model, tokenizer
-
     status, shown = export("--adapter", folders[1], "--merged", tmp_path / "one", "--base", folders[0])
     assert status == 2
     assert "`base` must be None for a model without weights in 4 bits" in shown
-    monkeypatch.setattr("jaxpack.cli.export.read_base", read_base)
-    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "two")
+    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "two", "--load-in-4bit")
     assert status == 0
     assert "into the dequantised 4-bit weights" in shown
-    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "three", "--base", folders[0])
+    flags = "--load-in-4bit", "--base", folders[0]
+    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "three", *flags)
     assert status == 0
     assert f"into the 16-bit weights of {folders[0]}" in shown

@@ -1,5 +1,7 @@
 """Compares the chunked loss with full logits in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -10,7 +12,6 @@ from kernels.oracles import quick_jit
 from programs import equations
 
 from jaxpack.errors import InputError
-from jaxpack.kernels import logits as module
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 
 
@@ -52,14 +53,14 @@ SHAPES = [(1, 1), (2, 9), (3, 16), (130,)]
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [4, 7, 2048])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients(shape, chunk, softcap, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+def test_loss_and_gradients(shape, chunk, softcap):
     hidden, head, targets = some(shape)
     losses, dhidden, dhead = oracle(hidden, head, targets, softcap)
     for max_targets in (None, max(1, int((targets != -100).sum())), targets.size):
 
         def loss(hidden, head, max_targets=max_targets):
-            return 3 * linear_cross_entropy(hidden, head, targets, softcap=softcap, max_targets=max_targets)
+            options = {"softcap": softcap, "max_targets": max_targets, "chunk": chunk}
+            return 3 * linear_cross_entropy(hidden, head, targets, **options)
 
         got, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head)
         np.testing.assert_allclose(got, 3 * losses.sum(), rtol=1e-5)
@@ -69,11 +70,10 @@ def test_loss_and_gradients(shape, chunk, softcap, monkeypatch):
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses_of_tokens(shape, softcap, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 7)
+def test_losses_of_tokens(shape, softcap):
     hidden, head, targets = some(shape)
     losses, dhidden, dhead = oracle(hidden, head, targets, softcap)
-    got, pull = jax.vjp(lambda *args: token_losses(*args, targets, softcap=softcap), hidden, head)
+    got, pull = jax.vjp(lambda *args: token_losses(*args, targets, softcap=softcap, chunk=7), hidden, head)
     np.testing.assert_allclose(got, losses, rtol=1e-5, atol=1e-6)
     gradients = pull(jnp.ones_like(got))
     np.testing.assert_allclose(gradients[0], dhidden, atol=2e-5)
@@ -127,11 +127,11 @@ def test_no_tokens_have_no_loss(shape):
     assert token_losses(hidden, head, targets).shape == shape
 
 
-def test_a_float32_head_collects_its_gradient_in_float32(monkeypatch):
+def test_a_float32_head_collects_its_gradient_in_float32():
     # There are 64 chunks of bfloat16 hidden states; a bfloat16 sum would be off by about sqrt(64) / 2^9 = 1.6 %.
-    monkeypatch.setattr(module, "CHUNK", 16)
+    in_chunks = functools.partial(linear_cross_entropy, chunk=16)
     hidden, head, targets = some((1, 1024))
-    gradient = jax.grad(linear_cross_entropy, argnums=1)(hidden.astype(jnp.bfloat16), head, targets)
+    gradient = jax.grad(in_chunks, argnums=1)(hidden.astype(jnp.bfloat16), head, targets)
     exact = jax.grad(linear_cross_entropy, argnums=1)(
         hidden.astype(jnp.bfloat16).astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32), targets
     )

@@ -11,7 +11,6 @@ from int8_weight import Int8Weight
 from programs import equations
 
 from jaxpack.errors import InputError
-from jaxpack.kernels import logits as module
 from jaxpack.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxpack.kernels.token_log_probs import token_log_probs, token_log_probs_reference, token_scores
 
@@ -53,8 +52,7 @@ def oracle(hidden, head, targets, d, softcap):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [7, 2048])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_log_probs_and_gradients(shape, chunk, softcap, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+def test_log_probs_and_gradients(shape, chunk, softcap):
     hidden, head, targets, d = draw(shape)
     want, d_hidden, d_head = oracle(hidden, head, targets, d, softcap)
     np.testing.assert_allclose(
@@ -64,7 +62,7 @@ def test_log_probs_and_gradients(shape, chunk, softcap, monkeypatch):
 
         @jax.jit
         def run(hidden, head, max_targets=max_targets):
-            f = functools.partial(token_log_probs, softcap=softcap, max_targets=max_targets)
+            f = functools.partial(token_log_probs, softcap=softcap, max_targets=max_targets, chunk=chunk)
             out, pull = jax.vjp(lambda *arrays: f(*arrays, targets), hidden, head)
             return out, pull(d)
 
@@ -135,10 +133,9 @@ def test_without_targets_all_is_zero():
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_scores_are_losses_and_the_likeliest_tokens(softcap, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 7)
+def test_scores_are_losses_and_the_likeliest_tokens(softcap):
     hidden, head, targets, d = draw((3, 16))
-    scores = jax.jit(functools.partial(token_scores, softcap=softcap))(hidden, head, targets)
+    scores = jax.jit(functools.partial(token_scores, softcap=softcap, chunk=7))(hidden, head, targets)
     np.testing.assert_allclose(scores.losses, -oracle(hidden, head, targets, d, softcap)[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(scores.predictions, jnp.argmax(hidden @ head.T, axis=-1))
 

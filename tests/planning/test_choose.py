@@ -27,10 +27,11 @@ from jaxpack import LoraConfig, TrainConfig
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
+from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import unrolls
 from jaxpack.planning.cards import CARDS, card_named, card_of, rates_of
-from jaxpack.planning.choose import choices, fits, predict, usable_bytes
+from jaxpack.planning.choose import choices, fits, predict, predict_all, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes
 from jaxpack.planning.time import step_seconds
@@ -100,7 +101,7 @@ def test_to_keep_more_takes_more_memory_and_less_time(name, shape, lora):
         assert less.seconds > more.seconds
         # A loop over layers allocates all gradients at its start. Without a loop, gradients take the place of residuals
         # that are freed.
-        unlooped = lora is None and unrolls(more.remat) and not unrolls(less.remat)
+        unlooped = lora is None and unrolls(more.choice.remat) and not unrolls(less.choice.remat)
         assert less.peak_bytes <= more.peak_bytes + (4 * step.trained if unlooped else 0)
     # With a link that keeps up, offloading saves recomputed matmuls for LoRA, and none where all weights are trained.
     at_once = predict(step, H200._replace(link=math.inf))
@@ -158,16 +159,17 @@ def resolved(monkeypatch):
 
 @pytest.mark.parametrize("remat", get_args(Remat))
 def test_auto_takes_the_fastest_that_fits(resolved, predictions, remat):
-    def fastest(memory: float) -> Remat:
-        fitting = [p for p in predictions.values() if p.peak_bytes <= memory]
-        return min(fitting, key=lambda p: p.seconds).remat
+    every = predict_all(StepShape.of_run(abstract_model("Qwen3-4B", LORA), batches()), H200)
 
-    needed = predictions[remat].peak_bytes
-    assert resolved(1e6, memory_limit=(needed + 1) / GIB)[0] == fastest(needed)
-    assert resolved(1.1 * needed + 100 - 8 * GIB)[0] == fastest(needed)  # a tenth more than predicted must be free
-    if remat != "offload":
-        assert resolved(1.09 * needed - 8 * GIB)[0] == fastest(0.991 * needed) != remat
-        assert resolved(1e6, memory_limit=(needed - 1) / GIB)[0] == fastest(needed - 1) != remat
+    def fastest(memory: float) -> tuple[Remat, int]:
+        fitting = [p for p in every if p.peak_bytes <= memory]
+        return min(fitting, key=lambda p: p.seconds).choice[:2]
+
+    needed, largest = predictions[remat].peak_bytes, (remat, CHUNK)
+    assert resolved(1e6, memory_limit=(needed + 1) / GIB)[:2] == fastest(needed)
+    assert resolved(1.1 * needed + 100 - 8 * GIB)[:2] == fastest(needed)  # a tenth more than predicted must be free
+    assert resolved(1.09 * needed - 8 * GIB)[:2] == fastest(0.991 * needed) != largest
+    assert resolved(1e6, memory_limit=(needed - 1) / GIB)[:2] == fastest(needed - 1) != largest
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_auto_takes_the_fastest_that_fits(resolved, predictions, remat):
 )
 def test_what_is_offloaded_is_what_the_link_carries(name, memory, expected):
     predictions = predict(StepShape.of(abstract_model(name, LORA), (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN), H200)
-    assert fits(predictions.values(), memory * GIB, 64 * GIB)[0].remat == expected
+    assert fits(predictions.values(), memory * GIB, 64 * GIB)[0].choice.remat == expected
 
 
 @pytest.mark.parametrize(("kind", "platform"), [("NVIDIA X1", "gpu"), ("cpu", "cpu")])
@@ -192,8 +194,10 @@ def test_of_another_card_its_own_memory_counts_and_not_that_of_this_device(kind,
     assert chosen("H100") == "none"
     assert chosen("A100 40GB") == "offload_heads"
     assert chosen("H200", memory_limit=12.0) == "offload"
-    with pytest.raises(InputError, match=r'`gpu` must have 9.8 GiB \(remat "offload"\) and 5.5 GiB of host memory for'):
-        chosen("RTX 3060")
+    assert chosen("RTX 3060") == "offload"
+    least = r'remat "offload" with the logits of \d+ tokens at a time'
+    with pytest.raises(InputError, match=rf"`gpu` must have 9.\d GiB \({least}\) and 5.5 GiB of host memory for"):
+        chosen("RTX 3080 10GB")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,12 @@ def test_the_batch_size_that_is_advised_is_the_largest_that_fits(changes, card, 
     ("name", "card", "changes", "advice"),
     [
         ("Qwen3-8B", "RTX 5080", {}, "The weights and the optimizer's state take 15.7 GiB: choose a smaller model or"),
-        ("Qwen3-4B", "RTX 3060", {}, "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs"),
+        (
+            "Qwen3-4B",
+            "RTX 3080 10GB",
+            {},
+            "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs",
+        ),
         ("Qwen3-4B", "RTX 5080", {"remat": "none"}, 'Another choice fits: take `remat` "auto" instead of "none".'),
     ],
 )
@@ -252,7 +261,8 @@ def test_with_more_memory_and_the_same_rates_a_card_refuses_nothing_that_a_small
 
 
 def test_what_is_asked_for_by_name_is_taken(resolved):
-    assert resolved(0, remat="none") == ("none", None)
+    taken = resolved(0, remat="none")
+    assert (taken.remat, taken.reason) == ("none", None)
 
 
 def test_auto_leaves_a_host_alone_that_has_no_room(resolved, predictions):
@@ -290,18 +300,19 @@ def test_nothing_is_offloaded_from_a_host_to_itself(resolved):
 
 
 def test_the_choice_is_explained(resolved):
-    assert resolved(0, memory_limit=50)[1] == (
+    assert resolved(0, memory_limit=50).reason == (
         'remat "keep_projections": a step is predicted to take 0.504 s and 47.4 GiB of the 50.0 GiB that the run may '
-        'use; "none" would take 0.492 s, but need 58.8 GiB'
+        'use; remat "none" would take 0.492 s, but need 58.8 GiB'
     )
-    following = resolved(0, memory_limit=14)[1].partition("; ")[2]
-    assert following == '"keep_projections" would take 0.504 s, but need 47.4 GiB'
+    following = resolved(0, memory_limit=14).reason.partition("; ")[2]
+    assert following == 'remat "keep_projections" would take 0.504 s, but need 47.4 GiB'
     alone = 'remat "none": a step is predicted to take 0.492 s and 58.8 GiB of the 100.0 GiB that the run may use'
-    assert resolved(0, memory_limit=100)[1] == alone
+    assert resolved(0, memory_limit=100).reason == alone
 
 
 def test_a_step_that_fits_nowhere_is_refused(resolved):
-    step, need = "a step of 1 x 16 x 1024 tokens", r'9.8 GiB \(remat "offload"\)'
+    step = "a step of 1 x 16 x 1024 tokens"
+    need = r'9.5 GiB \(remat "offload" with the logits of 512 tokens at a time\)'
     with pytest.raises(InputError, match=f"`memory_limit` must be at least {need} for {step}, got 9.0 GiB"):
         resolved(0, memory_limit=9)
     message = "`per_device_train_batch_size` or `max_length` must be smaller, got a batch size of 16 and a maximum"
@@ -314,13 +325,37 @@ def test_a_step_that_fits_nowhere_is_refused(resolved):
 def test_a_run_prints_and_takes_the_choice(limit, expected, monkeypatch, capsys):
     given = []
 
-    def recording(*args, remat: Remat, **options):
-        given.append(remat)
-        return make_train_step(*args, remat=remat, **options)
+    def recording(*args, remat: Remat, loss_chunk: int, **options):
+        given.append((remat, loss_chunk))
+        return make_train_step(*args, remat=remat, loss_chunk=loss_chunk, **options)
 
     monkeypatch.setattr("jaxpack.train.run.make_train_step", recording)
     rows = [{"input_ids": list(range(20))} for _ in range(4)]
     config = TrainConfig(max_length=64, packing=True, per_device_train_batch_size=2, max_steps=1, memory_limit=limit)
     Trainer(small_model("qwen3", lora=LORA), None, rows, config).train()
-    assert given == [expected]
+    assert given == [(expected, CHUNK)]
     assert capsys.readouterr().err.count(f'remat "{expected}": ') == 1
+
+
+def test_a_smaller_chunk_of_the_loss_takes_less_memory_and_more_time(resolved):
+    step = StepShape.of_run(abstract_model("Qwen3-4B", LORA), batches())
+    found = [p for p in predict_all(step, H200) if p.choice.remat == "offload"]
+    assert [p.choice.loss_chunk for p in found] == [1024, 512, 256, 128]
+    assert [p.seconds for p in found] == sorted(p.seconds for p in found)
+    assert [p.peak_bytes for p in found] == sorted((p.peak_bytes for p in found), reverse=True)
+    # Of 512 tokens of 151,936 logits, the search for kernels holds the float32 matrix twice less.
+    assert found[0].peak_bytes - found[1].peak_bytes <= 512 * (151_936 * 2 * 4 + 2560 * 2)
+    assert found[0].peak_bytes > found[1].peak_bytes
+    assert resolved(0, memory_limit=(found[1].peak_bytes + 1) / GIB)[:2] == ("offload", 512)
+
+
+def test_the_next_choice_needs_clearly_less_memory(monkeypatch):
+    monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: FakeGpu(limit=100 * GIB, in_use=0))
+    every = {p.choice[:2]: p for p in predict_all(StepShape.of_run(abstract_model("Qwen3-4B", LORA), batches()), H200)}
+    for config in (PACKED, dataclasses.replace(PACKED, remat="keep_attention")):
+        taken = [every[choice[:2]] for choice in choices(config, abstract_model("Qwen3-4B", LORA), batches(), 0)]
+        assert len(taken) > 1 or config.remat == "keep_attention"
+        for one, after in itertools.pairwise(taken):
+            assert after.peak_bytes < 0.98 * one.peak_bytes
+            assert after.seconds >= one.seconds
+        assert config.remat in ("auto", *{p.choice.remat for p in taken})

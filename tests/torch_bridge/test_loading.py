@@ -21,6 +21,7 @@ import torch_bridge
 import torch_bridge.tensors
 from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
+from torch_bridge.config_json import config_to_hf
 from torch_bridge.io.folder import SafetensorsFolder
 from torch_bridge.tensors import build_model, model_tensors
 
@@ -164,12 +165,26 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
         torch_bridge.from_pretrained(str(tmp_path / "model"))
 
 
-DESCRIBING = {"tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt"}
+DESCRIBING = {
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+}
 DESCRIBING |= {"vocab.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"}
 DESCRIBING |= {"chat_template.jinja", "additional_chat_templates/tools.jinja"}
 SHARDS = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 PICKLES = {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
 OTHERS = {"README.md", "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json"}
+
+
+def from_pretrained_in_gptq(name: str):
+    with pytest.raises(InputError, match=r"got GPTQ.*probably 'owner/name'"):
+        torch_bridge.from_pretrained(f"{name}-GPTQ")
+    raise InputError
 
 
 @pytest.mark.parametrize(
@@ -178,20 +193,23 @@ OTHERS = {"README.md", "consolidated.safetensors", "original/consolidated.00.pth
         (torch_bridge.from_pretrained, SHARDS | PICKLES, (".json", ".safetensors")),
         (torch_bridge.from_pretrained, PICKLES, (".json", ".bin")),
         (torch_bridge.read_config, SHARDS | PICKLES, (".json",)),
+        (from_pretrained_in_gptq, SHARDS | PICKLES, (".json",)),
     ],
-    ids=["safetensors", "nothing but pickles", "no weights"],
+    ids=["safetensors", "nothing but pickles", "no weights", "a format that is refused"],
 )
 def test_cases_of_the_hub_only_what_is_read_or_copied_is_downloaded(
     read: Callable, weights: set[str], endings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def download(name: str, **patterns: list[str]) -> str:
+        quantisation = {"quantization_config": {"quant_method": "gptq"}} if name.endswith("GPTQ") else {}
         for file in filter_repo_objects(DESCRIBING | weights | OTHERS, **patterns):
             (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).touch()
+        (tmp_path / "config.json").write_text(json.dumps(config_to_hf(small_config("qwen3")) | quantisation))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(InputError, match=r"must hold a config.json"):
+    with pytest.raises(InputError):  # the files are empty
         read("owner/name")
     downloaded = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
     assert downloaded == DESCRIBING | {file for file in weights if file.endswith(endings)}

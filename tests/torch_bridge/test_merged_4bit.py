@@ -20,8 +20,8 @@ from jaxpack.kernels.weight import DenseWeight
 from jaxpack.model import transformer
 from jaxpack.model.config import RopeConfig
 from jaxpack.model.lora import adapters
-from jaxpack.model.nf4 import nf4_store, quantize_nf4
-from jaxpack.model.weights import Frozen, MixedWeight, freeze, weight_of
+from jaxpack.model.nf4 import quantize_nf4
+from jaxpack.model.weights import Frozen, MixedWeight, weight_of
 from torch_bridge import merged, original
 from torch_bridge.io.safetensors_file import header_bytes
 from torch_bridge.tensors import model_tensors, tensor_table
@@ -49,8 +49,7 @@ def trained(folder: Path, case: str = "untied", dtype: str = "float32", stored: 
     """
     family, changes, lora = CASES[case]
     torch_bridge.save_pretrained(small_model(family, dtype=stored, **changes), folder)
-    model, _ = torch_bridge.from_pretrained(str(folder), dtype=dtype)
-    freeze(model, nf4_store())
+    model, _ = torch_bridge.from_pretrained(str(folder), dtype=dtype, load_in_4bit=True)
     return with_adapters(model, lora)
 
 
@@ -134,12 +133,22 @@ def test_the_figure_is_that_of_the_model_that_is_read_from_the_files(into_base: 
 def test_weights_that_stand_for_bfloat16_are_merged_into_float32_without_another_rounding(tmp_path: Path):
     """As in a folder that bitsandbytes made of a bfloat16 model, when it is read for a computation in float32."""
     torch_bridge.save_pretrained(small_model("llama", dtype="bfloat16"), tmp_path / "base")
-    model, _ = torch_bridge.from_pretrained(str(tmp_path / "base"), dtype="bfloat16")
-    freeze(model, nf4_store())
+    model, _ = torch_bridge.from_pretrained(str(tmp_path / "base"), dtype="bfloat16", load_in_4bit=True)
     model.dtype = jnp.dtype("float32")
     with_adapters(model, ALL)
     (tmp_path / "base").rename(tmp_path / "moved")
     assert torch_bridge.save_merged(model, tmp_path / "merged", dtype="float32") < 1e-4
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("base", [None, "base"])
+def test_weights_that_wait_in_their_files_are_read(base: str | None, tmp_path: Path):
+    torch_bridge.save_pretrained(small_model("llama"), tmp_path / "base")
+    base = base and str(tmp_path / base)
+    for name, lazy in (("one", False), ("two", True)):
+        model, _ = torch_bridge.from_pretrained(str(tmp_path / "base"), dtype="float32", load_in_4bit=True, lazy=lazy)
+        torch_bridge.save_merged(with_adapters(model, ALL), tmp_path / name, base=base)
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -366,8 +375,8 @@ def test_an_adapter_of_a_4_bit_model_names_its_base_and_is_read_again(case: str,
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert torch_bridge.base_of(str(tmp_path / "adapter")) == str(tmp_path / "base")
-    again, _ = torch_bridge.from_pretrained(torch_bridge.base_of(str(tmp_path / "adapter")), dtype="float32")
-    freeze(again, nf4_store())
+    base = torch_bridge.base_of(str(tmp_path / "adapter"))
+    again, _ = torch_bridge.from_pretrained(base, dtype="float32", load_in_4bit=True)
     torch_bridge.load_adapter(again, str(tmp_path / "adapter"))
     np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
     assert not weight_of(again.blocks.attention.qkv.weight).is_dense

@@ -1,7 +1,9 @@
 """Reads and writes folders of safetensors files, one tensor at a time. Needs no torch."""
 
+import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.numpy import save
 from jaxpack.errors import InputError
 from jaxpack.utils.files import is_regular_file
 from jaxpack.utils.json_file import read_json
-from torch_bridge.io.safetensors_file import header_bytes, read_header
+from torch_bridge.io.safetensors_file import header_bytes, read_at, read_header
 
 Found = TypeVar("Found")
 
@@ -46,6 +48,25 @@ class SafetensorsFolder:
     def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
         """Returns rows `first` to `last` (exclusive) of a tensor, see `TensorSource.read`."""
         return self._tensors[name].read(first, last, buffer)
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Returns the dtype of a tensor and the number of its bytes, see `ByteSource.stored`."""
+        tensor = self._tensors[name]
+        return ("uint8" if tensor.code == "U8" else str(tensor.dtype or tensor.code)), tensor.nbytes
+
+    def read_bytes(self, name: str, buffer: np.ndarray) -> None:
+        """Fills `buffer` with all bytes of a tensor, see `ByteSource.read_bytes`."""
+        tensor = self._tensors[name]
+        read_at(tensor.path, tensor.offset, buffer)
+
+
+def read_ahead(folder: Path) -> None:
+    """Asks the system to read the weight files of a folder into its cache, while the caller does something else."""
+    if not hasattr(os, "posix_fadvise"):  # not Linux
+        return
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def tensors_of(folder: Path, one_file: str, read: Callable[[Path], dict[str, Found]]) -> dict[str, Found]:
@@ -125,9 +146,9 @@ def tensor_count(names: Sequence[str], kind: str = "") -> str:
     return f"{len(names)} {kind}tensor{'s' * (len(names) != 1)}"
 
 
-def some(names: Sequence[str]) -> str:
-    """Joins the first few of many names."""
-    return ", ".join(f"{name:.120}" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def some(names: Sequence[str], *, length: int = 120) -> str:
+    """Joins the first few of many names, each cut off after `length` characters."""
+    return ", ".join(name[:length] for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def write_safetensors(
