@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters, without_adapters
@@ -22,14 +24,22 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, weight_of
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
+from torch_bridge.config_json import CONFIG_FILE
+from torch_bridge.original import in_4bit, original_folder, with_original_weights
 from torch_bridge.pretrained import write_folder
+from torch_bridge.sixteen_bit import sixteen_bit_sibling
 from torch_bridge.tensors import model_tensors, tensor_table
 
 _PROMPT = 64  # tokens
 
 
 def save_merged(
-    model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str | None = None
+    model: Transformer,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str | None = None,
+    base: str | None = None,
 ) -> float:
     """Writes a model with its adapters merged as a Hugging Face folder that `AutoModelForCausalLM` reads.
 
@@ -37,16 +47,25 @@ def save_merged(
     The logits of the merged weights are compared with those of the model on a prompt of random tokens, and the
     difference is printed.
 
+    A model whose weights are in 4 bits can be merged in two ways. By default, the adapters are added to the dequantised
+    weights, with which they were trained, so the merged model computes what the trained model does. With `base`, they
+    are added to the weights from which the 4-bit weights were made. These are nearer to the model that its authors
+    published, but the adapters have never seen them. The difference of the other way is printed, too, if the files of
+    the 16-bit weights are known.
+
     Args:
       dtype: the dtype of the weights that are written, "bfloat16", "float16" or "float32"; None is float16 for a model
         in float16, and bfloat16 for others.
+      base: for a model in 4 bits, the folder of its 16-bit base, or the id of the base on the hub. The weights that are
+        not trained are read from its files, one at a time. None merges into the model's own weights.
 
     Returns:
-      The largest absolute difference between two logits.
+      The largest absolute difference between two logits; NaN if the device has too little memory to compute them, which
+      is printed.
 
     Raises:
-      InputError: the model has no adapters, merging changes no weight or makes the logits infinite, `path` is not
-        empty, or the disk refused a write.
+      InputError: the model has no adapters, merging changes no weight or makes the logits infinite, `base` is not the
+        model that the 4-bit weights were made from, `path` is not empty, or the disk refused a write.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -64,43 +83,118 @@ def save_merged(
         dtype = "float16" if model.dtype == jnp.float16 else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, _PROMPT)).astype(np.int32)
-    expected, plain, actual = (
-        np.asarray(one.logits(jnp.asarray(tokens))) for one in (model, without_adapters(model), _merged(model, dtype))
-    )
-    if not np.isfinite(expected).all():
+    if base is not None and not in_4bit(model):
         raise InputError(
-            "`model` must have finite logits, got NaN or infinite logits before anything was merged. The weights or the"
-            " adapters hold such values, or values too large for the model's dtype: check the losses of the training."
+            "`base` must be None for a model without weights in 4 bits, whose adapters are merged into its own weights,"
+            f" got {base!r:.200}."
         )
-    difference, effect = (float(np.abs(logits - expected).max()) for logits in (actual, plain))
-    if not np.isfinite(difference):
-        raise InputError(
-            "`model` must have finite logits after merging, got merged weights whose logits are NaN or infinite, from a"
-            f" model whose own logits are finite. Either a merged weight is too large for `dtype` {dtype!r} (float16"
-            " ends at 65,504, bfloat16 and float32 at 3.4e38), or the adapters are so large that the merge overflows."
-        )
+    model.read_weights()
+    source = model if base is None else with_original_weights(model, base)
+    compared = _compare(model, source, dtype)
     with whole_folder(Path(path), "path") as folder:
         changed: list[bool] = []
-        write_folder(folder, model, _tensors(model, dtype, changed), dtype, tokenizer)
+        write_folder(folder, model, _tensors(source, dtype, changed), dtype, tokenizer)
         if not any(changed):
             raise InputError(
                 f"`model` must have adapters that change a weight, got adapters that change none in {dtype}. Either"
                 " they are all zero, as before training, or their changes are smaller than the rounding to this dtype:"
                 " train the adapters first, or choose a more precise `dtype`."
             )
-    console.print(
-        f"merged in {dtype}: {sum(changed)} of {len(changed)} adapted tensors changed; the merged model's logits are"
-        f" within {difference:.2e} of the unmerged model's; the adapters changed the base model's logits by up to"
-        f" {effect:.2e}"
-    )
-    if difference > effect:
+    target = f" into the 16-bit weights of {base:.200}" if base is not None else ""
+    if base is None and in_4bit(model):
+        target = " into the dequantised 4-bit weights, with which the adapters were trained"
+    console.print(f"merged in {dtype}{target}: {sum(changed)} of {len(changed)} adapted tensors changed; {compared}")
+    if compared.difference > compared.effect:
+        why, remedy = f"rounding to {dtype}", "a more precise `dtype` keeps"
+        if base is not None:
+            why, remedy = "the change to other weights", "a merge into the dequantised weights (without `base`) keeps"
         console.print(
-            f"rounding to {dtype} changes the logits by more than the adapters do: a more precise `dtype` keeps more of"
-            " the training",
-            style="yellow",
+            f"{why} changes the logits by more than the adapters do: {remedy} more of the training", style="yellow"
         )
-    return difference
+    if in_4bit(model):
+        console.print(_other_way(model, dtype, base))
+    return compared.difference
+
+
+class _Compared(NamedTuple):
+    """Holds differences between logits; NaN where the device has too little memory.
+
+    Attributes:
+      difference: the largest between the merged and the trained model.
+      mean: the mean between these two.
+      effect: the largest between the trained model and the model without its adapters.
+    """
+
+    difference: float
+    mean: float
+    effect: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.difference):
+            return "the device has too little memory to compare the merged model's logits with the trained model's"
+        return (
+            f"the merged model's logits differ from the trained model's by at most {self.difference:.2e}"
+            f" ({self.mean:.2e} on average); the adapters changed the base model's logits by up to {self.effect:.2e}"
+        )
+
+
+def _compare(model: Transformer, source: Transformer, dtype: str) -> _Compared:
+    """Compares a trained model with the merge into the weights of `source`, on a prompt of random tokens.
+
+    Raises:
+      InputError: logits are NaN or infinite.
+    """
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, _PROMPT)).astype(np.int32)
+    try:
+        expected, plain, actual = (
+            np.asarray(one.logits(jnp.asarray(tokens)))
+            for one in (model, without_adapters(model), _merged(source, dtype))
+        )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _Compared(math.nan, math.nan, math.nan)
+    if not np.isfinite(expected).all():
+        raise InputError(
+            "`model` must have finite logits, got NaN or infinite logits before anything was merged. The weights or the"
+            " adapters hold such values, or values too large for the model's dtype: check the losses of the training."
+        )
+    if not np.isfinite(actual).all():
+        raise InputError(
+            "`model` must have finite logits after merging, got merged weights whose logits are NaN or infinite, from a"
+            f" model whose own logits are finite. Either a merged weight is too large for `dtype` {dtype!r} (float16"
+            " ends at 65,504, bfloat16 and float32 at 3.4e38), or the adapters are so large that the merge overflows."
+        )
+    apart = np.abs(actual - expected)
+    return _Compared(float(apart.max()), float(apart.mean()), float(np.abs(plain - expected).max()))
+
+
+def _other_way(model: Transformer, dtype: str, base: str | None) -> str:
+    """Returns a sentence about the way that was not chosen to merge a 4-bit model, with its difference if known."""
+    if base is not None:
+        where, source = "the dequantised 4-bit weights (without `base`)", model
+    else:
+        folder = original_folder(model)
+        if folder is None:
+            files = json.loads(dict(model.source_files).get(CONFIG_FILE, "{}"))
+            sibling = sixteen_bit_sibling(model.config.name_or_path, files)
+            probably = "" if sibling is None else f", probably {sibling!r:.200}"
+            return f"`base` merges into 16-bit weights instead: name the model that was quantised{probably}"
+        where = f"the 16-bit weights of {folder:.200} (with that as `base`)"
+        try:
+            source = with_original_weights(model, folder)
+        except InputError as error:
+            return f"a merge into {where} was not compared: {reason(error)}"
+    try:
+        compared = _compare(model, source, dtype)
+    except InputError as error:
+        return f"a merge into {where} was not compared: {reason(error)}"
+    if np.isnan(compared.difference):
+        return f"a merge into {where} was not compared, because the device has too little memory"
+    return (
+        f"merged into {where}, the logits would differ by at most {compared.difference:.2e}"
+        f" ({compared.mean:.2e} on average)"
+    )
 
 
 def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tuple[str, jax.Array]]:
@@ -214,11 +308,11 @@ class MergedWeight(Weight):
                 here = merge(here, lora_a, lora_b, part.scaling, self.written)
             rows.append(here.astype(self.written))
             first += part.size
-        return jnp.concatenate(rows).astype(weight.dtype).astype(dtype)
+        return jnp.concatenate(rows).astype(dtype)
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
         """Returns rows of an embedding, rounded as in the file; an embedding has no adapter."""
-        return self.base.take(rows, self.base.dtype).astype(self.written).astype(self.base.dtype).astype(dtype)
+        return self.base.take(rows, self.base.dtype).astype(self.written).astype(dtype)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Weight:
         """Raises TypeError, since a merged view of a weight is read only."""

@@ -127,6 +127,16 @@ def described_store(name_or_path: str) -> Store:
     return nf4_store(nested=bool(quantisation[1].get("bnb_4bit_use_double_quant")))  # others are refused
 
 
+def read_tensors(name_or_path: str) -> tuple[dict[str, Any], ModelConfig, ByteSource]:
+    """Returns a model's `config.json`, the architecture that it describes, and its tensors, of which none is read yet.
+
+    Raises:
+      InputError: as in `from_pretrained`.
+    """
+    folder, described, config = _read(str(name_or_path), weights=True)
+    return described[CONFIG_FILE], config, _weights(folder)
+
+
 def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model without adapters as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 

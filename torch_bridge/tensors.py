@@ -242,13 +242,25 @@ def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
     model.read_weights()
     for name, (entry, layer) in tensor_table(model.config).items():
         value = _parameter(model, entry).get_value()
+        first, size = _rows(model, entry)
         if isinstance(value, Weight):
             one = value if layer is None else value.at(layer)
-            array = one.dense(value.dtype)
+            yield name, one.dense_rows(first, size, value.dtype)
         else:
             array = value if layer is None else value[layer]
-        first, size = _rows(model, entry)
-        yield name, jax.lax.slice_in_dim(array, first, first + size)
+            yield name, jax.lax.slice_in_dim(array, first, first + size)
+
+
+def parameter_tensors(model: Transformer) -> dict[str, list[list[str]]]:
+    """Returns the tensors of each parameter by its path: for each layer their names, in the order of their rows.
+
+    A parameter outside the layers counts as one layer.
+    """
+    found: dict[str, list[dict[int, str]]] = {}
+    for name, (entry, layer) in tensor_table(model.config).items():
+        layers = found.setdefault(entry.path, [{} for _ in range(1 if layer is None else model.config.num_layers)])
+        layers[layer or 0][_rows(model, entry)[0]] = name
+    return {path: [[names[row] for row in sorted(names)] for names in layers] for path, layers in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -41,6 +41,15 @@ def export(
             " model, quantised to 4 bits (NF4) and made dense again.",
         ),
     ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="16-bit model to merge into, if the adapter was trained with weights in 4 bits: the folder or the id"
+            " of the model that was quantised. Without this option, the adapter is merged into the dequantised weights,"
+            " so that the merged model computes what was trained.",
+            show_default="the weights of the adapter's training",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Check the merged folder: read it with torch, and compare its logits with jaxpack's.")
     ] = False,
@@ -57,7 +66,7 @@ def export(
     written = sum(map(math.prod, tensor_shapes(network).values())) * jnp.dtype(dtype or "bfloat16").itemsize
     require_room(merged, "merged", written)
     with errors_name(path="merged", folder="merged"):
-        torch_bridge.save_merged(network, str(merged), tokenizer, dtype=dtype)
+        torch_bridge.save_merged(network, str(merged), tokenizer, dtype=dtype, base=base)
         console.print(f"saved {merged}")
         if verify:
             torch_bridge.verify(str(merged))

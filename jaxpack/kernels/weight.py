@@ -58,6 +58,10 @@ class Weight(abc.ABC):
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
         """Returns the matrix, or the whole stack, as an array."""
 
+    def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
+        """Returns `size` rows of a single matrix, from row `first` on, as an array."""
+        return jax.lax.slice_in_dim(self.dense(dtype), first, first + size)
+
     @abc.abstractmethod
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
         """Returns the given rows of a single matrix, as an embedding lookup does."""

@@ -102,3 +102,18 @@ def test_bad_input(flags: dict[str, str], fragment: str, folders: tuple[Path, Pa
     assert lines[0].startswith("error: ")
     assert fragment in lines[0]
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_4_bit_model_is_merged_into_either_base(
+    folders: tuple[Path, Path], tmp_path: Path, export: Callable
+):
+    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "one", "--base", folders[0])
+    assert status == 2
+    assert "`base` must be None for a model without weights in 4 bits" in shown
+    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "two", "--load-in-4bit")
+    assert status == 0
+    assert "into the dequantised 4-bit weights" in shown
+    flags = "--load-in-4bit", "--base", folders[0]
+    status, shown = export("--adapter", folders[1], "--merged", tmp_path / "three", *flags)
+    assert status == 0
+    assert f"into the 16-bit weights of {folders[0]}" in shown

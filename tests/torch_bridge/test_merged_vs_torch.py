@@ -127,7 +127,9 @@ def test_the_figures_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
     difference = torch_bridge.save_merged(adapted(folder, LORA["some"]), str(tmp_path / "merged"))
     assert 1e-4 < difference < 0.5  # bfloat16 weights against float32 weights
     shown = capsys.readouterr().err
-    assert f"6 of 6 adapted tensors changed; the merged model's logits are within {difference:.2e}" in shown
+    assert "merged in bfloat16: 6 of 6 adapted tensors changed; the merged model's logits differ from" in shown
+    assert f"from the trained model's by at most {difference:.2e} (" in shown
+    assert "4 bits" not in shown
     assert "by more than" not in shown
 
 
