@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack.errors import InputError, not_installed, reason
+from jaxpack.errors import InputError, install_command, not_installed, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.utils.console import console
 from jaxpack.utils.files import is_regular_file
@@ -99,7 +99,7 @@ def _require_packages_for_4bit(folder: str, model: Transformer) -> None:
     if missing:
         raise InputError(
             f"`verify` of {folder}, whose weights are in 4 bits, needs the Python packages bitsandbytes and accelerate,"
-            f" got an installation without {' and '.join(missing)}. Install with `pip install {' '.join(missing)}`."
+            f" got an installation without {' and '.join(missing)}. Install with {install_command('bitsandbytes')}."
         )
 
 

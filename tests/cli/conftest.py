@@ -44,7 +44,7 @@ def what_is_trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, 
     def run(*arguments: object) -> dict[str, Any]:
         found: dict[str, Any] = {"lora": None, "adapter": None}
 
-        def from_pretrained(model: str, dtype: str | None, load_in_4bit: bool) -> tuple[None, None]:
+        def from_pretrained(model: str, dtype: str | None, load_in_4bit: bool, lazy: bool) -> tuple[None, None]:
             found.update(model=model, dtype=dtype, load_in_4bit=load_in_4bit)
             return None, None
 

@@ -281,6 +281,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "chat_template_date": "2031-02-03",
         "report_to": ("tensorboard",),
         "memory_limit": 40.5,
+        "optim": "adamw_8bit",
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
         "rank_pattern": "q_proj=8,v_proj=4",
