@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ HOST_GIB = 32  # free memory of the host
 _BLOCK = re.compile(r"(?<=<!-- made by `make docs-tables` -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def largest_batch(model: str, card: str, store: Store = store_dense) -> tuple[int, Prediction] | None:
+def largest_batch(model: str, card: str, form: str = "16-bit") -> tuple[int, Prediction] | None:
     """Returns the most rows that can be trained at once, with the fastest choice for them; None if not even one fits.
 
     The model has adapters on all projections, and every token of a row may have a target.
@@ -35,19 +36,25 @@ def largest_batch(model: str, card: str, store: Store = store_dense) -> tuple[in
     Args:
       model: a name of `SHAPES`.
       card: a card's name.
-      store: makes the frozen weights from dense matrices.
+      form: a name of `FORMS`.
     """
-    abstract, named = abstract_model(SHAPES[model], LoraConfig(r=RANK), store=store), card_named(card)
+    one_row, named = _one_row(model, form), card_named(card)
     memory = usable_bytes(TrainConfig(), card=named)
     assert memory is not None
 
     def fitting(rows: int) -> list[Prediction]:
-        step = dataclasses.replace(StepShape.of(abstract, (1, rows, ROW)), compiles_first=True)
+        step = dataclasses.replace(one_row, shape=(1, rows, ROW), max_targets=rows * ROW)
         return fits(predict_all(step, named.rates), memory, HOST_GIB * 2**30)
 
     sizes = range(1, MOST_ROWS + 1)
     rows = bisect.bisect_left(sizes, True, key=lambda rows: not fitting(rows))
     return (rows, fitting(rows)[0]) if rows else None
+
+
+@functools.cache
+def _one_row(model: str, form: str) -> StepShape:
+    abstract = abstract_model(SHAPES[model], LoraConfig(r=RANK), store=FORMS[form])
+    return dataclasses.replace(StepShape.of(abstract, (1, 1, ROW)), compiles_first=True)
 
 
 def table() -> Iterator[str]:
@@ -60,8 +67,8 @@ def table() -> Iterator[str]:
     yield f"| model | weights | {' | '.join(titles)} |"
     yield f"|---|---|{'---|' * len(cards)}"
     for model in MODELS:
-        for form, store in FORMS.items():
-            found = [largest_batch(model, card, store) for card in CARDS]
+        for form in FORMS:
+            found = [largest_batch(model, card, form) for card in CARDS]
             cells = ["-" if cell is None else f"{cell[0]} ({cell[1].peak_bytes / 2**30:.1f} GiB)" for cell in found]
             yield f"| {model} | {form} | {' | '.join(cells)} |"
 
