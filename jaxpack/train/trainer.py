@@ -247,6 +247,9 @@ class Trainer:
         for line in plan:
             console.print(line)
         events = Events(self.callbacks)
+        is_lazy = self.model.pending is not None
+        if not is_lazy:
+            self._resume(run)
         if cache.folder is not None:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
             console.print(f"compiled programs are kept in {folder} for later runs ({size:.1f} MiB; it may be deleted)")
@@ -255,8 +258,9 @@ class Trainer:
         console.print(
             f"programs are ready after {start.compile_seconds:.1f} s; {cache.found} of {programs} were found compiled"
         )
-        run.read_weights(cache)
-        self._resume(run)
+        if is_lazy:  # A checkpoint belongs to a run by its weights, too.
+            run.read_weights(cache)
+            self._resume(run)
         with contextlib.ExitStack() as stack:
             stack.callback(self._write_back, run)
             stop = stack.enter_context(StopSignal())
