@@ -46,8 +46,9 @@ def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monk
     compiled: list[str] = []  # all that XLA compiles, also small programs between the steps
     by_step: list[int] = []
 
-    def count(event: str, _: float, **__: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+    def count(event: str, _: float, **about: object) -> None:
+        # The search for NaN is compiled when a checkpoint is first saved.
+        if event == "/jax/core/compile/backend_compile_duration" and "_all_finite" not in str(about.get("fun_name")):
             compiled.append(event)
 
     log_step = Log.step
