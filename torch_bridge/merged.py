@@ -20,12 +20,13 @@ from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, weight_of
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
 from torch_bridge.config_json import CONFIG_FILE
-from torch_bridge.original import in_4bit, original_folder, with_original_weights
+from torch_bridge.original import original_folder, with_original_weights
 from torch_bridge.pretrained import write_folder
 from torch_bridge.sixteen_bit import sixteen_bit_sibling
 from torch_bridge.tensors import model_tensors, tensor_table
@@ -83,7 +84,8 @@ def save_merged(
         dtype = "float16" if model.dtype == jnp.float16 else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    if base is not None and not in_4bit(model):
+    is_4bit = holds_4bit(nnx.state(model))
+    if base is not None and not is_4bit:
         raise InputError(
             "`base` must be None for a model without weights in 4 bits, whose adapters are merged into its own weights,"
             f" got {base!r:.200}."
@@ -101,7 +103,7 @@ def save_merged(
                 " train the adapters first, or choose a more precise `dtype`."
             )
     target = f" into the 16-bit weights of {base:.200}" if base is not None else ""
-    if base is None and in_4bit(model):
+    if base is None and is_4bit:
         target = " into the dequantised 4-bit weights, with which the adapters were trained"
     console.print(f"merged in {dtype}{target}: {sum(changed)} of {len(changed)} adapted tensors changed; {compared}")
     if compared.difference > compared.effect:
@@ -111,7 +113,7 @@ def save_merged(
         console.print(
             f"{why} changes the logits by more than the adapters do: {remedy} more of the training", style="yellow"
         )
-    if in_4bit(model):
+    if is_4bit:
         console.print(_other_way(model, dtype, base))
     return compared.difference
 

@@ -37,15 +37,6 @@ from torch_bridge.tensors import parameter_tensors, tensor_shapes
 _SUSPICIOUS, _TOO_FAR = 0.05, 0.2
 
 
-def in_4bit(model: Transformer) -> bool:
-    """Returns whether a model holds weights in 4 bits."""
-    return any(isinstance(leaf, NF4Weight) for leaf in jax.tree.leaves(nnx.state(model), is_leaf=_is_nf4))
-
-
-def _is_nf4(value: Any) -> bool:
-    return isinstance(value, NF4Weight)
-
-
 def original_folder(model: Transformer) -> str | None:
     """Returns the folder of the 16-bit weights that were quantised when the model was read; None if it is not known."""
     name = model.config.name_or_path

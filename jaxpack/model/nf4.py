@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -141,6 +142,12 @@ class NF4Weight(Weight):
 
     def _dense(self, dtype: DTypeLike, **behind: Any) -> Float[Array, "P E"]:
         return dequantize_nf4(self.arrays, self._layer, self.places, stored=self.stored, dtype=dtype, **behind)
+
+
+def holds_4bit(state: nnx.State) -> bool:
+    """Returns whether any parameter is held in 4 bits, perhaps in only some of its layers."""
+    is_nf4 = lambda value: isinstance(value, NF4Weight)  # noqa: E731
+    return any(map(is_nf4, jax.tree.leaves(state, is_leaf=is_nf4)))
 
 
 def nf4_store(block_size: int = BLOCK_SIZE, *, nested: bool = True) -> Store:

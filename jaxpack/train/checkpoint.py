@@ -34,7 +34,7 @@ from jaxtyping import Array, UInt32
 from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import adapters
-from jaxpack.model.nf4 import NF4Weight
+from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, on_host
 from jaxpack.settings import TrainConfig
@@ -90,8 +90,6 @@ def identity_of(
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
     weights = arrays_by_name(frozen)
-    parts = jax.tree.leaves(frozen, is_leaf=lambda part: isinstance(part, NF4Weight))
-    in_4bit = any(isinstance(part, NF4Weight) for part in parts)
     of_jax: Any = jax.config  # JAX declares no types for its settings
     identity = (
         structure
@@ -103,7 +101,7 @@ def identity_of(
             f"frozen {name}": f"{leaf.dtype}{list(leaf.shape)} {checksum:08x}"
             for (name, leaf), checksum in zip(weights.items(), checksums(list(weights.values())).tolist(), strict=True)
         }
-        | ({"weights in 4 bits": True} if in_4bit else {})
+        | ({"weights in 4 bits": True} if holds_4bit(frozen) else {})
         | {"jax_default_prng_impl": str(of_jax.jax_default_prng_impl)}
         | {"jax_threefry_partitionable": of_jax.jax_threefry_partitionable}
     )
