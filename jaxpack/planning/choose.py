@@ -177,10 +177,10 @@ def choices(
 def _check_host(step: StepShape, remat: Remat) -> None:
     needed, room = host_bytes(step, remat), _host_room()
     if needed > room:
-        got = f"{PINNED_LIMIT} of {_gib(room)}" if room == pinned_limit_bytes() else f"{_gib(room)} available"
+        got = f"{PINNED_LIMIT} of {gib(room)}" if room == pinned_limit_bytes() else f"{gib(room)} available"
         raise InputError(
             f'`remat` "{remat}" must fit in host memory: the activations of the first {step.num_layers - 1} layers '
-            f'need {_gib(needed)}, got {got}. Choose "full", which keeps layer inputs on the device.'
+            f'need {gib(needed)}, got {got}. Choose "full", which keeps layer inputs on the device.'
         )
 
 
@@ -191,27 +191,28 @@ def _host_room() -> int:
 
 
 def _explanation(chosen: Prediction, predictions: list[Prediction], memory: float) -> str:
-    of_room = f"{_gib(chosen.peak_bytes)} of the {_gib(memory)} that the run may use"
+    of_room = f"{gib(chosen.peak_bytes)} of the {gib(memory)} that the run may use"
     line = f"{chosen.choice}: a step is predicted to take {chosen.seconds:.3g} s and {of_room}"
     faster = [p for p in predictions if p.seconds < chosen.seconds and p.choice.loss_chunk == CHUNK]
     if not faster:
         return line
     following = max(faster, key=lambda p: p.seconds)
-    return f"{line}; {following.choice} would take {following.seconds:.3g} s, but need {_gib(following.peak_bytes)}"
+    return f"{line}; {following.choice} would take {following.seconds:.3g} s, but need {gib(following.peak_bytes)}"
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Returns a number of bytes in GiB, as messages write it."""
     return f"{size / _GIB:.1f} GiB"
 
 
 def _refusal(config: TrainConfig, step: StepShape, frugal: Prediction, memory: float, card: Card | None) -> str:
     """Returns a sentence that says which argument asks for too much; `frugal` is the choice that needs least."""
     what = f"a step of {' x '.join(map(str, step.shape))} tokens"
-    need, room = f"{_gib(frugal.peak_bytes)} ({frugal.choice})", _gib(memory)
+    need, room = f"{gib(frugal.peak_bytes)} ({frugal.choice})", gib(memory)
     if config.memory_limit is not None:
         return f"`memory_limit` must be at least {need} for {what}, got {room}."
     if card is not None:
-        host = f" and {_gib(frugal.host_bytes)} of host memory" if frugal.host_bytes else ""
+        host = f" and {gib(frugal.host_bytes)} of host memory" if frugal.host_bytes else ""
         return f"`gpu` must have {need}{host} for {what}, got {card.name}, on which a run may use {room}."
     return (
         "`per_device_train_batch_size` or `max_length` must be smaller, got a batch size of"
@@ -247,5 +248,5 @@ def _remedy(
     if fitting := bisect.bisect_left(sizes, True, key=too_large):
         return f"A batch size of {sizes[fitting - 1]} is predicted to fit."
     if (held := argument_bytes(step)) > memory:
-        return f"The weights and the optimizer's state take {_gib(held)}: choose a smaller model or more memory."
+        return f"The weights and the optimizer's state take {gib(held)}: choose a smaller model or more memory."
     return "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs less."

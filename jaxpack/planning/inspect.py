@@ -20,7 +20,7 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device
 from jaxpack.planning.cards import JAX_MEMORY_FRACTION, Card, card_named, card_of, cards_called
-from jaxpack.planning.choose import choices, predict, usable_bytes
+from jaxpack.planning.choose import choices, gib, predict, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.time import run_seconds
 from jaxpack.settings import TrainConfig
@@ -445,7 +445,7 @@ def _layouts_table(found: Inspection) -> Table:
             assert estimate.hours_per_epoch is not None
             assert estimate.peak_bytes is not None
             hours = f"{estimate.hours_per_epoch:{'.2f' if estimate.hours_per_epoch >= 0.1 else '.2g'}}"
-            times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat, _gib(estimate.peak_bytes)]
+            times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat, gib(estimate.peak_bytes)]
         name = f"{layout} *" if estimate.config is found.run.config else layout
         cells = (name, _batch(estimate.config), _percent(estimate.padding_share), f"{estimate.speedup:.2f} x")
         table.add_row(*cells, *times[: len(columns) - 4])
@@ -466,10 +466,10 @@ def _basis(found: Inspection) -> Iterator[str]:
         yield f"The run does not fit: {run.refusal}"
     elif run.peak_bytes is not None and found.usable_bytes is not None:
         verdict = "fits" if run.peak_bytes <= found.usable_bytes else "may not fit"
-        host = f", and {_gib(run.host_bytes)} of the host's memory" if run.host_bytes else ""
+        host = f", and {gib(run.host_bytes)} of the host's memory" if run.host_bytes else ""
         yield (
-            f'The run {verdict}: with remat "{run.remat}", it is predicted to take {_gib(run.peak_bytes)} of the'
-            f" {_gib(found.usable_bytes)} that it may use{host}."
+            f'The run {verdict}: with remat "{run.remat}", it is predicted to take {gib(run.peak_bytes)} of the'
+            f" {gib(found.usable_bytes)} that it may use{host}."
         )
     if found.variants:
         yield (
@@ -494,10 +494,6 @@ def _basis(found: Inspection) -> Iterator[str]:
     yield f"Times for {found.device} are predicted, not measured. They follow from {why}"
     if found.usable_bytes is None and found.config.remat == "auto":
         yield "Its free memory is not known, so remat is full: `--memory-limit` sets the memory."
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _batch(config: TrainConfig) -> str:
