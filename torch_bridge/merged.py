@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, is_out_of_memory, reason
-from jaxpack.kernels.weight import Weight
+from jaxpack.kernels.weight import NumberedWeight, Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.model.nf4 import holds_4bit
@@ -261,16 +261,13 @@ class _Part(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MergedWeight(Weight):
+class MergedWeight(NumberedWeight):
     """Holds a weight and its adapters; each read merges one layer anew, rounded as in the written file."""
 
     base: Weight
     factors: list[Any]  # for each part, `lora_a` and `lora_b`, or None
     parts: tuple[_Part, ...] = dataclasses.field(metadata={"static": True})
     written: str = dataclasses.field(metadata={"static": True})  # the dtype of the file
-    layer: Any = None
-
-    reads_by_number: ClassVar[bool] = True
 
     @classmethod
     def of(cls, base: Weight, module: nnx.Module, dtype: str) -> "MergedWeight":
@@ -291,10 +288,6 @@ class MergedWeight(Weight):
     def dtype(self) -> jnp.dtype:
         """Returns the dtype of the base weight."""
         return self.base.dtype
-
-    def at(self, layer: Int[Array, ""] | int) -> "MergedWeight":
-        """Returns one layer of the stack."""
-        return dataclasses.replace(self, layer=layer)
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "O I"]:
         """Returns the merged matrix: rounded as in the file, then cast."""

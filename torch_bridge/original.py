@@ -9,7 +9,6 @@ import json
 import math
 import operator
 import os
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.errors import InputError, errors_name
-from jaxpack.kernels.weight import Weight
+from jaxpack.kernels.weight import NumberedWeight, Weight
 from jaxpack.model.nf4 import NF4Weight, quantize_nf4
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, MixedWeight, is_trained
@@ -179,19 +178,15 @@ class LayersInFiles:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StoredWeight(Weight):
+class StoredWeight(NumberedWeight):
     """Stands for a matrix, or a stack of matrices, that stays in its files: each use reads one layer.
 
     Attributes:
-      stack: reads the layers.
-      layer: the layer that is read; None for a whole stack. It is an array also for a single matrix: the matrix would
-        become a constant of a compiled program if the program had nothing to tell it when to read.
+      stack: reads the layers. `layer` is an array also for a single matrix: the matrix would become a constant of a
+        compiled program if the program had nothing to tell it when to read.
     """
 
     stack: LayersInFiles = dataclasses.field(metadata={"static": True})
-    layer: Any = None
-
-    reads_by_number: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,14 +198,10 @@ class StoredWeight(Weight):
         """Returns the dtype of the stored matrices."""
         return self.stack.dtype
 
-    def at(self, layer: Int[Array, ""] | int) -> "StoredWeight":
-        """Returns one layer of the stack."""
-        return dataclasses.replace(self, layer=layer)
-
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
         """Returns the layer that is read, or the whole stack, as an array."""
         if self.layer is None:
-            return jnp.stack([self.at(layer).dense(dtype) for layer in range(self.shape[0])])
+            return self.dense_stack(dtype)
         return self.dense_rows(0, self.shape[0], dtype)
 
     def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:

@@ -8,7 +8,7 @@ keeps the weight as stored and never its dense form, so at most one layer is den
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,30 @@ class Weight(abc.ABC):
         """Returns the weight's cotangent for a backward rule: None for a frozen weight, without calling `gradient`."""
         del gradient
         return None
+
+
+Numbered = TypeVar("Numbered", bound="NumberedWeight")
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberedWeight(Weight):
+    """Represents a stack whose layers are read by their numbers, without a slice of the stack.
+
+    Attributes:
+      layer: the layer that is read; None for the whole stack.
+    """
+
+    layer: Any = dataclasses.field(default=None, kw_only=True)
+
+    reads_by_number: ClassVar[bool] = True
+
+    def at(self: Numbered, layer: Int[Array, ""] | int) -> Numbered:
+        """Returns one layer of the stack."""
+        return dataclasses.replace(self, layer=layer)
+
+    def dense_stack(self, dtype: DTypeLike) -> Float[Array, "L O I"]:
+        """Returns all layers of the stack as one array."""
+        return jnp.stack([self.at(layer).dense(dtype) for layer in range(self.shape[0])])
 
 
 @jax.tree_util.register_dataclass

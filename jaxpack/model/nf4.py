@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxpack.kernels.dequantize import (
     dequantize_nf4,
 )
 from jaxpack.kernels.dynamic_map import dynamic_map, nearest_codes
-from jaxpack.kernels.weight import DenseWeight, Weight
+from jaxpack.kernels.weight import DenseWeight, NumberedWeight, Weight
 from jaxpack.model.weights import Store
 
 BLOCK_SIZE = 64  # bitsandbytes' default
@@ -29,24 +29,20 @@ BLOCK_SIZE = 64  # bitsandbytes' default
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NF4Weight(Weight):
+class NF4Weight(NumberedWeight):
     """Stores a stack of matrices, or one of them, as bitsandbytes' 4-bit codes; see `kernels.dequantize`.
 
     Attributes:
       arrays: the codes and magnitudes, with an axis for the layers also where there is only one matrix.
       places: the sizes of a matrix and of its projections.
       stored: the name of the dtype that the matrices had before they were quantised.
-      layer: the layer that is read; None for the whole stack.
       is_stack: whether there are several layers, so that `shape` begins with their number.
     """
 
     arrays: Any
     places: NF4Places = dataclasses.field(metadata={"static": True})
     stored: str = dataclasses.field(metadata={"static": True})
-    layer: Any = None
     is_stack: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    reads_by_number: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,14 +60,10 @@ class NF4Weight(Weight):
         """Returns True: a block may cross the end of a row, and a mean is that of a whole projection."""
         return True
 
-    def at(self, layer: Int[Array, ""] | int) -> "NF4Weight":
-        """Returns one layer of the stack."""
-        return dataclasses.replace(self, layer=layer)
-
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
         """Returns the layer that is read, or the whole stack, as a dense array."""
         if self.is_stack and self.layer is None:
-            return jnp.stack([self.at(layer).dense(dtype) for layer in range(self.shape[0])])
+            return self.dense_stack(dtype)
         return self._dense(dtype)
 
     def append_columns(self, b: Float[Array, "O R"]) -> Float[Array, "O E"]:

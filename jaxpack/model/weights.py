@@ -6,7 +6,7 @@ as a `Weight`, in whatever form that is stored, and anything smaller as a plain 
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxpack.kernels.weight import DenseWeight, Weight, as_weight
+from jaxpack.kernels.weight import DenseWeight, NumberedWeight, Weight, as_weight
 
 TRAINED = nnx.Param  # the one filter for trained parameters; `nnx.LoRAParam` is a subclass
 MATRICES = ("weight", "embedding", "lm_head")  # the attributes of modules that hold a matrix
@@ -98,20 +98,16 @@ def weights_at(stacks: nnx.State, layer: Int[Array, ""] | None) -> nnx.State:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MixedWeight(Weight):
+class MixedWeight(NumberedWeight):
     """Holds a stack whose layers are stored in several forms, for example most in 4 bits and a few in 16.
 
     Attributes:
       parts: one stack for each form.
       places: for each layer, the index of its part and its index within that part.
-      layer: the layer that is read; None for the whole stack.
     """
 
     parts: tuple[Any, ...]
     places: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
-    layer: Any = None
-
-    reads_by_number: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,11 +119,6 @@ class MixedWeight(Weight):
     def dtype(self) -> jnp.dtype:
         """Returns the dtype that the parts' dtypes promote to."""
         return jnp.result_type(*(part.dtype for part in self.parts))
-
-    @property
-    def is_written_whole(self) -> bool:
-        """Returns whether any part needs all rows of a projection at once."""
-        return any(part.is_written_whole for part in self.parts)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "MixedWeight":
         """Returns the stack with `rows` of one layer replaced, stored in the form of that layer."""
@@ -145,14 +136,10 @@ class MixedWeight(Weight):
         """Returns the stack with one of its parts replaced."""
         return dataclasses.replace(self, parts=(*self.parts[:kind], part, *self.parts[kind + 1 :]))
 
-    def at(self, layer: Int[Array, ""] | int) -> "MixedWeight":
-        """Returns one layer of the stack."""
-        return dataclasses.replace(self, layer=layer)
-
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
         """Returns the layer that is read, or all layers, as a dense array."""
         if self.layer is None:
-            return jnp.stack([self.at(layer).dense(dtype) for layer in range(len(self.places))])
+            return self.dense_stack(dtype)
         return self._choose(lambda weight: weight.dense(dtype))
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
