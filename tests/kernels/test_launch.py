@@ -1,5 +1,6 @@
 """Tests which implementation runs, and that every kernel lowers for CUDA on a machine without a GPU."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from kernels.cuda_lowering import H200, TRITON_CALL, lower_for_cuda, triton_modules
+from kernels.cuda_lowering import H200, TRITON_CALL, TritonModule, lower_for_cuda, triton_modules
 
 from jaxpack.errors import InputError
 from jaxpack.kernels._launch import check_no_byte_arrays, dispatch, power_of_two_divisor, powers_of_two
@@ -207,8 +208,9 @@ CASES = {
 }
 
 
-def lowered(case: Case, dtype, implementation: str | None, *, T: int = 1024, platform: str = "cuda"):
-    """Lowers the forward and backward pass for T tokens."""
+def lowered(name: str, dtype, implementation: str | None, *, T: int = 1024, platform: str = "cuda"):
+    """Lowers the forward and backward pass of a case for T tokens."""
+    case = CASES[name]
 
     def both(*arrays):
         out, pull = jax.vjp(lambda *arrays: case.function(implementation, *arrays, **case.options), *arrays)
@@ -218,37 +220,61 @@ def lowered(case: Case, dtype, implementation: str | None, *, T: int = 1024, pla
     return lower_for_cuda(both, *avals, platform=platform)
 
 
-def all_cases(function):
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])(function)
+@functools.cache
+def modules_of(name: str, T: int) -> tuple[TritonModule, ...]:
+    """Returns the kernels of a case in bfloat16, lowered once for the tests that read them."""
+    program = lowered(name, jnp.bfloat16, "pallas", T=T)
+    modules = triton_modules(program)
+    assert program.as_text().count(TRITON_CALL) == len(modules)
+    return tuple(modules)
 
 
-@pytest.mark.one_in(2)
+all_cases = pytest.mark.parametrize("case", CASES)
+
+
+@all_cases
+def test_cuda_gets_one_launch_per_kernel(case):
+    names = [f"jaxpack_{name}" for name in CASES[case].forward + CASES[case].backward]
+    assert [module.name for module in modules_of(case, 1024)] == names
+
+
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("implementation", "dtype"), [(None, jnp.bfloat16), ("pallas", jnp.float32)])
 @all_cases
-def test_cuda_gets_one_launch_per_kernel(case, dtype, implementation):
+def test_cuda_gets_the_same_launches_without_a_named_implementation_and_in_float32(case, dtype, implementation):
+    names = [f"jaxpack_{name}" for name in CASES[case].forward + CASES[case].backward]
     program = lowered(case, dtype, implementation)
-    modules = triton_modules(program)
-    assert [module.name for module in modules] == [f"jaxpack_{name}" for name in case.forward + case.backward]
-    assert program.as_text().count(TRITON_CALL) == len(modules)
+    assert [module.name for module in triton_modules(program)] == names
+    assert program.as_text().count(TRITON_CALL) == len(names)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("implementation", "platform"), [("xla", "cuda"), (None, "cpu")])
 @all_cases
 def test_xla_and_cpus_get_none(case, implementation, platform):
     assert TRITON_CALL not in lowered(case, jnp.bfloat16, implementation, T=256, platform=platform).as_text()
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("T", [128, 2**26])  # 2^26 tokens have at least 64 bfloat16 channels: activations > 4 GiB
-@all_cases
-def test_offsets_are_64_bits_wide_where_an_array_has_more_than_2_to_the_31_elements(case, T):
-    for module in triton_modules(lowered(case, jnp.bfloat16, "pallas", T=T)):
+def wide_offsets(case: str, T: int) -> set[bool]:
+    """Checks the width of the offsets into each array, and returns whether each kernel has some of 64 bits."""
+    for module in modules_of(case, T):
         for array in module.arrays:
             if array.num_elements > 2**31:
                 assert array.offset_bits <= {64}
             elif array.num_elements <= 2**30:  # Pallas counts bytes: larger float32 arrays need 64 bits
                 assert array.offset_bits <= {32}
-        assert any(64 in array.offset_bits for array in module.arrays) == (T > 128)
+    return {any(64 in array.offset_bits for array in module.arrays) for module in modules_of(case, T)}
+
+
+@all_cases
+def test_offsets_are_32_bits_wide_into_small_arrays(case):
+    assert wide_offsets(case, 1024) == {False}
+
+
+@pytest.mark.one_in(2)
+@all_cases
+def test_offsets_are_64_bits_wide_where_an_array_has_more_than_2_to_the_31_elements(case):
+    assert wide_offsets(case, 2**26) == {True}  # 2^26 tokens have at least 64 bfloat16 channels: activations > 4 GiB
 
 
 _DOT = re.compile(r"= tt\.dot (.*) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>")
@@ -258,7 +284,7 @@ _DOT = re.compile(r"= tt\.dot (.*) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d
 def test_tensor_cores_get_no_block_narrower_than_16(case):
     # Triton compiles a narrower bfloat16 block without an error, but its products are wrong: a GPU shows this, and
     # interpreting does not. Float32 blocks run on tensor cores only if they may be rounded to tf32.
-    for module in triton_modules(lowered(case, jnp.bfloat16, "pallas")):
+    for module in modules_of(case, 1024):
         matmuls = _DOT.findall(module.text)
         assert len(matmuls) == module.text.count("= tt.dot ")
         assert matmuls or not module.name.startswith(("jaxpack_attention", "jaxpack_add_extended"))
