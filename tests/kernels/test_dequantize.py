@@ -109,18 +109,20 @@ def test_a_factor_stands_below_or_beside_the_matrix(form, dtype, nested, impleme
     for rank in (16, 96):
         a = rng.standard_normal((rank, form.columns)).astype(dtype)
         b = rng.standard_normal((sum(form.rows), rank)).astype(dtype)
-        dense = functools.partial(dequantize_nf4, on_device(arrays), 1, places, **options)
-        below, beside = dense(rows_behind=jnp.asarray(a)), dense(columns_behind=jnp.asarray(b))
+        dense = functools.partial(dequantize_nf4, places=places, **options)
+        below = quick_jit(lambda arrays, a, dense=dense: dense(arrays, 1, rows_behind=a))(arrays, a)
+        beside = quick_jit(lambda arrays, b, dense=dense: dense(arrays, 1, columns_behind=b))(arrays, b)
         assert below.dtype == beside.dtype == dtype
         np.testing.assert_array_equal(below, np.concatenate([want, a]))
         np.testing.assert_array_equal(beside, np.concatenate([want, b], axis=1))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
+@both
 @nested_or_not
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
-def test_bitsandbytes_decodes_to_the_same_bits(block_size, stored, nested):
+def test_bitsandbytes_decodes_to_the_same_bits(block_size, stored, nested, implementation):
     torch, functional = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes.functional")
     for rows, columns in ((48, 64), (33, 520)):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.05
@@ -131,11 +133,11 @@ def test_bitsandbytes_decodes_to_the_same_bits(block_size, stored, nested):
         if nested:
             arrays += [state.state2.absmax.numpy(), state.offset.numpy()[None]]
         table = [state.state2.code.numpy()] if nested else []
-        form = NF4Arrays(*(jnp.asarray(array)[None] for array in arrays), *map(jnp.asarray, table))
-        for implementation in ("xla", "pallas"):
-            places = NF4Places((rows,), columns, block_size)
-            got = dequantize_nf4(form, 0, places, stored=stored, dtype="float32", implementation=implementation)
-            np.testing.assert_array_equal(got, functional.dequantize_4bit(codes, state).float().numpy())
+        arrays = NF4Arrays(*(jnp.asarray(array)[None] for array in arrays), *map(jnp.asarray, table))
+        options = {"stored": stored, "dtype": "float32", "implementation": implementation}
+        dense = functools.partial(dequantize_nf4, places=NF4Places((rows,), columns, block_size), **options)
+        got = quick_jit(lambda arrays, dense=dense: dense(arrays, 0))(arrays)
+        np.testing.assert_array_equal(got, functional.dequantize_4bit(codes, state).float().numpy())
 
 
 def test_nested_magnitudes_are_rounded_twice():
