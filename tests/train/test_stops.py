@@ -1,5 +1,6 @@
 """Tests that a run that ends early keeps its last whole state, whatever ends it."""
 
+import functools
 import json
 
 import jax
@@ -25,7 +26,7 @@ SEVERAL = changed(
     remat="auto",
     memory_limit=4.0,
 )
-ADAPTERS = (LORA, None)
+OTHER_STOPS = ((4, False), (0, True))
 
 
 class Fails(Callback):
@@ -43,8 +44,8 @@ def trained(model) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
 
 
-def assert_equal(one, other) -> None:
-    for a, b in zip(trained(one), trained(other), strict=True):
+def assert_equal(one: Trainer, weights: list[np.ndarray]) -> None:
+    for a, b in zip(trained(one.model), weights, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -58,14 +59,20 @@ def resumed(config: TrainConfig, lora: LoraConfig | None) -> Trainer:
     return trainer
 
 
+@functools.cache
+def undisturbed(lora: LoraConfig | None, config: TrainConfig = SHORT) -> tuple[list[np.ndarray], list[float]]:
+    """Returns the weights and the losses of a run that nothing ends early."""
+    trainer = Trainer(small_model("qwen3", lora=lora), None, ROWS, config)
+    losses = trainer.train().losses
+    return trained(trainer.model), losses
+
+
 @pytest.mark.parametrize(
     ("lora", "error"),
     [(LORA, RuntimeError("it failed")), (LORA, SystemExit("it failed")), (None, RuntimeError("it failed"))],
     ids=["lora", "exit", "full"],
 )
 def test_cases_an_error_saves_a_checkpoint_and_leaves_the_weights_in_the_model(lora, error, tmp_path, capsys):
-    whole = Trainer(small_model("qwen3", lora=lora), None, ROWS, SHORT)
-    whole.train()
     config = changed(SHORT, output_dir=str(tmp_path))
     trainer = Trainer(small_model("qwen3", lora=lora), None, ROWS, config, callbacks=[Fails(3, error)])
     with pytest.raises(type(error), match="it failed"):
@@ -77,7 +84,7 @@ def test_cases_an_error_saves_a_checkpoint_and_leaves_the_weights_in_the_model(l
     assert f"its last whole state is that after step {done}, saved as a checkpoint" in capsys.readouterr().err
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == done
-    assert_equal(resumed(config, lora).model, whole.model)
+    assert_equal(resumed(config, lora), undisturbed(lora)[0])
 
 
 def test_cases_data_that_fails_midway_saves_what_was_done(monkeypatch, tmp_path):
@@ -96,9 +103,7 @@ def test_cases_data_that_fails_midway_saves_what_was_done(monkeypatch, tmp_path)
             trainer.train()
     assert trainer.steps_in_model == 5
     assert steps_in(tmp_path) == [5]
-    whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)
-    whole.train()
-    assert_equal(resumed(config, LORA).model, whole.model)
+    assert_equal(resumed(config, LORA), undisturbed(LORA)[0])
 
 
 def test_cases_an_error_before_the_first_step_saves_nothing(monkeypatch, tmp_path, capsys):
@@ -126,8 +131,9 @@ def spoil(step: int, monkeypatch, **metric: float) -> None:
     monkeypatch.setattr(Run, "step", spoiled)
 
 
-@pytest.mark.parametrize("metric", [{"loss": np.nan}, {"grad_norm": np.inf}], ids=["loss", "gradient"])
-@pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("lora", "metric"), [(LORA, {"loss": np.nan}), (None, {"grad_norm": np.inf})], ids=["lora", "full"]
+)
 def test_cases_weights_that_are_not_finite_end_the_run_with_the_last_good_checkpoint(
     lora, metric, monkeypatch, tmp_path
 ):
@@ -143,9 +149,7 @@ def test_cases_weights_that_are_not_finite_end_the_run_with_the_last_good_checkp
     assert trainer.steps_in_model == 4
     assert steps_in(tmp_path)[-1] == 4
     assert all(np.isfinite(x).all() for x in trained(trainer.model))
-    whole = Trainer(small_model("qwen3", lora=lora), None, ROWS, SHORT)
-    whole.train()
-    assert_equal(resumed(config, lora).model, whole.model)
+    assert_equal(resumed(config, lora), undisturbed(lora)[0])
 
 
 def test_cases_weights_that_the_last_step_spoils_are_found(monkeypatch):
@@ -184,8 +188,9 @@ def run_out_of_memory(at: int, monkeypatch, *, times: int = 1) -> None:
     monkeypatch.setattr(Run, "step", failing)
 
 
-@pytest.mark.parametrize("at", [0, 4])
-@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize(
+    ("at", "saves"), [(4, True), (0, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_STOPS)]
+)
 def test_cases_a_run_that_runs_out_of_memory_goes_on_with_the_next_choice(at, saves, monkeypatch, tmp_path, capsys):
     config = changed(SEVERAL, save_steps=3, **({"output_dir": str(tmp_path)} if saves else {}))
     run_out_of_memory(at, monkeypatch)
@@ -195,8 +200,7 @@ def test_cases_a_run_that_runs_out_of_memory_goes_on_with_the_next_choice(at, sa
     told = capsys.readouterr().err
     assert 'remat "none" does not fit: the device ran out of memory in a step' in told
     assert "the run goes on after step" in told
-    whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SEVERAL).train()
-    np.testing.assert_allclose(result.losses, whole.losses, rtol=1e-5)
+    np.testing.assert_allclose(result.losses, undisturbed(LORA, SEVERAL)[1], rtol=1e-5)
     if saves:
         assert steps_in(tmp_path)[-1] == 8
         steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -210,8 +214,7 @@ def test_cases_a_large_state_goes_back_to_the_last_checkpoint(monkeypatch, tmp_p
     result = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config).train()
     monkeypatch.undo()
     assert "the run goes on after step 3; steps to repeat: 2" in capsys.readouterr().err
-    whole = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SEVERAL).train()
-    np.testing.assert_allclose(result.losses, whole.losses, rtol=1e-5)
+    np.testing.assert_allclose(result.losses, undisturbed(LORA, SEVERAL)[1], rtol=1e-5)
 
 
 def test_cases_without_another_choice_the_error_says_what_to_do(monkeypatch, tmp_path):
