@@ -101,14 +101,22 @@ RUNS = {
 }
 
 
+@functools.cache
+def looped_step(family: str, lora: bool, remat: Remat) -> jax.stages.Lowered:
+    """Lowers a step for a GPU, with a loop over the layers, so that the program holds a layer once."""
+    graph, trainable, frozen = parts(family, lora, jnp.bfloat16)
+    step = functools.partial(loss_and_gradients, graph, remat=remat)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxpack.model.transformer.unrolls", lambda remat: False)
+        return lower_for_cuda(step, trainable, frozen, batch())
+
+
 @pytest.mark.parametrize("remat", [*OFFLOADED, "full", "none", *slow(BETWEEN)])
 @pytest.mark.parametrize("any_family", ["qwen3", *slow([("llama",), ("gemma3",)])])
-def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
-    monkeypatch.setattr("jaxpack.model.transformer.unrolls", lambda remat: False)  # the program then holds a layer once
-    graph, trainable, frozen = parts(any_family, True, jnp.bfloat16)
-    step = functools.partial(loss_and_gradients, graph, remat=remat)
-    lowered = lower_for_cuda(step, trainable, frozen, batch())
+def test_what_is_kept_is_not_computed_again(any_family, remat):
+    lowered = looped_step(any_family, True, remat)
     kernels = [module.name for module in triton_modules(lowered)]
+    lines = lowered.as_text().splitlines()
     config = small_config(any_family)
     # With offloading, the post norm reads the output of the projection again.
     runs = RUNS[remat] | ({"out": 2} if remat in OFFLOADED and config.post_norms else {})
@@ -124,7 +132,7 @@ def test_what_is_kept_is_not_computed_again(any_family, remat, monkeypatch):
     }
     for name, (rows, columns) in matrices.items():
         matrix = f"tensor<{rows}x{columns}xbf16>) ->"
-        matmuls = [line for line in lowered.as_text().splitlines() if "dot_general" in line and matrix in line]
+        matmuls = [line for line in lines if "dot_general" in line and matrix in line]
         # In these models the output of attention has as many channels as the product in the feed-forward, so both
         # projections count as "out". Without a post norm, nothing needs the second projection again.
         down = runs[name] if config.post_norms else 1
@@ -248,10 +256,7 @@ def test_a_part_with_one_more_name_keeps_the_bytes_that_it_declares(remat, monke
 )
 def test_little_goes_to_the_host_and_comes_back(any_family, lora, names, remat):
     """A layer sends its input and, if that spares a matmul, the array between its halves or the source of its heads."""
-    graph, trainable, frozen = parts(any_family, lora, jnp.bfloat16)
-    text = lower_for_cuda(
-        functools.partial(loss_and_gradients, graph, remat=remat), trainable, frozen, batch()
-    ).as_text()
+    text = looped_step(any_family, lora, remat).as_text()
     there = [line for line in text.splitlines() if "annotate_device_placement" in line and '"pinned_host"' in line]
     assert len(there) == names.get(remat, 0)
     config = small_config(any_family)

@@ -139,7 +139,7 @@ def test_a_run_predicts_its_bytes_and_trains_and_goes_on(store, tmp_path):
         Trainer(other, None, documents, config).train()
 
 
-@all_stores
+@either_store
 def test_the_arguments_of_the_compiled_step_have_the_bytes_that_are_predicted(store):
     model = adapted(store)
     graph, trainable, frozen = split_trainable(model)
@@ -172,7 +172,7 @@ def test_merging_adds_adapters_to_what_they_were_trained_beside(store, tmp_path)
     np.testing.assert_allclose(merged.logits(tokens), model.logits(tokens), atol=1e-4)
 
 
-@all_stores
+@either_store
 def test_a_checkpoint_is_read_into_the_form_and_written_from_it(store):
     source = small_model("qwen3", num_layers=3)
     want = small_model("qwen3", num_layers=3)
