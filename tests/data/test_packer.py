@@ -205,7 +205,7 @@ def test_no_window_is_held_while_the_next_is_read(strategy):
     ("window", "share"),
     [
         pytest.param(100, 0.029, marks=pytest.mark.slow),
-        (1000, 0.010),
+        pytest.param(1000, 0.010, marks=pytest.mark.slow),
         pytest.param(100_000, 0.007, marks=pytest.mark.slow),
     ],
 )
