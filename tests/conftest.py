@@ -1,6 +1,7 @@
 """Settings and fixtures that all tests share: strict JAX, shapes checked at every call, the two model families."""
 
 import collections
+import gc
 import importlib.util
 import os
 import subprocess
@@ -80,6 +81,16 @@ def same_draws() -> None:
     """Seeds torch, so that what torch and PEFT draw without a generator of ours is the same in every run."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Sets aside what earlier files left, mostly imported modules and compiled programs, for the garbage collector.
+
+    It would visit these millions of objects again and again, which slows down whatever makes many objects: tracing.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
