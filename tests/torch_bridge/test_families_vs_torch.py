@@ -152,7 +152,7 @@ _PREFIXES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3")
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case < len(_PREFIXES) else pytest.mark.slow) for case in range(42)]
+    "case", [pytest.param(case, marks=() if case < len(_PREFIXES) else pytest.mark.slow) for case in range(21)]
 )
 def test_random_configs_have_the_logits_of_transformers(case: int):
     prefix = _PREFIXES[case % len(_PREFIXES)]
