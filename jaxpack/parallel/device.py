@@ -7,13 +7,12 @@ import jax
 import numpy as np
 from jax.extend import backend
 
+from jaxpack.constants import PINNED_GIB, PINNED_LIMIT
+
 try:
     import resource
 except ImportError:  # Windows has no `resource`
     resource = None
-
-PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-_PINNED_LIMIT_GIB = 64  # GiB a process, if the variable above is not set
 
 
 def current_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
@@ -68,4 +67,4 @@ def peak_memory_bytes() -> int:
 def pinned_limit_bytes() -> int:
     """Returns the most host memory, in bytes, that XLA pins for a GPU."""
     setting = os.environ.get(PINNED_LIMIT, "")
-    return (int(setting) if setting.isdecimal() else _PINNED_LIMIT_GIB) * 2**30
+    return (int(setting) if setting.isdecimal() else PINNED_GIB) * 2**30
