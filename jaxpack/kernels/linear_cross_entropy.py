@@ -11,9 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxpack.constants import Implementation
+from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.kernels.logits import (
     CHUNK,
     Chunks,
@@ -28,6 +29,7 @@ from jaxpack.kernels.logits import (
     select,
 )
 from jaxpack.kernels.logsumexp import logsumexp
+from jaxpack.kernels.streamed_head import streamed_losses
 from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
@@ -123,6 +125,12 @@ def _loss_and_gradients(
     """Returns the loss and the gradients of hidden states and head; a gradient that is not `wanted` is None."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets, selection = select(hidden, targets, options.max_targets)
+    if isinstance(head, HostMatrix):
+        streamed = streamed_losses(hidden, head, targets, options, wants_gradients=wanted[0])
+        d_hidden = streamed.gradients
+        if d_hidden is not None:
+            d_hidden = put_back(d_hidden, selection).reshape(shape)
+        return _none_of_too_many(jnp.sum(streamed.losses), selection, options), d_hidden, None
     chunks = chunked(hidden, targets, options.chunk)
     weights = head.dense(dtype)
 
@@ -144,8 +152,16 @@ def _loss_and_gradients(
 
     d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
     (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
-    if selection is not None and options.max_targets is not None:
-        total = jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, total)
+    total = _none_of_too_many(total, selection, options)
     if d_hidden is not None:
         d_hidden = put_back(d_hidden.reshape(-1, shape[-1])[: len(targets)], selection).reshape(shape)
     return total, d_hidden, None if d_head is None else head.cotangent(lambda: d_head)
+
+
+def _none_of_too_many(
+    total: Float[Array, ""], selection: Bool[Array, " T"] | None, options: LossOptions
+) -> Float[Array, ""]:
+    """Returns the total, or NaN if there are more targets than `max_targets`."""
+    if selection is None or options.max_targets is None:
+        return total
+    return jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, total)

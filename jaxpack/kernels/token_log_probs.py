@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpack.constants import IGNORE, Implementation
+from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.kernels.logits import (
     CHUNK,
     Chunks,
@@ -29,6 +30,7 @@ from jaxpack.kernels.logits import (
     select,
 )
 from jaxpack.kernels.logsumexp import logsumexp
+from jaxpack.kernels.streamed_head import streamed_losses
 from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
 
@@ -94,7 +96,12 @@ def token_scores(
 ) -> TokenScores:
     """Returns the loss of each token, float32, and the likeliest next token, int32. It has no derivative."""
     head = as_weight(head)
-    check(hidden, head, targets, LossOptions(softcap, chunk=chunk))
+    options = LossOptions(softcap, chunk=chunk)
+    check(hidden, head, targets, options)
+    if isinstance(head, HostMatrix):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        streamed = streamed_losses(flat, head, targets.reshape(-1), options, wants_gradients=False)
+        return TokenScores(streamed.losses.reshape(targets.shape), streamed.predictions.reshape(targets.shape))
     weights = head.dense(hidden.dtype)
     chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
 
@@ -123,10 +130,14 @@ def _forward(hidden, head, targets, options):
 def _with_direction(hidden, head, targets, options, *, wanted: bool):
     """Returns the log-probabilities of all tokens and, if `wanted`, their derivatives by the hidden states.
 
-    The derivatives are in chunks and cover the selected tokens only; they are None if not wanted.
+    The derivatives may be in chunks, and cover the selected tokens only; they are None if not wanted.
     """
-    weights = head.dense(hidden.dtype)
     flat, labels, selection = select(hidden, targets, options.max_targets)
+    if isinstance(head, HostMatrix):
+        streamed = streamed_losses(flat, head, labels, options, wants_gradients=wanted)
+        direction = None if streamed.gradients is None else -streamed.gradients
+        return _for_all_tokens(0.0 - streamed.losses, selection, targets, options), direction
+    weights = head.dense(hidden.dtype)
 
     def step(_: None, chunk: Chunks):
         logits, tanh = capped_logits(chunk.hidden, weights, options.softcap)
@@ -139,10 +150,13 @@ def _with_direction(hidden, head, targets, options, *, wanted: bool):
         return None, (out, direction.astype(hidden.dtype))
 
     _, (out, direction) = jax.lax.scan(step, None, chunked(flat, labels, options.chunk))
-    out = put_back(out.reshape(-1, 1)[: len(labels)], selection)[:, 0].reshape(targets.shape)
-    if selection is not None:
-        out = jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, out)
-    return out, direction
+    return _for_all_tokens(out.reshape(-1)[: len(labels)], selection, targets, options), direction
+
+
+def _for_all_tokens(out, selection, targets, options) -> Float[Array, "*B"]:
+    """Puts the log-probabilities of the selected tokens back at their places; all are NaN if there are too many."""
+    out = put_back(out[:, None], selection)[:, 0].reshape(targets.shape)
+    return out if selection is None else jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, out)
 
 
 def _backward(options, residuals, d_out):

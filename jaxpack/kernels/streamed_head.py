@@ -1,0 +1,116 @@
+"""Computes the loss of tokens with a head that lies in the host's memory, of which one piece at a time is fetched.
+
+The pieces cut the vocabulary, and each is fetched once for all tokens, while the piece before is computed with. No
+token's log-sum-exp is known before its last piece. So, as in attention that works by blocks, the sums are kept relative
+to the largest logit so far (https://arxiv.org/abs/2205.14135). The gradient of a token's loss by its hidden state is
+`sum_v p_v W[v] - W[target]`. The target is left out of the sum, and enters at the end with the factor `p - 1`. As a
+difference of two rows, it would lose digits where p is close to 1: the factors in the sum are rounded to 16 bits.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxpack.constants import IGNORE
+from jaxpack.kernels.host_weight import HostMatrix, loop_with
+from jaxpack.kernels.logits import Chunks, LossOptions, capped_logits, chunked, nan_outside
+
+
+class StreamedLoss(NamedTuple):
+    """Holds the results for each token.
+
+    Attributes:
+      losses: the cross entropy, float32; 0 without a target.
+      gradients: the gradient of the loss by the token's hidden state, in its dtype; None unless asked for.
+      predictions: the likeliest next token.
+    """
+
+    losses: Float[Array, " T"]
+    gradients: Float[Array, "T D"] | None
+    predictions: Int[Array, " T"]
+
+
+class _Sums(NamedTuple):
+    """Holds what is known of each token after some pieces; the tokens are in chunks `[n, C]` within the loop."""
+
+    largest: Float[Array, "*C"]  # the largest logit
+    total: Float[Array, "*C"]  # the sum of exp(logit - largest)
+    target: Float[Array, "*C"]  # the target's logit
+    best: Int[Array, "*C"]  # the token with the largest logit
+    mean: Float[Array, "*C D"] | None  # the sum over tokens but the target of exp(logit - largest) times the row
+    row: Float[Array, "*C D"] | None  # the target's row
+
+
+def streamed_losses(
+    hidden: Float[Array, "T D"],
+    head: HostMatrix,
+    targets: Int[Array, " T"],
+    options: LossOptions,
+    *,
+    wants_gradients: bool,
+) -> StreamedLoss:
+    """Returns the loss of each token, see `linear_cross_entropy`, and its gradient by the hidden state."""
+    chunks, softcap = chunked(hidden, targets, options.chunk), options.softcap
+    size = head.pieces.shape[1]
+
+    def of_piece(number: Int[Array, ""], weights: Float[Array, "S D"], sums: _Sums) -> _Sums:
+        first = number * size
+        exists = first + jnp.arange(size) < head.rows
+        weights = weights.astype(hidden.dtype)
+
+        def of_chunk(_: None, scanned: tuple[Chunks, _Sums]) -> tuple[None, _Sums]:
+            (hidden, targets), sums = scanned
+            logits, tanh = capped_logits(hidden, weights, softcap)
+            logits = jnp.where(exists[None, :], logits, -jnp.inf)
+            place = targets - first
+            is_here = (place >= 0) & (place < size)
+            inside = jnp.clip(place, 0, size - 1)
+            highest = jnp.max(logits, axis=1)
+            largest = jnp.maximum(sums.largest, highest)
+            scale, exponents = jnp.exp(sums.largest - largest), jnp.exp(logits - largest[:, None])
+            mean, row = sums.mean, sums.row
+            if mean is not None and row is not None:
+                is_target = place[:, None] == jnp.arange(size, dtype=place.dtype)[None, :]
+                others = jnp.where(is_target, 0.0, exponents)
+                others = others if tanh is None else others * (1 - tanh * tanh)
+                product = jnp.einsum(
+                    "TV,VD->TD", others.astype(hidden.dtype), weights, preferred_element_type=jnp.float32
+                )
+                mean, row = scale[:, None] * mean + product, jnp.where(is_here[:, None], weights[inside], row)
+            best = jnp.where(highest > sums.largest, first + jnp.argmax(logits, axis=1).astype(jnp.int32), sums.best)
+            found = jnp.take_along_axis(logits, inside[:, None], axis=1)[:, 0]
+            target = jnp.where(is_here, found, sums.target)
+            return None, _Sums(largest, scale * sums.total + exponents.sum(axis=1), target, best, mean, row)
+
+        return jax.lax.scan(of_chunk, None, (chunks, sums))[1]
+
+    sums = loop_with(head.fetch, len(head.pieces), of_piece, _start(chunks, wants_gradients))
+    sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(targets)], sums)  # without the chunks' padding
+    return _results(sums, targets, head.rows, softcap, hidden.dtype)
+
+
+def _start(chunks: Chunks, wants_gradients: bool) -> _Sums:
+    shape, of_token = chunks.hidden.shape, chunks.targets.shape
+    zeros = jnp.zeros(of_token, jnp.float32)
+    mean, row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, chunks.hidden.dtype)
+    both = (mean, row) if wants_gradients else (None, None)
+    return _Sums(jnp.full(of_token, -jnp.inf), zeros, zeros, jnp.zeros(of_token, jnp.int32), *both)
+
+
+def _results(
+    sums: _Sums, targets: Int[Array, " T"], vocab_size: int, softcap: float | None, dtype: DTypeLike
+) -> StreamedLoss:
+    """Returns the results from the sums over all pieces, for each token."""
+    lse = nan_outside(sums.largest + jnp.log(sums.total), targets, vocab_size)
+    has_target = targets != IGNORE
+    losses, gradients = jnp.where(has_target, lse - sums.target, 0.0), None
+    if sums.mean is not None and sums.row is not None:
+        factor = jnp.exp(sums.target - lse) - 1
+        factor = factor if softcap is None else factor * (1 - (sums.target / softcap) ** 2)
+        others = jnp.exp(sums.largest - lse)[:, None] * sums.mean
+        whole = others + factor[:, None] * sums.row.astype(jnp.float32)
+        gradients = jnp.where(has_target[:, None], whole, 0.0).astype(dtype)
+    return StreamedLoss(losses, gradients, sums.best)
