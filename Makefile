@@ -87,7 +87,8 @@ test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare 
 # XLA takes its first choice of matmuls, and times none: that took most of it.
 ON_GPU := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
 test-gpu:  ## Run the tests of kernels and short runs on an NVIDIA GPU, in the environment that is there
-	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels tests/train/test_trainer.py::test_losses_follow_float32_whatever_is_kept
+	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels tests/model/test_offload.py \
+		tests/train/test_trainer.py::test_losses_follow_float32_whatever_is_kept
 	$(ON_GPU) -n 12 -m gpu tests/model tests/train/test_trainer.py
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt

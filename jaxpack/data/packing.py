@@ -39,6 +39,22 @@ class PackedBatch(NamedTuple):
     targets: BatchArray
 
 
+class EmbeddedBatch(NamedTuple):
+    """Holds a `PackedBatch` and the rows of the embedding for its tokens, `[..., T, D]`.
+
+    If a model's embedding lies in the host's memory, NumPy takes its rows there before a step.
+    """
+
+    tokens: BatchArray
+    segment_ids: BatchArray
+    positions: BatchArray
+    targets: BatchArray
+    embedded: Any
+
+
+AnyBatch = PackedBatch | EmbeddedBatch
+
+
 class BatchLimits(NamedTuple):
     """Holds upper limits for all batches of a shape; its compiled program may rely on them. None means unknown.
 

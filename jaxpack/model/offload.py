@@ -1,10 +1,13 @@
-"""Scans over layers, moves their residuals to the host, and fetches them one layer ahead in the backward pass.
+"""Scans over layers whose residuals, and perhaps frozen weights, lie in the host's memory.
+
+Residuals move to the host in the forward pass. Residuals and weights are fetched one layer ahead.
 
 `jax.checkpoint` can offload residuals within `jax.lax.scan`, and XLA can shift the copies by one iteration, so that
 they overlap with computation. But then the copies of the last layer stand outside the loops, where XLA copies with
 kernels that block the GPU for everything else: 20 of 1,100 ms with Qwen3-8B. Here the loops themselves are shifted, so
 that every copy is inside a loop. Each forward iteration sends the residuals of the layer before, the last layer keeps
-its own on the device, and each backward iteration fetches the residuals that the next iteration reads.
+its own on the device, and each backward iteration fetches the residuals that the next iteration reads. Each iteration,
+forward and backward, fetches the weights that the next iteration reads.
 """
 
 import dataclasses
@@ -15,25 +18,54 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpack.kernels.host_weight import HostWeight
+from jaxpack.kernels.weight import Weight
+from jaxpack.parallel.host_memory import host_buffer, to_device
+
 _Arrays = list[jax.Array]
-_Layer = Callable[[jax.Array, Any, Any], jax.Array]
+_Layer = Callable[[jax.Array, Any, Any, Any], jax.Array]
 
 
-def scan_offloaded(layer: _Layer, x: jax.Array, stacks: Any, shared: Any) -> jax.Array:
-    """Applies `x = layer(x, slices, shared)` for each slice along the first axis of `stacks`, and returns `x`.
+def scan_offloaded(layer: _Layer, x: jax.Array, stacks: Any, shared: Any, hosted: Any = None) -> jax.Array:
+    """Applies `x = layer(x, slices, shared, weights)` for each slice along the first axis of `stacks`; returns `x`.
 
     Moves residuals at least as large as `x` to pinned host memory; smaller ones stay on the device. `jax.checkpoint`
-    in `layer` decides which residuals there are. `shared` gets no gradient.
+    in `layer` decides which residuals there are.
+
+    Args:
+      stacks: arrays with a leading axis for the layers.
+      shared: arrays that all layers read. They get no gradient.
+      hosted: a pytree of `HostWeight`. Each layer gets its own matrices as `weights`, on the device. They get no
+        gradient.
     """
     leaves, tree = jax.tree.flatten(stacks)
     if leaves[0].shape[0] == 1:  # no other layer runs that a copy could overlap with
-        return layer(x, jax.tree.map(lambda leaf: leaf[0], stacks), shared)
-    return _scan(lambda x, leaves, shared: layer(x, tree.unflatten(leaves), shared), x, leaves, shared)
+        return layer(x, jax.tree.map(lambda leaf: leaf[0], stacks), shared, _matrices(_fetch(hosted, 0)))
+
+    def of_leaves(x: jax.Array, leaves: _Arrays, shared: Any, fetched: Any) -> jax.Array:
+        return layer(x, tree.unflatten(leaves), shared, fetched)
+
+    return _scan(of_leaves, x, leaves, shared, hosted)
+
+
+def _fetch(hosted: Any, layer: jax.Array | int) -> Any:
+    return jax.tree.map(lambda weight: weight.fetch(layer), hosted, is_leaf=lambda leaf: isinstance(leaf, HostWeight))
+
+
+def _matrices(fetched: Any) -> Any:
+    """Returns the only matrix of each stack; a loop carries the stacks, which hold nothing but arrays."""
+    return jax.tree.map(lambda weight: weight.at(0), fetched, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(layer, x, leaves, shared):
-    return jax.lax.scan(lambda x, of_layer: (layer(x, of_layer, shared), None), x, leaves)[0]
+def _scan(layer, x, leaves, shared, hosted):
+    """Loops as the forward rule does, but without residuals, and so without a copy to the host."""
+
+    def turn(state):
+        i, x, fetched = state
+        return i + 1, layer(x, _at(leaves, i), shared, _matrices(fetched)), _fetch(hosted, i + 1)
+
+    return jax.lax.while_loop(lambda state: state[0] < _length(leaves), turn, (0, x, _fetch(hosted, 0)))[1]
 
 
 @jax.tree_util.register_static
@@ -55,7 +87,7 @@ def _take_apart(
 ) -> tuple[_Pullback, _Arrays, _Arrays]:
     """Splits a pullback of `jax.vjp` into its structure, its residuals at least as large as `x`, and the smaller ones.
 
-    Arrays in `there` exist anyway (the layer's leaves and `shared`), so they are not counted as residuals.
+    Arrays in `there` exist anyway (the layer's leaves, `shared`, fetched matrices): they are no residuals.
     """
     arrays, tree = jax.tree.flatten(derivative)
     known = {id(array) for array in there}
@@ -66,53 +98,71 @@ def _take_apart(
     return _Pullback(varied, tree, tuple(places[id(array)] for array in arrays)), large, small
 
 
-def _forward(layer, x, leaves, shared):
+def _forward(layer, x, leaves, shared, hosted):
     varied = tuple(place for place, leaf in enumerate(leaves) if leaf.perturbed)
-    x, leaves, shared = jax.tree.map(lambda argument: argument.value, (x, leaves, shared))
+    x, leaves, shared, hosted = jax.tree.map(lambda argument: argument.value, (x, leaves, shared, hosted))
     pullback = None
 
-    def one_layer(x, i):
+    def one_layer(x, i, fetched):
         nonlocal pullback  # the same structure for every layer
-        of_layer = _at(leaves, i)
+        of_layer, matrices = _at(leaves, i), _matrices(fetched)
 
         def of_varied(x, some):
-            return layer(x, [some.get(place, array) for place, array in enumerate(of_layer)], shared)
+            return layer(x, [some.get(place, array) for place, array in enumerate(of_layer)], shared, matrices)
 
         out, derivative = jax.vjp(of_varied, x, {place: of_layer[place] for place in varied})
-        pullback, large, small = _take_apart(derivative, varied, x, of_layer + jax.tree.leaves(shared))
-        return (out, large), small
+        there = of_layer + jax.tree.leaves((shared, matrices))
+        pullback, large, small = _take_apart(derivative, varied, x, there)
+        return out, large, small
 
-    def turn(carry, i):
-        x, large = carry
+    def turn(state):
+        i, x, large, fetched, on_host, smalls = state
         sent = [jax.device_put(array, jax.memory.Space.Host) for array in large]
-        carry, small = one_layer(x, i)
-        return carry, (sent, small)
+        x, large, small = one_layer(x, i, fetched)
+        return i + 1, x, large, _fetch(hosted, i + 1), _put(on_host, sent, i), _put(smalls, small, i)
 
-    first, of_first = one_layer(x, 0)
-    (x, large), (on_host, small) = jax.lax.scan(turn, first, jnp.arange(1, leaves[0].shape[0]))
-    small = [jnp.concatenate([array[None], stack]) for array, stack in zip(of_first, small, strict=True)]
-    return x, (leaves, shared, pullback, on_host, large, small)
+    num_layers, fetched = _length(leaves), _fetch(hosted, 0)
+    _, large, small = jax.eval_shape(one_layer, x, 0, fetched)
+    nothing = [jnp.zeros(array.shape, array.dtype) for array in large]  # what the first iteration sends
+    # Slice i holds the residuals of layer i - 1, so that no place is negative.
+    on_host = [host_buffer((num_layers, *array.shape), array.dtype) for array in large]
+    smalls = [jnp.zeros((num_layers, *array.shape), array.dtype) for array in small]
+    start = 0, x, nothing, fetched, on_host, smalls
+    # The last iteration fetches the last layer again, and the backward pass begins with it.
+    _, x, large, fetched, on_host, smalls = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
+    return x, (leaves, shared, hosted, pullback, on_host, large, smalls, fetched)
 
 
 def _backward(layer, kept, d):
-    leaves, shared, pullback, on_host, large, small = kept
-    num_layers = leaves[0].shape[0]
+    leaves, shared, hosted, pullback, on_host, large, small, fetched = kept
+    num_layers = _length(leaves)
 
     def turn(state):
-        turns, d, large, gradients = state
+        turns, d, large, fetched, gradients = state
         i = num_layers - 1 - turns
-        # In the last iteration i - 1 is -1: it fetches the first slice, which nothing reads.
-        fetched = [jax.device_put(array, jax.memory.Space.Device) for array in _at(on_host, i - 1)]
-        d, of_layer = pullback(d, large + _at(small, i), _at(leaves, i) + jax.tree.leaves(shared))
+        before = [to_device(array) for array in _at(on_host, i)]  # the residuals of layer i - 1
+        there = _at(leaves, i) + jax.tree.leaves((shared, _matrices(fetched)))
+        d, of_layer = pullback(d, large + _at(small, i), there)
         update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, allow_negative_indices=False)
-        updated = jax.tree.map(update, gradients, of_layer)
-        return turns + 1, d, fetched, updated
+        # In the last iteration, i - 1 is -1: it fetches the first layer again, which nothing reads.
+        return turns + 1, d, before, _fetch(hosted, i - 1), jax.tree.map(update, gradients, of_layer)
 
     # XLA must be able to compute the source of each copy from the iteration number by additions alone, or it copies
-    # with kernels here, too. A scan over the layer numbers would read the source from an array: hence a while loop.
+    # with kernels here, too. A scan over the layer numbers would read the source from an array: hence while loops.
     zeros = {place: jnp.zeros_like(leaves[place]) for place in pullback.varied}
-    _, d, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, (0, d, large, zeros))
-    return d, [gradients.get(place) for place in range(len(leaves))], None
+    start = 0, d, large, fetched, zeros
+    _, d, _, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
+    return d, [gradients.get(place) for place in range(len(leaves))], None, None
+
+
+def _length(leaves: _Arrays) -> int:
+    return leaves[0].shape[0]
+
+
+def _put(stacks: _Arrays, slices: _Arrays, i: jax.Array | int) -> _Arrays:
+    """Returns the stacks with slice `i` of each replaced."""
+    update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
+    return [update(stack, piece, i) for stack, piece in zip(stacks, slices, strict=True)]
 
 
 def _at(stacks: _Arrays, i: jax.Array | int) -> _Arrays:

@@ -74,15 +74,18 @@ def recompute(layer: Callable[..., Any], remat: Remat, with_input: Collection[st
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))
 
 
-def compiler_options(remat: Remat) -> dict[str, Any]:
-    """Returns the XLA options of a step: with offloading on a GPU, they turn CUDA graphs off; otherwise empty.
+def compiler_options(remat: Remat, *, fetches: bool = False) -> dict[str, Any]:
+    """Returns the XLA options of a program: with offloading on a GPU, they turn CUDA graphs off; otherwise empty.
 
     CUDA graphs, XLA's default, start many kernels at a time. With "none", a step of 1,024 tokens of Qwen3-0.6B takes
     12.0 ms with graphs and 15.5 ms without; 16,384 tokens of Qwen3-4B gain 0.2 %. But a graph holds back copies between
     device and host until its kernels are done. With graphs off, layer i's residuals are fetched while layer i + 1 runs.
     Double buffering puts two layers into each iteration of the loop, so that the fetched residuals need not be copied
     from the next layer's buffer into this layer's.
+
+    Args:
+      fetches: whether the program fetches weights from the host's memory, whatever `remat` says.
     """
-    if current_device().platform != "gpu" or remat not in OFFLOADED:
+    if current_device().platform != "gpu" or not (fetches or remat in OFFLOADED):
         return {}
     return {"xla_gpu_enable_command_buffer": "", "xla_gpu_enable_while_loop_double_buffering": True}

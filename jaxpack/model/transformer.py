@@ -19,7 +19,7 @@ from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
-from jaxpack.model.weights import is_trained, reads_by_number, weight_of, weights_at
+from jaxpack.model.weights import is_hosted, is_trained, reads_by_number, weight_of, weights_at
 from jaxpack.settings import LoraConfig
 
 
@@ -92,6 +92,7 @@ class Transformer(nnx.Module):
         max_segments: int | None = None,
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
+        embedded: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm, in `dtype`.
 
@@ -103,6 +104,7 @@ class Transformer(nnx.Module):
           implementation: the implementation of all kernels; None picks the faster one on each device. With "pallas",
             XLA computes the projections that have no Pallas kernel, see `kernels.extended.unsupported_reason`.
           dropout_key: turns the dropout of LoRA adapters on.
+          embedded: the tokens' rows of the embedding, if it lies in host memory: see `EmbeddedBatch`.
         """
         segments = segment_bounds(segment_ids)
         # A window as long as the row limits nothing.
@@ -113,27 +115,32 @@ class Transformer(nnx.Module):
         angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
-        graph, stacks, layers = nnx.split(self.blocks, reads_by_number, ...)
+        graph, hosted, stacks, layers = nnx.split(self.blocks, is_hosted, reads_by_number, ...)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
-        def layer(x, scanned, shared):
+        def layer(x, scanned, shared, fetched):
             (parameters, key, number, bound, angle), (stacks, bounds, angles) = scanned, shared
             context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
-            return nnx.merge(graph, weights_at(stacks, number), parameters)(x, context, key)[0]
+            return nnx.merge(graph, fetched, weights_at(stacks, number), parameters)(x, context, key)[0]
 
         numbers = jnp.arange(self.config.num_layers) if jax.tree.leaves(stacks) else None
         scanned, shared = (layers, keys, numbers, bounds.index, angles.index), (stacks, bounds, angles)
         layer = recompute(layer, remat, offloaded(remat, self.config, casts_weights=self.casts_weights))
-        x = self.embed(tokens)
-        if remat in OFFLOADED:
-            x = scan_offloaded(layer, x, scanned, shared)
+        x = self.embed(tokens, embedded)
+        if remat in OFFLOADED or jax.tree.leaves(hosted):
+            x = scan_offloaded(layer, x, scanned, shared, hosted)
         else:
-            x, _ = jax.lax.scan(lambda x, scanned: (layer(x, scanned, shared), None), x, scanned, unroll=unrolls(remat))
+            step = lambda x, scanned: (layer(x, scanned, shared, hosted), None)  # noqa: E731
+            x, _ = jax.lax.scan(step, x, scanned, unroll=unrolls(remat))
         return self.norm(x)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns the input of the first layer: the tokens' embeddings, scaled where the architecture does so."""
-        x = weight_of(self.embedding).take(tokens, self.dtype)
+    def embed(self, tokens: Int[Array, "B T"], embedded: Float[Array, "B T D"] | None = None) -> Float[Array, "B T D"]:
+        """Returns the input of the first layer: the tokens' embeddings, scaled where the architecture does so.
+
+        Args:
+          embedded: the tokens' rows of the embedding, if they were taken before.
+        """
+        x = weight_of(self.embedding).take(tokens, self.dtype) if embedded is None else embedded.astype(self.dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to `dtype`, as transformers does
         return x

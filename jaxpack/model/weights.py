@@ -5,8 +5,9 @@ as a `Weight`, in whatever form that is stored, and anything smaller as a plain 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.kernels.weight import DenseWeight, NumberedWeight, Weight, as_weight
 
 TRAINED = nnx.Param  # the one filter for trained parameters; `nnx.LoRAParam` is a subclass
@@ -38,6 +40,12 @@ def split_trained(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State
     """Returns a model's structure, the parameters that training changes, and all others; arrays may be abstract."""
     graph, trained, others = nnx.split(model, TRAINED, ...)
     return graph, trained, others
+
+
+def num_parameters(state: nnx.State) -> int:
+    """Returns the number of parameters, in whatever form their matrices are stored."""
+    values = jax.tree.leaves(state, is_leaf=lambda value: isinstance(value, Weight))
+    return sum(math.prod(value.shape) for value in values)
 
 
 def non_finite(parameters: nnx.State) -> list[str]:
@@ -85,10 +93,58 @@ def freeze(model: nnx.Module, store: Store = store_dense, *, leave_out: Collecti
                 setattr(module, name, Frozen(store(value, rows) if name in MATRICES else value))
 
 
+def move_to_host(model: Any, *, layers: bool = False, embedding: bool = False) -> None:
+    """Moves frozen matrices of a model to the host's memory, in place, one stack after another. Arrays may be abstract.
+
+    A stack whose layers are stored in several forms stays on the device, and so does an embedding or a head that is
+    trained, or stored in another form than as it is.
+
+    Args:
+      layers: whether to move the matrices of all layers.
+      embedding: whether to move the embedding and the head.
+    """
+    in_layers, outside = movable(model)
+    for module, name, value in in_layers if layers else ():
+        if not isinstance(value, HostWeight):
+            setattr(module, name, Frozen(HostWeight.of(value)))
+    for module, name, value in outside if embedding else ():
+        if not isinstance(value, HostMatrix):
+            setattr(module, name, Frozen(HostMatrix.of(value)))
+
+
+class Place(NamedTuple):
+    """Says where a model holds a frozen matrix, or a stack of them: the module, the attribute's name, and its value."""
+
+    module: Any
+    name: str
+    value: Weight
+
+
+def movable(model: Any) -> tuple[list[Place], list[Place]]:
+    """Returns the frozen matrices that lie, or may lie, in the host's memory: those of the layers, and the others."""
+
+    def found(module: Any, name: str, kinds: Any) -> list[Place]:
+        variable = vars(module).get(name)
+        value = variable.get_value() if isinstance(variable, Frozen) else None
+        if not isinstance(value, kinds) or isinstance(value, MixedWeight):
+            return []
+        return [Place(module, name, as_weight(value))]
+
+    modules = [module for _, module in nnx.iter_modules(model.blocks)]
+    in_layers = [place for module in modules for place in found(module, "weight", Weight)]
+    outside = [place for name in ("embedding", "lm_head") for place in found(model, name, DenseWeight | HostMatrix)]
+    return in_layers, outside
+
+
 def reads_by_number(_: Any, variable: Any) -> bool:
     """Selects, as an nnx filter, the weights that a loop over layers reads by layer number (`Weight.at`)."""
     value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
     return isinstance(value, Weight) and value.reads_by_number
+
+
+def is_hosted(_: Any, variable: Any) -> bool:
+    """Selects, as an nnx filter, the stacks whose arrays lie in the host's memory."""
+    return isinstance(variable.get_value() if isinstance(variable, nnx.Variable) else variable, HostWeight)
 
 
 def weights_at(stacks: nnx.State, layer: Int[Array, ""] | None) -> nnx.State:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxpack.constants import Implementation, Remat
-from jaxpack.data.packing import BatchLimits, PackedBatch
+from jaxpack.data.packing import AnyBatch, BatchLimits, EmbeddedBatch
 from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.kernels.token_log_probs import TokenScores, token_log_probs, token_scores
@@ -30,7 +30,7 @@ class Forward:
     def __init__(
         self,
         model: Transformer,
-        batch: PackedBatch,
+        batch: AnyBatch,
         *,
         remat: Remat = "full",
         implementation: Implementation | None = None,
@@ -87,6 +87,7 @@ class Forward:
             max_segments=self.limits.max_segments,
             implementation=self.implementation,
             dropout_key=dropout_key,
+            embedded=self.batch.embedded if isinstance(self.batch, EmbeddedBatch) else None,
         )
 
     def _log_probs_of(self, model: Transformer, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:

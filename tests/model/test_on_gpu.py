@@ -11,7 +11,11 @@ from models import random_documents, small_config, small_model
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.data.batching import Batches
+from jaxpack.model.lora import adapters, add_lora
+from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.remat import compiler_options
+from jaxpack.model.weights import freeze, move_to_host, store_dense
+from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.step import loss_and_gradients, split_trainable
 
@@ -63,3 +67,27 @@ def test_gradients_are_as_near_to_float32_as_those_of_plain_jnp(family, lora, wi
     loss_error, gradient_error = errors(None, remat)
     assert loss_error < 1.5e-2  # as in `test_trainer.py`
     assert gradient_error < 1.5 * rounding  # a norm of thousands of numbers varies less than their maximum
+
+
+@pytest.mark.parametrize("form", ["16-bit", "4-bit"])
+@pytest.mark.parametrize("num_layers", [3, 36])
+def test_weights_fetched_from_host_memory_give_the_same_bits(num_layers, form):
+    """Tests against two reports of wrong slices of host arrays in loops (openxla/xla 46231 and 46308)."""
+    sizes = {name: size for name, size in WIDTHS["wide"].items() if name != "sliding_window"}
+    model = small_model("qwen3", dtype=jnp.dtype("bfloat16"), num_layers=num_layers, **sizes)
+    freeze(model, nf4_store() if form == "4-bit" else store_dense)
+    model = add_lora(model, LoraConfig(r=8))
+    for adapter in adapters(model).values():
+        adapter.lora_b.set_value(0.05 * jax.random.normal(jax.random.key(7), adapter.lora_b.shape))
+
+    def results_of(model):
+        graph, trainable, frozen = split_trainable(model)
+        compute = functools.partial(loss_and_gradients, graph, remat="offload")
+        compiled = jax.jit(compute, compiler_options=compiler_options("offload"))
+        return compiled(trainable, frozen, batch())
+
+    want = jax.device_get(results_of(model))
+    move_to_host(model, layers=True)
+    assert any(map(is_pinned, jax.tree.leaves(split_trainable(model)[2])))
+    for _ in range(3):  # A copy that comes too late need not come too late each time.
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(results_of(model)), want)

@@ -21,7 +21,16 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.remat import OFFLOADED, compiler_options
-from jaxpack.model.weights import TRAINED, Frozen, freeze, is_trained, store_dense, weight_of
+from jaxpack.model.weights import (
+    TRAINED,
+    Frozen,
+    freeze,
+    is_trained,
+    move_to_host,
+    num_parameters,
+    store_dense,
+    weight_of,
+)
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes, loss_bytes
 from jaxpack.train.step import loss_and_gradients, split_trainable
@@ -245,3 +254,13 @@ def test_a_compiled_step_holds_one_dense_matrix_at_a_time(store, remat):
     dense = temporary_bytes(store_dense)
     largest = 2 * 2 * config.intermediate_size * config.hidden_size  # gate and up, bfloat16
     assert temporary_bytes(STORES[store]) <= dense + largest // 2
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("store", [store_dense, nf4_store()], ids=["dense", "nf4"])
+def test_parameters_count_alike_in_every_form_and_place(store, place):
+    model = small_model("qwen3")
+    want = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    freeze(model, store)
+    move_to_host(model, layers=place == "host", embedding=place == "host")
+    assert num_parameters(nnx.state(model)) == want
