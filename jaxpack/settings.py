@@ -14,6 +14,7 @@ from jaxpack.constants import (
     Destination,
     Implementation,
     Layout,
+    Offload,
     Optim,
     PackingStrategy,
     RematSetting,
@@ -24,6 +25,7 @@ from jaxpack.utils.checks import check, is_date, is_positive
 
 _SAVE_STEPS = 500
 # Other names of the optimizers in transformers and TRL.
+_OFFLOADS = {True: "on", False: "off", "true": "on", "false": "off"}
 _OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
 
 
@@ -248,6 +250,19 @@ class TrainConfig:
         "are kept in the host's memory; 'offload_heads' keeps more values there. 'auto' takes the fastest choice that "
         "is predicted to fit on the GPU; on a CPU without a memory_limit, it takes 'full'.",
     )
+    offload_weights: str = _option(
+        "auto",
+        "Whether the frozen weights of all layers lie in the host's memory. Each layer is then copied to the GPU while "
+        "the layer before it is computed, so that the GPU holds two layers at a time. Needs remat 'offload' or "
+        "'offload_heads'. 'auto' does this only if nothing faster is predicted to fit; 'on' (true) and 'off' (false) "
+        "decide.",
+    )
+    offload_embedding: str = _option(
+        "auto",
+        "Whether the embedding and the head lie in the host's memory, unless they are trained. The host takes the rows "
+        "of a batch from the embedding, and the loss copies the head to the GPU in pieces. 'auto', 'on' and 'off' mean "
+        "the same as for offload_weights.",
+    )
     memory_limit: float | None = _option(
         None,
         "Device memory, in GiB, that a run with remat 'auto' may take. None takes the free memory, less 9 % for "
@@ -267,6 +282,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("offload_weights", "offload_embedding"):
+            object.__setattr__(self, name, _OFFLOADS.get(getattr(self, name), getattr(self, name)))
         _check_types(self)
         check(
             self.max_length >= 2,
@@ -343,11 +360,18 @@ class TrainConfig:
             check(is_positive(self.memory_limit), "memory_limit", "must be a positive number", self.memory_limit)
             check(self.remat == "auto", "memory_limit", "must be None unless `remat` is 'auto'", self.memory_limit)
         choices = {"packing_strategy": PackingStrategy, "lr_scheduler_type": Schedule, "remat": RematSetting}
+        choices |= {"offload_weights": Offload, "offload_embedding": Offload}
         if self.implementation is not None:
             choices["implementation"] = Implementation
         for name, values in choices.items():
             allowed = get_args(values)
             check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+        check(
+            self.offload_weights != "on" or self.remat in ("auto", "offload", "offload_heads"),
+            "remat",
+            "must be 'auto', 'offload' or 'offload_heads' with `offload_weights`",
+            self.remat,
+        )
 
     @property
     def layout(self) -> Layout:

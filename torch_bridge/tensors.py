@@ -1,5 +1,6 @@
 """Applies a name table in both directions: checkpoint tensors to a model's stacked arrays, and back."""
 
+import collections
 import contextlib
 import functools
 import math
@@ -13,12 +14,14 @@ import numpy as np
 from flax import nnx
 
 from jaxpack.errors import InputError, is_out_of_memory, reason
+from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.kernels.weight import Weight, write_rows
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.nf4 import NF4Weight
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import Frozen, MixedWeight, freeze, weight_of
 from jaxpack.parallel.device import current_device, free_device_bytes
+from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.host import available_host_bytes
 from jaxpack.utils.prefetch import prefetched
@@ -90,7 +93,8 @@ def lazy_model(
         leaves, tree = jax.tree.flatten(nnx.state(model))  # Those of adapters are arrays already.
         abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         with _room_for(abstract, dtype, tensors, in_4bit=in_4bit):
-            zeros = iter(_zeros(tuple(abstract)))
+            on_device = iter(_zeros(tuple(leaf for leaf in abstract if not is_pinned(leaf))))
+            zeros = iter([pinned_zeros(leaf) if is_pinned(leaf) else next(on_device) for leaf in abstract])
             filled = [next(zeros) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
             nnx.update(model, tree.unflatten(filled))
             fill(model, tensors)
@@ -130,7 +134,7 @@ def _hold_in_4bit(model: Transformer, forms: Mapping[str, NF4Form]) -> None:
 def _room_for(leaves: list[jax.ShapeDtypeStruct], dtype: str, source: NF4Source, *, in_4bit: bool) -> Iterator[None]:
     """Makes an `InputError` of too little memory for the weights, before they are read or while they are."""
     device = current_device()
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if not is_pinned(leaf))
     free = available_host_bytes() if device.platform == "cpu" else free_device_bytes(device)
 
     def refused(got: str) -> InputError:
@@ -178,6 +182,7 @@ def fill(model: Transformer, source: TensorSource) -> None:
         name, first, last = pieces[index]
         return source.read(name, first, last, buffers[index % len(buffers)])
 
+    staged = _Staged(collections.Counter(table[name] for name, _, _ in pieces))
     placed: jax.Array | None = None
     with progress_bar("loading") as progress, contextlib.closing(prefetched(read, len(pieces), _AHEAD)) as parts:
         bar = progress.add_task("", total=len(pieces), note="")
@@ -186,6 +191,10 @@ def fill(model: Transformer, source: TensorSource) -> None:
             parameter = _parameter(model, entry)
             first += _rows(model, entry)[0]
             whole = parameter.get_value()
+            if isinstance(whole, HostMatrix | HostWeight):
+                parameter.set_value(staged.place(whole, entry, layer, first, part, shapes[name]))
+                progress.advance(bar)
+                continue
             kind, layer = whole.places[layer] if isinstance(whole, MixedWeight) and layer is not None else (None, layer)
             start = np.array([first] if layer is None else [layer, first], np.int32)
             before = placed
@@ -196,6 +205,44 @@ def fill(model: Transformer, source: TensorSource) -> None:
                 before.block_until_ready()  # the next read overwrites its buffer
             progress.advance(bar)
         jax.block_until_ready(placed)
+
+
+class _Staged:
+    """Collects the pieces of each layer on the device, and writes complete layers to the host's memory.
+
+    The device quantises and casts, so that weights are the same wherever they lie.
+    """
+
+    def __init__(self, pieces: Mapping[tuple[Entry, int | None], int]):
+        self._missing: dict[tuple[str, int | None], int] = {}
+        for (entry, layer), count in pieces.items():
+            key = entry.path, layer
+            self._missing[key] = self._missing.get(key, 0) + count
+        self._layers: dict[tuple[str, int | None], Weight] = {}
+
+    def place(
+        self,
+        whole: HostMatrix | HostWeight,
+        entry: Entry,
+        layer: int | None,
+        row: int,
+        part: Any,
+        shape: tuple[int, ...],
+    ) -> Weight:
+        """Returns the weight with a piece of a tensor in its place, or on its way there; see `_place`."""
+        if isinstance(whole, HostMatrix):
+            return whole.write((row,), dense_nf4(part, shape, whole.dtype) if isinstance(part, NF4Weight) else part)
+        assert layer is not None
+        key = entry.path, layer
+        if key not in self._layers:
+            leaves, tree = jax.tree.flatten(whole.one)
+            self._layers[key] = tree.unflatten(_zeros(tuple(leaves)))
+        placed, done = _place(self._layers[key], jax.device_put(part), np.array([0, row], np.int32), shape)
+        assert isinstance(placed, Weight)
+        self._layers[key] = placed
+        done.block_until_ready()  # the next read may overwrite the piece's buffer
+        self._missing[key] -= 1
+        return whole if self._missing[key] else whole.put(layer, self._layers.pop(key))
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

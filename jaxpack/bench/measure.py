@@ -34,6 +34,8 @@ def train_config(case: Case) -> TrainConfig:
         implementation=case.implementation,
         learning_rate=case.learning_rate,
         optim=case.optim,
+        offload_weights=case.offload_weights,
+        offload_embedding=case.offload_embedding,
         lr_scheduler_type="constant",
     ).in_layout(case.layout, case.rows)
 
@@ -73,7 +75,7 @@ def measure(
         ends.append(time.perf_counter())
 
     seconds = np.diff(ends)
-    step = dataclasses.replace(step, loss_chunk=run.choice.loss_chunk)
+    step = dataclasses.replace(step, **run.choice.of_step)
     predicted = predict(step, rates_of(current_device().device_kind))[run.remat]
     memory = run.programs[max(run.programs)].memory_analysis()
     assert memory is not None
@@ -91,7 +93,7 @@ def measure(
         "losses": losses,
         "shapes": batches.shapes,
         "chosen_remat": run.remat,
-        "loss_chunk": run.choice.loss_chunk,
+        **run.choice.of_step,
         "predicted_step_seconds": predicted.seconds,
         "predicted_peak_bytes": predicted.peak_bytes,
         "argument_bytes": memory.argument_size_in_bytes,

@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.kernels.weight import DenseWeight, Weight
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import add_lora
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, Store, freeze, store_dense
+from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
 from jaxpack.settings import LoraConfig
 
 
@@ -51,6 +54,8 @@ def random_model(
     """
 
     def fill(path: tuple, value: Any) -> Any:
+        if isinstance(value, HostWeight | HostMatrix):
+            return _filled_on_host(value)
         names = {getattr(key, "key", None) for key in path}
         if isinstance(value, Weight) and not isinstance(value, DenseWeight):
             return _filled(value)
@@ -83,6 +88,22 @@ def _filled(abstract: Weight) -> Weight:
     for layer in range(math.prod(layers)):
         weight = write(weight, (layer, 0) if layers else (0,))
     return weight
+
+
+def _filled_on_host(abstract: HostWeight | HostMatrix) -> Weight:
+    """Returns a weight in the host's memory that holds the same random matrix in each layer."""
+
+    def zero(leaf: Any) -> jax.Array:
+        return pinned_zeros(leaf) if is_pinned(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
+
+    zeros, noise = jax.tree.map(zero, abstract), jax.jit(_noise, static_argnums=0)
+    if isinstance(zeros, HostMatrix):
+        return zeros.write((0,), noise(jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)))
+    one = jax.tree.map(noise, zeros.one) if isinstance(zeros.one, DenseWeight) else _filled(zeros.one)
+    one = jax.tree.map(np.asarray, one)
+    for layer in range(zeros.shape[0]):
+        zeros = zeros.put(layer, one)
+    return jax.tree.map(jnp.asarray, zeros)
 
 
 def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.weights import Store, store_dense
 from jaxpack.planning.cards import card_named
-from jaxpack.planning.choose import Prediction, fits, predict_all, usable_bytes
+from jaxpack.planning.choose import Prediction, fits, gib, predict_all, usable_bytes
 from jaxpack.planning.cost import StepShape
 from jaxpack.settings import LoraConfig, TrainConfig
 
@@ -60,7 +60,7 @@ def _one_row(model: str, form: str) -> StepShape:
 def table() -> Iterator[str]:
     """Yields the lines of the table in Markdown: a row for each model and form of its weights, a column for each card.
 
-    A cell holds the number of rows, and the predicted memory.
+    A cell holds the number of rows, the predicted memory, and a star if frozen weights lie in the host's memory.
     """
     cards = [card_named(name) for name in CARDS]
     titles = [f"{card.gigabytes} GB<br>{card.name.removesuffix(f' {card.gigabytes}GB')}" for card in cards]
@@ -69,8 +69,12 @@ def table() -> Iterator[str]:
     for model in MODELS:
         for form in FORMS:
             found = [largest_batch(model, card, form) for card in CARDS]
-            cells = ["-" if cell is None else f"{cell[0]} ({cell[1].peak_bytes / 2**30:.1f} GiB)" for cell in found]
+            cells = ["-" if cell is None else _cell(*cell) for cell in found]
             yield f"| {model} | {form} | {' | '.join(cells)} |"
+
+
+def _cell(rows: int, prediction: Prediction) -> str:
+    return f"{rows} ({gib(prediction.peak_bytes)}){'*' if any(prediction.choice.moves) else ''}"
 
 
 def with_table(page: str) -> str:

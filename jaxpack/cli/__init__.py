@@ -9,9 +9,10 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
-from jaxpack.constants import MEMORY_FRACTION
+from jaxpack.constants import HOST_FRACTION, MEMORY_FRACTION, PINNED_GIB, PINNED_LIMIT
 from jaxpack.errors import InputError, TrainingError, is_out_of_memory, reason
 from jaxpack.utils.console import console, make_output_visible
+from jaxpack.utils.host import available_host_bytes
 
 # Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
 COMMANDS = {
@@ -72,10 +73,13 @@ def _options(
 
 
 def _ask_for_most_of_the_memory() -> None:
-    """Lets jax take more of a GPU's memory than by default, unless the user has set how much."""
+    """Lets jax take more of a GPU's memory, and of the host's, than by default, unless the user has set how much."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
     if not any(os.environ.get(name) for name in names):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
+    pinned = int(HOST_FRACTION * (available_host_bytes() or 0) / 2**30)
+    if pinned > PINNED_GIB and not os.environ.get(PINNED_LIMIT):
+        os.environ[PINNED_LIMIT] = str(pinned)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Chooses `remat`: predicts the memory and time of a step with each choice, and takes the fastest one that fits.
+"""Chooses what a step keeps, and where: predicts its memory and time with each choice, and takes the fastest that fits.
 
 Predictions are within 10 % of measurements on an H200 and an H100 (`benchmarks/results/`, and the tests): adapters of
 Qwen3-0.6B to 8B, and all weights of 0.6B. Steps of under 30 ms can be off by 30 %, because the host sets their pace:
@@ -9,22 +9,22 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
-from jaxpack.constants import Remat
+from jaxpack.constants import PINNED_LIMIT, Remat
 from jaxpack.data.batching import Batches
 from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
+from jaxpack.model.remat import OFFLOADED
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import (
-    PINNED_LIMIT,
     current_device,
     free_device_bytes,
     pinned_limit_bytes,
 )
 from jaxpack.planning.cards import Card, DeviceRates, rates_of
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.memory import argument_bytes, autotuning_bytes, host_bytes, peak_bytes
+from jaxpack.planning.memory import argument_bytes, autotuning_bytes, host_bytes, moved_bytes, peak_bytes
 from jaxpack.planning.time import step_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.host import available_host_bytes
@@ -42,23 +42,47 @@ class Choice(NamedTuple):
       remat: what the backward pass computes again.
       loss_chunk: the number of tokens whose logits exist at a time.
       reason: a line for the user; None if the user named the choice.
+      offload_weights: whether the frozen matrices of the layers lie in the host's memory.
+      offload_embedding: whether the frozen embedding and head do.
     """
 
     remat: Remat
     loss_chunk: int = CHUNK
     reason: str | None = None
+    offload_weights: bool = False
+    offload_embedding: bool = False
 
     def __str__(self) -> str:
-        return f'remat "{self.remat}"{self._chunks}'
+        return f'remat "{self.remat}"{self._chunks}{self._hosted}'
 
     @property
     def note(self) -> str:
-        """Returns what the rounding of a run depends on, for its checkpoints."""
-        return self.remat + self._chunks
+        """Returns what the rounding of a run depends on, for its checkpoints.
+
+        A head in host memory is read in pieces. Weights of layers give the same bits wherever they lie.
+        """
+        return self.remat + self._chunks + (", with the head in pieces" if self.offload_embedding else "")
+
+    @property
+    def of_step(self) -> dict[str, Any]:
+        """Returns the fields of a `StepShape` that the choice sets."""
+        names = ("loss_chunk", "offload_weights", "offload_embedding")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def moves(self) -> tuple[bool, bool]:
+        """Returns whether the matrices of the layers, and whether those outside of them, lie in the host's memory."""
+        return self.offload_weights, self.offload_embedding
 
     @property
     def _chunks(self) -> str:
         return "" if self.loss_chunk == CHUNK else f" with the logits of {self.loss_chunk} tokens at a time"
+
+    @property
+    def _hosted(self) -> str:
+        names = ("the layers' weights", "embedding and head")
+        there = [name for name, moves in zip(names, self.moves, strict=True) if moves]
+        return f", with {' and '.join(there)} in host memory" if there else ""
 
 
 class Prediction(NamedTuple):
@@ -71,33 +95,51 @@ class Prediction(NamedTuple):
 
 
 def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
-    """Returns a prediction for every choice, from the one that keeps least on the device to the one that keeps most."""
+    """Returns a prediction for every `remat`, from the one that keeps least on the device to the one that keeps most.
+
+    If the weights of layers lie in the host's memory, only those that offload residuals, too, are predicted.
+    """
     first = autotuning_bytes(step)
     return {
         remat: Prediction(
-            Choice(remat, step.loss_chunk),
+            Choice(
+                remat,
+                step.loss_chunk,
+                offload_weights=step.offload_weights,
+                offload_embedding=step.offload_embedding,
+            ),
             max(first, peak_bytes(step, remat)),
             step_seconds(step, remat, rates),
             host_bytes(step, remat),
         )
         for remat in get_args(Remat)
+        if remat in OFFLOADED or not step.offload_weights
     }
 
 
-def predict_all(step: StepShape, rates: DeviceRates) -> list[Prediction]:
-    """Returns the predictions of every `remat` with every size of the loss's chunks, the largest chunks first."""
+def predict_all(step: StepShape, rates: DeviceRates, config: TrainConfig = TrainConfig()) -> list[Prediction]:  # noqa: B008
+    """Returns the predictions of every choice that the settings allow, the largest chunks of the loss first."""
     sizes = [CHUNK, *(size for size in _SMALLER_CHUNKS if size < step.max_targets)]
     return [
         prediction
+        for weights in _allowed(config.offload_weights, step.layers_bytes)
+        for embedding in _allowed(config.offload_embedding, step.outside_bytes)
         for size in sizes
-        for prediction in predict(dataclasses.replace(step, loss_chunk=size), rates).values()
+        for prediction in predict(
+            dataclasses.replace(step, loss_chunk=size, offload_weights=weights, offload_embedding=embedding), rates
+        ).values()
     ]
+
+
+def _allowed(setting: str, movable_bytes: int) -> list[bool]:
+    """Returns whether matrices may lie on the device (False), and whether they may lie in the host's memory (True)."""
+    return [False] * (setting != "on") + [True] * (setting != "off" and movable_bytes > 0)
 
 
 def fits(predictions: Iterable[Prediction], memory: float, host: float) -> list[Prediction]:
     """Returns the predictions that fit in `memory` bytes on the device and `host` bytes on the host, fastest first."""
     room = [p for p in predictions if p.peak_bytes <= memory and p.host_bytes <= host]
-    return sorted(room, key=lambda p: (p.seconds, p.peak_bytes))
+    return sorted(room, key=lambda p: (p.seconds, sum(p.choice.moves), p.peak_bytes))
 
 
 def usable_bytes(config: TrainConfig, held_bytes: int = 0, card: Card | None = None) -> float | None:
@@ -139,19 +181,24 @@ def choices(
     step = StepShape.of_run(model, batches, optimizer_bytes=optimizer_bytes)
     step = dataclasses.replace(step, compiles_first=compiles_first)
     named = None if config.remat == "auto" else config.remat
-    if named is not None and card is None:
-        _check_host(step, named)
+    _check_movable(config, step)
+    moved = {name: getattr(config, name) == "on" for name in ("offload_weights", "offload_embedding")}
+    if card is None:
+        remat: Remat = named or ("offload" if moved["offload_weights"] else "full")
+        _check_host(dataclasses.replace(step, **moved), remat)
     memory = usable_bytes(config, held_bytes, card)
     if memory is None:
-        why = 'remat "full": this device does not report its free memory; a `memory_limit` may allow a faster choice'
-        return [Choice("full", reason=why) if named is None else Choice(named)]
+        choice = Choice(named or ("offload" if moved["offload_weights"] else "full"), **moved)
+        why = f"{choice}: this device does not report its free memory; a `memory_limit` may allow a faster choice"
+        return [choice._replace(reason=why if named is None else None)]
     device = current_device()
     host = _host_room() if card is None else pinned_limit_bytes()
 
     def predicted(step: StepShape) -> list[Prediction]:
-        predictions = predict_all(step, rates_of(device.device_kind) if card is None else card.rates)
+        predictions = predict_all(step, rates_of(device.device_kind) if card is None else card.rates, config)
         on_host = card is None and device.platform == "cpu"  # Its only memory is the host's.
-        return [p for p in predictions if named is not None or not (on_host and p.host_bytes)]
+        asked = named is not None or any(moved.values())
+        return [p for p in predictions if asked or not (on_host and p.host_bytes)]
 
     def does_fit(step: StepShape) -> bool:
         return bool(fits(predicted(step), memory, host))
@@ -167,20 +214,38 @@ def choices(
         raise InputError(f"{refusal} {_remedy(config, model, batches, step, memory, does_fit)}")
     frugal = fitting[:1]
     for prediction in fitting[1:]:
-        if prediction.peak_bytes <= _WORTH * frugal[-1].peak_bytes:
+        # Weights that lie in the host's memory stay there.
+        moves = zip(frugal[-1].choice.moves, prediction.choice.moves, strict=True)
+        stays = all(now or not before for before, now in moves)
+        if stays and prediction.peak_bytes <= _WORTH * frugal[-1].peak_bytes:
             frugal.append(prediction)
     if named is not None:
         return [p.choice for p in frugal]
     return [p.choice._replace(reason=_explanation(p, predictions, memory)) for p in frugal]
 
 
+def _check_movable(config: TrainConfig, step: StepShape) -> None:
+    for name, size in (("offload_weights", step.layers_bytes), ("offload_embedding", step.outside_bytes)):
+        if getattr(config, name) == "on" and not size:
+            raise InputError(
+                f'`{name}` must be "auto" or "off" for this model, got "on": it has no frozen weights that can lie in'
+                " the host's memory. Trained weights, and layers of which some are in 4 bits, stay on the device."
+            )
+
+
 def _check_host(step: StepShape, remat: Remat) -> None:
     needed, room = host_bytes(step, remat), _host_room()
     if needed > room:
         got = f"{PINNED_LIMIT} of {gib(room)}" if room == pinned_limit_bytes() else f"{gib(room)} available"
+        if moved := moved_bytes(step):
+            raise InputError(
+                f"`offload_weights` and `offload_embedding` must ask for what fits in host memory: the weights need"
+                f" {gib(moved)}, and activations {gib(needed - moved)}, got {got}. Leave the weights on the device"
+                ' ("off"), take fewer tokens for each step, or raise that limit.'
+            )
         raise InputError(
-            f'`remat` "{remat}" must fit in host memory: the activations of the first {step.num_layers - 1} layers '
-            f'need {gib(needed)}, got {got}. Choose "full", which keeps layer inputs on the device.'
+            f'`remat` "{remat}" must fit in host memory: the activations of all layers need {gib(needed)}, got {got}.'
+            ' Choose "full", which keeps layer inputs on the device.'
         )
 
 
@@ -194,6 +259,7 @@ def _explanation(chosen: Prediction, predictions: list[Prediction], memory: floa
     of_room = f"{gib(chosen.peak_bytes)} of the {gib(memory)} that the run may use"
     line = f"{chosen.choice}: a step is predicted to take {chosen.seconds:.3g} s and {of_room}"
     faster = [p for p in predictions if p.seconds < chosen.seconds and p.choice.loss_chunk == CHUNK]
+    faster = [p for p in faster if not any(p.choice.moves)] or faster
     if not faster:
         return line
     following = max(faster, key=lambda p: p.seconds)

@@ -13,13 +13,14 @@ from jaxtyping import Int
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
+from jaxpack.kernels.host_weight import HostMatrix, HostWeight, piece_rows
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.cost import NO_COST, Cost, CostContext, PartCost
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import KEPT, offloaded
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import is_trained, split_trained
+from jaxpack.model.weights import is_trained, movable, split_trained
 from jaxpack.optimizers.optimizer import state_bytes
 from jaxpack.settings import TrainConfig
 
@@ -44,6 +45,9 @@ class StepShape:
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
       loss_chunk: the number of tokens whose logits exist at a time.
       compiles_first: whether the frozen weights are read after the programs are compiled.
+      layers_bytes: the bytes of the frozen matrices of all layers that may lie in the host's memory.
+      outside_bytes: the bytes of the frozen embedding and head that may lie there.
+      offload_weights, offload_embedding: whether they do.
     """
 
     config: ModelConfig
@@ -61,6 +65,10 @@ class StepShape:
     keys_per_token: float
     loss_chunk: int = CHUNK
     compiles_first: bool = False
+    layers_bytes: int = 0
+    outside_bytes: int = 0
+    offload_weights: bool = False
+    offload_embedding: bool = False
 
     @classmethod
     def of(
@@ -93,6 +101,7 @@ class StepShape:
         )
         if optimizer_bytes is None:
             optimizer_bytes = state_bytes(TrainConfig(), model)
+        in_layers, outside = movable(model)
         return cls(
             config=model.config,
             layer=model.blocks.cost(context),
@@ -103,10 +112,14 @@ class StepShape:
             trains_all=is_trained(model.norm.scale),
             trains_head=is_trained(model.head_variable),
             casts_weights=context.casts_weights,
-            copies_head=not model.head.is_dense,
+            copies_head=not (model.head.is_dense or isinstance(model.head, HostMatrix)),
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,
+            layers_bytes=sum(place.value.nbytes for place in in_layers),
+            outside_bytes=sum(place.value.nbytes for place in outside),
+            offload_weights=any(isinstance(place.value, HostWeight) for place in in_layers),
+            offload_embedding=any(isinstance(place.value, HostMatrix) for place in outside),
         )
 
     @classmethod
@@ -144,6 +157,16 @@ class StepShape:
     def input_bytes(self) -> int:
         """Returns the bytes per token of a layer's input, which every choice keeps, on the device or the host."""
         return self.config.hidden_size * self.itemsize
+
+    @property
+    def streams_head(self) -> bool:
+        """Returns whether the loss copies the head to the device in pieces."""
+        return self.offload_embedding and not self.trains_head
+
+    @property
+    def piece(self) -> int:
+        """Returns the number of rows of a piece of the head in the host's memory."""
+        return piece_rows(self.config.vocab_size, self.config.hidden_size, self.itemsize)
 
     @property
     def head(self) -> int:
@@ -199,7 +222,11 @@ def loss_cost(step: StepShape) -> Cost:
     of_target = Cost(matmul=2 * matmuls * step.head, bytes=step.config.vocab_size * (2 * 4 + step.itemsize))
     more_chunks = step.max_targets / step.loss_chunk - step.max_targets / CHUNK
     again = Cost(weight_bytes=max(0, more_chunks) * matmuls * step.head * step.itemsize)
-    return of_target.for_tokens(step.max_targets) + again
+    cost = of_target.for_tokens(step.max_targets) + again
+    if step.streams_head:  # The sums over pieces are float32, and read and written with each piece.
+        pieces = -(-step.config.vocab_size // step.piece)
+        cost += Cost(bytes=2 * 4 * pieces * step.config.hidden_size).for_tokens(step.max_targets)
+    return cost
 
 
 def update_cost(step: StepShape) -> Cost:

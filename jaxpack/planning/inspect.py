@@ -53,6 +53,7 @@ class LayoutEstimate:
       speedup: tokens a second divided by those of the padded run. If times are not predicted, it is computed from the
         number of positions instead.
       remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
+      choice: what the run chooses, in words: `remat`, and what else saves memory; None as above.
       peak_bytes, host_bytes: the memory that the largest step is predicted to take on the device, and the pinned memory
         on the host; None as above.
       refusal: the reason why the run does not fit in the device's memory; None if it fits or times are not predicted.
@@ -70,6 +71,7 @@ class LayoutEstimate:
     shapes: list[tuple[int, int, int]]
     speedup: float
     remat: Remat | None = None
+    choice: str | None = None
     tokens_per_second: float | None = None
     hours_per_epoch: float | None = None
     peak_bytes: int | None = None
@@ -237,14 +239,15 @@ def _timed(
             timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue
         step = StepShape.of_run(model, run)
-        step = dataclasses.replace(step, loss_chunk=choice.loss_chunk, compiles_first=compiles_first)
+        step = dataclasses.replace(step, compiles_first=compiles_first, **choice.of_step)
         largest = predict(step, card.rates)[choice.remat]
-        seconds = run_seconds(model, run, choice.remat, card.rates, loss_chunk=choice.loss_chunk)
+        seconds = run_seconds(model, run, choice.remat, card.rates, choice.of_step)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(
             estimate,
             remat=choice.remat,
+            choice=str(choice),
             tokens_per_second=rate,
             peak_bytes=largest.peak_bytes,
             host_bytes=largest.host_bytes,
@@ -468,7 +471,7 @@ def _basis(found: Inspection) -> Iterator[str]:
         verdict = "fits" if run.peak_bytes <= found.usable_bytes else "may not fit"
         host = f", and {gib(run.host_bytes)} of the host's memory" if run.host_bytes else ""
         yield (
-            f'The run {verdict}: with remat "{run.remat}", it is predicted to take {gib(run.peak_bytes)} of the'
+            f"The run {verdict}: with {run.choice}, it is predicted to take {gib(run.peak_bytes)} of the"
             f" {gib(found.usable_bytes)} that it may use{host}."
         )
     if found.variants:

@@ -10,10 +10,26 @@ def argument_bytes(step: StepShape) -> int:
     """Returns the bytes of a step's arguments.
 
     These are the frozen weights, the trained ones in float32, the state of the optimizer, and the batch of four int32
-    arrays.
+    arrays. With the embedding in the host's memory, they are also its rows, for this batch and the next one.
     """
     A, B, T = step.shape
-    return step.frozen_bytes + 4 * step.trained + step.optimizer_bytes + 4 * 4 * A * B * T
+    embedded = 2 * A * B * T * step.input_bytes if step.offload_embedding else 0
+    return frozen_bytes(step) + 4 * step.trained + step.optimizer_bytes + 4 * 4 * A * B * T + embedded
+
+
+def frozen_bytes(step: StepShape) -> int:
+    """Returns the bytes of the frozen weights that lie on the device."""
+    return step.frozen_bytes - moved_bytes(step)
+
+
+def moved_bytes(step: StepShape) -> int:
+    """Returns the bytes of the frozen weights that lie in the host's memory."""
+    return step.layers_bytes * step.offload_weights + step.outside_bytes * step.offload_embedding
+
+
+def fetched_bytes(step: StepShape) -> int:
+    """Returns the bytes of the frozen matrices of two layers, this one and the next one, if they are fetched."""
+    return 2 * step.layers_bytes // step.num_layers if step.offload_weights else 0
 
 
 def layer_bytes(step: StepShape, remat: Remat) -> int:
@@ -43,10 +59,24 @@ def loss_bytes(step: StepShape) -> int:
     of the hidden states that have a target, and a gradient of hidden states; the gradient and the cast of a trained
     head; and a dense copy of a head that is stored in another form.
     """
+    if step.streams_head:
+        return _streamed_loss_bytes(step)
     chunk = min(step.loss_chunk, step.max_targets) * step.config.vocab_size * (4 + step.itemsize)
     head = step.head * (4 + step.itemsize) if step.trains_head else 0
     head += step.head * step.itemsize if step.copies_head else 0
     return chunk + 4 * step.tokens * step.input_bytes + head
+
+
+def _streamed_loss_bytes(step: StepShape) -> int:
+    """Returns the maximum number of bytes that the loss holds if the head is fetched in pieces.
+
+    These are two pieces of the head; a chunk of a piece's logits in float32, twice, and in the dtype of matmuls; for
+    each target the sums and the row of the head; and the hidden states as in `loss_bytes`.
+    """
+    piece = 2 * step.piece * step.input_bytes
+    chunk = min(step.loss_chunk, step.max_targets) * step.piece * (2 * 4 + step.itemsize)
+    sums = step.max_targets * (4 * step.config.hidden_size + step.input_bytes)
+    return piece + chunk + sums + 4 * step.tokens * step.input_bytes
 
 
 def backward_bytes(step: StepShape, remat: Remat) -> int:
@@ -84,7 +114,7 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
     at_end = gradients + (head if step.config.tie_word_embeddings else 0)
     micro = max(kept + loss_bytes(step), kept + max(stacked, head) + backward_bytes(step, remat), at_end)
     accumulated = gradients if step.shape[0] > 1 else 0
-    return argument_bytes(step) + accumulated + micro
+    return argument_bytes(step) + fetched_bytes(step) + accumulated + micro
 
 
 def autotuning_bytes(step: StepShape) -> int:
@@ -95,13 +125,19 @@ def autotuning_bytes(step: StepShape) -> int:
     and its output twice, to compare results.
     """
     chunk = min(step.loss_chunk, step.max_targets)
-    hidden, logits = chunk * step.config.hidden_size, chunk * step.config.vocab_size
-    matmul = (hidden + step.head) * step.itemsize + 2 * 4 * logits
+    vocab_size = step.piece if step.streams_head else step.config.vocab_size
+    hidden, logits = chunk * step.config.hidden_size, chunk * vocab_size
+    matmul = (hidden + vocab_size * step.config.hidden_size) * step.itemsize + 2 * 4 * logits
     if step.trains_head:
         matmul = max(matmul, (hidden + logits) * step.itemsize + 2 * 4 * step.head)
-    return argument_bytes(step) - (step.frozen_bytes if step.compiles_first else 0) + matmul
+    return argument_bytes(step) - (frozen_bytes(step) if step.compiles_first else 0) + matmul
 
 
 def host_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the bytes that are offloaded to the host, from all layers but the last."""
-    return (step.num_layers - 1) * offloaded_bytes(step, remat)
+    """Returns the bytes in the host's memory: residuals of the layers, and frozen weights."""
+    return residual_bytes(step, remat) + moved_bytes(step)
+
+
+def residual_bytes(step: StepShape, remat: Remat) -> int:
+    """Returns the bytes of host memory for residuals: the last layer's stay on the device, but have a place there."""
+    return step.num_layers * offloaded_bytes(step, remat)

@@ -1,17 +1,21 @@
 """Predicts the seconds that a step takes with each choice of `remat`, at the rates of a device."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
-from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.remat import OFFLOADED, unrolls
 from jaxpack.model.transformer import Transformer
 from jaxpack.planning.cards import DeviceRates
 from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, loss_cost, recomputed_cost, update_cost
-from jaxpack.planning.memory import host_bytes
+from jaxpack.planning.memory import residual_bytes
+
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
 def num_kernels(step: StepShape, remat: Remat) -> int:
@@ -31,19 +35,25 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     """
     forward = step.num_layers * rates.seconds(forward_cost(step))
     backward = step.num_layers * rates.seconds(backward_cost(step) + recomputed_cost(step, remat))
-    copy = host_bytes(step, remat) / rates.link
-    micro = max(forward, copy) + max(backward, copy) + rates.seconds(loss_cost(step))
+    residuals = residual_bytes(step, remat) / rates.link
+    weights = step.layers_bytes / rates.link if step.offload_weights else 0.0
+    head = step.head * step.itemsize / rates.link if step.streams_head else 0.0
+    # The link carries copies in both directions at a time: in the forward pass, residuals leave and weights arrive.
+    micro = max(forward, residuals, weights) + max(backward, residuals + weights)
+    micro += max(rates.seconds(loss_cost(step)), head)
     count = num_kernels(step, remat)
     seconds = step.shape[0] * micro + rates.seconds(update_cost(step)) + count * rates.kernel
     return max(seconds, count * rates.start) if remat in OFFLOADED else seconds
 
 
 def run_seconds(
-    model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates, *, loss_chunk: int = CHUNK
+    model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates, changes: Mapping[str, Any] = NO_CHANGES
 ) -> float:
-    """Returns the predicted seconds of all steps of a run."""
+    """Returns the predicted seconds of all steps of a run.
+
+    Args:
+      changes: fields of each step's `StepShape` that a choice sets.
+    """
     lengths, counts = np.unique(batches.row_lengths, return_counts=True)
-    steps = (
-        dataclasses.replace(StepShape.of_run(model, batches, int(length)), loss_chunk=loss_chunk) for length in lengths
-    )
+    steps = (dataclasses.replace(StepShape.of_run(model, batches, int(length)), **changes) for length in lengths)
     return sum(count * step_seconds(step, remat, rates) for step, count in zip(steps, counts.tolist(), strict=True))

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -33,6 +34,7 @@ from jaxtyping import Array, UInt32
 
 from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
+from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.model.lora import adapters
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
@@ -53,11 +55,13 @@ _STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, a
 _UNFINISHED, _ORBAX_UNFINISHED, _DELETED = ".unfinished", ".orbax-checkpoint-tmp", ".deleted"
 _DAMAGED = ".damaged"  # the ending of a checkpoint that was not resumed from, kept for its user
 _SPARE = 2**20  # Bytes that a checkpoint may take in addition to its arrays.
+_SLICE_BYTES = 64 * 2**20  # of an array in the host's memory, for its checksum
 _PART = 2**20  # Values that are looked at together: their bits stay in the cache of a processor.
 # Settings that may differ between a run and its continuation. The last two change only how a step is rounded.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
+    *("offload_weights", "offload_embedding"),
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
 _BEFORE = {"optim": "adamw"}  # settings that checkpoints of older versions lack, with the values that these had
@@ -89,7 +93,7 @@ def identity_of(
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
-    weights = arrays_by_name(frozen)
+    weights = _without_places(frozen)
     of_jax: Any = jax.config  # JAX declares no types for its settings
     identity = (
         structure
@@ -115,19 +119,39 @@ def _describe(documents: Documents) -> str:
     return f"{len(documents):,} documents of {documents.num_tokens:,} tokens, {digest.hexdigest()[:16]}"
 
 
-def checksums(arrays: list[Array]) -> UInt32[np.ndarray, " arrays"]:
-    """Returns a checksum of each array, from its bits and their positions.
+def _without_places(frozen: nnx.State) -> dict[str, Any]:
+    """Returns the arrays of frozen weights by name, the same whether they lie on the device or in the host's memory."""
+    is_hosted = lambda value: isinstance(value, HostWeight | HostMatrix)  # noqa: E731
+    arrays = jax.tree.map(
+        lambda value: value.in_numpy if is_hosted(value) else value, nnx.to_pure_dict(frozen), is_leaf=is_hosted
+    )
+    return arrays_by_name(arrays)
 
-    The device computes them in one pass; every device gives the same numbers.
+
+def checksums(arrays: list[Array | np.ndarray]) -> UInt32[np.ndarray, " arrays"]:
+    """Returns a checksum of each array, from its bits and their positions; every device gives the same numbers.
+
+    The device computes those of all its arrays in one pass. Arrays of NumPy go to the device in slices.
     """
-    return np.asarray(_checksums(arrays)) if arrays else np.zeros(0, np.uint32)
+    sums = np.zeros(len(arrays), np.uint32)
+    there = [place for place, array in enumerate(arrays) if isinstance(array, jax.Array)]
+    if there:
+        sums[there] = _checksums([arrays[place] for place in there], 0)
+    for place, array in enumerate(arrays):
+        if isinstance(array, np.ndarray):
+            size = max(1, _SLICE_BYTES // array[:1].nbytes)
+            slices = [_checksums([array[first : first + size]], 1)[0] for first in range(0, len(array), size)]
+            sums[place] = _checksums([jnp.concatenate(slices)], 0)[0]
+    return sums
 
 
-@jax.jit
-def _checksums(arrays: list[Array]) -> Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(arrays: list[Array], ndim: int) -> Array:
+    """Returns a checksum of each array, or of each of its slices along the first `ndim` axes."""
+
     def checksum(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        while bits.ndim:  # Axis by axis: an index over all elements may need more than 32 bits.
+        while bits.ndim > ndim:  # Axis by axis: an index over all elements may need more than 32 bits.
             weights = jax.lax.iota(jnp.uint32, bits.shape[-1]) * jnp.uint32(2) + jnp.uint32(1)
             bits = (bits * jnp.broadcast_to(weights, bits.shape)).sum(axis=-1, dtype=jnp.uint32)
             bits = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)

@@ -17,18 +17,20 @@ from flax import nnx
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
-from jaxpack.data.packing import PackedBatch
+from jaxpack.data.packing import AnyBatch, EmbeddedBatch, PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
+from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import non_finite, split_trained
+from jaxpack.model.weights import move_to_host, non_finite, split_trained, weight_of
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
+from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import make_mesh
-from jaxpack.planning.choose import choices
+from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
 from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, float32_copies, make_eval_step, make_train_step
@@ -85,7 +87,7 @@ class Run:
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
         self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
         held_bytes, optimizer_bytes = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array))
+            sum(leaf.nbytes for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array) and not is_pinned(leaf))
             for held in ((self.state, self.frozen), self.state.optimizer)
         )
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
@@ -100,17 +102,31 @@ class Run:
         )
         more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}
         self._choices = deque(choices(config, model, batches, held_bytes, **more))
-        self.choice = self._choices.popleft()
-        self._eval_step = make_eval_step(
+        self._make_eval_step = functools.partial(
+            make_eval_step,
             graph,
             objective=objective,
             compute_metrics=compute_metrics,
             implementation=config.implementation,
             mesh=mesh,
         )
+        self._take(self._choices.popleft())
         self.programs: dict[int, jax.stages.Compiled] = {}
         self.eval_programs: dict[int, jax.stages.Compiled] = {}
         self._walls: list[jax.Array] = []
+
+    def _take(self, choice: Choice) -> None:
+        """Takes a choice, and moves the weights that it keeps in the host's memory there."""
+        self.choice = choice
+        weights, embedding = choice.moves
+        move_to_host(self._model, layers=weights, embedding=embedding)
+        _, _, self.frozen = split_trained(self._model)
+
+    @property
+    def _embedding(self) -> HostMatrix | None:
+        """Returns the embedding, if it lies in the host's memory."""
+        weight = weight_of(self._model.embedding)
+        return weight if isinstance(weight, HostMatrix) else None
 
     @property
     def remat(self) -> Remat:
@@ -133,7 +149,8 @@ class Run:
             for shape in evaluated.shapes if evaluated is not None else ():
                 assert evaluated is not None
                 limits = evaluated.limits[shape[-1]]
-                lowered = self._eval_step.lower(self.state.trainable, self.frozen, _abstract(shape), limits=limits)
+                evaluate = self._make_eval_step(fetches=any(self.choice.moves))
+                lowered = evaluate.lower(self.state.trainable, self.frozen, self._abstract(shape), limits=limits)
                 program = self.eval_programs[shape[-1]] = cache.compile(lowered)
                 _check_room(program, shape)
         return time.perf_counter() - begin
@@ -160,10 +177,11 @@ class Run:
 
     def _compile_steps(self, cache: ProgramCache) -> str | None:
         """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
-        step, self.programs = self._make_step(remat=self.choice.remat, loss_chunk=self.choice.loss_chunk), {}
+        choice, self.programs = self.choice, {}
+        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.moves))
         for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
             limits = self._batches.limits[shape[-1]]
-            lowered = step.lower(self.state, self.frozen, _abstract(shape), limits=limits)
+            lowered = step.lower(self.state, self.frozen, self._abstract(shape), limits=limits)
             try:
                 program = self.programs[shape[-1]] = cache.compile(lowered)
             except jax.errors.JaxRuntimeError as error:
@@ -180,6 +198,7 @@ class Run:
         if free is None:
             return None
         unread = [leaf for leaf in jax.tree.leaves(self.frozen) if isinstance(leaf, jax.ShapeDtypeStruct)]
+        unread = [leaf for leaf in unread if not is_pinned(leaf)]
         free -= sum(leaf.size * leaf.dtype.itemsize for leaf in unread)
         if needed <= free and has_block(needed, current_device()):
             return None
@@ -205,7 +224,7 @@ class Run:
         if not self._choices:
             raise self.no_room(shortage)
         console.print(f"{self.choice} does not fit: {shortage}", style="yellow")
-        self.choice = self._choices.popleft()
+        self._take(self._choices.popleft())
         console.print(f"the run takes {self.choice.reason or self.choice}", style="yellow")
 
     def no_room(self, shortage: str) -> InputError:
@@ -336,11 +355,26 @@ class Run:
         means = {name: float(total / (objective.weight or 1)) for name, total in means.items()}
         return means | {name: float(total / (weight or 1)) for name, (total, weight) in computed.items()}
 
-    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Generator[PackedBatch, None, None]]:
+    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
         # The device is named, because a thread does not inherit its caller's `jax.default_device`.
-        device = self.state.step.sharding
-        made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
-        return contextlib.closing(made)
+        device, embedding = self.state.step.sharding, self._embedding
+        if embedding is None:
+            made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
+            return contextlib.closing(made)
+        table = embedding.table
+
+        def embedded(step: int) -> EmbeddedBatch:
+            batch = batches[begin + step]
+            return jax.device_put(EmbeddedBatch(*batch, table[batch.tokens]), device)
+
+        # The rows take much memory: no more than those of the next batch are made ahead.
+        return contextlib.closing(prefetched(embedded, len(batches) - begin, ahead=1))
+
+    def _abstract(self, shape: tuple[int, int, int]) -> AnyBatch:
+        batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
+        if (embedding := self._embedding) is None:
+            return batch
+        return EmbeddedBatch(*batch, jax.ShapeDtypeStruct((*shape, embedding.shape[1]), embedding.dtype))
 
 
 _SMALL_BLOCKS = 32  # four arrays each for the batches of the running step and of those that are prefetched, and losses
@@ -355,10 +389,6 @@ def _temporary_bytes(program: jax.stages.Compiled) -> int:
     memory = program.memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
-
-
-def _abstract(shape: tuple[int, int, int]) -> PackedBatch:
-    return PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
 
 
 def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:

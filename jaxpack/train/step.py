@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import Implementation, Remat
-from jaxpack.data.packing import BatchLimits, PackedBatch
+from jaxpack.data.packing import AnyBatch, BatchLimits
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
@@ -87,7 +87,7 @@ def loss_and_gradients(
     graph: nnx.GraphDef,
     trainable: nnx.State,
     frozen: nnx.State,
-    batch: PackedBatch,
+    batch: AnyBatch,
     **options: Any,
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Returns only the loss and the gradients of `objective_and_gradients`."""
@@ -99,7 +99,7 @@ def objective_and_gradients(
     graph: nnx.GraphDef,
     trainable: nnx.State,
     frozen: nnx.State,
-    batch: PackedBatch,
+    batch: AnyBatch,
     *,
     objective: Objective = SFT(),  # noqa: B008
     remat: Remat = "full",
@@ -127,9 +127,9 @@ def objective_and_gradients(
     mesh = make_mesh() if mesh is None else mesh
 
     def local_sums(
-        batch: PackedBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None
+        batch: AnyBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None
     ) -> tuple[Sums, nnx.State]:
-        def micro_sums(trainable: nnx.State, micro: PackedBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
+        def micro_sums(trainable: nnx.State, micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
             model = nnx.merge(graph, trainable, frozen)
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             sums = objective(Forward(model, micro, dropout_key=key, **options))
@@ -145,11 +145,14 @@ def objective_and_gradients(
 
 
 def _accumulated(
-    gradient_of: Callable[..., Any], trainable: nnx.State, batch: PackedBatch, key: Key[Array, ""] | None
+    gradient_of: Callable[..., Any],
+    trainable: nnx.State,
+    batch: AnyBatch,
+    key: Key[Array, ""] | None,
 ) -> tuple[Sums, nnx.State]:
     """Returns the sums and gradients of all micro-batches, which are computed one after another and added up."""
 
-    def of_micro(micro: PackedBatch, key: Key[Array, ""] | None) -> tuple[Sums, nnx.State]:
+    def of_micro(micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Sums, nnx.State]:
         (_, sums), gradients = gradient_of(trainable, micro, key)
         return sums, gradients
 
@@ -176,6 +179,7 @@ def make_train_step(
     dropout_seed: int | None = None,
     loss_chunk: int = CHUNK,
     mesh: DeviceMesh | None = None,
+    fetches: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
@@ -194,6 +198,7 @@ def make_train_step(
       dropout_seed: turns dropout on; each step draws new masks from the seed and the number of the step.
       loss_chunk: the number of tokens whose logits exist at a time. Fewer take less memory, and more time.
       mesh: the devices; None is the current device alone.
+      fetches: whether weights lie in the host's memory: the compiler then fetches them beside computation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -213,7 +218,7 @@ def make_train_step(
     def step(
         state: TrainState,
         frozen: nnx.State,
-        batch: PackedBatch,
+        batch: AnyBatch,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
     ) -> tuple[TrainState, Metrics]:
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
@@ -235,7 +240,7 @@ def make_train_step(
         metrics = Metrics(sums.loss, optax.tree.norm(gradients), sums.metrics)
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
-    options = compiler_options(remat)
+    options = compiler_options(remat, fetches=fetches)
     return jax.jit(step, donate_argnums=0, static_argnames="limits", compiler_options=options)
 
 
@@ -247,6 +252,7 @@ def make_eval_step(
     implementation: Implementation | None = None,
     loss_chunk: int = CHUNK,
     mesh: DeviceMesh | None = None,
+    fetches: bool = False,
 ) -> Callable[..., EvalSums]:
     """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> sums`.
 
@@ -255,16 +261,17 @@ def make_eval_step(
     Args:
       compute_metrics: a user's function, see `Trainer`.
       loss_chunk: the number of tokens whose logits exist at a time.
+      fetches: as in `make_train_step`.
     """
     mesh = make_mesh() if mesh is None else mesh
 
     def evaluate(
         trainable: nnx.State,
         frozen: nnx.State,
-        batch: PackedBatch,
+        batch: AnyBatch,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
     ) -> EvalSums:
-        def local_sums(batch: PackedBatch, trainable: nnx.State, frozen: nnx.State) -> EvalSums:
+        def local_sums(batch: AnyBatch, trainable: nnx.State, frozen: nnx.State) -> EvalSums:
             micro = jax.tree.map(lambda x: x.squeeze(0), batch)
             model = nnx.merge(graph, trainable, frozen)
             options = {"implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
@@ -274,4 +281,5 @@ def make_eval_step(
 
         return sum_over_shards(local_sums, mesh)(batch, trainable, frozen)
 
-    return jax.jit(evaluate, static_argnames="limits")
+    options = compiler_options("full", fetches=fetches)
+    return jax.jit(evaluate, static_argnames="limits", compiler_options=options)

@@ -22,7 +22,7 @@ from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import TRAINED
+from jaxpack.model.weights import TRAINED, num_parameters
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
@@ -519,7 +519,7 @@ class Trainer:
                 f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
                 f" {_shapes(evaluated)}"
             )
-        sizes = [sum(x.size for x in jax.tree.leaves(state)) for state in (run.state.trainable, run.frozen)]
+        sizes = [num_parameters(state) for state in (run.state.trainable, run.frozen)]
         lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {current_device().device_kind}")
         return lines if run.choice.reason is None else [*lines, run.choice.reason]
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from jaxpack import cli
-from jaxpack.constants import MEMORY_FRACTION
+from jaxpack.constants import MEMORY_FRACTION, PINNED_LIMIT
 
 NAME, OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
@@ -30,3 +30,18 @@ def test_a_command_takes_most_of_the_memory_unless_the_user_says_how_much(given,
     with pytest.raises(SystemExit):
         cli.main()
     assert {name: os.environ[name] for name in (NAME, OLD) if name in os.environ} == expected
+
+
+@pytest.mark.parametrize(
+    ("free", "given", "expected"),
+    [(200, "", "160"), (200, "90", "90"), (70, "", ""), (None, "", "")],
+    ids=["much is free", "set", "less than XLA pins anyway", "not known"],
+)
+def test_a_command_lets_xla_pin_most_of_the_free_host_memory(free, given, expected, monkeypatch):
+    monkeypatch.setattr(cli, "available_host_bytes", lambda: free and free * 2**30)
+    monkeypatch.setenv(PINNED_LIMIT, given)
+    monkeypatch.setenv(NAME, "0.5")
+    monkeypatch.setattr("sys.argv", ["jaxpack", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ[PINNED_LIMIT] == expected

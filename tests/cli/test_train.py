@@ -282,6 +282,8 @@ def another_value(field: dataclasses.Field) -> Any:
         "report_to": ("tensorboard",),
         "memory_limit": 40.5,
         "optim": "adamw_8bit",
+        "offload_weights": "on",
+        "offload_embedding": "off",
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
         "rank_pattern": "q_proj=8,v_proj=4",

@@ -88,7 +88,7 @@ def test_frozen_weights_in_float32_are_cast_as_trained_ones_are():
     for tuned in (model, add_lora(nnx.clone(model), LORA)):
         step = StepShape.of(tuned, (1, 1, 128))
         assert step.casts_weights
-        assert host_bytes(step, "offload") == (step.num_layers - 1) * 128 * 48 * 2
+        assert host_bytes(step, "offload") == step.num_layers * 128 * 48 * 2
 
 
 # GiB beside the arguments that full fine-tuning of Qwen3-0.6B needs on an H200 (2026-11-27, jax 0.11.2:
