@@ -91,14 +91,17 @@ def _filled(abstract: Weight) -> Weight:
 
 
 def _filled_on_host(abstract: HostWeight | HostMatrix) -> Weight:
-    """Returns a weight in the host's memory that holds the same random matrix in each layer."""
+    """Returns a weight in the host's memory that holds the same random matrix in each layer, or in each piece."""
 
     def zero(leaf: Any) -> jax.Array:
         return pinned_zeros(leaf) if is_pinned(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
 
     zeros, noise = jax.tree.map(zero, abstract), jax.jit(_noise, static_argnums=0)
     if isinstance(zeros, HostMatrix):
-        return zeros.write((0,), noise(jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)))
+        piece = np.asarray(noise(jax.ShapeDtypeStruct(zeros.pieces.shape[1:], zeros.dtype)))
+        for first in range(0, zeros.rows, len(piece)):
+            zeros = zeros.write((first,), piece[: zeros.rows - first])
+        return zeros
     one = jax.tree.map(noise, zeros.one) if isinstance(zeros.one, DenseWeight) else _filled(zeros.one)
     one = jax.tree.map(np.asarray, one)
     for layer in range(zeros.shape[0]):

@@ -122,8 +122,8 @@ def predict_all(step: StepShape, rates: DeviceRates, config: TrainConfig = Train
     sizes = [CHUNK, *(size for size in _SMALLER_CHUNKS if size < step.max_targets)]
     return [
         prediction
-        for weights in _allowed(config.offload_weights, step.layers_bytes)
-        for embedding in _allowed(config.offload_embedding, step.outside_bytes)
+        for weights in _allowed(config.offload_weights, step.layers_bytes, step.offload_weights)
+        for embedding in _allowed(config.offload_embedding, step.outside_bytes, step.offload_embedding)
         for size in sizes
         for prediction in predict(
             dataclasses.replace(step, loss_chunk=size, offload_weights=weights, offload_embedding=embedding), rates
@@ -131,8 +131,10 @@ def predict_all(step: StepShape, rates: DeviceRates, config: TrainConfig = Train
     ]
 
 
-def _allowed(setting: str, movable_bytes: int) -> list[bool]:
+def _allowed(setting: str, movable_bytes: int, has_moved: bool) -> list[bool]:
     """Returns whether matrices may lie on the device (False), and whether they may lie in the host's memory (True)."""
+    if has_moved:
+        return [True]
     return [False] * (setting != "on") + [True] * (setting != "off" and movable_bytes > 0)
 
 
