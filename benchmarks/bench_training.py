@@ -7,10 +7,8 @@
 Plans: `bars` (every bar, with its opponents), `batch_sizes` (1 to 32, every layout and system), `ablation` (padded to
 packed to kernels to memory choices), `losses` (runs over the same text in every layout), and `cases`, the default:
 the case that the flags describe, for each --remat. Each case runs in its own process, on random weights and documents
-of the
-lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token_length_to` and `documents`. Rates count
-real
-tokens, of steps after the warm-up; peak memory is the allocator's own.
+of the lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token_length_to` and `documents`.
+Rates count real tokens, of steps after the warm-up; peak memory is the allocator's own.
 
 RESULTS.json is written after each case, and older records are kept: a plan can be run in parts, by --only (a part of a
 printed line), --missing (skips recorded cases, failures too) and --seconds. Without matplotlib there are no pictures:
@@ -197,6 +195,9 @@ def main() -> None:
     parser.add_argument("--full-finetuning", action="store_true")
     parser.add_argument("--load-in-4bit", action="store_true", help="hold the frozen projections in 4 bits")
     parser.add_argument("--optim", help="adamw (the default) or adamw_8bit")
+    for name in ("--offload-weights", "--offload-embedding"):
+        parser.add_argument(name, choices=("auto", "on", "off"), help="as in `TrainConfig` (auto)")
+    parser.add_argument("--memory-limit", type=float, help="GiB that a run with --remat auto may take")
     parser.add_argument("--steps", type=int, help="number of steps that are timed (10)")
     options = parser.parse_args()
     if options.draw is None and options.lengths is None and options.plan != "losses":

@@ -26,7 +26,7 @@ class Case:
       remat: what the backward pass recomputes; an opponent has its own values.
       implementation: the implementation of our kernels.
       load_in_4bit: whether the frozen projections are held in 4 bits.
-      optim, offload_weights, offload_embedding: as in `TrainConfig`.
+      optim, offload_weights, offload_embedding, memory_limit: as in `TrainConfig`.
       steps: the number of steps that are timed, after the warm-up.
     """
 
@@ -42,6 +42,7 @@ class Case:
     optim: str = "adamw"
     offload_weights: str = "auto"
     offload_embedding: str = "auto"
+    memory_limit: float | None = None
     steps: int = 10
     learning_rate: float = 1e-4
 
@@ -65,6 +66,7 @@ class Case:
         parts += ["full fine-tuning"] if self.full_finetuning else []
         parts += ["4-bit"] if self.load_in_4bit else []
         parts += [self.optim] if self.optim != "adamw" else []
+        parts += [f"within {self.memory_limit:g} GiB"] if self.memory_limit is not None else []
         parts += ["weights on the host"] if self.offload_weights == "on" else []
         parts += ["embedding on the host"] if self.offload_embedding == "on" else []
         return " ".join(parts)

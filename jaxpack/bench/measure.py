@@ -34,6 +34,7 @@ def train_config(case: Case) -> TrainConfig:
         implementation=case.implementation,
         learning_rate=case.learning_rate,
         optim=case.optim,
+        memory_limit=case.memory_limit,
         offload_weights=case.offload_weights,
         offload_embedding=case.offload_embedding,
         lr_scheduler_type="constant",

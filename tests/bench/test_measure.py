@@ -66,6 +66,16 @@ def test_a_case_is_trained_as_it_says():
     assert (config.learning_rate, config.lr_scheduler_type, config.max_length) == (1e-2, "constant", 128)
 
 
+def test_a_case_says_what_lies_where_and_within_which_memory():
+    settings = {"offload_weights": "on", "offload_embedding": "on", "memory_limit": 2.5, "optim": "adamw_8bit"}
+    planned = dataclasses.replace(case("packed"), remat="auto", **settings)
+    config = train_config(planned)
+    assert {name: getattr(config, name) for name in settings} == settings
+    for words in ("within 2.5 GiB", "weights on the host", "embedding on the host"):
+        assert words in str(planned)
+        assert words not in str(case("packed"))
+
+
 def test_the_steps_are_those_of_the_trainer():
     pieces = zip(DOCUMENTS.starts, LENGTHS, strict=True)
     rows = [{"input_ids": DOCUMENTS.tokens[start : start + length].tolist()} for start, length in pieces]
