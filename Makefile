@@ -63,8 +63,8 @@ bench-check: $(VENV)/installed  ## Compare results files: OLD=a.json NEW=b.json;
 # These environments have neither torch nor TRL, which needs torch.
 test-jax: $(OTHER_JAX:%=test-jax-%)  ## Run the tests of what touches jax on the newer jax versions (needs Python 3.12)
 
-# What a newer jax can change: what traces, compiles and runs, and the example of every public name. Each version runs its
-# share of the cases of each test, but at least one: a change in jax shows in any case.
+# The tests that trace, compile or run programs, and the example of every public name. Each version runs a sixth of the
+# cases of each test, and at least one: a change in jax shows in any of them.
 TOUCHES_JAX := tests/kernels tests/model tests/objectives tests/optimizers tests/parallel tests/train tests/generation \
 	tests/utils/test_compilation_cache.py tests/torch_bridge/test_loading.py tests/test_docstrings.py \
 	tests/test_imports.py tests/test_your_own_loop.py tests/cli/test_train.py

@@ -11,7 +11,7 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 # Ordered from the least device memory to the fastest.
 Remat = Literal["offload", "offload_heads", "full", "keep_attention", "keep_projections", "none"]
 RematSetting = Literal["auto", Remat]  # as a user sets it; a step is built with a `Remat`
-Offload = Literal["auto", "on", "off"]
+Offload = Literal["auto", "on", "off"]  # whether frozen weights lie in the host's memory
 Implementation = Literal["xla", "pallas"]
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 Optim = Literal["adamw", "adamw_8bit"]
@@ -19,5 +19,5 @@ Destination = Literal["tensorboard", "wandb"]  # where metrics go, besides metri
 WHOLE_MODULES = ("embed_tokens", "lm_head")  # Hugging Face names; may be trained whole, beside adapters
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # the environment variable for the host memory that XLA pins
 PINNED_GIB = 64  # what XLA pins at most if the variable is not set
-HOST_FRACTION = 0.8  # the share of the host's free memory that the commands let XLA pin, if it is more than that
+HOST_FRACTION = 0.8  # the share of the host's free memory that the commands let XLA pin, if it exceeds `PINNED_GIB`
 MEMORY_FRACTION = 0.92  # the share of a GPU's memory that the commands ask for; jax by itself takes 0.75

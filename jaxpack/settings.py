@@ -24,8 +24,9 @@ from jaxpack.errors import InputError
 from jaxpack.utils.checks import check, is_date, is_positive
 
 _SAVE_STEPS = 500
-# Other names of the optimizers in transformers and TRL.
+# Booleans, as Python, settings files and the command line write them.
 _OFFLOADS = {True: "on", False: "off", "true": "on", "false": "off"}
+# Other names of the optimizers in transformers and TRL.
 _OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
 
 
@@ -254,8 +255,8 @@ class TrainConfig:
         "auto",
         "Whether the frozen weights of all layers lie in the host's memory. Each layer is then copied to the GPU while "
         "the layer before it is computed, so that the GPU holds two layers at a time. Needs remat 'offload' or "
-        "'offload_heads'. 'auto' does this only if nothing faster is predicted to fit; 'on' (true) and 'off' (false) "
-        "decide.",
+        "'offload_heads', which 'auto' then takes. 'auto' does this only if nothing faster is predicted to fit; 'on' "
+        "(true) always does it, and 'off' (false) never.",
     )
     offload_embedding: str = _option(
         "auto",
@@ -369,7 +370,7 @@ class TrainConfig:
         check(
             self.offload_weights != "on" or self.remat in ("auto", "offload", "offload_heads"),
             "remat",
-            "must be 'auto', 'offload' or 'offload_heads' with `offload_weights`",
+            "must be 'auto', 'offload' or 'offload_heads' if `offload_weights` is 'on'",
             self.remat,
         )
 

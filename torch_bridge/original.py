@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.errors import InputError, errors_name
+from jaxpack.kernels.host_weight import HostWeight
 from jaxpack.kernels.weight import NumberedWeight, Weight
 from jaxpack.model.nf4 import NF4Weight, quantize_nf4
 from jaxpack.model.transformer import Transformer
@@ -100,6 +101,8 @@ def _check_origin(model: Transformer, view: Transformer, base: str) -> None:
             if isinstance(weight, MixedWeight):
                 kind, number = weight.places[layer]
                 weight = weight.parts[kind]
+            if isinstance(weight, HostWeight):
+                weight, number = weight.fetch(number), 0
             if not isinstance(weight, NF4Weight):
                 continue
             size, original = weight.places.rows[0], operator.attrgetter(path)(view).get_value()

@@ -210,7 +210,8 @@ def fill(model: Transformer, source: TensorSource) -> None:
 class _Staged:
     """Collects the pieces of each layer on the device, and writes complete layers to the host's memory.
 
-    The device quantises and casts, so that weights are the same wherever they lie.
+    The device quantises and casts the layers, so that weights are the same wherever they lie. NumPy casts the embedding
+    and the head, to the same bits.
     """
 
     def __init__(self, pieces: Mapping[tuple[Entry, int | None], int]):

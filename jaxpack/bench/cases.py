@@ -67,8 +67,8 @@ class Case:
         parts += ["4-bit"] if self.load_in_4bit else []
         parts += [self.optim] if self.optim != "adamw" else []
         parts += [f"within {self.memory_limit:g} GiB"] if self.memory_limit is not None else []
-        parts += ["weights on the host"] if self.offload_weights == "on" else []
-        parts += ["embedding on the host"] if self.offload_embedding == "on" else []
+        for name, setting in (("weights", self.offload_weights), ("embedding", self.offload_embedding)):
+            parts += [] if setting == "auto" else [f"{name} on the {'host' if setting == 'on' else 'device'}"]
         return " ".join(parts)
 
 

@@ -74,7 +74,7 @@ def table() -> Iterator[str]:
 
 
 def _cell(rows: int, prediction: Prediction) -> str:
-    return f"{rows} ({gib(prediction.peak_bytes)}){'*' if any(prediction.choice.moves) else ''}"
+    return f"{rows} ({gib(prediction.peak_bytes)}){'*' if any(prediction.choice.offloads) else ''}"
 
 
 def with_table(page: str) -> str:

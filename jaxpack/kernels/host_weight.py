@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.kernels.weight import DenseWeight, Weight
-from jaxpack.parallel.host_memory import is_pinned, numpy_view, pinned, pinned_zeros, to_device, to_pinned
+from jaxpack.parallel.host_memory import abstract_pinned, is_pinned, numpy_view, pinned_zeros, to_device, to_pinned
 
 _PIECE_BYTES = 64 * 2**20  # large enough for the full speed of the link, and small beside the logits
 _UNIT = 128  # rows: matmuls are fast with multiples of this
@@ -26,11 +26,11 @@ Tree = TypeVar("Tree")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostWeight(Weight):
-    """Holds a stack of matrices whose large arrays lie in the host's memory.
+    """Holds a stack of matrices whose arrays lie in the host's memory.
 
     Attributes:
-      stack: the weight that holds the arrays. Those with one axis, such as a table that all layers share, lie on the
-        device.
+      stack: the weight that holds the arrays. Arrays with two or more axes lie in the host's memory. Those with one
+        axis, such as a table that all layers share, lie on the device.
     """
 
     stack: Any
@@ -58,7 +58,7 @@ class HostWeight(Weight):
         return self.stack.is_written_whole
 
     def fetch(self, layer: Int[Array, ""] | int) -> Weight:
-        """Returns a copy of one layer on the device, as a stack of one matrix. No number may be negative."""
+        """Returns a copy of one layer on the device, as a stack of one matrix; -1 gives the first layer."""
         return jax.tree.map(lambda leaf: _slice(leaf, layer) if leaf.ndim > 1 else leaf, self.stack)
 
     def at(self, layer: Int[Array, ""] | int) -> Weight:
@@ -74,14 +74,14 @@ class HostWeight(Weight):
         raise NotImplementedError("a stack of matrices has no rows: take one layer with `at`")
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array | np.ndarray) -> "HostWeight":
-        """Writes `rows` into the host's memory, in place, and returns this weight. Not to be used in a program."""
+        """Writes `rows` into the host's memory, in place. Not to be used in a program; see `put`."""
         layer, row = (int(place) for place in start)
         return self.put(layer, self.fetch(layer).write((0, row), jnp.asarray(rows)))
 
     def put(self, layer: int, one: Weight) -> "HostWeight":
-        """Writes a stack of one matrix into the place of a layer, in place. Not to be used in a program.
+        """Overwrites a layer in the host's memory with a stack of one matrix. Not to be used in a program.
 
-        Returns this weight; the arrays that all layers share are those of `one`.
+        Returns a weight with the same memory; the arrays that all layers share are taken from `one`.
         """
 
         def written(whole: Array, new: Array) -> Array:
@@ -112,7 +112,7 @@ class HostMatrix(Weight):
     """Holds one large matrix, an embedding or a head, in the host's memory.
 
     Attributes:
-      pieces: the matrix `[V, D]`, cut into pieces of `S` rows each; the last one ends with rows of zeros.
+      pieces: the matrix `[V, D]`, cut into pieces of S rows each; the last one is filled up with zeros.
       rows: V.
     """
 
@@ -124,7 +124,7 @@ class HostMatrix(Weight):
         """Moves a dense matrix to the host. It may be abstract."""
         rows, columns = matrix.shape
         size = piece_rows(rows, columns, matrix.dtype.itemsize)
-        like = pinned((-(-rows // size), size, columns), matrix.dtype)
+        like = abstract_pinned((-(-rows // size), size, columns), matrix.dtype)
         leaf = jax.tree.leaves(matrix)[0]
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return cls(like, rows)
@@ -153,7 +153,7 @@ class HostMatrix(Weight):
         return DenseWeight(self.table)
 
     def fetch(self, number: Int[Array, ""] | int) -> Float[Array, "S D"]:
-        """Returns a copy of one piece on the device. The number must not be negative."""
+        """Returns a copy of one piece on the device."""
         return _slice(self.pieces, number)[0]
 
     def at(self, layer: Int[Array, ""] | int) -> Weight:
@@ -176,7 +176,7 @@ class HostMatrix(Weight):
 
 
 def piece_rows(rows: int, columns: int, itemsize: int) -> int:
-    """Returns the number of rows in each piece of a `HostMatrix`."""
+    """Returns the number of rows in each piece of a `HostMatrix` whose elements take `itemsize` bytes."""
     count = max(1, round(rows * columns * itemsize / _PIECE_BYTES))
     return -(-rows // (count * _UNIT)) * _UNIT
 
@@ -199,10 +199,10 @@ def loop_with(fetch: Callable[[Any], Tree], count: int, turn: Callable[[Any, Tre
 
 def _moved(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return pinned(leaf.shape, leaf.dtype)
+        return abstract_pinned(leaf.shape, leaf.dtype)
     return to_pinned(leaf)
 
 
 def _slice(array: Array, number: Int[Array, ""] | int) -> Array:
-    """Copies slice `number` along the first axis to the device, with this axis; numbers past the end give the last."""
+    """Copies a slice along the first axis to the device, with this axis. Numbers outside give the slice at that end."""
     return to_device(jax.lax.dynamic_slice_in_dim(array, number, 1, allow_negative_indices=False))

@@ -55,7 +55,8 @@ def linear_cross_entropy(
       max_targets: an upper bound on the number of targets, if known. Only that many tokens are then computed. More
         targets make the loss NaN.
       chunk: the number of tokens whose logits exist at a time. Fewer tokens take less memory, and more time.
-      implementation: how to compute the log-sum-exp, see `jaxpack.kernels`; the rest is always XLA.
+      implementation: how to compute the log-sum-exp, see `jaxpack.kernels`; the rest is always XLA, and so is all of
+        the loss if the head lies in host memory.
     """
     head = as_weight(head)
     options = LossOptions(softcap, max_targets, chunk, implementation)
@@ -126,11 +127,12 @@ def _loss_and_gradients(
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets, selection = select(hidden, targets, options.max_targets)
     if isinstance(head, HostMatrix):
+        assert not wanted[1], "a head in host memory is frozen"
         streamed = streamed_losses(hidden, head, targets, options, wants_gradients=wanted[0])
         d_hidden = streamed.gradients
         if d_hidden is not None:
             d_hidden = put_back(d_hidden, selection).reshape(shape)
-        return _none_of_too_many(jnp.sum(streamed.losses), selection, options), d_hidden, None
+        return _nan_if_too_many(jnp.sum(streamed.losses), selection, options), d_hidden, None
     chunks = chunked(hidden, targets, options.chunk)
     weights = head.dense(dtype)
 
@@ -152,13 +154,13 @@ def _loss_and_gradients(
 
     d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
     (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
-    total = _none_of_too_many(total, selection, options)
+    total = _nan_if_too_many(total, selection, options)
     if d_hidden is not None:
         d_hidden = put_back(d_hidden.reshape(-1, shape[-1])[: len(targets)], selection).reshape(shape)
     return total, d_hidden, None if d_head is None else head.cotangent(lambda: d_head)
 
 
-def _none_of_too_many(
+def _nan_if_too_many(
     total: Float[Array, ""], selection: Bool[Array, " T"] | None, options: LossOptions
 ) -> Float[Array, ""]:
     """Returns the total, or NaN if there are more targets than `max_targets`."""

@@ -1,10 +1,10 @@
-"""Computes the loss of tokens with a head that lies in the host's memory, of which one piece at a time is fetched.
+"""Computes the loss of tokens with a head that lies in the host's memory, and is fetched one piece at a time.
 
 The pieces cut the vocabulary, and each is fetched once for all tokens, while the piece before is computed with. No
 token's log-sum-exp is known before its last piece. So, as in attention that works by blocks, the sums are kept relative
 to the largest logit so far (https://arxiv.org/abs/2205.14135). The gradient of a token's loss by its hidden state is
-`sum_v p_v W[v] - W[target]`. The target is left out of the sum, and enters at the end with the factor `p - 1`. As a
-difference of two rows, it would lose digits where p is close to 1: the factors in the sum are rounded to 16 bits.
+`sum_v p_v W[v] - W[target]`. The sum leaves out the target. Its term `(p - 1) W[target]` is added in float32 at the
+end, because a p that is rounded to 16 bits loses digits near 1.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class StreamedLoss(NamedTuple):
     Attributes:
       losses: the cross entropy, float32; 0 without a target.
       gradients: the gradient of the loss by the token's hidden state, in its dtype; None unless asked for.
-      predictions: the likeliest next token.
+      predictions: the likeliest next token, int32.
     """
 
     losses: Float[Array, " T"]
@@ -33,15 +33,17 @@ class StreamedLoss(NamedTuple):
     predictions: Int[Array, " T"]
 
 
-class _Sums(NamedTuple):
+class _Running(NamedTuple):
     """Holds what is known of each token after some pieces; the tokens are in chunks `[n, C]` within the loop."""
 
     largest: Float[Array, "*C"]  # the largest logit
     total: Float[Array, "*C"]  # the sum of exp(logit - largest)
     target: Float[Array, "*C"]  # the target's logit
     best: Int[Array, "*C"]  # the token with the largest logit
-    mean: Float[Array, "*C D"] | None  # the sum over tokens but the target of exp(logit - largest) times the row
-    row: Float[Array, "*C D"] | None  # the target's row
+    # The sum over all rows of the head but the target's: the row times exp(logit - largest), and with a cap times
+    # 1 - tanh^2.
+    weighted: Float[Array, "*C D"] | None
+    target_row: Float[Array, "*C D"] | None
 
 
 def streamed_losses(
@@ -52,16 +54,21 @@ def streamed_losses(
     *,
     wants_gradients: bool,
 ) -> StreamedLoss:
-    """Returns the loss of each token, see `linear_cross_entropy`, and its gradient by the hidden state."""
+    """Returns the loss of each token, see `linear_cross_entropy`, and its gradient by the hidden state.
+
+    Args:
+      options: the cap of the logits, and the number of tokens in a chunk; the rest is not read.
+      wants_gradients: whether to compute the gradients, for a second matmul with each piece.
+    """
     chunks, softcap = chunked(hidden, targets, options.chunk), options.softcap
     size = head.pieces.shape[1]
 
-    def of_piece(number: Int[Array, ""], weights: Float[Array, "S D"], sums: _Sums) -> _Sums:
+    def of_piece(number: Int[Array, ""], weights: Float[Array, "S D"], sums: _Running) -> _Running:
         first = number * size
         exists = first + jnp.arange(size) < head.rows
         weights = weights.astype(hidden.dtype)
 
-        def of_chunk(_: None, scanned: tuple[Chunks, _Sums]) -> tuple[None, _Sums]:
+        def of_chunk(_: None, scanned: tuple[Chunks, _Running]) -> tuple[None, _Running]:
             (hidden, targets), sums = scanned
             logits, tanh = capped_logits(hidden, weights, softcap)
             logits = jnp.where(exists[None, :], logits, -jnp.inf)
@@ -71,19 +78,21 @@ def streamed_losses(
             highest = jnp.max(logits, axis=1)
             largest = jnp.maximum(sums.largest, highest)
             scale, exponents = jnp.exp(sums.largest - largest), jnp.exp(logits - largest[:, None])
-            mean, row = sums.mean, sums.row
-            if mean is not None and row is not None:
+            weighted, target_row = sums.weighted, sums.target_row
+            if weighted is not None and target_row is not None:
                 is_target = place[:, None] == jnp.arange(size, dtype=place.dtype)[None, :]
                 others = jnp.where(is_target, 0.0, exponents)
                 others = others if tanh is None else others * (1 - tanh * tanh)
                 product = jnp.einsum(
                     "TV,VD->TD", others.astype(hidden.dtype), weights, preferred_element_type=jnp.float32
                 )
-                mean, row = scale[:, None] * mean + product, jnp.where(is_here[:, None], weights[inside], row)
+                weighted = scale[:, None] * weighted + product
+                target_row = jnp.where(is_here[:, None], weights[inside], target_row)
             best = jnp.where(highest > sums.largest, first + jnp.argmax(logits, axis=1).astype(jnp.int32), sums.best)
             found = jnp.take_along_axis(logits, inside[:, None], axis=1)[:, 0]
             target = jnp.where(is_here, found, sums.target)
-            return None, _Sums(largest, scale * sums.total + exponents.sum(axis=1), target, best, mean, row)
+            total = scale * sums.total + exponents.sum(axis=1)
+            return None, _Running(largest, total, target, best, weighted, target_row)
 
         return jax.lax.scan(of_chunk, None, (chunks, sums))[1]
 
@@ -92,25 +101,26 @@ def streamed_losses(
     return _results(sums, targets, head.rows, softcap, hidden.dtype)
 
 
-def _start(chunks: Chunks, wants_gradients: bool) -> _Sums:
+def _start(chunks: Chunks, wants_gradients: bool) -> _Running:
     shape, of_token = chunks.hidden.shape, chunks.targets.shape
     zeros = jnp.zeros(of_token, jnp.float32)
-    mean, row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, chunks.hidden.dtype)
-    both = (mean, row) if wants_gradients else (None, None)
-    return _Sums(jnp.full(of_token, -jnp.inf), zeros, zeros, jnp.zeros(of_token, jnp.int32), *both)
+    both = None, None
+    if wants_gradients:
+        both = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, chunks.hidden.dtype)
+    return _Running(jnp.full(of_token, -jnp.inf), zeros, zeros, jnp.zeros(of_token, jnp.int32), *both)
 
 
 def _results(
-    sums: _Sums, targets: Int[Array, " T"], vocab_size: int, softcap: float | None, dtype: DTypeLike
+    sums: _Running, targets: Int[Array, " T"], vocab_size: int, softcap: float | None, dtype: DTypeLike
 ) -> StreamedLoss:
     """Returns the results from the sums over all pieces, for each token."""
     lse = nan_outside(sums.largest + jnp.log(sums.total), targets, vocab_size)
     has_target = targets != IGNORE
     losses, gradients = jnp.where(has_target, lse - sums.target, 0.0), None
-    if sums.mean is not None and sums.row is not None:
+    if sums.weighted is not None and sums.target_row is not None:
         factor = jnp.exp(sums.target - lse) - 1
         factor = factor if softcap is None else factor * (1 - (sums.target / softcap) ** 2)
-        others = jnp.exp(sums.largest - lse)[:, None] * sums.mean
-        whole = others + factor[:, None] * sums.row.astype(jnp.float32)
+        others = jnp.exp(sums.largest - lse)[:, None] * sums.weighted
+        whole = others + factor[:, None] * sums.target_row.astype(jnp.float32)
         gradients = jnp.where(has_target[:, None], whole, 0.0).astype(dtype)
     return StreamedLoss(losses, gradients, sums.best)

@@ -5,9 +5,9 @@ Residuals move to the host in the forward pass. Residuals and weights are fetche
 `jax.checkpoint` can offload residuals within `jax.lax.scan`, and XLA can shift the copies by one iteration, so that
 they overlap with computation. But then the copies of the last layer stand outside the loops, where XLA copies with
 kernels that block the GPU for everything else: 20 of 1,100 ms with Qwen3-8B. Here the loops themselves are shifted, so
-that every copy is inside a loop. Each forward iteration sends the residuals of the layer before, the last layer keeps
-its own on the device, and each backward iteration fetches the residuals that the next iteration reads. Each iteration,
-forward and backward, fetches the weights that the next iteration reads.
+that every copy but that of the first layer's weights is inside a loop. Each forward iteration sends the residuals of
+the layer before, the last layer keeps its own on the device, and each backward iteration fetches the residuals that the
+next iteration reads. Each iteration, forward and backward, fetches the weights that the next iteration reads.
 """
 
 import dataclasses
@@ -33,6 +33,8 @@ def scan_offloaded(layer: _Layer, x: jax.Array, stacks: Any, shared: Any, hosted
     in `layer` decides which residuals there are.
 
     Args:
+      layer: computes a layer's output from its input, its slices, `shared`, and its matrices in host memory.
+      x: the input of the first layer.
       stacks: arrays with a leading axis for the layers.
       shared: arrays that all layers read. They get no gradient.
       hosted: a pytree of `HostWeight`. Each layer gets its own matrices as `weights`, on the device. They get no
@@ -59,7 +61,7 @@ def _matrices(fetched: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(layer, x, leaves, shared, hosted):
-    """Loops as the forward rule does, but without residuals, and so without a copy to the host."""
+    """Runs the layers without a derivative: keeps no residuals."""
 
     def turn(state):
         i, x, fetched = state
@@ -87,7 +89,8 @@ def _take_apart(
 ) -> tuple[_Pullback, _Arrays, _Arrays]:
     """Splits a pullback of `jax.vjp` into its structure, its residuals at least as large as `x`, and the smaller ones.
 
-    Arrays in `there` exist anyway (the layer's leaves, `shared`, fetched matrices): they are no residuals.
+    Arrays in `there` are no residuals: the backward pass has them without keeping them. They are the layer's leaves,
+    `shared`, and the matrices that are fetched again.
     """
     arrays, tree = jax.tree.flatten(derivative)
     known = {id(array) for array in there}
@@ -147,8 +150,7 @@ def _backward(layer, kept, d):
         # In the last iteration, i - 1 is -1: it fetches the first layer again, which nothing reads.
         return turns + 1, d, before, _fetch(hosted, i - 1), jax.tree.map(update, gradients, of_layer)
 
-    # XLA must be able to compute the source of each copy from the iteration number by additions alone, or it copies
-    # with kernels here, too. A scan over the layer numbers would read the source from an array: hence while loops.
+    # The loops count by themselves, so that XLA makes the copies with copy engines: see `host_weight.loop_with`.
     zeros = {place: jnp.zeros_like(leaves[place]) for place in pullback.varied}
     start = 0, d, large, fetched, zeros
     _, d, _, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
@@ -162,7 +164,7 @@ def _length(leaves: _Arrays) -> int:
 def _put(stacks: _Arrays, slices: _Arrays, i: jax.Array | int) -> _Arrays:
     """Returns the stacks with slice `i` of each replaced."""
     update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
-    return [update(stack, piece, i) for stack, piece in zip(stacks, slices, strict=True)]
+    return [update(stack, new, i) for stack, new in zip(stacks, slices, strict=True)]
 
 
 def _at(stacks: _Arrays, i: jax.Array | int) -> _Arrays:

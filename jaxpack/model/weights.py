@@ -94,10 +94,10 @@ def freeze(model: nnx.Module, store: Store = store_dense, *, leave_out: Collecti
 
 
 def move_to_host(model: Any, *, layers: bool = False, embedding: bool = False) -> None:
-    """Moves frozen matrices of a model to the host's memory, in place, one stack after another. Arrays may be abstract.
+    """Moves frozen matrices of a model to the host's memory, in place, one after another. Arrays may be abstract.
 
-    A stack whose layers are stored in several forms stays on the device, and so does an embedding or a head that is
-    trained, or stored in another form than as it is.
+    A stack whose layers are stored in several forms stays on the device. So does an embedding or a head that is trained
+    or not stored as one dense array.
 
     Args:
       layers: whether to move the matrices of all layers.
@@ -121,7 +121,7 @@ class Place(NamedTuple):
 
 
 def movable(model: Any) -> tuple[list[Place], list[Place]]:
-    """Returns the frozen matrices that lie, or may lie, in the host's memory: those of the layers, and the others."""
+    """Returns the frozen matrices that `move_to_host` moves, moved or not: those of the layers, and those outside."""
 
     def found(module: Any, name: str, kinds: Any) -> list[Place]:
         variable = vars(module).get(name)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxpack.constants import Implementation, Remat
-from jaxpack.data.packing import AnyBatch, BatchLimits, EmbeddedBatch
+from jaxpack.data.packing import AnyBatch, BatchLimits, EmbeddedBatch, PackedBatch
 from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.kernels.token_log_probs import TokenScores, token_log_probs, token_scores
@@ -38,7 +38,9 @@ class Forward:
         dropout_key: Key[Array, ""] | None = None,
         loss_chunk: int = CHUNK,
     ):
-        self.model, self.batch, self.limits = model, batch, limits
+        self.model, self.limits = model, limits
+        self._embedded = batch.embedded if isinstance(batch, EmbeddedBatch) else None
+        self.batch = PackedBatch(*batch[:4])  # what a user's function gets
         self.implementation: Implementation | None = implementation
         self.loss_chunk = loss_chunk
         self._remat: Remat = remat
@@ -87,7 +89,7 @@ class Forward:
             max_segments=self.limits.max_segments,
             implementation=self.implementation,
             dropout_key=dropout_key,
-            embedded=self.batch.embedded if isinstance(self.batch, EmbeddedBatch) else None,
+            embedded=self._embedded,
         )
 
     def _log_probs_of(self, model: Transformer, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:

@@ -21,9 +21,13 @@ from jaxpack.parallel.device import current_device
 _KIND = "pinned_host"
 
 
-def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+def _sharding() -> SingleDeviceSharding:
+    return SingleDeviceSharding(current_device(), memory_kind=_KIND)
+
+
+def abstract_pinned(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """Returns an abstract array in pinned host memory."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(current_device(), memory_kind=_KIND))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding())
 
 
 def is_pinned(leaf: Any) -> bool:
@@ -34,15 +38,15 @@ def is_pinned(leaf: Any) -> bool:
 def pinned_zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Makes an array of zeros in pinned host memory.
 
-    Linux gives memory to the zeros that are copied only when they are written, so this holds no second copy.
+    NumPy's zeros take no memory on Linux until they are written to, so the source of this copy costs nothing.
     """
-    zeros = jax.device_put(np.zeros(like.shape, like.dtype), SingleDeviceSharding(current_device(), memory_kind=_KIND))
-    return jax.block_until_ready(zeros)  # The copy would otherwise undo what is written to the array next.
+    zeros = jax.device_put(np.zeros(like.shape, like.dtype), _sharding())
+    return jax.block_until_ready(zeros)  # An unfinished copy would overwrite what the caller writes next.
 
 
 def to_pinned(array: jax.Array) -> jax.Array:
     """Copies an array to pinned host memory."""
-    return jax.device_put(array, SingleDeviceSharding(current_device(), memory_kind=_KIND))
+    return jax.device_put(array, _sharding())
 
 
 def to_device(array: jax.Array) -> jax.Array:
@@ -53,7 +57,7 @@ def to_device(array: jax.Array) -> jax.Array:
 def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Returns an array in host memory that a program fills by updating slices of it. Only within a compiled program.
 
-    XLA then allocates it there. If zeros were made and sent to the host, they would take as much memory on the device.
+    If zeros were made on the device and sent to the host, they would take as much memory on the device.
     """
     return _HOST_BUFFER.bind(shape=shape, dtype=jnp.dtype(dtype))
 
@@ -70,7 +74,8 @@ def _zeros(*, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return jnp.zeros(shape, dtype)
 
 
-# No operation of JAX lowers to zeros without a place: XLA finds out that only slices in host memory go into them.
+# JAX cannot make zeros in host memory within a program. This primitive lowers to plain zeros. XLA puts them into host
+# memory, because nothing but slices in host memory is written to them.
 mlir.register_lowering(_HOST_BUFFER, mlir.lower_fun(_zeros, multiple_results=False))
 
 

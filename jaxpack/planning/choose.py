@@ -24,7 +24,7 @@ from jaxpack.parallel.device import (
 )
 from jaxpack.planning.cards import Card, DeviceRates, rates_of
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.memory import argument_bytes, autotuning_bytes, host_bytes, moved_bytes, peak_bytes
+from jaxpack.planning.memory import argument_bytes, autotuning_bytes, host_bytes, host_frozen_bytes, peak_bytes
 from jaxpack.planning.time import step_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.host import available_host_bytes
@@ -32,6 +32,8 @@ from jaxpack.utils.host import available_host_bytes
 _GIB = 2**30
 _ACCURACY = 0.1  # Measured memory may exceed the prediction by this share.
 _SMALLER_CHUNKS = (512, 256, 128)  # of the loss; with fewer tokens, a GPU's matmuls are slow
+_OFFLOADS = ("offload_weights", "offload_embedding")
+_ANY_RATES = DeviceRates(1, 1, 1, 1, 0, 0)  # for memory, which does not depend on rates
 _WORTH = 0.98  # A choice that a run may fall back on needs at most this share of the memory of the one before it.
 
 
@@ -70,8 +72,8 @@ class Choice(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
     @property
-    def moves(self) -> tuple[bool, bool]:
-        """Returns whether the matrices of the layers, and whether those outside of them, lie in the host's memory."""
+    def offloads(self) -> tuple[bool, bool]:
+        """Returns whether the layers' matrices lie in the host's memory, and whether embedding and head do."""
         return self.offload_weights, self.offload_embedding
 
     @property
@@ -81,7 +83,7 @@ class Choice(NamedTuple):
     @property
     def _hosted(self) -> str:
         names = ("the layers' weights", "embedding and head")
-        there = [name for name, moves in zip(names, self.moves, strict=True) if moves]
+        there = [name for name, is_there in zip(names, self.offloads, strict=True) if is_there]
         return f", with {' and '.join(there)} in host memory" if there else ""
 
 
@@ -97,7 +99,7 @@ class Prediction(NamedTuple):
 def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
     """Returns a prediction for every `remat`, from the one that keeps least on the device to the one that keeps most.
 
-    If the weights of layers lie in the host's memory, only those that offload residuals, too, are predicted.
+    If the layers' weights lie in the host's memory, only "offload" and "offload_heads" are predicted.
     """
     first = autotuning_bytes(step)
     return {
@@ -118,12 +120,12 @@ def predict(step: StepShape, rates: DeviceRates) -> dict[Remat, Prediction]:
 
 
 def predict_all(step: StepShape, rates: DeviceRates, config: TrainConfig = TrainConfig()) -> list[Prediction]:  # noqa: B008
-    """Returns the predictions of every choice that the settings allow, the largest chunks of the loss first."""
+    """Returns the predictions of every choice that the settings allow."""
     sizes = [CHUNK, *(size for size in _SMALLER_CHUNKS if size < step.max_targets)]
     return [
         prediction
-        for weights in _allowed(config.offload_weights, step.layers_bytes, step.offload_weights)
-        for embedding in _allowed(config.offload_embedding, step.outside_bytes, step.offload_embedding)
+        for weights in _allowed(config.offload_weights, step.layer_weight_bytes, step.offload_weights)
+        for embedding in _allowed(config.offload_embedding, step.embedding_bytes, step.offload_embedding)
         for size in sizes
         for prediction in predict(
             dataclasses.replace(step, loss_chunk=size, offload_weights=weights, offload_embedding=embedding), rates
@@ -131,9 +133,9 @@ def predict_all(step: StepShape, rates: DeviceRates, config: TrainConfig = Train
     ]
 
 
-def _allowed(setting: str, movable_bytes: int, has_moved: bool) -> list[bool]:
-    """Returns whether matrices may lie on the device (False), and whether they may lie in the host's memory (True)."""
-    if has_moved:
+def _allowed(setting: str, movable_bytes: int, is_offloaded: bool) -> list[bool]:
+    """Returns the places where matrices may lie: False for the device, True for the host's memory."""
+    if is_offloaded:  # They are not moved back.
         return [True]
     return [False] * (setting != "on") + [True] * (setting != "off" and movable_bytes > 0)
 
@@ -141,7 +143,7 @@ def _allowed(setting: str, movable_bytes: int, has_moved: bool) -> list[bool]:
 def fits(predictions: Iterable[Prediction], memory: float, host: float) -> list[Prediction]:
     """Returns the predictions that fit in `memory` bytes on the device and `host` bytes on the host, fastest first."""
     room = [p for p in predictions if p.peak_bytes <= memory and p.host_bytes <= host]
-    return sorted(room, key=lambda p: (p.seconds, sum(p.choice.moves), p.peak_bytes))
+    return sorted(room, key=lambda p: (p.seconds, sum(p.choice.offloads), p.peak_bytes))
 
 
 def usable_bytes(config: TrainConfig, held_bytes: int = 0, card: Card | None = None) -> float | None:
@@ -178,29 +180,28 @@ def choices(
 
     Raises:
       InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the
-        choice that the user named.
+        choice that the user named, or the model's weights cannot lie where the user asked for.
     """
     step = StepShape.of_run(model, batches, optimizer_bytes=optimizer_bytes)
     step = dataclasses.replace(step, compiles_first=compiles_first)
     named = None if config.remat == "auto" else config.remat
-    _check_movable(config, step)
-    moved = {name: getattr(config, name) == "on" for name in ("offload_weights", "offload_embedding")}
+    _check_offloads(config, step)
+    asked = {name: getattr(config, name) == "on" or getattr(step, name) for name in _OFFLOADS}
+    usual: Remat = "offload" if asked["offload_weights"] else "full"
     if card is None:
-        remat: Remat = named or ("offload" if moved["offload_weights"] else "full")
-        _check_host(dataclasses.replace(step, **moved), remat)
+        _check_host(dataclasses.replace(step, **asked), named or usual, there=host_frozen_bytes(step))
     memory = usable_bytes(config, held_bytes, card)
     if memory is None:
-        choice = Choice(named or ("offload" if moved["offload_weights"] else "full"), **moved)
+        choice = Choice(named or usual, **asked)
         why = f"{choice}: this device does not report its free memory; a `memory_limit` may allow a faster choice"
         return [choice._replace(reason=why if named is None else None)]
     device = current_device()
-    host = _host_room() if card is None else pinned_limit_bytes()
+    host = _host_room() + host_frozen_bytes(step) if card is None else pinned_limit_bytes()
 
     def predicted(step: StepShape) -> list[Prediction]:
         predictions = predict_all(step, rates_of(device.device_kind) if card is None else card.rates, config)
         on_host = card is None and device.platform == "cpu"  # Its only memory is the host's.
-        asked = named is not None or any(moved.values())
-        return [p for p in predictions if asked or not (on_host and p.host_bytes)]
+        return [p for p in predictions if named is not None or any(asked.values()) or not (on_host and p.host_bytes)]
 
     def does_fit(step: StepShape) -> bool:
         return bool(fits(predicted(step), memory, host))
@@ -209,25 +210,40 @@ def choices(
     allowed = [p for p in predictions if named in (None, p.choice.remat)]
     fitting = fits(allowed, memory, host)
     if named is not None and card is None:  # The user's choice is tried, whatever is predicted.
-        fitting = fitting or [min(allowed, key=lambda p: p.peak_bytes)]
+        fitting = fitting or [min(fits(allowed, math.inf, host) or allowed, key=lambda p: p.peak_bytes)]
     if not fitting:
         frugal = min(fits(allowed, math.inf, host) or allowed, key=lambda p: p.peak_bytes)
         refusal = _refusal(config, step, frugal, memory, card)
         raise InputError(f"{refusal} {_remedy(config, model, batches, step, memory, does_fit)}")
     frugal = fitting[:1]
     for prediction in fitting[1:]:
-        # Weights that lie in the host's memory stay there.
-        moves = zip(frugal[-1].choice.moves, prediction.choice.moves, strict=True)
-        stays = all(now or not before for before, now in moves)
-        if stays and prediction.peak_bytes <= _WORTH * frugal[-1].peak_bytes:
+        # A later choice cannot bring weights back from the host.
+        both = zip(frugal[-1].choice.offloads, prediction.choice.offloads, strict=True)
+        can_follow = all(after or not before for before, after in both)
+        if can_follow and prediction.peak_bytes <= _WORTH * frugal[-1].peak_bytes:
             frugal.append(prediction)
-    if named is not None:
-        return [p.choice for p in frugal]
-    return [p.choice._replace(reason=_explanation(p, predictions, memory)) for p in frugal]
+
+    def with_reason(prediction: Prediction) -> Choice:
+        if named is not None and prediction.choice.offloads == tuple(asked.values()):
+            return prediction.choice  # The user named all of it.
+        return prediction.choice._replace(reason=_explanation(prediction, predictions, memory))
+
+    return list(map(with_reason, frugal))
 
 
-def _check_movable(config: TrainConfig, step: StepShape) -> None:
-    for name, size in (("offload_weights", step.layers_bytes), ("offload_embedding", step.outside_bytes)):
+def _check_offloads(config: TrainConfig, step: StepShape) -> None:
+    """Refuses settings that this model cannot follow: weights that cannot move, or that have moved already."""
+    if step.offload_weights and config.remat not in ("auto", *OFFLOADED):
+        raise InputError(
+            f'`remat` must be "auto", "offload" or "offload_heads", got "{config.remat}": an earlier run moved the'
+            " layers' weights of this model to the host's memory. Load the model anew for another choice."
+        )
+    for name, size in zip(_OFFLOADS, (step.layer_weight_bytes, step.embedding_bytes), strict=True):
+        if getattr(config, name) == "off" and getattr(step, name):
+            raise InputError(
+                f'`{name}` must be "auto" or "on", got "off": an earlier run moved these weights of this model to the'
+                " host's memory. Load the model anew."
+            )
         if getattr(config, name) == "on" and not size:
             raise InputError(
                 f'`{name}` must be "auto" or "off" for this model, got "on": it has no frozen weights that can lie in'
@@ -235,15 +251,17 @@ def _check_movable(config: TrainConfig, step: StepShape) -> None:
             )
 
 
-def _check_host(step: StepShape, remat: Remat) -> None:
-    needed, room = host_bytes(step, remat), _host_room()
+def _check_host(step: StepShape, remat: Remat, there: int) -> None:
+    """Refuses what does not fit in the host's memory; `there` are bytes of weights that lie there already."""
+    needed, room = host_bytes(step, remat) - there, _host_room()
     if needed > room:
         got = f"{PINNED_LIMIT} of {gib(room)}" if room == pinned_limit_bytes() else f"{gib(room)} available"
-        if moved := moved_bytes(step):
+        if weights := host_frozen_bytes(step) - there:
+            more = f", or set {PINNED_LIMIT} to more GiB" if room == pinned_limit_bytes() else ""
             raise InputError(
                 f"`offload_weights` and `offload_embedding` must ask for what fits in host memory: the weights need"
-                f" {gib(moved)}, and activations {gib(needed - moved)}, got {got}. Leave the weights on the device"
-                ' ("off"), take fewer tokens for each step, or raise that limit.'
+                f" {gib(weights)}, and activations {gib(needed - weights)}, got {got}. Leave the weights on the device"
+                f' ("off"), or take fewer tokens for each step{more}.'
             )
         raise InputError(
             f'`remat` "{remat}" must fit in host memory: the activations of all layers need {gib(needed)}, got {got}.'
@@ -261,7 +279,7 @@ def _explanation(chosen: Prediction, predictions: list[Prediction], memory: floa
     of_room = f"{gib(chosen.peak_bytes)} of the {gib(memory)} that the run may use"
     line = f"{chosen.choice}: a step is predicted to take {chosen.seconds:.3g} s and {of_room}"
     faster = [p for p in predictions if p.seconds < chosen.seconds and p.choice.loss_chunk == CHUNK]
-    faster = [p for p in faster if not any(p.choice.moves)] or faster
+    faster = [p for p in faster if not any(p.choice.offloads)] or faster
     if not faster:
         return line
     following = max(faster, key=lambda p: p.seconds)
@@ -300,6 +318,12 @@ def _remedy(
     """Returns a sentence that says what would make a run fit whose largest step does not."""
     if does_fit(step):
         return f'Another choice fits: take `remat` "auto" instead of "{config.remat}".'
+    off = [name for name in _OFFLOADS if getattr(config, name) == "off"]
+    if off and config.remat in ("auto", *OFFLOADED):
+        free = dataclasses.replace(config, **dict.fromkeys(off, "auto"))
+        if any(p.peak_bytes <= memory for p in predict_all(step, _ANY_RATES, free)):
+            names = " and ".join(f"`{name}`" for name in off)
+            return f'With {names} "auto", a step is predicted to fit, with weights in the host\'s memory.'
 
     def too_large(size: int) -> bool:
         if config.layout == "padding-free":
@@ -315,6 +339,7 @@ def _remedy(
     sizes = range(1, config.per_device_train_batch_size)
     if fitting := bisect.bisect_left(sizes, True, key=too_large):
         return f"A batch size of {sizes[fitting - 1]} is predicted to fit."
-    if (held := argument_bytes(step)) > memory:
+    steps = (dataclasses.replace(step, **p.choice.of_step) for p in predict_all(step, _ANY_RATES, config))
+    if (held := min(map(argument_bytes, steps))) > memory:
         return f"The weights and the optimizer's state take {gib(held)}: choose a smaller model or more memory."
     return "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs less."

@@ -45,9 +45,9 @@ class StepShape:
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
       loss_chunk: the number of tokens whose logits exist at a time.
       compiles_first: whether the frozen weights are read after the programs are compiled.
-      layers_bytes: the bytes of the frozen matrices of all layers that may lie in the host's memory.
-      outside_bytes: the bytes of the frozen embedding and head that may lie there.
-      offload_weights, offload_embedding: whether they do.
+      layer_weight_bytes: the bytes of the frozen matrices of all layers that may lie in the host's memory.
+      embedding_bytes: the bytes of the frozen embedding and head that may lie there.
+      offload_weights, offload_embedding: whether these matrices lie in the host's memory.
     """
 
     config: ModelConfig
@@ -65,8 +65,8 @@ class StepShape:
     keys_per_token: float
     loss_chunk: int = CHUNK
     compiles_first: bool = False
-    layers_bytes: int = 0
-    outside_bytes: int = 0
+    layer_weight_bytes: int = 0
+    embedding_bytes: int = 0
     offload_weights: bool = False
     offload_embedding: bool = False
 
@@ -116,8 +116,8 @@ class StepShape:
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,
-            layers_bytes=sum(place.value.nbytes for place in in_layers),
-            outside_bytes=sum(place.value.nbytes for place in outside),
+            layer_weight_bytes=sum(place.value.nbytes for place in in_layers),
+            embedding_bytes=sum(place.value.nbytes for place in outside),
             offload_weights=any(isinstance(place.value, HostWeight) for place in in_layers),
             offload_embedding=any(isinstance(place.value, HostMatrix) for place in outside),
         )
@@ -160,11 +160,11 @@ class StepShape:
 
     @property
     def streams_head(self) -> bool:
-        """Returns whether the loss copies the head to the device in pieces."""
+        """Returns whether the loss copies the head to the device in pieces: it is frozen and in the host's memory."""
         return self.offload_embedding and not self.trains_head
 
     @property
-    def piece(self) -> int:
+    def piece_rows(self) -> int:
         """Returns the number of rows of a piece of the head in the host's memory."""
         return piece_rows(self.config.vocab_size, self.config.hidden_size, self.itemsize)
 
@@ -224,7 +224,7 @@ def loss_cost(step: StepShape) -> Cost:
     again = Cost(weight_bytes=max(0, more_chunks) * matmuls * step.head * step.itemsize)
     cost = of_target.for_tokens(step.max_targets) + again
     if step.streams_head:  # The sums over pieces are float32, and read and written with each piece.
-        pieces = -(-step.config.vocab_size // step.piece)
+        pieces = -(-step.config.vocab_size // step.piece_rows)
         cost += Cost(bytes=2 * 4 * pieces * step.config.hidden_size).for_tokens(step.max_targets)
     return cost
 

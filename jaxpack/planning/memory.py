@@ -10,26 +10,26 @@ def argument_bytes(step: StepShape) -> int:
     """Returns the bytes of a step's arguments.
 
     These are the frozen weights, the trained ones in float32, the state of the optimizer, and the batch of four int32
-    arrays. With the embedding in the host's memory, they are also its rows, for this batch and the next one.
+    arrays. If the embedding is in the host's memory, its rows for this batch and for the next one are added.
     """
     A, B, T = step.shape
     embedded = 2 * A * B * T * step.input_bytes if step.offload_embedding else 0
-    return frozen_bytes(step) + 4 * step.trained + step.optimizer_bytes + 4 * 4 * A * B * T + embedded
+    return device_frozen_bytes(step) + 4 * step.trained + step.optimizer_bytes + 4 * 4 * A * B * T + embedded
 
 
-def frozen_bytes(step: StepShape) -> int:
+def device_frozen_bytes(step: StepShape) -> int:
     """Returns the bytes of the frozen weights that lie on the device."""
-    return step.frozen_bytes - moved_bytes(step)
+    return step.frozen_bytes - host_frozen_bytes(step)
 
 
-def moved_bytes(step: StepShape) -> int:
+def host_frozen_bytes(step: StepShape) -> int:
     """Returns the bytes of the frozen weights that lie in the host's memory."""
-    return step.layers_bytes * step.offload_weights + step.outside_bytes * step.offload_embedding
+    return step.layer_weight_bytes * step.offload_weights + step.embedding_bytes * step.offload_embedding
 
 
 def fetched_bytes(step: StepShape) -> int:
     """Returns the bytes of the frozen matrices of two layers, this one and the next one, if they are fetched."""
-    return 2 * step.layers_bytes // step.num_layers if step.offload_weights else 0
+    return 2 * step.layer_weight_bytes // step.num_layers if step.offload_weights else 0
 
 
 def layer_bytes(step: StepShape, remat: Remat) -> int:
@@ -73,8 +73,8 @@ def _streamed_loss_bytes(step: StepShape) -> int:
     These are two pieces of the head; a chunk of a piece's logits in float32, twice, and in the dtype of matmuls; for
     each target the sums and the row of the head; and the hidden states as in `loss_bytes`.
     """
-    piece = 2 * step.piece * step.input_bytes
-    chunk = min(step.loss_chunk, step.max_targets) * step.piece * (2 * 4 + step.itemsize)
+    piece = 2 * step.piece_rows * step.input_bytes
+    chunk = min(step.loss_chunk, step.max_targets) * step.piece_rows * (2 * 4 + step.itemsize)
     sums = step.max_targets * (4 * step.config.hidden_size + step.input_bytes)
     return piece + chunk + sums + 4 * step.tokens * step.input_bytes
 
@@ -121,23 +121,27 @@ def autotuning_bytes(step: StepShape) -> int:
     """Returns the maximum number of bytes before the first step, while XLA measures kernels for each matmul.
 
     All arguments but the batch are on the device already, unless the frozen weights are read later. The largest matmul
-    makes a chunk of logits, or a trained head's gradient, in float32. XLA allocates the operands of this matmul once,
+    makes a chunk of logits, or a trained head's gradient, in float32. If the head is fetched in pieces, it makes the
+    logits of one piece. XLA allocates the operands of this matmul once,
     and its output twice, to compare results.
     """
     chunk = min(step.loss_chunk, step.max_targets)
-    vocab_size = step.piece if step.streams_head else step.config.vocab_size
+    vocab_size = step.piece_rows if step.streams_head else step.config.vocab_size
     hidden, logits = chunk * step.config.hidden_size, chunk * vocab_size
     matmul = (hidden + vocab_size * step.config.hidden_size) * step.itemsize + 2 * 4 * logits
     if step.trains_head:
         matmul = max(matmul, (hidden + logits) * step.itemsize + 2 * 4 * step.head)
-    return argument_bytes(step) - (frozen_bytes(step) if step.compiles_first else 0) + matmul
+    return argument_bytes(step) - (device_frozen_bytes(step) if step.compiles_first else 0) + matmul
 
 
 def host_bytes(step: StepShape, remat: Remat) -> int:
     """Returns the bytes in the host's memory: residuals of the layers, and frozen weights."""
-    return residual_bytes(step, remat) + moved_bytes(step)
+    return residual_bytes(step, remat) + host_frozen_bytes(step)
 
 
 def residual_bytes(step: StepShape, remat: Remat) -> int:
-    """Returns the bytes of host memory for residuals: the last layer's stay on the device, but have a place there."""
+    """Returns the bytes of host memory for residuals: a slice for each layer, of which the first one stays unused.
+
+    The residuals of the last layer stay on the device.
+    """
     return step.num_layers * offloaded_bytes(step, remat)

@@ -31,19 +31,21 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     """Returns the seconds of a step, with kernels running one after another.
 
     Copies to the host and back run beside kernels, so they only add time if the link is slower than the computation.
-    With the choices that offload, the host starts kernels one by one: a small step takes as long as starting them.
+    With the choices that offload activations or the embedding, the host starts kernels one by one: a small step takes
+    as long as starting them.
     """
     forward = step.num_layers * rates.seconds(forward_cost(step))
     backward = step.num_layers * rates.seconds(backward_cost(step) + recomputed_cost(step, remat))
     residuals = residual_bytes(step, remat) / rates.link
-    weights = step.layers_bytes / rates.link if step.offload_weights else 0.0
+    weights = step.layer_weight_bytes / rates.link if step.offload_weights else 0.0
     head = step.head * step.itemsize / rates.link if step.streams_head else 0.0
     # The link carries copies in both directions at a time: in the forward pass, residuals leave and weights arrive.
     micro = max(forward, residuals, weights) + max(backward, residuals + weights)
     micro += max(rates.seconds(loss_cost(step)), head)
     count = num_kernels(step, remat)
     seconds = step.shape[0] * micro + rates.seconds(update_cost(step)) + count * rates.kernel
-    return max(seconds, count * rates.start) if remat in OFFLOADED else seconds
+    starts_each = remat in OFFLOADED or step.offload_embedding
+    return max(seconds, count * rates.start) if starts_each else seconds
 
 
 def run_seconds(

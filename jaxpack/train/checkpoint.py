@@ -55,7 +55,7 @@ _STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, a
 _UNFINISHED, _ORBAX_UNFINISHED, _DELETED = ".unfinished", ".orbax-checkpoint-tmp", ".deleted"
 _DAMAGED = ".damaged"  # the ending of a checkpoint that was not resumed from, kept for its user
 _SPARE = 2**20  # Bytes that a checkpoint may take in addition to its arrays.
-_SLICE_BYTES = 64 * 2**20  # of an array in the host's memory, for its checksum
+_SLICE_BYTES = 64 * 2**20  # of an array in the host's memory that go to the device at a time, for its checksum
 _PART = 2**20  # Values that are looked at together: their bits stay in the cache of a processor.
 # Settings that may differ between a run and its continuation. The last two change only how a step is rounded.
 _FREE = {
@@ -93,7 +93,7 @@ def identity_of(
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model
-    weights = _without_places(frozen)
+    weights = _frozen_arrays(frozen)
     of_jax: Any = jax.config  # JAX declares no types for its settings
     identity = (
         structure
@@ -119,13 +119,16 @@ def _describe(documents: Documents) -> str:
     return f"{len(documents):,} documents of {documents.num_tokens:,} tokens, {digest.hexdigest()[:16]}"
 
 
-def _without_places(frozen: nnx.State) -> dict[str, Any]:
+def _frozen_arrays(frozen: nnx.State) -> dict[str, Any]:
     """Returns the arrays of frozen weights by name, the same whether they lie on the device or in the host's memory."""
-    is_hosted = lambda value: isinstance(value, HostWeight | HostMatrix)  # noqa: E731
-    arrays = jax.tree.map(
-        lambda value: value.in_numpy if is_hosted(value) else value, nnx.to_pure_dict(frozen), is_leaf=is_hosted
-    )
-    return arrays_by_name(arrays)
+
+    def is_in_host_memory(value: Any) -> bool:
+        return isinstance(value, HostWeight | HostMatrix)
+
+    def array(value: Any) -> Any:
+        return value.in_numpy if is_in_host_memory(value) else value
+
+    return arrays_by_name(jax.tree.map(array, nnx.to_pure_dict(frozen), is_leaf=is_in_host_memory))
 
 
 def checksums(arrays: list[Array | np.ndarray]) -> UInt32[np.ndarray, " arrays"]:

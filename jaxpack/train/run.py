@@ -116,9 +116,9 @@ class Run:
         self._walls: list[jax.Array] = []
 
     def _take(self, choice: Choice) -> None:
-        """Takes a choice, and moves the weights that it keeps in the host's memory there."""
+        """Takes a choice, and moves to the host's memory the weights that the choice keeps there."""
         self.choice = choice
-        weights, embedding = choice.moves
+        weights, embedding = choice.offloads
         move_to_host(self._model, layers=weights, embedding=embedding)
         _, _, self.frozen = split_trained(self._model)
 
@@ -149,7 +149,7 @@ class Run:
             for shape in evaluated.shapes if evaluated is not None else ():
                 assert evaluated is not None
                 limits = evaluated.limits[shape[-1]]
-                evaluate = self._make_eval_step(fetches=any(self.choice.moves))
+                evaluate = self._make_eval_step(fetches=any(self.choice.offloads))
                 lowered = evaluate.lower(self.state.trainable, self.frozen, self._abstract(shape), limits=limits)
                 program = self.eval_programs[shape[-1]] = cache.compile(lowered)
                 _check_room(program, shape)
@@ -178,7 +178,7 @@ class Run:
     def _compile_steps(self, cache: ProgramCache) -> str | None:
         """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
         choice, self.programs = self.choice, {}
-        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.moves))
+        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.offloads))
         for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
             limits = self._batches.limits[shape[-1]]
             lowered = step.lower(self.state, self.frozen, self._abstract(shape), limits=limits)

@@ -198,7 +198,8 @@ def make_train_step(
       dropout_seed: turns dropout on; each step draws new masks from the seed and the number of the step.
       loss_chunk: the number of tokens whose logits exist at a time. Fewer take less memory, and more time.
       mesh: the devices; None is the current device alone.
-      fetches: whether weights lie in the host's memory: the compiler then fetches them beside computation.
+      fetches: whether frozen weights lie in the host's memory. The program is then compiled without CUDA graphs, so
+        that copies overlap with computation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -276,7 +277,7 @@ def make_eval_step(
             model = nnx.merge(graph, trainable, frozen)
             options = {"implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             forward = Forward(model, micro, **options)
-            computed = {} if compute_metrics is None else compute_metrics(*forward.scores, micro)
+            computed = {} if compute_metrics is None else compute_metrics(*forward.scores, forward.batch)
             return EvalSums(objective(forward), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), computed))
 
         return sum_over_shards(local_sums, mesh)(batch, trainable, frozen)

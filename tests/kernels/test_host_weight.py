@@ -9,7 +9,7 @@ from jaxpack.kernels import host_weight
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight, loop_with, piece_rows
 from jaxpack.kernels.weight import DenseWeight
 from jaxpack.model.nf4 import nf4_store
-from jaxpack.parallel.host_memory import host_buffer, is_pinned, numpy_view, pinned, pinned_zeros
+from jaxpack.parallel.host_memory import abstract_pinned, host_buffer, is_pinned, numpy_view, pinned_zeros
 
 L, O, I = 4, 40, 24  # noqa: E741
 STACK = 0.3 * jax.random.normal(jax.random.key(0), (L, O, I))
@@ -104,7 +104,7 @@ def test_a_loop_fetches_every_slice_once_and_in_order():
 
 
 def test_numpy_writes_to_what_a_program_reads():
-    array = pinned_zeros(pinned((3, 5), jnp.float32))
+    array = pinned_zeros(abstract_pinned((3, 5), jnp.float32))
     numpy_view(array)[1] = 7
     np.testing.assert_array_equal(jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Device))(array)[1], 7)
     np.testing.assert_array_equal(array[1], 7)

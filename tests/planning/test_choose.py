@@ -380,26 +380,26 @@ def streamed(rows: int = 16, **changes) -> StepShape:
 def test_weights_in_host_memory_leave_the_device_but_for_two_layers():
     resident, moved = streamed(), streamed(offload_weights=True)
     layers = 36 * 100_925_440 * 2  # the projections' elements in each layer, in bfloat16
-    assert resident.layers_bytes == layers
+    assert resident.layer_weight_bytes == layers
     before, after = predict(resident, H200), predict(moved, H200)
     assert set(after) == {"offload", "offload_heads"}
     for remat, prediction in after.items():
         assert peak_bytes(resident, remat) - peak_bytes(moved, remat) == layers - 2 * layers // 36
         assert prediction.host_bytes - before[remat].host_bytes == layers
         assert prediction.seconds >= before[remat].seconds
-        assert prediction.choice.moves == (True, False)
+        assert prediction.choice.offloads == (True, False)
 
 
 def test_an_embedding_in_host_memory_takes_the_head_along():
     resident, moved = streamed(), streamed(offload_embedding=True)
     matrix = 151_936 * 2560 * 2
-    assert resident.outside_bytes == matrix
+    assert resident.embedding_bytes == matrix
     before, after = predict(resident, H200)["full"], predict(moved, H200)["full"]
     rows = 2 * 16 * 1024 * 2560 * 2  # of the embedding, for two batches
     assert argument_bytes(resident) - argument_bytes(moved) == matrix - rows
     assert after.host_bytes - before.host_bytes == matrix
     untied = StepShape.of(abstract_model("Qwen3-8B", LORA), (1, 16, 1024))
-    assert untied.outside_bytes == 2 * 151_936 * 4096 * 2
+    assert untied.embedding_bytes == 2 * 151_936 * 4096 * 2
 
 
 def test_the_link_decides_what_fetching_costs():
@@ -410,7 +410,7 @@ def test_the_link_decides_what_fetching_costs():
         resident = dataclasses.replace(step, offload_weights=False)
         times = [predict(one, rates)["offload"].seconds for one in (resident, step)]
         assert (times[0] == times[1]) == hidden
-    copied_twice = 2 * few.layers_bytes / slow.link
+    copied_twice = 2 * few.layer_weight_bytes / slow.link
     assert predict(few, slow)["offload"].seconds == pytest.approx(copied_twice, rel=0.1)
 
 
@@ -424,13 +424,13 @@ def test_weights_move_only_if_nothing_faster_fits(monkeypatch):
         monkeypatch.setattr("jaxpack.planning.choose.current_device", lambda: FakeGpu(limit=100 * GIB, in_use=0))
         return choices(config, model, batches(), 0)
 
-    assert chosen(60)[0].moves == chosen(12)[0].moves == (False, False)
-    assert chosen(4)[0].moves == (True, False)
-    assert chosen(2.6)[0].moves == (True, True)
-    assert chosen(60, offload_weights="on")[0].moves == (True, False)
-    assert chosen(60, offload_embedding="on")[0].moves == (False, True)
-    with pytest.raises(InputError, match="`memory_limit` must be at least"):
+    assert chosen(60)[0].offloads == chosen(12)[0].offloads == (False, False)
+    assert chosen(4)[0].offloads == (True, False)
+    assert chosen(2.6)[0].offloads == (True, True)
+    assert chosen(60, offload_weights="on")[0].offloads == (True, False)
+    assert chosen(60, offload_embedding="on")[0].offloads == (False, True)
+    with pytest.raises(InputError, match='With `offload_weights` "auto", a step is predicted to fit, with weights in'):
         chosen(4, offload_weights="off")
     for one, after in itertools.pairwise(chosen(12)):  # What has moved stays there.
-        assert all(now or not before for before, now in zip(one.moves, after.moves, strict=True))
-    assert chosen(12)[-1].moves == (True, True)
+        assert all(now or not before for before, now in zip(one.offloads, after.offloads, strict=True))
+    assert chosen(12)[-1].offloads == (True, True)

@@ -11,7 +11,7 @@ from flax import nnx
 from models import random_documents, small_model
 
 import torch_bridge
-from jaxpack import InputError, LoraConfig, TrainConfig, Trainer, add_lora, generate
+from jaxpack import InputError, LogProbObjective, LoraConfig, TrainConfig, Trainer, add_lora, generate
 from jaxpack.kernels import host_weight
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.model.nf4 import nf4_store
@@ -187,6 +187,49 @@ def test_too_little_host_memory_is_refused(folder, monkeypatch):
     trainer = Trainer(read(folder), None, random_documents(DOCUMENTS), config)
     with pytest.raises(InputError, match="`offload_weights` and `offload_embedding` must ask for what fits"):
         trainer.train()
+
+
+def test_a_model_whose_weights_have_moved_stays_as_it_is(folder, monkeypatch):
+    model = read(folder)
+    trained(model, max_steps=1, offload_weights=True)
+    for changes, message in (
+        ({"remat": "full"}, '`remat` must be "auto", "offload" or "offload_heads", got "full": an earlier run moved'),
+        ({"offload_weights": "off"}, '`offload_weights` must be "auto" or "on", got "off": an earlier run moved'),
+    ):
+        with pytest.raises(InputError, match=message):
+            trained(model, **changes)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, Frozen)) if is_pinned(leaf))
+    assert held > 10_000
+    monkeypatch.setattr("jaxpack.planning.choose.available_host_bytes", lambda: 200_000)  # for the residuals, 196,608 bytes
+    trained(model, max_steps=1)
+
+
+def test_a_merge_into_the_original_weights_checks_them_wherever_they_lie(folder, tmp_path):
+    moved, resident = (read(folder, load_in_4bit=True) for _ in range(2))
+    move_to_host(moved, layers=True, embedding=True)
+    for model in (moved, resident):
+        nnx.update(model, jax.tree.map(lambda x: x + 0.1, split_trained(model)[1]))
+    for model, name in ((moved, "moved"), (resident, "resident")):
+        torch_bridge.save_merged(model, tmp_path / name, base=folder)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("moved", "resident")]
+    assert written[0] == written[1]
+    other = small_model("qwen3")
+    weight = other.blocks.feed_forward.down.weight
+    weight.set_value(-weight[...])
+    torch_bridge.save_pretrained(other, tmp_path / "other")
+    with pytest.raises(InputError, match="`base`"):
+        torch_bridge.save_merged(moved, tmp_path / "wrong", base=str(tmp_path / "other"))
+
+
+def test_a_users_function_gets_the_four_arrays_of_a_batch(folder):
+    def loss(log_probs, batch):
+        _, _, _, targets = batch
+        return -jnp.sum(log_probs), jnp.sum(targets != -100)
+
+    config = TrainConfig(**OPTIONS, remat="offload", offload_embedding=True)
+    documents = random_documents(DOCUMENTS)
+    got = Trainer(read(folder), None, documents, config, objective=LogProbObjective(loss)).train().losses
+    np.testing.assert_allclose(got, trained(read(folder)).losses, rtol=1e-5)
 
 
 def test_a_choice_says_where_weights_lie():
