@@ -152,7 +152,8 @@ def test_an_optax_transformation_takes_the_place_of_adamw(tmp_path):
 
 
 def test_memory_is_predicted_with_the_state_of_ones_own_optimizer(monkeypatch):
-    training = trainer(config={"memory_limit": 100, "max_length": 128})
+    on_device = {"offload_weights": "off", "offload_embedding": "off"}
+    training = trainer(config={"memory_limit": 100, "max_length": 128} | on_device)
 
     steps = []
     monkeypatch.setattr(
