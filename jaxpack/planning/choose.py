@@ -214,7 +214,10 @@ def choices(
     if not fitting:
         frugal = min(fits(allowed, math.inf, host) or allowed, key=lambda p: p.peak_bytes)
         refusal = _refusal(config, step, frugal, memory, card)
-        raise InputError(f"{refusal} {_remedy(config, model, batches, step, memory, does_fit)}")
+        remedy = _remedy(config, model, batches, step, memory, does_fit) + _hint_at_offloading(
+            config, step, memory, host
+        )
+        raise InputError(f"{refusal} {remedy}")
     frugal = fitting[:1]
     for prediction in fitting[1:]:
         # A later choice cannot bring weights back from the host.
@@ -318,12 +321,6 @@ def _remedy(
     """Returns a sentence that says what would make a run fit whose largest step does not."""
     if does_fit(step):
         return f'Another choice fits: take `remat` "auto" instead of "{config.remat}".'
-    off = [name for name in _OFFLOADS if getattr(config, name) == "off"]
-    if off and config.remat in ("auto", *OFFLOADED):
-        free = dataclasses.replace(config, **dict.fromkeys(off, "auto"))
-        if any(p.peak_bytes <= memory for p in predict_all(step, _ANY_RATES, free)):
-            names = " and ".join(f"`{name}`" for name in off)
-            return f'With {names} "auto", a step is predicted to fit, with weights in the host\'s memory.'
 
     def too_large(size: int) -> bool:
         if config.layout == "padding-free":
@@ -343,3 +340,14 @@ def _remedy(
     if (held := min(map(argument_bytes, steps))) > memory:
         return f"The weights and the optimizer's state take {gib(held)}: choose a smaller model or more memory."
     return "Not even a batch size of 1 is predicted to fit: a smaller `max_length` needs less."
+
+
+def _hint_at_offloading(config: TrainConfig, step: StepShape, memory: float, host: float) -> str:
+    """Returns a sentence that names the settings that keep weights on the device, if the run would fit without them."""
+    off = [name for name in _OFFLOADS if getattr(config, name) == "off"]
+    if not off or config.remat not in ("auto", *OFFLOADED):
+        return ""
+    free = dataclasses.replace(config, **dict.fromkeys(off, "auto"))
+    if not fits(predict_all(step, _ANY_RATES, free), memory, host):
+        return ""
+    return f' With {" and ".join(f"`{name}`" for name in off)} "auto", it is predicted to fit as it is.'

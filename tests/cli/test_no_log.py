@@ -8,6 +8,7 @@ import pytest
 from tokenizers_for_tests import write_checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "redirection",
     ["2>/dev/full", pytest.param("2>&-", marks=pytest.mark.slow), pytest.param("2> >(true)", marks=pytest.mark.slow)],

@@ -191,6 +191,7 @@ def test_cases_a_run_whose_disk_is_full_can_be_resumed(seed: int, setting: Setti
     require_same_adapter(output, setting.undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(setting.undisturbed, output)

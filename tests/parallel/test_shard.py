@@ -31,6 +31,7 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_and_sums_are_those_of_one_device(case, results):
     assert results[case]["gradients"] < 1e-6

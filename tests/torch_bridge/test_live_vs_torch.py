@@ -57,6 +57,7 @@ def test_from_torch_equals_from_pretrained(checkpoint: str, dtype: str, tmp_path
     assert dataclasses.replace(live.config, name_or_path=folder) == read.config
 
 
+@pytest.mark.slow
 def test_a_module_on_the_host_becomes_a_model_on_the_device_of_jax():
     """JAX has two CPU devices here, and DLPack's arrays are on the first."""
     program = """

@@ -140,6 +140,7 @@ def test_without_a_checkpoint_latest_is_the_beginning(tmp_path: Path, capsys: py
     assert f"there is no checkpoint in {tmp_path}: the run starts from the beginning" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_trainer_of_a_run_that_was_stopped_goes_on_like_a_new_one(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole")
     expected = whole.train()

@@ -60,7 +60,7 @@ def pinned_arrays(model) -> int:
     return sum(map(is_pinned, jax.tree.leaves(nnx.state(model, Frozen))))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("place", PLACES)
@@ -119,6 +119,7 @@ def test_a_run_resumes_wherever_its_weights_lie_now(folder, tmp_path, monkeypatc
     np.testing.assert_array_equal(resumed.losses, straight)
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_weights_in_host_memory(folder):
     def loss(**changes):
         documents, config = random_documents(DOCUMENTS), TrainConfig(**OPTIONS | {"remat": "offload"} | changes)
@@ -132,6 +133,7 @@ def test_an_evaluation_reads_weights_in_host_memory(folder):
     assert loss(**PLACES["both"]) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_and_accumulation_are_the_same(folder):
     def losses(**changes):
         model, _ = torch_bridge.from_pretrained(folder, dtype="float32")
@@ -205,6 +207,7 @@ def test_a_model_whose_weights_have_moved_stays_as_it_is(folder, monkeypatch):
     trained(model, max_steps=1)
 
 
+@pytest.mark.slow
 def test_a_merge_into_the_original_weights_checks_them_wherever_they_lie(folder, tmp_path):
     moved, resident = (read(folder, load_in_4bit=True) for _ in range(2))
     move_to_host(moved, layers=True, embedding=True)
