@@ -45,6 +45,8 @@ _USED = {
     "optim",
     "remat",
     "memory_limit",
+    "offload_weights",
+    "offload_embedding",
     "r",
     "target_modules",
 }

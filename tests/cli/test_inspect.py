@@ -63,6 +63,20 @@ def test_the_optimizer_decides_what_fits(exit_status, tmp_path, capfd):
         assert ("The run does not fit" not in capfd.readouterr().out) == fits
 
 
+def test_weights_in_host_memory_decide_what_fits(exit_status, tmp_path, capfd):
+    histogram = tmp_path / "lengths.csv"
+    histogram.write_text("token_length_from,token_length_to,documents\n20,60,50\n")
+    for setting, fits in (("off", False), ("auto", True)):
+        flags = ["--lengths", histogram, "--gpu", "RTX 3060", "--packing", "--offload-weights", setting]
+        assert exit_status("inspect", "--model", "Qwen3-8B", *flags) == 0
+        said = " ".join(capfd.readouterr().out.split())
+        assert ("The run does not fit" not in said) == fits
+        wanted = (
+            "with the layers' weights in host memory" if fits else '`offload_weights` "auto", it is predicted to fit'
+        )
+        assert wanted in said
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
