@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxpack.constants import Implementation
 from jaxpack.kernels.host_weight import HostMatrix
@@ -24,6 +24,7 @@ from jaxpack.kernels.logits import (
     chunked,
     logit_gradients,
     losses_of,
+    nan_if_too_many,
     nan_outside,
     put_back,
     select,
@@ -132,7 +133,7 @@ def _loss_and_gradients(
         d_hidden = streamed.gradients
         if d_hidden is not None:
             d_hidden = put_back(d_hidden, selection).reshape(shape)
-        return _nan_if_too_many(jnp.sum(streamed.losses), selection, options), d_hidden, None
+        return nan_if_too_many(jnp.sum(streamed.losses), selection, options.max_targets), d_hidden, None
     chunks = chunked(hidden, targets, options.chunk)
     weights = head.dense(dtype)
 
@@ -154,16 +155,7 @@ def _loss_and_gradients(
 
     d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
     (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
-    total = _nan_if_too_many(total, selection, options)
+    total = nan_if_too_many(total, selection, options.max_targets)
     if d_hidden is not None:
         d_hidden = put_back(d_hidden.reshape(-1, shape[-1])[: len(targets)], selection).reshape(shape)
     return total, d_hidden, None if d_head is None else head.cotangent(lambda: d_head)
-
-
-def _nan_if_too_many(
-    total: Float[Array, ""], selection: Bool[Array, " T"] | None, options: LossOptions
-) -> Float[Array, ""]:
-    """Returns the total, or NaN if there are more targets than `max_targets`."""
-    if selection is None or options.max_targets is None:
-        return total
-    return jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, total)

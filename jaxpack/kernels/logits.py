@@ -61,6 +61,15 @@ def put_back(rows: Float[Array, "K D"], present: Bool[Array, " T"] | None) -> Fl
     return jnp.where(present[:, None], rows[place], 0)  # a gather: a scatter would be slow
 
 
+def nan_if_too_many(
+    out: Float[Array, "*S"], present: Bool[Array, " T"] | None, max_targets: int | None
+) -> Float[Array, "*S"]:
+    """Returns `out`, or NaN if more tokens have a target than `max_targets`, so that `select` left some out."""
+    if present is None or max_targets is None:
+        return out
+    return jnp.where(jnp.sum(present) > max_targets, jnp.nan, out)
+
+
 class Chunks(NamedTuple):
     """Holds tokens in chunks of equal size; the last chunk may end with padding, which has no targets."""
 

@@ -24,6 +24,7 @@ from jaxpack.kernels.logits import (
     chunked,
     logit_gradients,
     losses_of,
+    nan_if_too_many,
     nan_outside,
     pick,
     put_back,
@@ -156,7 +157,7 @@ def _with_direction(hidden, head, targets, options, *, wanted: bool):
 def _for_all_tokens(out, selection, targets, options) -> Float[Array, "*B"]:
     """Puts the log-probabilities of the selected tokens back at their places; all are NaN if there are too many."""
     out = put_back(out[:, None], selection)[:, 0].reshape(targets.shape)
-    return out if selection is None else jnp.where(jnp.sum(selection) > options.max_targets, jnp.nan, out)
+    return nan_if_too_many(out, selection, options.max_targets)
 
 
 def _backward(options, residuals, d_out):

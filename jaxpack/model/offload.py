@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpack.kernels.host_weight import HostWeight
+from jaxpack.kernels.host_weight import HostWeight, loop_with
 from jaxpack.kernels.weight import Weight
 from jaxpack.parallel.host_memory import host_buffer, to_device
 
@@ -63,11 +63,10 @@ def _matrices(fetched: Any) -> Any:
 def _scan(layer, x, leaves, shared, hosted):
     """Runs the layers without a derivative: keeps no residuals."""
 
-    def turn(state):
-        i, x, fetched = state
-        return i + 1, layer(x, _at(leaves, i), shared, _matrices(fetched)), _fetch(hosted, i + 1)
+    def turn(i, fetched, x):
+        return layer(x, _at(leaves, i), shared, _matrices(fetched))
 
-    return jax.lax.while_loop(lambda state: state[0] < _length(leaves), turn, (0, x, _fetch(hosted, 0)))[1]
+    return loop_with(functools.partial(_fetch, hosted), _length(leaves), turn, x)
 
 
 @jax.tree_util.register_static

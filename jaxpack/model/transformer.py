@@ -130,7 +130,10 @@ class Transformer(nnx.Module):
         if remat in OFFLOADED or jax.tree.leaves(hosted):
             x = scan_offloaded(layer, x, scanned, shared, hosted)
         else:
-            step = lambda x, scanned: (layer(x, scanned, shared, hosted), None)  # noqa: E731
+
+            def step(x, scanned):
+                return layer(x, scanned, shared, hosted), None  # `hosted` holds no arrays here.
+
             x, _ = jax.lax.scan(step, x, scanned, unroll=unrolls(remat))
         return self.norm(x)
 

@@ -241,7 +241,7 @@ def _timed(
         step = StepShape.of_run(model, run)
         step = dataclasses.replace(step, compiles_first=compiles_first, **choice.of_step)
         largest = predict(step, card.rates)[choice.remat]
-        seconds = run_seconds(model, run, choice.remat, card.rates, choice.of_step)
+        seconds = run_seconds(model, run, choice.remat, card.rates, **choice.of_step)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(

@@ -122,8 +122,7 @@ def autotuning_bytes(step: StepShape) -> int:
 
     All arguments but the batch are on the device already, unless the frozen weights are read later. The largest matmul
     makes a chunk of logits, or a trained head's gradient, in float32. If the head is fetched in pieces, it makes the
-    logits of one piece. XLA allocates the operands of this matmul once,
-    and its output twice, to compare results.
+    logits of one piece. XLA allocates the operands of this matmul once, and its output twice, to compare results.
     """
     chunk = min(step.loss_chunk, step.max_targets)
     vocab_size = step.piece_rows if step.streams_head else step.config.vocab_size

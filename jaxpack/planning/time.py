@@ -1,8 +1,6 @@
 """Predicts the seconds that a step takes with each choice of `remat`, at the rates of a device."""
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,6 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.planning.cards import DeviceRates
 from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, loss_cost, recomputed_cost, update_cost
 from jaxpack.planning.memory import residual_bytes
-
-NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
 def num_kernels(step: StepShape, remat: Remat) -> int:
@@ -48,9 +44,7 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     return max(seconds, count * rates.start) if starts_each else seconds
 
 
-def run_seconds(
-    model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates, changes: Mapping[str, Any] = NO_CHANGES
-) -> float:
+def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates, **changes: Any) -> float:
     """Returns the predicted seconds of all steps of a run.
 
     Args:

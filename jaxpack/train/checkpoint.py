@@ -57,7 +57,8 @@ _DAMAGED = ".damaged"  # the ending of a checkpoint that was not resumed from, k
 _SPARE = 2**20  # Bytes that a checkpoint may take in addition to its arrays.
 _SLICE_BYTES = 64 * 2**20  # of an array in the host's memory that go to the device at a time, for its checksum
 _PART = 2**20  # Values that are looked at together: their bits stay in the cache of a processor.
-# Settings that may differ between a run and its continuation. The last two change only how a step is rounded.
+# Settings that may differ between a run and its continuation. `remat`, `implementation` and
+# `offload_embedding` change only how a step is rounded, and `offload_weights` changes nothing.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),

@@ -145,11 +145,10 @@ class Run:
         with cache.in_use():
             while (shortage := self._compile_steps(cache)) is not None:
                 self.take_next_choice(shortage)
-            evaluated = self._eval_batches
+            evaluated, evaluate = self._eval_batches, self._make_eval_step(fetches=any(self.choice.offloads))
             for shape in evaluated.shapes if evaluated is not None else ():
                 assert evaluated is not None
                 limits = evaluated.limits[shape[-1]]
-                evaluate = self._make_eval_step(fetches=any(self.choice.offloads))
                 lowered = evaluate.lower(self.state.trainable, self.frozen, self._abstract(shape), limits=limits)
                 program = self.eval_programs[shape[-1]] = cache.compile(lowered)
                 _check_room(program, shape)
