@@ -84,8 +84,12 @@ class Planned:
         return f"{self.plan}: {self.label}: {self.case}"
 
     def record(self, **figures: Any) -> dict[str, Any]:
-        """Returns the record of a measurement: the plan, the label, the case, and its figures."""
-        return {"plan": self.plan, "label": self.label, **dataclasses.asdict(self.case), **figures}
+        """Returns the record of a measurement: the plan, the label, the case, and its figures.
+
+        Raises:
+          TypeError: a figure has the name of a field of the case, which it would hide.
+        """
+        return dict(plan=self.plan, label=self.label, **dataclasses.asdict(self.case), **figures)
 
 
 def case_of(record: dict[str, Any]) -> Case:

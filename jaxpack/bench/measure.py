@@ -94,7 +94,7 @@ def measure(
         "losses": losses,
         "shapes": batches.shapes,
         "chosen_remat": run.remat,
-        **run.choice.of_step,
+        **{f"chosen_{name}": value for name, value in run.choice.of_step.items()},
         "predicted_step_seconds": predicted.seconds,
         "predicted_peak_bytes": predicted.peak_bytes,
         "argument_bytes": memory.argument_size_in_bytes,

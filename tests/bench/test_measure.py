@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import random_documents, small_model
 
-from jaxpack.bench.cases import Case
+from jaxpack.bench.cases import Case, Planned, case_of
 from jaxpack.bench.measure import WARM_UP, measure, timed_steps, train_config
 from jaxpack.data.batching import Batches
 from jaxpack.data.packing import PackedBatch
@@ -51,6 +51,15 @@ def test_figures_are_of_what_the_batches_hold(layout):
     rate = held[WARM_UP:][timed].sum() / seconds[timed].sum()
     assert figures["tokens_per_second"] == pytest.approx(rate)
     assert figures["warm_up_seconds"] == pytest.approx(figures["loss_seconds"][WARM_UP - 1])
+
+
+def test_a_record_says_which_case_it_measured():
+    """No figure takes the place of a field of the case, by whose fields a record is found again."""
+    planned = Planned("cases", "packed", case("packed"))
+    record = planned.record(data="some documents", **figures_of("packed"))
+    assert case_of(record) == planned.case
+    with pytest.raises(TypeError, match="offload_weights"):
+        planned.record(offload_weights=False)
 
 
 def test_a_case_is_trained_as_it_says():
