@@ -20,7 +20,7 @@ OTHER = dataclasses.replace(CASE, rows=4)
 
 def record(case: Case = CASE, *, rate: float = 1000.0, memory: float = 500.0, **fields: object) -> dict:
     figures = {"tokens_per_second": rate, "peak_memory_bytes": memory, "device": "a card", "data": "lengths"}
-    return Planned("bars", "a label", case).record(**figures | fields)
+    return Planned("bars", "a label", case).record(**figures) | fields
 
 
 def failed(case: Case = CASE) -> dict:

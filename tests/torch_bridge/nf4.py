@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from plain_bitsandbytes import bitsandbytes
 from safetensors.torch import load_file, save_file
 
 from tests.torch_bridge import hf
 
-bnb = pytest.importorskip("bitsandbytes")
+bnb = bitsandbytes()
 pytest.importorskip("accelerate")  # transformers needs it beside bitsandbytes
 
 WEIGHTS = "model.safetensors"
