@@ -86,6 +86,13 @@ class Weight(abc.ABC):
         """Returns `x W^T`. Its derivative keeps the weight as it is stored."""
         return _matmul(x, self)
 
+    def stacked(self, dtype: DTypeLike) -> tuple[Float[Array, "L O I"], Int[Array, ""] | int]:
+        """Returns a dense stack and the number of the layer in it, for kernels that read a layer in place.
+
+        By default, this is a dense copy of the one layer.
+        """
+        return self.dense(dtype)[None], 0
+
     def cast(self, dtype: DTypeLike) -> "Weight":
         """Returns what the forward pass keeps for the backward pass if both read the weight in `dtype`.
 
@@ -184,6 +191,59 @@ class DenseWeight(Weight):
     def cotangent(self, gradient: Callable[[], Float[Array, "O I"]]) -> "DenseWeight":
         """Returns the gradient in the weight's dtype. If nothing uses the gradient, XLA does not compute it."""
         return DenseWeight(gradient().astype(self.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseStack(NumberedWeight):
+    """Stores frozen matrices of all layers in one array, in which kernels read a layer in place.
+
+    A loop over layers would copy each layer of a `DenseWeight` out of its stack before a kernel reads it.
+    """
+
+    value: Any  # an array [L, O, I]
+
+    is_dense = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of one matrix, or of the stack."""
+        return self.value.shape if self.layer is None else self.value.shape[1:]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Returns the dtype of the stored array."""
+        return self.value.dtype
+
+    def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
+        """Returns the layer that is read, or the whole stack, cast to `dtype`."""
+        return self._one.astype(dtype)
+
+    def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
+        """Returns rows of the layer that is read."""
+        return jax.lax.slice_in_dim(self._one, first, first + size).astype(dtype)
+
+    def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
+        """Returns rows of the layer that is read, cast to `dtype`."""
+        return self._one[rows].astype(dtype)
+
+    def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "DenseStack":
+        """Returns the stack with `rows` of one layer replaced."""
+        return dataclasses.replace(self, value=write_rows(self.value, start, rows))
+
+    def stacked(self, dtype: DTypeLike) -> tuple[Float[Array, "L O I"], Int[Array, ""] | int]:
+        """Returns the stack itself, unless it must be cast."""
+        return (self.value, self.layer) if self.dtype == dtype else super().stacked(dtype)
+
+    def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "DenseStack"]:
+        """Returns the arrays and the weight as they are, because nothing is copied."""
+        return arrays, self
+
+    @property
+    def _one(self) -> Array:
+        if self.layer is None:
+            return self.value
+        return jax.lax.dynamic_index_in_dim(self.value, self.layer, keepdims=False)
 
 
 def write_rows(whole: Array, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Array:

@@ -1,0 +1,230 @@
+"""Multiplies rows that are sorted by expert with their experts' matrices, and sums outer products by expert.
+
+The matrices are read in place from the stack of all layers: a copy of a layer's matrices, as other projections make to
+append their adapter's factors, would take a third of the time of the product. The rows may be read in place, too, where
+they are copies of tokens.
+
+These functions have no derivatives of their own, because the derivatives of what experts compute consist of the same
+two functions: see `gated_experts`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxpack.constants import Implementation
+from jaxpack.errors import InputError
+from jaxpack.kernels._launch import dispatch, launch, pl, plt, power_of_two_divisor
+from jaxpack.kernels.routing import Routing
+
+_COLUMNS, _DEPTH = 256, 64  # of a tile: output channels, and channels of one step of the sum
+_NUM_WARPS, _NUM_STAGES = 8, 3
+_OUTER_SIDES = (128, 256)  # of a tile of an expert's matrix; a step of its sum is one block of rows
+_LEAST = 16  # the smallest side of a tile that a matmul takes
+
+
+def unsupported_reason(*sizes: int) -> str | None:
+    """Returns why the kernels cannot multiply matrices with sides of these sizes, or None."""
+    if odd := [size for size in sizes if size % _LEAST]:
+        return f"the kernels need channels in multiples of {_LEAST}, got {odd[0]}"
+    return None
+
+
+def grouped_matmul(
+    x: Float[Array, "N I"],
+    matrices: Float[Array, "L E P Q"],
+    routing: Routing,
+    *,
+    layer: Int[Array, ""] | int = 0,
+    from_tokens: bool = False,
+    transposed: bool = False,
+    more: tuple[Float[Array, "M R"], Float[Array, "E A B"]] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "M O"]:
+    """Returns `x[m] W[e]^T` for each row m, whose block belongs to expert e.
+
+    The sums are float32 and are rounded once, to the dtype of `x`. Rows of blocks without an expert are zero.
+
+    Args:
+      x: the rows, N = M; or, with `from_tokens`, the tokens that the rows are copies of.
+      matrices: all experts' matrices in a stack of layers, `[L, E, O, I]`, in the dtype of `x`.
+      routing: the expert of each block and the token of each row, see `route`.
+      layer: the layer whose matrices are read.
+      from_tokens: whether rows are read from their tokens; an empty row counts as zeros.
+      transposed: multiplies by `W[e]`, not by `W[e]^T`; the matrices then have the shape `[L, E, I, O]`.
+      more: a second product that is added: its rows, and its matrices `[E, O, R]`, or `[E, R, O]` if `transposed`.
+      implementation: see `jaxpack.kernels`. None takes "xla" where the kernel does not support the shapes.
+
+    Raises:
+      InputError: shapes do not fit each other, or "pallas" is named and does not support them.
+    """
+    O, I = matrices.shape[:1:-1] if transposed else matrices.shape[2:]  # noqa: E741
+    if x.shape[1] != I:
+        raise InputError(f"`matrices` must sum over {x.shape[1]} channels, as many as `x` has, got {I}.")
+    if more is not None:
+        R = more[0].shape[1]
+        expected = (matrices.shape[1], *((R, O) if transposed else (O, R)))
+        if more[1].shape != expected:
+            raise InputError(f"`more` must have matrices of shape {expected}, got {more[1].shape}.")
+    settings = {"from_tokens": from_tokens, "transposed": transposed}
+    arrays = (x, matrices, routing.experts, jnp.asarray(layer, jnp.int32).reshape(1), routing.tokens, *(more or ()))
+    xla, pallas = (functools.partial(f, **settings) for f in (_matmul_reference, _matmul_kernel))
+    sizes = (O, I) if more is None else (O, I, more[0].shape[1])
+    return dispatch(_supported(implementation, sizes), xla=xla, pallas=pallas)(*arrays)
+
+
+def grouped_outer(
+    d: Float[Array, "N O"],
+    x: Float[Array, "S I"],
+    routing: Routing,
+    *,
+    d_from_tokens: bool = False,
+    x_from_tokens: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "E O I"]:
+    """Returns for each expert the sum of `d[m] x[m]^T` over its rows, in float32: the gradient of its matrix.
+
+    An expert without rows has zeros. The sum is made in the order of the rows.
+
+    Args:
+      d, x: the rows, or with `..._from_tokens` the tokens that the rows are copies of; one dtype.
+      routing: the blocks of each expert and the token of each row, see `route`.
+      implementation: as in `grouped_matmul`.
+    """
+    settings = {"d_from_tokens": d_from_tokens, "x_from_tokens": x_from_tokens}
+    xla, pallas = (functools.partial(f, **settings) for f in (_outer_reference, _outer_kernel))
+    run = dispatch(_supported(implementation, (d.shape[1], x.shape[1])), xla=xla, pallas=pallas)
+    return run(d, x, routing.experts, routing.starts, routing.tokens)
+
+
+def _supported(implementation: Implementation | None, sizes: tuple[int, ...]) -> Implementation | None:
+    reason = unsupported_reason(*sizes)
+    if reason is not None and implementation == "pallas":
+        raise InputError(f"`implementation` must be None or 'xla' here, got 'pallas': {reason}.")
+    return implementation if reason is None else "xla"
+
+
+# The reference.
+
+
+def _rows(x: jax.Array, tokens: jax.Array, from_tokens: bool) -> jax.Array:
+    return jnp.where(tokens[:, None] < 0, 0, x[jnp.maximum(tokens, 0)]) if from_tokens else x
+
+
+def _matmul_reference(x, matrices, experts, layer, tokens, *more, from_tokens, transposed):
+    equation = "GMI,GIO->GMO" if transposed else "GMI,GOI->GMO"
+
+    def product(x: jax.Array, matrices: jax.Array) -> jax.Array:
+        x = x.reshape(len(experts), -1, x.shape[1])
+        matrices = jnp.take(matrices, experts, axis=0, mode="fill", fill_value=0)
+        return jnp.einsum(equation, x, matrices, preferred_element_type=jnp.float32)
+
+    dtype = x.dtype
+    out = product(_rows(x, tokens, from_tokens), jnp.take(matrices, layer[0], axis=0))
+    if more:
+        out += product(*more)
+    return out.reshape(len(tokens), -1).astype(dtype)
+
+
+def _outer_reference(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tokens):
+    d, x = _rows(d, tokens, d_from_tokens), _rows(x, tokens, x_from_tokens)
+    d, x = (rows.reshape(len(experts), -1, rows.shape[1]) for rows in (d, x))
+    of_blocks = jnp.einsum("GMO,GMI->GOI", d, x, preferred_element_type=jnp.float32)
+    return jax.ops.segment_sum(of_blocks, experts, num_segments=len(starts) - 1, indices_are_sorted=True)
+
+
+# The kernels.
+
+
+def _read(ref: Any, tokens: jax.Array | None, here: Any, channels: Any) -> jax.Array:
+    """Reads channels of a block of rows, by their tokens unless `tokens` is None."""
+    if tokens is None:
+        return ref[here, channels]
+    shape = len(tokens), channels.size
+    channel = jnp.broadcast_to((channels.start + jnp.arange(channels.size, dtype=jnp.int32))[None, :], shape)
+    token = jnp.broadcast_to(tokens[:, None], shape)
+    return plt.load(ref.at[jnp.maximum(token, 0), channel], mask=token >= 0, other=0.0)
+
+
+def _matmul_kernel(x, matrices, experts, layer, tokens, *more, from_tokens, transposed):
+    O, I = matrices.shape[:1:-1] if transposed else matrices.shape[2:]  # noqa: E741
+    E, M, G = matrices.shape[1], len(tokens), len(experts)
+    columns, depth = power_of_two_divisor(O, limit=_COLUMNS), power_of_two_divisor(I, limit=_DEPTH)
+
+    def kernel(x_ref: Any, matrices_ref: Any, experts_ref: Any, layer_ref: Any, tokens_ref: Any, *refs: Any) -> None:
+        *more_refs, out_ref = refs
+        block, out_channels = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
+        here = pl.ds(block * (M // G), M // G)
+        expert = experts_ref[block]
+
+        @pl.when(expert < E)
+        def _multiply() -> None:
+            at = layer_ref[0], expert
+            tokens = tokens_ref[here] if from_tokens else None
+
+            def step(i: Any, total: jax.Array) -> jax.Array:
+                channels = pl.ds(i * depth, depth)
+                matrix = _right(matrices_ref, at, channels, out_channels, transposed)
+                return total + plt.dot(_read(x_ref, tokens, here, channels), matrix)
+
+            total = jax.lax.fori_loop(0, I // depth, step, jnp.zeros((M // G, columns), jnp.float32))
+            if more_refs:
+                more_ref, factors_ref = more_refs
+                ranks = pl.ds(0, more_ref.shape[1])
+                factor = _right(factors_ref, (expert,), ranks, out_channels, transposed)
+                total += plt.dot(more_ref[here, ranks], factor)
+            out_ref[here, out_channels] = total.astype(out_ref.dtype)
+
+        @pl.when(expert >= E)
+        def _leave_out() -> None:
+            out_ref[here, out_channels] = jnp.zeros((M // G, columns), out_ref.dtype)
+
+    return launch(
+        kernel,
+        *(x, matrices, experts, layer, tokens, *more),
+        name="grouped_matmul_transposed" if transposed else "grouped_matmul",
+        grid=(O // columns, G),  # The tiles of one block run side by side, and read its rows from the cache.
+        out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
+        num_warps=_NUM_WARPS,
+        num_stages=_NUM_STAGES,
+    )
+
+
+def _right(ref: Any, at: tuple[Any, ...], channels: Any, out_channels: Any, transposed: bool) -> jax.Array:
+    """Returns a tile of a matrix with the channels that are summed over as its rows."""
+    return ref[*at, channels, out_channels] if transposed else ref[*at, out_channels, channels].T
+
+
+def _outer_kernel(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tokens):
+    O, I = d.shape[1], x.shape[1]  # noqa: E741
+    size = len(tokens) // len(experts)
+    rows, columns = (power_of_two_divisor(side, limit=limit) for side, limit in zip((O, I), _OUTER_SIDES, strict=True))
+
+    def kernel(d_ref: Any, x_ref: Any, starts_ref: Any, tokens_ref: Any, out_ref: Any) -> None:
+        expert = pl.program_id(2)
+        out_rows, out_columns = (pl.ds(pl.program_id(axis) * n, n) for axis, n in ((1, rows), (0, columns)))
+
+        def step(block: Any, total: jax.Array) -> jax.Array:
+            here = pl.ds(block * size, size)
+            tokens = tokens_ref[here] if d_from_tokens or x_from_tokens else None
+            d = _read(d_ref, tokens if d_from_tokens else None, here, out_rows)
+            x = _read(x_ref, tokens if x_from_tokens else None, here, out_columns)
+            return total + plt.dot(d.T, x)
+
+        zeros = jnp.zeros((rows, columns), jnp.float32)
+        out_ref[expert, out_rows, out_columns] = jax.lax.fori_loop(
+            starts_ref[expert], starts_ref[expert + 1], step, zeros
+        )
+
+    return launch(
+        kernel,
+        *(d, x, starts, tokens),
+        name="grouped_outer",
+        grid=(I // columns, O // rows, len(starts) - 1),
+        out_shape=jax.ShapeDtypeStruct((len(starts) - 1, O, I), jnp.float32),
+        num_warps=_NUM_WARPS,
+        num_stages=_NUM_STAGES,
+    )
