@@ -65,6 +65,12 @@ class LoraConfig:
         "Projections that get an adapter: names with commas between them, such as 'q_proj,v_proj', or 'all-linear' for "
         "all projections except the output head.",
     )
+    target_parameters: str | tuple[str, ...] = _option(
+        "",
+        "Experts' matrices that get an adapter, in a model with experts: 'mlp.experts.gate_up_proj', "
+        "'mlp.experts.down_proj', or both with a comma between them. Each expert gets factors of its own, so these are "
+        "many parameters.",
+    )
     rank_pattern: str | tuple[tuple[str, int], ...] = _option(
         "", "Projections with a rank of their own, such as 'q_proj=8,v_proj=4'."
     )
@@ -94,9 +100,18 @@ class LoraConfig:
         unknown = [name for name in self.modules_to_save if name not in WHOLE_MODULES]
         check(not unknown, "modules_to_save", f"must be among {WHOLE_MODULES}", unknown)
         check(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)", self.lora_dropout)
+        parameters = () if self.target_parameters is None else self.target_parameters  # as for `modules_to_save`
+        object.__setattr__(self, "target_parameters", _names("target_parameters", parameters))
+        check(
+            not (self.target_parameters and self.lora_dropout),
+            "lora_dropout",
+            "must be 0 with `target_parameters`, because experts' adapters have no dropout, as in PEFT",
+            self.lora_dropout,
+        )
         if self.target_modules != "all-linear":
             names = _names("target_modules", self.target_modules)
-            check(names != (), "target_modules", "must name at least one module", names)
+            named = names or self.target_parameters
+            check(named != (), "target_modules", "must name at least one module without `target_parameters`", names)
             object.__setattr__(self, "target_modules", names)
 
     @property

@@ -39,6 +39,14 @@ _FAMILIES = {
         "post_norms": True,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "rope": RopeConfig(theta=1e6),
+        "qk_norm": True,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     # Has biases, and a window in every other layer.
     "qwen2": {"architecture": "Qwen2ForCausalLM", "num_layers": 3, "qkv_bias": True, "sliding_window": 7},
 }

@@ -12,11 +12,12 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import RowContext
 from jaxpack.model.cost import CostContext, PartCost
 from jaxpack.model.feed_forward import FeedForward
+from jaxpack.model.moe import MoE
 from jaxpack.model.norm import make_norm
 
 
 class Block(nnx.Module):
-    """Computes `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+    """Computes `x + attention(norm(x))`, then `x + feed_forward(norm(x))`; the feed-forward may consist of experts.
 
     The projections compute the norms and the sums along with their matmuls. With `post_norms`, each branch's output is
     normed before it is added.
@@ -26,7 +27,7 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config, dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = make_norm(config, dtype)
-        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.feed_forward = (MoE if config.num_experts else FeedForward)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

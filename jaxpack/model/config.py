@@ -145,6 +145,10 @@ class ModelConfig:
     rope: RopeConfig
     tie_word_embeddings: bool
     activation: Activation = "silu"  # activation of the feed-forward's gate
+    num_experts: int = 0  # experts that replace the feed-forward of each layer; 0: a dense feed-forward
+    num_experts_per_tok: int = 0  # experts that compute each token
+    moe_intermediate_size: int = 0  # like `intermediate_size`, of one expert
+    norm_topk_prob: bool = True  # whether the shares of a token's experts add up to 1
     qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
     qkv_bias: bool = False
     out_bias: bool = False  # bias of attention's output projection
@@ -185,6 +189,7 @@ class ModelConfig:
         )
         for rope in {self.rope, self.local_rope} - {None}:
             self._check_rope(rope)
+        self._check_experts()
         activations = get_args(Activation)
         check(self.activation in activations, "activation", f"must be one of {activations}", self.activation)
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
@@ -201,6 +206,22 @@ class ModelConfig:
             f"must say it of each of `num_layers` ({self.num_layers})",
             local,
         )
+
+    def _check_experts(self) -> None:
+        sizes = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        least = 1 if self.num_experts else 0
+        for name in sizes:
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and value >= least
+            check(is_whole, name, f"must be a whole number of at least {least}", value)
+        check(
+            self.num_experts_per_tok <= self.num_experts,
+            "num_experts_per_tok",
+            f"must be at most `num_experts` ({self.num_experts})",
+            self.num_experts_per_tok,
+        )
+        for name in ("mlp_bias", "post_norms"):
+            check(not (self.num_experts and getattr(self, name)), name, "must be False with experts", True)
 
     def _check_rope(self, rope: RopeConfig) -> None:
         partial, rotary_dim = rope.partial_rotary_factor, rope.rotary_dim(self.head_dim)

@@ -176,6 +176,10 @@ class Linear(nnx.Module):
         rows, columns = weight_of(self.weight).shape[-2:]
         return rows, columns
 
+    def adapter_of(self, projection: str) -> LoraAdapter | None:
+        """Returns the adapter of a projection, or None."""
+        return self.lora.get(projection)
+
     def factors(self) -> tuple[Float[Array, "R I"], Float[Array, "O R"]] | tuple[None, None]:
         """Returns the factors of all adapters as one pair: A factors stacked, scaled B factors on a block diagonal."""
         if not self.lora:

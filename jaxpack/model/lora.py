@@ -10,6 +10,7 @@ from flax import nnx
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.linear import Linear, LoraAdapter
+from jaxpack.model.moe import Experts
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, freeze, is_trained, non_finite, weight_of
 from jaxpack.settings import LoraConfig
@@ -18,11 +19,12 @@ from jaxpack.settings import LoraConfig
 def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     """Adds adapters to a model, in place, and returns it; only adapters and `modules_to_save` stay trained.
 
-    The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32.
+    The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32. Experts get
+    adapters only if `target_parameters` names their matrices.
 
     Raises:
-      InputError: a name in `target_modules` is no projection of this model, a name in a pattern has no adapter, only
-        one of two tied matrices is in `modules_to_save`, or the model has adapters already.
+      InputError: a name in `target_modules` or `target_parameters` is not of this model, a name in a pattern has no
+        adapter, only one of two tied matrices is in `modules_to_save`, or the model has adapters already.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -38,7 +40,9 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise InputError(f"`target_modules` must be 'all-linear' or among {sorted(known)}, got {unknown}.")
-    without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - set(wanted))
+    experts = _chosen_experts(model, config)
+    with_adapter = {*wanted, *(module.name for module in experts)}
+    without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - with_adapter)
     if without:
         raise InputError(f"`rank_pattern` and `alpha_pattern` must be of projections with an adapter, got {without}.")
     whole = set(config.modules_to_save)
@@ -54,17 +58,36 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
         if not is_trained(variable):  # it was frozen before, perhaps in a form that cannot be trained
             setattr(model, name, TRAINED(weight_of(variable).dense(model.dtype)))
     rngs = nnx.Rngs(config.seed)
+
+    def adapter(name: str, stack: tuple[int, ...], out_features: int, in_features: int) -> LoraAdapter:
+        rank, bound = config.rank_of(name), 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5))
+        lora_a = jax.random.uniform(rngs.params(), (*stack, rank, in_features), jnp.float32, -bound, bound)
+        lora_b = jnp.zeros((*stack, out_features, rank), jnp.float32)
+        return LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout)
+
     for linear in linears:
         *layers, _, in_features = linear.weight.shape
-        bound = 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5))
         for name, size in linear.projections:
             if name in wanted:
-                rank = config.rank_of(name)
-                lora_a = jax.random.uniform(rngs.params(), (*layers, rank, in_features), jnp.float32, -bound, bound)
-                lora_b = jnp.zeros((*layers, size, rank), jnp.float32)
-                linear.lora[name] = LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout)
+                linear.lora[name] = adapter(name, tuple(layers), size, in_features)
+    for module in experts:
+        *layers, rows, in_features = module.weight.shape
+        stack = (*layers, module.num_experts)
+        module.lora[module.name] = adapter(module.name, stack, rows // module.num_experts, in_features)
     model.lora_config = config
     return model
+
+
+def _chosen_experts(model: Transformer, config: LoraConfig) -> list[Experts]:
+    """Returns the modules whose names end with a name in `target_parameters`, as PEFT matches them."""
+    modules = experts_of(model)
+    found = {
+        end: [module for module in modules if f".{module.name}".endswith(f".{end}")] for end in config.target_parameters
+    }
+    if unknown := [end for end, those in found.items() if not those]:
+        among = f"among {sorted(module.name for module in modules)}" if modules else "empty for a model without experts"
+        raise InputError(f"`target_parameters` must be {among}, got {unknown}.")
+    return [module for module in modules if any(module in those for those in found.values())]
 
 
 def untie(model: Transformer) -> None:
@@ -76,14 +99,36 @@ def untie(model: Transformer) -> None:
 
 
 def adapters(model: Transformer) -> dict[str, LoraAdapter]:
-    """Returns the model's adapters by projection name, empty without LoRA; their factors are stacked over layers."""
+    """Returns the model's adapters by the name of their projection, empty without LoRA.
+
+    Their factors are stacked over layers. Those of experts are stacked over layers and experts, and have the name of
+    the matrices of all experts together, such as "mlp.experts.down_proj".
+    """
     check_type("model", model, Transformer)  # checked here for all callers
     return {
         name: adapter
-        for _, linear in nnx.iter_modules(model)
-        if isinstance(linear, Linear)
-        for name, adapter in linear.lora.items()
+        for _, module in nnx.iter_modules(model)
+        if isinstance(module, Linear | Experts)
+        for name, adapter in module.lora.items()
     }
+
+
+def matrix_sizes(model: Transformer) -> dict[str, tuple[int, int]]:
+    """Returns the output and input channels of everything that may have an adapter, by the names of `adapters`."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            sizes |= {name: (size, module.weight.shape[-1]) for name, size in module.projections}
+        elif isinstance(module, Experts):
+            *_, rows, in_features = module.weight.shape
+            sizes[module.name] = rows // module.num_experts, in_features
+    return sizes
+
+
+def experts_of(model: Transformer) -> list[Experts]:
+    """Returns the modules that hold experts' matrices, in the order of the computation; empty for a dense model."""
+    found = [module for _, module in nnx.iter_modules(model) if isinstance(module, Experts)]
+    return sorted(found, key=lambda module: module.name, reverse=True)  # "gate_up_proj", then "down_proj"
 
 
 def require_finite(model: Transformer) -> None:
@@ -104,7 +149,7 @@ def without_adapters(model: Transformer) -> Transformer:
     """Returns a view of the model, around the same arrays, that has no adapters."""
     view = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(view):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Experts):
             module.lora = nnx.Dict()
     view.lora_config = None
     return view

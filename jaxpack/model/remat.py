@@ -16,14 +16,15 @@ from jaxpack.constants import Remat
 from jaxpack.model.config import ModelConfig
 from jaxpack.parallel.device import current_device
 
-# The names that each choice keeps on the device. "lora" is so small that all choices keep it. Not every model has every
-# name: only models with norms after their branches have "branch".
+# The names that each choice keeps on the device. "lora" and "routing" are so small that all choices keep them. Only
+# models with norms after their branches have "branch", and only models with experts have "routing".
+_SMALL = frozenset({"lora", "routing"})
 KEPT: dict[Remat, frozenset[str] | None] = {
-    "offload": frozenset({"lora"}),
-    "offload_heads": frozenset({"lora"}),
-    "full": frozenset({"lora"}),
-    "keep_attention": frozenset({"attention", "lora"}),
-    "keep_projections": frozenset({"qkv", "attention", "residual", "gate_up", "branch", "lora"}),
+    "offload": _SMALL,
+    "offload_heads": _SMALL,
+    "full": _SMALL,
+    "keep_attention": _SMALL | {"attention"},
+    "keep_projections": _SMALL | {"qkv", "attention", "residual", "gate_up", "branch"},
     "none": None,  # keeps everything that the derivatives read, named or not
 }
 assert set(KEPT) == set(get_args(Remat))

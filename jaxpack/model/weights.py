@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight
-from jaxpack.kernels.weight import DenseWeight, NumberedWeight, Weight, as_weight
+from jaxpack.kernels.weight import DenseStack, DenseWeight, NumberedWeight, Weight, as_weight
 
 TRAINED = nnx.Param  # the one filter for trained parameters; `nnx.LoRAParam` is a subclass
 MATRICES = ("weight", "embedding", "lm_head")  # the attributes of modules that hold a matrix
@@ -90,7 +90,14 @@ def freeze(model: nnx.Module, store: Store = store_dense, *, leave_out: Collecti
         for name, variable in list(vars(module).items()):
             if is_trained(variable) and not (path == () and name in leave_out):
                 value = variable.get_value()
-                setattr(module, name, Frozen(store(value, rows) if name in MATRICES else value))
+                setattr(module, name, Frozen(_stored(module, value, rows, store) if name in MATRICES else value))
+
+
+def _stored(module: nnx.Module, value: Any, rows: tuple[int, ...] | None, store: Store) -> Weight:
+    weight = store(value, rows)
+    if isinstance(weight, DenseWeight) and getattr(module, "reads_in_place", False):
+        return DenseStack(weight.value)
+    return weight
 
 
 def move_to_host(model: Any, *, layers: bool = False, embedding: bool = False) -> None:

@@ -65,7 +65,9 @@ _FREE = {
     *("offload_weights", "offload_embedding"),
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
-_BEFORE = {"optim": "adamw"}  # settings that checkpoints of older versions lack, with the values that these had
+# Settings that checkpoints of older versions lack, with the values that these had.
+_BEFORE = {"optim": "adamw", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+_BEFORE |= {"norm_topk_prob": True}
 
 
 @dataclasses.dataclass
@@ -91,6 +93,7 @@ def identity_of(
     lora = {} if model.lora_config is None else dataclasses.asdict(model.lora_config)
     if lora:  # Resolved and sorted, because a user can write the same adapters in several ways.
         lora["target_modules"] = sorted(adapters(model))
+        del lora["target_parameters"]
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model

@@ -289,6 +289,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "rank_pattern": "q_proj=8,v_proj=4",
         "alpha_pattern": "q_proj=2.5",
         "modules_to_save": ("lm_head",),
+        "target_parameters": ("mlp.experts.down_proj",),
         "implementation": "xla",
         "compilation_cache_dir": "programs",
     }

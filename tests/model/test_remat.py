@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_the_same(family, lora, remat):
         np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.fixture(params=["qwen3", "llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.fixture(params=["qwen3", "llama", "qwen3_moe", pytest.param("gemma3", marks=pytest.mark.slow)])
 def any_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -84,7 +84,8 @@ def test_every_name_is_one_that_the_model_gives(any_family):
     assert given == set(named)
     assert all(activation.bytes for activation in named.values())
     assert ("branch" in given) == small_config(any_family).post_norms
-    known = given | {"branch"}
+    assert ("routing" in given) == bool(small_config(any_family).num_experts)
+    known = given | {"branch", "routing"}
     assert all(names <= known for names in OFFLOADED.values())
     assert all(names <= known - {"heads"} for names in KEPT.values() if names is not None)
 

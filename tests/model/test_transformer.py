@@ -37,7 +37,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family, seed):
         np.testing.assert_allclose(logits[here], alone[0], atol=1e-5)
 
 
-@pytest.fixture(params=["qwen3", "llama", "qwen2", "gemma3"])
+@pytest.fixture(params=["qwen3", "llama", "qwen2", "gemma3", "qwen3_moe"])
 def any_family(request: pytest.FixtureRequest) -> str:
     return request.param
 

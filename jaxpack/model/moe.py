@@ -1,0 +1,238 @@
+"""Defines a mixture of experts: a router chooses a few gated feed-forwards for each token, and their sum is the output.
+
+The experts' matrices of a layer are one matrix, one expert below the other, so that they are read, quantised, moved and
+written like every other projection's.
+"""
+
+import math
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Key
+
+from jaxpack.constants import Activation, Implementation
+from jaxpack.kernels.adapter import padded_rank
+from jaxpack.kernels.gated_experts import gated_experts
+from jaxpack.kernels.grouped_matmul import unsupported_reason
+from jaxpack.kernels.routing import Routing, route
+from jaxpack.kernels.weight import DenseStack
+from jaxpack.model.config import ModelConfig
+from jaxpack.model.context import NoKeys, RowContext
+from jaxpack.model.cost import BackwardPeak, Cost, CostContext, NamedActivation, PartCost
+from jaxpack.model.linear import LoraAdapter
+from jaxpack.model.norm import RMSNorm
+from jaxpack.model.weights import is_trained, weight_of
+
+
+class Experts(nnx.Module):
+    """Holds the matrices of E experts that read the same kind of input, as one `weight` `[E * O, I]`.
+
+    Attributes:
+      projections: for each expert, the names and output sizes of its projections, in the order of the rows.
+      name: the name of the matrices of all experts together within a layer, which is also that of their adapter.
+      lora: the adapter of all experts, if they have one; its factors have an axis for the experts.
+    """
+
+    reads_in_place: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        projections: dict[str, int],
+        num_experts: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        shape = (num_experts * sum(projections.values()), in_features)
+        self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.projections = tuple(
+            (f"{expert}.{projection}", size)
+            for expert in range(num_experts)
+            for projection, size in projections.items()
+        )
+        self.name = name
+        self.num_experts = num_experts
+        self.lora = nnx.Dict()
+
+    def adapter_of(self, projection: str) -> LoraAdapter | None:
+        """Returns the part of the adapter that changes one projection of one expert, or None."""
+        adapter: LoraAdapter | None = self.lora.get(self.name)
+        if adapter is None:
+            return None
+        per_expert = len(self.projections) // self.num_experts
+        number = [name for name, _ in self.projections].index(projection)
+        expert, sizes = number // per_expert, [size for _, size in self.projections[:per_expert]]
+        first = sum(sizes[: number % per_expert])
+        lora_b = adapter.lora_b[:, expert, first : first + sizes[number % per_expert]]
+        return LoraAdapter(adapter.lora_a[:, expert], lora_b, adapter.scaling, adapter.dropout)
+
+    def factors(self) -> tuple[Float[Array, "E R I"], Float[Array, "E O R"]] | None:
+        """Returns the factors of the adapter, of which B is scaled, or None without an adapter."""
+        adapter: LoraAdapter | None = self.lora.get(self.name)
+        return None if adapter is None else (adapter.lora_a[...], adapter.scaling * adapter.lora_b[...])
+
+    @property
+    def rank(self) -> int:
+        """Returns the rank of the adapter, padded to a rank that the kernels take; 0 without an adapter."""
+        return sum(padded_rank(adapter.lora_a.shape[-2]) for adapter in self.lora.values())
+
+    def cost(self, context: CostContext) -> "MatmulCost":
+        """Returns the cost of the experts' matmuls for one row.
+
+        A frozen dense stack is read in place. Any other form is copied to a dense one for each pass.
+        """
+        weight, size, R = weight_of(self.weight), context.itemsize, self.rank
+        *layers, rows, I = weight.shape  # noqa: E741
+        O, layers = rows // self.num_experts, math.prod(layers)  # noqa: E741
+        matmul, narrow = 2 * O * I, 2 * R * (O + I)
+        in_place = isinstance(weight, DenseStack)
+        stored = weight.nbytes // layers
+        copied = 0 if in_place else rows * I * size
+        each_way = Cost(
+            matmul=matmul + narrow, bytes=I * size if R else 0, weight_bytes=0 if in_place else stored + copied
+        )
+        outer = matmul if is_trained(self.weight) else 0
+        backward = Cost(matmul=outer + narrow, bytes=2 * (I + O) * size if R else 0)
+        return MatmulCost(each_way, each_way + backward, copied)
+
+
+class MatmulCost(NamedTuple):
+    """Holds the cost of experts' matmuls for one row.
+
+    Attributes:
+      each_way: the work of the forward pass, which is also that of the input's gradient.
+      backward: the work of the backward pass.
+      copied_bytes: the bytes of the dense copy of a layer's matrices.
+    """
+
+    each_way: Cost
+    backward: Cost
+    copied_bytes: int
+
+
+class Router(nnx.Module):
+    """Chooses C of E experts for each token, and the share of each in the sum, in float32.
+
+    Attributes:
+      norm_topk_prob: whether the shares are a softmax over the chosen experts, so that they add up to 1, and not over
+        all experts.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = (config.num_experts, config.hidden_size)
+        self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+
+    def __call__(self, x: Float[Array, "N D"], real: Bool[Array, " N"] | None) -> tuple[Float[Array, "N C"], Routing]:
+        """Returns the shares of each token's experts, and the rows of the experts.
+
+        Args:
+          real: which tokens are no padding; None if all are.
+        """
+        matrix = weight_of(self.weight).dense(x.dtype)
+        logits = jnp.einsum("ND,ED->NE", x, matrix, preferred_element_type=jnp.float32)
+        choices = jax.lax.top_k(jax.lax.stop_gradient(logits), self.num_experts_per_tok)[1]
+        # The backward pass must route as the forward pass did, which it would not where logits that it computes again
+        # differ in the last bit. So the choices are kept, and the shares follow from them.
+        routing = jax.tree.map(lambda array: checkpoint_name(array, "routing"), route(choices, matrix.shape[0], real))
+        choices = checkpoint_name(choices, "routing")
+        # A sum over one-hot rows instead of a lookup, whose derivative would scatter.
+        is_chosen = choices[:, :, None] == jnp.arange(matrix.shape[0])[None, None, :]
+        chosen = jnp.sum(jnp.where(is_chosen, logits[:, None, :], 0), axis=-1)
+        if self.norm_topk_prob:
+            return jax.nn.softmax(chosen), routing
+        return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), routing
+
+
+class MoE(nnx.Module):
+    """Computes the sum over a token's C experts of the expert's share times its gated feed-forward.
+
+    Padding goes to no expert. Dropout does not act on the experts' adapters.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
+        self.router = Router(config, dtype=dtype, rngs=rngs)
+        self.gate_up = Experts("mlp.experts.gate_up_proj", D, {"gate_proj": F, "up_proj": F}, E, dtype=dtype, rngs=rngs)
+        self.down = Experts("mlp.experts.down_proj", F, {"down_proj": D}, E, dtype=dtype, rngs=rngs)
+        self.activation: Activation = config.activation
+
+    def __call__(
+        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
+    ) -> Float[Array, "B T D"]:
+        """Returns `x` plus the sum of the experts for `norm(x)`."""
+        del keys
+        B, T, D = x.shape
+        residual, tokens = (array.reshape(B * T, D) for array in (x, norm(x)))
+        shares, routing = self.router(tokens, _real_tokens(context, T))
+        gate_up, down = weight_of(self.gate_up.weight), weight_of(self.down.weight)
+        out = gated_experts(
+            residual,
+            tokens,
+            shares,
+            routing,
+            gate_up,
+            down,
+            self.gate_up.factors(),
+            self.down.factors(),
+            activation=self.activation,
+            implementation=self._fitting(context, D, down.shape[-1]),
+        )
+        return out.reshape(B, T, D)
+
+    def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
+        """Returns the cost of the part, whose output is the residual stream.
+
+        The cost names "gate_up" and "lora" as a dense feed-forward does, each for all of a token's experts, and
+        "routing". It leaves out the empty rows of blocks, some 6 % where an expert has a thousand tokens. A layer's
+        backward pass holds the most memory where it computes the gradient of the rows: beside it stand gate and up, or
+        their gradient in the same place, and the gated activation.
+        """
+        size, C = context.itemsize, self.router.num_experts_per_tok
+        (E, D), F = weight_of(self.router.weight).shape[-2:], weight_of(self.down.weight).shape[-1]
+        gate_up, down = self.gate_up.cost(context), self.down.cost(context)
+        routed = PartCost(
+            named={"routing": NamedActivation(3 * 4 * C)},
+            unnamed_bytes=D * size + 4 * (E + C),
+            unnamed=Cost(matmul=2 * E * D, bytes=4 * E),
+            backward=Cost(matmul=2 * E * D, bytes=3 * 4 * E),
+        )
+        projected = PartCost(output=gate_up.each_way.for_tokens(C)).name_output("gate_up", C * 2 * F * size)
+        lora = (self.gate_up.rank + self.down.rank) * C * size
+        summed = PartCost(
+            named={"lora": NamedActivation(lora)},
+            output=Cost(bytes=3 * C * F * size + C * D * size + 2 * D * size) + down.each_way.for_tokens(C),
+            backward=Cost(bytes=14 * C * F * size + C * D * size + D * size)
+            + gate_up.backward.for_tokens(C)
+            + down.backward.for_tokens(C),
+        )
+        peak = BackwardPeak(
+            bytes=C * (D + F) * size + D * size,
+            weight_bytes=max(gate_up.copied_bytes, down.copied_bytes),
+            rerun_bytes=D * size + C * 2 * F * size,
+        )
+        return norm.cost(context) + routed + projected + summed + PartCost(peaks=(peak,))
+
+    def _fitting(self, context: RowContext, D: int, F: int) -> Implementation | None:
+        """Returns the implementation of the experts' kernels.
+
+        Generation otherwise uses plain jnp, which would copy the matrices of every block.
+        """
+        if context.apart:
+            return None
+        return "xla" if context.implementation == "pallas" and unsupported_reason(D, F) else context.implementation
+
+
+def _real_tokens(context: RowContext, T: int) -> Bool[Array, " BT"] | None:
+    """Returns which tokens are no padding, or None in a decoding step, which computes no padding."""
+    if context.bounds is None:
+        return None
+    # The first token of padding's bounds lies behind it.
+    return (context.bounds.first <= jnp.arange(T, dtype=jnp.int32)[None, :]).reshape(-1)
