@@ -13,17 +13,16 @@ import numpy as np
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, not_installed
-from jaxpack.model.lora import adapters, add_lora, require_finite, untie
+from jaxpack.model.lora import adapters, add_lora, matrix_sizes, require_finite, untie
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.settings import LoraConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.files import is_regular_file, whole_folder
 from jaxpack.utils.json_file import read_json
-from torch_bridge.adapter_config import EMBEDDING, HEAD, WHOLE, modules_of, peft_config, read_lora_config
+from torch_bridge.adapter_config import EMBEDDING, HEAD, WHOLE, adapter_places, peft_config, read_lora_config
 from torch_bridge.io.folder import mismatches, some, tensor_count, write_tensors
 from torch_bridge.io.safetensors_file import Tensor, read_header
-from torch_bridge.tensors import tensor_shapes
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TORCH_WEIGHTS = "adapter_model.bin"
@@ -130,10 +129,15 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
         model.embedding.set_value(jnp.asarray(read[_key("embed_tokens")]))
     if "lm_head" in whole and not model.config.tie_word_embeddings:
         model.lm_head.set_value(jnp.asarray(read[_key("lm_head")]))
+    layers: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for place in adapter_places(model, adapters(model).keys()):
+        module = f"{_PREFIX}{place.module}"
+        factors = place.from_peft(read[f"{module}.lora_A.weight"], read[f"{module}.lora_B.weight"])
+        layers.setdefault(place.name, []).append(factors)
     for projection, factors in adapters(model).items():
-        modules = [f"{_PREFIX}{module}" for module, name, _ in modules_of(model) if name == projection]
-        factors.lora_a.set_value(jnp.asarray(np.stack([read[f"{name}.lora_A.weight"] for name in modules])))
-        factors.lora_b.set_value(jnp.asarray(np.stack([read[f"{name}.lora_B.weight"] for name in modules])))
+        lora_a, lora_b = map(np.stack, zip(*layers[projection], strict=True))
+        factors.lora_a.set_value(jnp.asarray(lora_a))
+        factors.lora_b.set_value(jnp.asarray(lora_b))
     return model
 
 
@@ -208,15 +212,14 @@ def _untie_if_apart(model: Transformer, matrices: Sequence[np.ndarray], path: Pa
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     """Returns the trained tensors of a model with adapters by their PEFT names, in float32.
 
-    These are `lora_A` `[r, in]` and `lora_B` `[out, r]` of each layer's modules, and the matrices of `modules_to_save`.
+    These are `lora_A` and `lora_B` of each layer's modules, see `AdapterPlace`, and the matrices of `modules_to_save`.
     """
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
-    for module, projection, layer in modules_of(model):
-        if projection in found:
-            adapter = found[projection]
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.asarray(adapter.lora_a[layer], np.float32)
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.asarray(adapter.lora_b[layer], np.float32)
+    for place in adapter_places(model, found.keys()):
+        adapter, name = found[place.name], f"{_PREFIX}{place.module}"
+        factors = (np.asarray(factor[place.layer], np.float32) for factor in (adapter.lora_a, adapter.lora_b))
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = place.to_peft(*factors)
     assert len(tensors) == 2 * len(found) * model.config.num_layers, "an adapter is missing from the name table"
     for name in model.lora_config.modules_to_save if model.lora_config else ():
         matrix = model.head if name == "lm_head" else weight_of(model.embedding)
@@ -230,13 +233,13 @@ def _read(tensor: Tensor) -> np.ndarray:
 
 
 def _expected_shapes(model: Transformer, lora: LoraConfig, copies: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    shapes = tensor_shapes(model)
     expected: dict[str, tuple[int, ...]] = {}
-    for module, projection, _ in modules_of(model):
-        if projection in lora.target_modules:
-            (out_features, in_features), rank = shapes[f"{module}.weight"], lora.rank_of(projection)
-            expected[f"{_PREFIX}{module}.lora_A.weight"] = (rank, in_features)
-            expected[f"{_PREFIX}{module}.lora_B.weight"] = (out_features, rank)
+    sizes = matrix_sizes(model)
+    for place in adapter_places(model, (*lora.target_modules, *lora.target_parameters)):
+        (out_features, in_features), name = sizes[place.name], f"{_PREFIX}{place.module}"
+        rank = lora.rank_of(place.name) * max(1, place.num_experts)
+        expected[f"{name}.lora_A.weight"] = (rank, in_features)
+        expected[f"{name}.lora_B.weight"] = (out_features, rank)
     for name in (*lora.modules_to_save, *copies):
         expected[_key(name)] = (model.config.vocab_size, model.config.hidden_size)
     return expected

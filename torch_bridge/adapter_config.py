@@ -1,12 +1,14 @@
 """Reads and writes PEFT's `adapter_config.json`: which modules have an adapter, and of which rank and strength."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError
-from jaxpack.model.lora import adapters
+from jaxpack.model.lora import adapters, experts_of
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 from torch_bridge.io.folder import some
@@ -24,7 +26,7 @@ _TOLD |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}
 _TOLD |= {"fan_in_fan_out"}  # PEFT turns this off for linear layers, and all projections are linear layers
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
 _READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
-_READ |= {"exclude_modules", "layers_to_transform", "layers_pattern"}
+_READ |= {"exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
 # The values of `init_lora_weights` that are accepted: they change no base weight.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Other values whose beginnings are known. With these PEFT changes base weights, again each time it reads the adapter.
@@ -41,8 +43,57 @@ _CORRECT = "Correct the file, or save the adapter again."
 def modules_of(model: Transformer) -> Iterator[tuple[str, str, int]]:
     """Yields each projection of each layer: the Hugging Face module name, the projection's name, and the layer."""
     for name, (entry, layer) in tensor_table(model.config).items():
-        if entry.projection is not None and layer is not None and entry.path.endswith(".weight"):
+        if entry.expert is not None or not entry.path.endswith(".weight"):
+            continue
+        if entry.projection is not None and layer is not None:
             yield name.removesuffix(".weight"), entry.projection, layer
+
+
+class AdapterPlace(NamedTuple):
+    """Says where PEFT's files hold the adapter of one projection of a layer, or of all experts of a layer.
+
+    PEFT lays the factors of all experts out as two matrices: the rows of `lora_A` go through the ranks of one expert
+    after another, and the columns of `lora_B` through the experts of one rank after another.
+
+    Attributes:
+      module: the module whose `lora_A` and `lora_B` are the factors.
+      name: the name of the adapter in `adapters(model)`.
+      layer: the layer.
+      num_experts: the number of experts; 0 for a projection.
+    """
+
+    module: str
+    name: str
+    layer: int
+    num_experts: int = 0
+
+    def to_peft(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns PEFT's form of an adapter's factors: `[r, in]` and `[out, r]`, or those of all experts."""
+        if not self.num_experts:
+            return lora_a, lora_b
+        _, out_features, _ = lora_b.shape
+        return lora_a.reshape(-1, lora_a.shape[2]), lora_b.transpose(1, 2, 0).reshape(out_features, -1)
+
+    def from_peft(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an adapter's factors from PEFT's form, the inverse of `to_peft`."""
+        if not self.num_experts:
+            return lora_a, lora_b
+        E, O, I = self.num_experts, lora_b.shape[0], lora_a.shape[1]  # noqa: E741
+        return lora_a.reshape(E, -1, I), lora_b.reshape(O, -1, E).transpose(2, 0, 1)
+
+
+def adapter_places(model: Transformer, names: Collection[str]) -> Iterator[AdapterPlace]:
+    """Yields the place of each layer's adapter for the projections and experts' matrices with these names."""
+    for module, projection, layer in modules_of(model):
+        if projection in names:
+            yield AdapterPlace(module, projection, layer)
+    wanted = [module for module in experts_of(model) if module.name in names]
+    for layer in range(model.config.num_layers):
+        for number, module in enumerate(wanted):
+            # If two parameters of a module have adapters, the wrapper of the second wraps that of the first.
+            inner = ".base_layer" * (len(wanted) - 1 - number)
+            parent = module.name.rpartition(".")[0]
+            yield AdapterPlace(f"model.layers.{layer}.{parent}{inner}", module.name, layer, module.num_experts)
 
 
 def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> LoraConfig:
@@ -78,9 +129,10 @@ def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) ->
     saved = {WHOLE[name] for name in whole}
     if model.config.tie_word_embeddings and saved and peft.get("ensure_weight_tying"):
         saved = {HEAD, EMBEDDING}
-    targets = _targets(model, peft, path)
-    ranks = _by_projection(model, targets, peft, "rank_pattern", "r", path)
-    alphas = _by_projection(model, targets, peft, "alpha_pattern", "lora_alpha", path)
+    parameters = _target_parameters(model, peft, path)
+    targets = _targets(model, peft, path, may_be_empty=bool(parameters))
+    ranks = _by_projection(model, targets + parameters, peft, "rank_pattern", "r", path)
+    alphas = _by_projection(model, targets + parameters, peft, "alpha_pattern", "lora_alpha", path)
     try:
         return LoraConfig(
             r=peft.get("r", 8),
@@ -88,6 +140,7 @@ def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) ->
             lora_dropout=peft.get("lora_dropout", 0.0),
             use_rslora=peft.get("use_rslora", False),
             target_modules=targets,
+            target_parameters=parameters,
             rank_pattern=tuple(ranks.items()),
             alpha_pattern=tuple(alphas.items()),
             modules_to_save=tuple(name for name in WHOLE_MODULES if WHOLE[name] in saved),
@@ -118,11 +171,26 @@ def _check_start(start: Any, path: Path) -> None:
     )
 
 
-def _targets(model: Transformer, peft: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+def _target_parameters(model: Transformer, peft: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Returns the names of the experts' matrices with an adapter: those whose names end with a target."""
+    wanted = peft.get("target_parameters") or []
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise InputError(f"`target_parameters` of {path} must be a list of names, got {wanted!r:.100}. {_CORRECT}")
+    names = [module.name for module in experts_of(model)]
+    unknown = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in names)]
+    if unknown:
+        among = f"among {sorted(names)}" if names else "empty, because the model has no experts"
+        raise InputError(f"`target_parameters` of {path} must be {among}, got {some(unknown)}. {_MERGE}")
+    return tuple(name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted))
+
+
+def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_empty: bool) -> tuple[str, ...]:
     """Returns the projections with an adapter: those of `target_modules` that `exclude_modules` does not select.
 
     PEFT passes over names that no module has, as long as another name selects one.
     """
+    if may_be_empty and not peft.get("target_modules"):
+        return ()
     modules = list(modules_of(model))
     names = [HEAD, EMBEDDING, *(module for module, _, _ in modules)]
     wanted, excluded = (_names(peft, field, path) for field in ("target_modules", "exclude_modules"))
@@ -207,13 +275,18 @@ def _by_projection(
     expression that matches the end of its name, or else the default.
     """
     values = peft.get(pattern) or {}
-    modules = [module for module, projection, _ in modules_of(model) if projection in targets]
-    ends = match_ends(list(values), modules, f"`{pattern}` of {path}")
+    modules = [(module, projection) for module, projection, _ in modules_of(model) if projection in targets]
+    modules += [
+        (f"model.layers.{layer}.{name}", name)
+        for name in (module.name for module in experts_of(model))
+        for layer in range(model.config.num_layers)
+        if name in targets
+    ]
+    ends = match_ends(list(values), [module for module, _ in modules], f"`{pattern}` of {path}")
     found: dict[str, list[Any]] = {projection: [] for projection in targets}
-    for module, projection, _ in modules_of(model):
-        if projection in found:
-            given = (value for value, matched in zip(values.values(), ends, strict=True) if module in matched)
-            found[projection].append(next(given, peft.get(default, 8)))
+    for module, projection in modules:
+        given = (value for value, matched in zip(values.values(), ends, strict=True) if module in matched)
+        found[projection].append(next(given, peft.get(default, 8)))
     for projection, those in found.items():
         if any(value != those[0] for value in those):
             raise InputError(
@@ -228,8 +301,13 @@ def peft_config(model: Transformer) -> dict[str, Any]:
     # Only long-standing fields of PEFT: older versions warn about fields that they do not know.
     config: Any = model.lora_config
     alpha = config.lora_alpha
-    tying = {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
-    return tying | {
+    own: dict[str, Any] = (
+        {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
+    )
+    parameters = {module.name for module in experts_of(model)} & adapters(model).keys()
+    if parameters:
+        own["target_parameters"] = sorted(parameters)
+    return own | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.config.name_or_path or None,
@@ -239,7 +317,7 @@ def peft_config(model: Transformer) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": False,
-        "target_modules": sorted(adapters(model)),
+        "target_modules": sorted(adapters(model).keys() - parameters),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,

@@ -97,6 +97,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": config.query_pre_attn_scalar,
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
     }
     if config.max_position_embeddings is not None:
         rope["max_position_embeddings"] = config.max_position_embeddings

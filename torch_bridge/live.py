@@ -13,6 +13,7 @@ from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import platform_of
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf
+from torch_bridge.io.experts import split_experts
 from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensor_count, tensors_of
 from torch_bridge.io.pickle_file import require_plain_records
 from torch_bridge.tensors import build_model
@@ -81,6 +82,8 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
     for layer in layers:
         if hasattr(layer, "compute_dtype"):  # a projection in 4 bits, which may be set to compute in 16
             layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # some CPUs compute such a projection in bfloat16 otherwise
+            layer.support_avx512bf16_for_cpu = False
     if any(found.values()):
         wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys}
         raise InputError(f"{model} must hold exactly the tensors that transformers expects, got differences: {wrong}.")
@@ -96,7 +99,8 @@ class _ModuleTensors:
 
     def __init__(self, module: torch.nn.Module):
         self.description = type(module).__name__
-        self._tensors = {name: x for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+        tensors = {name: x for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+        self._tensors = split_experts(tensors, _cut)
         self.unreadable = _unreadable(self._tensors)
         if absent := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
             raise InputError(
@@ -134,7 +138,7 @@ class TorchFolder:
 
     def __init__(self, folder: Path):
         self.description = str(folder)
-        self._tensors = tensors_of(folder, TORCH_WEIGHTS, _read_pickle)
+        self._tensors = split_experts(tensors_of(folder, TORCH_WEIGHTS, _read_pickle), _cut)
         self.unreadable = _unreadable(self._tensors)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -155,6 +159,10 @@ class TorchFolder:
     def read_bytes(self, name: str, buffer: np.ndarray) -> None:
         """Fills `buffer` with all bytes of a tensor, see `ByteSource.read_bytes`."""
         _copy_bytes(self._tensors[name], buffer)
+
+
+def _cut(tensor: torch.Tensor, index: int, first: int, last: int) -> torch.Tensor:
+    return tensor[index, first:last]
 
 
 def _stored(tensor: torch.Tensor) -> tuple[str, int]:

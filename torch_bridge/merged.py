@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,14 @@ from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import NumberedWeight, Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.moe import Experts
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, weight_of
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
 from torch_bridge.config_json import CONFIG_FILE
+from torch_bridge.families.base import Entry
 from torch_bridge.original import original_folder, with_original_weights
 from torch_bridge.pretrained import write_folder
 from torch_bridge.sixteen_bit import sixteen_bit_sibling
@@ -201,11 +204,11 @@ def _other_way(model: Transformer, dtype: str, base: str | None) -> str:
 
 def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tuple[str, jax.Array]]:
     """Yields the merged checkpoint's tensors; appends to `changed` whether each adapter changed its tensor."""
-    found, table = adapters(model), tensor_table(model.config)
+    table = tensor_table(model.config)
     for name, tensor in model_tensors(model):
         entry, layer = table[name]
-        if entry.projection in found and entry.path.endswith(".weight"):
-            adapter = found[entry.projection]
+        adapter = _adapter_of(model, entry)
+        if adapter is not None:
             factors = adapter.lora_a[layer], adapter.lora_b[layer]
             merged, differs = _merge_and_compare(tensor, *factors, scaling=adapter.scaling, dtype=dtype)
             changed.append(bool(differs))
@@ -214,13 +217,22 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
             yield name, tensor.astype(dtype)
 
 
+def _adapter_of(model: Transformer, entry: Entry) -> LoraAdapter | None:
+    """Returns the adapter of a tensor, with factors stacked over layers, or None."""
+    parent, _, attribute = entry.path.rpartition(".")
+    module = operator.attrgetter(parent)(model) if attribute == "weight" else None
+    if isinstance(module, Linear | Experts) and entry.rows is not None:
+        return module.adapter_of(entry.rows)
+    return None
+
+
 def merge(
-    weight: Float[Array, "O I"],
-    lora_a: Float[Array, "R I"],
-    lora_b: Float[Array, "O R"],
+    weight: Float[Array, "*E O I"],
+    lora_a: Float[Array, "*E R I"],
+    lora_b: Float[Array, "*E O R"],
     scaling: float,
     dtype: DTypeLike,
-) -> Float[Array, "O I"]:
+) -> Float[Array, "*E O I"]:
     """Returns `weight + scaling * lora_b @ lora_a`, computed in float32 and rounded to `dtype` at the end."""
     product = jnp.matmul(lora_b, lora_a, precision="highest", preferred_element_type=jnp.float32)
     return (weight.astype(jnp.float32) + scaling * product).astype(dtype)
@@ -247,7 +259,7 @@ def _merged(model: Transformer, dtype: str) -> Transformer:
             else:
                 value = variable.get_value()
                 setattr(module, name, Frozen(value.astype(dtype).astype(value.dtype)))
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Experts):
             module.lora = nnx.Dict()
     return view
 
@@ -272,6 +284,10 @@ class MergedWeight(NumberedWeight):
     @classmethod
     def of(cls, base: Weight, module: nnx.Module, dtype: str) -> "MergedWeight":
         """Returns a view of `base` with the adapters of its module merged."""
+        if isinstance(module, Experts) and module.lora:  # The factors of all experts have an axis for the experts.
+            (one,) = module.lora.values()
+            part = _Part(base.shape[-2], one.scaling)
+            return cls(base, [(one.lora_a[...], one.lora_b[...])], (part,), dtype)
         if not isinstance(module, Linear):
             return cls(base, [None], (_Part(base.shape[-2], None),), dtype)
         adapters = [(size, module.lora.get(name)) for name, size in module.projections]
@@ -300,7 +316,8 @@ class MergedWeight(NumberedWeight):
             here = jax.lax.slice_in_dim(weight, first, first + part.size)
             if pair is not None and part.scaling is not None:
                 lora_a, lora_b = pair
-                here = merge(here, lora_a, lora_b, part.scaling, self.written)
+                matrices = here.reshape(*lora_b.shape[:-1], here.shape[-1])
+                here = merge(matrices, lora_a, lora_b, part.scaling, self.written).reshape(here.shape)
             rows.append(here.astype(self.written))
             first += part.size
         return jnp.concatenate(rows).astype(dtype)

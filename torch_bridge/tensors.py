@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import math
 import operator
@@ -270,10 +271,10 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
     for name, entry in FAMILIES[config.architecture].tensors.items():
         if not has.get(entry.path, True):
             continue
-        if "{i}" in name:
-            table |= {name.format(i=layer): (entry, layer) for layer in range(config.num_layers)}
-        else:
-            table[name] = (entry, None)
+        experts = range(config.num_experts) if "{e}" in name else (None,)
+        entries = {expert: dataclasses.replace(entry, expert=expert) for expert in experts}
+        for layer in range(config.num_layers) if "{i}" in name else (None,):
+            table |= {name.format(i=layer, e=expert): (entries[expert], layer) for expert in experts}
     return table
 
 
@@ -350,7 +351,7 @@ def _rows(model: Transformer, entry: Entry) -> tuple[int, int]:
         return 0, parameter.shape[1 if entry.path.startswith("blocks.") else 0]
     first = 0
     for name, size in operator.attrgetter(entry.path.rpartition(".")[0])(model).projections:
-        if name == entry.projection:
+        if name == entry.rows:
             return first, size
         first += size
     raise AssertionError(f"{entry} names no projection")

@@ -46,6 +46,8 @@ _PHI4_MINI_ROPE = _LONG | {
     },
 }
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 _GEMMA = {
     "num_hidden_layers": 3,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -75,6 +77,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"rope_parameters": _ROPE | {"rope_theta": 1e6}}),
+    "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe_shares": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": False}),
     "phi3": ("Phi3", {"sliding_window": WINDOW}),
     "phi4_mini": ("Phi3", {"hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
     "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
@@ -87,6 +91,7 @@ CHECKPOINTS = (
     "gemma3-tied",
     "qwen3-tied",
     "qwen3-untied",
+    "qwen3_moe-untied",
     "llama-tied",
     "llama-untied",
     "llama3-tied",

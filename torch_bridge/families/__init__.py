@@ -4,7 +4,7 @@ To add a family, write a file with its `Family` and add a line to `FAMILIES`. A 
 function that reads the config and refuses, by name, each option that jaxpack does not support.
 """
 
-from torch_bridge.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
+from torch_bridge.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from torch_bridge.families.base import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,4 +15,5 @@ FAMILIES: dict[str, Family] = {
     "Phi3ForCausalLM": phi3.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
 }

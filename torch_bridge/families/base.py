@@ -13,11 +13,17 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of `layer_types`
 class Entry:
     """Maps a tensor to a parameter's path in `Transformer`, and to the rows of one projection (None: all rows).
 
-    A name with `{i}` goes to layer `i` of a stacked parameter.
+    A name with `{i}` goes to layer `i` of a stacked parameter. A name with `{e}` goes to the rows of expert `e`.
     """
 
     path: str
     projection: str | None = None
+    expert: int | None = None
+
+    @property
+    def rows(self) -> str | None:
+        """Returns the name of the rows in the module's `projections`."""
+        return self.projection if self.expert is None else f"{self.expert}.{self.projection}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +76,18 @@ def _projections(kind: str) -> dict[str, Entry]:
 
 PROJECTIONS = _projections("weight") | _projections("bias")
 LLAMA = EMBEDDING_AND_HEAD | NORMS | PROJECTIONS
+
+# One tensor for each expert's projection, as most mixtures of experts have them on the hub.
+EXPERTS = {
+    "model.layers.{i}.mlp.gate.weight": Entry("blocks.feed_forward.router.weight"),
+    **{
+        f"model.layers.{{i}}.mlp.experts.{{e}}.{projection}.weight": Entry(
+            f"blocks.feed_forward.{module}.weight", projection
+        )
+        for module, projections in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",)))
+        for projection in projections
+    },
+}
 
 
 def attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:

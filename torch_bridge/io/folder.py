@@ -17,7 +17,8 @@ from safetensors.numpy import save
 from jaxpack.errors import InputError
 from jaxpack.utils.files import is_regular_file
 from jaxpack.utils.json_file import read_json
-from torch_bridge.io.safetensors_file import header_bytes, read_at, read_header
+from torch_bridge.io.experts import split_experts
+from torch_bridge.io.safetensors_file import Tensor, header_bytes, read_at, read_header
 
 Found = TypeVar("Found")
 
@@ -36,7 +37,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.description = str(folder)
-        self._tensors = tensors_of(folder, WEIGHTS, read_header)
+        self._tensors = split_experts(tensors_of(folder, WEIGHTS, read_header), Tensor.cut)
         self.unreadable = {
             name: f"dtype {tensor.code:.20}" for name, tensor in self._tensors.items() if tensor.dtype is None
         }

@@ -54,6 +54,12 @@ class Tensor(NamedTuple):
         read_at(self.path, self.offset + first * row_bytes, wanted)
         return wanted.view(self.dtype).reshape(last - first, *self.shape[1:])
 
+    def cut(self, index: int, first: int, last: int) -> "Tensor":
+        """Returns rows `first` to `last` (exclusive) of one matrix of a tensor of three axes."""
+        row_bytes = self.nbytes // math.prod(self.shape[:2])
+        offset = self.offset + (index * self.shape[1] + first) * row_bytes
+        return self._replace(shape=(last - first, self.shape[2]), offset=offset, nbytes=(last - first) * row_bytes)
+
 
 def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:
     """Fills `buffer`, uint8, with the bytes of a file that begin at `offset`."""

@@ -1,0 +1,46 @@
+"""Qwen3-MoE has Qwen3's attention, and experts in place of each feed-forward."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch_bridge.families import qwen2
+from torch_bridge.families.base import (
+    EMBEDDING_AND_HEAD,
+    EXPERTS,
+    NORMS,
+    PROJECTIONS,
+    QK_NORMS,
+    Family,
+    attention_bias,
+    flag,
+    require,
+    whole,
+)
+
+_ATTENTION = {name: entry for name, entry in PROJECTIONS.items() if ".self_attn." in name}
+_FIELDS = qwen2.FIELDS | {
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "moe_intermediate_size": 768,
+    "num_experts": None,  # 128; transformers 5 writes it as `num_local_experts`
+    "num_local_experts": None,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+}
+
+
+def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    require(hf, "decoder_sparse_step", 1)
+    if hf["mlp_only_layers"] != []:
+        require(hf, "mlp_only_layers", None)
+    experts = {
+        "num_experts": whole(hf, "num_local_experts" if hf["num_experts"] is None else "num_experts", default=128),
+        "num_experts_per_tok": whole(hf, "num_experts_per_tok"),
+        "moe_intermediate_size": whole(hf, "moe_intermediate_size"),
+        "norm_topk_prob": flag(hf, "norm_topk_prob"),
+    }
+    return {"qk_norm": True} | experts | attention_bias(hf) | qwen2.qwen_window(hf)
+
+
+FAMILY = Family("qwen3_moe", EMBEDDING_AND_HEAD | NORMS | QK_NORMS | _ATTENTION | EXPERTS, _read, _FIELDS)
