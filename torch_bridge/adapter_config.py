@@ -11,6 +11,7 @@ from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters, experts_of
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
+from torch_bridge.families import FAMILIES
 from torch_bridge.io.folder import some
 from torch_bridge.patterns import match_all, match_ends
 from torch_bridge.tensors import tensor_table
@@ -60,26 +61,30 @@ class AdapterPlace(NamedTuple):
       name: the name of the adapter in `adapters(model)`.
       layer: the layer.
       num_experts: the number of experts; 0 for a projection.
+      turns: how many projections take turns in the rows of `lora_B`, see `io.experts`.
     """
 
     module: str
     name: str
     layer: int
     num_experts: int = 0
+    turns: int = 1
 
     def to_peft(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns PEFT's form of an adapter's factors: `[r, in]` and `[out, r]`, or those of all experts."""
         if not self.num_experts:
             return lora_a, lora_b
-        _, out_features, _ = lora_b.shape
-        return lora_a.reshape(-1, lora_a.shape[2]), lora_b.transpose(1, 2, 0).reshape(out_features, -1)
+        E, O, R = lora_b.shape  # noqa: E741
+        lora_b = lora_b.reshape(E, self.turns, O // self.turns, R).swapaxes(1, 2).reshape(E, O, R)
+        return lora_a.reshape(-1, lora_a.shape[2]), lora_b.transpose(1, 2, 0).reshape(O, -1)
 
     def from_peft(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns an adapter's factors from PEFT's form, the inverse of `to_peft`."""
         if not self.num_experts:
             return lora_a, lora_b
         E, O, I = self.num_experts, lora_b.shape[0], lora_a.shape[1]  # noqa: E741
-        return lora_a.reshape(E, -1, I), lora_b.reshape(O, -1, E).transpose(2, 0, 1)
+        lora_b = lora_b.reshape(O // self.turns, self.turns, -1, E).swapaxes(0, 1).reshape(O, -1, E)
+        return lora_a.reshape(E, -1, I), lora_b.transpose(2, 0, 1)
 
 
 def adapter_places(model: Transformer, names: Collection[str]) -> Iterator[AdapterPlace]:
@@ -93,7 +98,9 @@ def adapter_places(model: Transformer, names: Collection[str]) -> Iterator[Adapt
             # If two parameters of a module have adapters, the wrapper of the second wraps that of the first.
             inner = ".base_layer" * (len(wanted) - 1 - number)
             parent = module.name.rpartition(".")[0]
-            yield AdapterPlace(f"model.layers.{layer}.{parent}{inner}", module.name, layer, module.num_experts)
+            in_turns = FAMILIES[model.config.architecture].fuses_experts
+            turns = len(module.projections) // module.num_experts if in_turns else 1
+            yield AdapterPlace(f"model.layers.{layer}.{parent}{inner}", module.name, layer, module.num_experts, turns)
 
 
 def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) -> LoraConfig:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxpack.constants import Activation
 from jaxpack.errors import InputError
+from jaxpack.kernels.gated_activation import CLAMPED_LIMIT, CLAMPED_SCALE
 from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
@@ -52,7 +53,7 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
         head_dim=whole(hf, "head_dim", default=hidden_size // num_heads),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope=special.pop("rope", None) or read_rope(hf, allows_partial="partial_rotary_factor" in family.fields),
-        activation=_ACTIVATIONS[activation],
+        activation=special.pop("activation", _ACTIVATIONS[activation]),
         tie_word_embeddings=flag(hf, "tie_word_embeddings"),
         max_position_embeddings=hf.get("max_position_embeddings"),
         name_or_path=name_or_path,
@@ -83,7 +84,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     RoPE is in the form of transformers 5 and in that of version 4.
     """
     family = FAMILIES[config.architecture]
-    (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == config.activation)
+    kind = "silu" if config.activation == "clamped_silu" else config.activation
+    (activation,) = (name for name, activation in _ACTIVATIONS.items() if activation == kind)
     rope = rope_to_hf(config.rope) | rope_to_hf_4(config.rope, family.model_type)
     if config.local_rope is not None:
         local = rope_to_hf(config.local_rope)["rope_parameters"]
@@ -98,6 +100,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
         "num_experts": config.num_experts,
+        "num_local_experts": config.num_experts,
+        "swiglu_alpha": CLAMPED_SCALE,
+        "swiglu_limit": CLAMPED_LIMIT,
         "num_experts_per_tok": config.num_experts_per_tok,
         "moe_intermediate_size": config.moe_intermediate_size,
         "norm_topk_prob": config.norm_topk_prob,

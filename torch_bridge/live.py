@@ -13,7 +13,7 @@ from jaxpack.errors import InputError, not_installed, reason
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import platform_of
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf
-from torch_bridge.io.experts import split_experts
+from torch_bridge.io.experts import Cut, split_experts
 from torch_bridge.io.folder import TORCH_WEIGHTS, some, tensor_count, tensors_of
 from torch_bridge.io.pickle_file import require_plain_records
 from torch_bridge.tensors import build_model
@@ -161,8 +161,9 @@ class TorchFolder:
         _copy_bytes(self._tensors[name], buffer)
 
 
-def _cut(tensor: torch.Tensor, index: int, first: int, last: int) -> torch.Tensor:
-    return tensor[index, first:last]
+def _cut(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    one = tensor[cut.expert]
+    return (one.T if cut.is_transposed else one)[cut.rows]
 
 
 def _stored(tensor: torch.Tensor) -> tuple[str, int]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, install_command, reason
@@ -19,6 +19,8 @@ from jaxpack.model.weights import Store, store_dense
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
+from torch_bridge.families import FAMILIES
+from torch_bridge.io.experts import fuse_experts, fused_shapes
 from torch_bridge.io.folder import (
     TORCH_WEIGHTS,
     WEIGHTS,
@@ -164,7 +166,7 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer |
 def write_folder(
     folder: Path,
     model: Transformer,
-    tensors: Iterable[tuple[str, jax.Array]],
+    tensors: Iterable[tuple[str, ArrayLike]],
     dtype: str,
     tokenizer: Tokenizer | None,
 ) -> None:
@@ -180,7 +182,10 @@ def write_folder(
     (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
     if GENERATION_FILE in source:
         (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
-    write_safetensors(folder, tensor_shapes(model), dtype, tensors)
+    shapes = tensor_shapes(model)
+    if FAMILIES[model.config.architecture].fuses_experts:
+        shapes, tensors = fused_shapes(shapes), fuse_experts(tensors)
+    write_safetensors(folder, shapes, dtype, tensors)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer)
 

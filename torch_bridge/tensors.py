@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Collection, Iterator, Mapping
@@ -264,18 +265,26 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
         "lm_head": not config.tie_word_embeddings,
         "blocks.attention.qkv.bias": config.qkv_bias,
         "blocks.attention.out.bias": config.out_bias,
-        "blocks.feed_forward.gate_up.bias": config.mlp_bias,
-        "blocks.feed_forward.down.bias": config.mlp_bias,
+        "blocks.feed_forward.gate_up.bias": config.mlp_bias or config.experts_bias,
+        "blocks.feed_forward.down.bias": config.mlp_bias or config.experts_bias,
     }
     table: dict[str, tuple[Entry, int | None]] = {}
-    for name, entry in FAMILIES[config.architecture].tensors.items():
-        if not has.get(entry.path, True):
-            continue
-        experts = range(config.num_experts) if "{e}" in name else (None,)
-        entries = {expert: dataclasses.replace(entry, expert=expert) for expert in experts}
-        for layer in range(config.num_layers) if "{i}" in name else (None,):
-            table |= {name.format(i=layer, e=expert): (entries[expert], layer) for expert in experts}
+    entries = {name: e for name, e in FAMILIES[config.architecture].tensors.items() if has.get(e.path, True)}
+    for (in_layers, of_experts), group in itertools.groupby(entries.items(), lambda item: _levels(item[0])):
+        group = list(group)
+        experts = range(config.num_experts) if of_experts else (None,)
+        numbered = {(name, e): dataclasses.replace(entry, expert=e) for name, entry in group for e in experts}
+        # The tensors of one layer's experts follow one another, which may be one tensor in a file.
+        layers = range(config.num_layers) if in_layers else (None,)
+        order = itertools.product(layers, group) if of_experts else ((i, one) for one in group for i in layers)
+        for layer, (name, _) in order:
+            table |= {name.format(i=layer, e=e): (numbered[name, e], layer) for e in experts}
     return table
+
+
+def _levels(name: str) -> tuple[bool, bool]:
+    """Returns whether a name in a family's table is one of each layer, and one of each expert."""
+    return "{i}" in name, "{e}" in name
 
 
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

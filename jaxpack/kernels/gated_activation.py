@@ -25,6 +25,9 @@ def gated_activation(
 ) -> Float[Array, "*B F_out"]:
     """Computes `act(gate) * up`: SwiGLU for "silu", GeGLU for "gelu" (exact, by erf) and "gelu_tanh" (approximate).
 
+    "clamped_silu" is the form of GPT-OSS: with gate at most 7 and up in [-7, 7], it is
+    `gate * sigmoid(1.702 gate) * (up + 1)`.
+
     Args:
       gate: the gate. If `up` is None, gate and up side by side on the last axis, `[..., 2F]`, as one projection yields
         them.
@@ -80,11 +83,26 @@ def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activati
     return cast(Activation, activation)
 
 
+CLAMPED_SCALE, CLAMPED_LIMIT = 1.702, 7.0  # of "clamped_silu"
+
+
 # The arithmetic of the kernels: float32 in, float32 out.
+
+
+def _linear(up: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array | float]:
+    """Returns the factor beside `act(gate)`, and its derivative."""
+    if activation != "clamped_silu":
+        return up, 1.0
+    return jnp.clip(up, -CLAMPED_LIMIT, CLAMPED_LIMIT) + 1, jnp.where(jnp.abs(up) <= CLAMPED_LIMIT, 1.0, 0.0)
 
 
 def _activate(gate: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array]:
     """Returns `act(gate)` and its derivative."""
+    if activation == "clamped_silu":
+        below = jnp.minimum(gate, CLAMPED_LIMIT)
+        sigmoid = 1 / (1 + jnp.exp(-CLAMPED_SCALE * below))
+        slope = sigmoid * (1 + CLAMPED_SCALE * below * (1 - sigmoid))
+        return below * sigmoid, jnp.where(gate <= CLAMPED_LIMIT, slope, 0.0)
     if activation == "silu":
         sigmoid = 1 / (1 + jnp.exp(-gate))
         return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
@@ -142,6 +160,9 @@ def gated_activation_reference(
     """Computes `gated_activation` in plain jnp."""
     dtype = gate.dtype
     gate, up = (x.astype(jnp.float32) for x in (jnp.split(gate, 2, axis=-1) if up is None else (gate, up)))
+    if activation == "clamped_silu":
+        gate, up = jnp.minimum(gate, CLAMPED_LIMIT), jnp.clip(up, -CLAMPED_LIMIT, CLAMPED_LIMIT)
+        return (gate * jax.nn.sigmoid(CLAMPED_SCALE * gate) * (up + 1)).astype(dtype)
     act = {
         "silu": jax.nn.silu,
         "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -162,7 +183,12 @@ class _Tile(NamedTuple):
 
 
 _FORWARD = _Tile(4096, 1024, 4)
-_BACKWARD = {"silu": _Tile(1024, 512, 8), "gelu_tanh": _Tile(1024, 512, 8), "gelu": _Tile(512, 512, 2)}
+_BACKWARD = {
+    "silu": _Tile(1024, 512, 8),
+    "gelu_tanh": _Tile(1024, 512, 8),
+    "gelu": _Tile(512, 512, 2),
+    "clamped_silu": _Tile(1024, 512, 8),
+}
 
 
 class _Blocks:
@@ -198,7 +224,7 @@ def _forward_kernel(gate: jax.Array, up: jax.Array | None, activation: Activatio
         here, second = blocks.here()
         gate = inputs[0][here].astype(jnp.float32)
         up = (inputs[0][second] if len(inputs) == 1 else inputs[1][here]).astype(jnp.float32)
-        out_ref[here] = (_activate(gate, activation)[0] * up).astype(out_ref.dtype)
+        out_ref[here] = (_activate(gate, activation)[0] * _linear(up, activation)[0]).astype(out_ref.dtype)
 
     out = launch(
         kernel,
@@ -228,8 +254,9 @@ def _backward_kernel(
         up = (inputs[0][second] if count == 1 else inputs[1][here]).astype(jnp.float32)
         d_out = d_out_ref[here].astype(jnp.float32)
         act, slope = _activate(gate, activation)
+        up, up_slope = _linear(up, activation)
         gradients[0][here] = (d_out * up * slope).astype(gradients[0].dtype)
-        d_up = (d_out * act).astype(gradients[-1].dtype)
+        d_up = (d_out * act * up_slope).astype(gradients[-1].dtype)
         gradients[-1][second if count == 1 else here] = d_up
         if with_product:
             product_ref[here] = (act * up).astype(product_ref.dtype)

@@ -8,6 +8,7 @@ gradient of the activation, before it is scaled by the share, times the activati
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,19 @@ from jaxpack.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from jaxpack.kernels.routing import Routing, combine, gather_copies, spread
 from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
-Factors = tuple[Array, Array]  # all experts' A factors `[E, R, I]` and B factors `[E, O, R]`
+
+class ExpertLinear(NamedTuple):
+    """Holds a projection of all experts, for `gated_experts`.
+
+    Attributes:
+      weight: all experts' matrices, one below the other, `[E * O, I]`.
+      bias: all experts' biases.
+      factors: all experts' factors of their adapters, `[E, R, I]` and `[E, O, R]`; B includes the adapter's scaling.
+    """
+
+    weight: Any  # a `Weight`; `Any`, because JAX also puts other leaves in its place
+    bias: Float[Array, "E O"] | None = None
+    factors: tuple[Array, Array] | None = None
 
 
 def gated_experts(
@@ -30,10 +43,8 @@ def gated_experts(
     x: Float[Array, "N D"],
     shares: Float[Array, "N C"],
     routing: Routing,
-    gate_up: Weight | Float[Array, "EFF D"],
-    down: Weight | Float[Array, "ED F"],
-    gate_up_factors: Factors | None = None,
-    down_factors: Factors | None = None,
+    gate_up: ExpertLinear,
+    down: ExpertLinear,
     *,
     activation: Activation = "silu",
     implementation: Implementation | None = None,
@@ -45,129 +56,169 @@ def gated_experts(
       x: the normed tokens.
       shares: the share of each of a token's experts, float32.
       routing: the rows of the experts, see `route`.
-      gate_up: all experts' matrices of gate and up, one below the other, `[E * 2F, D]`.
-      down: all experts' matrices `[E * D, F]`.
-      gate_up_factors, down_factors: the factors of the experts' adapters, of which B includes the scaling.
+      gate_up: the projection to gate and up, O = 2 F: of each expert, gate is above up.
+      down: the projection of the gated activation, O = D.
       implementation: see `jaxpack.kernels`.
 
     Raises:
-      InputError: the matrices do not fit each other or the experts.
+      InputError: the matrices, biases or factors do not fit each other or the experts.
     """
-    gate_up, down = as_weight(gate_up), as_weight(down)
     E, D = routing.num_experts, x.shape[1]
-    if gate_up.shape[0] % (2 * E) or gate_up.shape[1] != D:
-        raise InputError(f"`gate_up` must have shape [{E} * 2F, {D}] for {E} experts, got {list(gate_up.shape)}.")
-    F = gate_up.shape[0] // (2 * E)
-    if down.shape != (E * D, F):
-        raise InputError(f"`down` must have shape {[E * D, F]} for {E} experts, got {list(down.shape)}.")
-    pairs = (_padded(gate_up_factors, (E, 2 * F, D), x.dtype), _padded(down_factors, (E, D, F), x.dtype))
-    return _gated_experts(residual, x, shares, routing, gate_up, down, *pairs, activation, implementation)
+    F = as_weight(gate_up.weight).shape[0] // (2 * E)
+    gate_up = _checked("gate_up", gate_up, (E, 2 * F, D), x.dtype)
+    down = _checked("down", down, (E, D, F), x.dtype)
+    return _gated_experts(residual, x, shares, routing, gate_up, down, activation, implementation)
 
 
-def _padded(factors: Factors | None, shape: tuple[int, int, int], dtype: jnp.dtype) -> Factors | None:
-    """Returns the factors in `dtype`, padded with zeros to a rank that the kernels take."""
-    if factors is None:
-        return None
-    a, b = factors
+def _checked(name: str, linear: ExpertLinear, shape: tuple[int, int, int], dtype: jnp.dtype) -> ExpertLinear:
+    """Returns the projection with its factors in `dtype`, padded with zeros to a rank that the kernels take."""
+    weight, bias = as_weight(linear.weight), linear.bias
     E, O, I = shape  # noqa: E741
+    if weight.shape != (E * O, I):
+        raise InputError(f"`{name}` must have a matrix of shape {(E * O, I)} for {E} experts, got {weight.shape}.")
+    if bias is not None and bias.shape != (E, O):
+        raise InputError(f"`{name}` must have biases of shape {(E, O)}, got {bias.shape}.")
+    if linear.factors is None:
+        return ExpertLinear(weight, bias)
+    a, b = linear.factors
     R = a.shape[1]
     if a.shape != (E, R, I) or b.shape != (E, O, R):
-        raise InputError(f"An expert's factors must have shapes {(E, R, I)} and {(E, O, R)}, got {a.shape}, {b.shape}.")
-    missing = padded_rank(R) - R
-    none = (0, 0)
-    return jnp.pad(a.astype(dtype), (none, (0, missing), none)), jnp.pad(b.astype(dtype), (none, none, (0, missing)))
+        raise InputError(f"`{name}` must have factors of shapes {(E, R, I)} and {(E, O, R)}, got {a.shape}, {b.shape}.")
+    missing, none = padded_rank(R) - R, (0, 0)
+    a, b = a.astype(dtype), b.astype(dtype)
+    factors = jnp.pad(a, (none, (0, missing), none)), jnp.pad(b, (none, none, (0, missing)))
+    return ExpertLinear(weight, bias, factors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _gated_experts(
-    residual, x, shares, routing, gate_up, down, gate_up_factors, down_factors, activation, implementation
-):
-    arguments = (residual, x, shares, routing, gate_up, down, gate_up_factors, down_factors)
-    return _compute(*arguments, activation, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _gated_experts(residual, x, shares, routing, gate_up, down, activation, implementation):
+    return _compute(residual, x, shares, routing, gate_up, down, activation, implementation)[0]
 
 
-def _forward(residual, x, shares, routing, gate_up, down, gate_up_factors, down_factors, activation, implementation):
-    arrays = (residual, x, shares, routing, gate_up_factors, down_factors)
-    residual, x, shares, routing, gate_up_factors, down_factors = jax.tree.map(lambda leaf: leaf.value, arrays)
-    (gate_up, _), (down, _) = primal_of(gate_up), primal_of(down)
-    arguments = (residual, x, shares, routing, gate_up, down, gate_up_factors, down_factors)
-    return _compute(*arguments, activation, implementation)
+def _forward(residual, x, shares, routing, gate_up, down, activation, implementation):
+    for linear in (gate_up, down):
+        primal_of(linear.weight)  # refuses a frozen weight that is differentiated
+    arguments = (residual, x, shares, routing, gate_up, down)
+    residual, x, shares, routing, gate_up, down = jax.tree.map(lambda leaf: leaf.value, arguments)
+    return _compute(residual, x, shares, routing, gate_up, down, activation, implementation)
 
 
-def _compute(residual, x, shares, routing, gate_up, down, gate_up_factors, down_factors, activation, implementation):
+def _compute(residual, x, shares, routing, gate_up, down, activation, implementation):
     project = functools.partial(_project, routing=routing, implementation=implementation)
-    hidden, gate_up_xa = project(x, gate_up, gate_up_factors, from_tokens=True)
+    hidden, gate_up_xa = project(x, gate_up, from_tokens=True)
     hidden = checkpoint_name(hidden, "gate_up")
     product = gated_activation(hidden, activation=activation, implementation=implementation)
-    out, down_xa = project(product, down, down_factors)
+    out, down_xa = project(product, down)
     out = (residual.astype(jnp.float32) + combine(out, routing, shares)).astype(residual.dtype)
-    return out, (x, shares, routing, gate_up, down, gate_up_factors, down_factors, hidden, gate_up_xa, down_xa)
+    return out, (x, shares, routing, gate_up, down, hidden, gate_up_xa, down_xa)
 
 
 def _backward(activation, implementation, residuals, d):
-    x, shares, routing, gate_up, down, gate_up_factors, down_factors, hidden, gate_up_xa, down_xa = residuals
+    x, shares, routing, gate_up, down, hidden, gate_up_xa, down_xa = residuals
     d = instantiate(d)
     back = functools.partial(_project_back, routing=routing, implementation=implementation)
-    outer = functools.partial(grouped_outer, routing=routing, implementation=implementation)
+    gradients = functools.partial(_gradients, routing=routing, implementation=implementation)
     row_shares = spread(shares, routing)[:, None]
 
+    def scaled(rows: jax.Array) -> jax.Array:
+        return (rows.astype(jnp.float32) * row_shares).astype(rows.dtype)
+
     # The gradient of the activation, not yet scaled by the rows' shares.
-    d_product, d_down_xa = back(d, down, down_factors, from_tokens=True)
+    d_product, d_down_xa = back(d, down, from_tokens=True)
     product = gated_activation(hidden, activation=activation, implementation=implementation)
-    wide = d_product.astype(jnp.float32)
-    d_shares = gather_copies(jnp.sum(wide * product.astype(jnp.float32), axis=1), routing)
+    row_products = jnp.sum(d_product.astype(jnp.float32) * product.astype(jnp.float32), axis=1)
+    d_shares = gather_copies(row_products + _bias_products(d, down, routing), routing)
     d_hidden, _, product = gated_activation_backward(
         hidden,
         None,
-        (wide * row_shares).astype(d.dtype),
+        scaled(d_product),
         activation=activation,
         with_product=True,
         in_place=True,
         implementation=implementation,
     )
     assert product is not None
-    scaled = lambda rows: (rows.astype(jnp.float32) * row_shares).astype(rows.dtype)  # noqa: E731
-    d_down = down.cotangent(lambda: _flat(outer(d, scaled(product), d_from_tokens=True)))
-    d_down_factors = None
-    if down_factors is not None:
-        d_a, d_b = outer(scaled(d_down_xa), product), outer(d, scaled(down_xa), d_from_tokens=True)
-        d_down_factors = d_a.astype(d.dtype), d_b.astype(d.dtype)
-
-    d_rows, d_gate_up_xa = back(d_hidden, gate_up, gate_up_factors)
-    d_gate_up = gate_up.cotangent(lambda: _flat(outer(d_hidden, x, x_from_tokens=True)))
-    d_gate_up_factors = None
-    if gate_up_factors is not None:
-        d_a, d_b = outer(d_gate_up_xa, x, x_from_tokens=True), outer(d_hidden, gate_up_xa)
-        d_gate_up_factors = d_a.astype(d.dtype), d_b.astype(d.dtype)
+    # The rows' gradient is their token's times the share, which scales the other factor of each outer product instead.
+    d_down = gradients(d, product, down, scaled(down_xa), scaled(d_down_xa), d_from_tokens=True, row_shares=row_shares)
+    d_rows, d_gate_up_xa = back(d_hidden, gate_up)
+    d_gate_up = gradients(d_hidden, x, gate_up, gate_up_xa, d_gate_up_xa, x_from_tokens=True)
     d_x = combine(d_rows, routing).astype(x.dtype)
-    nowhere = None  # for the integers of the routing
-    return d, d_x, d_shares.astype(shares.dtype), nowhere, d_gate_up, d_down, d_gate_up_factors, d_down_factors
+    return d, d_x, d_shares.astype(shares.dtype), None, d_gate_up, d_down
 
 
-def _project(x, weight: Weight, factors: Factors | None, *, routing, implementation, from_tokens=False):
+def _project(x, linear: ExpertLinear, *, routing, implementation, from_tokens=False):
     """Returns the experts' projections of the rows, and the rows' product with the A factors, empty without any."""
     run = functools.partial(grouped_matmul, routing=routing, implementation=implementation)
     xa, more = x[:0], None
-    if factors is not None:
-        a, b = factors
+    if linear.factors is not None:
+        a, b = linear.factors
         xa = checkpoint_name(run(x, a[None], from_tokens=from_tokens), "lora")
         more = xa, b
-    (x,), weight = weight.after(x)
+    (x,), weight = linear.weight.after(x)
     matrices, layer = _stack(weight, x.dtype, routing.num_experts)
-    return run(x, matrices, layer=layer, from_tokens=from_tokens, more=more), xa
+    return run(x, matrices, layer=layer, from_tokens=from_tokens, bias=linear.bias, more=more), xa
 
 
-def _project_back(d, weight: Weight, factors: Factors | None, *, routing, implementation, from_tokens=False):
+def _project_back(d, linear: ExpertLinear, *, routing, implementation, from_tokens=False):
     """Returns the gradient of the rows of `_project`, and of their product with the A factors, empty without any."""
     run = functools.partial(grouped_matmul, routing=routing, implementation=implementation, transposed=True)
     d_xa, more = d[:0], None
-    if factors is not None:
-        a, b = factors
+    if linear.factors is not None:
+        a, b = linear.factors
         d_xa = run(d, b[None], from_tokens=from_tokens)
         more = d_xa, a
-    (d,), weight = weight.after(d)
+    (d,), weight = linear.weight.after(d)
     matrices, layer = _stack(weight, d.dtype, routing.num_experts)
     return run(d, matrices, layer=layer, from_tokens=from_tokens, more=more), d_xa
+
+
+def _gradients(
+    d,
+    x,
+    linear: ExpertLinear,
+    xa,
+    d_xa,
+    *,
+    routing,
+    implementation,
+    d_from_tokens=False,
+    x_from_tokens=False,
+    row_shares=None,
+) -> ExpertLinear:
+    """Returns the gradients of a projection: of its matrix and biases if they are trained, and of its factors.
+
+    Args:
+      d, x: the gradient of the output, and the input; `xa` and `d_xa` belong to the product with the A factors.
+      row_shares: factors of the rows of `d` that `xa` and `d_xa` already have.
+    """
+    outer = functools.partial(grouped_outer, routing=routing, implementation=implementation)
+    of_rows = functools.partial(outer, d_from_tokens=d_from_tokens)
+
+    def shared(rows: jax.Array) -> jax.Array:
+        return rows if row_shares is None else (rows.astype(jnp.float32) * row_shares).astype(rows.dtype)
+
+    def of_matrix() -> jax.Array:
+        matrices = of_rows(d, shared(x), x_from_tokens=x_from_tokens)
+        return matrices.reshape(-1, matrices.shape[2])
+
+    d_bias = None
+    if linear.bias is not None:  # XLA leaves it out where biases are frozen
+        ones = shared(jnp.ones((routing.copies.shape[0], 16), d.dtype))
+        d_bias = of_rows(d, ones)[:, :, 0].astype(linear.bias.dtype)
+    if linear.factors is None:
+        return ExpertLinear(linear.weight.cotangent(of_matrix), d_bias)
+    d_a, d_b = outer(d_xa, x, x_from_tokens=x_from_tokens), of_rows(d, xa)
+    return ExpertLinear(linear.weight.cotangent(of_matrix), d_bias, (d_a.astype(d.dtype), d_b.astype(d.dtype)))
+
+
+def _bias_products(d, linear: ExpertLinear, routing: Routing) -> jax.Array | float:
+    """Returns the product of each row's output gradient, that of its token, with its expert's bias."""
+    if linear.bias is None:
+        return 0.0
+    products = jnp.einsum("ND,ED->NE", d, linear.bias.astype(d.dtype), preferred_element_type=jnp.float32)
+    expert = jnp.repeat(routing.experts, routing.copies.shape[0] // routing.experts.shape[0])
+    is_expert = expert[:, None] == jnp.arange(routing.num_experts, dtype=jnp.int32)[None, :]
+    return jnp.sum(jnp.where(is_expert, products[jnp.maximum(routing.tokens, 0)], 0), axis=1)
 
 
 def _stack(weight: Weight, dtype: jnp.dtype, num_experts: int) -> tuple[jax.Array, jax.Array | int]:
@@ -175,10 +226,6 @@ def _stack(weight: Weight, dtype: jnp.dtype, num_experts: int) -> tuple[jax.Arra
     stack, layer = weight.stacked(dtype)
     L, rows, I = stack.shape  # noqa: E741
     return stack.reshape(L, num_experts, rows // num_experts, I), layer
-
-
-def _flat(matrices: Float[Array, "E O I"]) -> Float[Array, "EO I"]:
-    return matrices.reshape(-1, matrices.shape[2])
 
 
 _gated_experts.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -41,10 +41,11 @@ def grouped_matmul(
     layer: Int[Array, ""] | int = 0,
     from_tokens: bool = False,
     transposed: bool = False,
+    bias: Float[Array, "E O"] | None = None,
     more: tuple[Float[Array, "M R"], Float[Array, "E A B"]] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M O"]:
-    """Returns `x[m] W[e]^T` for each row m, whose block belongs to expert e.
+    """Returns `x[m] W[e]^T + b[e]` for each row m, whose block belongs to expert e.
 
     The sums are float32 and are rounded once, to the dtype of `x`. Rows of blocks without an expert are zero.
 
@@ -55,6 +56,7 @@ def grouped_matmul(
       layer: the layer whose matrices are read.
       from_tokens: whether rows are read from their tokens; an empty row counts as zeros.
       transposed: multiplies by `W[e]`, not by `W[e]^T`; the matrices then have the shape `[L, E, I, O]`.
+      bias: all experts' biases.
       more: a second product that is added: its rows, and its matrices `[E, O, R]`, or `[E, R, O]` if `transposed`.
       implementation: see `jaxpack.kernels`. None takes "xla" where the kernel does not support the shapes.
 
@@ -69,8 +71,11 @@ def grouped_matmul(
         expected = (matrices.shape[1], *((R, O) if transposed else (O, R)))
         if more[1].shape != expected:
             raise InputError(f"`more` must have matrices of shape {expected}, got {more[1].shape}.")
-    settings = {"from_tokens": from_tokens, "transposed": transposed}
-    arrays = (x, matrices, routing.experts, jnp.asarray(layer, jnp.int32).reshape(1), routing.tokens, *(more or ()))
+    if bias is not None and bias.shape != (matrices.shape[1], O):
+        raise InputError(f"`bias` must have shape {(matrices.shape[1], O)}, got {bias.shape}.")
+    settings = {"from_tokens": from_tokens, "transposed": transposed, "has_bias": bias is not None}
+    added = (*(() if bias is None else (bias,)), *(more or ()))
+    arrays = (x, matrices, routing.experts, jnp.asarray(layer, jnp.int32).reshape(1), routing.tokens, *added)
     xla, pallas = (functools.partial(f, **settings) for f in (_matmul_reference, _matmul_kernel))
     sizes = (O, I) if more is None else (O, I, more[0].shape[1])
     return dispatch(_supported(implementation, sizes), xla=xla, pallas=pallas)(*arrays)
@@ -114,7 +119,8 @@ def _rows(x: jax.Array, tokens: jax.Array, from_tokens: bool) -> jax.Array:
     return jnp.where(tokens[:, None] < 0, 0, x[jnp.maximum(tokens, 0)]) if from_tokens else x
 
 
-def _matmul_reference(x, matrices, experts, layer, tokens, *more, from_tokens, transposed):
+def _matmul_reference(x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias):
+    bias, more = added[:has_bias], added[has_bias:]
     equation = "GMI,GIO->GMO" if transposed else "GMI,GOI->GMO"
 
     def product(x: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -124,6 +130,8 @@ def _matmul_reference(x, matrices, experts, layer, tokens, *more, from_tokens, t
 
     dtype = x.dtype
     out = product(_rows(x, tokens, from_tokens), jnp.take(matrices, layer[0], axis=0))
+    if bias:
+        out += jnp.take(bias[0], experts, axis=0, mode="fill", fill_value=0).astype(jnp.float32)[:, None, :]
     if more:
         out += product(*more)
     return out.reshape(len(tokens), -1).astype(dtype)
@@ -149,13 +157,14 @@ def _read(ref: Any, tokens: jax.Array | None, here: Any, channels: Any) -> jax.A
     return plt.load(ref.at[jnp.maximum(token, 0), channel], mask=token >= 0, other=0.0)
 
 
-def _matmul_kernel(x, matrices, experts, layer, tokens, *more, from_tokens, transposed):
+def _matmul_kernel(x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias):
     O, I = matrices.shape[:1:-1] if transposed else matrices.shape[2:]  # noqa: E741
     E, M, G = matrices.shape[1], len(tokens), len(experts)
     columns, depth = power_of_two_divisor(O, limit=_COLUMNS), power_of_two_divisor(I, limit=_DEPTH)
 
     def kernel(x_ref: Any, matrices_ref: Any, experts_ref: Any, layer_ref: Any, tokens_ref: Any, *refs: Any) -> None:
-        *more_refs, out_ref = refs
+        *added_refs, out_ref = refs
+        bias_refs, more_refs = added_refs[:has_bias], added_refs[has_bias:]
         block, out_channels = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
         here = pl.ds(block * (M // G), M // G)
         expert = experts_ref[block]
@@ -171,6 +180,8 @@ def _matmul_kernel(x, matrices, experts, layer, tokens, *more, from_tokens, tran
                 return total + plt.dot(_read(x_ref, tokens, here, channels), matrix)
 
             total = jax.lax.fori_loop(0, I // depth, step, jnp.zeros((M // G, columns), jnp.float32))
+            for bias_ref in bias_refs:
+                total += bias_ref[expert, out_channels].astype(jnp.float32)[None, :]
             if more_refs:
                 more_ref, factors_ref = more_refs
                 ranks = pl.ds(0, more_ref.shape[1])
@@ -184,7 +195,7 @@ def _matmul_kernel(x, matrices, experts, layer, tokens, *more, from_tokens, tran
 
     return launch(
         kernel,
-        *(x, matrices, experts, layer, tokens, *more),
+        *(x, matrices, experts, layer, tokens, *added),
         name="grouped_matmul_transposed" if transposed else "grouped_matmul",
         grid=(O // columns, G),  # The tiles of one block run side by side, and read its rows from the cache.
         out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),

@@ -32,6 +32,7 @@ class Attention(nnx.Module):
         self.out = Linear(N * H, {"o_proj": config.hidden_size}, bias=config.out_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
             self.q_norm, self.k_norm = make_norm(config, dtype, H), make_norm(config, dtype, H)
+        self.sinks = nnx.Param(jnp.zeros(N, dtype)) if config.attention_sinks else None
         self.post_norm = make_norm(config, dtype) if config.post_norms else None
         self.config = config
 
@@ -61,11 +62,16 @@ class Attention(nnx.Module):
                 eps=config.rms_norm_eps,
                 scale=config.attention_scale,
                 softcap=config.attn_logit_softcapping,
+                sinks=self._sinks,
                 max_segments=context.max_segments,
                 implementation=context.implementation,
             )
         mixed = mixed.reshape(*x.shape[:2], N * H)
         return self.out.project_residual(x, mixed, context, keys[1], post_norm=self.post_norm), slot
+
+    @property
+    def _sinks(self) -> Float[Array, " N"] | None:
+        return None if self.sinks is None else self.sinks[...]
 
     @property
     def _norms(self) -> HeadNorms | None:
@@ -84,10 +90,10 @@ class Attention(nnx.Module):
         slot = slot.put(k, v)
         scale, softcap = config.attention_scale, config.attn_logit_softcapping
         if slot.seen is not None:
-            return attend(q, *slot.get(), slot.seen, scale=scale, softcap=softcap), slot
+            return attend(q, *slot.get(), slot.seen, scale=scale, softcap=softcap, sinks=self._sinks), slot
         assert context.bounds is not None  # bounds are None only in a later step, which reads the cache
         # Generation otherwise uses plain jnp, but a long prompt has many scores: the fastest kernel computes them.
-        options = {"scale": scale, "softcap": softcap, "max_segments": context.max_segments}
+        options = {"scale": scale, "softcap": softcap, "sinks": self._sinks, "max_segments": context.max_segments}
         return attention(q, k, v, context.bounds, **options), slot
 
     def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
@@ -132,6 +138,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None,
+    sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "B T N H"]:
     """Returns the attention of `q` to the keys that `seen` marks; scores and softmax are float32."""
     B, T, N, H = q.shape
@@ -140,5 +147,11 @@ def attend(
     scores = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None, None, :])
+    seen = seen[:, None, None, None, :]
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1, where=seen)
+    else:  # A sink is one more key, whose value is zero.
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([jnp.where(seen, scores, -jnp.inf), sink], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :-1]
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)

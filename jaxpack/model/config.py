@@ -149,6 +149,9 @@ class ModelConfig:
     num_experts_per_tok: int = 0  # experts that compute each token
     moe_intermediate_size: int = 0  # like `intermediate_size`, of one expert
     norm_topk_prob: bool = True  # whether the shares of a token's experts add up to 1
+    router_bias: bool = False  # bias of the router's logits
+    experts_bias: bool = False  # biases of all projections of the experts
+    attention_sinks: bool = False  # a logit per head that takes part in the softmax and has no value
     qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
     qkv_bias: bool = False
     out_bias: bool = False  # bias of attention's output projection

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
-from jaxpack.kernels.gated_experts import gated_experts
+from jaxpack.kernels.gated_experts import ExpertLinear, gated_experts
 from jaxpack.kernels.grouped_matmul import unsupported_reason
 from jaxpack.kernels.routing import Routing, route
 from jaxpack.kernels.weight import DenseStack
@@ -29,7 +29,7 @@ from jaxpack.model.weights import is_trained, weight_of
 
 
 class Experts(nnx.Module):
-    """Holds the matrices of E experts that read the same kind of input, as one `weight` `[E * O, I]`.
+    """Holds the matrices of E experts as one `weight` `[E * O, I]`, with or without a bias for each row.
 
     Attributes:
       projections: for each expert, the names and output sizes of its projections, in the order of the rows.
@@ -46,11 +46,13 @@ class Experts(nnx.Module):
         projections: dict[str, int],
         num_experts: int,
         *,
+        bias: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         shape = (num_experts * sum(projections.values()), in_features)
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[0], dtype)) if bias else None
         self.projections = tuple(
             (f"{expert}.{projection}", size)
             for expert in range(num_experts)
@@ -72,10 +74,12 @@ class Experts(nnx.Module):
         lora_b = adapter.lora_b[:, expert, first : first + sizes[number % per_expert]]
         return LoraAdapter(adapter.lora_a[:, expert], lora_b, adapter.scaling, adapter.dropout)
 
-    def factors(self) -> tuple[Float[Array, "E R I"], Float[Array, "E O R"]] | None:
-        """Returns the factors of the adapter, of which B is scaled, or None without an adapter."""
+    def linear(self) -> ExpertLinear:
+        """Returns matrices, biases and factors as `gated_experts` takes them."""
         adapter: LoraAdapter | None = self.lora.get(self.name)
-        return None if adapter is None else (adapter.lora_a[...], adapter.scaling * adapter.lora_b[...])
+        factors = None if adapter is None else (adapter.lora_a[...], adapter.scaling * adapter.lora_b[...])
+        bias = None if self.bias is None else self.bias[...].reshape(self.num_experts, -1)
+        return ExpertLinear(weight_of(self.weight), bias, factors)
 
     @property
     def rank(self) -> int:
@@ -127,6 +131,7 @@ class Router(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = (config.num_experts, config.hidden_size)
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(config.num_experts, dtype)) if config.router_bias else None
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
 
@@ -138,6 +143,8 @@ class Router(nnx.Module):
         """
         matrix = weight_of(self.weight).dense(x.dtype)
         logits = jnp.einsum("ND,ED->NE", x, matrix, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            logits += self.bias[...].astype(jnp.float32)[None, :]
         choices = jax.lax.top_k(jax.lax.stop_gradient(logits), self.num_experts_per_tok)[1]
         # The backward pass must route as the forward pass did, which it would not where logits that it computes again
         # differ in the last bit. So the choices are kept, and the shares follow from them.
@@ -160,8 +167,9 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
         self.router = Router(config, dtype=dtype, rngs=rngs)
-        self.gate_up = Experts("mlp.experts.gate_up_proj", D, {"gate_proj": F, "up_proj": F}, E, dtype=dtype, rngs=rngs)
-        self.down = Experts("mlp.experts.down_proj", F, {"down_proj": D}, E, dtype=dtype, rngs=rngs)
+        options = {"bias": config.experts_bias, "dtype": dtype, "rngs": rngs}
+        self.gate_up = Experts("mlp.experts.gate_up_proj", D, {"gate_proj": F, "up_proj": F}, E, **options)
+        self.down = Experts("mlp.experts.down_proj", F, {"down_proj": D}, E, **options)
         self.activation: Activation = config.activation
 
     def __call__(
@@ -172,18 +180,15 @@ class MoE(nnx.Module):
         B, T, D = x.shape
         residual, tokens = (array.reshape(B * T, D) for array in (x, norm(x)))
         shares, routing = self.router(tokens, _real_tokens(context, T))
-        gate_up, down = weight_of(self.gate_up.weight), weight_of(self.down.weight)
         out = gated_experts(
             residual,
             tokens,
             shares,
             routing,
-            gate_up,
-            down,
-            self.gate_up.factors(),
-            self.down.factors(),
+            self.gate_up.linear(),
+            self.down.linear(),
             activation=self.activation,
-            implementation=self._fitting(context, D, down.shape[-1]),
+            implementation=self._fitting(context, D, weight_of(self.down.weight).shape[-1]),
         )
         return out.reshape(B, T, D)
 

@@ -12,13 +12,19 @@ import pytest
 from jaxpack.errors import InputError
 from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "clamped_silu")
 IMPLEMENTATIONS = ("xla", "pallas")
 SHAPES = [(1, 1), (2, 5, 12), (3, 7, 1), (4, 128), (1, 3, 640), (300, 19)]
 
 
 def activate(gate: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the activation and its derivative, in float64."""
+    if activation == "clamped_silu":
+        below = np.minimum(gate, 7)
+        with np.errstate(over="ignore"):
+            sigmoid = 1 / (1 + np.exp(-1.702 * below))
+        slope = sigmoid + 1.702 * below * sigmoid * (1 - sigmoid)
+        return below * sigmoid, np.where(gate < 7, slope, 0)
     if activation == "silu":
         with np.errstate(over="ignore"):
             sigmoid = 1 / (1 + np.exp(-gate))
@@ -34,6 +40,8 @@ def activate(gate: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]
 def oracle(gate, up, d_out, activation):
     gate, up, d_out = (np.asarray(x, np.float64) for x in (gate, up, d_out))
     act, slope = activate(gate, activation)
+    if activation == "clamped_silu":
+        return act * (np.clip(up, -7, 7) + 1), d_out * (np.clip(up, -7, 7) + 1) * slope, d_out * act * (np.abs(up) < 7)
     return act * up, d_out * up * slope, d_out * act
 
 
@@ -87,11 +95,12 @@ def test_the_backward_pass_writes_the_product_on_request(implementation, activat
 def test_the_tails_are_those_of_float64(activation):
     gate = jnp.concatenate([jnp.linspace(-30, 30, 4096), jnp.array([0.0, -0.0, 1e-20, -1e-20, 3e4, -3e4])])[None]
     ones = jnp.ones_like(gate)
-    out = gated_activation(gate, ones, activation=activation, implementation="pallas")
+    up = jnp.zeros_like(gate) if activation == "clamped_silu" else ones  # of which the factor is 1
+    out = gated_activation(gate, up, activation=activation, implementation="pallas")
     want = activate(np.asarray(gate, np.float64), activation)[0]
     # The error function is exact to 1e-7 of 1 and, down to 1e-8, to 1e-7 of its own value.
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=2e-8)
-    d_gate, _, _ = gated_activation_backward(gate, ones, ones, activation=activation, implementation="pallas")
+    d_gate, _, _ = gated_activation_backward(gate, up, ones, activation=activation, implementation="pallas")
     assert jnp.all(jnp.isfinite(d_gate))
     np.testing.assert_allclose(d_gate, activate(np.asarray(gate, np.float64), activation)[1], rtol=1e-5, atol=2e-6)
 
@@ -100,12 +109,15 @@ def test_the_tails_are_those_of_float64(activation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_is_as_good_as_plain_bfloat16(implementation, activation):
     gate, up, d_out = some((32, 64), jnp.bfloat16)
-    plain_act = {
-        "silu": lambda x: x * jax.nn.sigmoid(x),
-        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    in_plain_jnp = {
+        "silu": lambda gate, up: gate * jax.nn.sigmoid(gate) * up,
+        "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+        "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+        "clamped_silu": lambda gate, up: (
+            jnp.minimum(gate, 7) * jax.nn.sigmoid(1.702 * jnp.minimum(gate, 7)) * (jnp.clip(up, -7, 7) + 1)
+        ),
     }[activation]
-    plain, pull = jax.vjp(lambda gate, up: plain_act(gate) * up, gate, up)
+    plain, pull = jax.vjp(in_plain_jnp, gate, up)
     plain = (plain, *pull(d_out))
     op = functools.partial(gated_activation, activation=activation, implementation=implementation)
     out, pull = jax.vjp(op, gate, up)

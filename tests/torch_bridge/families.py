@@ -26,7 +26,7 @@ from jaxpack.train.step import loss_and_gradients
 from tests.kernels.oracles import quick_jit
 from tests.torch_bridge import hf
 from torch_bridge.adapter import adapter_tensors
-from torch_bridge.io.experts import split_experts
+from torch_bridge.io.experts import Cut, split_experts
 from torch_bridge.tensors import model_tensors
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -133,7 +133,7 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
         if ".lora_" not in name:
             name = name.replace(".base_layer", "").removeprefix("base_model.model.")
         expected[name] = parameter.grad.numpy()
-    expected = split_experts(expected, lambda whole, expert, first, last: whole[expert, first:last])
+    expected = split_experts(expected, _cut)
     assert ours.keys() == expected.keys()
     # All experts of a layer together: few tokens may have chosen one of them.
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -145,6 +145,11 @@ def _step(model: Transformer, theirs: peft.PeftModel) -> tuple[float, float]:
     )
     assert sizes.min() > 1e-3, "a tensor with next to no gradient: no comparison"
     return abs(float(loss) - their_loss), float(max(errors / sizes))
+
+
+def _cut(whole: np.ndarray, cut: Cut) -> np.ndarray:
+    one = whole[cut.expert]
+    return (one.T if cut.is_transposed else one)[cut.rows]
 
 
 def main() -> None:

@@ -48,6 +48,15 @@ _PHI4_MINI_ROPE = _LONG | {
 
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+_GPT_OSS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": _ROPE | {"rope_type": "yarn", "truncate": False} | _SCALINGS["yarn"],
+}
+
 _GEMMA = {
     "num_hidden_layers": 3,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -79,6 +88,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"rope_parameters": _ROPE | {"rope_theta": 1e6}}),
     "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe_shares": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": False}),
+    "gpt_oss": ("GptOss", _GPT_OSS),
     "phi3": ("Phi3", {"sliding_window": WINDOW}),
     "phi4_mini": ("Phi3", {"hidden_size": 64, "head_dim": 16} | _PHI4_MINI_ROPE),
     "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
@@ -134,7 +144,7 @@ def random_model(prefix: str, settings: dict[str, Any], dtype: torch.dtype = tor
     """
     make = getattr(transformers, f"{prefix}ForCausalLM")
     own: dict[str, Any] = {"pad_token_id": None}  # the embedding of a padding token has no gradient
-    if "attn_logit_softcapping" in settings:
+    if prefix == "GptOss" or "attn_logit_softcapping" in settings:
         own["attn_implementation"] = "eager"  # the default of some versions leaves soft-capping out
     model = make(make.config_class(**copy.deepcopy(settings | own))).eval()
     generator = torch.Generator().manual_seed(0)

@@ -4,12 +4,13 @@ To add a family, write a file with its `Family` and add a line to `FAMILIES`. A 
 function that reads the config and refuses, by name, each option that jaxpack does not support.
 """
 
-from torch_bridge.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from torch_bridge.families import gemma2, gemma3, gpt_oss, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from torch_bridge.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": gemma2.FAMILY,
     "Gemma3ForCausalLM": gemma3.FAMILY,
+    "GptOssForCausalLM": gpt_oss.FAMILY,
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
     "Phi3ForCausalLM": phi3.FAMILY,

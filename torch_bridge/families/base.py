@@ -35,12 +35,14 @@ class Family:
       tensors: entries by Hugging Face name; entries of optional parameters are left out if a model lacks them.
       read: returns the family's own `ModelConfig` fields from a `config.json`.
       fields: the `config.json` fields that `read` reads, with the defaults of transformers.
+      fuses_experts: whether files hold all experts of a layer in one tensor, see `fuse_experts`.
     """
 
     model_type: str
     tensors: Mapping[str, Entry]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     fields: Mapping[str, Any]
+    fuses_experts: bool = False
 
 
 EMBEDDING_AND_HEAD = {
@@ -77,17 +79,21 @@ def _projections(kind: str) -> dict[str, Entry]:
 PROJECTIONS = _projections("weight") | _projections("bias")
 LLAMA = EMBEDDING_AND_HEAD | NORMS | PROJECTIONS
 
-# One tensor for each expert's projection, as most mixtures of experts have them on the hub.
-EXPERTS = {
-    "model.layers.{i}.mlp.gate.weight": Entry("blocks.feed_forward.router.weight"),
-    **{
-        f"model.layers.{{i}}.mlp.experts.{{e}}.{projection}.weight": Entry(
-            f"blocks.feed_forward.{module}.weight", projection
+ROUTER = {"model.layers.{i}.mlp.gate.weight": Entry("blocks.feed_forward.router.weight")}
+
+
+def experts(kind: str) -> dict[str, Entry]:
+    """Returns the entries of all experts' projections, for their "weight" or their "bias".
+
+    Names that belong to one tensor of all experts follow one another; see `torch_bridge.io.experts`.
+    """
+    return {
+        f"model.layers.{{i}}.mlp.experts.{{e}}.{projection}.{kind}": Entry(
+            f"blocks.feed_forward.{module}.{kind}", projection
         )
         for module, projections in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",)))
         for projection in projections
-    },
-}
+    }
 
 
 def attention_bias(hf: Mapping[str, Any]) -> dict[str, Any]:

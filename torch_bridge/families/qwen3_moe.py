@@ -6,12 +6,13 @@ from typing import Any
 from torch_bridge.families import qwen2
 from torch_bridge.families.base import (
     EMBEDDING_AND_HEAD,
-    EXPERTS,
     NORMS,
     PROJECTIONS,
     QK_NORMS,
+    ROUTER,
     Family,
     attention_bias,
+    experts,
     flag,
     require,
     whole,
@@ -34,13 +35,14 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     require(hf, "decoder_sparse_step", 1)
     if hf["mlp_only_layers"] != []:
         require(hf, "mlp_only_layers", None)
-    experts = {
+    sizes = {
         "num_experts": whole(hf, "num_local_experts" if hf["num_experts"] is None else "num_experts", default=128),
         "num_experts_per_tok": whole(hf, "num_experts_per_tok"),
         "moe_intermediate_size": whole(hf, "moe_intermediate_size"),
         "norm_topk_prob": flag(hf, "norm_topk_prob"),
     }
-    return {"qk_norm": True} | experts | attention_bias(hf) | qwen2.qwen_window(hf)
+    return {"qk_norm": True} | sizes | attention_bias(hf) | qwen2.qwen_window(hf)
 
 
-FAMILY = Family("qwen3_moe", EMBEDDING_AND_HEAD | NORMS | QK_NORMS | _ATTENTION | EXPERTS, _read, _FIELDS)
+_TENSORS = EMBEDDING_AND_HEAD | NORMS | QK_NORMS | _ATTENTION | ROUTER | experts("weight")
+FAMILY = Family("qwen3_moe", _TENSORS, _read, _FIELDS)

@@ -7,18 +7,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from safetensors.numpy import save
 
 from jaxpack.errors import InputError
 from jaxpack.utils.files import is_regular_file
 from jaxpack.utils.json_file import read_json
 from torch_bridge.io.experts import split_experts
-from torch_bridge.io.safetensors_file import Tensor, header_bytes, read_at, read_header
+from torch_bridge.io.safetensors_file import Tensor, TensorPart, header_bytes, read_header
 
 Found = TypeVar("Found")
 
@@ -37,7 +37,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.description = str(folder)
-        self._tensors = split_experts(tensors_of(folder, WEIGHTS, read_header), Tensor.cut)
+        tensors: Mapping[str, Any] = tensors_of(folder, WEIGHTS, read_header)
+        self._tensors: dict[str, Tensor | TensorPart] = split_experts(tensors, Tensor.cut)
         self.unreadable = {
             name: f"dtype {tensor.code:.20}" for name, tensor in self._tensors.items() if tensor.dtype is None
         }
@@ -57,8 +58,7 @@ class SafetensorsFolder:
 
     def read_bytes(self, name: str, buffer: np.ndarray) -> None:
         """Fills `buffer` with all bytes of a tensor, see `ByteSource.read_bytes`."""
-        tensor = self._tensors[name]
-        read_at(tensor.path, tensor.offset, buffer)
+        self._tensors[name].read_bytes(buffer)
 
 
 def read_ahead(folder: Path) -> None:
@@ -156,7 +156,7 @@ def write_safetensors(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
-    tensors: Iterable[tuple[str, jax.Array | np.ndarray]],
+    tensors: Iterable[tuple[str, ArrayLike]],
 ) -> None:
     """Writes tensors as they come, in files of about 2 GiB, with an index if there is more than one file.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.json_file import parse_json
+from torch_bridge.io.experts import Cut
 
 DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 _MAX_HEADER_BYTES = 16 << 20  # enough for 100,000 tensors; the format allows 100 MB, gigabytes in Python
@@ -54,11 +55,68 @@ class Tensor(NamedTuple):
         read_at(self.path, self.offset + first * row_bytes, wanted)
         return wanted.view(self.dtype).reshape(last - first, *self.shape[1:])
 
-    def cut(self, index: int, first: int, last: int) -> "Tensor":
-        """Returns rows `first` to `last` (exclusive) of one matrix of a tensor of three axes."""
-        row_bytes = self.nbytes // math.prod(self.shape[:2])
-        offset = self.offset + (index * self.shape[1] + first) * row_bytes
-        return self._replace(shape=(last - first, self.shape[2]), offset=offset, nbytes=(last - first) * row_bytes)
+    def read_bytes(self, buffer: np.ndarray) -> None:
+        """Fills `buffer`, uint8, with all bytes of the tensor."""
+        read_at(self.path, self.offset, buffer)
+
+    def cut(self, cut: Cut) -> "Tensor | TensorPart":
+        """Returns a part of a tensor of all experts."""
+        nbytes = self.nbytes // self.shape[0]
+        one = self._replace(shape=self.shape[1:], offset=self.offset + cut.expert * nbytes, nbytes=nbytes)
+        first, last, step = cut.rows.indices(one.shape[-1 if cut.is_transposed else 0])
+        if cut.is_transposed or step != 1:
+            return TensorPart(one, cut)
+        row_bytes = nbytes // one.shape[0]
+        rows = last - first
+        return one._replace(
+            shape=(rows, *one.shape[1:]), offset=one.offset + first * row_bytes, nbytes=rows * row_bytes
+        )
+
+
+class TensorPart(NamedTuple):
+    """Holds rows of a tensor that do not lie together in its file; each read reads the whole tensor.
+
+    Attributes:
+      tensor: the tensor, the matrix or vector of one expert.
+      cut: which rows these are, in what order of axes.
+    """
+
+    tensor: Tensor
+    cut: Cut
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the part."""
+        shape = self.tensor.shape[::-1] if self.cut.is_transposed else self.tensor.shape
+        return len(range(*self.cut.rows.indices(shape[0]))), *shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """Returns the dtype of the values, see `Tensor`."""
+        return self.tensor.dtype
+
+    @property
+    def code(self) -> str:
+        """Returns the dtype as the file calls it."""
+        return self.tensor.code
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of the part."""
+        return self.tensor.nbytes // math.prod(self.tensor.shape) * math.prod(self.shape)
+
+    def read(self, first: int, last: int, buffer: np.ndarray) -> np.ndarray:
+        """Returns rows `first` to `last` (exclusive) of the part, see `Tensor.read`."""
+        del buffer  # it is as large as the rows alone
+        whole = self.tensor.read(0, self.tensor.shape[0], np.empty(self.tensor.nbytes, np.uint8))
+        return np.ascontiguousarray((whole.T if self.cut.is_transposed else whole)[self.cut.rows][first:last])
+
+    def read_bytes(self, buffer: np.ndarray) -> None:
+        """Fills `buffer`, uint8, with all bytes of the part."""
+        whole = np.empty(self.tensor.nbytes, np.uint8)
+        self.tensor.read_bytes(whole)
+        assert not self.cut.is_transposed, "bytes are read of matrices in the order of their rows"
+        buffer[:] = whole.reshape(self.tensor.shape[0], -1)[self.cut.rows].reshape(-1)
 
 
 def read_at(path: Path, offset: int, buffer: np.ndarray) -> None:

@@ -1,0 +1,62 @@
+"""GPT-OSS has experts with biases and a clamped activation, attention sinks, and a window in every second layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpack.kernels.gated_activation import CLAMPED_LIMIT, CLAMPED_SCALE
+from torch_bridge.families.base import (
+    EMBEDDING_AND_HEAD,
+    GLOBAL,
+    LOCAL,
+    NORMS,
+    PROJECTIONS,
+    Entry,
+    Family,
+    attention_bias,
+    experts,
+    first,
+    local_layers,
+    require,
+    whole,
+)
+
+_ATTENTION = {name: entry for name, entry in PROJECTIONS.items() if ".self_attn." in name} | {
+    "model.layers.{i}.self_attn.sinks": Entry("blocks.attention.sinks")
+}
+_ROUTER = {
+    f"model.layers.{{i}}.mlp.router.{kind}": Entry(f"blocks.feed_forward.router.{kind}") for kind in ("weight", "bias")
+}
+_FIELDS = {
+    "attention_bias": True,
+    "layer_types": None,
+    "num_experts": None,
+    "num_local_experts": None,  # 128; older files call it `num_experts`
+    "num_experts_per_tok": 4,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 128,
+    "swiglu_alpha": CLAMPED_SCALE,
+    "swiglu_limit": CLAMPED_LIMIT,
+}
+
+
+def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    require(hf, "hidden_act", "silu")
+    require(hf, "swiglu_alpha", CLAMPED_SCALE)
+    require(hf, "swiglu_limit", CLAMPED_LIMIT)
+    kinds = [GLOBAL if i % 2 else LOCAL for i in range(whole(hf, "num_hidden_layers"))]
+    count = first(hf["num_local_experts"], hf["num_experts"], 128)
+    return {
+        "activation": "clamped_silu",
+        "attention_sinks": True,
+        "router_bias": True,
+        "experts_bias": True,
+        "num_experts": whole({"num_local_experts": count}, "num_local_experts"),
+        "num_experts_per_tok": whole(hf, "num_experts_per_tok"),
+        "moe_intermediate_size": whole(hf, "intermediate_size"),
+        **attention_bias(hf),
+        **local_layers(hf, hf["sliding_window"], kinds),
+    }
+
+
+_TENSORS = EMBEDDING_AND_HEAD | NORMS | _ATTENTION | _ROUTER | experts("weight") | experts("bias")
+FAMILY = Family("gpt_oss", _TENSORS, _read, _FIELDS, fuses_experts=True)
