@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxpack.kernels.weight import DenseWeight, Weight, write_rows
 from jaxpack.model.nf4 import quantize_nf4
-from jaxpack.model.weights import Frozen, MixedWeight
+from jaxpack.model.weights import Frozen, MixedWeight, projection_rows
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class Int8Weight(Weight):
     reads_by_number: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, dense: jax.Array, rows=None) -> "Int8Weight":
+    def of(cls, dense: jax.Array, module=None) -> "Int8Weight":
         scales = jnp.maximum(jnp.max(jnp.abs(dense.astype(jnp.float32)), axis=-1), 1e-12) / 127
         return cls(jnp.round(dense.astype(jnp.float32) / scales[..., None]).astype(jnp.int8), scales)
 
@@ -65,7 +65,7 @@ class Int8Weight(Weight):
         return tuple(jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (self.codes, self.scales))
 
 
-def mixed(dense: jax.Array, rows=None) -> Weight:
+def mixed(dense: jax.Array, module=None) -> Weight:
     """Turns the odd layers of a stack, or a single matrix, into 8-bit weights; even layers stay dense."""
     if dense.ndim == 2:
         return Int8Weight.of(dense)
@@ -73,8 +73,9 @@ def mixed(dense: jax.Array, rows=None) -> Weight:
     return MixedWeight((DenseWeight(dense[::2]), Int8Weight.of(dense[1::2])), places)
 
 
-def mixed_nf4(dense: jax.Array, rows=None) -> Weight:
+def mixed_nf4(dense: jax.Array, module=None) -> Weight:
     """Turns the odd layers of projections into 4-bit weights; all else stays dense."""
+    rows = None if module is None else projection_rows(module)
     if rows is None:
         return DenseWeight(dense)
     places = tuple((layer % 2, layer // 2) for layer in range(len(dense)))

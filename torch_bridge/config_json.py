@@ -10,7 +10,7 @@ from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
 from torch_bridge.families.rope import read_rope, rope_to_hf, rope_to_hf_4
-from torch_bridge.sixteen_bit import quantisation_of, quantised_hint, unsupported_format
+from torch_bridge.sixteen_bit import MXFP4, quantisation_of, quantised_hint, unsupported_format
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -31,7 +31,8 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
     hf = {**family.fields, **hf, "architectures": [architecture]}
     require(hf, "model_type", family.model_type)  # transformers chooses the class by it
     field, quantisation = quantisation_of(hf) or ("", None)
-    if quantisation and (form := unsupported_format(quantisation)):
+    form = unsupported_format(quantisation) if quantisation else None
+    if form is not None and not (form == MXFP4 and family.fuses_experts):
         raise InputError(
             f"`{field}` must be null or describe bitsandbytes' NF4, because jaxpack reads weights of 16 and 32 bits and"
             f" NF4, got {form}: {quantisation!r:.200}. {quantised_hint(name_or_path, hf)}"

@@ -13,6 +13,7 @@ from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, install_command, reason
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters, require_finite
+from jaxpack.model.mxfp4 import mxfp4_store
 from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import Store, store_dense
@@ -32,7 +33,7 @@ from torch_bridge.io.folder import (
 )
 from torch_bridge.io.untrusted import require_regular_files, require_sound_tokenizer
 from torch_bridge.quantized import ByteSource
-from torch_bridge.sixteen_bit import QUANTISED_FIELDS, quantisation_of
+from torch_bridge.sixteen_bit import MXFP4, QUANTISED_FIELDS, quantisation_of, unsupported_format
 from torch_bridge.tensors import lazy_model, model_tensors, tensor_shapes
 from torch_bridge.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 
@@ -126,6 +127,8 @@ def described_store(name_or_path: str) -> Store:
     quantisation = quantisation_of(described[CONFIG_FILE])
     if quantisation is None:
         return store_dense
+    if unsupported_format(quantisation[1]) == MXFP4:
+        return mxfp4_store
     return nf4_store(nested=bool(quantisation[1].get("bnb_4bit_use_double_quant")))  # others are refused
 
 

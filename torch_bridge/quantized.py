@@ -6,6 +6,9 @@ The codes of a matrix `P.weight` lie in a tensor of this name, typed as bytes or
 `P.weight.nested_absmax` holds their scales and `P.weight.nested_quant_map` the values of their codes.
 
 A weight with such tensors is in 4 bits and any other is not, whatever `config.json` says.
+
+GPT-OSS' experts are in another format, MXFP4: see `io.experts` for their tensors, of which each expert's projection
+has `P.weight_blocks`, the codes, and `P.weight_scales`.
 """
 
 import math
@@ -19,14 +22,18 @@ from jax.typing import DTypeLike
 from jaxpack.errors import reason
 from jaxpack.kernels.dequantize import CODES_PER_WORD, GROUP, NF4_VALUES, NF4Arrays, NF4Places, dequantize_nf4
 from jaxpack.kernels.dynamic_map import dynamic_map
+from jaxpack.kernels.mxfp4 import BLOCK
 from jaxpack.kernels.weight import DenseWeight, Weight
+from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import BLOCK_SIZE, NF4Weight, quantize_nf4
 from jaxpack.model.weights import MixedWeight
 from jaxpack.utils.json_file import parse_json
+from torch_bridge.sixteen_bit import MXFP4
 
 _STATE, _ABSMAX = ".quant_state.bitsandbytes__nf4", ".absmax"
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
 _BESIDE = (_STATE, _ABSMAX, ".quant_map", ".nested_absmax", ".nested_quant_map")
+_MXFP4_BLOCKS, _MXFP4_SCALES = "_blocks", "_scales"
 _BLOCK_SIZES = [2**i for i in range(5, 13)]
 _STORED = ("bfloat16", "float16", "float32")
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
@@ -79,6 +86,10 @@ class NF4Form(NamedTuple):
     table: bytes | None
 
 
+# The form of a matrix in MXFP4, of which there is one kind: `MXFP4`.
+Form = NF4Form | str
+
+
 def default_form(stored: str) -> NF4Form:
     """Returns the form in which matrices of this dtype are quantised by default: that of bitsandbytes, nested."""
     return NF4Form(BLOCK_SIZE, stored, dynamic_map().tobytes())
@@ -92,8 +103,55 @@ class _Matrix(NamedTuple):
     mean: float
 
 
+class MXFP4Source:
+    """Provides the tensors of another source; `read` returns rows of a matrix in MXFP4 as an `MXFP4Weight`.
+
+    Its shape is that of the dense matrix, and the two tensors in which it is stored are hidden.
+
+    Attributes:
+      forms: `MXFP4` for each such matrix.
+    """
+
+    def __init__(self, source: ByteSource):
+        self._source, self.description = source, source.description
+        shapes = source.shapes()
+        self._matrices: dict[str, tuple[int, int]] = {}
+        for blocks in [name for name in shapes if name.endswith(f".weight{_MXFP4_BLOCKS}")]:
+            name = blocks.removesuffix(_MXFP4_BLOCKS)
+            rows, *groups = shapes[blocks]
+            expected = {blocks: (rows, *groups[:1], BLOCK // 2), name + _MXFP4_SCALES: (rows, *groups[:1])}
+            if all(shapes.get(one) == shape and source.stored(one)[0] == "uint8" for one, shape in expected.items()):
+                self._matrices[name] = rows, groups[0] * BLOCK
+        self._hidden = {name + end for name in self._matrices for end in (_MXFP4_BLOCKS, _MXFP4_SCALES)}
+        self.unreadable = {name: form for name, form in source.unreadable.items() if name not in self._hidden}
+        self.forms = dict.fromkeys(self._matrices, MXFP4)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor by name, see `TensorSource.shapes`."""
+        shapes = {name: shape for name, shape in self._source.shapes().items() if name not in self._hidden}
+        return shapes | self._matrices
+
+    def read(self, name: str, first: int, last: int, buffer: np.ndarray) -> Any:
+        """Returns rows of a tensor, see `TensorSource.read`, or a stack of one matrix with rows in MXFP4."""
+        if name not in self._matrices:
+            return self._source.read(name, first, last, buffer)
+        rows, columns = self._matrices[name]
+        codes, scales = (_read(self._source, name + end).reshape(rows, -1) for end in (_MXFP4_BLOCKS, _MXFP4_SCALES))
+        words = codes.view(np.uint32)
+        assert words.shape[1] * CODES_PER_WORD == columns
+        return MXFP4Weight(words[None, first:last], scales[None, first:last])
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Returns the dtype of a tensor and the number of its bytes, see `ByteSource.stored`."""
+        return self._source.stored(name)
+
+    def read_bytes(self, name: str, buffer: np.ndarray) -> None:
+        """Fills `buffer` with all bytes of a tensor, see `ByteSource.read_bytes`."""
+        self._source.read_bytes(name, buffer)
+
+
 class NF4Source:
-    """Provides the tensors of another source; `read` returns a quantised matrix whole, as an `NF4Weight`.
+    """Provides the tensors of another source; `read` returns a matrix in NF4 whole, as an `NF4Weight`.
 
     Its shape is that of the dense matrix, and the tensors beside it are hidden. A quantised matrix whose description is
     wrong or incomplete is listed in `unreadable`.
@@ -103,7 +161,7 @@ class NF4Source:
     """
 
     def __init__(self, source: ByteSource):
-        self._source = source
+        self._source = source = MXFP4Source(source)
         self.description, self.unreadable = source.description, dict(source.unreadable)
         self._matrices: dict[str, _Matrix] = {}
         names = source.shapes().keys()
@@ -120,9 +178,9 @@ class NF4Source:
         self._hidden = {name + end for name in [*self._matrices, *self.unreadable] for end in _BESIDE}
 
     @property
-    def forms(self) -> dict[str, NF4Form]:
+    def forms(self) -> dict[str, Form]:
         """Returns the form of each quantised matrix by name."""
-        return {name: matrix.form for name, matrix in self._matrices.items()}
+        return self._source.forms | {name: matrix.form for name, matrix in self._matrices.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor by name, see `TensorSource.shapes`."""
@@ -160,9 +218,7 @@ def dense_nf4(matrix: NF4Weight, shape: tuple[int, ...], dtype: DTypeLike) -> ja
     return dense.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
-def abstract_weight(
-    forms: Sequence[set[NF4Form | None]], rows: tuple[int, ...], columns: int, dtype: DTypeLike
-) -> Weight:
+def abstract_weight(forms: Sequence[set[Form | None]], rows: tuple[int, ...], columns: int, dtype: DTypeLike) -> Weight:
     """Returns a stack of layers without arrays, each layer in the form in which its projections are stored.
 
     A layer whose projections differ in their forms, or are not quantised, is dense, and so are all layers if a row is
@@ -175,10 +231,12 @@ def abstract_weight(
     """
     kinds = [next(iter(each)) if len(each) == 1 and columns % CODES_PER_WORD == 0 else None for each in forms]
 
-    def stack(form: NF4Form | None) -> Weight:
+    def stack(form: Form | None) -> Weight:
         shape = (kinds.count(form), sum(rows), columns)
         if form is None:
             return DenseWeight(jax.ShapeDtypeStruct(shape, dtype))
+        if isinstance(form, str):
+            return MXFP4Weight.abstract(shape)
         matrices = jax.ShapeDtypeStruct(shape, form.stored)
         return jax.eval_shape(lambda x: quantize_nf4(x, rows, form.block_size, form.table is not None), matrices)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+MXFP4 = "MXFP4"
 QUANTISED_FIELDS = ("quantization_config", "quantization", "compression_config")  # of `config.json`
 # The names of formats, by the ends of the names of tensors that only they have. The first that is found counts.
 _TENSOR_ENDS = {
@@ -18,8 +19,8 @@ _TENSOR_ENDS = {
     ".qzeros": "AWQ or GPTQ",
     ".weight_scale_inv": "FP8",
     ".weight_scale": "FP8 or compressed-tensors",
-    "_proj_blocks": "MXFP4",
-    "_proj_scales": "MXFP4",
+    "_proj_blocks": MXFP4,
+    "_proj_scales": MXFP4,
     ".biases": "MLX",
 }
 _FORMATS = {
@@ -27,7 +28,7 @@ _FORMATS = {
     "awq": "AWQ",
     "fp8": "FP8",
     "fbgemm_fp8": "FP8",
-    "mxfp4": "MXFP4",
+    "mxfp4": MXFP4,
     "hqq": "HQQ",
     "aqlm": "AQLM",
     "quanto": "Quanto",

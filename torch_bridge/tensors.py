@@ -17,11 +17,12 @@ from flax import nnx
 
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight
-from jaxpack.kernels.weight import Weight, write_rows
+from jaxpack.kernels.weight import DenseWeight, Weight, write_rows
 from jaxpack.model.config import ModelConfig
+from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import NF4Weight
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import Frozen, MixedWeight, freeze, weight_of
+from jaxpack.model.weights import Frozen, MixedWeight, freeze, store_dense, weight_of
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
 from jaxpack.utils.console import console, progress_bar
@@ -32,6 +33,7 @@ from torch_bridge.families.base import Entry
 from torch_bridge.io.folder import mismatches, some, tensor_count
 from torch_bridge.quantized import (
     ByteSource,
+    Form,
     NF4Form,
     NF4Source,
     TensorSource,
@@ -89,7 +91,9 @@ def lazy_model(
     _check_shapes(model, tensors, source.shapes().keys())
     _check_tied(config, tensors)
     if in_4bit:
-        _hold_in_4bit(model, tensors.forms or dict.fromkeys(tensor_table(config), default_form(dtype)))
+        forms: dict[str, Form] = dict.fromkeys(tensor_table(config), default_form(dtype)) if load_in_4bit else {}
+        in_nf4 = any(isinstance(form, NF4Form) for form in tensors.forms.values())
+        _hold_in_4bit(model, tensors.forms if in_nf4 else forms | tensors.forms)
 
     def read(model: Transformer) -> None:
         leaves, tree = jax.tree.flatten(nnx.state(model))  # Those of adapters are arrays already.
@@ -105,29 +109,31 @@ def lazy_model(
     return model
 
 
-def _hold_in_4bit(model: Transformer, forms: Mapping[str, NF4Form]) -> None:
+def _hold_in_4bit(model: Transformer, forms: Mapping[str, Form]) -> None:
     """Gives the projections of an abstract, frozen model the forms of their tensors, in place. Prints the result."""
-    stacks: dict[str, list[set[NF4Form | None]]] = {}
+    stacks: dict[str, list[set[Form | None]]] = {}
     for name, (entry, layer) in tensor_table(model.config).items():
         if layer is not None and entry.projection is not None and entry.path.endswith(".weight"):
             layers = stacks.setdefault(entry.path, [set() for _ in range(model.config.num_layers)])
             layers[layer].add(forms.get(name))
+    kinds = sorted({form if isinstance(form, str) else "NF4" for form in forms.values()})
     dense = nbytes = held = count = 0
     for path, layers in stacks.items():
         linear = operator.attrgetter(path.rpartition(".")[0])(model)
         rows = tuple(size for _, size in linear.projections)
         before = weight_of(linear.weight)
         weight = abstract_weight(layers, rows, before.shape[-1], model.dtype)
-        linear.weight = Frozen(weight)
+        linear.weight = Frozen(store_dense(weight.value, linear) if isinstance(weight, DenseWeight) else weight)
         parts = weight.parts if isinstance(weight, MixedWeight) else (weight,)
-        held += len(rows) * sum(part.shape[0] for part in parts if isinstance(part, NF4Weight))
+        held += len(rows) * sum(part.shape[0] for part in parts if isinstance(part, NF4Weight | MXFP4Weight))
         count += len(rows) * len(layers)
         dense, nbytes = dense + before.nbytes, nbytes + weight.nbytes
     which = str(held) if held == count else f"{held} of {count}"
     rest = "" if held == count else f". The other {count - held} stay in {model.dtype.name}"
     unit, scale = ("GiB", 2**30) if dense >= 2**30 else ("MiB", 2**20)
+    name = model.config.name_or_path or model.config.architecture
     console.print(
-        f"{model.config.name_or_path or model.config.architecture}: {which} projections are held in 4 bits (NF4)."
+        f"{name}: {which} projections are held in 4 bits ({', '.join(kinds)})."
         f" All projections take {nbytes / scale:.2f} {unit} instead of {dense / scale:.2f}{rest}"
     )
 
@@ -328,14 +334,18 @@ def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _place(
-    whole: Weight | jax.Array, part: NF4Weight | jax.Array, start: jax.Array, shape: tuple[int, ...]
+    whole: Weight | jax.Array, part: NF4Weight | MXFP4Weight | jax.Array, start: jax.Array, shape: tuple[int, ...]
 ) -> tuple[Weight | jax.Array, jax.Array]:
     """Returns `whole` with `part` written into it, and a small array that is there once the write is done.
 
     The caller waits for this array, because the next call donates `whole`. `shape` is that of the tensor.
     """
+    if isinstance(whole, MXFP4Weight) and isinstance(part, MXFP4Weight):
+        return whole.put(tuple(start), part), start[0]
     if isinstance(whole, NF4Weight) and isinstance(part, NF4Weight):
         return whole.put(tuple(start), part), start[0]
+    if isinstance(part, MXFP4Weight):
+        part = part.at(0).dense(whole.dtype)
     if isinstance(part, NF4Weight):
         part = dense_nf4(part, shape, whole.dtype)
     placed = whole.write(tuple(start), part) if isinstance(whole, Weight) else write_rows(whole, tuple(start), part)

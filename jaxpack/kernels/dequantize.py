@@ -268,12 +268,18 @@ def _dense_block(refs: Sequence[Any], places: NF4Places, row: Any, column: Any, 
     """Returns a block of the matrix in float32, from its first row and column. To be called in a kernel."""
     codes_ref, absmax_ref, *nested_refs, values_ref, shifts_ref, layer_ref = refs
     layer, (rows, columns) = layer_ref[0], shape
-    # The projection that the rows belong to: scalars, found by comparing.
+    # The projection that the rows belong to: scalars, found by comparing unless all projections, perhaps those of many
+    # experts, have the same size.
     first_row = first_block = first_group = projection = jnp.int32(0)
-    for i, (start, block, group) in enumerate(places.starts):
-        is_after = row >= start
-        first_row, projection = jnp.where(is_after, start, first_row), jnp.where(is_after, i, projection)
-        first_block, first_group = jnp.where(is_after, block, first_block), jnp.where(is_after, group, first_group)
+    if len(set(places.rows)) == 1:
+        projection = row // places.rows[0]
+        first_row = projection * places.rows[0]
+        first_block, first_group = projection * places.blocks[0], projection * places.groups[0]
+    else:
+        for i, (start, block, group) in enumerate(places.starts):
+            is_after = row >= start
+            first_row, projection = jnp.where(is_after, start, first_row), jnp.where(is_after, i, projection)
+            first_block, first_group = jnp.where(is_after, block, first_block), jnp.where(is_after, group, first_group)
 
     by_word = rows, columns // CODES_PER_WORD, CODES_PER_WORD
     words = codes_ref[layer, pl.ds(row, rows), pl.ds(column // CODES_PER_WORD, by_word[1])]

@@ -21,8 +21,8 @@ from jaxpack.kernels.dequantize import (
     dequantize_nf4,
 )
 from jaxpack.kernels.dynamic_map import dynamic_map, nearest_codes
-from jaxpack.kernels.weight import DenseWeight, NumberedWeight, Weight
-from jaxpack.model.weights import Store
+from jaxpack.kernels.weight import NumberedWeight, Weight
+from jaxpack.model.weights import Store, projection_rows, store_dense
 
 BLOCK_SIZE = 64  # bitsandbytes' default
 
@@ -137,7 +137,7 @@ class NF4Weight(NumberedWeight):
 
 
 def holds_4bit(state: nnx.State) -> bool:
-    """Returns whether any parameter is held in 4 bits, perhaps in only some of its layers."""
+    """Returns whether any parameter is held in 4 bits (NF4), perhaps in only some of its layers."""
     is_nf4 = lambda value: isinstance(value, NF4Weight)  # noqa: E731
     return any(map(is_nf4, jax.tree.leaves(state, is_leaf=is_nf4)))
 
@@ -148,9 +148,10 @@ def nf4_store(block_size: int = BLOCK_SIZE, *, nested: bool = True) -> Store:
     A matrix whose rows are no multiple of 8 elements stays dense, too.
     """
 
-    def store(matrix: Float[Array, "*L O I"], rows: tuple[int, ...] | None) -> Weight:
+    def store(matrix: Float[Array, "*L O I"], module: nnx.Module) -> Weight:
+        rows = projection_rows(module)
         if rows is None or matrix.shape[-1] % CODES_PER_WORD:
-            return DenseWeight(matrix)
+            return store_dense(matrix, module)
         return quantize_nf4(matrix, rows, block_size, nested)
 
     return store
@@ -171,8 +172,13 @@ def quantize_nf4(
     places = NF4Places(rows, matrix.shape[-1], block_size)
     stack = matrix.reshape(-1, *matrix.shape[-2:])
     quantise = jax.vmap(functools.partial(_quantized, places=places, nested=nested))
-    parts = [quantise(stack[:, first : first + size]) for (first, *_), size in zip(places.starts, rows, strict=True)]
-    arrays = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *parts)
+    if len(set(rows)) == 1:  # perhaps those of many experts, in one operation
+        projections = quantise(stack.reshape(-1, rows[0], stack.shape[2]))
+        arrays = jax.tree.map(lambda each: each.reshape(len(stack), -1, *each.shape[2:]), projections)
+    else:
+        starts = [first for first, *_ in places.starts]
+        parts = [quantise(stack[:, first : first + size]) for first, size in zip(starts, rows, strict=True)]
+        arrays = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *parts)
     if nested:
         arrays = arrays._replace(table=jnp.asarray(dynamic_map()))
     return NF4Weight(arrays, places, jnp.dtype(matrix.dtype).name, is_stack=matrix.ndim == 3)

@@ -66,15 +66,19 @@ def _all_finite(arrays: list[Array]) -> Array:
     return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
-# Makes a `Weight` from a matrix, or from a stack of matrices, and from the rows of each projection in it: None for an
-# embedding and a head, which are no projections.
-Store = Callable[[Array, tuple[int, ...] | None], Weight]
+# Makes the weight that a module holds from a matrix, or from a stack of matrices.
+Store = Callable[[Array, nnx.Module], Weight]
 
 
-def store_dense(matrix: Array | jax.ShapeDtypeStruct, rows: tuple[int, ...] | None = None) -> DenseWeight:
+def store_dense(matrix: Array | jax.ShapeDtypeStruct, module: nnx.Module) -> Weight:
     """Returns the matrix, which may be abstract, as a weight that is stored as it is."""
-    del rows
-    return DenseWeight(matrix)
+    return DenseStack(matrix) if getattr(module, "reads_in_place", False) else DenseWeight(matrix)
+
+
+def projection_rows(module: nnx.Module) -> tuple[int, ...] | None:
+    """Returns the rows of each projection in a module's matrix; None for an embedding, a head and a router."""
+    projections = getattr(module, "projections", None)
+    return None if projections is None else tuple(size for _, size in projections)
 
 
 def freeze(model: nnx.Module, store: Store = store_dense, *, leave_out: Collection[str] = ()) -> None:
@@ -85,19 +89,10 @@ def freeze(model: nnx.Module, store: Store = store_dense, *, leave_out: Collecti
       leave_out: names of attributes of the model itself that stay trained.
     """
     for path, module in list(nnx.iter_modules(model)):
-        projections = getattr(module, "projections", None)
-        rows = None if projections is None else tuple(size for _, size in projections)
         for name, variable in list(vars(module).items()):
             if is_trained(variable) and not (path == () and name in leave_out):
                 value = variable.get_value()
-                setattr(module, name, Frozen(_stored(module, value, rows, store) if name in MATRICES else value))
-
-
-def _stored(module: nnx.Module, value: Any, rows: tuple[int, ...] | None, store: Store) -> Weight:
-    weight = store(value, rows)
-    if isinstance(weight, DenseWeight) and getattr(module, "reads_in_place", False):
-        return DenseStack(weight.value)
-    return weight
+                setattr(module, name, Frozen(store(value, module) if name in MATRICES else value))
 
 
 def move_to_host(model: Any, *, layers: bool = False, embedding: bool = False) -> None:

@@ -8,7 +8,7 @@ import pytest
 from jaxpack.kernels import host_weight
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight, loop_with, piece_rows
 from jaxpack.kernels.weight import DenseWeight
-from jaxpack.model.nf4 import nf4_store
+from jaxpack.model.nf4 import quantize_nf4
 from jaxpack.parallel.host_memory import abstract_pinned, host_buffer, is_pinned, numpy_view, pinned_zeros
 
 L, O, I = 4, 40, 24  # noqa: E741
@@ -16,8 +16,8 @@ STACK = 0.3 * jax.random.normal(jax.random.key(0), (L, O, I))
 FORMS = {
     "dense": DenseWeight(STACK),
     "bfloat16": DenseWeight(STACK.astype(jnp.bfloat16)),
-    "nf4": nf4_store()(STACK, (16, 24)),
-    "nf4, not nested": nf4_store(32, nested=False)(STACK, (16, 24)),
+    "nf4": quantize_nf4(STACK, (16, 24)),
+    "nf4, not nested": quantize_nf4(STACK, (16, 24), 32, False),
 }
 all_forms = pytest.mark.parametrize("form", FORMS)
 

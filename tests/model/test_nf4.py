@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxpack.errors import InputError
 from jaxpack.kernels.dequantize import GROUP
 from jaxpack.kernels.dynamic_map import dynamic_map
 from jaxpack.kernels.weight import DenseWeight
+from jaxpack.model.linear import Linear
 from jaxpack.model.nf4 import NF4Weight, nf4_store, quantize_nf4
 
 ROWS, COLUMNS = (48, 16, 24), 192
@@ -109,6 +111,7 @@ def test_only_whole_projections_are_written():
 
 def test_the_store_keeps_embeddings_and_odd_matrices_dense():
     store = nf4_store()
-    assert isinstance(store(draw(32, 64), None), DenseWeight)
-    assert isinstance(store(draw(2, 32, 20), (32,)), DenseWeight)
-    assert isinstance(store(draw(2, 32, 64), (32,)), NF4Weight)
+    linear = Linear(64, {"one": 32}, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert isinstance(store(draw(32, 64), nnx.Module()), DenseWeight)
+    assert isinstance(store(draw(2, 32, 20), linear), DenseWeight)
+    assert isinstance(store(draw(2, 32, 64), linear), NF4Weight)

@@ -187,7 +187,7 @@ def test_a_checkpoint_is_read_into_the_form_and_written_from_it(store):
     want = small_model("qwen3", num_layers=3)
     freeze(want, STORES[store])
     model = small_model("qwen3", num_layers=3, vocab_size=97)
-    freeze(model, lambda dense, rows: STORES[store](jnp.zeros_like(dense), rows))
+    freeze(model, lambda dense, module: STORES[store](jnp.zeros_like(dense), module))
 
     tensors = dict(model_tensors(source))
 
@@ -242,7 +242,7 @@ def test_a_compiled_step_holds_one_dense_matrix_at_a_time(store, remat):
     config = dataclasses.replace(SHAPES["Qwen3-0.6B"], num_layers=8)
 
     def temporary_bytes(form) -> int:
-        layers_only = lambda w, rows: form(w, rows) if w.ndim == 3 else DenseWeight(w)  # noqa: E731
+        layers_only = lambda w, module: form(w, module) if w.ndim == 3 else DenseWeight(w)  # noqa: E731
         model = abstract_model(config, LoraConfig(r=16), store=layers_only)
         graph, trainable, frozen = nnx.split(model, TRAINED, ...)
         rows = PackedBatch(*4 * [jax.ShapeDtypeStruct((1, 4, 1024), jnp.int32)])

@@ -116,23 +116,26 @@ CHECKPOINTS = (
 )
 
 
+# Grouped heads, and a head_dim that is not hidden_size / num_heads.
+SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": _ROPE,
+}
+
+
 def make_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Makes one of `FAMILIES` with grouped heads and a head_dim that is not hidden_size / num_heads."""
+    """Makes one of `FAMILIES`, with `SETTINGS` unless its own differ."""
     family, head = checkpoint.split("-")
     prefix, own = FAMILIES[family]
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 20,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-3,
-        "rope_parameters": _ROPE,
-        "tie_word_embeddings": head == "tied",
-    }
+    settings = SETTINGS | {"tie_word_embeddings": head == "tied"}
     return random_model(prefix, settings | own, dtype)
 
 
