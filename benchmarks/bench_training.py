@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--remat", nargs="+", help="for jaxpack: offload to none; for Unsloth: unsloth, full, none")
     parser.add_argument("--implementation", choices=("xla", "pallas"))
     parser.add_argument("--full-finetuning", action="store_true")
+    parser.add_argument("--adapts-experts", action="store_true", help="give the experts of a mixture adapters, too")
     parser.add_argument("--load-in-4bit", action="store_true", help="hold the frozen projections in 4 bits")
     parser.add_argument("--optim", help="adamw (the default) or adamw_8bit")
     for name in ("--offload-weights", "--offload-embedding"):

@@ -25,6 +25,7 @@ class Case:
       rows: the batch size of a step, in rows of `max_length` if packed, else in documents.
       remat: what the backward pass recomputes; an opponent has its own values.
       implementation: the implementation of our kernels.
+      adapts_experts: whether the experts of a mixture have adapters, too.
       load_in_4bit: whether the frozen projections are held in 4 bits.
       optim, offload_weights, offload_embedding, memory_limit: as in `TrainConfig`.
       steps: the number of steps that are timed, after the warm-up.
@@ -38,6 +39,7 @@ class Case:
     remat: str = "full"
     implementation: Implementation | None = None
     full_finetuning: bool = False
+    adapts_experts: bool = False
     load_in_4bit: bool = False
     optim: str = "adamw"
     offload_weights: str = "auto"
@@ -64,6 +66,7 @@ class Case:
         parts = [self.system, self.model, self.layout, f"{self.rows} {what}", f"remat {self.remat}"]
         parts += [self.implementation] if self.implementation else []
         parts += ["full fine-tuning"] if self.full_finetuning else []
+        parts += ["experts adapted"] if self.adapts_experts else []
         parts += ["4-bit"] if self.load_in_4bit else []
         parts += [self.optim] if self.optim != "adamw" else []
         parts += [f"within {self.memory_limit:g} GiB"] if self.memory_limit is not None else []

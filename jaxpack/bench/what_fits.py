@@ -18,7 +18,8 @@ from jaxpack.planning.cost import StepShape
 from jaxpack.settings import LoraConfig, TrainConfig
 
 CARDS = ("RTX 4060 Ti 8GB", "RTX 3060", "RTX 5080", "RTX 4090", "RTX 5090", "RTX A6000", "H100")
-MODELS = tuple(name for name in SHAPES if name != "tiny")
+# Mixtures of experts are left out until their predictions have been compared with measurements.
+MODELS = tuple(name for name, config in SHAPES.items() if name != "tiny" and not config.num_experts)
 # The forms in which frozen weights are stored, with the functions that make them from dense matrices.
 FORMS: dict[str, Store] = {"16-bit": store_dense, "4-bit": nf4_store()}
 MOST_ROWS = 64

@@ -31,7 +31,8 @@ def measure_here(request: Path, result: Path, **options: Any) -> None:
 
 
 def _model(case: Case) -> Transformer:
-    lora = None if case.full_finetuning else LoraConfig(r=16)
+    experts = ("gate_up_proj", "down_proj") if case.adapts_experts else ()
+    lora = None if case.full_finetuning else LoraConfig(r=16, target_parameters=experts)
     if case.model in SHAPES:
         store = nf4_store() if case.load_in_4bit else store_dense
         return random_model(SHAPES[case.model], lora, store=store, lazy=True)

@@ -147,9 +147,9 @@ def _backward(activation, implementation, residuals, d):
 
 
 def _project(x, linear: ExpertLinear, *, routing, implementation, from_tokens=False):
-    """Returns the experts' projections of the rows, and the rows' product with the A factors, empty without any."""
+    """Returns the experts' projections of the rows, and the rows' product with A (no channels without an adapter)."""
     run = functools.partial(grouped_matmul, routing=routing, implementation=implementation)
-    xa, more = x[:0], None
+    xa, more = jnp.zeros((routing.copies.shape[0], 0), x.dtype), None
     if linear.factors is not None:
         a, b = linear.factors
         xa = checkpoint_name(run(x, a[None], from_tokens=from_tokens), "lora")
@@ -160,9 +160,9 @@ def _project(x, linear: ExpertLinear, *, routing, implementation, from_tokens=Fa
 
 
 def _project_back(d, linear: ExpertLinear, *, routing, implementation, from_tokens=False):
-    """Returns the gradient of the rows of `_project`, and of their product with the A factors, empty without any."""
+    """Returns the gradient of the rows of `_project`, and that of their product with A."""
     run = functools.partial(grouped_matmul, routing=routing, implementation=implementation, transposed=True)
-    d_xa, more = d[:0], None
+    d_xa, more = jnp.zeros((routing.copies.shape[0], 0), d.dtype), None
     if linear.factors is not None:
         a, b = linear.factors
         d_xa = run(d, b[None], from_tokens=from_tokens)
