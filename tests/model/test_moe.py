@@ -91,6 +91,23 @@ def test_changing_a_document_or_padding_changes_no_other_in_the_last_bit(case):
         assert (after[here] != before[here]).any(axis=-1).all()
 
 
+def test_a_document_that_is_not_finite_changes_no_other_in_the_last_bit():
+    """Its tokens go to experts, too, and lie in the same blocks as tokens of other documents."""
+    model, (tokens, ids) = moe_model("random"), packed()
+    own = np.zeros(ids.shape, bool)
+    own[0] = ids[0] == 1
+    tokens = np.where(own & (np.arange(64) % 5 == 0), 96, np.where(tokens == 96, 95, tokens))
+
+    def logits_with(value: float) -> np.ndarray:
+        embedding = weight_of(model.embedding).dense(jnp.float32).at[96].set(value)
+        model.embedding.set_value(DenseWeight(embedding))
+        return logits_of(model, tokens)
+
+    before, after = logits_with(0.01), logits_with(jnp.nan)
+    np.testing.assert_array_equal(after[~own & (ids > 0)], before[~own & (ids > 0)])
+    assert np.isnan(after[own]).all()
+
+
 # The layer.
 
 
