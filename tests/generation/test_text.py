@@ -31,6 +31,7 @@ _DYNAMIC = DynamicRopeScaling(factor=3.0, max_position_embeddings=ORIGINAL)
 KINDS: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {"max_position_embeddings": 128}),
     "gemma3": ("gemma3", {"num_layers": 2}),  # soft-caps, post norms, and one layer with a window and its own rope
+    "qwen3_moe": ("qwen3_moe", {}),
     "windowed": (
         "llama",
         {

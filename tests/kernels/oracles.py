@@ -1,6 +1,7 @@
 """Computes the kernels' results and gradients in float64 NumPy: loops and textbook formulas, none of their code."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -138,3 +139,98 @@ def attention(
             dk[b, here, head] += scale * d_raw.T @ queries
     results = {"out": out, "dq": dq, "dk": dk, "dv": dv}
     return results if sinks is None else {**results, "dsinks": dsinks}
+
+
+# Gated activations.
+
+
+def activate(gate: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the activation and its derivative, in float64."""
+    if activation == "clamped_silu":
+        below = np.minimum(gate, 7)
+        with np.errstate(over="ignore"):
+            sigmoid = 1 / (1 + np.exp(-1.702 * below))
+        slope = sigmoid + 1.702 * below * sigmoid * (1 - sigmoid)
+        return below * sigmoid, np.where(gate < 7, slope, 0)
+    if activation == "silu":
+        with np.errstate(over="ignore"):
+            sigmoid = 1 / (1 + np.exp(-gate))
+        return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    if activation == "gelu_tanh":
+        tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+        inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
+        return 0.5 * gate * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * inner
+    cumulative = 0.5 * np.vectorize(math.erfc)(-gate / math.sqrt(2))
+    return gate * cumulative, cumulative + gate * np.exp(-(gate**2) / 2) / math.sqrt(2 * math.pi)
+
+
+# Experts. `choices` `[N, C]` holds the experts of each token; all are negative for padding, which no expert computes.
+
+
+def copies_of(choices: np.ndarray) -> list[tuple[int, int, int]]:
+    """Returns `(token, choice, expert)` for every copy of a token that is no padding."""
+    return [(n, c, int(choices[n, c])) for n, c in np.ndindex(choices.shape) if choices[n, c] >= 0]
+
+
+def experts(
+    residual: np.ndarray,
+    x: np.ndarray,
+    shares: np.ndarray,
+    choices: np.ndarray,
+    gate_up: np.ndarray,
+    down: np.ndarray,
+    gate_up_factors: tuple[np.ndarray, np.ndarray] | None = None,
+    down_factors: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    gate_up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
+    activation: str = "silu",
+    d_out: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Returns the output of a mixture of experts and all gradients, one token and one of its experts at a time.
+
+    The matrices are `[E, 2F, D]` and `[E, D, F]`, the factors `[E, R, I]` and `[E, O, R]`, the biases `[E, O]`.
+    """
+    E, F = down.shape[0], down.shape[2]
+    given = {"gate_up": gate_up_bias, "down": down_bias}
+    biases = {
+        name: np.zeros(matrices.shape[:2]) if given[name] is None else given[name]
+        for name, matrices in (("gate_up", gate_up), ("down", down))
+    }
+    d_biases = {name: np.zeros_like(bias) for name, bias in biases.items()}
+    pairs = {"gate_up": (gate_up, gate_up_factors), "down": (down, down_factors)}
+    whole = {
+        name: matrices if factors is None else matrices + np.stack([factors[1][e] @ factors[0][e] for e in range(E)])
+        for name, (matrices, factors) in pairs.items()
+    }
+    out, d_x, d_shares = residual.copy(), np.zeros_like(x), np.zeros_like(shares)
+    d_whole = {name: np.zeros_like(matrices) for name, matrices in whole.items()}
+    for n, c, e in copies_of(choices):
+        hidden = whole["gate_up"][e] @ x[n] + biases["gate_up"][e]
+        gate, up = hidden[:F], hidden[F:]
+        act, slope = activate(gate, activation)
+        up_slope = 1.0
+        if activation == "clamped_silu":
+            up, up_slope = np.clip(up, -7, 7) + 1, np.abs(up) < 7
+        product = act * up
+        result = whole["down"][e] @ product + biases["down"][e]
+        out[n] += shares[n, c] * result
+        d_shares[n, c] = d_out[n] @ result
+        d_result = shares[n, c] * d_out[n]
+        d_product = whole["down"][e].T @ d_result
+        d_hidden = np.concatenate([d_product * up * slope, d_product * act * up_slope])
+        d_biases["down"][e] += d_result
+        d_biases["gate_up"][e] += d_hidden
+        d_whole["down"][e] += np.outer(d_result, product)
+        d_whole["gate_up"][e] += np.outer(d_hidden, x[n])
+        d_x[n] += whole["gate_up"][e].T @ d_hidden
+    results = {"out": out, "d_residual": d_out, "d_x": d_x, "d_shares": d_shares}
+    for name, (_, factors) in pairs.items():
+        results[f"d_{name}"] = d_whole[name]
+        if given[name] is not None:
+            results[f"d_{name}_bias"] = d_biases[name]
+        if factors is not None:  # of W + B A
+            a, b = factors
+            results[f"d_{name}_a"] = np.stack([b[e].T @ d_whole[name][e] for e in range(E)])
+            results[f"d_{name}_b"] = np.stack([d_whole[name][e] @ a[e].T for e in range(E)])
+    return results

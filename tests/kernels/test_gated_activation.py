@@ -2,12 +2,12 @@
 
 import functools
 import inspect
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.oracles import activate
 
 from jaxpack.errors import InputError
 from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
@@ -15,26 +15,6 @@ from jaxpack.kernels.gated_activation import gated_activation, gated_activation_
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "clamped_silu")
 IMPLEMENTATIONS = ("xla", "pallas")
 SHAPES = [(1, 1), (2, 5, 12), (3, 7, 1), (4, 128), (1, 3, 640), (300, 19)]
-
-
-def activate(gate: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the activation and its derivative, in float64."""
-    if activation == "clamped_silu":
-        below = np.minimum(gate, 7)
-        with np.errstate(over="ignore"):
-            sigmoid = 1 / (1 + np.exp(-1.702 * below))
-        slope = sigmoid + 1.702 * below * sigmoid * (1 - sigmoid)
-        return below * sigmoid, np.where(gate < 7, slope, 0)
-    if activation == "silu":
-        with np.errstate(over="ignore"):
-            sigmoid = 1 / (1 + np.exp(-gate))
-        return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
-    if activation == "gelu_tanh":
-        tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
-        inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
-        return 0.5 * gate * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * inner
-    cumulative = 0.5 * np.vectorize(math.erfc)(-gate / math.sqrt(2))
-    return gate * cumulative, cumulative + gate * np.exp(-(gate**2) / 2) / math.sqrt(2 * math.pi)
 
 
 def oracle(gate, up, d_out, activation):

@@ -11,10 +11,12 @@ from kernels.oracles import rows_of
 from jaxpack.kernels import attention as attention_module
 from jaxpack.kernels import extended as extended_module
 from jaxpack.kernels import gated_activation as gated_module
+from jaxpack.kernels import grouped_matmul as grouped_module
 from jaxpack.kernels import rope as rope_module
 from jaxpack.kernels.attention import attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation_backward
 from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
+from jaxpack.kernels.routing import route
 
 # Only on a GPU can a kernel reach memory beyond an array: an interpreted kernel knows where arrays end.
 pytestmark = pytest.mark.slow
@@ -94,3 +96,32 @@ def test_attention(heads, kv_heads, head_dim, options, monkeypatch):
     out, pull = jax.vjp(op, q, k, k)
     pull(out)
     assert names == ["attention", "attention_backward_q", "attention_backward_kv"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "experts", "I", "O"), [(33, 5, 32, 48), (150, 2, 80, 16), (2, 7, 16, 16)])
+def test_grouped_matmul(tokens, experts, I, O, dtype, monkeypatch):  # noqa: E741
+    names = guard_launches(monkeypatch, grouped_module)
+    # The last expert, whose matrix lies beside the guards, has tokens, and so have the first and the last token.
+    choices = jnp.stack([jnp.arange(tokens) % experts, (jnp.arange(tokens) + 1) % experts], axis=1)
+    routing = route(choices, experts, jnp.arange(tokens) % 7 != 1)
+    rows = routing.copies.shape[0]
+    small = lambda *shape: 0.01 * normal(shape, dtype)  # noqa: E731 # so that no sum equals the guard value by chance
+    factors = normal((experts, O, 16), dtype), normal((experts, 16, O), dtype)
+    more = small(rows, 16)
+    for layer in (0, 2):
+        for from_tokens, length in ((True, tokens), (False, rows)):
+            x, options = small(length, I), {"layer": layer, "from_tokens": from_tokens}
+            options |= {"implementation": "pallas"}
+            grouped_module.grouped_matmul(
+                x, normal((3, experts, O, I), dtype), routing, more=(more, factors[0]), **options
+            )
+            grouped_module.grouped_matmul(
+                x, normal((3, experts, I, O), dtype), routing, more=(more, factors[1]), transposed=True, **options
+            )
+    for d_from_tokens, x_from_tokens in ((False, False), (True, False), (False, True), (True, True)):
+        d, x = (small(tokens if given else rows, C) for given, C in ((d_from_tokens, O), (x_from_tokens, I)))
+        grouped_module.grouped_outer(
+            *(d, x, routing), d_from_tokens=d_from_tokens, x_from_tokens=x_from_tokens, implementation="pallas"
+        )
+    assert names == 4 * ["grouped_matmul", "grouped_matmul_transposed"] + 4 * ["grouped_outer"]

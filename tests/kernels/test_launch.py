@@ -14,10 +14,13 @@ from jaxpack.errors import InputError
 from jaxpack.kernels._launch import check_no_byte_arrays, dispatch, power_of_two_divisor, powers_of_two
 from jaxpack.kernels.attention import attention, segment_bounds
 from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.gated_experts import ExpertLinear, gated_experts
 from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.kernels.rope import apply_rope, norm_rope, rotary_angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
+from jaxpack.kernels.routing import route
+from jaxpack.kernels.weight import DenseStack
 from jaxpack.parallel.device import may_lower_for_gpu
 
 # The choice of an implementation.
@@ -119,6 +122,15 @@ def gated_residual(implementation, *arrays):
     return gated_residual_linear(*arrays, implementation=implementation)
 
 
+def experts(implementation, x, shares, gate_up, down, *factors, num_experts, trained):
+    if not trained:
+        gate_up, down = (DenseStack(jax.lax.stop_gradient(stack)).at(jnp.int32(1)) for stack in (gate_up, down))
+    routing = route(jnp.broadcast_to(jnp.arange(shares.shape[1])[None, :], shares.shape), num_experts)
+    pairs = (factors[:2], factors[2:]) if factors else (None, None)
+    linears = (ExpertLinear(weight, None, pair) for weight, pair in zip((gate_up, down), pairs, strict=True))
+    return gated_experts(x, x, shares, routing, *linears, implementation=implementation)
+
+
 class Case(NamedTuple):
     """A public function of `(implementation, *arrays, **options)`, with its shapes for T tokens and its launches."""
 
@@ -176,6 +188,20 @@ def residual_linear_case(channels: int, rank: int, *, activation: bool = False) 
     )
 
 
+def experts_case(num_experts: int, choices: int, D: int, F: int, rank: int = 0, *, layers: int = 0) -> Case:
+    """Makes a case of frozen matrices in a stack of some layers, or of trained matrices without a stack."""
+    E, stack, R = num_experts, (layers,) * (layers > 0), rank
+    matrices = [(*stack, E * 2 * F, D), (*stack, E * D, F)]
+    factors = [(E, R, D), (E, 2 * F, R), (E, R, F), (E, D, R)] if R else []
+    shapes = lambda T: [(T, D), (T, choices), *matrices, *factors]  # noqa: E731
+    project, back = [["grouped_matmul"] * (1 + bool(R)), ["grouped_matmul_transposed"] * (1 + bool(R))]
+    outers = ["grouped_outer"] * ((not layers) + 2 * bool(R))
+    forward = [*project, "gated_silu", *project]
+    backward = [*back, "gated_silu", "gated_silu_backward", *outers, *back, *outers]
+    options = {"num_experts": E, "trained": not layers}
+    return Case(experts, shapes, options, forward, backward)
+
+
 CASES = {
     "silu": gated_case("silu", 9728),
     "gelu_tanh, two arrays": gated_case("gelu_tanh", 384, two_arrays=True),
@@ -192,6 +218,9 @@ CASES = {
     "normed_linear, no adapter": normed_linear_case(2304, None),
     "residual_linear, rank 8": residual_linear_case(4096, 8),
     "gated_residual_linear, rank 256": residual_linear_case(1792, 256, activation=True),
+    "experts": experts_case(128, 8, 2048, 768, layers=2),
+    "experts, rank 16": experts_case(8, 2, 80, 48, 16, layers=2),
+    "trained experts": experts_case(6, 1, 96, 16),
     "attention, one head": attention_case(1, 1, 64),
     "attention, head_dim 22": attention_case(4, 4, 22),
     "attention, head_dim 64": attention_case(4, 4, 64),
@@ -287,8 +316,31 @@ def test_tensor_cores_get_no_block_narrower_than_16(case):
     for module in modules_of(case, 1024):
         matmuls = _DOT.findall(module.text)
         assert len(matmuls) == module.text.count("= tt.dot ")
-        assert matmuls or not module.name.startswith(("jaxpack_attention", "jaxpack_add_extended"))
+        assert matmuls or not module.name.startswith(("jaxpack_attention", "jaxpack_add_extended", "jaxpack_grouped"))
         for options, *sizes, dtype, columns in matmuls:
             if min(map(int, (*sizes, columns))) < 16:
                 assert dtype == "f32"
                 assert "tf32" not in options
+
+
+def test_experts_are_read_in_place_from_a_stack_of_more_than_4_gib():
+    """The shapes are those of Qwen3-30B-A3B with adapters of rank 16 and 16,384 tokens."""
+    case = experts_case(128, 8, 2048, 768, 16, layers=48)
+    avals = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes(16_384)]
+
+    def step(*arrays):
+        out, pull = jax.vjp(lambda *arrays: experts("pallas", *arrays, **case.options), *arrays)
+        return out, pull(out)
+
+    program = lower_for_cuda(step, *avals)
+    modules = triton_modules(program)
+    assert [module.name for module in modules] == [f"jaxpack_{name}" for name in case.forward + case.backward]
+    wide = [array.offset_bits for module in modules for array in module.arrays if array.num_elements > 2**31]
+    assert wide == 4 * [{64}]  # gate and up, then down, in both passes
+    narrow = [array.offset_bits for module in modules for array in module.arrays if array.num_elements <= 2**31]
+    assert set().union(*narrow) == {32}
+    # No copy of a layer's matrices, of their stack or of a row for each block is made.
+    for rows, columns in ((2 * 768, 2048), (2048, 768)):
+        for shape in (f"{128 * rows}x{columns}", f"128x{rows}x{columns}"):
+            assert f"tensor<{shape}xbf16>" not in program.as_text()
+            assert f"tensor<1x{shape}xbf16>" not in program.as_text()

@@ -13,8 +13,12 @@ from jaxpack.kernels.gated_activation import (
     gated_activation_backward,
     gated_activation_reference,
 )
+from jaxpack.kernels.gated_experts import ExpertLinear, gated_experts
+from jaxpack.kernels.grouped_matmul import grouped_matmul
 from jaxpack.kernels.rope import apply_rope, rotary_angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
+from jaxpack.kernels.routing import route
+from jaxpack.kernels.weight import DenseStack
 
 pytestmark = pytest.mark.gpu
 
@@ -105,3 +109,82 @@ def test_rope_is_in_place_where_q_and_k_are_given_away():
     compiled = op.lower(q, k).compile()
     assert not copies(compiled, k.size)
     assert compiled.memory_analysis().alias_size_in_bytes == q.nbytes + k.nbytes
+
+
+def choices_of(num_tokens: int, num_experts: int, C: int) -> jax.Array:
+    """Draws C different experts for each token; some experts get few tokens, and the first one gets none."""
+    rng = np.random.default_rng(0)
+    order = np.argsort(rng.random((num_tokens, num_experts - 1)) * np.arange(1, num_experts), axis=1)
+    return jnp.asarray(1 + order[:, :C], jnp.int32)
+
+
+def test_a_layer_of_experts_is_read_from_a_stack_of_more_than_2_to_the_31_elements():
+    layers, E, O, I = 66, 8, 2048, 2048  # noqa: E741 # layer 64 begins at element 2^31, and layer 32 at byte 2^31
+
+    @jax.jit
+    def make(key):
+        bits = jax.random.bits(key, (layers, E, O, I), jnp.uint8)
+        return ((bits.astype(jnp.int16) - 128) / 128).astype(jnp.bfloat16)
+
+    stack = make(jax.random.key(0))
+    routing = route(choices_of(500, E, 2), E)
+    x = jax.random.normal(jax.random.key(1), (500, I)).astype(jnp.bfloat16)
+    run = jax.jit(grouped_matmul, static_argnames=("from_tokens", "transposed", "implementation"))
+    for transposed in (False, True):
+        options = {"from_tokens": True, "transposed": transposed}
+        for layer in (0, 31, 32, 63, 64, 65):
+            got = run(x, stack, routing, layer=layer, implementation="pallas", **options)
+            want = run(x, stack[layer][None], routing, layer=0, implementation="xla", **options)
+            error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))
+            np.testing.assert_array_less(error, 2**-7 * jnp.abs(want.astype(jnp.float32)) + 2**-7)
+
+
+def expert_inputs(num_tokens=4096, E=32, C=4, D=512, F=256, rank=16):
+    """Returns tokens, shares, factors, the experts of each token, and frozen stacks of two layers."""
+    shapes = {
+        "x": (num_tokens, D),
+        "d_out": (num_tokens, D),
+        "gate_up_factors": ((E, rank, D), (E, 2 * F, rank)),
+        "down_factors": ((E, rank, F), (E, D, rank)),
+        "stacks": ((2, E * 2 * F, D), (2, E * D, F)),
+    }
+    keys = iter(jax.random.split(jax.random.key(1), 8))
+    draw = lambda shape: (0.1 * jax.random.normal(next(keys), shape)).astype(jnp.bfloat16)  # noqa: E731
+    is_shape = lambda x: isinstance(x, tuple) and isinstance(x[0], int)  # noqa: E731
+    arrays = jax.tree.map(draw, shapes, is_leaf=is_shape)
+    shares = jax.random.uniform(jax.random.key(0), (num_tokens, C))
+    return arrays | {"shares": shares, "choices": choices_of(num_tokens, E, C)}
+
+
+@jax.jit
+def expert_gradients(given):
+    routing = route(given["choices"], given["gate_up_factors"][0].shape[0])
+    gate_up, down = (DenseStack(stack).at(1) for stack in given["stacks"])
+
+    def f(x, shares, *factors):
+        linears = (ExpertLinear(weight, None, pair) for weight, pair in zip((gate_up, down), factors, strict=True))
+        return gated_experts(x, x, shares, routing, *linears, implementation="pallas")
+
+    out, pull = jax.vjp(f, given["x"], given["shares"], given["gate_up_factors"], given["down_factors"])
+    return out, *pull(given["d_out"])
+
+
+def test_experts_are_the_same_in_every_run():
+    given = expert_inputs()
+    first = jax.tree.leaves(expert_gradients(given))
+    for _ in range(20):
+        for got, want in zip(jax.tree.leaves(expert_gradients(given)), first, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_a_token_that_goes_to_other_experts_changes_no_other_token_in_the_last_bit():
+    """The other tokens then lie in other rows of their blocks, and in other blocks."""
+    given = expert_inputs()
+    before = expert_gradients(given)
+    for token in (0, 2000):
+        moved = given["choices"].at[token].set((given["choices"][token] + 1) % 32)
+        after = expert_gradients(given | {"choices": moved})
+        others = jnp.arange(len(moved)) != token
+        for got, want in zip(after[:3], before[:3], strict=True):  # the result, and the gradients of x and of shares
+            np.testing.assert_array_equal(got[others], want[others])
+        assert (after[0][token] != before[0][token]).any()

@@ -1,0 +1,237 @@
+"""Compares products with experts' matrices, and sums of outer products by expert, with loops in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from kernels.oracles import assert_as_good_as_plain_bfloat16, copies_of, exactly, quick_jit
+
+from jaxpack.errors import InputError
+from jaxpack.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from jaxpack.kernels.routing import Routing, route
+
+both_implementations = pytest.mark.parametrize("implementation", ["xla", "pallas"])
+from_tokens_or_rows = pytest.mark.parametrize("from_tokens", [True, False], ids=["from tokens", "from rows"])
+L = 3
+
+# Tokens, choices, experts, the rows of a block that follow from them, and input and output channels.
+SHAPES = {
+    "small blocks": (40, 2, 5, 16, 32, 48),
+    "large blocks": (75, 2, 2, 128, 16, 64),
+    "most experts without tokens": (3, 2, 12, 16, 80, 16),
+}
+all_shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+@functools.cache
+def routed(shape: str) -> tuple[np.ndarray, Routing]:
+    """Returns the experts of each token, -1 for padding, and their routing; nearly a fifth of the tokens is padding."""
+    N, C, E, size, _, _ = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    choices = np.argsort(rng.random((N, E)) ** 2 * np.arange(1, E + 1), axis=1)[:, :C]
+    real = np.arange(N) % 6 != 1
+    routing = jax.jit(route, static_argnums=1)(jnp.asarray(choices, jnp.int32), E, jnp.asarray(real))
+    assert len(routing.copies) == size * len(routing.experts)
+    return np.where(real[:, None], choices, -1), routing
+
+
+def drawn(*shape: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def operand(routing: Routing, channels: int, from_tokens: bool, **options) -> jax.Array:
+    """Draws tokens, or rows with zeros in the empty rows of experts' blocks and noise in the blocks of no expert."""
+    if from_tokens:
+        return drawn(len(routing.rows), channels, **options)
+    rows = drawn(len(routing.copies), channels, **options)
+    experts = jnp.repeat(routing.experts, len(routing.copies) // len(routing.experts))
+    return jnp.where(((routing.copies < 0) & (experts < routing.num_experts))[:, None], 0, rows)
+
+
+def row_of(x: np.ndarray, routing: Routing, from_tokens: bool, n: int, c: int) -> np.ndarray:
+    """Returns what a product reads for a token's choice."""
+    return x[n] if from_tokens else x[routing.rows[n, c]]
+
+
+def products(x, matrices, shape: str, *, layer=0, from_tokens=False, transposed=False, more=None) -> np.ndarray:
+    """Returns what `grouped_matmul` computes, in float64, with a loop over the copies of all tokens."""
+    choices, routing = routed(shape)
+    turn = (lambda matrix: matrix.T) if transposed else (lambda matrix: matrix)
+    matrices = exactly(matrices)[layer]
+    out = np.zeros((len(routing.copies), turn(matrices[0]).shape[0]))
+    for n, c, e in copies_of(choices):
+        row = routing.rows[n, c]
+        out[row] = turn(matrices[e]) @ row_of(exactly(x), routing, from_tokens, n, c)
+        if more is not None:
+            out[row] += turn(exactly(more[1])[e]) @ exactly(more[0])[row]
+    return out
+
+
+def outers(d, x, shape: str, *, d_from_tokens=False, x_from_tokens=False) -> np.ndarray:
+    """Returns what `grouped_outer` computes, in float64, with a loop over the copies of all tokens."""
+    choices, routing = routed(shape)
+    out = np.zeros((routing.num_experts, d.shape[1], x.shape[1]))
+    for n, c, e in copies_of(choices):
+        left = row_of(exactly(d), routing, d_from_tokens, n, c)
+        out[e] += np.outer(left, row_of(exactly(x), routing, x_from_tokens, n, c))
+    return out
+
+
+def matmul_inputs(shape: str, from_tokens: bool, transposed: bool, rank: int | None, dtype=jnp.float32):
+    """Returns the input, the matrices of all layers, and the rows and matrices of `more`."""
+    _, routing = routed(shape)
+    *_, E, _, I, O = SHAPES[shape]  # noqa: E741
+    sides = lambda O, I: (I, O) if transposed else (O, I)  # noqa: E731, E741
+    x, matrices = operand(routing, I, from_tokens, dtype=dtype), drawn(L, E, *sides(O, I), dtype=dtype)
+    if rank is None:
+        return x, matrices, None
+    return x, matrices, (operand(routing, rank, False, dtype=dtype), drawn(E, *sides(O, rank), dtype=dtype, seed=1))
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("rank", [None, 16], ids=["alone", "more"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@from_tokens_or_rows
+@all_shapes
+@both_implementations
+def test_each_row_is_multiplied_with_the_matrix_of_its_expert(implementation, shape, from_tokens, transposed, rank):
+    _, routing = routed(shape)
+    x, matrices, more = matmul_inputs(shape, from_tokens, transposed, rank)
+    options = {"from_tokens": from_tokens, "transposed": transposed}
+    run = quick_jit(functools.partial(grouped_matmul, implementation=implementation, **options))
+    for layer in (0, 2):  # a traced number, so one program reads both
+        got = run(x, matrices, routing, layer=jnp.int32(layer), more=more)
+        want = products(x, matrices, shape, layer=layer, more=more, **options)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        # Neither empty rows of an expert nor the blocks of no expert, whatever they hold, give anything but zeros.
+        assert not np.any(np.asarray(got)[np.asarray(routing.copies) < 0])
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("x_from_tokens", [True, False], ids=["x from tokens", "x from rows"])
+@pytest.mark.parametrize("d_from_tokens", [True, False], ids=["d from tokens", "d from rows"])
+@all_shapes
+@both_implementations
+def test_outer_products_are_summed_by_expert(implementation, shape, d_from_tokens, x_from_tokens):
+    _, routing = routed(shape)
+    *_, I, O = SHAPES[shape]  # noqa: E741
+    d, x = operand(routing, O, d_from_tokens, seed=1), operand(routing, I, x_from_tokens)
+    options = {"d_from_tokens": d_from_tokens, "x_from_tokens": x_from_tokens}
+    got = quick_jit(functools.partial(grouped_outer, implementation=implementation, **options))(d, x, routing)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, outers(d, x, shape, **options), rtol=1e-5, atol=1e-5)
+    assert not np.any(np.asarray(got)[np.asarray(routing.counts) == 0])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@both_implementations
+def test_bfloat16_is_as_good_as_plain_bfloat16(implementation, transposed):
+    _, routing = routed("small blocks")
+    x, matrices, more = matmul_inputs("small blocks", True, transposed, 16, jnp.bfloat16)
+    options = {"from_tokens": True, "transposed": transposed}
+    run = quick_jit(functools.partial(grouped_matmul, implementation=implementation, **options))
+    got = run(x, matrices, routing, layer=1, more=more)
+    assert got.dtype == jnp.bfloat16
+
+    experts = jnp.repeat(routing.experts, 16)
+    equation = "MI,MIO->MO" if transposed else "MI,MOI->MO"
+    pick = lambda matrices: jnp.take(matrices, experts, axis=0, mode="fill", fill_value=0)  # noqa: E731
+    rows = jnp.where(routing.tokens[:, None] < 0, 0, x[routing.tokens])
+    plain = jnp.einsum(equation, rows, pick(matrices[1])) + jnp.einsum(equation, more[0], pick(more[1]))
+    exact = products(x, matrices, "small blocks", layer=1, more=more, **options)
+    assert_as_good_as_plain_bfloat16(got, plain, exact)
+
+
+@both_implementations
+def test_outer_products_of_bfloat16_are_summed_in_float32(implementation):
+    _, routing = routed("large blocks")
+    d, x = operand(routing, 32, True, dtype=jnp.bfloat16), operand(routing, 16, False, dtype=jnp.bfloat16)
+    run = quick_jit(functools.partial(grouped_outer, d_from_tokens=True, implementation=implementation))
+    np.testing.assert_allclose(
+        run(d, x, routing), outers(d, x, "large blocks", d_from_tokens=True), rtol=1e-5, atol=1e-5
+    )
+
+
+def with_nan_in_token_0(shape: str, channels: int) -> tuple[jax.Array, np.ndarray]:
+    """Returns tokens of which the first is NaN, and the experts that it goes to."""
+    choices, _ = routed(shape)
+    return drawn(len(choices), channels).at[0].set(jnp.nan), choices[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@all_shapes
+@both_implementations
+def test_what_is_not_finite_stays_in_the_rows_of_its_token(implementation, shape, transposed):
+    """An empty row has the token -1, and a kernel must not read a real token in its place."""
+    _, routing = routed(shape)
+    _, matrices, _ = matmul_inputs(shape, True, transposed, None)
+    x, _ = with_nan_in_token_0(shape, SHAPES[shape][-2])
+    options = {"from_tokens": True, "transposed": transposed, "implementation": implementation}
+    got = np.asarray(quick_jit(functools.partial(grouped_matmul, **options))(x, matrices, routing))
+    np.testing.assert_array_equal(np.isnan(got).all(axis=1), np.asarray(routing.tokens) == 0)
+    assert np.isfinite(got[np.asarray(routing.tokens) != 0]).all()
+
+
+@pytest.mark.parametrize("wrong", ["d", "x"])
+@all_shapes
+@both_implementations
+def test_what_is_not_finite_reaches_the_outer_products_of_its_experts_alone(implementation, shape, wrong):
+    _, routing = routed(shape)
+    bad, reached = with_nan_in_token_0(shape, 16)
+    d, x = (bad, drawn(len(bad), 32)) if wrong == "d" else (drawn(len(bad), 32), bad)
+    options = {"d_from_tokens": True, "x_from_tokens": True, "implementation": implementation}
+    got = np.asarray(quick_jit(functools.partial(grouped_outer, **options))(d, x, routing))
+    is_nan = np.isnan(got)
+    assert np.flatnonzero(is_nan.any(axis=(1, 2))).tolist() == sorted(reached)
+    assert is_nan[reached].all()
+
+
+def test_channels_that_no_kernel_can_cut_are_computed_without_it():
+    shape = "small blocks"
+    _, routing = routed(shape)
+    x, matrices, more = operand(routing, 10, True), drawn(1, 5, 6, 10), (operand(routing, 3, False), drawn(5, 6, 3))
+    got = grouped_matmul(x, matrices, routing, from_tokens=True, more=more)
+    np.testing.assert_allclose(got, products(x, matrices, shape, from_tokens=True, more=more), rtol=1e-5, atol=1e-5)
+    got = grouped_outer(operand(routing, 6, False), x, routing, x_from_tokens=True)
+    want = outers(operand(routing, 6, False), x, shape, x_from_tokens=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": (16, 48)}, r"`matrices` must sum over 48 channels, as many as `x` has, got 32"),
+        ({"transposed": True}, r"`matrices` must sum over 32 channels, as many as `x` has, got 64"),
+        ({"more": ((16, 16), (2, 64, 32))}, r"`more` must have matrices of shape \(2, 64, 16\), got \(2, 64, 32\)"),
+        ({"more": ((16, 16), (3, 64, 16))}, r"`more` must have matrices of shape \(2, 64, 16\), got \(3, 64, 16\)"),
+        (
+            {"x": (16, 64), "more": ((16, 16), (2, 32, 16)), "transposed": True},
+            r"`more` must have matrices of shape \(2, 16, 32\), got \(2, 32, 16\)",
+        ),
+        ({"matrices": (1, 2, 24, 32)}, r"`implementation` must be None or 'xla' here, got 'pallas'.* 16, got 24"),
+        ({"x": (16, 40), "matrices": (1, 2, 64, 40)}, r"got 'pallas'.*channels in multiples of 16, got 40"),
+        ({"more": ((16, 8), (2, 64, 8))}, r"got 'pallas'.*channels in multiples of 16, got 8"),
+        ({"implementation": "triton"}, r"`implementation`.*got 'triton'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_products_that_cannot_be_are_refused(wrong, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user sees, without the tests' own check
+    routing = route(jnp.zeros((3, 1), jnp.int32), 2)
+    given = {"x": (16, 32), "matrices": (1, 2, 64, 32), "implementation": "pallas"} | wrong
+    if "more" in given:
+        given["more"] = tuple(map(jnp.ones, given["more"]))
+    given |= {name: jnp.ones(given[name]) for name in ("x", "matrices")}
+    with pytest.raises(InputError, match=message):
+        grouped_matmul(**given, routing=routing)
+
+
+@pytest.mark.parametrize(("O", "I", "odd"), [(24, 32, 24), (16, 1, 1)])
+def test_the_kernel_refuses_outer_products_with_sides_that_it_cannot_cut(O, I, odd):  # noqa: E741
+    routing = route(jnp.zeros((3, 1), jnp.int32), 2)
+    M = len(routing.copies)
+    with pytest.raises(InputError, match=f"got 'pallas'.*channels in multiples of 16, got {odd}"):
+        grouped_outer(jnp.ones((M, O)), jnp.ones((M, I)), routing, implementation="pallas")
