@@ -102,6 +102,7 @@ CHECKPOINTS = (
     "qwen3-tied",
     "qwen3-untied",
     "qwen3_moe-untied",
+    "gpt_oss-untied",
     "llama-tied",
     "llama-untied",
     "llama3-tied",

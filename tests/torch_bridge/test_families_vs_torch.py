@@ -30,6 +30,7 @@ _VARIANTS = {
     "gemma2",
     "phi3",
     "qwen2_window",
+    "qwen3_moe_shares",
 }
 _PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in _VARIANTS else ()) for name in hf.FAMILIES]
 
@@ -131,7 +132,7 @@ def random_settings(prefix: str, rng: np.random.Generator) -> dict[str, Any]:
         rope, longest = random_rope(rng, int(H * partial) // 2, ["default", "longrope"])
         settings |= {"rope_parameters": rope | {"partial_rotary_factor": partial}, "max_position_embeddings": longest}
         settings["original_max_position_embeddings"] = int(rng.integers(16, 100))
-    if prefix in ("Qwen2", "Qwen3"):
+    if prefix in ("Qwen2", "Qwen3", "Qwen3Moe"):
         settings |= {"use_sliding_window": bool(rng.choice(flag)), "sliding_window": window}
         settings["max_window_layers"] = int(rng.integers(0, layers + 1))
     if prefix in ("Gemma2", "Gemma3"):
@@ -141,6 +142,18 @@ def random_settings(prefix: str, rng: np.random.Generator) -> dict[str, Any]:
         settings["final_logit_softcapping"] = float(rng.uniform(1, 9)) if rng.integers(2) else None
     if prefix == "Gemma2":
         settings["attn_logit_softcapping"] = float(rng.uniform(1, 9)) if rng.integers(2) else None
+    if prefix in ("Qwen3Moe", "GptOss"):
+        experts = int(rng.integers(1, 9))
+        settings |= {"num_experts_per_tok": int(rng.integers(1, experts + 1)), "hidden_act": "silu"}
+        settings["attention_bias"] = bool(rng.choice(flag))
+        # transformers multiplies only rows of whole 16 bytes.
+        settings |= {name: -(-settings[name] // 4) * 4 for name in ("hidden_size", "intermediate_size")}
+    if prefix == "Qwen3Moe":
+        settings |= {"num_experts": experts, "norm_topk_prob": bool(rng.choice(flag))}
+        settings["moe_intermediate_size"] = 4 * int(rng.integers(1, 10))
+    if prefix == "GptOss":
+        settings |= {"num_local_experts": experts, "sliding_window": window}
+        settings["layer_types"] = rng.choice(["sliding_attention", "full_attention"], layers).tolist()
     if prefix == "Gemma3":
         local, _ = random_rope(rng, H // 2, ["default", "linear"])
         full, _ = random_rope(rng, H // 2, ["default", "linear"])
@@ -148,11 +161,11 @@ def random_settings(prefix: str, rng: np.random.Generator) -> dict[str, Any]:
     return settings
 
 
-_PREFIXES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3")
+_PREFIXES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "Qwen3Moe", "GptOss")
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case < len(_PREFIXES) else pytest.mark.slow) for case in range(21)]
+    "case", [pytest.param(case, marks=() if case < len(_PREFIXES) else pytest.mark.slow) for case in range(27)]
 )
 def test_random_configs_have_the_logits_of_transformers(case: int):
     prefix = _PREFIXES[case % len(_PREFIXES)]

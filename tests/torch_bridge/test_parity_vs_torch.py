@@ -42,6 +42,7 @@ LORA = {
     "all-linear": LoraConfig(r=4, lora_alpha=8),
     "subset": LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj", "down_proj")),
     "rslora": LoraConfig(r=4, lora_alpha=8, use_rslora=True),
+    "experts": LoraConfig(r=4, lora_alpha=8, target_parameters=("gate_up_proj", "down_proj")),
 }
 LAYOUTS = {
     "packed": {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -272,8 +273,21 @@ def torch_curve(model: torch.nn.Module, steps: list[list[hf.Document]], config: 
                 "learning_rate": 1e-3,
             },
         ),
+        ("qwen3_moe-untied", LORA["experts"], {"packing": True, "per_device_train_batch_size": 2}),
+        pytest.param(
+            "gpt_oss-untied",
+            LORA["experts"],
+            {"packing": False, "per_device_train_batch_size": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["qwen3-lora-packed", "llama3-rslora-padding-free", "llama-full-accumulated"],
+    ids=[
+        "qwen3-lora-packed",
+        "llama3-rslora-padding-free",
+        "llama-full-accumulated",
+        "qwen3_moe-experts-packed",
+        "gpt_oss-experts-padding-free",
+    ],
 )
 def test_training_curve_equals_torch(checkpoint: str, lora: LoraConfig | None, layout: dict, tmp_path: Path):
     reference, folder = hf.save_model(tmp_path / "model", checkpoint)

@@ -1,9 +1,8 @@
-"""Qwen3-MoE has Qwen3's attention, and experts in place of each feed-forward."""
+"""Qwen3-MoE has Qwen3's attention, with one window for all layers, and experts in place of each feed-forward."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch_bridge.families import qwen2
 from torch_bridge.families.base import (
     EMBEDDING_AND_HEAD,
     NORMS,
@@ -19,7 +18,7 @@ from torch_bridge.families.base import (
 )
 
 _ATTENTION = {name: entry for name, entry in PROJECTIONS.items() if ".self_attn." in name}
-_FIELDS = qwen2.FIELDS | {
+_FIELDS = {
     "attention_bias": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
@@ -28,6 +27,8 @@ _FIELDS = qwen2.FIELDS | {
     "num_local_experts": None,
     "num_experts_per_tok": 8,
     "norm_topk_prob": False,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
 }
 
 
@@ -41,7 +42,8 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size": whole(hf, "moe_intermediate_size"),
         "norm_topk_prob": flag(hf, "norm_topk_prob"),
     }
-    return {"qk_norm": True} | sizes | attention_bias(hf) | qwen2.qwen_window(hf)
+    window = {"sliding_window": hf["sliding_window"] if flag(hf, "use_sliding_window") else None}
+    return {"qk_norm": True} | sizes | attention_bias(hf) | window
 
 
 _TENSORS = EMBEDDING_AND_HEAD | NORMS | QK_NORMS | _ATTENTION | ROUTER | experts("weight")
