@@ -8,6 +8,7 @@ from rich.table import Table
 
 from jaxpack.bench.cases import Case, Planned, case_of
 from jaxpack.bench.report import COLORS, GIB, NAMES, of_plan
+from jaxpack.constants import Layout
 from jaxpack.utils.figures import frame, head, lying_bars, new_figure
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ def _padded(what: str, remat: str, speed: float | None) -> Bar:
     return Bar(work, Case(model="Qwen3-4B", remat=remat), (peer,), speed, memory=None)
 
 
+def _four_bit(work: str, speed: float | None, memory: float | None = 1.0, **fields: Any) -> Bar:
+    """Returns a bar for a model in 4 bits beside Unsloth's 4-bit run of the same size, with little memory."""
+    ours = Case(load_in_4bit=True, remat="offload", **fields)
+    peer = {name: value for name, value in fields.items() if not name.startswith("offload_")}
+    return Bar(work, ours, (Case(system="unsloth", load_in_4bit=True, remat="unsloth", **peer),), speed, memory)
+
+
 _DOCUMENTS: dict[str, Any] = {"model": "Qwen3-4B", "rows": 32}
 _FULL: dict[str, Any] = {"model": "Qwen3-0.6B", "full_finetuning": True, "remat": "none"}
 
@@ -83,7 +91,68 @@ BARS = (
         1.3,
         memory=None,
     ),
+    _four_bit("Qwen3-4B in 4 bits, 16 rows", 1.3, model="Qwen3-4B"),
+    _four_bit("Qwen3-4B in 4 bits, one row, 8-bit Adam", 4.0, model="Qwen3-4B", rows=1, optim="adamw_8bit"),
+    _four_bit("Qwen3-8B in 4 bits, 16 rows", 1.3, model="Qwen3-8B"),
 )
+
+# Runs on smaller cards, in every layout: model, in 4 bits or not, layout, batch size, GiB of the card.
+_ON_CARDS: tuple[tuple[str, bool, Layout, int, float], ...] = (
+    ("Qwen3-0.6B", False, "packed", 16, 6),
+    ("Qwen3-0.6B", False, "packed", 16, 8),
+    ("Qwen3-0.6B", False, "padding-free", 32, 4),
+    ("Qwen3-0.6B", False, "padded", 4, 4),
+    ("Qwen3-0.6B", True, "packed", 8, 4),
+    ("Qwen3-0.6B", True, "packed", 32, 6),
+    ("Qwen3-0.6B", True, "padding-free", 8, 4),
+    ("Qwen3-0.6B", True, "padded", 8, 4),
+    ("Qwen3-4B", False, "packed", 16, 11.5),
+    ("Qwen3-4B", False, "packed", 16, 24),
+    ("Qwen3-4B", False, "padding-free", 8, 11.5),
+    ("Qwen3-4B", False, "padded", 4, 12),
+    ("Qwen3-4B", True, "packed", 1, 4),
+    ("Qwen3-4B", True, "packed", 16, 6),
+    ("Qwen3-4B", True, "padding-free", 8, 6),
+    ("Qwen3-4B", True, "padded", 4, 5),
+    ("Qwen3-8B", False, "packed", 4, 20),
+    ("Qwen3-8B", False, "packed", 16, 23.5),
+    ("Qwen3-8B", False, "padding-free", 8, 23.5),
+    ("Qwen3-8B", False, "padded", 4, 24),
+    ("Qwen3-8B", True, "packed", 16, 11.5),
+    ("Qwen3-8B", True, "packed", 16, 48),
+    ("Qwen3-8B", True, "padding-free", 8, 12),
+    ("Qwen3-8B", True, "padded", 4, 10),
+)
+
+
+def cards() -> list[Planned]:
+    """Returns runs on smaller cards, of which each must fit, and must take what was predicted."""
+    return [
+        Planned(
+            "cards",
+            f"{model} on {card:g} GiB",
+            Case(model=model, load_in_4bit=four, layout=layout, rows=rows, remat="auto", card=card, steps=6),
+        )
+        for model, four, layout, rows, card in _ON_CARDS
+    ]
+
+
+def cards_table(records: list[dict[str, Any]]) -> Table:
+    """Returns a table of the runs on smaller cards, with what was measured over what was predicted."""
+    table = Table(title="runs on smaller cards: measured, and measured over predicted")
+    for heading in ("run", "choice", "tokens/s", "GiB", "memory", "time"):
+        table.add_column(heading, justify="left" if heading in ("run", "choice") else "right", no_wrap=True)
+    for record in records:
+        if record["plan"] != "cards":
+            continue
+        run = str(case_of(record)).removeprefix("jaxpack ")
+        if "failed" in record:
+            table.add_row(run, "-", f"failed: {record['failed'][:60]}", "", "", "")
+            continue
+        memory = record["peak_memory_bytes"] / record["predicted_peak_bytes"]
+        time = record["step_seconds"] / record["predicted_step_seconds"]
+        table.add_row(run, record["chosen_remat"], *_figures(record), f"{memory:.2f} x", f"{time:.2f} x")
+    return table
 
 
 def bars() -> list[Planned]:

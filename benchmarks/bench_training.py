@@ -4,11 +4,12 @@
     PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --model Qwen3-4B --remat offload --profile
     PYTHONPATH=. python benchmarks/bench_training.py --draw RESULTS.json [RESULTS.json ...]
 
-Plans: `bars` (every bar, with its opponents), `batch_sizes` (1 to 32, every layout and system), `ablation` (padded to
-packed to kernels to memory choices), `losses` (runs over the same text in every layout), and `cases`, the default:
-the case that the flags describe, for each --remat. Each case runs in its own process, on random weights and documents
-of the lengths in LENGTHS.csv, a histogram with the columns `token_length_from`, `token_length_to` and `documents`.
-Rates count real tokens, of steps after the warm-up; peak memory is the allocator's own.
+Plans: `bars` (every bar, with its opponents), `cards` (runs with the memory of smaller cards), `batch_sizes` (1 to 32,
+every layout and system), `ablation` (padded to packed to kernels to memory choices), `losses` (runs over the same text
+in every layout), and `cases`, the default: the case that the flags describe, for each --remat. Each case runs in its
+own process, on random weights and documents of the lengths in LENGTHS.csv, a histogram with the columns
+`token_length_from`, `token_length_to` and `documents`. Rates count real tokens, of steps after the warm-up; peak memory
+is the allocator's own.
 
 RESULTS.json is written after each case, and older records are kept: a plan can be run in parts, by --only (a part of a
 printed line), --missing (skips recorded cases, failures too) and --seconds. Without matplotlib there are no pictures:
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from bars import bars, bars_table, draw_bars, verdicts
+from bars import bars, bars_table, cards, cards_table, draw_bars, verdicts
 from peers_training import SYSTEMS, write_checkpoint
 from timing import Event, jax_kernel_events
 
@@ -80,6 +81,7 @@ def losses(base: Case, documents: Documents) -> list[Planned]:
 
 PLANS: dict[str, Callable[[Case, Documents], list[Planned]]] = {
     "bars": lambda base, documents: bars(),
+    "cards": lambda base, documents: cards(),
     "batch_sizes": lambda base, documents: batch_sizes(base),
     "ablation": lambda base, documents: cases.ablation(base, 32, documents),
     "losses": losses,
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--optim", help="adamw (the default) or adamw_8bit")
     for name in ("--offload-weights", "--offload-embedding"):
         parser.add_argument(name, choices=("auto", "on", "off"), help="as in `TrainConfig` (auto)")
+    parser.add_argument("--card", type=float, help="GiB of the device that the process may take")
     parser.add_argument("--memory-limit", type=float, help="GiB that a run with --remat auto may take")
     parser.add_argument("--steps", type=int, help="number of steps that are timed (10)")
     options = parser.parse_args()
@@ -241,7 +244,8 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
 
 def report(records: list[dict[str, Any]], path: Path | None) -> None:
     """Prints the tables, and draws pictures beside the results file if matplotlib is installed."""
-    print_tables(records, *([bars_table(records)] if of_plan(records, "bars") else []))
+    tables = {"bars": bars_table, "cards": cards_table}
+    print_tables(records, *(table(records) for plan, table in tables.items() if of_plan(records, plan)))
     try:
         for picture in draw_everything(records, path) if path else []:
             print(picture, flush=True)

@@ -1,6 +1,8 @@
 """Runs as `python -m jaxpack.cli.measure REQUEST RESULT`, the process that `jaxpack bench` starts for each case."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from jaxpack.bench.measure import measure
 from jaxpack.bench.models import random_model
 from jaxpack.bench.processes import Record, answer
 from jaxpack.data.synthetic import read_documents
+from jaxpack.errors import InputError, reason
 from jaxpack.model.lora import add_lora
 from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
@@ -25,9 +28,23 @@ def measure_here(request: Path, result: Path, **options: Any) -> None:
     def figures() -> Record:
         asked = json.loads(request.read_text())
         case = Case(**asked["case"])
+        if case.card is not None:
+            _take_only(case.card)
         return measure(case, _model(case), read_documents(Path(asked["documents"])), **options)
 
     answer(result, figures)
+
+
+def _take_only(gib: float) -> None:
+    """Lets JAX take so much of the device's memory. Must come before JAX first uses the device."""
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        total = float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
+        raise InputError(f"`card` must be None without an NVIDIA GPU, got {gib:g}: {reason(error)}.") from error
+    if gib > total:
+        raise InputError(f"`card` must be at most the {total:.1f} GiB of this device, got {gib:g}.")
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gib / total)
 
 
 def _model(case: Case) -> Transformer:

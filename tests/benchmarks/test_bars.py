@@ -1,10 +1,12 @@
 """Tests the bars of the step benchmark: which systems are compared, and which results pass."""
 
 import dataclasses
+import io
 
 import pytest
+from rich.console import Console
 
-from benchmarks.bars import BARS, bars, bars_table, draw_bars, verdicts
+from benchmarks.bars import BARS, bars, bars_table, cards, cards_table, draw_bars, verdicts
 from benchmarks.peers_training import RECOMPUTE, SYSTEMS
 from jaxpack.bench.cases import Case, Planned
 from jaxpack.bench.report import GIB
@@ -92,3 +94,16 @@ def test_works_of_several_devices_are_drawn_side_by_side_with_their_names():
     figure = draw_bars([*here, *(record | {"device": "another"} for record in here)])
     labels = [label.get_text().split("\n")[-1] for label in figure.axes[0].get_yticklabels()]
     assert labels == ["a card", "another"] * 2
+
+
+def test_the_table_of_smaller_cards_compares_each_run_with_its_prediction():
+    first, second, *_ = cards()
+    figures = {"tokens_per_second": 1.0, "peak_memory_bytes": 2.2 * GIB, "step_seconds": 0.3, "chosen_remat": "full"}
+    figures |= {"predicted_peak_bytes": 2 * GIB, "predicted_step_seconds": 0.25}
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(cards_table([first.record(**figures), second.record(failed="no memory"), bars()[0].record(**figures)]))
+    text = shown.export_text()
+    ran, failed = (line for line in text.splitlines() if "on a card of" in line)
+    assert "1.10 x" in ran
+    assert "1.20 x" in ran
+    assert "failed: no memory" in failed

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from jaxpack.bench.cases import Case, Planned
+from jaxpack.bench.processes import request_of
+from jaxpack.cli.measure import measure_here
+
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 
@@ -54,7 +58,9 @@ def test_a_part_is_measured_the_rest_is_kept_and_what_fails_is_recorded(tmp_path
     assert json.loads(output.read_text())["results"] == [kept, ours]
 
 
-@pytest.mark.parametrize(("plan", "cases"), [("bars", 17), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)])
+@pytest.mark.parametrize(
+    ("plan", "cases"), [("bars", 23), ("cards", 24), ("batch_sizes", 42), ("ablation", 6), ("losses", 3)]
+)
 def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, cases, tmp_path):
     lengths = tmp_path / "lengths.csv"
     lengths.write_text(LENGTHS)
@@ -67,6 +73,15 @@ def test_a_plan_is_made_of_the_documents_and_nothing_starts_without_time(plan, c
     assert shown.returncode == 1
     assert len(set(shown.stderr.splitlines())) == shown.stderr.count(f"{plan}: ") == cases
     assert shown.stderr.count("no time left") == cases
+
+
+def test_a_smaller_card_needs_a_gpu(tmp_path, monkeypatch):
+    """A case that says how large its card is never runs on a device whose memory it cannot limit."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    request, result = tmp_path / "request.json", tmp_path / "result.json"
+    request.write_text(json.dumps(request_of(Planned("cases", "packed", Case(model="tiny", card=4.0)), documents="")))
+    measure_here(request, result)
+    assert "`card` must be None without an NVIDIA GPU, got 4" in json.loads(result.read_text())["failed"]
 
 
 def test_text_may_hold_whatever_else_ends_a_line(tmp_path, monkeypatch):
