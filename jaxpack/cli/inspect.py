@@ -49,6 +49,7 @@ _USED = {
     "offload_embedding",
     "r",
     "target_modules",
+    "target_parameters",
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
 _OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "allow_lost_thoughts", "chat_template_date")
