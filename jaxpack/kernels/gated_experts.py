@@ -125,9 +125,6 @@ def _backward(activation, implementation, residuals, d):
 
     # The gradient of the activation, not yet scaled by the rows' shares.
     d_product, d_down_xa = back(d, down, from_tokens=True)
-    product = gated_activation(hidden, activation=activation, implementation=implementation)
-    row_products = jnp.sum(d_product.astype(jnp.float32) * product.astype(jnp.float32), axis=1)
-    d_shares = gather_copies(row_products + _bias_products(d, down, routing), routing)
     d_hidden, _, product = gated_activation_backward(
         hidden,
         None,
@@ -138,6 +135,8 @@ def _backward(activation, implementation, residuals, d):
         implementation=implementation,
     )
     assert product is not None
+    row_products = jnp.sum(d_product.astype(jnp.float32) * product.astype(jnp.float32), axis=1)
+    d_shares = gather_copies(row_products + _bias_products(d, down, routing), routing)
     # The rows' gradient is their token's times the share, which scales the other factor of each outer product instead.
     d_down = gradients(d, product, down, scaled(down_xa), scaled(d_down_xa), d_from_tokens=True, row_shares=row_shares)
     d_rows, d_gate_up_xa = back(d_hidden, gate_up)

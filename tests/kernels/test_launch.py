@@ -197,7 +197,7 @@ def experts_case(num_experts: int, choices: int, D: int, F: int, rank: int = 0, 
     project, back = [["grouped_matmul"] * (1 + bool(R)), ["grouped_matmul_transposed"] * (1 + bool(R))]
     outers = ["grouped_outer"] * ((not layers) + 2 * bool(R))
     forward = [*project, "gated_silu", *project]
-    backward = [*back, "gated_silu", "gated_silu_backward", *outers, *back, *outers]
+    backward = [*back, "gated_silu_backward", *outers, *back, *outers]
     options = {"num_experts": E, "trained": not layers}
     return Case(experts, shapes, options, forward, backward)
 
