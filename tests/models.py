@@ -47,6 +47,21 @@ _FAMILIES = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     },
+    # Has every feature of GPT-OSS.
+    "gpt_oss": {
+        "architecture": "GptOssForCausalLM",
+        "activation": "clamped_silu",
+        "intermediate_size": 32,
+        "qkv_bias": True,
+        "out_bias": True,
+        "sliding_window": 7,
+        "attention_sinks": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "router_bias": True,
+        "experts_bias": True,
+    },
     # Has biases, and a window in every other layer.
     "qwen2": {"architecture": "Qwen2ForCausalLM", "num_layers": 3, "qkv_bias": True, "sliding_window": 7},
 }

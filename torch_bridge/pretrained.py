@@ -40,7 +40,7 @@ from torch_bridge.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 _NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # `auto_map` names files with code, which are not copied. The other fields are written anew.
 _REPLACED = ("auto_map", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", *QUANTISED_FIELDS)
-_MAX_LAYERS = 10_000  # a config with more layers is refused before they are listed
+_MAX_LISTED = 10_000  # a config with more layers or experts is refused before they are listed
 # The files of a hub model that describe it: JSON files, and all that a copy of its tokenizer needs.
 _DESCRIBING = ["*.json", *(pattern for pattern in TOKENIZER_FILES if not pattern.endswith(".json"))]
 _TWICE = ["consolidated*", "*/*.json", "*/*.safetensors"]  # copies of the model for other programs
@@ -214,8 +214,9 @@ def _described(folder: Path, name_or_path: str) -> tuple[dict[str, dict[str, Any
         raise InputError(f"`model` must hold a {CONFIG_FILE}, got {str(folder)!r}, which has no such file.")
     described = {name: read_json(folder / name) for name in (CONFIG_FILE, GENERATION_FILE) if (folder / name).is_file()}
     try:
-        if type(layers := described[CONFIG_FILE].get("num_hidden_layers")) is int and layers > _MAX_LAYERS:
-            raise InputError(f"`num_hidden_layers` must be at most {_MAX_LAYERS:,}, got {layers:.10g}.")
+        for field in ("num_hidden_layers", "num_experts", "num_local_experts"):
+            if type(count := described[CONFIG_FILE].get(field)) is int and count > _MAX_LISTED:
+                raise InputError(f"`{field}` must be at most {_MAX_LISTED:,}, got {count:.10g}.")
         return described, config_from_hf(described[CONFIG_FILE], name_or_path)
     except InputError as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error

@@ -385,7 +385,13 @@ def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
             f"`num_hidden_layers` must be at most {len(shapes)}, the number of tensors in {source.description}, got"
             f" {config.num_layers:.10g}. The config and the weights do not belong together."
         )
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    if config.num_experts > len(shapes):
+        raise InputError(
+            f"`num_experts` must be at most {len(shapes)}, the number of tensors in {source.description}, got"
+            f" {config.num_experts:.10g}. The config and the weights do not belong together."
+        )
+    width = "moe_intermediate_size" if config.num_experts else "intermediate_size"
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", width)}
     for name, size in (sizes | {"num_attention_heads * head_dim": config.num_heads * config.head_dim}).items():
         if size > largest:
             raise InputError(

@@ -16,6 +16,7 @@ from jaxpack.model.config import (
     RopeScaling,
     YarnRopeScaling,
 )
+from jaxpack.model.presets import SHAPES
 from torch_bridge.config_json import config_from_hf, config_to_hf
 
 LLAMA3 = Llama3RopeScaling(
@@ -65,6 +66,66 @@ PUBLISHED = {  # configs in the form of transformers 4
         "vocab_size": 128256,
     },
 }
+WITH_EXPERTS = {  # by their names in `SHAPES`
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "layer_types": 12 * ["sliding_attention", "full_attention"],
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn"], "quant_method": "mxfp4"},
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    },
+}
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": 64 * [1.0],
@@ -108,6 +169,32 @@ def test_published_configs_are_read(family: str):
     assert config.rope == (RopeConfig(theta=1e6) if qwen3 else RopeConfig(theta=5e5, scaling=LLAMA3))
     assert config.qk_norm == config.tie_word_embeddings == qwen3
     assert config.name_or_path == "a/model"
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_published_mixtures_of_experts_have_the_shapes_that_are_measured(name: str):
+    config = config_from_hf(WITH_EXPERTS[name])
+    assert config == SHAPES[name]
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+REFUSED_EXPERTS = {
+    "a dense layer": ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"`mlp_only_layers` must be None, got \[0\]"),
+    "every second layer": ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "`decoder_sparse_step` must be 1, got 2"),
+    "too many choices": ("Qwen3-30B-A3B", {"num_experts_per_tok": 129}, r"`num_experts_per_tok` .* \(128\), got 129"),
+    "no experts": ("gpt-oss-20b", {"num_local_experts": 0}, "`num_local_experts` must be a whole number.* got 0"),
+    "another limit": ("gpt-oss-20b", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0, got 5.0"),
+    "another activation": ("gpt-oss-20b", {"hidden_act": "gelu"}, "`hidden_act` must be 'silu', got 'gelu'"),
+    "another quantisation": ("gpt-oss-20b", {"quantization_config": {"quant_method": "fp8"}}, "got FP8"),
+    "a quantised Qwen": ("Qwen3-30B-A3B", {"quantization_config": {"quant_method": "mxfp4"}}, "got MXFP4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_EXPERTS)
+def test_experts_that_are_not_supported_are_refused_by_name(case: str):
+    name, changes, message = REFUSED_EXPERTS[case]
+    with pytest.raises(InputError, match=message):
+        config_from_hf(WITH_EXPERTS[name] | changes)
 
 
 def test_old_and_new_forms_of_rope_read_the_same(family: str):
