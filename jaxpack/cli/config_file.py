@@ -21,6 +21,9 @@ _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}
 
 
+RUN_SETTINGS = "run.yaml"  # the settings of a run, in its output folder
+
+
 def read_settings(path: Path, command: Callable) -> dict[str, Any]:
     """Reads a command's flags from a file, each value as a user would type it; `null` means not given.
 
@@ -35,6 +38,15 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
         if not _fits(kinds[name], value):
             raise InputError(f"`{name}` must be {_rule(kinds[name])}, got {value!r} in {str(path)!r}.")
     return {name: _typed(kinds[name], value) for name, value in found.items() if value is not None}
+
+
+def says_4bit(path: Path) -> bool:
+    """Returns whether a run's settings say that its weights were loaded in 4 bits; False if there is no such file."""
+    try:
+        settings = _parse(path) if path.is_file() else {}
+    except InputError:  # perhaps the file of another program
+        return False
+    return settings.get("load_in_4bit") is True
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:

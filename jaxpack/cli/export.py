@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import typer
 
 import torch_bridge
+from jaxpack.cli.config_file import RUN_SETTINGS, says_4bit
 from jaxpack.cli.reading import read_base
 from jaxpack.errors import InputError, errors_name
 from jaxpack.utils.console import console
@@ -60,6 +61,13 @@ def export(
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     if not os.path.isdir(adapter):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
+    if not load_in_4bit and says_4bit(adapter.absolute().parent / RUN_SETTINGS):
+        console.print(
+            f"{adapter}: the run trained this adapter beside weights in 4 bits. It is merged into the weights of the"
+            " base model as they are, which the adapter has never seen. `--load-in-4bit` merges it into the quantised"
+            " weights, made dense again, so that the merged model computes what was trained",
+            style="yellow",
+        )
     # "auto" keeps the stored dtype, so that each weight is rounded only once, when it is merged.
     network, tokenizer = read_base(model, adapter, "auto", load_in_4bit=load_in_4bit)
     torch_bridge.load_adapter(network, str(adapter))

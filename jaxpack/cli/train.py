@@ -9,7 +9,7 @@ import jax
 import typer
 
 import torch_bridge
-from jaxpack.cli.config_file import overridden, read_settings, write_settings
+from jaxpack.cli.config_file import RUN_SETTINGS, overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
 from jaxpack.cli.reading import LOAD_IN_4BIT_HELP
 from jaxpack.errors import InputError, errors_name
@@ -28,7 +28,6 @@ from jaxpack.utils.files import (
     require_room,
 )
 
-_SETTINGS = "run.yaml"
 _FLAG_OF = {"train_dataset": "data", "eval_dataset": "eval_data", "output_dir": "output"}  # by trainer arguments
 
 
@@ -158,7 +157,7 @@ def train(
 
     try:
         with errors_name(**_FLAG_OF):
-            result = trainer.train(on_start=lambda: write_settings(output / _SETTINGS, settings))
+            result = trainer.train(on_start=lambda: write_settings(output / RUN_SETTINGS, settings))
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         if trainer.steps_in_model:

@@ -92,6 +92,21 @@ def test_an_export_merges_into_the_weights_that_were_trained_against(
         np.testing.assert_allclose(written[name], expected, atol=1e-6, err_msg=name)
 
 
+def test_an_export_says_if_it_merges_into_weights_that_the_adapter_has_never_seen(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    asked = ["export", "--adapter", trained / "adapter"]
+    said = "the run trained this adapter beside weights in 4 bits"
+    assert run(*asked, "--merged", tmp_path / "without") == 0
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert run(*asked, LONG, "--merged", tmp_path / "with") == 0
+    assert said not in " ".join(capsys.readouterr().err.split())
+    (trained / "run.yaml").rename(tmp_path / "run.yaml")  # an adapter may come without its run
+    assert run(*asked, "--merged", tmp_path / "alone") == 0
+    (tmp_path / "run.yaml").rename(trained / "run.yaml")
+    assert said not in " ".join(capsys.readouterr().err.split())
+
+
 def test_full_finetuning_in_4_bits_is_refused(command: list[object], tmp_path: Path, capsys: pytest.CaptureFixture):
     flags = [flag for flag in command if flag not in ("--lora-r", 4)]
     assert run(*flags, LONG, "--full-finetuning", "--output", tmp_path / "out") == 2
