@@ -312,7 +312,7 @@ def model_tensors(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
             yield name, one.dense_rows(first, size, value.dtype)
         else:
             array = value if layer is None else value[layer]
-            yield name, jax.lax.slice_in_dim(array, first, first + size)
+            yield name, jax.lax.dynamic_slice_in_dim(array, first, size)
 
 
 def parameter_tensors(model: Transformer) -> dict[str, list[list[str]]]:

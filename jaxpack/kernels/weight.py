@@ -59,8 +59,11 @@ class Weight(abc.ABC):
         """Returns the matrix, or the whole stack, as an array."""
 
     def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
-        """Returns `size` rows of a single matrix, from row `first` on, as an array."""
-        return jax.lax.slice_in_dim(self.dense(dtype), first, first + size)
+        """Returns `size` rows of a single matrix, from row `first` on, as an array.
+
+        Outside of a program, all calls with the same `size` share one compiled operation.
+        """
+        return jax.lax.dynamic_slice_in_dim(self.dense(dtype), first, size)
 
     @abc.abstractmethod
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
@@ -220,8 +223,12 @@ class DenseStack(NumberedWeight):
         return self._one.astype(dtype)
 
     def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
-        """Returns rows of the layer that is read."""
-        return jax.lax.slice_in_dim(self._one, first, first + size).astype(dtype)
+        """Returns rows of the layer that is read, of which no other row is copied."""
+        if self.layer is None:
+            return super().dense_rows(first, size, dtype)
+        return jax.lax.dynamic_slice(self.value, (self.layer, first, 0), (1, size, self.value.shape[2]))[0].astype(
+            dtype
+        )
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
         """Returns rows of the layer that is read, cast to `dtype`."""

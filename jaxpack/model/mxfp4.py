@@ -15,6 +15,8 @@ from jaxpack.kernels.weight import NumberedWeight, Weight, write_rows
 from jaxpack.model.moe import Experts
 from jaxpack.model.weights import store_dense
 
+_dequantize = jax.jit(dequantize_mxfp4, static_argnums=2)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,11 @@ class MXFP4Weight(NumberedWeight):
 
     def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
         """Returns rows of the layer that is read, of which only these are decoded."""
-        codes, scales = (jax.lax.slice_in_dim(x, first, first + size) for x in self._arrays)
-        return dequantize_mxfp4(codes, scales, dtype)
+        codes, scales = (
+            jax.lax.dynamic_slice(x, (self.layer, first, 0), (1, size, x.shape[2]))[0]
+            for x in (self.codes, self.scales)
+        )
+        return _dequantize(codes, scales, dtype)
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
         """Returns rows of the layer that is read."""

@@ -67,8 +67,8 @@ def test_the_backward_pass_writes_the_product_on_request(implementation, activat
     assert nothing is None
     for got, want in zip(gradients, without, strict=True):
         assert (got is None) == (want is None) == (together and got is None)
-        if got is not None:
-            np.testing.assert_array_equal(got, want)
+        if got is not None:  # the same arithmetic, which a compiler may fuse in another way
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

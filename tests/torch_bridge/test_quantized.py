@@ -19,6 +19,7 @@ import torch_bridge.tensors
 from jaxpack import LoraConfig, TrainConfig, Trainer, Transformer, add_lora
 from jaxpack.errors import InputError
 from jaxpack.kernels.dequantize import NF4_VALUES
+from jaxpack.model.linear import Linear
 from jaxpack.model.nf4 import NF4Weight, nf4_store, quantize_nf4
 from jaxpack.model.weights import TRAINED, Frozen, freeze, weight_of
 from torch_bridge.config_json import config_from_hf, config_to_hf
@@ -342,13 +343,13 @@ def test_head_and_embedding_are_trained_beside_the_adapters(family: str, tmp_pat
 
 
 def test_predictions_know_that_a_folder_is_in_4_bits(folder: str, tmp_path: Path):
-    matrix = jnp.ones((1, 64, 64))
+    matrix, linear = jnp.ones((1, 64, 64)), Linear(64, {"one": 64}, dtype=jnp.float32, rngs=nnx.Rngs(0))
     copy = changed(folder, tmp_path / "copy", lambda _: None)
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     for quantisation, nested in ((NF4, False), (NF4 | {"bnb_4bit_use_double_quant": True}, True)):
         (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-        weight = described_store(copy)(matrix, (64,))
+        weight = described_store(copy)(matrix, linear)
         assert isinstance(weight, NF4Weight)
         assert weight.is_nested == nested
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    assert not isinstance(described_store(copy)(matrix, (64,)), NF4Weight)
+    assert not isinstance(described_store(copy)(matrix, linear), NF4Weight)
