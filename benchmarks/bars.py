@@ -67,7 +67,7 @@ def _padded(what: str, remat: str, speed: float | None) -> Bar:
 
 
 def _four_bit(work: str, speed: float | None, memory: float | None = 1.0, **fields: Any) -> Bar:
-    """Returns a bar for a model in 4 bits beside Unsloth's 4-bit run of the same size, with little memory."""
+    """Returns a bar for a model in 4 bits beside Unsloth's 4-bit run of the same size, both with their least memory."""
     ours = Case(load_in_4bit=True, remat="offload", **fields)
     peer = {name: value for name, value in fields.items() if not name.startswith("offload_")}
     return Bar(work, ours, (Case(system="unsloth", load_in_4bit=True, remat="unsloth", **peer),), speed, memory)
@@ -96,7 +96,7 @@ BARS = (
     _four_bit("Qwen3-8B in 4 bits, 16 rows", 1.3, model="Qwen3-8B"),
 )
 
-# Runs on smaller cards, in every layout: model, in 4 bits or not, layout, batch size, GiB of the card.
+# The runs on smaller cards. Each entry: the model, whether it is in 4 bits, layout, batch size, the card's GiB.
 _ON_CARDS: tuple[tuple[str, bool, Layout, int, float], ...] = (
     ("Qwen3-0.6B", False, "packed", 16, 6),
     ("Qwen3-0.6B", False, "packed", 16, 8),
@@ -126,7 +126,7 @@ _ON_CARDS: tuple[tuple[str, bool, Layout, int, float], ...] = (
 
 
 def cards() -> list[Planned]:
-    """Returns runs on smaller cards, of which each must fit, and must take what was predicted."""
+    """Returns the runs on smaller cards. Each must fit, and must take the predicted memory and time."""
     return [
         Planned(
             "cards",

@@ -159,7 +159,9 @@ def main() -> None:
         kernels = seconds_by_kernel(layer(backward=backward))
         total = sum(kernels.values())
         others = sum(value for kernel, value in kernels.items() if "grouped" not in kernel)
-        table = Table("kernel", "ms", "share", title=f"a layer's experts, {what}: {others / total:.1%} is no matmul")
+        table = Table(
+            "kernel", "ms", "share", title=f"a layer's experts, {what}: {others / total:.1%} outside of matmuls"
+        )
         for kernel, seconds in list(kernels.items())[:25]:
             table.add_row(kernel[:90], f"{1e3 * seconds:.3f}", f"{seconds / total:.1%}")
         console.print(table)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -254,6 +255,11 @@ def _check_keys(
     if not problems:
         return
     remedy = "Use the base model that the adapter was trained on."
+    if any(re.search(r"\.experts\.\d+\.", name) for name in tensors):
+        remedy = (
+            "Its experts have an adapter for each projection of each expert, as under transformers 4, which jaxpack"
+            " does not read: merge it there with PEFT's `merge_and_unload`, and use the result as the model."
+        )
     for name in filter(tensors.__contains__, map(_key, WHOLE_MODULES)):
         rows, wanted = tensors[name].shape[:1], expected[name][:1]
         if rows != wanted:

@@ -53,15 +53,15 @@ def modules_of(model: Transformer) -> Iterator[tuple[str, str, int]]:
 class AdapterPlace(NamedTuple):
     """Says where PEFT's files hold the adapter of one projection of a layer, or of all experts of a layer.
 
-    PEFT lays the factors of all experts out as two matrices: the rows of `lora_A` go through the ranks of one expert
-    after another, and the columns of `lora_B` through the experts of one rank after another.
+    PEFT holds the factors of all E experts in two matrices: `lora_A` `[E * R, in]` is grouped by expert, and `lora_B`
+    `[out, R * E]` by rank, so that the E experts of one rank are neighbours.
 
     Attributes:
       module: the module whose `lora_A` and `lora_B` are the factors.
       name: the name of the adapter in `adapters(model)`.
       layer: the layer.
       num_experts: the number of experts; 0 for a projection.
-      turns: how many projections take turns in the rows of `lora_B`, see `io.experts`.
+      turns: how many projections are interleaved in the rows of `lora_B`, see `io.experts`.
     """
 
     module: str
@@ -95,7 +95,7 @@ def adapter_places(model: Transformer, names: Collection[str]) -> Iterator[Adapt
     wanted = [module for module in experts_of(model) if module.name in names]
     for layer in range(model.config.num_layers):
         for number, module in enumerate(wanted):
-            # If two parameters of a module have adapters, the wrapper of the second wraps that of the first.
+            # If both matrices of a module have adapters, PEFT makes the first the `base_layer` of the second.
             inner = ".base_layer" * (len(wanted) - 1 - number)
             parent = module.name.rpartition(".")[0]
             in_turns = FAMILIES[model.config.architecture].fuses_experts
@@ -196,7 +196,7 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_
 
     PEFT passes over names that no module has, as long as another name selects one.
     """
-    if may_be_empty and not peft.get("target_modules"):
+    if may_be_empty and peft.get("target_modules") in (None, [], ""):
         return ()
     modules = list(modules_of(model))
     names = [HEAD, EMBEDDING, *(module for module, _, _ in modules)]
@@ -221,9 +221,12 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_
         )
     targets = tuple(projection for projection, count in layers.items() if count)
     if not targets:
+        remedy = "Use the base model that the adapter was trained on."
+        if model.config.num_experts:
+            remedy = f"A router has no adapter here, and `target_parameters` names the experts' matrices. {_MERGE}"
         raise InputError(
             f"{fields} of {path} must match at least one projection of the model, got {wanted!r:.100}, which matches"
-            " none. Use the base model that the adapter was trained on."
+            f" none. {remedy}"
         )
     _check_layers(model, peft, path)
     return targets

@@ -6,6 +6,7 @@ from typing import Any
 from jaxpack.constants import Activation
 from jaxpack.errors import InputError
 from jaxpack.kernels.gated_activation import CLAMPED_LIMIT, CLAMPED_SCALE
+from jaxpack.kernels.mxfp4 import BLOCK
 from jaxpack.model.config import ModelConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.families.base import GLOBAL, LOCAL, Family, first, flag, require, whole
@@ -37,6 +38,10 @@ def config_from_hf(hf: Mapping[str, Any], name_or_path: str = "") -> ModelConfig
             f"`{field}` must be null or describe bitsandbytes' NF4, because jaxpack reads weights of 16 and 32 bits and"
             f" NF4, got {form}: {quantisation!r:.200}. {quantised_hint(name_or_path, hf)}"
         )
+    if form == MXFP4:
+        for name in ("hidden_size", "intermediate_size"):
+            if whole(hf, name) % BLOCK:
+                raise InputError(f"`{name}` must be a multiple of {BLOCK} with MXFP4, got {hf[name]}.")
     field = _activation_field(family)
     activation = first(hf.get(field), family.fields.get(field), "silu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:

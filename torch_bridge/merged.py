@@ -20,8 +20,9 @@ from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import NumberedWeight, Weight
 from jaxpack.model.linear import Linear, LoraAdapter
-from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.lora import adapters, experts_of, without_adapters
 from jaxpack.model.moe import Experts
+from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, weight_of
@@ -90,8 +91,14 @@ def save_merged(
     is_4bit = holds_4bit(nnx.state(model))
     if base is not None and not is_4bit:
         raise InputError(
-            "`base` must be None for a model without weights in 4 bits, whose adapters are merged into its own weights,"
-            f" got {base!r:.200}."
+            "`base` must be None for a model without weights in 4 bits (NF4), whose adapters are merged into its own"
+            f" weights, got {base!r:.200}."
+        )
+    has_mxfp4 = bool(experts_of(model)) and any(isinstance(weight_of(x.weight), MXFP4Weight) for x in experts_of(model))
+    if base is not None and has_mxfp4:
+        raise InputError(
+            "`base` must be None for a model whose experts are in MXFP4, because that is the form in which they were"
+            f" published, got {base!r:.200}."
         )
     model.read_weights()
     source = model if base is None else with_original_weights(model, base)
@@ -116,7 +123,7 @@ def save_merged(
         console.print(
             f"{why} changes the logits by more than the adapters do: {remedy} more of the training", style="yellow"
         )
-    if is_4bit:
+    if is_4bit and not has_mxfp4:
         console.print(_other_way(model, dtype, base))
     return compared.difference
 

@@ -51,8 +51,8 @@ def from_pretrained(
 ) -> tuple[Transformer, Tokenizer | None]:
     """Reads a model and its tokenizer from a Hugging Face folder, or from the hub.
 
-    Weights that bitsandbytes quantised to 4 bits (NF4) stay in 4 bits. All weights of a model in 4 bits are frozen: add
-    adapters to train it.
+    Weights that bitsandbytes quantised to 4 bits (NF4), and GPT-OSS' experts in MXFP4, stay in 4 bits. All weights of a
+    model in 4 bits are frozen: add adapters to train it.
 
     Args:
       name_or_path: a folder with `config.json` and safetensors files, or the id of a model on the hub. If there is
@@ -61,7 +61,7 @@ def from_pretrained(
         GPU and float32 on a CPU, where bfloat16 is slow; "auto" is the dtype in `config.json`, else float32.
       load_in_4bit: whether to hold the projections of a model of 16 or 32 bits in 4 bits. They are quantised one at a
         time while they are read, to the codes that bitsandbytes gives (NF4, nested). Embedding, head and norms keep
-        `dtype`. Nothing changes for a folder that is in 4 bits already.
+        `dtype`. Nothing changes for a folder that is in NF4 already. Matrices in MXFP4 stay as they are, too.
       lazy: whether to leave the weights in their files until they are needed. A `Trainer` then compiles its programs
         before it reads them: the memory that compiling needs for a moment need not be free beside the weights.
 

@@ -7,11 +7,12 @@ The codes of a matrix `P.weight` lie in a tensor of this name, typed as bytes or
 
 A weight with such tensors is in 4 bits and any other is not, whatever `config.json` says.
 
-GPT-OSS' experts are in another format, MXFP4: see `io.experts` for their tensors, of which each expert's projection
+GPT-OSS' experts are in another format, MXFP4. After `io.experts` has split their tensors, each projection of an expert
 has `P.weight_blocks`, the codes, and `P.weight_scales`.
 """
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,7 @@ _STATE, _ABSMAX = ".quant_state.bitsandbytes__nf4", ".absmax"
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
 _BESIDE = (_STATE, _ABSMAX, ".quant_map", ".nested_absmax", ".nested_quant_map")
 _MXFP4_BLOCKS, _MXFP4_SCALES = "_blocks", "_scales"
+_MXFP4_NAME = re.compile(r".*\.experts\.\d+\.\w+\.weight_blocks")
 _BLOCK_SIZES = [2**i for i in range(5, 13)]
 _STORED = ("bfloat16", "float16", "float32")
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
@@ -86,7 +88,7 @@ class NF4Form(NamedTuple):
     table: bytes | None
 
 
-# The form of a matrix in MXFP4, of which there is one kind: `MXFP4`.
+# Says how a matrix is quantised: by an `NF4Form`, or by `MXFP4`, which has no parameters.
 Form = NF4Form | str
 
 
@@ -116,12 +118,14 @@ class MXFP4Source:
         self._source, self.description = source, source.description
         shapes = source.shapes()
         self._matrices: dict[str, tuple[int, int]] = {}
-        for blocks in [name for name in shapes if name.endswith(f".weight{_MXFP4_BLOCKS}")]:
+        for blocks in filter(_MXFP4_NAME.fullmatch, shapes):
             name = blocks.removesuffix(_MXFP4_BLOCKS)
-            rows, *groups = shapes[blocks]
-            expected = {blocks: (rows, *groups[:1], BLOCK // 2), name + _MXFP4_SCALES: (rows, *groups[:1])}
+            if len(shapes[blocks]) != 3:
+                continue
+            rows, groups, _ = shapes[blocks]
+            expected = {blocks: (rows, groups, BLOCK // 2), name + _MXFP4_SCALES: (rows, groups)}
             if all(shapes.get(one) == shape and source.stored(one)[0] == "uint8" for one, shape in expected.items()):
-                self._matrices[name] = rows, groups[0] * BLOCK
+                self._matrices[name] = rows, groups * BLOCK
         self._hidden = {name + end for name in self._matrices for end in (_MXFP4_BLOCKS, _MXFP4_SCALES)}
         self.unreadable = {name: form for name, form in source.unreadable.items() if name not in self._hidden}
         self.forms = dict.fromkeys(self._matrices, MXFP4)

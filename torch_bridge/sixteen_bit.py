@@ -20,6 +20,7 @@ _TENSOR_ENDS = {
     ".weight_scale_inv": "FP8",
     ".weight_scale": "FP8 or compressed-tensors",
     "_proj_blocks": MXFP4,
+    ".weight_blocks": MXFP4,  # of an expert, after `io.experts` has split the tensor of all
     "_proj_scales": MXFP4,
     ".biases": "MLX",
 }
@@ -51,7 +52,15 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)  # a folder in 
 # Owners who publish quantised copies of others' models, and the owners of the families.
 _COPYING = {"thebloke", "redhatai", "neuralmagic", "hugging-quants", "casperhansen", "modelcloud", "mlx-community"}
 _COPYING |= {"solidrust", "techxgenus", "kaitchup", "nm-testing", "intel", "pytorch", "gaunernst"}
-_OWNERS = {"llama": "meta-llama", "mistral": "mistralai", "qwen2": "Qwen", "qwen3": "Qwen", "phi3": "microsoft"}
+_OWNERS = {
+    "llama": "meta-llama",
+    "mistral": "mistralai",
+    "qwen2": "Qwen",
+    "qwen3": "Qwen",
+    "qwen3_moe": "Qwen",
+    "gpt_oss": "openai",
+    "phi3": "microsoft",
+}
 _OWNERS |= {"gemma2": "google", "gemma3_text": "google"}
 
 

@@ -62,7 +62,7 @@ def lazy_model(
 ) -> Transformer:
     """Builds a model for the tensors of `source`, which `Transformer.read_weights` then reads.
 
-    If some of them are in 4 bits (NF4), all parameters of the model are frozen, and its projections stay in 4 bits.
+    If some of them are in 4 bits (NF4 or MXFP4), all parameters of the model are frozen, and these stay in 4 bits.
 
     Args:
       dtype: the dtype of the weights and of the computation, "bfloat16", "float16" or "float32"; None is bfloat16 on a
@@ -280,7 +280,7 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
         group = list(group)
         experts = range(config.num_experts) if of_experts else (None,)
         numbered = {(name, e): dataclasses.replace(entry, expert=e) for name, entry in group for e in experts}
-        # The tensors of one layer's experts follow one another, which may be one tensor in a file.
+        # All tensors of one layer's experts come together, because `fuse_experts` joins neighbours.
         layers = range(config.num_layers) if in_layers else (None,)
         order = itertools.product(layers, group) if of_experts else ((i, one) for one in group for i in layers)
         for layer, (name, _) in order:
@@ -289,7 +289,7 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
 
 
 def _levels(name: str) -> tuple[bool, bool]:
-    """Returns whether a name in a family's table is one of each layer, and one of each expert."""
+    """Returns whether a name has a `{i}` (layers), and whether it has an `{e}` (experts)."""
     return "{i}" in name, "{e}" in name
 
 
@@ -385,10 +385,11 @@ def _check_sizes(config: ModelConfig, source: TensorSource) -> None:
             f"`num_hidden_layers` must be at most {len(shapes)}, the number of tensors in {source.description}, got"
             f" {config.num_layers:.10g}. The config and the weights do not belong together."
         )
-    if config.num_experts > len(shapes):
+    if config.num_layers * config.num_experts > len(shapes):
         raise InputError(
-            f"`num_experts` must be at most {len(shapes)}, the number of tensors in {source.description}, got"
-            f" {config.num_experts:.10g}. The config and the weights do not belong together."
+            f"`num_experts` must be at most {len(shapes) // config.num_layers}, the number of tensors in"
+            f" {source.description} for each layer, got {config.num_experts:.10g}. The config and the weights do not"
+            " belong together."
         )
     width = "moe_intermediate_size" if config.num_experts else "intermediate_size"
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", width)}
@@ -410,9 +411,10 @@ def _check_shapes(model: Transformer, source: NF4Source, names: Collection[str])
     if problems:
         form = format_of_tensors(names)
         hint = f" {quantised_hint(model.config.name_or_path, {})}" if form else ""
+        found_in = f", in {form}" if form else ""
         raise InputError(
-            f"{source.description} must hold the tensors that its `config.json` describes, in F32, BF16, F16 or"
-            f" bitsandbytes' NF4, got {'; '.join(problems)}{f', in {form}' if form else ''}.{hint}"
+            f"{source.description} must hold the tensors that its `config.json` describes, in F32, BF16, F16,"
+            f" bitsandbytes' NF4 or, for GPT-OSS' experts, MXFP4, got {'; '.join(problems)}{found_in}.{hint}"
         )
     known = {*expected, _HEAD}  # a checkpoint may or may not store a tied head
     extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]

@@ -28,7 +28,7 @@ class Case:
       adapts_experts: whether the experts of a mixture have adapters, too.
       load_in_4bit: whether the frozen projections are held in 4 bits.
       optim, offload_weights, offload_embedding, memory_limit: as in `TrainConfig`.
-      card: the GiB that the process may take of the device, as if it were a smaller card.
+      card: a limit on the GiB that the process takes of the device, to imitate a smaller card.
       steps: the number of steps that are timed, after the warm-up.
     """
 
@@ -58,6 +58,10 @@ class Case:
             raise InputError(
                 "`load_in_4bit` must be without `full_finetuning`, got both: 4-bit weights are not trained."
             )
+        if self.card is not None and not self.card > 0:
+            raise InputError(f"`card` must be None or a positive number, got {self.card}.")
+        if self.adapts_experts and self.system != "jaxpack":
+            raise InputError(f"`adapts_experts` must be without an opponent, got {self.system!r}: it adapts none.")
         if self.layout not in get_args(Layout):
             raise InputError(f"`layout` must be one of {get_args(Layout)}, got {self.layout!r}.")
         if self.system == "jaxpack" and self.remat not in REMAT:

@@ -36,8 +36,9 @@ def measure_here(request: Path, result: Path, **options: Any) -> None:
 
 
 def _take_only(gib: float) -> None:
-    """Lets JAX take so much of the device's memory. Must come before JAX first uses the device."""
-    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    """Limits the memory that JAX takes to `gib`. Call it before JAX first uses the device."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    asked = ["nvidia-smi", "-i", device, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         total = float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:

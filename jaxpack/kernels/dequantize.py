@@ -268,8 +268,8 @@ def _dense_block(refs: Sequence[Any], places: NF4Places, row: Any, column: Any, 
     """Returns a block of the matrix in float32, from its first row and column. To be called in a kernel."""
     codes_ref, absmax_ref, *nested_refs, values_ref, shifts_ref, layer_ref = refs
     layer, (rows, columns) = layer_ref[0], shape
-    # The projection that the rows belong to: scalars, found by comparing unless all projections, perhaps those of many
-    # experts, have the same size.
+    # The projection that the rows belong to, as scalars. Projections of equal size, such as those of experts, are found
+    # by division, others by comparison.
     first_row = first_block = first_group = projection = jnp.int32(0)
     if len(set(places.rows)) == 1:
         projection = row // places.rows[0]

@@ -25,8 +25,7 @@ def gated_activation(
 ) -> Float[Array, "*B F_out"]:
     """Computes `act(gate) * up`: SwiGLU for "silu", GeGLU for "gelu" (exact, by erf) and "gelu_tanh" (approximate).
 
-    "clamped_silu" is the form of GPT-OSS: with gate at most 7 and up in [-7, 7], it is
-    `gate * sigmoid(1.702 gate) * (up + 1)`.
+    "clamped_silu" is GPT-OSS' form: `min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (clip(up, -7, 7) + 1)`.
 
     Args:
       gate: the gate. If `up` is None, gate and up side by side on the last axis, `[..., 2F]`, as one projection yields
@@ -90,7 +89,7 @@ CLAMPED_SCALE, CLAMPED_LIMIT = 1.702, 7.0  # of "clamped_silu"
 
 
 def _linear(up: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array | float]:
-    """Returns the factor beside `act(gate)`, and its derivative."""
+    """Returns the factor that multiplies `act(gate)`, and its derivative with respect to `up`."""
     if activation != "clamped_silu":
         return up, 1.0
     return jnp.clip(up, -CLAMPED_LIMIT, CLAMPED_LIMIT) + 1, jnp.where(jnp.abs(up) <= CLAMPED_LIMIT, 1.0, 0.0)

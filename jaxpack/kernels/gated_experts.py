@@ -3,8 +3,8 @@
 A token's output is the sum over its experts of the expert's share times `down(act(gate(x)) * up(x))`. As in
 `residual_linear`, only gate and up are kept, and the gated activation is computed again in the backward pass.
 
-The gradient of a share is the product of the output's gradient and the expert's output. That output is not kept: the
-gradient of the activation, before it is scaled by the share, times the activation is the same number.
+The gradient of a share is the product of the output's gradient and the expert's output, which is not kept. Up to the
+part of the bias, it equals the product of the activation and its gradient, before this is scaled by the share.
 """
 
 import functools
@@ -28,9 +28,9 @@ class ExpertLinear(NamedTuple):
     """Holds a projection of all experts, for `gated_experts`.
 
     Attributes:
-      weight: all experts' matrices, one below the other, `[E * O, I]`.
+      weight: all experts' matrices, stacked along the rows, `[E * O, I]`.
       bias: all experts' biases.
-      factors: all experts' factors of their adapters, `[E, R, I]` and `[E, O, R]`; B includes the adapter's scaling.
+      factors: the adapters' factors A `[E, R, I]` and B `[E, O, R]`; B is already multiplied by the scaling.
     """
 
     weight: Any  # a `Weight`; `Any`, because JAX also puts other leaves in its place
@@ -137,7 +137,8 @@ def _backward(activation, implementation, residuals, d):
     assert product is not None
     row_products = jnp.sum(d_product.astype(jnp.float32) * product.astype(jnp.float32), axis=1)
     d_shares = gather_copies(row_products + _bias_products(d, down, routing), routing)
-    # The rows' gradient is their token's times the share, which scales the other factor of each outer product instead.
+    # A row's gradient is its token's gradient times its share. The share multiplies the other factor of each outer
+    # product, so that the tokens' gradients are read in place.
     d_down = gradients(d, product, down, scaled(down_xa), scaled(d_down_xa), d_from_tokens=True, row_shares=row_shares)
     d_rows, d_gate_up_xa = back(d_hidden, gate_up)
     d_gate_up = gradients(d_hidden, x, gate_up, gate_up_xa, d_gate_up_xa, x_from_tokens=True)
@@ -188,7 +189,7 @@ def _gradients(
 
     Args:
       d, x: the gradient of the output, and the input; `xa` and `d_xa` belong to the product with the A factors.
-      row_shares: factors of the rows of `d` that `xa` and `d_xa` already have.
+      row_shares: the shares by which `x` is still to be multiplied; `xa` and `d_xa` are multiplied already.
     """
     outer = functools.partial(grouped_outer, routing=routing, implementation=implementation)
     of_rows = functools.partial(outer, d_from_tokens=d_from_tokens)

@@ -1,11 +1,10 @@
 """Multiplies rows that are sorted by expert with their experts' matrices, and sums outer products by expert.
 
-The matrices are read in place from the stack of all layers: a copy of a layer's matrices, as other projections make to
-append their adapter's factors, would take a third of the time of the product. The rows may be read in place, too, where
-they are copies of tokens.
+The matrices are read in place from the stack of all layers. Copying a layer's matrices, as other projections do to
+append their adapter's factors, would cost a third of the product's time. Rows that are copies of tokens are read from
+the tokens.
 
-These functions have no derivatives of their own, because the derivatives of what experts compute consist of the same
-two functions: see `gated_experts`.
+The functions have no derivatives of their own: `gated_experts` has one, which consists of these same two functions.
 """
 
 import functools
@@ -57,7 +56,8 @@ def grouped_matmul(
       from_tokens: whether rows are read from their tokens; an empty row counts as zeros.
       transposed: multiplies by `W[e]`, not by `W[e]^T`; the matrices then have the shape `[L, E, I, O]`.
       bias: all experts' biases.
-      more: a second product that is added: its rows, and its matrices `[E, O, R]`, or `[E, R, O]` if `transposed`.
+      more: the rows `y` and the matrices `V` of a second product `y[m] V[e]^T` that is added: `[E, O, R]`, or, if
+        `transposed`, `[E, R, O]`.
       implementation: see `jaxpack.kernels`. None takes "xla" where the kernel does not support the shapes.
 
     Raises:
@@ -95,7 +95,8 @@ def grouped_outer(
     An expert without rows has zeros. The sum is made in the order of the rows.
 
     Args:
-      d, x: the rows, or with `..._from_tokens` the tokens that the rows are copies of; one dtype.
+      d, x: the rows, or with `..._from_tokens` the tokens that the rows are copies of; one dtype. Empty rows of a block
+        count, too, so at least one of the two must be zero there.
       routing: the blocks of each expert and the token of each row, see `route`.
       implementation: as in `grouped_matmul`.
     """

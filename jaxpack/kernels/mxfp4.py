@@ -3,9 +3,9 @@
 The format is the OCP's (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf). Each
 row of a matrix is cut into blocks of 32 elements. An element is a code of 4 bits: a sign, two bits of exponent and one
 of mantissa, which give 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Each block has a scale of 8 bits, the exponent of a power of two.
-Every element is a number of bfloat16.
+Every element is exact in bfloat16.
 
-XLA decodes in one pass at the speed of the memory, since nothing is looked up: it needs no kernel.
+XLA can decode in one pass without a kernel of ours, because no table is read.
 """
 
 import jax
@@ -31,8 +31,8 @@ def dequantize_mxfp4(
     code = (codes[..., None] >> jnp.broadcast_to(shifts, (*codes.shape, CODES_PER_WORD))) & 15
     code = code.astype(jnp.int32).reshape(*scales.shape, BLOCK)
     sign, exponent, mantissa = code >> 3, (code >> 1) & 3, code & 1
-    # The bits of the product are made of integers, because compilers may flush the smallest numbers to zero. Let the
-    # value be (1 + fraction) 2^e: a code without exponent bits is 0 or 0.5.
+    # The bits of bfloat16 are composed with integer arithmetic, because float arithmetic may flush the smallest numbers
+    # to zero. The value is (1 + fraction) 2^e; a code without exponent bits is 0 or 0.5.
     is_half = (exponent == 0) & (mantissa == 1)
     e = scales[..., None].astype(jnp.int32) + jnp.where(exponent == 0, -1, exponent - 1)
     fraction = jnp.where(is_half, 0, mantissa << (_MANTISSA_BITS - 1))

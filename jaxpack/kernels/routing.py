@@ -4,8 +4,8 @@ Each token goes to C experts, so it has C copies. The copies of one expert lie i
 belong to one expert each, so that a kernel reads one expert's matrix for each block. A block's last rows may be empty.
 All shapes depend on the number of tokens alone: nothing waits for the host, whichever experts the tokens choose.
 
-Nothing is scattered. Each token finds the rows of its copies by their numbers, in the forward and the backward pass, so
-that sums have a fixed order and two runs have the same bits.
+The functions only gather: each token looks up the rows of its copies, in the forward and the backward pass. So sums
+have a fixed order, and two runs have the same bits.
 """
 
 import functools
@@ -21,7 +21,7 @@ _LEAST_ROWS, _MOST_ROWS = 16, 128  # of a block: a kernel's tile has at least 16
 
 
 class Routing(NamedTuple):
-    """Says which copy of a token each of M rows holds, in G blocks of M / G rows that belong to one of E experts each.
+    """Maps M rows, in G equal blocks that each belong to one of E experts, to the tokens' copies.
 
     Attributes:
       copies: the copy `C * token + choice` in each row; -1 for an empty row.
@@ -49,7 +49,7 @@ class Routing(NamedTuple):
 
 
 def block_rows(copies: int, num_experts: int) -> int:
-    """Returns the number of rows of a block: large where experts have many tokens, but with few empty rows."""
+    """Returns the rows of a block: as many as an expert has on average, as a power of two from 16 to 128."""
     rows = _LEAST_ROWS
     while rows < _MOST_ROWS and rows * num_experts < copies:
         rows *= 2
@@ -103,7 +103,7 @@ def route(choices: Int[Array, "N C"], num_experts: int, real: Bool[Array, " N"] 
 
 
 def spread(shares: Float[Array, "N C"], routing: Routing) -> Float[Array, " M"]:
-    """Returns each row's value among the values of all copies, and 0 for empty rows. It has no derivative."""
+    """Returns the value of the copy in each row, and 0 for empty rows. It has no derivative."""
     return jnp.where(routing.copies < 0, 0, shares.reshape(-1)[jnp.maximum(routing.copies, 0)])
 
 

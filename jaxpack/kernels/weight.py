@@ -138,6 +138,16 @@ class NumberedWeight(Weight):
         """Returns one layer of the stack."""
         return dataclasses.replace(self, layer=layer)
 
+    def after(self, *arrays: Array) -> tuple[tuple[Array, ...], Weight]:
+        """Returns the arrays, and this weight read only after they are computed.
+
+        A barrier orders the layer number after the arrays, and every read of the weight depends on that number.
+        """
+        if self.layer is None:
+            return super().after(*arrays)
+        *computed, layer = jax.lax.optimization_barrier((*arrays, jnp.asarray(self.layer, jnp.int32)))
+        return tuple(computed), self.at(layer)
+
     def dense_stack(self, dtype: DTypeLike) -> Float[Array, "L O I"]:
         """Returns all layers of the stack as one array."""
         return jnp.stack([self.at(layer).dense(dtype) for layer in range(self.shape[0])])
@@ -241,10 +251,6 @@ class DenseStack(NumberedWeight):
     def stacked(self, dtype: DTypeLike) -> tuple[Float[Array, "L O I"], Int[Array, ""] | int]:
         """Returns the stack itself, unless it must be cast."""
         return (self.value, self.layer) if self.dtype == dtype else super().stacked(dtype)
-
-    def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "DenseStack"]:
-        """Returns the arrays and the weight as they are, because nothing is copied."""
-        return arrays, self
 
     @property
     def _one(self) -> Array:

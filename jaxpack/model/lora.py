@@ -23,8 +23,9 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     adapters only if `target_parameters` names their matrices.
 
     Raises:
-      InputError: a name in `target_modules` or `target_parameters` is not of this model, a name in a pattern has no
-        adapter, only one of two tied matrices is in `modules_to_save`, or the model has adapters already.
+      InputError: a name in `target_modules` or `target_parameters` is no projection, or no experts' matrix, of this
+        model, a name in a pattern has no adapter, only one of two tied matrices is in `modules_to_save`, or the model
+        has adapters already.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -39,8 +40,11 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     wanted = tuple(known) if config.target_modules == "all-linear" else config.target_modules
     unknown = sorted(set(wanted) - set(known))
     if unknown:
-        raise InputError(f"`target_modules` must be 'all-linear' or among {sorted(known)}, got {unknown}.")
+        hint = " `target_parameters` names the experts' matrices, such as 'mlp.experts.down_proj'."
+        hint = hint if experts_of(model) else ""
+        raise InputError(f"`target_modules` must be 'all-linear' or among {sorted(known)}, got {unknown}.{hint}")
     experts = _chosen_experts(model, config)
+    config = _with_full_names(config, experts)
     with_adapter = {*wanted, *(module.name for module in experts)}
     without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - with_adapter)
     if without:
@@ -85,9 +89,26 @@ def _chosen_experts(model: Transformer, config: LoraConfig) -> list[Experts]:
         end: [module for module in modules if f".{module.name}".endswith(f".{end}")] for end in config.target_parameters
     }
     if unknown := [end for end, those in found.items() if not those]:
-        among = f"among {sorted(module.name for module in modules)}" if modules else "empty for a model without experts"
-        raise InputError(f"`target_parameters` must be {among}, got {unknown}.")
+        if not modules:
+            raise InputError(
+                f"`target_parameters` must be empty for a model without experts, got {unknown}. Name its projections in"
+                " `target_modules` instead."
+            )
+        raise InputError(f"`target_parameters` must be among {sorted(one.name for one in modules)}, got {unknown}.")
     return [module for module in modules if any(module in those for those in found.values())]
+
+
+def _with_full_names(config: LoraConfig, experts: list[Experts]) -> LoraConfig:
+    """Returns the settings with the full names of these experts' matrices, also in patterns."""
+
+    def full(name: str) -> str:
+        return next((one.name for one in experts if f".{one.name}".endswith(f".{name}")), name)
+
+    patterns = {
+        field: tuple((full(name), value) for name, value in getattr(config, field))
+        for field in ("rank_pattern", "alpha_pattern")
+    }
+    return dataclasses.replace(config, target_parameters=tuple(one.name for one in experts), **patterns)
 
 
 def untie(model: Transformer) -> None:

@@ -18,6 +18,7 @@ from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.gated_experts import ExpertLinear, gated_experts
 from jaxpack.kernels.grouped_matmul import unsupported_reason
+from jaxpack.kernels.host_weight import HostWeight
 from jaxpack.kernels.routing import Routing, route
 from jaxpack.kernels.weight import DenseStack
 from jaxpack.model.config import ModelConfig
@@ -68,10 +69,11 @@ class Experts(nnx.Module):
         if adapter is None:
             return None
         per_expert = len(self.projections) // self.num_experts
-        number = [name for name, _ in self.projections].index(projection)
-        expert, sizes = number // per_expert, [size for _, size in self.projections[:per_expert]]
-        first = sum(sizes[: number % per_expert])
-        lora_b = adapter.lora_b[:, expert, first : first + sizes[number % per_expert]]
+        expert, name = projection.split(".")
+        expert, sizes = int(expert), [size for _, size in self.projections[:per_expert]]
+        number = [one.split(".")[1] for one, _ in self.projections[:per_expert]].index(name)
+        first = sum(sizes[:number])
+        lora_b = adapter.lora_b[:, expert, first : first + sizes[number]]
         return LoraAdapter(adapter.lora_a[:, expert], lora_b, adapter.scaling, adapter.dropout)
 
     def linear(self) -> ExpertLinear:
@@ -95,7 +97,7 @@ class Experts(nnx.Module):
         *layers, rows, I = weight.shape  # noqa: E741
         O, layers = rows // self.num_experts, math.prod(layers)  # noqa: E741
         matmul, narrow = 2 * O * I, 2 * R * (O + I)
-        in_place = isinstance(weight, DenseStack)
+        in_place = isinstance(weight.stack if isinstance(weight, HostWeight) else weight, DenseStack)
         stored = weight.nbytes // layers
         copied = 0 if in_place else rows * I * size
         each_way = Cost(
@@ -124,8 +126,8 @@ class Router(nnx.Module):
     """Chooses C of E experts for each token, and the share of each in the sum, in float32.
 
     Attributes:
-      norm_topk_prob: whether the shares are a softmax over the chosen experts, so that they add up to 1, and not over
-        all experts.
+      norm_topk_prob: whether the shares are a softmax over the logits of the chosen experts, so that a token's shares
+        add up to 1. Otherwise they are those of a softmax over all experts.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -161,7 +163,7 @@ class Router(nnx.Module):
 class MoE(nnx.Module):
     """Computes the sum over a token's C experts of the expert's share times its gated feed-forward.
 
-    Padding goes to no expert. Dropout does not act on the experts' adapters.
+    Padding goes to no expert. Adapters of experts have no dropout: `LoraConfig` refuses both together.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -196,9 +198,9 @@ class MoE(nnx.Module):
         """Returns the cost of the part, whose output is the residual stream.
 
         The cost names "gate_up" and "lora" as a dense feed-forward does, each for all of a token's experts, and
-        "routing". It leaves out the empty rows of blocks, some 6 % where an expert has a thousand tokens. A layer's
-        backward pass holds the most memory where it computes the gradient of the rows: beside it stand gate and up, or
-        their gradient in the same place, and the gated activation.
+        "routing". It leaves out the empty rows of blocks, about 6 % of the rows if an expert has a thousand tokens. The
+        backward pass holds the most memory when it computes the gradient of the rows, together with gate and up (their
+        gradient overwrites them) and the gated activation.
         """
         size, C = context.itemsize, self.router.num_experts_per_tok
         (E, D), F = weight_of(self.router.weight).shape[-2:], weight_of(self.down.weight).shape[-1]
@@ -228,7 +230,7 @@ class MoE(nnx.Module):
     def _fitting(self, context: RowContext, D: int, F: int) -> Implementation | None:
         """Returns the implementation of the experts' kernels.
 
-        Generation otherwise uses plain jnp, which would copy the matrices of every block.
+        In generation they are chosen automatically, because plain jnp would copy an expert's matrix for each block.
         """
         if context.apart:
             return None
@@ -239,5 +241,5 @@ def _real_tokens(context: RowContext, T: int) -> Bool[Array, " BT"] | None:
     """Returns which tokens are no padding, or None in a decoding step, which computes no padding."""
     if context.bounds is None:
         return None
-    # The first token of padding's bounds lies behind it.
+    # Padding attends to nothing: the first key of its bounds lies after the token itself.
     return (context.bounds.first <= jnp.arange(T, dtype=jnp.int32)[None, :]).reshape(-1)

@@ -82,14 +82,6 @@ class MXFP4Weight(NumberedWeight):
         )
         return dataclasses.replace(self, codes=codes, scales=scales)
 
-    def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "MXFP4Weight"]:
-        """Returns the arrays, and this weight read only after they are computed.
-
-        A barrier orders the layer number after the arrays, and every read of the weight depends on that number.
-        """
-        *computed, layer = jax.lax.optimization_barrier((*arrays, jnp.asarray(self.layer)))
-        return tuple(computed), self.at(layer)
-
     @property
     def _arrays(self) -> tuple[Array, Array]:
         if self.layer is None:

@@ -66,6 +66,18 @@ class NF4Weight(NumberedWeight):
             return self.dense_stack(dtype)
         return self._dense(dtype)
 
+    def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
+        """Returns rows of the layer that is read; of a whole projection, only its own codes are decoded."""
+        starts = [row for row, *_ in self.places.starts]
+        if (self.is_stack and self.layer is None) or first not in starts:
+            return super().dense_rows(first, size, dtype)
+        number = starts.index(first)
+        if self.places.rows[number] != size:
+            return super().dense_rows(first, size, dtype)
+        start = jnp.array([int(self._layer), *self.places.starts[number], number], jnp.int32)
+        places = NF4Places((size,), self.places.columns, self.places.block_size)
+        return _dense_projection(self.arrays, start, places=places, stored=self.stored, dtype=jnp.dtype(dtype).name)
+
     def append_columns(self, b: Float[Array, "O R"]) -> Float[Array, "O E"]:
         """Returns `[W, B]`, written in one pass."""
         return self._dense(b.dtype, columns_behind=b)
@@ -136,6 +148,29 @@ class NF4Weight(NumberedWeight):
         return dequantize_nf4(self.arrays, self._layer, self.places, stored=self.stored, dtype=dtype, **behind)
 
 
+@functools.partial(jax.jit, static_argnames=("places", "stored", "dtype"))
+def _dense_projection(
+    arrays: NF4Arrays, start: Int[Array, "5"], *, places: NF4Places, stored: str, dtype: str
+) -> Float[Array, "N I"]:
+    """Returns one projection; `start` is its layer, first row, first block and first group, and its number."""
+    layer, row, block, group, number = start
+
+    def cut(array: Array | None, first: Array, size: int) -> Any:
+        if array is None:
+            return None
+        others = array.shape[2:]
+        return jax.lax.dynamic_slice(array, (layer, first, *(0,) * len(others)), (1, size, *others))
+
+    one = NF4Arrays(
+        cut(arrays.codes, row, places.rows[0]),
+        cut(arrays.absmax, block, places.blocks[0]),
+        cut(arrays.scales, group, places.groups[0]),
+        cut(arrays.means, number, 1),
+        arrays.table,
+    )
+    return dequantize_nf4(one, 0, places, stored=stored, dtype=dtype)
+
+
 def holds_4bit(state: nnx.State) -> bool:
     """Returns whether any parameter is held in 4 bits (NF4), perhaps in only some of its layers."""
     is_nf4 = lambda value: isinstance(value, NF4Weight)  # noqa: E731
@@ -172,7 +207,7 @@ def quantize_nf4(
     places = NF4Places(rows, matrix.shape[-1], block_size)
     stack = matrix.reshape(-1, *matrix.shape[-2:])
     quantise = jax.vmap(functools.partial(_quantized, places=places, nested=nested))
-    if len(set(rows)) == 1:  # perhaps those of many experts, in one operation
+    if len(set(rows)) == 1:  # such as those of experts
         projections = quantise(stack.reshape(-1, rows[0], stack.shape[2]))
         arrays = jax.tree.map(lambda each: each.reshape(len(stack), -1, *each.shape[2:]), projections)
     else:

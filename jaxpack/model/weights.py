@@ -212,14 +212,6 @@ class MixedWeight(NumberedWeight):
         """Returns `[W; A]`, made in one pass from whichever form the layer has."""
         return self._choose(lambda weight: weight.append_rows(a))
 
-    def after(self, *arrays: Array) -> tuple[tuple[Array, ...], "MixedWeight"]:
-        """Returns the arrays, and this weight read only after they are computed.
-
-        A barrier orders the layer number after the arrays, and every read of the weight depends on that number.
-        """
-        *computed, layer = jax.lax.optimization_barrier((*arrays, jnp.asarray(self.layer)))
-        return tuple(computed), self.at(layer)
-
     def _choose(self, read: Callable[[Weight], Array]) -> Array:
         kinds, numbers = (jnp.asarray(column, jnp.int32) for column in zip(*self.places, strict=True))
         number = numbers[self.layer]

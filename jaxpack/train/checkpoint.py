@@ -35,6 +35,7 @@ from jaxtyping import Array, UInt32
 from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import adapters
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
@@ -65,9 +66,12 @@ _FREE = {
     *("offload_weights", "offload_embedding"),
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
-# Settings that checkpoints of older versions lack, with the values that these had.
-_BEFORE = {"optim": "adamw", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
-_BEFORE |= {"norm_topk_prob": True}
+# Settings and facts of a model that checkpoints of older versions may lack, with the values that these had.
+_BEFORE = {"optim": "adamw"} | {
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING and field.name != "name_or_path"
+}
 
 
 @dataclasses.dataclass

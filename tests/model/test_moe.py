@@ -326,5 +326,7 @@ def test_names_that_are_not_of_the_model_are_refused(family, settings, message):
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(InputError, match=r"`lora_dropout` must be 0 with `target_parameters`.*got 0\.1"):
         LoraConfig(target_parameters="down_proj", lora_dropout=0.1)
-    with pytest.raises(InputError, match="`target_modules` must name at least one module without `target_parameters`"):
+    with pytest.raises(
+        InputError, match="`target_modules` must name at least one module, or `target_parameters` a matrix"
+    ):
         LoraConfig(target_modules=())

@@ -178,6 +178,13 @@ def test_published_mixtures_of_experts_have_the_shapes_that_are_measured(name: s
     assert config_from_hf(config_to_hf(config)) == config
 
 
+def test_gpt_oss_without_a_rope_has_the_one_of_transformers():
+    published = WITH_EXPERTS["gpt-oss-20b"]
+    bare = {name: value for name, value in published.items() if not name.startswith("rope_")}
+    assert config_from_hf(bare).rope == SHAPES["gpt-oss-20b"].rope
+    assert config_from_hf(bare | {"rope_theta": 1e4}).rope.theta == 1e4
+
+
 REFUSED_EXPERTS = {
     "a dense layer": ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"`mlp_only_layers` must be None, got \[0\]"),
     "every second layer": ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "`decoder_sparse_step` must be 1, got 2"),
@@ -186,6 +193,7 @@ REFUSED_EXPERTS = {
     "another limit": ("gpt-oss-20b", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0, got 5.0"),
     "another activation": ("gpt-oss-20b", {"hidden_act": "gelu"}, "`hidden_act` must be 'silu', got 'gelu'"),
     "another quantisation": ("gpt-oss-20b", {"quantization_config": {"quant_method": "fp8"}}, "got FP8"),
+    "a width that MXFP4 cannot cut": ("gpt-oss-20b", {"intermediate_size": 100}, "multiple of 32 with MXFP4, got 100"),
     "a quantised Qwen": ("Qwen3-30B-A3B", {"quantization_config": {"quant_method": "mxfp4"}}, "got MXFP4"),
 }
 

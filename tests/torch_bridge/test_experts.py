@@ -148,6 +148,46 @@ def test_a_wrong_adapter_config_is_refused_by_name(changes, message, tmp_path):
         torch_bridge.load_adapter(small_model("qwen3_moe"), str(tmp_path / "adapter"))
 
 
+def test_names_by_their_ends_are_resolved_everywhere():
+    lora = LoraConfig(r=2, target_parameters="down_proj", rank_pattern="down_proj=4", alpha_pattern="q_proj=3")
+    model = add_lora(small_model("qwen3_moe"), lora)
+    assert adapters(model)["mlp.experts.down_proj"].lora_a.shape[2] == 4
+    assert model.lora_config.target_parameters == ("mlp.experts.down_proj",)
+    assert model.lora_config.rank_pattern == (("mlp.experts.down_proj", 4),)
+
+
+def test_a_projection_of_an_expert_is_no_target_module():
+    """The most likely mistake: the names of a dense model's projections."""
+    with pytest.raises(InputError, match=r"got \['down_proj', 'up_proj'\]\. `target_parameters` names the experts'"):
+        add_lora(small_model("qwen3_moe"), LoraConfig(target_modules="q_proj,up_proj,down_proj"))
+
+
+def test_an_adapter_for_each_expert_is_refused_with_a_way_out(tmp_path):
+    torch_bridge.save_adapter(add_lora(small_model("qwen3_moe"), LoraConfig(r=2)), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.mlp.experts.0.gate_proj.lora_A.weight"
+    save_file(load_file(path) | {name: np.zeros((2, 48), np.float32)}, path)
+    with pytest.raises(InputError, match=r"an adapter for each projection of each expert.*`merge_and_unload`"):
+        torch_bridge.load_adapter(small_model("qwen3_moe"), str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4), (0, 4, 4), (2, 2, 0), (10**6, 2, 0)], ids=str)
+def test_a_tensor_of_all_experts_without_numbers_is_no_tensor_of_any(shape):
+    fused = {"model.layers.0.mlp.experts.down_proj": np.broadcast_to(np.float32(0), shape)}
+    assert list(split_experts(fused, cut)) == list(fused)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (4, 2, 16)], ids=str)
+def test_a_tensor_named_like_codes_is_ignored_as_any_other(shape, tmp_path):
+    torch_bridge.save_pretrained(small_model("qwen3"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    tensors["model.layers.0.self_attn.q_proj.weight_blocks"] = np.zeros(shape, np.uint8)
+    tensors["model.layers.0.self_attn.q_proj.weight_scales"] = np.zeros(shape[:2], np.uint8)
+    save_file(tensors, tmp_path / "model" / WEIGHTS)
+    model, _ = torch_bridge.from_pretrained(tmp_path / "model", dtype="float32")
+    assert model.config.num_layers == 2
+
+
 def test_an_adapter_on_experts_of_another_model_is_refused(tmp_path):
     lora = LoraConfig(r=2, target_parameters="down_proj")
     torch_bridge.save_adapter(add_lora(small_model("qwen3_moe"), lora), tmp_path / "adapter")
@@ -160,6 +200,7 @@ def test_an_adapter_on_experts_of_another_model_is_refused(tmp_path):
     [
         ({"num_experts": 10**9}, "`num_experts` must be at most 10,000, got 1000000000"),
         ({"num_experts": 9_999}, "`num_experts` must be at most .* the number of tensors"),
+        ({"num_hidden_layers": 40, "num_experts": 40}, "`num_experts` must be at most 1, the number of tensors"),
         ({"num_experts": 7}, "missing tensors"),
         ({"moe_intermediate_size": 10**9}, "`moe_intermediate_size` must be at most .* the largest dimension"),
         ({"moe_intermediate_size": 31}, "of the wrong shape"),

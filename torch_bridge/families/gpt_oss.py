@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpack.kernels.gated_activation import CLAMPED_LIMIT, CLAMPED_SCALE
+from jaxpack.model.config import RopeConfig, YarnRopeScaling
 from torch_bridge.families.base import (
     EMBEDDING_AND_HEAD,
     GLOBAL,
@@ -45,7 +46,8 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     require(hf, "swiglu_limit", CLAMPED_LIMIT)
     kinds = [GLOBAL if i % 2 else LOCAL for i in range(whole(hf, "num_hidden_layers"))]
     count = first(hf["num_local_experts"], hf["num_experts"], 128)
-    return {
+    rope = {} if hf.get("rope_parameters") or hf.get("rope_scaling") else {"rope": _default_rope(hf)}
+    return rope | {
         "activation": "clamped_silu",
         "attention_sinks": True,
         "router_bias": True,
@@ -56,6 +58,12 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
         **attention_bias(hf),
         **local_layers(hf, hf["sliding_window"], kinds),
     }
+
+
+def _default_rope(hf: Mapping[str, Any]) -> RopeConfig:
+    """Returns the RoPE that transformers takes if the config describes none."""
+    scaling = YarnRopeScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False)
+    return RopeConfig(theta=first(hf.get("rope_theta"), 150_000.0), scaling=scaling)
 
 
 _TENSORS = EMBEDDING_AND_HEAD | NORMS | _ATTENTION | _ROUTER | experts("weight") | experts("bias")

@@ -1,9 +1,10 @@
-"""Presents tensors that hold all experts' matrices as one tensor for each expert's projection, and the other way round.
+"""Splits tensors of all experts into one tensor for each expert's projection, and fuses them again.
 
 The files of most models have a tensor for each projection of each expert, and so has the bridge's table of names.
 transformers 5 holds all experts of a layer in two tensors in memory: `experts.gate_up_proj` `[E, 2F, D]`, gate above
 up, and `experts.down_proj` `[E, D, F]`. GPT-OSS has such tensors in its files, too, in a layout of its own:
-`gate_up_proj` `[E, D, 2F]` and `down_proj` `[E, F, D]`, with a bias `[E, out]` beside each; gate and up take turns.
+`gate_up_proj` `[E, D, 2F]` and `down_proj` `[E, F, D]`, with a bias `[E, out]` beside each. In them gate and up are
+interleaved: even rows are gate, odd rows are up.
 Quantised as MXFP4, they are `..._blocks` `[E, out, in / 32, 16]` and `..._scales` `[E, out, in / 32]`.
 """
 
@@ -28,12 +29,12 @@ Stored = TypeVar("Stored", bound=HasShape)
 
 
 class Cut(NamedTuple):
-    """Describes the part of a tensor of all experts that one projection of one expert is.
+    """Locates one expert's projection in a tensor of all experts.
 
     Attributes:
       expert: the index along the first axis.
       rows: the rows of the expert's matrix, or the numbers of its vector.
-      is_transposed: whether the matrix is stored transposed, so that its rows are columns of what is stored.
+      is_transposed: whether an expert's matrix is stored as `[in, out]`, so that its rows are columns there.
     """
 
     expert: int
@@ -41,9 +42,9 @@ class Cut(NamedTuple):
     is_transposed: bool = False
 
 
-# For each tensor of all experts, the projections in it.
+# Lists the projections in each tensor of all experts.
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-# The ends of the names of GPT-OSS' tensors, and those of an expert's own tensors.
+# Maps the suffix of each of GPT-OSS' tensors to that of an expert's own tensor.
 _OWN_ENDS = {"": ".weight", "_bias": ".bias", "_blocks": ".weight_blocks", "_scales": ".weight_scales"}
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(|_bias|_blocks|_scales)")
 _SINGLE = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
@@ -53,7 +54,7 @@ def split_experts(tensors: Mapping[str, Stored], cut: Callable[[Stored, Cut], St
     """Returns the tensors with those of all experts cut into parts of one projection each, and all others as they are.
 
     Args:
-      cut: returns a part of a tensor.
+      cut: a function that returns a part of a tensor, without reading it.
     """
     found: dict[str, Stored] = {}
     for name, tensor in tensors.items():
@@ -75,7 +76,7 @@ def _parts(match: re.Match, shape: tuple[int, ...], *, of_gpt_oss: bool) -> dict
     if len(shape) != {"": 3, "_bias": 2, "_blocks": 4, "_scales": 3}[end] or (end and not of_gpt_oss):
         return {}
     rows, count = shape[2 if is_transposed else 1], len(projections)
-    if rows % count:
+    if 0 in shape or rows % count:
         return {}
     size = rows // count
     return {

@@ -74,11 +74,11 @@ class Tensor(NamedTuple):
 
 
 class TensorPart(NamedTuple):
-    """Holds rows of a tensor that do not lie together in its file; each read reads the whole tensor.
+    """Locates rows that are not contiguous in their file; each read reads the expert's whole tensor.
 
     Attributes:
       tensor: the tensor, the matrix or vector of one expert.
-      cut: which rows these are, in what order of axes.
+      cut: the rows, and whether the matrix is stored transposed.
     """
 
     tensor: Tensor
