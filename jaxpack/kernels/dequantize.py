@@ -196,6 +196,7 @@ def _reference(arrays, layer, behind, *, places, stored, dtype, axis):
 # The kernel. A program makes a block of the matrix, or copies a block of the array that is appended to it.
 
 _ROWS, _COLUMNS, _NUM_WARPS = 16, 512, 4  # the most that one program makes, and its warps
+_MOST_COMPARED = 8  # projections
 
 
 class _Blocks:
@@ -268,10 +269,10 @@ def _dense_block(refs: Sequence[Any], places: NF4Places, row: Any, column: Any, 
     """Returns a block of the matrix in float32, from its first row and column. To be called in a kernel."""
     codes_ref, absmax_ref, *nested_refs, values_ref, shifts_ref, layer_ref = refs
     layer, (rows, columns) = layer_ref[0], shape
-    # The projection that the rows belong to, as scalars. Projections of equal size, such as those of experts, are found
-    # by division, others by comparison.
+    # The projection that the rows belong to, as scalars: a few are compared one by one, and many of equal size, such as
+    # those of experts, found by division.
     first_row = first_block = first_group = projection = jnp.int32(0)
-    if len(set(places.rows)) == 1:
+    if len(places.rows) > _MOST_COMPARED and len(set(places.rows)) == 1:
         projection = row // places.rows[0]
         first_row = projection * places.rows[0]
         first_block, first_group = projection * places.blocks[0], projection * places.groups[0]

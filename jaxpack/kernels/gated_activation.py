@@ -88,10 +88,10 @@ CLAMPED_SCALE, CLAMPED_LIMIT = 1.702, 7.0  # of "clamped_silu"
 # The arithmetic of the kernels: float32 in, float32 out.
 
 
-def _linear(up: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array | float]:
-    """Returns the factor that multiplies `act(gate)`, and its derivative with respect to `up`."""
+def _linear(up: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the factor that multiplies `act(gate)`, and its derivative with respect to `up`; None for 1."""
     if activation != "clamped_silu":
-        return up, 1.0
+        return up, None
     return jnp.clip(up, -CLAMPED_LIMIT, CLAMPED_LIMIT) + 1, jnp.where(jnp.abs(up) <= CLAMPED_LIMIT, 1.0, 0.0)
 
 
@@ -255,7 +255,8 @@ def _backward_kernel(
         act, slope = _activate(gate, activation)
         up, up_slope = _linear(up, activation)
         gradients[0][here] = (d_out * up * slope).astype(gradients[0].dtype)
-        d_up = (d_out * act * up_slope).astype(gradients[-1].dtype)
+        d_up = d_out * act if up_slope is None else d_out * act * up_slope
+        d_up = d_up.astype(gradients[-1].dtype)
         gradients[-1][second if count == 1 else here] = d_up
         if with_product:
             product_ref[here] = (act * up).astype(product_ref.dtype)

@@ -33,6 +33,7 @@ FORMS = [
     Form((128, 32, 32), 512, 128),
     Form((16,), 2560, 4096),  # a block crosses rows, and 4,096 is no multiple of the columns
     Form((40, 24), 72, 64),  # a block crosses rows, and a projection's last block is not full
+    Form(9 * (24,), 40, 64),  # more projections of equal size than are compared one by one
     Form((7, 3), 24, 32),  # rows that no block of a power of two divides
     Form((96,), 96, 2048),
     Form((1,), 8, 1024),  # less than a block

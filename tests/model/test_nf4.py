@@ -101,6 +101,15 @@ def test_a_matrix_of_zeros_stays_zero():
     np.testing.assert_array_equal(weight.dense(jnp.float32), 0)
 
 
+def test_rows_are_those_of_the_dense_matrix():
+    """Whole projections are decoded alone, any other rows with the matrix."""
+    weight = quantize_nf4(draw(3, sum(ROWS), COLUMNS), ROWS).at(2)
+    dense = weight.dense(jnp.float32)
+    starts = np.cumsum([0, *ROWS])
+    for first, size in [*zip(starts.tolist(), ROWS, strict=False), (3, 9), (0, sum(ROWS)), (ROWS[0], 5)]:
+        np.testing.assert_array_equal(weight.dense_rows(first, size, jnp.float32), dense[first : first + size])
+
+
 def test_only_whole_projections_are_written():
     weight = quantize_nf4(draw(2, sum(ROWS), COLUMNS), ROWS)
     with pytest.raises(
