@@ -101,7 +101,8 @@ def test_a_reference_is_the_model_before_training_and_has_no_gradient():
 
     objective = LogProbObjective(drift, with_reference=True)
     fresh = add_lora(small_model("qwen3"), LoraConfig(r=8))
-    assert results(objective, fresh)[0].loss == 0
+    # Log-probabilities of about 5, whose last bit a CPU may round in two ways, squared.
+    assert results(objective, fresh)[0].loss <= 1e-9
     trained = model()
     plain = small_model("qwen3")
     tokens, segments = batch().tokens[0], batch().segment_ids[0]

@@ -141,7 +141,8 @@ def test_dropout_and_accumulation_are_the_same(folder):
         changes |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
         return trained(model, **changes).losses
 
-    np.testing.assert_array_equal(losses(**PLACES["layers"]), losses())
+    # Two programs for a CPU, which may fuse the masks' arithmetic in two ways.
+    np.testing.assert_allclose(losses(**PLACES["layers"]), losses(), rtol=1e-6)
 
 
 def test_a_run_that_finds_too_little_memory_moves_its_weights(folder, capsys):

@@ -182,9 +182,10 @@ def test_losses_follow_float32_whatever_is_kept(remat):
     difference = losses - losses_of("float32", "full", "xla")
     assert 0 < np.abs(difference).max() < 1.5e-2
     assert abs(difference.mean()) < 1e-3
-    # The choices fall into two groups, with recomputed projections or without; a group's arithmetic is the same.
+    # The choices fall into two groups, with recomputed projections or without. A group's arithmetic is the same, up to
+    # how a compiler for a CPU fuses it.
     alike = "none" if remat in ("keep_projections", "none") else "full"
-    np.testing.assert_array_equal(losses, losses_of("bfloat16", alike))
+    np.testing.assert_allclose(losses, losses_of("bfloat16", alike), rtol=0, atol=2e-3)
 
 
 @pytest.mark.gpu
