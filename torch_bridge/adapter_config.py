@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError
-from jaxpack.model.lora import adapters, experts_of
+from jaxpack.model.lora import adapters, ends_with, experts_of
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 from torch_bridge.families import FAMILIES
@@ -184,11 +184,12 @@ def _target_parameters(model: Transformer, peft: Mapping[str, Any], path: Path) 
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
         raise InputError(f"`target_parameters` of {path} must be a list of names, got {wanted!r:.100}. {_CORRECT}")
     names = [module.name for module in experts_of(model)]
-    unknown = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in names)]
+    unknown = [end for end in wanted if not any(ends_with(name, end) for name in names)]
     if unknown:
         among = f"among {sorted(names)}" if names else "empty, because the model has no experts"
         raise InputError(f"`target_parameters` of {path} must be {among}, got {some(unknown)}. {_MERGE}")
-    return tuple(name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted))
+    selected = _selected(wanted, names, "target_parameters", path)
+    return tuple(name for name in names if name in selected)
 
 
 def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_empty: bool) -> tuple[str, ...]:
@@ -249,7 +250,7 @@ def _selected(wanted: str | list[str], names: Sequence[str], field: str, path: P
     """Returns the module names that PEFT selects: by their ends, or as a whole by one pattern."""
     if isinstance(wanted, str):
         return match_all([wanted], names, f"`{field}` of {path}")[0]
-    return {name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted)}
+    return {name for name in names if any(ends_with(name, end) for end in wanted)}
 
 
 def _check_layers(model: Transformer, peft: Mapping[str, Any], path: Path) -> None:

@@ -94,7 +94,7 @@ def save_merged(
             "`base` must be None for a model without weights in 4 bits (NF4), whose adapters are merged into its own"
             f" weights, got {base!r:.200}."
         )
-    has_mxfp4 = bool(experts_of(model)) and any(isinstance(weight_of(x.weight), MXFP4Weight) for x in experts_of(model))
+    has_mxfp4 = any(isinstance(weight_of(x.weight), MXFP4Weight) for x in experts_of(model))
     if base is not None and has_mxfp4:
         raise InputError(
             "`base` must be None for a model whose experts are in MXFP4, because that is the form in which they were"

@@ -22,7 +22,7 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import NF4Weight
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import Frozen, MixedWeight, freeze, store_dense, weight_of
+from jaxpack.model.weights import Frozen, MixedWeight, freeze, projection_rows, store_dense, weight_of
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
 from jaxpack.utils.console import console, progress_bar
@@ -120,7 +120,8 @@ def _hold_in_4bit(model: Transformer, forms: Mapping[str, Form]) -> None:
     dense = nbytes = held = count = 0
     for path, layers in stacks.items():
         linear = operator.attrgetter(path.rpartition(".")[0])(model)
-        rows = tuple(size for _, size in linear.projections)
+        rows = projection_rows(linear)
+        assert rows is not None, "a tensor of a projection belongs to a module with projections"
         before = weight_of(linear.weight)
         weight = abstract_weight(layers, rows, before.shape[-1], model.dtype)
         linear.weight = Frozen(store_dense(weight.value, linear) if isinstance(weight, DenseWeight) else weight)

@@ -120,15 +120,12 @@ def _backward(activation, implementation, residuals, d):
     gradients = functools.partial(_gradients, routing=routing, implementation=implementation)
     row_shares = spread(shares, routing)[:, None]
 
-    def scaled(rows: jax.Array) -> jax.Array:
-        return (rows.astype(jnp.float32) * row_shares).astype(rows.dtype)
-
     # The gradient of the activation, not yet scaled by the rows' shares.
     d_product, d_down_xa = back(d, down, from_tokens=True)
     d_hidden, _, product = gated_activation_backward(
         hidden,
         None,
-        scaled(d_product),
+        _scaled(d_product, row_shares),
         activation=activation,
         with_product=True,
         in_place=True,
@@ -139,7 +136,15 @@ def _backward(activation, implementation, residuals, d):
     d_shares = gather_copies(row_products + _bias_products(d, down, routing), routing)
     # A row's gradient is its token's gradient times its share. The share multiplies the other factor of each outer
     # product, so that the tokens' gradients are read in place.
-    d_down = gradients(d, product, down, scaled(down_xa), scaled(d_down_xa), d_from_tokens=True, row_shares=row_shares)
+    d_down = gradients(
+        d,
+        product,
+        down,
+        _scaled(down_xa, row_shares),
+        _scaled(d_down_xa, row_shares),
+        d_from_tokens=True,
+        row_shares=row_shares,
+    )
     d_rows, d_gate_up_xa = back(d_hidden, gate_up)
     d_gate_up = gradients(d_hidden, x, gate_up, gate_up_xa, d_gate_up_xa, x_from_tokens=True)
     d_x = combine(d_rows, routing).astype(x.dtype)
@@ -194,21 +199,23 @@ def _gradients(
     outer = functools.partial(grouped_outer, routing=routing, implementation=implementation)
     of_rows = functools.partial(outer, d_from_tokens=d_from_tokens)
 
-    def shared(rows: jax.Array) -> jax.Array:
-        return rows if row_shares is None else (rows.astype(jnp.float32) * row_shares).astype(rows.dtype)
-
     def of_matrix() -> jax.Array:
-        matrices = of_rows(d, shared(x), x_from_tokens=x_from_tokens)
+        matrices = of_rows(d, _scaled(x, row_shares), x_from_tokens=x_from_tokens)
         return matrices.reshape(-1, matrices.shape[2])
 
     d_bias = None
     if linear.bias is not None:  # XLA leaves it out where biases are frozen
-        ones = shared(jnp.ones((routing.copies.shape[0], 16), d.dtype))
+        ones = _scaled(jnp.ones((routing.copies.shape[0], 16), d.dtype), row_shares)
         d_bias = of_rows(d, ones)[:, :, 0].astype(linear.bias.dtype)
     if linear.factors is None:
         return ExpertLinear(linear.weight.cotangent(of_matrix), d_bias)
     d_a, d_b = outer(d_xa, x, x_from_tokens=x_from_tokens), of_rows(d, xa)
     return ExpertLinear(linear.weight.cotangent(of_matrix), d_bias, (d_a.astype(d.dtype), d_b.astype(d.dtype)))
+
+
+def _scaled(rows: jax.Array, shares: jax.Array | None) -> jax.Array:
+    """Returns the rows times their shares, multiplied in float32; without shares, the rows."""
+    return rows if shares is None else (rows.astype(jnp.float32) * shares).astype(rows.dtype)
 
 
 def _bias_products(d, linear: ExpertLinear, routing: Routing) -> jax.Array | float:

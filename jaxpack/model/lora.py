@@ -82,12 +82,15 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     return model
 
 
+def ends_with(name: str, end: str) -> bool:
+    """Returns whether the last parts of a name with dots are `end`, as PEFT matches names."""
+    return f".{name}".endswith(f".{end}")
+
+
 def _chosen_experts(model: Transformer, config: LoraConfig) -> list[Experts]:
     """Returns the modules whose names end with a name in `target_parameters`, as PEFT matches them."""
     modules = experts_of(model)
-    found = {
-        end: [module for module in modules if f".{module.name}".endswith(f".{end}")] for end in config.target_parameters
-    }
+    found = {end: [module for module in modules if ends_with(module.name, end)] for end in config.target_parameters}
     if unknown := [end for end, those in found.items() if not those]:
         if not modules:
             raise InputError(
@@ -102,7 +105,7 @@ def _with_full_names(config: LoraConfig, experts: list[Experts]) -> LoraConfig:
     """Returns the settings with the full names of these experts' matrices, also in patterns."""
 
     def full(name: str) -> str:
-        return next((one.name for one in experts if f".{one.name}".endswith(f".{name}")), name)
+        return next((one.name for one in experts if ends_with(one.name, name)), name)
 
     patterns = {
         field: tuple((full(name), value) for name, value in getattr(config, field))
