@@ -4,11 +4,12 @@
 
 `bench_training.py` starts this for one case, with the opponents' packages on the path and without ours. It trains on
 random weights, over the same documents, with the same optimizer. Real tokens are counted in the batches that the step
-receives, after the warm-up (see `steady`); peak memory is the allocator's own, of the whole process. A layout or an
-attention that was not asked for is an error.
+receives, after the warm-up (see `steady`); peak memory is the allocator's own, of the training. A layout, an attention
+or adapters that were not asked for are an error.
 """
 
 import json
+import math
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,10 @@ import numpy as np
 
 SYSTEMS = {"unsloth": ("unsloth", "unsloth_zoo", "xformers"), "trl": (), "trl-liger": ("liger_kernel",)}
 RECOMPUTE = {"unsloth": "unsloth", "full": True, "none": False}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+PROJECTIONS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]  # the fused weights of transformers 5
+STD = 0.02  # of random weights
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")  # below the ids of the documents
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -27,72 +31,83 @@ CHAT_TEMPLATE = (
 )
 
 
-# A checkpoint with random weights.
+# A checkpoint without weights, and the random weights that a model gets after loading it.
 
 
 def write_checkpoint(folder: Path, config: Any) -> None:
-    """Writes a random Qwen3 of `config`'s shape (a `ModelConfig`), and a byte tokenizer."""
+    """Writes a checkpoint of `config`'s shape (a `ModelConfig`) whose weights are all 0, and a byte tokenizer."""
     from torch_bridge.config_json import config_to_hf
 
+    eos, pad = SPECIAL_TOKENS.index("<|im_end|>"), SPECIAL_TOKENS.index("<|pad|>")
+    fields = {"max_position_embeddings": 40_960} | config_to_hf(config)
+    fields |= {"dtype": "bfloat16", "eos_token_id": eos, "pad_token_id": pad}
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
-    write_tensors(folder / "model.safetensors", tensor_shapes(config))
-    eos, pad = SPECIAL_TOKENS.index("<|im_end|>"), SPECIAL_TOKENS.index("<|pad|>")
-    fields = {"max_position_embeddings": 40_960, "dtype": "bfloat16", "eos_token_id": eos, "pad_token_id": pad}
+    write_zeros(folder / "model.safetensors", tensor_shapes(fields))
     # The config is written last: a folder with a config is complete.
-    (folder / "config.json").write_text(json.dumps(config_to_hf(config) | fields, indent=1))
+    (folder / "config.json").write_text(json.dumps(fields, indent=1))
 
 
-def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor of a Qwen3 checkpoint, by its Hugging Face name."""
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-    N, K = config.num_heads, config.num_kv_heads
-    layer = {
-        "input_layernorm": (D,),
-        "self_attn.q_proj": (N * H, D),
-        "self_attn.k_proj": (K * H, D),
-        "self_attn.v_proj": (K * H, D),
-        "self_attn.o_proj": (D, N * H),
-        "self_attn.q_norm": (H,),
-        "self_attn.k_norm": (H,),
-        "post_attention_layernorm": (D,),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-    names = {"model.embed_tokens": (config.vocab_size, D)}
-    names |= {f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
-    names |= {"model.norm": (D,)}
-    if not config.tie_word_embeddings:
-        names |= {"lm_head": (config.vocab_size, D)}
-    return {f"{name}.weight": shape for name, shape in names.items()}
+def tensor_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor of a checkpoint, by its name in transformers, from a `config.json`'s fields.
+
+    The experts of a layer are fused, as the model holds them: transformers loads them from either form.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    return {name: tuple(x.shape) for name, x in model.named_parameters()}  # a tied weight comes once
 
 
-def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Writes a bfloat16 safetensors file: norm scales are 1, all else repeats a block of normal numbers (std 0.02)."""
+def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Writes a bfloat16 safetensors file of zeros, which takes no disk space: a 30B model is 57 GiB."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * int(np.prod(shape))
+        begin, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    # A tensor starts in the block where the last one stopped, and a prime is no multiple of a row: so gate and up
-    # differ, and so do rows.
-    block = 0.02 * np.random.default_rng(0).standard_normal(16_777_213, dtype=np.float32)
-    block, at = (block.view(np.uint32) >> 16).astype(np.uint16), 0
-    one = np.uint16(0x3F80)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for shape in shapes.values():
-            left = int(np.prod(shape))
-            if len(shape) == 1:
-                file.write(memoryview(np.full(left, one)))
-                continue
-            while left:
-                part = block[at : at + left]
-                file.write(memoryview(part))
-                left, at = left - len(part), (at + len(part)) % len(block)
+        file.truncate(file.tell() + end)  # a file system stores no blocks that were never written
+
+
+def fill(model: Any) -> None:
+    """Fills a loaded model with random numbers, in place and before it has adapters.
+
+    Weights are normal with a standard deviation of 0.02, norm scales are 1 and biases 0. Steps on zeros must not be
+    timed: all tokens would choose the same experts, and a GPU multiplies zeros with less power, thus faster.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if getattr(parameter, "quant_state", None) is not None:
+                fill_four_bit(parameter)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1 and "norm" in name:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=STD)
+
+
+def fill_four_bit(parameter: Any) -> None:
+    """Fills a weight of bitsandbytes with random codes, and scales that decode them to the standard deviation `STD`."""
+    import torch
+
+    parameter.data.view(torch.uint8).random_(0, 256)  # two codes
+    state = parameter.quant_state
+    scale = STD / state.code.float().square().mean().sqrt()
+    if state.nested:  # scales are coded, too: scale = code * state2.absmax + offset
+        state.state2.absmax.zero_()
+        state.offset.fill_(scale)
+    else:
+        state.absmax.fill_(scale)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -156,7 +171,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "disable_tqdm": True,
         "seed": 0,
     }
-    if packed and request["full_finetuning"]:
+    if packed and (request["full_finetuning"] or not unsloth):
         # Attention is then flex_attention, which recompiles for each new number of tokens.
         settings["pad_to_multiple_of"] = request["rows"] * request["max_length"]
     if unsloth:
@@ -180,7 +195,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         **({} if peft_config is None else {"peft_config": peft_config}),
     )
     clock.watch(trainer)
-    loaded = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    check_adapters(request, trainer.model)
+    loaded = 0
+    if torch.cuda.is_available():
+        loaded = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()  # loading may briefly take more than the model, which we do not charge
     clock.begin = time.perf_counter()
     trainer.train()
     if unsloth:
@@ -191,6 +210,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "load_seconds": clock.begin - begin,
         "loaded_memory_bytes": loaded,
         "attention": trainer.model.config._attn_implementation if not unsloth else unsloth_attention(),
+        "experts": experts_of(trainer.model, unsloth),
         "trainable_parameters": sum(x.numel() for x in trainer.model.parameters() if x.requires_grad),
         "trainable_dtypes": sorted({str(x.dtype) for x in trainer.model.parameters() if x.requires_grad}),
         "optimizer_dtypes": sorted({str(x.dtype) for x in states if getattr(x, "ndim", 0)}),
@@ -214,28 +234,43 @@ def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Returns the model, its tokenizer and a LoRA configuration, as TRL takes them."""
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    four_bit = BitsAndBytesConfig(
+    four_bit = BitsAndBytesConfig(  # leaves fused experts in 16 bits
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    config = AutoConfig.from_pretrained(request["checkpoint"])
+    sdpa = request["layout"] == "padded" and config.model_type != "gpt_oss"  # whose attention sinks `sdpa` has not
     model = AutoModelForCausalLM.from_pretrained(
         request["checkpoint"],
         dtype=torch.bfloat16,
-        attn_implementation="sdpa" if request["layout"] == "padded" else "flex_attention",
+        attn_implementation="sdpa" if sdpa else "flex_attention",
         device_map={"": 0} if torch.cuda.is_available() else None,
         **({"quantization_config": four_bit} if request["load_in_4bit"] else {}),
+        # This is the fastest implementation that downloads no kernels. As the default it would fall back to a loop.
+        **({"experts_implementation": "grouped_mm"} if has_experts(config) else {}),
     )
-    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    fill(model)
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=ATTENTION if has_experts(config) else PROJECTIONS,
+        target_parameters=EXPERTS if request["adapts_experts"] else None,
+        task_type="CAUSAL_LM",
+    )
     tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
     return model, tokenizer, None if request["full_finetuning"] else lora
 
 
 def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
-    """Returns the model with its adapters, and its tokenizer."""
+    """Returns the model with its adapters, and its tokenizer.
+
+    Unsloth adapts the experts if the projections of an MLP are named. In 4 bits it holds the experts in 4 bits, too.
+    """
     import torch
     from unsloth import FastLanguageModel
 
@@ -249,17 +284,47 @@ def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
         use_gradient_checkpointing=recompute,
     )
     check_unsloth_attention(request)
+    fill(model)
     if not request["full_finetuning"]:
+        only_attention = has_experts(model.config) and not request["adapts_experts"]
         model = FastLanguageModel.get_peft_model(
             model,
             r=16,
             lora_alpha=16,
             lora_dropout=0.0,
             bias="none",
-            target_modules=PROJECTIONS,
+            target_modules=ATTENTION if only_attention else PROJECTIONS,
             use_gradient_checkpointing=recompute,
         )
     return model, tokenizer, None
+
+
+def has_experts(config: Any) -> bool:
+    """Returns whether a configuration of transformers is that of a mixture of experts."""
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+
+
+def experts_of(model: Any, unsloth: bool) -> str | None:
+    """Returns the name of the implementation of the experts, or None for a dense model."""
+    if not has_experts(model.config):
+        return None
+    if not unsloth:
+        return model.config._experts_implementation
+    from unsloth_zoo.temporary_patches.moe_utils import select_moe_backend
+
+    backend = select_moe_backend()  # "grouped_mm" by default
+    if backend == "native_torch":
+        raise RuntimeError("Unsloth fell back to a loop over experts, which nobody would use on this device.")
+    return backend
+
+
+def check_adapters(request: dict[str, Any], model: Any) -> None:
+    """Raises RuntimeError unless the experts have adapters exactly if the request asks for them."""
+    if request["full_finetuning"]:
+        return
+    trained = any(".experts." in name for name, x in model.named_parameters() if x.requires_grad)
+    if trained != request["adapts_experts"]:
+        raise RuntimeError(f"The experts must have adapters: {request['adapts_experts']}. They have: {trained}.")
 
 
 def unsloth_attention() -> dict[str, Any]:

@@ -60,8 +60,6 @@ class Case:
             )
         if self.card is not None and not self.card > 0:
             raise InputError(f"`card` must be None or a positive number, got {self.card}.")
-        if self.adapts_experts and self.system != "jaxpack":
-            raise InputError(f"`adapts_experts` must be without an opponent, got {self.system!r}: it adapts none.")
         if self.layout not in get_args(Layout):
             raise InputError(f"`layout` must be one of {get_args(Layout)}, got {self.layout!r}.")
         if self.system == "jaxpack" and self.remat not in REMAT:

@@ -10,30 +10,89 @@ import pytest
 import torch
 import transformers
 from models import small_config
+from plain_bitsandbytes import bitsandbytes
 
-from benchmarks.peers_training import SPECIAL_TOKENS, make_clock, steady, write_checkpoint
+from benchmarks.peers_training import SPECIAL_TOKENS, fill, make_clock, steady, write_checkpoint, write_zeros
 
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_checkpoint_is_whole(tied, tmp_path):
-    write_checkpoint(tmp_path, small_config("qwen3", vocab_size=300, tie_word_embeddings=tied))
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen3", {"tie_word_embeddings": False}),
+        ("llama", {}),
+        ("qwen3_moe", {}),
+        ("gpt_oss", {}),
+    ],
+    ids=str,
+)
+def test_checkpoint_is_whole(family, changes, tmp_path):
+    write_checkpoint(tmp_path, small_config(family, vocab_size=300, **changes))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, output_loading_info=True
     )
     assert not any(report.values())
-    weights = dict(model.named_parameters())
-    assert weights["model.norm.weight"].eq(1).all()
-    projections = [weights[f"model.layers.0.mlp.{name}_proj.weight"].float() for name in ("gate", "up")]
-    assert not torch.equal(*projections)
-    assert all(0.015 < x.std() < 0.025 for x in projections)
+    assert not any(weight.any() for weight in model.parameters())
+    fill(model)
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer("a b").input_ids) == "a b"
     assert tokenizer.pad_token_id == model.config.pad_token_id == SPECIAL_TOKENS.index("<|pad|>") < 10
     assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_checkpoint_takes_no_disk_space(tmp_path):
+    write_zeros(tmp_path / "model.safetensors", {"a": (1024, 1024), "b": (1024, 4096)})
+    file = (tmp_path / "model.safetensors").stat()
+    assert file.st_size > 10 * 2**20
+    assert 512 * file.st_blocks < 2**20
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt_oss"])
+def test_weights_are_random_but_for_norms_and_biases(family, tmp_path):
+    write_checkpoint(tmp_path, small_config(family, vocab_size=300))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    fill(model)
+    weights = {name: weight.detach().float() for name, weight in model.named_parameters()}
+    assert weights["model.norm.weight"].eq(1).all()
+    for name, weight in weights.items():
+        if name.endswith("bias"):
+            assert weight.eq(0).all()
+        elif weight.ndim == 1 and "norm" in name:
+            assert weight.eq(1).all()
+        elif weight.ndim > 1:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.15), name
+    matrices = [weight for weight in weights.values() if weight.ndim > 1 and weight.any()]
+    assert len({tuple(matrix.flatten()[:20].tolist()) for matrix in matrices}) == len(matrices)
+    fill(model)
+    assert all(torch.equal(weights[name], weight.float()) for name, weight in model.named_parameters())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_in_4_bits_decode_to_random_numbers(double):
+    functional = bitsandbytes().functional
+    quantised = (
+        bitsandbytes()
+        .nn.Params4bit(
+            torch.zeros(256, 512, dtype=torch.bfloat16),
+            quant_type="nf4",
+            compress_statistics=double,
+            requires_grad=False,
+        )
+        .to("cpu")
+    )
+    layer = torch.nn.Module()
+    layer.weight = quantised if quantised.bnb_quantized else quantised._quantize("cpu")
+    assert layer.weight.quant_state.nested == double
+    fill(layer)
+    decoded = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    assert decoded.shape == (256, 512)
+    assert decoded.std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(decoded.mean().item()) < 0.002
+    assert len(decoded.unique()) == 16
 
 
 def test_a_step_that_is_larger_than_all_before_it_is_not_counted():
