@@ -73,6 +73,26 @@ def _four_bit(work: str, speed: float | None, memory: float | None = 1.0, **fiel
     return Bar(work, ours, (Case(system="unsloth", load_in_4bit=True, remat="unsloth", **peer),), speed, memory)
 
 
+def _qwen3_moe(what: str, speed: float | None, **fields: Any) -> Bar:
+    """Returns a bar for 16 packed rows of a mixture with adapted experts, each system with its least memory."""
+    ours = Case(model="Qwen3-30B-A3B", adapts_experts=True, remat="offload", **fields)
+    peers = tuple(dataclasses.replace(ours, system=system, remat=remat) for system, remat in _LEAST.items())
+    return Bar(f"Qwen3-30B-A3B, {what}", ours, peers, speed, memory=None)
+
+
+def _gpt_oss(what: str, **fields: Any) -> Bar:
+    """Returns a bar for 16 packed rows of GPT-OSS, each system with its least memory.
+
+    Unsloth packs no rows of GPT-OSS, and pads 32 documents a step. Both opponents hold the weights in 16 bits, since
+    they decode MXFP4 unless they can download kernels.
+    """
+    ours = Case(model="gpt-oss-20b", remat="offload", **fields)
+    trl = dataclasses.replace(ours, system="trl", remat="full")
+    unsloth = dataclasses.replace(ours, system="unsloth", remat="unsloth", layout="padded", rows=32, steps=30)
+    return Bar(f"gpt-oss-20b, {what}", ours, (unsloth, trl), None, memory=None)
+
+
+_LEAST = {"unsloth": "unsloth", "trl": "full"}
 _DOCUMENTS: dict[str, Any] = {"model": "Qwen3-4B", "rows": 32}
 _FULL: dict[str, Any] = {"model": "Qwen3-0.6B", "full_finetuning": True, "remat": "none"}
 
@@ -94,6 +114,10 @@ BARS = (
     _four_bit("Qwen3-4B in 4 bits, 16 rows", 1.3, model="Qwen3-4B"),
     _four_bit("Qwen3-4B in 4 bits, one row, 8-bit Adam", 4.0, model="Qwen3-4B", rows=1, optim="adamw_8bit"),
     _four_bit("Qwen3-8B in 4 bits, 16 rows", 1.3, model="Qwen3-8B"),
+    _qwen3_moe("16 rows", 2.0),
+    _qwen3_moe("16 rows, in 4 bits, 8-bit Adam", None, load_in_4bit=True, optim="adamw_8bit"),
+    _gpt_oss("16 rows", adapts_experts=False),
+    _gpt_oss("16 rows, experts adapted", adapts_experts=True),
 )
 
 # The runs on smaller cards. Each entry: the model, whether it is in 4 bits, layout, batch size, the card's GiB.
@@ -164,12 +188,17 @@ def bars() -> list[Planned]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Holds a bar and the two records measured for it on a device; None for a missing or failed record."""
+    """Holds a bar and the two records measured for it on a device; None for a missing or failed record.
+
+    `whole` is whether all opponents were measured. If some failed, the fastest of the others is shown, but the bar is
+    neither passed nor missed.
+    """
 
     bar: Bar
     device: str
     ours: dict[str, Any] | None
     peer: dict[str, Any] | None
+    whole: bool = True
 
     @property
     def speed(self) -> float | None:
@@ -184,7 +213,7 @@ class Verdict:
     @property
     def passed(self) -> bool | None:
         """Returns whether speed and memory reach the bar; None if that is not known or not asked."""
-        if self.speed is None or self.memory is None or self.bar.speed is None:
+        if self.speed is None or self.memory is None or self.bar.speed is None or not self.whole:
             return None
         return self.speed >= self.bar.speed and (self.bar.memory is None or self.memory <= self.bar.memory)
 
@@ -195,21 +224,28 @@ class Verdict:
 def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
     """Compares, for each bar, ours with the fastest opponent; all measured on one device, data and day.
 
-    A day with missing measurements is left out if another day has all of them.
+    A day with missing measurements is left out if another day has all of them. A failed opponent leaves the comparison
+    to the others.
     """
     found = []
+    failed = {
+        (record.get("data"), record.get("date"), case_of(record))
+        for record in records
+        if record["plan"] == "bars" and "failed" in record
+    }
     sittings: dict[tuple[str, ...], dict[Case, dict[str, Any]]] = {}
     for record in of_plan(records, "bars"):
         sitting = tuple(record[field] for field in ("device", "data", "date"))
         sittings.setdefault(sitting, {})[case_of(record)] = record
-    for (device, *_), of_case in sittings.items():
+    for (device, data, date), of_case in sittings.items():
         for bar in BARS:
             ours, *peers = (of_case.get(case) for case in (bar.ours, *bar.peers))
             measured = [peer for peer in peers if peer is not None]
             whole = len(measured) == len(peers)
-            fastest = max(measured, key=lambda peer: peer["tokens_per_second"]) if whole else None
+            tried = all(case in of_case or (data, date, case) in failed for case in bar.peers)
+            fastest = max(measured, key=lambda peer: peer["tokens_per_second"]) if measured and tried else None
             if ours or measured:
-                found.append(Verdict(bar, device, ours, fastest))
+                found.append(Verdict(bar, device, ours, fastest, whole))
     known = {(verdict.bar, verdict.device) for verdict in found if verdict.speed is not None}
     told = (verdict for verdict in found if verdict.speed is not None or (verdict.bar, verdict.device) not in known)
     return sorted(told, key=lambda verdict: BARS.index(verdict.bar))

@@ -4,10 +4,10 @@
     PYTHONPATH=. python benchmarks/bench_training.py --lengths LENGTHS.csv --model Qwen3-4B --remat offload --profile
     PYTHONPATH=. python benchmarks/bench_training.py --draw RESULTS.json [RESULTS.json ...]
 
-Plans: `bars` (every bar, with its opponents), `cards` (runs with the memory of smaller cards), `batch_sizes` (1 to 32,
-every layout and system), `ablation` (padded to packed to kernels to memory choices), `losses` (runs over the same text
-in every layout), and `cases`, the default: the case that the flags describe, for each --remat. Each case runs in its
-own process, on random weights and documents of the lengths in LENGTHS.csv, a histogram with the columns
+Plans: `bars` (every bar, with its opponents), `cards` (runs with the memory of smaller cards), `batch_sizes` (1 to 32
+or --sizes, every layout and system), `ablation` (padded to packed to kernels to memory choices), `losses` (runs over
+the same text in every layout), and `cases`, the default: the case that the flags describe, for each --remat. Each case
+runs in its own process, on random weights and documents of the lengths in LENGTHS.csv, a histogram with the columns
 `token_length_from`, `token_length_to` and `documents`. Rates count real tokens, of steps after the warm-up; peak memory
 is the allocator's own.
 
@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -55,7 +55,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 # Plans.
 
 
-def batch_sizes(base: Case) -> list[Planned]:
+def batch_sizes(base: Case, sizes: Sequence[int]) -> list[Planned]:
     """Plans ours in every layout, Unsloth by default and packed, and TRL padded, each with its least memory."""
     lines = (
         ("jaxpack", "padded", "offload"),
@@ -69,7 +69,9 @@ def batch_sizes(base: Case) -> list[Planned]:
     return [
         planned
         for system, layout, remat in lines
-        for planned in cases.batch_sizes(dataclasses.replace(base, system=system, layout=layout, remat=remat))
+        for planned in cases.batch_sizes(
+            dataclasses.replace(base, system=system, layout=layout, remat=remat), tuple(sizes)
+        )
     ]
 
 
@@ -79,12 +81,12 @@ def losses(base: Case, documents: Documents) -> list[Planned]:
     return cases.losses(base, 32, documents)
 
 
-PLANS: dict[str, Callable[[Case, Documents], list[Planned]]] = {
-    "bars": lambda base, documents: bars(),
-    "cards": lambda base, documents: cards(),
-    "batch_sizes": lambda base, documents: batch_sizes(base),
-    "ablation": lambda base, documents: cases.ablation(base, 32, documents),
-    "losses": losses,
+PLANS: dict[str, Callable[[Case, Documents, Sequence[int]], list[Planned]]] = {
+    "bars": lambda base, documents, sizes: bars(),
+    "cards": lambda base, documents, sizes: cards(),
+    "batch_sizes": lambda base, documents, sizes: batch_sizes(base, sizes),
+    "ablation": lambda base, documents, sizes: cases.ablation(base, 32, documents),
+    "losses": lambda base, documents, sizes: losses(base, documents),
 }
 
 
@@ -93,7 +95,7 @@ def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
     fields = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Case)}
     base = Case(**{name: value for name, value in fields.items() if value is not None and name != "remat"})
     if options.plan != "cases":
-        plan = PLANS[options.plan](base, documents)
+        plan = PLANS[options.plan](base, documents, options.sizes)
     else:
         choices = options.remat or DEFAULT_REMAT[base.system]
         plan = [Planned("cases", base.layout, dataclasses.replace(base, remat=remat)) for remat in choices]
@@ -177,6 +179,9 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=("cases", *PLANS), default="cases")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=cases.BATCH_SIZES, help="batch sizes of the plan `batch_sizes`"
+    )
     parser.add_argument("--lengths", type=Path, help="CSV histogram of document lengths; `losses` needs none")
     parser.add_argument("--data", type=Path, help="JSONL file of texts for `losses` (default: the bundled questions)")
     parser.add_argument("--documents", type=int, default=4000, help="number of documents to draw from the histogram")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -27,6 +28,19 @@ def test_the_fastest_opponent_counts_and_only_when_all_are_measured():
     records[1] = Planned("bars", bar.work, slow).record(failed="it did")
     (verdict,) = verdicts(records)
     assert (verdict.speed, verdict.passed) == (None, None)
+
+
+def test_a_failed_opponent_leaves_the_others_to_compare_but_no_bar_is_passed():
+    bar = next(bar for bar in BARS if len(bar.peers) == 2 and bar.speed is not None)
+    first, second = bar.peers
+    ours, peer = measured(bar.work, bar.ours, 300, 5), measured(bar.work, first, 100, 5)
+    failed = Planned("bars", bar.work, second).record(data="lengths", date="2026-11-24", failed="out of memory")
+    (verdict,) = verdicts([ours, peer, failed])
+    assert (verdict.speed, verdict.passed) == (3.0, None)
+    (verdict,) = verdicts([ours, peer, failed | {"date": "2026-11-25"}])
+    assert verdict.speed is None
+    (verdict,) = verdicts([ours, failed])
+    assert verdict.speed is None
 
 
 @pytest.mark.parametrize(
@@ -82,8 +96,8 @@ def test_a_work_is_drawn_as_measured_where_its_opponents_are_known():
     records = [measured(first.work, first.ours, 300, 6 * GIB), measured(first.work, first.peers[0], 200, 9 * GIB)]
     figure = draw_bars([*records, measured(second.work, second.ours, 100, GIB)])
     speed, memory = figure.axes
-    assert [bar.get_width() for bar in speed.patches] == [300, 200]
-    assert [bar.get_width() for bar in memory.patches] == [6, 9]
+    assert [cast("Any", bar).get_width() for bar in speed.patches] == [300, 200]
+    assert [cast("Any", bar).get_width() for bar in memory.patches] == [6, 9]
     assert [text.get_text() for text in speed.texts] == ["jaxpack 300   x 1.50", "Unsloth 200"]
     assert [label.get_text() for label in speed.get_yticklabels()] == [first.work.replace(", ", "\n")]
 

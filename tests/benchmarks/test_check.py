@@ -36,6 +36,7 @@ def check(old: Path, new: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["check.py", str(old), str(new)])
     with pytest.raises(SystemExit) as stopped:
         main()
+    assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
 

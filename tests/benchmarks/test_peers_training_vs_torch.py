@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 )
 def test_checkpoint_is_whole(family, changes, tmp_path):
     write_checkpoint(tmp_path, small_config(family, vocab_size=300, **changes))
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, output_loading_info=True
     )
+    model, report = loaded
     assert not any(report.values())
     assert not any(weight.any() for weight in model.parameters())
     fill(model)
