@@ -255,6 +255,8 @@ def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
         **({"experts_implementation": "grouped_mm"} if has_experts(config) else {}),
     )
     fill(model)
+    if config.model_type == "gpt_oss":
+        keep_documents_apart(model)
     lora = LoraConfig(
         r=16,
         lora_alpha=16,
@@ -298,6 +300,34 @@ def load_with_unsloth(request: dict[str, Any]) -> tuple[Any, Any, None]:
             use_gradient_checkpointing=recompute,
         )
     return model, tokenizer, None
+
+
+def keep_documents_apart(model: Any) -> None:
+    """Gives a GPT-OSS of transformers masks that keep packed documents apart.
+
+    Versions 5.17 to 5.23 make them without `position_ids`, so that documents of a row would see each other.
+    """
+    import torch
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    def add_masks(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+        if ids is None or positions is None or kwargs.get("attention_mask") is not None:
+            return args, kwargs
+        about: dict[str, Any] = {
+            "config": module.config,
+            "inputs_embeds": torch.empty((*ids.shape, 1), dtype=module.dtype, device=ids.device),  # only its shape
+            "attention_mask": None,
+            "past_key_values": None,
+            "position_ids": positions,
+        }
+        masks = {
+            "full_attention": create_causal_mask(**about),
+            "sliding_attention": create_sliding_window_causal_mask(**about),
+        }
+        return args, kwargs | {"attention_mask": masks}
+
+    model.get_decoder().register_forward_pre_hook(add_masks, with_kwargs=True)
 
 
 def has_experts(config: Any) -> bool:

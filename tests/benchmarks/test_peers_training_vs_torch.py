@@ -2,18 +2,31 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import small_config
+from models import random_documents, small_config
 from plain_bitsandbytes import bitsandbytes
 
-from benchmarks.peers_training import SPECIAL_TOKENS, fill, make_clock, steady, write_checkpoint, write_zeros
+from benchmarks.peers_training import (
+    SPECIAL_TOKENS,
+    fill,
+    keep_documents_apart,
+    make_clock,
+    steady,
+    write_checkpoint,
+    write_zeros,
+)
+from jaxpack.bench.cases import Case, Planned
+from jaxpack.bench.processes import request_of
+from jaxpack.data.synthetic import save_documents
 
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
 
@@ -97,6 +110,25 @@ def test_weights_in_4_bits_decode_to_random_numbers(double):
     assert len(decoded.unique()) == 16
 
 
+def test_packed_documents_of_gpt_oss_do_not_see_each_other(tmp_path):
+    write_checkpoint(tmp_path, small_config("gpt_oss", vocab_size=300))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    fill(model)
+    keep_documents_apart(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1 if "norm" in name else 10)  # all parts matter
+        ids = torch.arange(10, 50)[None]
+        documents = ids[:, :17], ids[:, 17:]
+        positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(input_ids=document, use_cache=False).logits for document in documents], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)  # float32, in two layers
+    assert packed.std() > 0.1
+
+
 def test_a_step_that_is_larger_than_all_before_it_is_not_counted():
     assert steady([5, 3, 5, 6, 6, 2, 7]).tolist() == [False, True, True, False, True, True, False]
 
@@ -123,3 +155,42 @@ def test_smoke(layout, tmp_path):
     results = json.loads(output.read_text())["results"]
     assert all(result["documents_in_step"] == 10 * [2] for result in results)
     assert (results[0]["padding_share"] > 0) == (layout == "padded")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("adapts_experts", [False, True])
+@pytest.mark.parametrize(
+    ("family", "system", "layout"),
+    [
+        ("qwen3_moe", "trl", "packed"),
+        ("qwen3_moe", "unsloth", "packed"),
+        ("gpt_oss", "trl", "packed"),
+        ("gpt_oss", "unsloth", "padded"),
+    ],
+)
+def test_smoke_of_mixtures(family, system, layout, adapts_experts, tmp_path):
+    if importlib.util.find_spec(system) is None:
+        pytest.skip(f"needs {system}")
+    sizes = {"hidden_size": 128, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8}
+    sizes |= {"intermediate_size": 128} if family == "gpt_oss" else {}
+    write_checkpoint(tmp_path / "checkpoint", small_config(family, vocab_size=512, **sizes))
+    save_documents(tmp_path / "documents.npz", random_documents([20, 400, 100, 300] * 20, vocab_size=500))
+    case = Case(
+        model="checkpoint",
+        system=system,
+        layout=layout,
+        rows=2,
+        remat="unsloth" if system == "unsloth" else "full",
+        adapts_experts=adapts_experts,
+        steps=2,
+    )
+    paths = {name: str(tmp_path / name) for name in ("checkpoint", "documents")}
+    paths["documents"] += ".npz"
+    request, result = tmp_path / "request.json", tmp_path / "result.json"
+    request.write_text(json.dumps(request_of(Planned("cases", layout, case), **paths, warm_up=2)))
+    script = Path("benchmarks/peers_training.py").resolve()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    subprocess.run([sys.executable, str(script), str(request), str(result)], check=True, cwd=tmp_path, env=environment)
+    record = json.loads(result.read_text())
+    assert record["experts"] == "grouped_mm"
+    assert all(abs(loss - math.log(512)) < 0.5 for loss in record["losses"])
