@@ -74,7 +74,10 @@ def _four_bit(work: str, speed: float | None, memory: float | None = 1.0, **fiel
 
 
 def _qwen3_moe(what: str, speed: float | None, **fields: Any) -> Bar:
-    """Returns a bar for 16 packed rows of a mixture with adapted experts, each system with its least memory."""
+    """Returns a bar for 16 packed rows of a mixture with adapted experts, each system with its least memory.
+
+    In 4 bits TRL holds the experts in 16 bits, because bitsandbytes knows only linear layers.
+    """
     ours = Case(model="Qwen3-30B-A3B", adapts_experts=True, remat="offload", **fields)
     peers = tuple(dataclasses.replace(ours, system=system, remat=remat) for system, remat in _LEAST.items())
     return Bar(f"Qwen3-30B-A3B, {what}", ours, peers, speed, memory=None)
