@@ -181,20 +181,34 @@ def piece_rows(rows: int, columns: int, itemsize: int) -> int:
     return -(-rows // (count * _UNIT)) * _UNIT
 
 
-def loop_with(fetch: Callable[[Any], Tree], count: int, turn: Callable[[Any, Tree, Any], Any], state: Any) -> Any:
-    """Returns the state after `state = turn(i, fetch(i), state)` for i in 0, ..., count - 1.
+def loop_with(
+    fetch: Callable[[Any, Any], Tree], source: Any, count: int, turn: Callable[[Any, Tree, Any], Any], state: Any
+) -> Any:
+    """Returns the state after `state = turn(i, fetch(source, i), state)` for i in 0, ..., count - 1.
 
     `fetch` copies from host memory; each copy is made while the iteration before computes. XLA makes such copies with
     the GPU's copy engines only if it can compute their source from the number of the iteration by additions alone, and
-    not if it has to read the source from an array, as in a scan over numbers. It copies with kernels otherwise. The
+    not if it has to read the source from an array, as in a scan over numbers. It copies with kernels otherwise. And it
+    starts a copy where the last of its operands is computed: so the loop counts what is fetched, one more than i. The
     last iteration copies the last slice once more, which nothing reads.
     """
 
     def body(carry: Any) -> Any:
-        i, fetched, state = carry
-        return i + 1, fetch(i + 1), turn(i, fetched, state)
+        following, fetched, state = carry
+        state = copies_first(state, source)
+        return following + 1, fetch(source, following), turn(following - 1, fetched, state)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < count, body, (0, fetch(0), state))[2]
+    return jax.lax.while_loop(lambda carry: carry[0] <= count, body, (1, fetch(source, 0), state))[2]
+
+
+def copies_first(state: Tree, source: Any) -> Tree:
+    """Returns `state`; the program comes to the arrays of `source` before it computes with what this returns.
+
+    XLA starts a copy once the program has come to all of its operands. Nothing but the copy reads an array in host
+    memory. So without this the program would come to the array after the iteration's computation, and the copy would
+    have nothing to hide behind.
+    """
+    return jax.lax.optimization_barrier((state, source, jnp.int32(0)))[0]  # 0 is an operand of the copies, too
 
 
 def _moved(leaf: Any) -> Any:

@@ -96,7 +96,7 @@ def streamed_losses(
 
         return jax.lax.scan(of_chunk, None, (chunks, sums))[1]
 
-    sums = loop_with(head.fetch, len(head.pieces), of_piece, _start(chunks, wants_gradients))
+    sums = loop_with(HostMatrix.fetch, head, len(head.pieces), of_piece, _start(chunks, wants_gradients))
     sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(targets)], sums)  # without the chunks' padding
     return _results(sums, targets, head.rows, softcap, hidden.dtype)
 

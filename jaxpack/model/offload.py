@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpack.kernels.host_weight import HostWeight, loop_with
+from jaxpack.kernels.host_weight import HostWeight, copies_first, loop_with
 from jaxpack.kernels.weight import Weight
 from jaxpack.parallel.host_memory import host_buffer, to_device
 
@@ -66,7 +66,7 @@ def _scan(layer, x, leaves, shared, hosted):
     def turn(i, fetched, x):
         return layer(x, _at(leaves, i), shared, _matrices(fetched))
 
-    return loop_with(functools.partial(_fetch, hosted), _length(leaves), turn, x)
+    return loop_with(_fetch, hosted, _length(leaves), turn, x)
 
 
 @jax.tree_util.register_static
@@ -119,9 +119,10 @@ def _forward(layer, x, leaves, shared, hosted):
 
     def turn(state):
         i, x, large, fetched, on_host, smalls = state
+        x, here, following, on_host = copies_first((x, i, i + 1, on_host), (hosted, large))
         sent = [jax.device_put(array, jax.memory.Space.Host) for array in large]
-        x, large, small = one_layer(x, i, fetched)
-        return i + 1, x, large, _fetch(hosted, i + 1), _put(on_host, sent, i), _put(smalls, small, i)
+        x, large, small = one_layer(x, following - 1, fetched)
+        return i + 1, x, large, _fetch(hosted, i + 1), _put(on_host, sent, i), _put(smalls, small, here)
 
     num_layers, fetched = _length(leaves), _fetch(hosted, 0)
     _, large, small = jax.eval_shape(one_layer, x, 0, fetched)
@@ -142,10 +143,13 @@ def _backward(layer, kept, d):
     def turn(state):
         turns, d, large, fetched, gradients = state
         i = num_layers - 1 - turns
+        d, here, place = copies_first((d, i, i - 1), (hosted, on_host))
         before = [to_device(array) for array in _at(on_host, i)]  # the residuals of layer i - 1
-        there = _at(leaves, i) + jax.tree.leaves((shared, _matrices(fetched)))
-        d, of_layer = pullback(d, large + _at(small, i), there)
-        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, allow_negative_indices=False)
+        there = _at(leaves, place + 1) + jax.tree.leaves((shared, _matrices(fetched)))
+        d, of_layer = pullback(d, large + _at(small, here), there)
+        update = functools.partial(
+            jax.lax.dynamic_update_index_in_dim, index=here, axis=0, allow_negative_indices=False
+        )
         # In the last iteration, i - 1 is -1: it fetches the first layer again, which nothing reads.
         return turns + 1, d, before, _fetch(hosted, i - 1), jax.tree.map(update, gradients, of_layer)
 

@@ -87,8 +87,14 @@ def compiler_options(remat: Remat, *, fetches: bool = False) -> dict[str, Any]:
     from the next layer's buffer into this layer's.
 
     Args:
-      fetches: whether the program fetches weights from the host's memory.
+      fetches: whether the program fetches weights from the host's memory. Then the scheduler that hides latencies is
+        off. It does not know how long such a copy takes, and starts it too late: a step of Qwen3-32B waited for copies
+        in a quarter of its time. Without it, a copy starts as soon as it can (see `host_weight.copies_first`).
     """
     if current_device().platform != "gpu" or not (fetches or remat in OFFLOADED):
         return {}
-    return {"xla_gpu_enable_command_buffer": "", "xla_gpu_enable_while_loop_double_buffering": True}
+    options: dict[str, Any] = {
+        "xla_gpu_enable_command_buffer": "",
+        "xla_gpu_enable_while_loop_double_buffering": True,
+    }
+    return options | ({"xla_gpu_enable_latency_hiding_scheduler": False} if fetches else {})

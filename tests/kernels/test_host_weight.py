@@ -99,7 +99,7 @@ def test_a_loop_fetches_every_slice_once_and_in_order():
     def turn(i, fetched, seen):
         return jax.lax.dynamic_update_index_in_dim(seen, (i + 1) * fetched.at(0).dense(jnp.float32), i, 0)
 
-    got = jax.jit(lambda hosted: loop_with(hosted.fetch, L, turn, jnp.zeros_like(STACK)))(hosted)
+    got = jax.jit(lambda hosted: loop_with(HostWeight.fetch, hosted, L, turn, jnp.zeros_like(STACK)))(hosted)
     np.testing.assert_allclose(got, STACK * jnp.arange(1, L + 1)[:, None, None])
 
 
