@@ -10,12 +10,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.errors import InputError
-from jaxpack.kernels.mxfp4 import BLOCK, CODES_PER_WORD, dequantize_mxfp4
+from jaxpack.kernels.mxfp4 import BLOCK, CODES_PER_WORD, decoded, dequantize_mxfp4
 from jaxpack.kernels.weight import NumberedWeight, Weight, write_rows
 from jaxpack.model.moe import Experts
 from jaxpack.model.weights import store_dense
 
-_dequantize = jax.jit(dequantize_mxfp4, static_argnums=2)
+_decoded = jax.jit(decoded, static_argnums=2)
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,9 @@ class MXFP4Weight(NumberedWeight):
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "*L O I"]:
         """Returns the layer that is read, or the whole stack, as a dense array."""
-        return dequantize_mxfp4(*self._arrays, dtype)
+        if self.layer is None:
+            return decoded(self.codes, self.scales, dtype)
+        return dequantize_mxfp4(self.codes, self.scales, self.layer, dtype)
 
     def dense_rows(self, first: int, size: int, dtype: DTypeLike) -> Float[Array, "N I"]:
         """Returns rows of the layer that is read, of which only these are decoded."""
@@ -60,12 +62,12 @@ class MXFP4Weight(NumberedWeight):
             jax.lax.dynamic_slice(x, (self.layer, first, 0), (1, size, x.shape[2]))[0]
             for x in (self.codes, self.scales)
         )
-        return _dequantize(codes, scales, dtype)
+        return _decoded(codes, scales, dtype)
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
         """Returns rows of the layer that is read."""
         codes, scales = self._arrays
-        return dequantize_mxfp4(codes[rows], scales[rows], dtype)
+        return decoded(codes[rows], scales[rows], dtype)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> "MXFP4Weight":
         """Raises InputError: dense rows are not quantised to MXFP4."""
