@@ -7,15 +7,17 @@ which halves its tracing, unless the mesh in context consists of GPUs: then the 
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxpack.errors import InputError
-from jaxpack.parallel.device import may_lower_for_gpu
+from jaxpack.parallel.device import may_lower_for_gpu, shared_memory_bytes
+
+Tile = TypeVar("Tile")
 
 # JAX 0.11 deprecated this backend and names no release that removes it; the upper bound on jax moves with the tests.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -80,6 +82,11 @@ def _by_platform(*, cuda: Callable, **elsewhere: Callable) -> Callable:
         (function,) = elsewhere.values()
         return function
     return lambda *args: jax.lax.platform_dependent(*args, cuda=cuda, **elsewhere)
+
+
+def fitting(tiles: Sequence[Tile], shared_bytes: Callable[[Tile], int]) -> Tile:
+    """Returns the first tile whose shared memory the card has, or the last tile if there is none."""
+    return next((tile for tile in tiles if shared_bytes(tile) <= shared_memory_bytes()), tiles[-1])
 
 
 def powers_of_two(size: int, *, limit: int | None = None) -> list[tuple[int, int]]:

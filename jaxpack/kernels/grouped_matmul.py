@@ -8,20 +8,40 @@ The functions have no derivatives of their own: `gated_experts` has one, which c
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
-from jaxpack.kernels._launch import dispatch, launch, pl, plt, power_of_two_divisor
+from jaxpack.kernels._launch import dispatch, fitting, launch, pl, plt, power_of_two_divisor
 from jaxpack.kernels.routing import Routing
 
-_COLUMNS, _DEPTH = 256, 64  # of a tile: output channels, and channels of one step of the sum
-_NUM_WARPS, _NUM_STAGES = 8, 3
-_OUTER_SIDES = (128, 256)  # of a tile of an expert's matrix; a step of its sum is one block of rows
+
+class _Tile(NamedTuple):
+    """Sizes a tile of a product: output channels, channels of one step of the sum, and how many steps are loaded."""
+
+    columns: int
+    depth: int
+    num_stages: int
+
+
+# Fastest first, as measured on an H200. The smaller ones are for cards with less shared memory, and for float32.
+_TILES = (
+    _Tile(256, 64, 4),
+    _Tile(256, 64, 3),
+    _Tile(128, 64, 3),
+    _Tile(128, 32, 4),
+    _Tile(128, 32, 2),
+    _Tile(64, 16, 2),
+    _Tile(32, 16, 1),
+)
+_NUM_WARPS = 8
+# The sides of a tile of an expert's matrix, and the stages; a step of its sum is one block of rows.
+_OUTER_TILES = ((128, 256, 3), (128, 256, 2), (128, 128, 2), (64, 128, 2), (64, 64, 1), (32, 32, 1))
 _LEAST = 16  # the smallest side of a tile that a matmul takes
 
 
@@ -148,6 +168,29 @@ def _outer_reference(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tok
 # The kernels.
 
 
+class _Tiles:
+    """Covers channels with tiles whose width is a power of two.
+
+    If the width does not divide the channels, the last tile begins earlier and overlaps the one before. Both write the
+    same numbers there. Tiles that fit exactly would be narrow: 64 of 2,880 channels instead of 256.
+
+    Attributes:
+      width: the channels of a tile, at most `limit`.
+      count: the number of tiles.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        self._unit = power_of_two_divisor(size, limit=limit)
+        self._size, self.width = size, min(limit, 1 << (size.bit_length() - 1))
+        self.count = -(-size // self.width)
+
+    def channels(self, number: Any) -> Any:
+        """Returns the channels of a tile by its number."""
+        start, last = number * (self.width // self._unit), (self._size - self.width) // self._unit
+        # As a product with the unit, so that the compiler knows which powers of two divide the place.
+        return pl.ds((jnp.minimum(start, last) if self._size % self.width else start) * self._unit, self.width)
+
+
 def _read(ref: Any, tokens: jax.Array | None, here: Any, channels: Any) -> jax.Array:
     """Reads channels of a block of rows, by their tokens unless `tokens` is None."""
     if tokens is None:
@@ -161,12 +204,14 @@ def _read(ref: Any, tokens: jax.Array | None, here: Any, channels: Any) -> jax.A
 def _matmul_kernel(x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias):
     O, I = matrices.shape[:1:-1] if transposed else matrices.shape[2:]  # noqa: E741
     E, M, G = matrices.shape[1], len(tokens), len(experts)
-    columns, depth = power_of_two_divisor(O, limit=_COLUMNS), power_of_two_divisor(I, limit=_DEPTH)
+    rank = added[-2].shape[1] if len(added) > has_bias else 0
+    tile = fitting(_TILES, lambda tile: _shared_bytes(M // G, tile, rank, x.dtype))
+    tiles, depth = _Tiles(O, tile.columns), power_of_two_divisor(I, limit=tile.depth)
 
     def kernel(x_ref: Any, matrices_ref: Any, experts_ref: Any, layer_ref: Any, tokens_ref: Any, *refs: Any) -> None:
         *added_refs, out_ref = refs
         bias_refs, more_refs = added_refs[:has_bias], added_refs[has_bias:]
-        block, out_channels = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
+        block, out_channels = pl.program_id(1), tiles.channels(pl.program_id(0))
         here = pl.ds(block * (M // G), M // G)
         expert = experts_ref[block]
 
@@ -180,7 +225,7 @@ def _matmul_kernel(x, matrices, experts, layer, tokens, *added, from_tokens, tra
                 matrix = _right(matrices_ref, at, channels, out_channels, transposed)
                 return total + plt.dot(_read(x_ref, tokens, here, channels), matrix)
 
-            total = jax.lax.fori_loop(0, I // depth, step, jnp.zeros((M // G, columns), jnp.float32))
+            total = jax.lax.fori_loop(0, I // depth, step, jnp.zeros((M // G, tiles.width), jnp.float32))
             for bias_ref in bias_refs:
                 total += bias_ref[expert, out_channels].astype(jnp.float32)[None, :]
             if more_refs:
@@ -192,17 +237,22 @@ def _matmul_kernel(x, matrices, experts, layer, tokens, *added, from_tokens, tra
 
         @pl.when(expert >= E)
         def _leave_out() -> None:
-            out_ref[here, out_channels] = jnp.zeros((M // G, columns), out_ref.dtype)
+            out_ref[here, out_channels] = jnp.zeros((M // G, tiles.width), out_ref.dtype)
 
     return launch(
         kernel,
         *(x, matrices, experts, layer, tokens, *added),
         name="grouped_matmul_transposed" if transposed else "grouped_matmul",
-        grid=(O // columns, G),  # The tiles of one block run side by side, and read its rows from the cache.
+        grid=(tiles.count, G),  # The tiles of one block run side by side, and read its rows from the cache.
         out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
         num_warps=_NUM_WARPS,
-        num_stages=_NUM_STAGES,
+        num_stages=tile.num_stages,
     )
+
+
+def _shared_bytes(rows: int, tile: _Tile, rank: int, dtype: DTypeLike) -> int:
+    """Returns the shared memory that a tile takes: its operands in each stage, and those of the second product."""
+    return (rows + tile.columns) * (tile.num_stages * tile.depth + rank) * jnp.dtype(dtype).itemsize
 
 
 def _right(ref: Any, at: tuple[Any, ...], channels: Any, out_channels: Any, transposed: bool) -> jax.Array:
@@ -213,11 +263,17 @@ def _right(ref: Any, at: tuple[Any, ...], channels: Any, out_channels: Any, tran
 def _outer_kernel(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tokens):
     O, I = d.shape[1], x.shape[1]  # noqa: E741
     size = len(tokens) // len(experts)
-    rows, columns = (power_of_two_divisor(side, limit=limit) for side, limit in zip((O, I), _OUTER_SIDES, strict=True))
+
+    def shared_bytes(tile: tuple[int, int, int]) -> int:
+        rows, columns, num_stages = tile
+        return (min(rows, O) + min(columns, I)) * size * num_stages * x.dtype.itemsize
+
+    tile = fitting(_OUTER_TILES, shared_bytes)
+    rows, columns = _Tiles(O, tile[0]), _Tiles(I, tile[1])
 
     def kernel(d_ref: Any, x_ref: Any, starts_ref: Any, tokens_ref: Any, out_ref: Any) -> None:
         expert = pl.program_id(2)
-        out_rows, out_columns = (pl.ds(pl.program_id(axis) * n, n) for axis, n in ((1, rows), (0, columns)))
+        out_rows, out_columns = rows.channels(pl.program_id(1)), columns.channels(pl.program_id(0))
 
         def step(block: Any, total: jax.Array) -> jax.Array:
             here = pl.ds(block * size, size)
@@ -226,7 +282,7 @@ def _outer_kernel(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tokens
             x = _read(x_ref, tokens if x_from_tokens else None, here, out_columns)
             return total + plt.dot(d.T, x)
 
-        zeros = jnp.zeros((rows, columns), jnp.float32)
+        zeros = jnp.zeros((rows.width, columns.width), jnp.float32)
         out_ref[expert, out_rows, out_columns] = jax.lax.fori_loop(
             starts_ref[expert], starts_ref[expert + 1], step, zeros
         )
@@ -235,8 +291,8 @@ def _outer_kernel(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tokens
         kernel,
         *(d, x, starts, tokens),
         name="grouped_outer",
-        grid=(I // columns, O // rows, len(starts) - 1),
+        grid=(columns.count, rows.count, len(starts) - 1),
         out_shape=jax.ShapeDtypeStruct((len(starts) - 1, O, I), jnp.float32),
         num_warps=_NUM_WARPS,
-        num_stages=_NUM_STAGES,
+        num_stages=tile[2],
     )

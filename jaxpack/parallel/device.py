@@ -33,6 +33,21 @@ def may_lower_for_gpu() -> bool:
     return set(backend.backends()) != {"cpu"} or (device is not None and device.platform == "gpu")
 
 
+# KiB of shared memory that a block may take, by compute capability; from NVIDIA's CUDA programming guide.
+_SHARED_KIB = {"7.5": 64, "8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "10.3": 227}
+_LEAST_SHARED_KIB = 99  # of cards newer than these, such as the RTX 5090
+
+
+def shared_memory_bytes() -> int:
+    """Returns the shared memory that a kernel's block may take on the current GPU, or without one on a Hopper.
+
+    Kernels are built for it when they are traced, so a program must be lowered for the same kind of card.
+    """
+    device = current_device()
+    capability = device.compute_capability if device.platform == "gpu" else "9.0"
+    return 1024 * _SHARED_KIB.get(capability, _LEAST_SHARED_KIB)
+
+
 def platform_of(array: jax.Array) -> str:
     """Returns the platform that an array lies on: "cpu" or "gpu"."""
     return next(iter(array.devices())).platform

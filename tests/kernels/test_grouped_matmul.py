@@ -10,6 +10,8 @@ import pytest
 from kernels.oracles import assert_as_good_as_plain_bfloat16, copies_of, exactly, quick_jit
 
 from jaxpack.errors import InputError
+from jaxpack.kernels import _launch
+from jaxpack.kernels import grouped_matmul as grouped
 from jaxpack.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from jaxpack.kernels.routing import Routing, route
 
@@ -124,6 +126,38 @@ def test_outer_products_are_summed_by_expert(implementation, shape, d_from_token
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, outers(d, x, shape, **options), rtol=1e-5, atol=1e-5)
     assert not np.any(np.asarray(got)[np.asarray(routing.counts) == 0])
+
+
+@pytest.mark.parametrize("shared", [227, 99, 64], ids="{} KiB".format)
+@pytest.mark.parametrize("sides", [(320, 48), (2880, 32), (48, 320)], ids=str)
+def test_a_card_with_little_shared_memory_gets_smaller_tiles_and_the_same_products(sides, shared, monkeypatch):
+    """Tests sides that no wide tile divides, too: the last tile overlaps the one before."""
+    monkeypatch.setattr(_launch, "shared_memory_bytes", lambda: 1024 * shared)
+    _, routing = routed("small blocks" if shared == 227 else "large blocks")
+    O, I = sides  # noqa: E741
+    x, d, matrices = operand(routing, I, True), operand(routing, O, False), drawn(1, routing.num_experts, O, I)
+    for function, arguments, options in (
+        (grouped_matmul, (x, matrices), {"from_tokens": True}),
+        (grouped_matmul, (d, matrices), {"transposed": True}),
+        (grouped_outer, (d, x), {"x_from_tokens": True}),
+    ):
+        got, want = (
+            quick_jit(functools.partial(function, implementation=form, **options))(*arguments, routing)
+            for form in ("pallas", "xla")
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rank", [0, 16, 64])
+@pytest.mark.parametrize("shared", [227, 163, 99, 64], ids="{} KiB".format)
+def test_a_tile_fits_the_shared_memory(shared, rank, itemsize, monkeypatch):
+    monkeypatch.setattr(_launch, "shared_memory_bytes", lambda: 1024 * shared)
+    dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
+    sizes = [grouped._shared_bytes(128, tile, rank, dtype) for tile in grouped._TILES]
+    chosen = _launch.fitting(sizes, int)
+    assert chosen <= 1024 * shared
+    assert all(size > 1024 * shared for size in sizes[: sizes.index(chosen)])
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
