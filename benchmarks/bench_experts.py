@@ -54,15 +54,22 @@ def choices() -> jax.Array:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Returns random bfloat16 numbers, made layer by layer."""
-    draw = jax.jit(lambda key: (0.02 * jax.random.normal(key, shape[1:])).astype(jnp.bfloat16))
-    return jnp.stack([draw(key) for key in jax.random.split(jax.random.key(seed), shape[0])])
+    draw = jax.jit(lambda keys: jax.lax.map(lambda key: 0.02 * jax.random.normal(key, shape[1:], jnp.bfloat16), keys))
+    return draw(jax.random.split(jax.random.key(seed), shape[0]))
 
 
 def use(tile: Tile) -> None:
-    """Lets the kernels use a tile. Programs that are compiled already keep theirs."""
-    rows, module._COLUMNS, module._DEPTH, module._NUM_WARPS, module._NUM_STAGES = tile
+    """Lets the kernels of functions that are traced from now on use a tile."""
+    rows, columns, depth, module._NUM_WARPS, num_stages = tile
+    module._TILES = (module._Tile(columns, depth, num_stages),)
     routing_module._MOST_ROWS = rows
-    jax.clear_caches()
+
+
+@functools.cache
+def routing_of(rows: int) -> Routing:
+    """Returns the routing in blocks of at most so many rows, which `use` has chosen."""
+    assert rows == routing_module._MOST_ROWS
+    return jax.jit(lambda picks: route(picks, EXPERTS))(choices())
 
 
 def seconds_by_kernel(run: Callable[[], object]) -> dict[str, float]:
@@ -138,22 +145,22 @@ def main() -> None:
     options = parser.parse_args()
     tiles = [tuple(map(int, tile.split(","))) for tile in options.tiles] if options.tiles else [*TILES]
     console, results = Console(width=140), []
-    table = Table("product", "tile", "ms", "TFLOP/s", title="products with experts' matrices")
     for name, (operations, function, arrays) in products().items():
         if options.only not in name:
             continue
+        table = Table("tile", "ms", "TFLOP/s", title=name)
         for tile in tiles:
             use(tile)  # pyright: ignore[reportArgumentType]
             try:
-                routing = jax.jit(lambda picks: route(picks, EXPERTS))(choices())
-                kernels = seconds_by_kernel(functools.partial(jax.jit(function), *arrays, routing))
+                run = jax.jit(lambda *arguments, function=function: function(*arguments))  # is traced anew
+                kernels = seconds_by_kernel(functools.partial(run, *arrays, routing_of(tile[0])))
             except Exception as error:  # a tile that does not compile
-                table.add_row(name, str(tile), f"{type(error).__name__}: {error!s:.60}", "")
+                table.add_row(str(tile), f"{type(error).__name__}: {error!s:.60}", "")
                 continue
             seconds = sum(value for kernel, value in kernels.items() if "grouped" in kernel)
             results.append({"product": name, "tile": tile, "seconds": seconds, "tflops": operations / seconds / 1e12})
-            table.add_row(name, str(tile), f"{1e3 * seconds:.3f}", f"{operations / seconds / 1e12:.0f}")
-    console.print(table)
+            table.add_row(str(tile), f"{1e3 * seconds:.3f}", f"{operations / seconds / 1e12:.0f}")
+        console.print(table)
     use(TILES[0])
     for what, backward in (("forward", False), ("forward and backward", True)):
         kernels = seconds_by_kernel(layer(backward=backward))

@@ -92,6 +92,8 @@ PLANS: dict[str, Callable[[Case, Documents, Sequence[int]], list[Planned]]] = {
 
 def plan_of(options: argparse.Namespace, documents: Documents) -> list[Planned]:
     """Returns the plan that the flags name, or the cases that they describe."""
+    if options.model not in SHAPES and not Path(options.model, "config.json").exists():
+        raise InputError(f"`model` must be a folder with a config.json, or one of {[*SHAPES]}, got {options.model!r}.")
     fields = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Case)}
     base = Case(**{name: value for name, value in fields.items() if value is not None and name != "remat"})
     if options.plan != "cases":
@@ -192,7 +194,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="time for all cases; a case that would exceed it is not started")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of one jaxpack step")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="RESULTS", help="only show these results")
-    parser.add_argument("--model", choices=SHAPES, default="Qwen3-4B")
+    parser.add_argument(
+        "--model", default="Qwen3-4B", help="a shape with random weights, or a folder (see write_gpt_oss.py)"
+    )
     parser.add_argument("--system", choices=("jaxpack", *SYSTEMS))
     parser.add_argument("--layout", choices=get_args(Layout))
     parser.add_argument("--rows", type=int, help="batch size in rows if packed, else in documents (16)")

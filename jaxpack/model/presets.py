@@ -52,6 +52,23 @@ def gpt_oss(num_layers: int, num_experts: int) -> ModelConfig:
     )
 
 
+def llama3_8b() -> ModelConfig:
+    """Returns the first Llama 3 with 8 billion weights, whose positions are not scaled."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=500_000.0),
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES = {
     "tiny": qwen3(64, 128, 2, 8, tied=True),  # to try things on a CPU
     "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, tied=True),
@@ -60,6 +77,7 @@ SHAPES = {
     "Qwen3-8B": qwen3(4096, 12288, 36, 32, tied=False),
     "Qwen3-14B": qwen3(5120, 17408, 40, 40, tied=False),
     "Qwen3-32B": qwen3(5120, 25600, 64, 64, tied=False),
+    "Llama-3-8B": llama3_8b(),
     "Qwen3-30B-A3B": dataclasses.replace(
         qwen3(2048, 6144, 48, 32, tied=False),
         architecture="Qwen3MoeForCausalLM",
