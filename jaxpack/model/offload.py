@@ -118,11 +118,11 @@ def _forward(layer, x, leaves, shared, hosted):
         return out, large, small
 
     def turn(state):
-        i, x, large, fetched, on_host, smalls = state
+        i, on_host, fetched, x, large, smalls = state
         x, here, following, on_host = copies_first((x, i, i + 1, on_host), (hosted, large))
         sent = [jax.device_put(array, jax.memory.Space.Host) for array in large]
         x, large, small = one_layer(x, following - 1, fetched)
-        return i + 1, x, large, _fetch(hosted, i + 1), _put(on_host, sent, i), _put(smalls, small, here)
+        return i + 1, _put(on_host, sent, i), _fetch(hosted, i + 1), x, large, _put(smalls, small, here)
 
     num_layers, fetched = _length(leaves), _fetch(hosted, 0)
     _, large, small = jax.eval_shape(one_layer, x, 0, fetched)
@@ -130,9 +130,9 @@ def _forward(layer, x, leaves, shared, hosted):
     # Slice i holds the residuals of layer i - 1, so that no place is negative.
     on_host = [host_buffer((num_layers, *array.shape), array.dtype) for array in large]
     smalls = [jnp.zeros((num_layers, *array.shape), array.dtype) for array in small]
-    start = 0, x, nothing, fetched, on_host, smalls
+    start = 0, on_host, fetched, x, nothing, smalls
     # The last iteration fetches the last layer again, and the backward pass begins with it.
-    _, x, large, fetched, on_host, smalls = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
+    _, on_host, fetched, x, large, smalls = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
     return x, (leaves, shared, hosted, pullback, on_host, large, smalls, fetched)
 
 
