@@ -161,7 +161,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "router_aux_loss_coef": 0.0,  # no loss that balances experts, which TRL adds by default and ours does not have
+        "router_aux_loss_coef": 0.0,  # as in ours: no loss that balances experts, which TRL adds by default
         "optim": {"adamw": "adamw_torch_fused"}.get(request["optim"], request["optim"]),
         "bf16": True,
         "dataloader_drop_last": True,

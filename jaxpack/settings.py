@@ -209,6 +209,11 @@ class TrainConfig:
     max_grad_norm: float = _option(
         1.0, "Largest global norm of the gradients: larger gradients are scaled down to it. 0 turns clipping off."
     )
+    router_aux_loss_coef: float = _option(
+        0.0,
+        "For a mixture of experts: how many times the load-balancing loss, which is least where all experts are used "
+        "equally, is added to the loss. 0 leaves it out.",
+    )
     logging_steps: int = _option(10, "Optimizer steps from one line of metrics to the next.")
     report_to: str | tuple[str, ...] | None = _option(
         "none",
@@ -363,7 +368,7 @@ class TrainConfig:
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             check(is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
         _check_seed(self.seed)
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_steps"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "router_aux_loss_coef", "save_steps"):
             value = getattr(self, name)
             check(value == 0 or is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2"):

@@ -91,7 +91,7 @@ def _forward(
         here = patterns.at(pattern)
         within, visible = (None, here) if bounds is None else (here, None)
         context = RowContext(within, angles.at(angle), max_segments, "xla", apart=True)
-        x, slot = block(x, context, None, CacheSlot(cache, number, positions, visible))
+        x, _, slot = block(x, context, None, CacheSlot(cache, number, positions, visible))
         assert slot is not None
         return (x, slot.cache), None
 

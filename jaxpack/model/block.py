@@ -12,7 +12,7 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import RowContext
 from jaxpack.model.cost import CostContext, PartCost
 from jaxpack.model.feed_forward import FeedForward
-from jaxpack.model.moe import MoE
+from jaxpack.model.moe import MoE, RouterSums
 from jaxpack.model.norm import make_norm
 
 
@@ -35,13 +35,17 @@ class Block(nnx.Module):
         context: RowContext,
         dropout_key: Key[Array, ""] | None,
         slot: CacheSlot | None = None,
-    ) -> tuple[Float[Array, "B T D"], CacheSlot | None]:
-        """Returns the layer's output and, in generation, its cache slot with these tokens' keys and values written."""
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None, CacheSlot | None]:
+        """Returns the layer's output, how its experts were used if it has any, and in generation its cache slot.
+
+        The slot has these tokens' keys and values written to it.
+        """
         none = (None, None)
         keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
         x, slot = self.attention(self.attention_norm, x, context, keys[0], slot)
         x = checkpoint_name(x, "residual")
-        return self.feed_forward(self.feed_forward_norm, x, context, keys[1]), slot
+        x, sums = self.feed_forward(self.feed_forward_norm, x, context, keys[1])
+        return x, sums, slot
 
     def cost(self, context: CostContext) -> PartCost:
         """Returns the cost of one layer, in which "residual" names the residual stream between the layer's halves."""

@@ -23,6 +23,8 @@ class RowContext(NamedTuple):
     # Whether adapters are multiplied separately from the base weight. One matmul for both needs a copy of the weight,
     # which takes most of the time where there are few tokens, as in text generation.
     apart: bool = False
+    # Whether the layers of a mixture of experts sum what the load-balancing loss reads.
+    balances: bool = False
 
 
 NoKeys = tuple[None, None]  # no dropout

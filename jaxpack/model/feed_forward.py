@@ -26,10 +26,11 @@ class FeedForward(nnx.Module):
 
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
-    ) -> Float[Array, "B T D"]:
-        """Returns `x + down(act(gate(n)) * up(n))` with `n = norm(x)`."""
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Returns `x + down(act(gate(n)) * up(n))` with `n = norm(x)`, and None, as it has no router."""
         x, gate_up = self.gate_up.norm_project(norm, x, context, keys[0])
-        return self.down.project_residual(x, gate_up, context, keys[1], gated=self.activation, post_norm=self.post_norm)
+        options = {"gated": self.activation, "post_norm": self.post_norm}
+        return self.down.project_residual(x, gate_up, context, keys[1], **options), None
 
     def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of the part, whose output is the residual stream.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
@@ -122,6 +122,42 @@ class MatmulCost(NamedTuple):
     copied_bytes: int
 
 
+class RouterSums(NamedTuple):
+    """Holds sums over the layers of a mixture, from which follows how its experts are used. All are float32.
+
+    Attributes:
+      counts: how many tokens chose each expert, without padding; a token counts once for each of its C experts.
+      tokens: the number of tokens.
+      busiest: the count of the busiest expert over the mean count.
+      unused: the share of experts that no token chose.
+      probabilities: the sum of each expert's probability over the tokens; None if nothing balances the load. Only this
+        has a gradient.
+    """
+
+    counts: Float[Array, " E"]
+    tokens: Float[Array, ""]
+    busiest: Float[Array, ""]
+    unused: Float[Array, ""]
+    probabilities: Float[Array, " E"] | None
+
+    @classmethod
+    def zeros(cls, num_experts: int, *, balances: bool) -> "RouterSums":
+        """Returns the sums over no layers."""
+        per_expert, zero = jnp.zeros(num_experts, jnp.float32), jnp.float32(0)
+        return cls(per_expert, zero, zero, zero, per_expert if balances else None)
+
+    @property
+    def load_balancing_loss(self) -> Float[Array, ""]:
+        """Returns the loss of the Switch Transformer (https://arxiv.org/abs/2101.03961), for all layers as one.
+
+        It is E times the sum over experts of the share of tokens that chose the expert times its mean probability. It
+        is least, C, where all experts are chosen equally often.
+        """
+        assert self.probabilities is not None, "nothing balances the load"
+        tokens = jnp.maximum(self.tokens, 1)
+        return len(self.counts) * jnp.sum(self.counts / tokens * (self.probabilities / tokens))
+
+
 class Router(nnx.Module):
     """Chooses C of E experts for each token, and the share of each in the sum, in float32.
 
@@ -137,11 +173,14 @@ class Router(nnx.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
 
-    def __call__(self, x: Float[Array, "N D"], real: Bool[Array, " N"] | None) -> tuple[Float[Array, "N C"], Routing]:
-        """Returns the shares of each token's experts, and the rows of the experts.
+    def __call__(
+        self, x: Float[Array, "N D"], real: Bool[Array, " N"] | None, *, balances: bool = False
+    ) -> tuple[Float[Array, "N C"], Routing, RouterSums]:
+        """Returns the shares of each token's experts, the rows of the experts, and how they are used.
 
         Args:
           real: which tokens are no padding; None if all are.
+          balances: whether to sum the probabilities, too.
         """
         matrix = weight_of(self.weight).dense(x.dtype)
         logits = jnp.einsum("ND,ED->NE", x, matrix, preferred_element_type=jnp.float32)
@@ -155,9 +194,28 @@ class Router(nnx.Module):
         # A sum over one-hot rows instead of a lookup, whose derivative would scatter.
         is_chosen = choices[:, :, None] == jnp.arange(matrix.shape[0])[None, None, :]
         chosen = jnp.sum(jnp.where(is_chosen, logits[:, None, :], 0), axis=-1)
+        sums = self._sums(logits, routing.counts, real, balances)
         if self.norm_topk_prob:
-            return jax.nn.softmax(chosen), routing
-        return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), routing
+            return jax.nn.softmax(chosen), routing, sums
+        return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), routing, sums
+
+    def _sums(
+        self, logits: Float[Array, "N E"], counts: Int[Array, " E"], real: Bool[Array, " N"] | None, balances: bool
+    ) -> RouterSums:
+        total = jnp.sum(counts)
+        busiest = jnp.max(counts) * len(counts) / jnp.maximum(total, 1)
+        probabilities = None
+        if balances:
+            of_tokens = jax.nn.softmax(logits)
+            of_tokens = of_tokens if real is None else jnp.where(real[:, None], of_tokens, 0)
+            probabilities = jnp.sum(of_tokens, axis=0)
+        return RouterSums(
+            counts=counts.astype(jnp.float32),
+            tokens=total / self.num_experts_per_tok,
+            busiest=busiest,
+            unused=jnp.mean(counts == 0, dtype=jnp.float32),
+            probabilities=probabilities,
+        )
 
 
 class MoE(nnx.Module):
@@ -176,12 +234,12 @@ class MoE(nnx.Module):
 
     def __call__(
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
-    ) -> Float[Array, "B T D"]:
-        """Returns `x` plus the sum of the experts for `norm(x)`."""
+    ) -> tuple[Float[Array, "B T D"], RouterSums]:
+        """Returns `x` plus the sum of the experts for `norm(x)`, and how the experts are used."""
         del keys
         B, T, D = x.shape
         residual, tokens = (array.reshape(B * T, D) for array in (x, norm(x)))
-        shares, routing = self.router(tokens, _real_tokens(context, T))
+        shares, routing, sums = self.router(tokens, _real_tokens(context, T), balances=context.balances)
         out = gated_experts(
             residual,
             tokens,
@@ -192,7 +250,7 @@ class MoE(nnx.Module):
             activation=self.activation,
             implementation=self._fitting(context, D, weight_of(self.down.weight).shape[-1]),
         )
-        return out.reshape(B, T, D)
+        return out.reshape(B, T, D), sums
 
     def cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of the part, whose output is the residual stream.

@@ -13,28 +13,31 @@ next iteration reads. Each iteration, forward and backward, fetches the weights 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxpack.kernels.host_weight import HostWeight, copies_first, loop_with
 from jaxpack.kernels.weight import Weight
 from jaxpack.parallel.host_memory import host_buffer, to_device
 
 _Arrays = list[jax.Array]
-_Layer = Callable[[jax.Array, Any, Any, Any], jax.Array]
+Stream = TypeVar("Stream")
 
 
-def scan_offloaded(layer: _Layer, x: jax.Array, stacks: Any, shared: Any, hosted: Any = None) -> jax.Array:
+def scan_offloaded(
+    layer: Callable[[Stream, Any, Any, Any], Stream], x: Stream, stacks: Any, shared: Any, hosted: Any = None
+) -> Stream:
     """Applies `x = layer(x, slices, shared, weights)` for each slice along the first axis of `stacks`; returns `x`.
 
-    Moves residuals at least as large as `x` to pinned host memory; smaller ones stay on the device. `jax.checkpoint`
-    in `layer` decides which residuals there are.
+    Moves residuals at least as large as the largest array of `x` to pinned host memory; smaller ones stay on the
+    device. `jax.checkpoint` in `layer` decides which residuals there are.
 
     Args:
       layer: computes a layer's output from its input, its slices, `shared`, and its matrices in host memory.
-      x: the input of the first layer.
+      x: the input of the first layer, an array or a pytree.
       stacks: arrays with a leading axis for the layers.
       shared: arrays that all layers read. They get no gradient.
       hosted: a pytree of `HostWeight`. Each layer gets its own matrices as `weights`, on the device. They get no
@@ -44,7 +47,7 @@ def scan_offloaded(layer: _Layer, x: jax.Array, stacks: Any, shared: Any, hosted
     if leaves[0].shape[0] == 1:  # no other layer runs that a copy could overlap with
         return layer(x, jax.tree.map(lambda leaf: leaf[0], stacks), shared, _matrices(_fetch(hosted, 0)))
 
-    def of_leaves(x: jax.Array, leaves: _Arrays, shared: Any, fetched: Any) -> jax.Array:
+    def of_leaves(x: Stream, leaves: _Arrays, shared: Any, fetched: Any) -> Stream:
         return layer(x, tree.unflatten(leaves), shared, fetched)
 
     return _scan(of_leaves, x, leaves, shared, hosted)
@@ -78,15 +81,13 @@ class _Pullback:
     tree: Any
     places: tuple[int, ...]  # for each array that the pullback reads: its index in [*kept, *there]
 
-    def __call__(self, d: jax.Array, kept: _Arrays, there: _Arrays) -> tuple[jax.Array, dict[int, jax.Array]]:
+    def __call__(self, d: Any, kept: _Arrays, there: _Arrays) -> tuple[Any, dict[int, jax.Array]]:
         arrays = [*kept, *there]
         return self.tree.unflatten([arrays[place] for place in self.places])(d)
 
 
-def _take_apart(
-    derivative: Any, varied: tuple[int, ...], x: jax.Array, there: _Arrays
-) -> tuple[_Pullback, _Arrays, _Arrays]:
-    """Splits a pullback of `jax.vjp` into its structure, its residuals at least as large as `x`, and the smaller ones.
+def _take_apart(derivative: Any, varied: tuple[int, ...], x: Any, there: _Arrays) -> tuple[_Pullback, _Arrays, _Arrays]:
+    """Splits a pullback of `jax.vjp` into its structure, its residuals that go to the host, and the smaller ones.
 
     Arrays in `there` are no residuals: the backward pass has them without keeping them. They are the layer's leaves,
     `shared`, and the matrices that are fetched again.
@@ -94,8 +95,9 @@ def _take_apart(
     arrays, tree = jax.tree.flatten(derivative)
     known = {id(array) for array in there}
     kept = list({id(array): array for array in arrays if id(array) not in known}.values())
-    large = [array for array in kept if array.size >= x.size]
-    small = [array for array in kept if array.size < x.size]
+    least = max(array.size for array in jax.tree.leaves(x))
+    large = [array for array in kept if array.size >= least]
+    small = [array for array in kept if array.size < least]
     places = {id(array): place for place, array in enumerate([*large, *small, *there])}
     return _Pullback(varied, tree, tuple(places[id(array)] for array in arrays)), large, small
 
@@ -139,6 +141,7 @@ def _forward(layer, x, leaves, shared, hosted):
 def _backward(layer, kept, d):
     leaves, shared, hosted, pullback, on_host, large, small, fetched = kept
     num_layers = _length(leaves)
+    d = jax.tree.map(_instantiated, d, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
 
     def turn(state):
         turns, d, large, fetched, gradients = state
@@ -158,6 +161,10 @@ def _backward(layer, kept, d):
     start = 0, d, large, fetched, zeros
     _, d, _, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
     return d, [gradients.get(place) for place in range(len(leaves))], None, None
+
+
+def _instantiated(d: Any) -> jax.Array:
+    return d if isinstance(d, jax.Array) else jnp.zeros(d.aval.shape, d.aval.dtype)
 
 
 def _length(leaves: _Arrays) -> int:

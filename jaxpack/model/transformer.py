@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxpack.kernels.weight import Weight
 from jaxpack.model.block import Block
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import PerLayer, RowContext
+from jaxpack.model.moe import RouterSums
 from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
@@ -83,6 +85,12 @@ class Transformer(nnx.Module):
             self.pending = None
 
     def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], **options: Any
+    ) -> Float[Array, "B T D"]:
+        """Returns the hidden states after the last norm, in `dtype`; `options` are those of `with_router_sums`."""
+        return self.with_router_sums(tokens, segment_ids, positions, **options)[0]
+
+    def with_router_sums(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
@@ -93,8 +101,9 @@ class Transformer(nnx.Module):
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
         embedded: Float[Array, "B T D"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Returns the hidden states after the last norm, in `dtype`.
+        balances: bool = False,
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """Returns the hidden states after the last norm, in `dtype`, and how a mixture's experts were used.
 
         The docstring of `PackedBatch` describes `tokens`, `segment_ids` and `positions`.
 
@@ -105,6 +114,7 @@ class Transformer(nnx.Module):
             XLA computes the projections that have no Pallas kernel, see `kernels.extended.unsupported_reason`.
           dropout_key: turns the dropout of LoRA adapters on.
           embedded: the tokens' rows of the embedding, if it lies in host memory: see `EmbeddedBatch`.
+          balances: whether the sums have what the load-balancing loss reads.
         """
         segments = segment_bounds(segment_ids)
         # A window as long as the row limits nothing.
@@ -118,24 +128,26 @@ class Transformer(nnx.Module):
         graph, hosted, stacks, layers = nnx.split(self.blocks, is_hosted, reads_by_number, ...)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
-        def layer(x, scanned, shared, fetched):
-            (parameters, key, number, bound, angle), (stacks, bounds, angles) = scanned, shared
-            context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation)
-            return nnx.merge(graph, fetched, weights_at(stacks, number), parameters)(x, context, key)[0]
+        def layer(stream, scanned, shared, fetched):
+            (x, total), (parameters, key, number, bound, angle), (stacks, bounds, angles) = stream, scanned, shared
+            context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation, balances=balances)
+            x, sums, _ = nnx.merge(graph, fetched, weights_at(stacks, number), parameters)(x, context, key)
+            return x, jax.tree.map(jnp.add, total, sums)
 
         numbers = jnp.arange(self.config.num_layers) if jax.tree.leaves(stacks) else None
         scanned, shared = (layers, keys, numbers, bounds.index, angles.index), (stacks, bounds, angles)
         layer = recompute(layer, remat, offloaded(remat, self.config, casts_weights=self.casts_weights))
-        x = self.embed(tokens, embedded)
+        experts = self.config.num_experts
+        stream = self.embed(tokens, embedded), RouterSums.zeros(experts, balances=balances) if experts else None
         if remat in OFFLOADED or jax.tree.leaves(hosted):
-            x = scan_offloaded(layer, x, scanned, shared, hosted)
+            x, sums = scan_offloaded(layer, stream, scanned, shared, hosted)
         else:
 
-            def step(x, scanned):
-                return layer(x, scanned, shared, hosted), None  # `hosted` holds no arrays here.
+            def step(stream, scanned):
+                return layer(stream, scanned, shared, hosted), None  # `hosted` holds no arrays here.
 
-            x, _ = jax.lax.scan(step, x, scanned, unroll=unrolls(remat))
-        return self.norm(x)
+            (x, sums), _ = jax.lax.scan(step, stream, scanned, unroll=unrolls(remat))
+        return self.norm(x), sums
 
     def embed(self, tokens: Int[Array, "B T"], embedded: Float[Array, "B T D"] | None = None) -> Float[Array, "B T D"]:
         """Returns the input of the first layer: the tokens' embeddings, scaled where the architecture does so.

@@ -13,6 +13,7 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.kernels.token_log_probs import TokenScores, token_log_probs, token_scores
 from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.moe import RouterSums
 from jaxpack.model.transformer import Transformer
 
 
@@ -25,6 +26,7 @@ class Forward:
       limits: upper limits for the documents in a row and the targets in the batch.
       implementation: see `jaxpack.kernels`.
       loss_chunk: the number of tokens whose logits exist at a time.
+      balances: whether `router_sums` has what the load-balancing loss reads.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Forward:
         limits: BatchLimits = BatchLimits(),  # noqa: B008
         dropout_key: Key[Array, ""] | None = None,
         loss_chunk: int = CHUNK,
+        balances: bool = False,
     ):
-        self.model, self.limits = model, limits
+        self.model, self.limits, self.balances = model, limits, balances
         self._embedded = batch.embedded if isinstance(batch, EmbeddedBatch) else None
         self.batch = PackedBatch(*batch[:4])  # what a user's function gets
         self.implementation: Implementation | None = implementation
@@ -49,7 +52,16 @@ class Forward:
     @functools.cached_property
     def hidden(self) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm, in the model's dtype."""
-        return self._hidden_of(self.model, self._dropout_key)
+        return self._run[0]
+
+    @property
+    def router_sums(self) -> RouterSums | None:
+        """Returns how a mixture's experts were used; None for a model without experts."""
+        return self._run[1]
+
+    @functools.cached_property
+    def _run(self) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        return self._run_of(self.model, self._dropout_key, balances=self.balances)
 
     @functools.cached_property
     def log_probs(self) -> Float[Array, "B T"]:
@@ -71,7 +83,7 @@ class Forward:
             )
         graph, state = nnx.split(without_adapters(self.model))
         reference = nnx.merge(graph, jax.lax.stop_gradient(state))
-        return jax.lax.stop_gradient(self._log_probs_of(reference, self._hidden_of(reference, None)))
+        return jax.lax.stop_gradient(self._log_probs_of(reference, self._run_of(reference, None)[0]))
 
     @functools.cached_property
     def scores(self) -> TokenScores:
@@ -80,8 +92,10 @@ class Forward:
         options: dict[str, Any] = {"softcap": softcap, "implementation": self.implementation, "chunk": self.loss_chunk}
         return token_scores(self.hidden, self.model.head, self.batch.targets, **options)
 
-    def _hidden_of(self, model: Transformer, dropout_key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
-        return model(
+    def _run_of(
+        self, model: Transformer, dropout_key: Key[Array, ""] | None, *, balances: bool = False
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        return model.with_router_sums(
             self.batch.tokens,
             self.batch.segment_ids,
             self.batch.positions,
@@ -90,6 +104,7 @@ class Forward:
             implementation=self.implementation,
             dropout_key=dropout_key,
             embedded=self._embedded,
+            balances=balances,
         )
 
     def _log_probs_of(self, model: Transformer, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:

@@ -74,6 +74,11 @@ class Run:
         compute_metrics: ComputeMetrics | None = None,
     ):
         self._model, self._batches, self._eval_batches, self._config = model, batches, eval_batches, config
+        if config.router_aux_loss_coef and not model.config.num_experts:
+            raise InputError(
+                "`router_aux_loss_coef` must be 0 for a model without experts, got"
+                f" {config.router_aux_loss_coef}: there is no router."
+            )
         self.started = 0
         self.copy: HostCopy | None = None
         self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded
@@ -98,6 +103,7 @@ class Run:
             objective=objective,
             implementation=config.implementation,
             dropout_seed=config.seed if has_dropout else None,
+            router_aux_loss_coef=config.router_aux_loss_coef,
             mesh=mesh,
         )
         more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}

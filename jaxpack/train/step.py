@@ -107,6 +107,7 @@ def objective_and_gradients(
     limits: BatchLimits = BatchLimits(),  # noqa: B008
     dropout_key: Key[Array, ""] | None = None,
     loss_chunk: int = CHUNK,
+    router_aux_loss_coef: float = 0.0,
     mesh: DeviceMesh | None = None,
 ) -> tuple[Sums, nnx.State]:
     """Returns the objective over a batch `[A, B, T]` with its metrics, and the gradient of its loss.
@@ -122,6 +123,8 @@ def objective_and_gradients(
       limits: upper limits for the documents in a row, and for the targets in a micro-batch on one device.
       dropout_key: turns the dropout of adapters on; None turns it off.
       loss_chunk: the number of tokens whose logits exist at a time.
+      router_aux_loss_coef: how many times the load-balancing loss of a mixture of experts is added to the loss. Each
+        micro-batch has its own, and counts by its weight.
       mesh: the devices; None is the one device that arrays are made on.
     """
     mesh = make_mesh() if mesh is None else mesh
@@ -132,7 +135,8 @@ def objective_and_gradients(
         def micro_sums(trainable: nnx.State, micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
             model = nnx.merge(graph, trainable, frozen)
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
-            sums = objective(Forward(model, micro, dropout_key=key, **options))
+            forward = Forward(model, micro, dropout_key=key, balances=router_aux_loss_coef > 0, **options)
+            sums = _with_router(objective(forward), forward, router_aux_loss_coef)
             return sums.loss, sums
 
         return _accumulated(jax.value_and_grad(micro_sums, has_aux=True), trainable, batch, shard_key(key, mesh))
@@ -142,6 +146,20 @@ def objective_and_gradients(
     weight = jnp.where(sums.weight == 0, 1.0, sums.weight)
     loss, metrics, gradients = jax.tree.map(lambda x: x / weight, (sums.loss, sums.metrics, gradients))
     return Sums(loss, sums.weight, metrics), gradients
+
+
+def _with_router(sums: Sums, forward: Forward, router_aux_loss_coef: float) -> Sums:
+    """Adds to the metrics how evenly a mixture's experts are used, and to the loss the load-balancing loss."""
+    router = forward.router_sums
+    if router is None:
+        return sums
+    num_layers = forward.model.config.num_layers
+    metrics = {"busiest_expert": router.busiest / num_layers, "unused_experts": router.unused / num_layers}
+    loss = sums.loss
+    if router_aux_loss_coef > 0:
+        metrics["router_aux_loss"] = router.load_balancing_loss
+        loss += router_aux_loss_coef * metrics["router_aux_loss"] * sums.weight
+    return Sums(loss, sums.weight, sums.metrics | {name: sums.weight * value for name, value in metrics.items()})
 
 
 def _accumulated(
@@ -178,6 +196,7 @@ def make_train_step(
     implementation: Implementation | None = None,
     dropout_seed: int | None = None,
     loss_chunk: int = CHUNK,
+    router_aux_loss_coef: float = 0.0,
     mesh: DeviceMesh | None = None,
     fetches: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -185,7 +204,8 @@ def make_train_step(
 
     `state` is a `TrainState`, whose arrays are donated; `frozen` is not donated. `limits`, a static argument, holds
     upper limits for the documents in a row and the targets in a micro-batch on one device; it may be left out.
-    `metrics` has the float32 scalars `loss` and `grad_norm`, and `more`: a dict of the objective's own metrics. On a
+    `metrics` has the float32 scalars `loss` and `grad_norm`, and `more`: a dict of the objective's own metrics, and of
+    how evenly a mixture's experts are used (`docs/experts.md`). On a
     mesh of several devices, each device holds the whole state and all frozen weights (`replicate`), and gets its share
     of a batch's rows (`batch_sharding`).
 
@@ -197,6 +217,7 @@ def make_train_step(
       implementation: the implementation of all kernels, as in `TrainConfig`.
       dropout_seed: turns dropout on; each step draws new masks from the seed and the number of the step.
       loss_chunk: the number of tokens whose logits exist at a time. Fewer take less memory, and more time.
+      router_aux_loss_coef: as in `TrainConfig`.
       mesh: the devices; None is the current device alone.
       fetches: whether frozen weights lie in the host's memory. The program is then compiled without CUDA graphs, so
         that copies overlap with computation.
@@ -234,6 +255,7 @@ def make_train_step(
             limits=limits,
             dropout_key=key,
             loss_chunk=loss_chunk,
+            router_aux_loss_coef=router_aux_loss_coef,
             mesh=mesh,
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)

@@ -17,7 +17,7 @@ from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.weight import DenseStack, DenseWeight
 from jaxpack.model.context import RowContext
 from jaxpack.model.lora import adapters, add_lora, experts_of
-from jaxpack.model.moe import MoE
+from jaxpack.model.moe import MoE, Router
 from jaxpack.model.norm import make_norm
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
@@ -149,7 +149,7 @@ def test_value_and_gradients_equal_a_model_that_computes_all_experts(implementat
 
     def sparse(state, x):
         norm, moe = nnx.merge(graph, state)
-        return moe(norm, x, context._replace(implementation=implementation), (None, None))
+        return moe(norm, x, context._replace(implementation=implementation), (None, None))[0]
 
     def run(f):
         out, pull = jax.vjp(f, state, x)
@@ -178,6 +178,39 @@ def test_the_derivative_of_the_router_scatters_nothing():
     assert not [e for e in equations(program.jaxpr) if e.primitive.name.startswith("scatter")]
 
 
+@pytest.mark.parametrize("balances", [False, True])
+def test_the_use_of_experts_is_counted_without_padding(balances):
+    graph, state, x, context = layer(norm_topk_prob=True)
+    norm, moe = nnx.merge(graph, state)
+    _, sums = moe(norm, x, context._replace(balances=balances), (None, None))
+    real = np.asarray(context.bounds.first) <= np.arange(x.shape[1])
+    logits = np.asarray(jnp.einsum("BTD,ED->BTE", norm(x), moe.router.weight[...]))[real]
+    chosen = np.argsort(-logits, axis=1)[:, :2]
+    counts = np.bincount(chosen.reshape(-1), minlength=6)
+    np.testing.assert_array_equal(sums.counts, counts)
+    assert float(sums.tokens) == real.sum() == 14
+    np.testing.assert_allclose(sums.busiest, counts.max() / counts.mean(), rtol=1e-6)
+    np.testing.assert_allclose(sums.unused, np.mean(counts == 0), rtol=1e-6)
+    if not balances:
+        assert sums.probabilities is None
+        return
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(sums.probabilities, probabilities.sum(axis=0), rtol=1e-5)
+    wanted = 6 * np.sum(counts / 14 * probabilities.mean(axis=0))
+    np.testing.assert_allclose(sums.load_balancing_loss, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "busiest", "unused"), [([4, 4, 4, 4], 1, 0), ([8, 8, 0, 0], 2, 0.5), ([0] * 4, 0, 1)]
+)
+def test_figures_of_the_use_of_experts(counts, busiest, unused):
+    router = Router(small_config("qwen3_moe"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    sums = router._sums(jnp.zeros((8, 4)), jnp.array(counts), None, True)
+    assert (float(sums.busiest), float(sums.unused)) == (busiest, unused)
+    least = 0 if not any(counts) else 2  # the number of a token's experts, where their probabilities are equal
+    np.testing.assert_allclose(sums.load_balancing_loss, least, rtol=1e-6)
+
+
 # Training.
 
 
@@ -188,10 +221,11 @@ def batch():
 
 
 @functools.cache
-def step_results(remat: Remat, trained_whole: bool):
+def step_results(remat: Remat, trained_whole: bool, router_aux_loss_coef: float = 0.3):
     model = small_model("qwen3_moe", lora=None if trained_whole else EVERYTHING)
     graph, trainable, frozen = split_trainable(model)
-    return jax.jit(functools.partial(loss_and_gradients, graph, remat=remat))(trainable, frozen, batch())
+    options = {"remat": remat, "router_aux_loss_coef": router_aux_loss_coef}
+    return jax.jit(functools.partial(loss_and_gradients, graph, **options))(trainable, frozen, batch())
 
 
 @pytest.mark.parametrize("trained_whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "whole"])
@@ -206,6 +240,15 @@ def test_every_choice_of_residuals_gives_the_same_gradients(remat, trained_whole
         scale = np.abs(expected).max()
         assert scale > 0
         np.testing.assert_allclose(got, expected, atol=1e-6 * scale)
+
+
+def test_without_a_load_balancing_loss_residuals_on_the_host_change_nothing():
+    """Tests that the loop takes sums that have no gradient."""
+    (loss, gradients), (want, want_gradients) = (step_results(remat, False, 0.0) for remat in ("offload", "none"))
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    assert float(step_results("none", False)[0]) > float(want) + 0.3
+    for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
 
 
 # Adapters.
@@ -258,7 +301,7 @@ def test_dropout_acts_on_the_adapters_of_attention_and_leaves_experts_alone():
 def test_a_dropout_key_changes_nothing_in_the_experts():
     graph, state, x, context = layer(norm_topk_prob=True)
     norm, moe = nnx.merge(graph, state)
-    run = jax.jit(lambda keys: moe(norm, x, context, keys))
+    run = jax.jit(lambda keys: moe(norm, x, context, keys)[0])
     first, second = (run(jax.random.split(jax.random.key(seed))) for seed in (0, 1))
     np.testing.assert_array_equal(first, second)
 

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Step(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def jaxpack_step(model: Transformer, layout: str) -> Step:
+def jaxpack_step(model: Transformer, layout: str, **options: Any) -> Step:
     lengths = np.array([len(document.tokens) for document in _DOCUMENTS])
     documents = Documents(
         np.concatenate([document.tokens for document in _DOCUMENTS]).astype(np.int32),
@@ -133,13 +133,14 @@ def jaxpack_step(model: Transformer, layout: str) -> Step:
     batches = Batches(documents, TrainConfig(max_length=128, num_train_epochs=1, **LAYOUTS[layout]))
     assert len(batches) == 1
     graph, trainable, frozen = split_trainable(model)
-    loss, gradients = jax.jit(functools.partial(loss_and_gradients, graph))(trainable, frozen, batches[0])
+    step = jax.jit(functools.partial(loss_and_gradients, graph, **options))
+    loss, gradients = step(trainable, frozen, batches[0])
     # Gradients have the structure of the parameters, and so the names of the parameters.
     return Step(float(loss), tensors_of(nnx.merge(graph, gradients, frozen)))
 
 
-def torch_step(model: torch.nn.Module) -> Step:
-    loss = model(**hf.padded(_DOCUMENTS)).loss
+def torch_step(model: torch.nn.Module, **options: Any) -> Step:
+    loss = model(**hf.padded(_DOCUMENTS), **options).loss
     loss.backward()
     return Step(loss.item(), {name: parameter.grad.numpy() for name, parameter in trained(model).items()})
 
@@ -199,6 +200,24 @@ def test_loss_with_lora_equals_peft(lora_steps: tuple[Step, Step]):
 def test_gradients_of_adapters_equal_peft(lora_steps: tuple[Step, Step]):
     actual, expected = lora_steps
     assert_close(actual.gradients, expected.gradients, GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_moe-untied", "gpt_oss-untied"])
+def test_the_load_balancing_loss_and_its_gradients_equal_transformers(checkpoint: str, tmp_path: Path):
+    reference, folder = hf.save_model(tmp_path, checkpoint)
+    model, _ = torch_bridge.from_pretrained(folder, dtype="float32")
+    without = jaxpack_step(model, "padding-free")
+    actual = jaxpack_step(model, "padding-free", router_aux_loss_coef=0.5)
+    reference.router_aux_loss_coef = 0.5
+    expected = torch_step(reference, output_router_logits=True)
+    assert actual.loss > without.loss + 1  # it is at least the number of a token's experts
+    assert abs(actual.loss - expected.loss) <= LOSS_TOLERANCE
+    # The experts' matrices have other names in memory.
+    names = [name for name in expected.gradients if name in actual.gradients]
+    routers = [name for name in names if name.endswith(("gate.weight", "router.weight"))]
+    assert len(routers) == reference.config.num_hidden_layers
+    assert all(np.abs(actual.gradients[name] - without.gradients[name]).max() > 1e-4 for name in routers)
+    assert_close(*({name: step.gradients[name] for name in names} for step in (actual, expected)), GRADIENT_TOLERANCE)
 
 
 # --- Training curves ---

@@ -22,11 +22,11 @@ ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 97, 2 + 7 * i % 60).t
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def trainer(output: Path, **changes: object) -> Trainer:
+def trainer(output: Path, family: str = "qwen3", **changes: object) -> Trainer:
     settings = {"max_length": 64, "packing": True, "per_device_train_batch_size": 2, "max_steps": 7, "eval_steps": 3}
     settings |= {"logging_steps": 2, "save_steps": 0, "learning_rate": 1e-2}
     config = TrainConfig(output_dir=str(output), **settings | changes)
-    return Trainer(small_model("qwen3", lora=LoraConfig(r=4, target_modules="q_proj")), None, ROWS, config, ROWS[:9])
+    return Trainer(small_model(family, lora=LoraConfig(r=4, target_modules="q_proj")), None, ROWS, config, ROWS[:9])
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,25 @@ def test_a_run_ends_with_a_report_of_what_it_did(run: Path) -> None:
     assert settings["output_dir"] == str(run)
     assert "](report.png)" in text
     assert (run / "report.png").read_bytes().startswith(PNG)
+
+
+def test_the_report_of_a_mixture_says_how_evenly_its_experts_are_used(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", "qwen3_moe", router_aux_loss_coef=0.1).train()
+    first, *_, last = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert 1 < last["busiest_expert"] <= 6
+    assert 0 <= last["unused_experts"] < 1
+    assert last["router_aux_loss"] >= 1.9  # at least 2, the number of a token's experts, if they are used equally
+    lines = table((tmp_path / "run" / "report.md").read_text())
+    (busiest,) = (value for name, value in lines.items() if "busiest expert" in name)
+    assert busiest == f"{first['busiest_expert']:.2f}, {last['busiest_expert']:.2f} (step {last['step']})"
+    (unused,) = (value for name, value in lines.items() if "no token" in name)
+    assert unused.startswith(f"{first['unused_experts']:.1%}, ")
+
+
+def test_a_dense_model_has_no_load_to_balance(run: Path, tmp_path: Path) -> None:
+    assert not {"busiest_expert", "unused_experts", "router_aux_loss"} & set(records(run)[0])
+    with pytest.raises(InputError, match=r"`router_aux_loss_coef` must be 0 for a model without experts, got 0\.1"):
+        trainer(tmp_path / "run", router_aux_loss_coef=0.1).train()
 
 
 def test_the_padding_is_that_of_the_run(run: Path, tmp_path: Path) -> None:
