@@ -49,7 +49,7 @@ def test_from_the_demo_to_text_of_ones_own_adapter(tmp_path: Path) -> None:
     assert "padding-free" in run(here("jaxpack inspect"), tmp_path)
     assert (tmp_path / "lengths.png").exists()
     small = {"4096": "128", "200": "40", "2e-4": "2e-2"}
-    run(re.sub("|".join(small), lambda found: small[found.group()], here("jaxpack train")), tmp_path)
+    run(re.sub("|".join(small), lambda found: small[found.group()], here("jaxpack train --model")), tmp_path)
 
     first, again = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("out", "again"))
     run("jaxpack train --config out/run.yaml --output again", tmp_path)

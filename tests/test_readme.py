@@ -77,12 +77,20 @@ def test_what_the_readme_shows_of_an_inspection_is_said(monkeypatch: pytest.Monk
 def test_the_commands_of_the_readme_train_and_generate(
     user_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    run_command("jaxpack train", monkeypatch, shortened)
+    run_command("jaxpack train --model", monkeypatch, shortened)
     assert (user_folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
     run_command("jaxpack generate", monkeypatch)
     shown = capsys.readouterr().out
     assert "two and two" in shown
     assert "without the adapter" in shown
+
+
+def test_the_command_of_the_readme_trains_in_4_bits(
+    user_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    run_command("jaxpack train --load-in-4bit", monkeypatch, shortened)
+    assert (user_folder / "out-4bit" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "are held in 4 bits" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_users_model_and_data_are_measured_as_the_readme_says(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
