@@ -13,7 +13,7 @@ UNOPTIMISED := XLA_FLAGS="--xla_backend_optimization_level=0 \
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.PHONY: help demo test test-slow lint format docs docs-tables dist bench-check test-jax test-transformers4 test-gpu clean
+.PHONY: help demo test test-slow lint format docs docs-tables dist bench-check test-jax test-cards test-transformers4 test-gpu clean
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,18 @@ MORE-0.11.2 := tests/data  # it imports no jax, so one run on Python 3.12 is eno
 test-jax-%: .venv-jax-%/installed
 	$(UNOPTIMISED) .venv-jax-$*/bin/python -m pytest $(PARALLEL) --cases $(CASES-$*) $(TOUCHES_JAX) $(MORE-$*) \
 		--ignore-glob='*_vs_torch.py' --ignore-glob='*_vs_trl.py'
+
+# jax's CUDA plugin compiles for cards that are not there. It lies beside the environment: within it, every test would
+# look for a card. It is linked with one jax, and needs NVIDIA's library of functions (libdevice).
+CUDA_PLUGIN := build/cuda-plugin
+test-cards: .venv-jax-0.11.2/installed $(CUDA_PLUGIN)/installed  ## Compile steps for several NVIDIA cards, without a card
+	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_PLUGIN) XLA_FLAGS=--xla_gpu_cuda_data_dir=$(CUDA_PLUGIN)/nvidia/cu13 \
+		.venv-jax-0.11.2/bin/python -m pytest $(PARALLEL) --dist worksteal tests/cards
+
+$(CUDA_PLUGIN)/installed: constraints/jax-0.11.2.txt .venv-jax-0.11.2/installed
+	.venv-jax-0.11.2/bin/python -m pip install --quiet --no-deps --upgrade --target $(CUDA_PLUGIN) \
+		jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-nvvm==13.0.88
+	touch $@
 
 # Servers that have transformers 4 read what we write.
 test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare written folders in transformers 4

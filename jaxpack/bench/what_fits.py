@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxpack.bench.models import abstract_model
+from jaxpack.model.mxfp4 import mxfp4_store
 from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.weights import Store, store_dense
@@ -18,10 +19,9 @@ from jaxpack.planning.cost import StepShape
 from jaxpack.settings import LoraConfig, TrainConfig
 
 CARDS = ("RTX 4060 Ti 8GB", "RTX 3060", "RTX 5080", "RTX 4090", "RTX 5090", "RTX A6000", "H100")
-# Mixtures of experts are left out until their predictions have been compared with measurements.
-MODELS = tuple(name for name, config in SHAPES.items() if name != "tiny" and not config.num_experts)
+MODELS = tuple(name for name in SHAPES if name != "tiny")
 # The forms in which frozen weights are stored, with the functions that make them from dense matrices.
-FORMS: dict[str, Store] = {"16-bit": store_dense, "4-bit": nf4_store()}
+FORMS: dict[str, Store] = {"16-bit": store_dense, "4-bit": nf4_store(), "MXFP4": mxfp4_store}
 MOST_ROWS = 64
 ROW = 1024  # tokens
 RANK = 16
@@ -37,7 +37,7 @@ def largest_batch(model: str, card: str, form: str = "16-bit") -> tuple[int, Pre
     Args:
       model: a name of `SHAPES`.
       card: a card's name.
-      form: a name of `FORMS`.
+      form: one of `forms_of(model)`.
     """
     one_row, named = _one_row(model, form), card_named(card)
     memory = usable_bytes(TrainConfig(), card=named)
@@ -50,6 +50,11 @@ def largest_batch(model: str, card: str, form: str = "16-bit") -> tuple[int, Pre
     sizes = range(1, MOST_ROWS + 1)
     rows = bisect.bisect_left(sizes, True, key=lambda rows: not fitting(rows))
     return (rows, fitting(rows)[0]) if rows else None
+
+
+def forms_of(model: str) -> tuple[str, ...]:
+    """Returns the forms in which a model's weights are trained. GPT-OSS is published in MXFP4."""
+    return ("16-bit", "MXFP4" if SHAPES[model].architecture == "GptOssForCausalLM" else "4-bit")
 
 
 @functools.cache
@@ -68,7 +73,7 @@ def table() -> Iterator[str]:
     yield f"| model | weights | {' | '.join(titles)} |"
     yield f"|---|---|{'---|' * len(cards)}"
     for model in MODELS:
-        for form in FORMS:
+        for form in forms_of(model):
             found = [largest_batch(model, card, form) for card in CARDS]
             cells = ["-" if cell is None else _cell(*cell) for cell in found]
             yield f"| {model} | {form} | {' | '.join(cells)} |"

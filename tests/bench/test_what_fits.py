@@ -1,6 +1,7 @@
 """Tests that docs/memory.md has the table of what fits on which card that the command makes, and that it is true."""
 
 import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -26,7 +27,8 @@ def test_more_memory_and_a_smaller_model_take_as_many_rows_or_more():
         rows = [found[0] if (found := largest_batch(model, card)) else 0 for card in CARDS]
         assert rows == sorted(rows)
         assert rows[0] < rows[-1] == MOST_ROWS
-    for larger, smaller in itertools.pairwise(reversed(MODELS)):
+    dense = [model for model in MODELS if SHAPES[model].architecture == "Qwen3ForCausalLM"]
+    for larger, smaller in itertools.pairwise(reversed(dense)):
         few, many = largest_batch(larger, "RTX 4090"), largest_batch(smaller, "RTX 4090")
         assert many is not None or few is None
         assert few is None or few[0] <= many[0]
@@ -36,4 +38,5 @@ def test_more_memory_and_a_smaller_model_take_as_many_rows_or_more():
 def test_the_shapes_are_as_large_as_their_names_say(name):
     model = abstract_model(SHAPES[name], None)
     billions = sum(x.size for x in jax.tree.leaves(nnx.state(model))) / 1e9
-    assert billions == pytest.approx(float(name.removeprefix("Qwen3-").removesuffix("B")), rel=0.1)
+    (in_name,) = re.findall(r"-([\d.]+)b", name, re.IGNORECASE)
+    assert billions == pytest.approx(float(in_name), rel=0.1)

@@ -116,7 +116,8 @@ def test_a_run_resumes_wherever_its_weights_lie_now(folder, tmp_path, monkeypatc
         with pytest.raises(Stopped):
             trained(model, **options)
     resumed = trained(read(folder, lazy=True), **options, offload_weights=True, resume_from_checkpoint="latest")
-    np.testing.assert_array_equal(resumed.losses, straight)
+    # A CPU's compiler fuses the two programs in its own way. `tests/model/test_offload.py` compares bits on a GPU.
+    np.testing.assert_allclose(resumed.losses, straight, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_an_evaluation_reads_weights_in_host_memory(folder):
         return run.evaluate()["loss"]
 
     want = loss()
-    assert loss(**PLACES["layers"]) == want
+    assert loss(**PLACES["layers"]) == pytest.approx(want, rel=1e-6)
     assert loss(**PLACES["both"]) == pytest.approx(want, rel=1e-5)
 
 

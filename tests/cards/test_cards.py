@@ -1,0 +1,82 @@
+"""Tests that steps compile for cards with little shared memory, and that copies from the host begin with a layer.
+
+These tests need jax's CUDA plugin, but no card: `make test-cards` provides it.
+"""
+
+import re
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA plugin: run `make test-cards`")
+
+from cards.compiling import Step, compiled
+
+STEPS = {
+    "dense": Step("Qwen3-4B", remat="offload_heads"),
+    "4-bit": Step("Qwen3-8B", store="nf4"),
+    "experts": Step("Qwen3-30B-A3B", experts=True),
+    "4-bit experts": Step("Qwen3-30B-A3B", store="nf4", experts=True),
+    "MXFP4 experts": Step("gpt-oss-20b", store="mxfp4", experts=True),
+}
+
+
+# Every step on the card with the least shared memory that most people have, and on others what differs most.
+PAIRS = [(step, "NVIDIA GeForce RTX 4090") for step in STEPS]
+PAIRS += [(step, "NVIDIA A100-SXM4-80GB") for step in ("experts", "MXFP4 experts")]
+PAIRS += [(step, card) for step in ("dense", "4-bit experts") for card in ("NVIDIA A10", "NVIDIA RTX PRO 6000")]
+
+
+@pytest.mark.parametrize(("step", "card"), PAIRS, ids="-".join)
+def test_every_kernel_of_a_step_fits_the_card(step, card, monkeypatch):
+    program = compiled(STEPS[step], card, monkeypatch)
+    assert "jaxpack_" in program.as_text()  # the kernels, not their references
+
+
+class Copy(NamedTuple):
+    """A copy in a loop: how many of the iteration's kernels come before its start and its end, of how many."""
+
+    is_fetch: bool
+    before_start: int
+    before_end: int
+    kernels: int
+    has_engine: bool
+
+
+def copies(text: str) -> list[Copy]:
+    """Returns the copies between host and device in the loops of a compiled program, in both halves of an iteration."""
+    found = []
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        lines = computation.splitlines()
+        if "double_buffer_clone" not in computation or "slice-start" not in computation:
+            continue
+        for half in (False, True):
+            named = [(re.match(r"\s*(?:ROOT )?%(\S+) = ", line), line) for line in lines]
+            own = [(i, m[1], line) for i, (m, line) in enumerate(named) if m and ("double_buffer" in m[1]) == half]
+            kernels = [i for i, _, line in own if 'custom_call_target="__gpu$xla.gpu.triton"' in line]
+            ends = {re.search(r"\(%(\S+?)\)", line)[1]: i for i, name, line in own if "slice-done" in name}
+            for i, name, line in own:
+                if re.match(r"dynamic-(update-)?slice-start", name):
+                    called = re.search(r"calls=%(\S+?)[, ]", line)[1]
+                    body = re.search(rf"\n%{re.escape(called)} .*?\n}}\n", text, re.DOTALL)[0]
+                    found.append(
+                        Copy(
+                            is_fetch="update" not in name,
+                            before_start=sum(kernel < i for kernel in kernels),
+                            before_end=sum(kernel < ends[name] for kernel in kernels),
+                            kernels=len(kernels),
+                            has_engine="dynamic_slice_config" in body,
+                        )
+                    )
+    return found
+
+
+def test_a_layers_weights_are_fetched_while_the_whole_layer_before_computes(monkeypatch):
+    step = Step("Qwen3-32B", layers=8, rows=16, offload_weights=True)
+    found = copies(compiled(step, "NVIDIA H200", monkeypatch).as_text())
+    fetches = [copy for copy in found if copy.is_fetch]
+    # Each half of an iteration has a layer: forward four matrices, backward these and two residuals.
+    assert len(fetches) == 2 * (4 + 6)
+    assert all(copy.has_engine for copy in found)
+    assert all(copy.before_start == 0 for copy in found)
+    assert all(copy.before_end >= copy.kernels - 1 for copy in fetches)
