@@ -124,9 +124,11 @@ def text_documents(data: Path | None) -> Documents:
 def measure_peer(planned: Planned, documents: Path, seconds: float | None, site: Path | None) -> dict[str, Any]:
     """Measures a case of an opponent in a process that finds its packages first, and none of ours."""
     case = planned.case
-    checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", case.model)
-    if not (checkpoint / "config.json").exists():
-        write_checkpoint(checkpoint, SHAPES[case.model])
+    checkpoint = Path(case.model).resolve()  # a folder, or else a shape
+    if case.model in SHAPES:
+        checkpoint = Path(tempfile.gettempdir(), "jaxpack-peers", case.model)
+        if not (checkpoint / "config.json").exists():
+            write_checkpoint(checkpoint, SHAPES[case.model])
     request = request_of(planned, documents=str(documents), checkpoint=str(checkpoint), warm_up=8)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

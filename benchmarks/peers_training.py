@@ -244,7 +244,7 @@ def load(request: dict[str, Any]) -> tuple[Any, Any, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     config = AutoConfig.from_pretrained(request["checkpoint"])
-    sdpa = request["layout"] == "padded" and config.model_type != "gpt_oss"  # whose attention sinks `sdpa` has not
+    sdpa = request["layout"] == "padded" and config.model_type != "gpt_oss"  # `sdpa` has no attention sinks
     model = AutoModelForCausalLM.from_pretrained(
         request["checkpoint"],
         dtype=torch.bfloat16,

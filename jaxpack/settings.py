@@ -211,8 +211,8 @@ class TrainConfig:
     )
     router_aux_loss_coef: float = _option(
         0.0,
-        "For a mixture of experts: how many times the load-balancing loss, which is least where all experts are used "
-        "equally, is added to the loss. 0 leaves it out.",
+        "Coefficient of the load-balancing loss of a mixture of experts, which is least where all experts are used "
+        "equally. It is added to the training loss; 0 turns it off.",
     )
     logging_steps: int = _option(10, "Optimizer steps from one line of metrics to the next.")
     report_to: str | tuple[str, ...] | None = _option(

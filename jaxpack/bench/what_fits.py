@@ -32,7 +32,8 @@ _BLOCK = re.compile(r"(?<=<!-- made by `make docs-tables` -->\n).*?(?=<!-- end -
 def largest_batch(model: str, card: str, form: str = "16-bit") -> tuple[int, Prediction] | None:
     """Returns the most rows that can be trained at once, with the fastest choice for them; None if not even one fits.
 
-    The model has adapters on all projections, and every token of a row may have a target.
+    The model has the default adapters: on all projections, or in a mixture on those of the attention. Every token of a
+    row may have a target.
 
     Args:
       model: a name of `SHAPES`.

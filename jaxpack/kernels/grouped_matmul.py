@@ -19,6 +19,7 @@ from jaxpack.constants import Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels._launch import dispatch, fitting, launch, pl, plt, power_of_two_divisor
 from jaxpack.kernels.routing import Routing
+from jaxpack.parallel.device import shared_memory_bytes
 
 
 class _Tile(NamedTuple):
@@ -97,8 +98,12 @@ def grouped_matmul(
     added = (*(() if bias is None else (bias,)), *(more or ()))
     arrays = (x, matrices, routing.experts, jnp.asarray(layer, jnp.int32).reshape(1), routing.tokens, *added)
     xla, pallas = (functools.partial(f, **settings) for f in (_matmul_reference, _matmul_kernel))
-    sizes = (O, I) if more is None else (O, I, more[0].shape[1])
-    return dispatch(_supported(implementation, sizes), xla=xla, pallas=pallas)(*arrays)
+    rank = 0 if more is None else more[0].shape[1]
+    block = len(routing.tokens) // len(routing.experts)
+    reason = unsupported_reason(O, I, *(() if more is None else (rank,)))
+    if reason is None and (needed := _shared_bytes(block, _TILES[-1], rank, x.dtype)) > shared_memory_bytes():
+        reason = f"a rank of {rank} needs {needed // 1024} KiB of shared memory, and this card has less"
+    return dispatch(_named(implementation, reason), xla=xla, pallas=pallas)(*arrays)
 
 
 def grouped_outer(
@@ -122,12 +127,12 @@ def grouped_outer(
     """
     settings = {"d_from_tokens": d_from_tokens, "x_from_tokens": x_from_tokens}
     xla, pallas = (functools.partial(f, **settings) for f in (_outer_reference, _outer_kernel))
-    run = dispatch(_supported(implementation, (d.shape[1], x.shape[1])), xla=xla, pallas=pallas)
+    run = dispatch(_named(implementation, unsupported_reason(d.shape[1], x.shape[1])), xla=xla, pallas=pallas)
     return run(d, x, routing.experts, routing.starts, routing.tokens)
 
 
-def _supported(implementation: Implementation | None, sizes: tuple[int, ...]) -> Implementation | None:
-    reason = unsupported_reason(*sizes)
+def _named(implementation: Implementation | None, reason: str | None) -> Implementation | None:
+    """Returns the implementation to take, if the kernels do not support something for a `reason`."""
     if reason is not None and implementation == "pallas":
         raise InputError(f"`implementation` must be None or 'xla' here, got 'pallas': {reason}.")
     return implementation if reason is None else "xla"

@@ -188,9 +188,9 @@ def loop_with(
 
     `fetch` copies from host memory; each copy is made while the iteration before computes. XLA makes such copies with
     the GPU's copy engines only if it can compute their source from the number of the iteration by additions alone, and
-    not if it has to read the source from an array, as in a scan over numbers. It copies with kernels otherwise. And it
-    starts a copy where the last of its operands is computed: so the loop counts what is fetched, one more than i. The
-    last iteration copies the last slice once more, which nothing reads.
+    not if it has to read the source from an array, as in a scan over numbers. It copies with kernels otherwise. The
+    loop counts what is fetched, one more than i, because XLA starts a copy only when its number is computed. The last
+    iteration copies the last slice once more, which nothing reads.
     """
 
     def body(carry: Any) -> Any:
@@ -202,13 +202,13 @@ def loop_with(
 
 
 def copies_first(state: Tree, source: Any) -> Tree:
-    """Returns `state`; the program comes to the arrays of `source` before it computes with what this returns.
+    """Returns `state`, with which the program computes only after it has named the arrays of `source`.
 
-    XLA starts a copy once the program has come to all of its operands. Nothing but the copy reads an array in host
-    memory. So without this the program would come to the array after the iteration's computation, and the copy would
-    have nothing to hide behind.
+    XLA schedules a copy as soon as all of its operands are scheduled. Nothing but the copy reads an array in host
+    memory, so without this barrier XLA schedules the array, and the copy, behind the iteration's computation.
     """
-    return jax.lax.optimization_barrier((state, source, jnp.int32(0)))[0]  # 0 is an operand of the copies, too
+    zero = jnp.int32(0)  # the start of a copy along the other axes, which is an operand, too
+    return jax.lax.optimization_barrier((state, source, zero))[0]
 
 
 def _moved(leaf: Any) -> Any:

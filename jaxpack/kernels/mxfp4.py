@@ -39,15 +39,17 @@ def dequantize_mxfp4(
     Args:
       codes, scales: as in `decoded`.
       layer: the number of the matrix in the stack.
-      implementation: see `jaxpack.kernels`. None takes "xla" for 2^31 scales or more.
+      implementation: see `jaxpack.kernels`. None takes "xla" for 2^31 scales, or elements of a matrix, or more.
 
     Raises:
-      InputError: "pallas" is named for 2^31 scales or more.
+      InputError: "pallas" is named for as many.
     """
-    if scales.size >= 2**31:  # Pallas would compute their offsets in 32 bits.
+    elements = codes.shape[1] * codes.shape[2] * CODES_PER_WORD
+    if max(scales.size, elements) >= 2**31:  # Pallas would compute their offsets in 32 bits.
         if implementation == "pallas":
             raise InputError(
-                f"`implementation` must be None or 'xla' for 2^31 scales or more, got 'pallas' for {scales.size}."
+                "`implementation` must be None or 'xla' for 2^31 scales or elements of a matrix or more, got 'pallas'"
+                f" for {scales.size} scales and {elements} elements."
             )
         implementation = "xla"
     run = dispatch(implementation, **{f: functools.partial(g, dtype=jnp.dtype(dtype)) for f, g in _FORMS.items()})

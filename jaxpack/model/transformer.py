@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +84,28 @@ class Transformer(nnx.Module):
             self.pending = None
 
     def __call__(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], **options: Any
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        remat: Remat = "full",
+        max_segments: int | None = None,
+        implementation: Implementation | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+        embedded: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the hidden states after the last norm, in `dtype`; `options` are those of `with_router_sums`."""
-        return self.with_router_sums(tokens, segment_ids, positions, **options)[0]
+        """Returns the hidden states after the last norm, in `dtype`. `with_router_sums` describes the arguments."""
+        return self.with_router_sums(
+            tokens,
+            segment_ids,
+            positions,
+            remat=remat,
+            max_segments=max_segments,
+            implementation=implementation,
+            dropout_key=dropout_key,
+            embedded=embedded,
+        )[0]
 
     def with_router_sums(
         self,

@@ -34,12 +34,12 @@ def may_lower_for_gpu() -> bool:
 
 
 # KiB of shared memory that a block may take, by compute capability; from NVIDIA's CUDA programming guide.
-_SHARED_KIB = {"7.5": 64, "8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "10.3": 227}
+_SHARED_KIB = {"7.0": 96, "7.5": 64, "8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "10.3": 227}
 _LEAST_SHARED_KIB = 99  # of cards newer than these, such as the RTX 5090
 
 
 def shared_memory_bytes() -> int:
-    """Returns the shared memory that a kernel's block may take on the current GPU, or without one on a Hopper.
+    """Returns the shared memory that a kernel's block may take on the current GPU; without a GPU, that of a Hopper.
 
     Kernels are built for it when they are traced, so a program must be lowered for the same kind of card.
     """

@@ -59,7 +59,7 @@ _SPARE = 2**20  # Bytes that a checkpoint may take in addition to its arrays.
 _SLICE_BYTES = 64 * 2**20  # of an array in the host's memory that go to the device at a time, for its checksum
 _PART = 2**20  # Values that are looked at together: their bits stay in the cache of a processor.
 # Settings that may differ between a run and its continuation. `remat`, `implementation` and
-# `offload_embedding` change only how a step is rounded, and `offload_weights` changes nothing.
+# `offload_embedding` change only how a step is rounded, and on a GPU `offload_weights` changes nothing.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
@@ -67,7 +67,7 @@ _FREE = {
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
 # Settings and facts of a model that checkpoints of older versions may lack, with the values that these had.
-_BEFORE = {"optim": "adamw"} | {
+_BEFORE = {"optim": "adamw", "router_aux_loss_coef": 0.0} | {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
     if field.default is not dataclasses.MISSING and field.name != "name_or_path"

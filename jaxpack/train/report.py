@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _ABOUT = ("started", "after", "num_steps", "padding_share", "model", "device", "versions", "remat", "plan", "settings")
 REPORT, PICTURE = "report.md", "report.png"
 _TRAIN, _EVAL = "#0072B2", "#D55E00"
-_OF_EXPERTS = (
+_EXPERT_FIGURES = (
     ("busiest_expert", "tokens of the busiest expert over the mean (1 is even), first and last record", "{:.2f}"),
-    ("unused_experts", "share of experts that no token of a step chose, first and last record", "{:.1%}"),
+    ("unused_experts", "share of experts that no token of a micro-batch chose, first and last record", "{:.1%}"),
 )
 
 
@@ -170,8 +170,8 @@ def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, st
     peak = max(record["peak_memory_bytes"] for record in training) / 2**30
     lines.append(("peak memory of the device", f"{peak:.2f} GiB"))
     lines.append(("share of padding among all positions", f"{about['padding_share']:.2%}"))
-    for name, line, form in _OF_EXPERTS:
-        if name in last:
+    for name, line, form in _EXPERT_FIGURES:
+        if name in first and name in last:
             shown = ", ".join(form.format(record[name]) for record in (first, last))
             lines.append((line, f"{shown} (step {last['step']:,})"))
     lines.append(("recomputation in the backward pass", f"`remat` {about['remat']}"))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.data.packing import AnyBatch, BatchLimits
+from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
@@ -114,7 +115,8 @@ def objective_and_gradients(
 
     Each device of the mesh takes its share of the B rows and works through the A micro-batches one after another. Loss,
     metrics and gradients are divided by the weight of the whole batch (for SFT its number of targets), so they do not
-    depend on how the documents are spread over devices, micro-batches and rows. With a weight of 0 they are not divided
+    depend on how the documents are spread over devices, micro-batches and rows. The load-balancing loss of a mixture of
+    experts does, and so do the figures of how its experts are used. With a weight of 0 nothing is divided
     (the loss and the gradients of SFT are then 0).
 
     Args:
@@ -127,6 +129,8 @@ def objective_and_gradients(
         micro-batch has its own, and counts by its weight.
       mesh: the devices; None is the one device that arrays are made on.
     """
+    if router_aux_loss_coef < 0:
+        raise InputError(f"`router_aux_loss_coef` must be 0 or a positive number, got {router_aux_loss_coef}.")
     mesh = make_mesh() if mesh is None else mesh
 
     def local_sums(
@@ -136,6 +140,10 @@ def objective_and_gradients(
             model = nnx.merge(graph, trainable, frozen)
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             forward = Forward(model, micro, dropout_key=key, balances=router_aux_loss_coef > 0, **options)
+            if router_aux_loss_coef and not model.config.num_experts:
+                raise InputError(
+                    f"`router_aux_loss_coef` must be 0 for a model without experts, got {router_aux_loss_coef}."
+                )
             sums = _with_router(objective(forward), forward, router_aux_loss_coef)
             return sums.loss, sums
 
@@ -149,17 +157,20 @@ def objective_and_gradients(
 
 
 def _with_router(sums: Sums, forward: Forward, router_aux_loss_coef: float) -> Sums:
-    """Adds to the metrics how evenly a mixture's experts are used, and to the loss the load-balancing loss."""
+    """Adds to the metrics how evenly a mixture's experts are used, and to the loss the load-balancing loss.
+
+    If the objective has a metric of the same name, that one is kept.
+    """
     router = forward.router_sums
     if router is None:
         return sums
-    num_layers = forward.model.config.num_layers
+    num_layers, weight = forward.model.config.num_layers, jax.lax.stop_gradient(sums.weight)
     metrics = {"busiest_expert": router.busiest / num_layers, "unused_experts": router.unused / num_layers}
     loss = sums.loss
     if router_aux_loss_coef > 0:
         metrics["router_aux_loss"] = router.load_balancing_loss
-        loss += router_aux_loss_coef * metrics["router_aux_loss"] * sums.weight
-    return Sums(loss, sums.weight, sums.metrics | {name: sums.weight * value for name, value in metrics.items()})
+        loss += router_aux_loss_coef * metrics["router_aux_loss"] * weight
+    return Sums(loss, sums.weight, {name: weight * value for name, value in metrics.items()} | sums.metrics)
 
 
 def _accumulated(

@@ -148,6 +148,17 @@ def test_a_card_with_little_shared_memory_gets_smaller_tiles_and_the_same_produc
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
+def test_a_rank_that_no_tile_of_the_card_holds_is_multiplied_without_the_kernel(monkeypatch):
+    for module in (_launch, grouped):
+        monkeypatch.setattr(module, "shared_memory_bytes", lambda: 1024 * 99)
+    x, matrices, more = matmul_inputs("small blocks", True, False, 1024)
+    _, routing = routed("small blocks")
+    run = functools.partial(grouped_matmul, x, matrices, routing, from_tokens=True, more=more)
+    np.testing.assert_array_equal(run(), run(implementation="xla"))
+    with pytest.raises(InputError, match=r"must be None or 'xla' here, got 'pallas': a rank of 1024 needs 195 KiB"):
+        run(implementation="pallas")
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rank", [0, 16, 64])
 @pytest.mark.parametrize("shared", [227, 163, 99, 64], ids="{} KiB".format)

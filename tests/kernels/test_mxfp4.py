@@ -90,7 +90,11 @@ def test_each_first_extraordinary_scale_is_decoded_right(bound):
 
 
 def test_scales_whose_offsets_pallas_cannot_compute_are_refused_or_read_without_the_kernel():
-    like = jax.ShapeDtypeStruct((1, 2**25, 256), jnp.uint32), jax.ShapeDtypeStruct((1, 2**25, 64), jnp.uint8)
-    with pytest.raises(InputError, match=r"`implementation` must be None or 'xla' for 2\^31 scales"):
-        jax.eval_shape(lambda *x: dequantize_mxfp4(*x, 0, jnp.bfloat16, implementation="pallas"), *like)
-    assert jax.eval_shape(lambda *x: dequantize_mxfp4(*x, 0, jnp.bfloat16), *like).shape == (2**25, 2048)
+    for layers, rows in ((32, 2**20), (1, 2**20)):  # 2^31 scales in all, and 2^31 elements in one matrix
+        like = (
+            jax.ShapeDtypeStruct((layers, rows, 256), jnp.uint32),
+            jax.ShapeDtypeStruct((layers, rows, 64), jnp.uint8),
+        )
+        with pytest.raises(InputError, match=r"`implementation` must be None or 'xla' for 2\^31 scales or elements"):
+            jax.eval_shape(lambda *x: dequantize_mxfp4(*x, 0, jnp.bfloat16, implementation="pallas"), *like)
+        assert jax.eval_shape(lambda *x: dequantize_mxfp4(*x, 0, jnp.bfloat16), *like).shape == (rows, 2048)
