@@ -222,8 +222,8 @@ class Squared(FeedForward):
     """A feed-forward that adds a square to its result; the derivative reads the squared array, which has a name."""
 
     def __call__(self, norm, x, context, keys):
-        x = super().__call__(norm, x, context, keys)
-        return x + checkpoint_name(x / 2, "squared") ** 2
+        x, sums = super().__call__(norm, x, context, keys)
+        return x + checkpoint_name(x / 2, "squared") ** 2, sums
 
     def cost(self, norm, context):
         return super().cost(norm, context).name_output("squared", norm.scale.shape[-1] * context.itemsize)
