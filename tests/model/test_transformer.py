@@ -104,9 +104,9 @@ def test_bounds_that_a_window_narrows_are_never_taken_for_segments(monkeypatch):
     """cuDNN would take bounds for whole segments if it were given the number of segments."""
     given = []
 
-    def recorded(*context):
+    def recorded(*context, **more):
         given.append(context[2])
-        return RowContext(*context)
+        return RowContext(*context, **more)
 
     monkeypatch.setattr("jaxpack.model.transformer.RowContext", recorded)
     model = small_model("qwen2")
