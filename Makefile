@@ -80,7 +80,7 @@ test-jax-%: .venv-jax-%/installed
 CUDA_PLUGIN := build/cuda-plugin
 test-cards: .venv-jax-0.11.2/installed $(CUDA_PLUGIN)/installed  ## Compile steps for several NVIDIA cards, without a card
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_PLUGIN) XLA_FLAGS=--xla_gpu_cuda_data_dir=$(CUDA_PLUGIN)/nvidia/cu13 \
-		.venv-jax-0.11.2/bin/python -m pytest $(PARALLEL) --dist worksteal tests/cards
+		.venv-jax-0.11.2/bin/python -m pytest -n 2 --dist worksteal tests/cards
 
 $(CUDA_PLUGIN)/installed: constraints/jax-0.11.2.txt .venv-jax-0.11.2/installed
 	.venv-jax-0.11.2/bin/python -m pip install --quiet --no-deps --upgrade --target $(CUDA_PLUGIN) \

@@ -205,7 +205,8 @@ def copies_first(state: Tree, source: Any) -> Tree:
     """Returns `state`, with which the program computes only after it has named the arrays of `source`.
 
     XLA schedules a copy as soon as all of its operands are scheduled. Nothing but the copy reads an array in host
-    memory, so without this barrier XLA schedules the array, and the copy, behind the iteration's computation.
+    memory, so without this barrier XLA schedules the array, and the copy, behind the iteration's computation. A number
+    that a copy reads belongs into `state`, and the computation must use what comes back: XLA drops it otherwise.
     """
     zero = jnp.int32(0)  # the start of a copy along the other axes, which is an operand, too
     return jax.lax.optimization_barrier((state, source, zero))[0]

@@ -52,8 +52,8 @@ def dequantize_mxfp4(
                 f" for {scales.size} scales and {elements} elements."
             )
         implementation = "xla"
-    run = dispatch(implementation, **{f: functools.partial(g, dtype=jnp.dtype(dtype)) for f, g in _FORMS.items()})
-    return run(codes, scales, jnp.asarray(layer, jnp.int32))
+    xla, pallas = (functools.partial(f, dtype=jnp.dtype(dtype)) for f in (_reference, _kernel))
+    return dispatch(implementation, xla=xla, pallas=pallas)(codes, scales, jnp.asarray(layer, jnp.int32))
 
 
 def decoded(codes: UInt32[Array, "*L O W"], scales: UInt8[Array, "*L O G"], dtype: DTypeLike) -> Float[Array, "*L O I"]:
@@ -145,6 +145,3 @@ def _kernel(codes, scales, layer, *, dtype):
         num_warps=_NUM_WARPS,
     )
     return flat.reshape(O, W * CODES_PER_WORD)
-
-
-_FORMS = {"xla": _reference, "pallas": _kernel}

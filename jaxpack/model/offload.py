@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxpack.kernels.host_weight import HostWeight, copies_first, loop_with
-from jaxpack.kernels.weight import Weight
+from jaxpack.kernels.weight import Weight, instantiate
 from jaxpack.parallel.host_memory import host_buffer, to_device
 
 _Arrays = list[jax.Array]
@@ -141,7 +141,7 @@ def _forward(layer, x, leaves, shared, hosted):
 def _backward(layer, kept, d):
     leaves, shared, hosted, pullback, on_host, large, small, fetched = kept
     num_layers = _length(leaves)
-    d = jax.tree.map(_instantiated, d, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    d = jax.tree.map(instantiate, d, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
 
     def turn(state):
         turns, d, large, fetched, gradients = state
@@ -161,10 +161,6 @@ def _backward(layer, kept, d):
     start = 0, d, large, fetched, zeros
     _, d, _, _, gradients = jax.lax.while_loop(lambda state: state[0] < num_layers, turn, start)
     return d, [gradients.get(place) for place in range(len(leaves))], None, None
-
-
-def _instantiated(d: Any) -> jax.Array:
-    return d if isinstance(d, jax.Array) else jnp.zeros(d.aval.shape, d.aval.dtype)
 
 
 def _length(leaves: _Arrays) -> int:

@@ -33,7 +33,15 @@ from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
-from jaxpack.train.step import ComputeMetrics, Metrics, TrainState, float32_copies, make_eval_step, make_train_step
+from jaxpack.train.step import (
+    ComputeMetrics,
+    Metrics,
+    TrainState,
+    check_router_aux_loss_coef,
+    float32_copies,
+    make_eval_step,
+    make_train_step,
+)
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console
 from jaxpack.utils.host import available_host_bytes
@@ -74,11 +82,7 @@ class Run:
         compute_metrics: ComputeMetrics | None = None,
     ):
         self._model, self._batches, self._eval_batches, self._config = model, batches, eval_batches, config
-        if config.router_aux_loss_coef and not model.config.num_experts:
-            raise InputError(
-                "`router_aux_loss_coef` must be 0 for a model without experts, got"
-                f" {config.router_aux_loss_coef}: there is no router."
-            )
+        check_router_aux_loss_coef(config.router_aux_loss_coef, model.config)
         self.started = 0
         self.copy: HostCopy | None = None
         self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded

@@ -13,6 +13,7 @@ from jaxpack.constants import Implementation, Remat
 from jaxpack.data.packing import AnyBatch, BatchLimits
 from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
+from jaxpack.model.config import ModelConfig
 from jaxpack.model.remat import compiler_options
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
@@ -116,8 +117,8 @@ def objective_and_gradients(
     Each device of the mesh takes its share of the B rows and works through the A micro-batches one after another. Loss,
     metrics and gradients are divided by the weight of the whole batch (for SFT its number of targets), so they do not
     depend on how the documents are spread over devices, micro-batches and rows. The load-balancing loss of a mixture of
-    experts does, and so do the figures of how its experts are used. With a weight of 0 nothing is divided
-    (the loss and the gradients of SFT are then 0).
+    experts does, and so do the figures of how its experts are used. With a weight of 0 nothing is divided (the loss and
+    the gradients of SFT are then 0).
 
     Args:
       objective: the objective to minimise.
@@ -125,12 +126,10 @@ def objective_and_gradients(
       limits: upper limits for the documents in a row, and for the targets in a micro-batch on one device.
       dropout_key: turns the dropout of adapters on; None turns it off.
       loss_chunk: the number of tokens whose logits exist at a time.
-      router_aux_loss_coef: how many times the load-balancing loss of a mixture of experts is added to the loss. Each
-        micro-batch has its own, and counts by its weight.
+      router_aux_loss_coef: the coefficient of the load-balancing loss of a mixture of experts, which is added to the
+        loss. Each micro-batch has its own, and counts by its weight.
       mesh: the devices; None is the one device that arrays are made on.
     """
-    if router_aux_loss_coef < 0:
-        raise InputError(f"`router_aux_loss_coef` must be 0 or a positive number, got {router_aux_loss_coef}.")
     mesh = make_mesh() if mesh is None else mesh
 
     def local_sums(
@@ -139,11 +138,8 @@ def objective_and_gradients(
         def micro_sums(trainable: nnx.State, micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
             model = nnx.merge(graph, trainable, frozen)
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
+            check_router_aux_loss_coef(router_aux_loss_coef, model.config)
             forward = Forward(model, micro, dropout_key=key, balances=router_aux_loss_coef > 0, **options)
-            if router_aux_loss_coef and not model.config.num_experts:
-                raise InputError(
-                    f"`router_aux_loss_coef` must be 0 for a model without experts, got {router_aux_loss_coef}."
-                )
             sums = _with_router(objective(forward), forward, router_aux_loss_coef)
             return sums.loss, sums
 
@@ -154,6 +150,16 @@ def objective_and_gradients(
     weight = jnp.where(sums.weight == 0, 1.0, sums.weight)
     loss, metrics, gradients = jax.tree.map(lambda x: x / weight, (sums.loss, sums.metrics, gradients))
     return Sums(loss, sums.weight, metrics), gradients
+
+
+def check_router_aux_loss_coef(value: float, config: ModelConfig) -> None:
+    """Raises InputError if the coefficient is negative, or not 0 for a model without experts."""
+    if value < 0:
+        raise InputError(f"`router_aux_loss_coef` must be 0 or a positive number, got {value}.")
+    if value and not config.num_experts:
+        raise InputError(
+            f"`router_aux_loss_coef` must be 0 for a model without experts, got {value}: there is no router."
+        )
 
 
 def _with_router(sums: Sums, forward: Forward, router_aux_loss_coef: float) -> Sums:
@@ -216,9 +222,8 @@ def make_train_step(
     `state` is a `TrainState`, whose arrays are donated; `frozen` is not donated. `limits`, a static argument, holds
     upper limits for the documents in a row and the targets in a micro-batch on one device; it may be left out.
     `metrics` has the float32 scalars `loss` and `grad_norm`, and `more`: a dict of the objective's own metrics, and of
-    how evenly a mixture's experts are used (`docs/experts.md`). On a
-    mesh of several devices, each device holds the whole state and all frozen weights (`replicate`), and gets its share
-    of a batch's rows (`batch_sharding`).
+    how evenly a mixture's experts are used (`docs/experts.md`). On a mesh of several devices, each device holds the
+    whole state and all frozen weights (`replicate`), and gets its share of a batch's rows (`batch_sharding`).
 
     Args:
       graph: the model's structure, from `split_trainable`.
