@@ -97,17 +97,23 @@ def fill(model: Any) -> None:
 
 
 def fill_four_bit(parameter: Any) -> None:
-    """Fills a weight of bitsandbytes with random codes, and scales that decode them to the standard deviation `STD`."""
+    """Fills a weight of bitsandbytes with a random matrix in 4 bits, quantised as the loaded zeros were."""
     import torch
+    from bitsandbytes.functional import quantize_4bit
 
-    parameter.data.view(torch.uint8).random_(0, 256)  # two codes
     state = parameter.quant_state
-    scale = STD / state.code.float().square().mean().sqrt()
-    if state.nested:  # scales are coded, too: scale = code * state2.absmax + offset
-        state.state2.absmax.zero_()
-        state.offset.fill_(scale)
-    else:
-        state.absmax.fill_(scale)
+    codes, drawn = quantize_4bit(
+        torch.randn(state.shape, dtype=state.dtype, device=parameter.device) * STD,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=parameter.dtype,
+    )
+    parameter.data.copy_(codes)  # in place, because layers hold the same tensors
+    state.absmax.copy_(drawn.absmax)
+    if state.nested:  # the scales are in 8 bits, with scales of their own
+        state.offset.copy_(drawn.offset)
+        state.state2.absmax.copy_(drawn.state2.absmax)
 
 
 def write_tokenizer(folder: Path) -> None:

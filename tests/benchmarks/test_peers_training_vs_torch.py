@@ -107,7 +107,7 @@ def test_weights_in_4_bits_decode_to_random_numbers(double):
     assert decoded.shape == (256, 512)
     assert decoded.std().item() == pytest.approx(0.02, rel=0.02)
     assert abs(decoded.mean().item()) < 0.002
-    assert len(decoded.unique()) == 16
+    assert len(decoded.unique()) > 1000  # each block has its own scale: a matmul of few values takes less power
 
 
 def test_packed_documents_of_gpt_oss_do_not_see_each_other(tmp_path):
