@@ -474,6 +474,8 @@ def make_clock(request: dict[str, Any]) -> Any:
             """Returns the figures, under the names of `bench_training.py`."""
             tokens, documents, losses = ([float(x) for x in xs] for xs in (self.tokens, self.documents, self.losses))
             assert len(tokens) == request["warm_up"] + request["steps"], f"{len(tokens)} batches were seen"
+            if not np.isfinite(losses).all():  # a matmul of numbers that are all NaN takes less power, thus less time
+                raise RuntimeError(f"The losses are not finite, so the rates mean nothing: {losses}")
             pairs = zip(self.marks, self.marks[1:], strict=False)
             seconds = np.array([a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairs])
             counted = steady(self.positions)[request["warm_up"] :]

@@ -62,7 +62,9 @@ def measure(
     config = train_config(case)
     batches = Batches(documents, config)
     run = Run(model, batches, config)
-    step = dataclasses.replace(StepShape.of_run(model, batches), compiles_first=model.pending is not None)
+    lengths = [int(length) for length in np.unique(batches.row_lengths)]
+    steps = {length: StepShape.of_run(model, batches, length) for length in lengths}
+    reads_last = model.pending is not None
     cache = ProgramCache(config.compilation_cache_dir)
     compile_seconds = run.compile(cache)
     run.read_weights(cache)
@@ -75,9 +77,15 @@ def measure(
         losses.append(float(metrics.loss))
         ends.append(time.perf_counter())
 
+    if not np.isfinite(losses).all():  # a matmul of numbers that are all NaN takes less power, and thus less time
+        raise ValueError(f"the losses are not finite, so the rates mean nothing: {losses}")
+
     seconds = np.diff(ends)
-    step = dataclasses.replace(step, **run.choice.of_step)
-    predicted = predict(step, rates_of(current_device().device_kind))[run.remat]
+    rates = rates_of(current_device().device_kind)
+    predicted = {
+        length: predict(dataclasses.replace(step, compiles_first=reads_last, **run.choice.of_step), rates)[run.remat]
+        for length, step in steps.items()
+    }
     memory = run.programs[max(run.programs)].memory_analysis()
     assert memory is not None
     figures = {
@@ -95,8 +103,8 @@ def measure(
         "shapes": batches.shapes,
         "chosen_remat": run.remat,
         **{f"chosen_{name}": value for name, value in run.choice.of_step.items()},
-        "predicted_step_seconds": predicted.seconds,
-        "predicted_peak_bytes": predicted.peak_bytes,
+        "predicted_step_seconds": float(np.mean([predicted[length].seconds for length in batches.row_lengths[timed]])),
+        "predicted_peak_bytes": max(prediction.peak_bytes for prediction in predicted.values()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "host_temporary_bytes": memory.host_temp_size_in_bytes,

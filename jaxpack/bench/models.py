@@ -114,5 +114,11 @@ def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:
     x = jax.lax.iota(jnp.uint32, math.prod(like.shape)) * jnp.uint32(2654435761)
     for _ in range(2):
         x = (x ^ (x >> 16)) * jnp.uint32(73244475)
-    uniform = ((x >> 8).astype(jnp.float32) + 0.5) * 2.0**-23 - 1  # 24 bits are exact in float32, and none gives 1
-    return (jax.lax.erf_inv(uniform) * (0.02 * 2**0.5)).astype(like.dtype).reshape(like.shape)
+    return (0.02 * _normal(x)).astype(like.dtype).reshape(like.shape)
+
+
+def _normal(bits: jax.Array) -> jax.Array:
+    """Returns numbers of the normal distribution, float32 and finite, from uint32 numbers."""
+    # Of 23 bits plus a half, float32 rounds nothing away, so that the ends of the range, -1 and 1, are left out.
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
+    return jax.lax.erf_inv(uniform) * 2**0.5

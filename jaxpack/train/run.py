@@ -366,18 +366,23 @@ class Run:
 
     def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
         # The device is named, because a thread does not inherit its caller's `jax.default_device`.
-        device, embedding = self.state.step.sharding, self._embedding
+        device, embedding, count = self.state.step.sharding, self._embedding, len(batches) - begin
         if embedding is None:
-            made = prefetched(lambda step: jax.device_put(batches[begin + step], device), len(batches) - begin)
-            return contextlib.closing(made)
+            return contextlib.closing(prefetched(lambda step: jax.device_put(batches[begin + step], device), count))
         table = embedding.table
 
         def embedded(step: int) -> EmbeddedBatch:
             batch = batches[begin + step]
-            return jax.device_put(EmbeddedBatch(*batch, table[batch.tokens]), device)
+            return EmbeddedBatch(*batch, table[batch.tokens])
 
-        # The rows take much memory: no more than those of the next batch are made ahead.
-        return contextlib.closing(prefetched(embedded, len(batches) - begin, ahead=1))
+        def moved() -> Generator[EmbeddedBatch, None, None]:
+            # The rows take much memory. Those of the next batch are made ahead, but wait in the host's memory until the
+            # step is started: the device then holds those of two batches, because the step before may still run.
+            with contextlib.closing(prefetched(embedded, count, ahead=1)) as made:
+                for batch in made:
+                    yield jax.device_put(batch, device)
+
+        return contextlib.closing(moved())
 
     def _abstract(self, shape: tuple[int, int, int]) -> AnyBatch:
         batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])

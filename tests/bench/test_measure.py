@@ -53,6 +53,13 @@ def test_figures_are_of_what_the_batches_hold(layout):
     assert figures["warm_up_seconds"] == pytest.approx(figures["loss_seconds"][WARM_UP - 1])
 
 
+def test_a_step_on_nan_is_not_measured():
+    model = small_model("qwen3", lora=LoraConfig(r=4))
+    model.norm.scale[...] = jnp.nan
+    with pytest.raises(ValueError, match="losses are not finite"):
+        measure(case("packed"), model, DOCUMENTS)
+
+
 def test_a_record_says_which_case_it_measured():
     """No figure takes the place of a field of the case, by whose fields a record is found again."""
     planned = Planned("cases", "packed", case("packed"))

@@ -76,7 +76,7 @@ def test_opponents_do_the_same_work():
             assert peer.system in SYSTEMS
             assert peer.remat in RECOMPUTE
             if peer.layout == bar.ours.layout:
-                same = {"system": "jaxpack", "remat": bar.ours.remat}
+                same = {"system": "jaxpack", "remat": bar.ours.remat, "memory_limit": bar.ours.memory_limit}
                 assert dataclasses.replace(peer, **same) == bar.ours
 
 
