@@ -294,6 +294,13 @@ class TrainConfig:
         "Device memory, in GiB, that a run with remat 'auto' may take. None takes the free memory, less 9 % for "
         "safety.",
     )
+    mesh: str = _option(
+        "auto",
+        "Sizes of the mesh of devices, such as 'data=4', 'fsdp=8' or 'data=2,fsdp=4'; their product is the number of "
+        "GPUs. Each device computes with its own rows. Along 'data' every device holds all weights; along 'fsdp' the "
+        "devices share the matrices of the layers, their gradients and the optimizer's state. 'auto' takes all GPUs "
+        "along 'data' if the weights fit on each, and else along 'fsdp'.",
+    )
     implementation: Implementation | None = _option(
         None,
         "Implementation of all kernels: 'xla', or 'pallas', which is interpreted (and slow) without a GPU. Even with "

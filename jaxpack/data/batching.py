@@ -48,10 +48,14 @@ class Batches:
     rows of a group follow each other within one micro-batch. With `packing` each document is cut at `max_length // n`,
     so that any group fits a row.
 
+    On several devices, B is larger by their number, and so is the number of documents in a step. Device i computes with
+    the i-th share of the B rows. Rows are dealt so that all devices have about the same work in attention.
+
     Args:
       documents: the documents to train on; with `documents_together=n`, their number is a multiple of n.
       config: the settings of the run.
       documents_together: n, the number of documents in a group.
+      num_devices: the number of devices over which the rows are dealt.
 
     Attributes:
       config: the settings of the run.
@@ -62,7 +66,8 @@ class Batches:
       targets_per_epoch: tokens that an epoch trains on.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: tokens in each step without padding, int64 `[num_steps]`.
-      limits: maps each T to the `BatchLimits` of all batches with that T.
+      limits: maps each T to the `BatchLimits` of all batches with that T; targets are counted on each device.
+      imbalance: how much more attention work the busiest device has than the mean one, as a share, over all steps.
 
     Raises:
       InputError: `documents_together` does not fit the number of documents, the batch size or the packing strategy; no
@@ -77,9 +82,9 @@ class Batches:
       (2, (1, 1, 128))
     """
 
-    def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1):
+    def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1, *, num_devices: int = 1):
         _check_groups(documents, config, documents_together)
-        self.config = config
+        self.config, self.num_devices = config, num_devices
         self.documents, self.truncation = _fit(documents, config, documents_together)
         self._group_lengths = self.documents.lengths.reshape(-1, documents_together).sum(axis=1)
         # Shuffling keeps this many rows together. A packed row holds whole groups, any other row holds one document.
@@ -90,7 +95,7 @@ class Batches:
         else:
             self._rows = Rows.grouped(np.arange(len(self.documents))[:, None], self.documents.lengths)
         self.num_rows = len(self._rows)
-        self.rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.rows_per_step = config.per_device_train_batch_size * num_devices * config.gradient_accumulation_steps
         self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
         name = "max_steps" if config.max_steps > 0 else "num_train_epochs"
         steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * self.steps_per_epoch
@@ -100,6 +105,7 @@ class Batches:
 
         lengths = self._rows.row_lengths
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
+        self._row_work = _sums(self._rows.length.astype(np.float64) ** 2, self._rows.offsets)
         self.targets_per_epoch = int(row_targets.sum())
         if not self.targets_per_epoch:
             who, cut = "at least one document", f"all {len(documents):,} documents are cut"
@@ -112,6 +118,7 @@ class Batches:
             )
         # For each step: its tokens, its longest row, the most documents in a row, the most targets in a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
+        busiest, mean = np.zeros((2, self.num_steps))
         for step in range(self.num_steps):
             which = self._which(step)
             real = which >= 0
@@ -119,7 +126,11 @@ class Batches:
             self.tokens_per_step[step] = used.sum()
             needed[step] = used.sum(axis=1).max() if self._end_to_end else used.max()
             segments[step] = real.sum(axis=1).max() if self._end_to_end else row_segments[which[real]].max()
-            targets[step] = np.where(real, row_targets[which], 0).sum(axis=1).max()
+            targets[step] = self._of_devices(np.where(real, row_targets[which], 0)).max()
+            if num_devices > 1:
+                work = self._of_devices(np.where(real, self._row_work[which], 0))
+                busiest[step], mean[step] = work.max(axis=1).sum(), work.mean(axis=1).sum()
+        self.imbalance = float(busiest.sum() / mean.sum() - 1) if num_devices > 1 else 0.0
         if config.packing:
             needed[:] = needed.max()  # packed rows are full: one shape
         buckets = choose_buckets(needed)
@@ -143,7 +154,7 @@ class Batches:
         rows = self._rows
         if self._end_to_end:
             rows = Rows.grouped(which, self.documents.lengths)
-            which = np.arange(len(rows))[:, None]
+            which = np.arange(len(rows)).reshape(-1, self.num_devices)
         documents = self.documents
         return fill_batch(documents.tokens, documents.labels, documents.starts, rows, which, row_length)
 
@@ -151,8 +162,13 @@ class Batches:
     def shapes(self) -> list[tuple[int, int, int]]:
         """Returns the shapes `(A, B, T)` that the run compiles, by ascending T."""
         config = self.config
-        rows = 1 if self._end_to_end else config.per_device_train_batch_size
+        rows = self.num_devices * (1 if self._end_to_end else config.per_device_train_batch_size)
         return [(config.gradient_accumulation_steps, rows, int(T)) for T in np.unique(self.row_lengths)]
+
+    @property
+    def shapes_per_device(self) -> list[tuple[int, int, int]]:
+        """Returns the shapes that one device computes with, its share of the B rows, by ascending T."""
+        return [(A, B // self.num_devices, T) for A, B, T in self.shapes]
 
     @property
     def padding_share(self) -> float:
@@ -189,20 +205,54 @@ class Batches:
         """Counts the targets in each row of the plan, int64 `[num_rows]`."""
         rows, documents = self._rows, self.documents
         of_piece = documents.targets_within(documents.starts[rows.document] + rows.start, rows.length)
-        before = np.concatenate([[0], np.cumsum(of_piece)])
-        return before[rows.offsets[1:]] - before[rows.offsets[:-1]]
+        return _sums(of_piece, rows.offsets)
+
+    def _of_devices(self, of_rows: np.ndarray) -> np.ndarray:
+        """Sums a figure of the rows of `_which` for each micro-batch and device, `[A, num_devices]`."""
+        A = self.config.gradient_accumulation_steps
+        return of_rows.reshape(A, self.num_devices, -1).sum(axis=2)
 
     def _which(self, step: int) -> np.ndarray:
-        """Returns the rows of a step, int64 `[A, ...]`; -1 is a missing row, which an epoch's last step may have."""
+        """Returns the rows of a step; -1 is a missing row, which an epoch's last step may have.
+
+        They are int64 `[A, B]`, or `[A * B, ...]` documents where they lie end to end in B rows.
+        """
         epoch, place = divmod(step, self.steps_per_epoch)
         together, accumulation = self._rows_together, self.config.gradient_accumulation_steps
         per_step = self.rows_per_step // together
         order = row_order(self.config.seed, epoch, self.num_rows // together)[place * per_step :][:per_step]
         if self._end_to_end:
-            return members(_balanced(order, self._group_lengths, accumulation), together)
+            return members(_balanced(order, self._group_lengths, accumulation * self.num_devices), together)
         which = np.full(per_step, -1)
         which[: len(order)] = order
-        return members(which.reshape(accumulation, -1), together)
+        which = which.reshape(accumulation, -1)
+        if self.num_devices > 1:
+            work = self._row_work.reshape(-1, together).sum(axis=1)
+            which = np.stack([_dealt(rows, work, self.num_devices) for rows in which])
+        return members(which, together)
+
+
+def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sums `values` between neighbouring offsets."""
+    before = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
+    return before[offsets[1:]] - before[offsets[:-1]]
+
+
+def _dealt(rows: np.ndarray, work: np.ndarray, num_devices: int) -> np.ndarray:
+    """Orders rows so that each device, with an equal share of them in sequence, has about the same work.
+
+    Each row, the one with the most work first, goes to the device with the least work so far that has room. A missing
+    row, -1, has no work.
+    """
+    of_rows = np.where(rows >= 0, work[rows], 0)
+    room, filled = [len(rows) // num_devices] * num_devices, [0.0] * num_devices
+    dealt: list[list[int]] = [[] for _ in range(num_devices)]
+    for place in np.argsort(-of_rows, kind="stable").tolist():
+        device = min((d for d in range(num_devices) if room[d]), key=filled.__getitem__)
+        dealt[device].append(int(rows[place]))
+        filled[device] += float(of_rows[place])
+        room[device] -= 1
+    return np.concatenate(dealt)
 
 
 def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:

@@ -29,6 +29,7 @@ class Weight(abc.ABC):
     is_trainable: ClassVar[bool] = False  # whether its leaves may be differentiated
     is_dense: ClassVar[bool] = False  # whether it is read as it is stored, without a dense copy
     reads_by_number: ClassVar[bool] = False  # whether a loop over layers reads it with `at(number)`, not by slicing
+    shards_by_rows: ClassVar[bool] = True  # whether all arrays of a stack have the matrix' rows, in order, as axis 1
 
     @property
     @abc.abstractmethod

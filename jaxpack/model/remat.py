@@ -13,6 +13,7 @@ from typing import Any, get_args
 import jax
 
 from jaxpack.constants import Remat
+from jaxpack.kernels.sharded_weight import GATHERED
 from jaxpack.model.config import ModelConfig
 from jaxpack.parallel.device import current_device
 
@@ -61,15 +62,23 @@ def unrolls(remat: Remat) -> bool:
     return remat in ("keep_projections", "none")
 
 
-def recompute(layer: Callable[..., Any], remat: Remat, with_input: Collection[str]) -> Callable[..., Any]:
+def recompute(
+    layer: Callable[..., Any], remat: Remat, with_input: Collection[str], *, gathers: bool = False
+) -> Callable[..., Any]:
     """Wraps `layer(x, ...)`, for use in a scan, to keep the activations named by the choice and by `with_input`.
 
-    `with_input` holds the names that are offloaded with the layer's input, see `offloaded`.
+    Args:
+      with_input: the names that are offloaded with the layer's input, see `offloaded`.
+      gathers: whether the layer gathers matrices from several devices. Every choice gathers them again in the backward
+        pass: kept, they would be the whole model.
     """
     names = KEPT[remat]
-    if names is None:
+    if names is None and not gathers:
         return layer
-    policy = jax.checkpoint_policies.save_only_these_names(*names, *with_input)
+    if names is None:
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    else:
+        policy = jax.checkpoint_policies.save_only_these_names(*names, *with_input)
     # Without a loop, XLA would merge the recomputation with the forward pass, and so keep everything. Within a loop
     # there is no forward pass to merge with, so nothing has to be prevented.
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))

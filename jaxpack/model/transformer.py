@@ -20,7 +20,7 @@ from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
-from jaxpack.model.weights import is_hosted, is_trained, reads_by_number, weight_of, weights_at
+from jaxpack.model.weights import gathers, is_hosted, is_trained, reads_by_number, weight_of, weights_at
 from jaxpack.settings import LoraConfig
 
 
@@ -153,7 +153,8 @@ class Transformer(nnx.Module):
 
         numbers = jnp.arange(self.config.num_layers) if jax.tree.leaves(stacks) else None
         scanned, shared = (layers, keys, numbers, bounds.index, angles.index), (stacks, bounds, angles)
-        layer = recompute(layer, remat, offloaded(remat, self.config, casts_weights=self.casts_weights))
+        with_input = offloaded(remat, self.config, casts_weights=self.casts_weights)
+        layer = recompute(layer, remat, with_input, gathers=gathers(self.blocks))
         experts = self.config.num_experts
         stream = self.embed(tokens, embedded), RouterSums.zeros(experts, balances=balances) if experts else None
         if remat in OFFLOADED or jax.tree.leaves(hosted):

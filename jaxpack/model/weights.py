@@ -7,7 +7,7 @@ as a `Weight`, in whatever form that is stored, and anything smaller as a plain 
 import dataclasses
 import math
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight
+from jaxpack.kernels.sharded_weight import ShardedMatrix, ShardedStack
 from jaxpack.kernels.weight import DenseStack, DenseWeight, NumberedWeight, Weight, as_weight
 
 TRAINED = nnx.Param  # the one filter for trained parameters; `nnx.LoRAParam` is a subclass
@@ -149,6 +150,12 @@ def is_hosted(_: Any, variable: Any) -> bool:
     return isinstance(variable.get_value() if isinstance(variable, nnx.Variable) else variable, HostWeight)
 
 
+def gathers(module: nnx.Module) -> bool:
+    """Returns whether matrices of a module are in shards, so that reading them gathers them from several devices."""
+    values = jax.tree.leaves(nnx.state(module), is_leaf=lambda value: isinstance(value, Weight))
+    return any(isinstance(value, ShardedStack | ShardedMatrix) for value in values)
+
+
 def weights_at(stacks: nnx.State, layer: Int[Array, ""] | None) -> nnx.State:
     """Returns one layer's view of weights that are read by layer number."""
     return jax.tree.map(lambda weight: weight.at(layer), stacks, is_leaf=lambda leaf: isinstance(leaf, Weight))
@@ -166,6 +173,8 @@ class MixedWeight(NumberedWeight):
 
     parts: tuple[Any, ...]
     places: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+
+    shards_by_rows: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
-from jaxpack.parallel.mesh import DATA, DeviceMesh
-from jaxpack.parallel.placement import BATCH, spec
+from jaxpack.parallel.mesh import DeviceMesh, batch_axes
+from jaxpack.parallel.placement import WHOLE, batch_spec, is_partition
 
 
-def sum_over_shards(local: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
-    """Returns `summed(batch, *whole)`: the sum of `local(rows, *whole)` over the devices' own rows of the batch.
+def sum_over_shards(
+    local: Callable[..., Any], mesh: DeviceMesh, given: Any = WHOLE, sums: Any = WHOLE
+) -> Callable[..., Any]:
+    """Returns `summed(batch, *arguments)`: the sum of `local(rows, *arguments)` over the devices' own rows of a batch.
 
     The compiler cannot partition a kernel: it would gather the kernel's operands on every device. So all of `local`
     runs under one `shard_map`, and one `psum` adds up its results (a loss, its weight, gradients of the *local* sum).
@@ -18,21 +21,30 @@ def sum_over_shards(local: Callable[..., Any], mesh: DeviceMesh) -> Callable[...
     devices.
 
     Args:
-      local: takes a batch `[A, rows, T]` and arrays that every device has whole, and returns a pytree of sums.
+      local: takes a batch `[A, rows, T]` and arguments, and returns a pytree of sums.
+      given: the partition of the arguments: a tuple of one pytree for each, or one partition for all.
+      sums: the partition of the results. A result in shards is summed already over the axis that cuts it.
     """
+    axes = [axis for axis in batch_axes(mesh) if mesh.shape[axis] > 1]
 
-    def of_shard(batch: Any, *whole: Any) -> Any:
-        sums = local(batch, *whole)
-        return sums if mesh.size == 1 else jax.lax.psum(sums, DATA)
+    def add_up(partition: PartitionSpec, value: Any) -> Any:
+        others = tuple(axis for axis in axes if axis not in partition)
+        return jax.lax.psum(value, others) if others else value
 
-    def summed(batch: Any, *whole: Any) -> Any:
+    def of_shard(batch: Any, *arguments: Any) -> Any:
+        found = local(batch, *arguments)
+        return found if mesh.size == 1 else jax.tree.map(add_up, sums, found, is_leaf=is_partition)
+
+    def summed(batch: Any, *arguments: Any) -> Any:
+        each = given if isinstance(given, tuple) and not is_partition(given) else len(arguments) * (given,)
         # `check_vma` is off because Pallas kernels do not support it.
-        in_specs = (spec(*BATCH), *len(whole) * (spec(),))
-        return jax.shard_map(of_shard, mesh=mesh, in_specs=in_specs, out_specs=spec(), check_vma=False)(batch, *whole)
+        in_specs = (batch_spec(mesh), *each)
+        run = jax.shard_map(of_shard, mesh=mesh, in_specs=in_specs, out_specs=sums, check_vma=False)
+        return run(batch, *arguments)
 
     return summed
 
 
 def shard_key(key: jax.Array | None, mesh: DeviceMesh) -> jax.Array | None:
     """Returns this device's own random key, within `sum_over_shards`; on a mesh of one, the key itself."""
-    return key if key is None or mesh.size == 1 else jax.random.fold_in(key, jax.lax.axis_index(DATA))
+    return key if key is None or mesh.size == 1 else jax.random.fold_in(key, jax.lax.axis_index(batch_axes(mesh)))

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Int
 
 from jaxpack.constants import Remat
@@ -22,6 +23,7 @@ from jaxpack.model.remat import KEPT, offloaded
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import is_trained, movable, split_trained
 from jaxpack.optimizers.optimizer import state_bytes
+from jaxpack.parallel.placement import bytes_on_device
 from jaxpack.settings import TrainConfig
 
 
@@ -48,6 +50,7 @@ class StepShape:
       layer_weight_bytes: the bytes of the frozen matrices of all layers that may lie in the host's memory.
       embedding_bytes: the bytes of the frozen embedding and head that may lie there.
       offload_weights, offload_embedding: whether these matrices lie in the host's memory.
+      gathered_bytes: the bytes of one layer's matrices that are gathered from the devices that share them.
     """
 
     config: ModelConfig
@@ -69,6 +72,7 @@ class StepShape:
     embedding_bytes: int = 0
     offload_weights: bool = False
     offload_embedding: bool = False
+    gathered_bytes: int = 0
 
     @classmethod
     def of(
@@ -106,9 +110,9 @@ class StepShape:
             config=model.config,
             layer=model.blocks.cost(context),
             itemsize=context.itemsize,
-            trained=sum(x.size for x in jax.tree.leaves(trained)),
+            trained=sum(bytes_on_device(x) // x.dtype.itemsize for x in jax.tree.leaves(trained)),
             optimizer_bytes=optimizer_bytes,
-            frozen_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
+            frozen_bytes=sum(map(bytes_on_device, jax.tree.leaves(frozen))),
             trains_all=is_trained(model.norm.scale),
             trains_head=is_trained(model.head_variable),
             casts_weights=context.casts_weights,
@@ -120,6 +124,7 @@ class StepShape:
             embedding_bytes=sum(place.value.nbytes for place in outside),
             offload_weights=any(isinstance(place.value, HostWeight) for place in in_layers),
             offload_embedding=any(isinstance(place.value, HostMatrix) for place in outside),
+            gathered_bytes=_gathered_bytes(model, trained, frozen),
         )
 
     @classmethod
@@ -133,7 +138,7 @@ class StepShape:
         """
         if optimizer_bytes is None:
             optimizer_bytes = state_bytes(batches.config, model)
-        A, B, longest = max(batches.shapes)
+        A, B, longest = max(batches.shapes_per_device)
         shape = (A, B, row_length or longest)
         return cls.of(
             model,
@@ -176,6 +181,16 @@ class StepShape:
     def offloaded(self, remat: Remat) -> frozenset[str]:
         """Returns the names of the activations that a choice offloads to the host beside the layer inputs."""
         return offloaded(remat, self.config, casts_weights=self.casts_weights)
+
+
+def _gathered_bytes(model: Transformer, trained: nnx.State, frozen: nnx.State) -> int:
+    """Returns the bytes of one layer's matrices that lie in shards: trained ones are gathered in the model's dtype."""
+    whole = 0
+    for state, itemsize in ((trained, model.dtype.itemsize), (frozen, None)):
+        for x in jax.tree.leaves(state.get("blocks", {})):
+            if bytes_on_device(x) < x.size * x.dtype.itemsize:
+                whole += x.size * (itemsize or x.dtype.itemsize)
+    return whole // model.config.num_layers
 
 
 def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"]) -> float:

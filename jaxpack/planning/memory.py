@@ -28,8 +28,9 @@ def host_frozen_bytes(step: StepShape) -> int:
 
 
 def fetched_bytes(step: StepShape) -> int:
-    """Returns the bytes of the frozen matrices of two layers, this one and the next one, if they are fetched."""
-    return 2 * step.layer_weight_bytes // step.num_layers if step.offload_weights else 0
+    """Returns the bytes of the matrices of two layers, this one and the next one, if they are fetched or gathered."""
+    fetched = step.layer_weight_bytes // step.num_layers if step.offload_weights else 0
+    return 2 * (fetched + step.gathered_bytes)
 
 
 def layer_bytes(step: StepShape, remat: Remat) -> int:

@@ -1,6 +1,7 @@
 """A run trains a model on its batches: it holds the training state and compiles a program for each batch shape."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
@@ -29,7 +31,16 @@ from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
-from jaxpack.parallel.mesh import make_mesh
+from jaxpack.parallel.mesh import DeviceMesh, make_mesh
+from jaxpack.parallel.placement import (
+    batch_sharding,
+    bytes_on_device,
+    is_partition,
+    place,
+    replicate,
+    specs,
+    state_specs,
+)
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
@@ -63,6 +74,7 @@ class Run:
         parameters. The first step donates these arrays, so the model's are no longer valid after it.
       frozen: the weights that no step changes.
       schedule: the learning rate by step; None if the user's optimizer has its own.
+      mesh: the devices of the run.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       choice: what was chosen, and the reason for it, see `choose.choices`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
@@ -80,23 +92,31 @@ class Run:
         objective: Objective = SFT(),  # noqa: B008
         optimizer: optax.GradientTransformation | Callable[..., Any] | None = None,
         compute_metrics: ComputeMetrics | None = None,
+        mesh: DeviceMesh | None = None,
     ):
         self._model, self._batches, self._eval_batches, self._config = model, batches, eval_batches, config
         check_router_aux_loss_coef(config.router_aux_loss_coef, model.config)
         self.started = 0
         self.copy: HostCopy | None = None
         self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded
-        mesh = make_mesh()
+        self.mesh = mesh = make_mesh() if mesh is None else mesh
         if not adapters(model):  # All weights are trained, and the run's state is made from them.
             model.read_weights()
-        graph, trainable, self.frozen = split_trained(model)
-        # The model takes the copies, so that the originals are freed.
-        trainable = float32_copies(trainable)
+        graph, trainable, frozen = split_trained(model)
+        # The model takes the copies, and what lies on the mesh, so that the originals are freed.
+        trainable = float32_copies(place(trainable, specs(trainable, mesh), mesh))
         nnx.update(model, trainable)
+        self.frozen = place(frozen, specs(frozen, mesh), mesh)
+        nnx.update(model, self.frozen)
+        del frozen
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
-        self.state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+        self.state = TrainState(trainable, _initial(optimizer, trainable, mesh), replicate(jnp.int32(0), mesh))
         held_bytes, optimizer_bytes = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array) and not is_pinned(leaf))
+            sum(
+                bytes_on_device(leaf)
+                for leaf in jax.tree.leaves(held)
+                if isinstance(leaf, jax.Array) and not is_pinned(leaf)
+            )
             for held in ((self.state, self.frozen), self.state.optimizer)
         )
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
@@ -111,6 +131,8 @@ class Run:
             mesh=mesh,
         )
         more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}
+        if mesh.size > 1:  # Weights that several devices hold do not move to the host's memory.
+            config = dataclasses.replace(config, offload_weights="off", offload_embedding="off")
         self._choices = deque(choices(config, model, batches, held_bytes, **more))
         self._make_eval_step = functools.partial(
             make_eval_step,
@@ -207,8 +229,7 @@ class Run:
         if free is None:
             return None
         unread = [leaf for leaf in jax.tree.leaves(self.frozen) if isinstance(leaf, jax.ShapeDtypeStruct)]
-        unread = [leaf for leaf in unread if not is_pinned(leaf)]
-        free -= sum(leaf.size * leaf.dtype.itemsize for leaf in unread)
+        free -= sum(bytes_on_device(leaf) for leaf in unread if not is_pinned(leaf))
         if needed <= free and has_block(needed, current_device()):
             return None
         return (
@@ -366,7 +387,7 @@ class Run:
 
     def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
         # The device is named, because a thread does not inherit its caller's `jax.default_device`.
-        device, embedding, count = self.state.step.sharding, self._embedding, len(batches) - begin
+        device, embedding, count = self._batch_sharding, self._embedding, len(batches) - begin
         if embedding is None:
             return contextlib.closing(prefetched(lambda step: jax.device_put(batches[begin + step], device), count))
         table = embedding.table
@@ -384,11 +405,25 @@ class Run:
 
         return contextlib.closing(moved())
 
+    @property
+    def _batch_sharding(self) -> Any:
+        return self.state.step.sharding if self.mesh.size == 1 else batch_sharding(self.mesh)
+
     def _abstract(self, shape: tuple[int, int, int]) -> AnyBatch:
-        batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32)])
+        sharding = None if self.mesh.size == 1 else self._batch_sharding
+        batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)])
         if (embedding := self._embedding) is None:
             return batch
         return EmbeddedBatch(*batch, jax.ShapeDtypeStruct((*shape, embedding.shape[1]), embedding.dtype))
+
+
+def _initial(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: DeviceMesh) -> optax.OptState:
+    """Returns the optimizer's state before the first step, in shards where the parameters are."""
+    if mesh.size == 1:
+        return optimizer.init(trainable)
+    partition = state_specs(jax.eval_shape(optimizer.init, trainable), trainable, mesh)
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), partition, is_leaf=is_partition)
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
 
 _SMALL_BLOCKS = 32  # four arrays each for the batches of the running step and of those that are prefetched, and losses

@@ -21,6 +21,7 @@ from jaxpack.objectives.forward import Forward
 from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
+from jaxpack.parallel.placement import WHOLE, in_shards, specs
 from jaxpack.parallel.shard import shard_key, sum_over_shards
 
 # A user's function that computes metrics of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
@@ -131,12 +132,13 @@ def objective_and_gradients(
       mesh: the devices; None is the one device that arrays are made on.
     """
     mesh = make_mesh() if mesh is None else mesh
+    whole = trainable, frozen
 
     def local_sums(
         batch: AnyBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None
     ) -> tuple[Sums, nnx.State]:
         def micro_sums(trainable: nnx.State, micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
-            model = nnx.merge(graph, trainable, frozen)
+            model = nnx.merge(graph, *in_shards((trainable, frozen), whole, mesh))
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             check_router_aux_loss_coef(router_aux_loss_coef, model.config)
             forward = Forward(model, micro, dropout_key=key, balances=router_aux_loss_coef > 0, **options)
@@ -145,7 +147,9 @@ def objective_and_gradients(
 
         return _accumulated(jax.value_and_grad(micro_sums, has_aux=True), trainable, batch, shard_key(key, mesh))
 
-    sums, gradients = sum_over_shards(local_sums, mesh)(batch, trainable, frozen, dropout_key)
+    of_trainable, of_frozen = specs(whole, mesh)
+    summed = sum_over_shards(local_sums, mesh, (of_trainable, of_frozen, WHOLE), (WHOLE, of_trainable))
+    sums, gradients = summed(batch, trainable, frozen, dropout_key)
     # Divide only here, in float32: before the backward pass, 1 / weight would push float16 gradients to zero.
     weight = jnp.where(sums.weight == 0, 1.0, sums.weight)
     loss, metrics, gradients = jax.tree.map(lambda x: x / weight, (sums.loss, sums.metrics, gradients))
@@ -310,15 +314,17 @@ def make_eval_step(
         batch: AnyBatch,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
     ) -> EvalSums:
+        whole = trainable, frozen
+
         def local_sums(batch: AnyBatch, trainable: nnx.State, frozen: nnx.State) -> EvalSums:
             micro = jax.tree.map(lambda x: x.squeeze(0), batch)
-            model = nnx.merge(graph, trainable, frozen)
+            model = nnx.merge(graph, *in_shards((trainable, frozen), whole, mesh))
             options = {"implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             forward = Forward(model, micro, **options)
             computed = {} if compute_metrics is None else compute_metrics(*forward.scores, forward.batch)
             return EvalSums(objective(forward), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), computed))
 
-        return sum_over_shards(local_sums, mesh)(batch, trainable, frozen)
+        return sum_over_shards(local_sums, mesh, specs(whole, mesh))(batch, trainable, frozen)
 
     options = compiler_options("full", fetches=fetches)
     return jax.jit(evaluate, static_argnames="limits", compiler_options=options)

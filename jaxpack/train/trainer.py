@@ -27,6 +27,9 @@ from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
+from jaxpack.parallel.mesh import describe_mesh
+from jaxpack.parallel.placement import on_one_device
+from jaxpack.planning.mesh import mesh_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
 from jaxpack.train.checkpoint import (
@@ -145,6 +148,7 @@ class Trainer:
                 "`model` must have weights to train, got a model whose weights are all frozen, as those of a model in 4"
                 " bits are. Add adapters with `add_lora`, or read a 16-bit model to train all weights."
             )
+        self.mesh = mesh_of(config, model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.objective = SFT() if objective is None else check_objective(objective)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
@@ -167,13 +171,15 @@ class Trainer:
         together = self.objective.documents_together
         with errors_name(dataset="train_dataset", documents="train_dataset"):
             self.documents = self._load(train_dataset)
-            self.batches = Batches(self.documents, config, together)
+            self.batches = Batches(self.documents, config, together, num_devices=self.mesh.size)
         self.eval_documents = self.eval_batches = None
         if eval_dataset is not None:
             once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1}
             with errors_name(dataset="eval_dataset", documents="eval_dataset"):
                 self.eval_documents = self._load(eval_dataset)
-                self.eval_batches = Batches(self.eval_documents, dataclasses.replace(config, **once), together)
+                self.eval_batches = Batches(
+                    self.eval_documents, dataclasses.replace(config, **once), together, num_devices=self.mesh.size
+                )
 
     def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
@@ -242,6 +248,7 @@ class Trainer:
             objective=self.objective,
             optimizer=self.optimizer,
             compute_metrics=self.compute_metrics,
+            mesh=self.mesh,
         )
         plan = self._plan(run)
         for line in plan:
@@ -465,7 +472,8 @@ class Trainer:
         """Writes the trained parameters of a run back to the model."""
         self.steps_in_model = 0
         if run.is_whole():  # A step that failed has taken the parameters: then there is nothing to write back.
-            nnx.update(self.model, run.state.trainable)
+            nnx.update(self.model, on_one_device(run.state.trainable))
+            nnx.update(self.model, on_one_device(run.frozen))
             self.steps_in_model = 0 if run.faults() else run.started
 
     def _evaluates(self, step: int) -> bool:
@@ -520,7 +528,8 @@ class Trainer:
                 f" {_shapes(evaluated)}"
             )
         sizes = [num_parameters(state) for state in (run.state.trainable, run.frozen)]
-        lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {current_device().device_kind}")
+        where = current_device().device_kind if self.mesh.size == 1 else describe_mesh(self.mesh)
+        lines.append(f"training {sizes[0]:,} of {sum(sizes):,} parameters on {where}")
         return lines if run.choice.reason is None else [*lines, run.choice.reason]
 
     def _about(self, run: Run, plan: list[str]) -> dict[str, Any]:
