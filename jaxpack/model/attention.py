@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         norm: RMSNorm,
         x: Float[Array, "B T D"],
         context: RowContext,
-        keys: Key[Array, "2"] | NoKeys,
+        keys: Key[Array, "2 B"] | NoKeys,
         slot: CacheSlot | None = None,
     ) -> tuple[Float[Array, "B T D"], CacheSlot | None]:
         """Returns `x + attention(norm(x))`, and the cache slot with these tokens' keys and values written."""

@@ -33,15 +33,16 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         context: RowContext,
-        dropout_key: Key[Array, ""] | None,
+        dropout_keys: Key[Array, " B"] | None,
         slot: CacheSlot | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterSums | None, CacheSlot | None]:
         """Returns the layer's output, how its experts were used if it has any, and in generation its cache slot.
 
-        The slot has these tokens' keys and values written to it.
+        The slot has these tokens' keys and values written to it. With a dropout key for each row, dropout is on.
         """
-        none = (None, None)
-        keys = (none, none) if dropout_key is None else jax.random.split(dropout_key, (2, 2))
+        keys = (None, None), (None, None)
+        if dropout_keys is not None:
+            keys = jax.vmap(lambda key: jax.random.split(key, (2, 2)), out_axes=2)(dropout_keys)
         x, slot = self.attention(self.attention_norm, x, context, keys[0], slot)
         x = checkpoint_name(x, "residual")
         x, sums = self.feed_forward(self.feed_forward_norm, x, context, keys[1])

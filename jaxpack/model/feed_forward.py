@@ -25,7 +25,7 @@ class FeedForward(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(
-        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
+        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2 B"] | NoKeys
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns `x + down(act(gate(n)) * up(n))` with `n = norm(x)`, and None, as it has no router."""
         x, gate_up = self.gate_up.norm_project(norm, x, context, keys[0])

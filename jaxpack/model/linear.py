@@ -52,27 +52,27 @@ class Linear(nnx.Module):
         self.projections = tuple(projections.items())
         self.lora = nnx.Dict()
 
-    def __call__(self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "B T O"]:
+    def __call__(self, x: Float[Array, "B T I"], dropout_keys: Key[Array, " B"] | None = None) -> Float[Array, "B T O"]:
         """Returns all projections of `x`, concatenated, in plain jnp.
 
-        With a `dropout_key`, dropout acts on the input of the adapters.
+        With a dropout key for each row, dropout acts on the input of the adapters.
         """
         out = self._biased(weight_of(self.weight).matmul(x))
         lora_a, lora_b = self.factors()
         if lora_a is None or lora_b is None:
             return out
-        if self.has_dropout(dropout_key):
-            keep = jax.random.bernoulli(dropout_key, 1 - self._dropout, x.shape)
+        if self.has_dropout(dropout_keys):
+            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self._dropout, x.shape[1:]))(dropout_keys)
             kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
             x = jnp.where(keep, kept, 0)
         return out + x @ lora_a.astype(x.dtype).T @ lora_b.astype(x.dtype).T
 
     def norm_project(
-        self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_key: Key[Array, ""] | None
+        self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_keys: Key[Array, " B"] | None
     ) -> tuple[Float[Array, "B T I"], Float[Array, "B T O"]]:
         """Returns `x` for the residual connection, and all projections of `norm(x)`, concatenated."""
-        if context.apart or self.has_dropout(dropout_key):
-            return x, self(norm(x), dropout_key)
+        if context.apart or self.has_dropout(dropout_keys):
+            return x, self(norm(x), dropout_keys)
         weights = norm.weight, weight_of(self.weight), *self.factors()
         implementation = self._fitting(context.implementation, x)
         x, out = normed_linear(x, *weights, eps=norm.eps, implementation=implementation)
@@ -83,7 +83,7 @@ class Linear(nnx.Module):
         residual: Float[Array, "B T O"],
         x: Float[Array, "B T I"],
         context: RowContext,
-        dropout_key: Key[Array, ""] | None,
+        dropout_keys: Key[Array, " B"] | None,
         *,
         gated: Activation | None = None,
         post_norm: "RMSNorm | None" = None,
@@ -94,10 +94,10 @@ class Linear(nnx.Module):
         """
         implementation = context.implementation
         base = residual if post_norm is None else None
-        if context.apart or self.has_dropout(dropout_key):
+        if context.apart or self.has_dropout(dropout_keys):
             if gated is not None:  # the adapter needs the product as an array, perhaps for dropout
                 x = gated_activation(checkpoint_name(x, "gate_up"), activation=gated, implementation=implementation)
-            out = self(x, dropout_key)
+            out = self(x, dropout_keys)
             out = out if base is None else base + out
         else:
             weights = weight_of(self.weight), *self.factors()
@@ -202,9 +202,9 @@ class Linear(nnx.Module):
         rank = sum(adapter.lora_a.shape[-2] for adapter in self.lora.values())
         return padded_rank(rank) if rank else 0
 
-    def has_dropout(self, dropout_key: Key[Array, ""] | None) -> TypeGuard[Key[Array, ""]]:
+    def has_dropout(self, dropout_keys: Key[Array, " B"] | None) -> TypeGuard[Key[Array, " B"]]:
         """Returns whether dropout acts, so that the adapters read another input than the projection."""
-        return bool(self.lora) and dropout_key is not None and self._dropout > 0
+        return bool(self.lora) and dropout_keys is not None and self._dropout > 0
 
     def _fitting(self, implementation: Implementation | None, residual: Float[Array, "B T D"]) -> Implementation | None:
         """Returns `implementation`, or "xla" if "pallas" has no kernel for a residual stream of this shape."""

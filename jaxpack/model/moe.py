@@ -233,7 +233,7 @@ class MoE(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(
-        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2"] | NoKeys
+        self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2 B"] | NoKeys
     ) -> tuple[Float[Array, "B T D"], RouterSums]:
         """Returns `x` plus the sum of the experts for `norm(x)`, and how the experts are used."""
         del keys

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxpack.constants import Implementation, Remat
 from jaxpack.kernels.attention import segment_bounds
@@ -129,7 +129,8 @@ class Transformer(nnx.Module):
           max_segments: an upper bound on the documents in a row, if known; see `kernels.attention`.
           implementation: the implementation of all kernels; None picks the faster one on each device. With "pallas",
             XLA computes the projections that have no Pallas kernel, see `kernels.extended.unsupported_reason`.
-          dropout_key: turns the dropout of LoRA adapters on.
+          dropout_key: turns the dropout of LoRA adapters on. A row's masks follow from the key and from its tokens, so
+            they do not depend on the rows beside it, nor on the device and the micro-batch that the row is in.
           embedded: the tokens' rows of the embedding, if it lies in host memory: see `EmbeddedBatch`.
           balances: whether the sums have what the load-balancing loss reads.
         """
@@ -143,7 +144,11 @@ class Transformer(nnx.Module):
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
         graph, hosted, stacks, layers = nnx.split(self.blocks, is_hosted, reads_by_number, ...)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+        keys = None
+        if dropout_key is not None:
+            of_layers = jax.random.split(dropout_key, self.config.num_layers)
+            of_rows = jax.vmap(jax.random.fold_in, (None, 0))
+            keys = jax.vmap(of_rows, (0, None))(of_layers, row_numbers(tokens, segment_ids))  # [L, B]
 
         def layer(stream, scanned, shared, fetched):
             (x, total), (parameters, key, number, bound, angle), (stacks, bounds, angles) = stream, scanned, shared
@@ -232,6 +237,13 @@ def _logits(
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, state)
     return model.unembed(model(tokens, segment_ids, segment_positions(segment_ids)))
+
+
+def row_numbers(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> UInt32[Array, " B"]:
+    """Returns a number for each row that follows from its tokens alone: a checksum, in which padding does not count."""
+    weights = jnp.arange(tokens.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    terms = (tokens.astype(jnp.uint32) + 1) * weights[None, :] * (segment_ids > 0)
+    return jnp.sum(terms, axis=1, dtype=jnp.uint32)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -43,8 +43,3 @@ def sum_over_shards(
         return run(batch, *arguments)
 
     return summed
-
-
-def shard_key(key: jax.Array | None, mesh: DeviceMesh) -> jax.Array | None:
-    """Returns this device's own random key, within `sum_over_shards`; on a mesh of one, the key itself."""
-    return key if key is None or mesh.size == 1 else jax.random.fold_in(key, jax.lax.axis_index(batch_axes(mesh)))

@@ -63,9 +63,12 @@ _PART = 2**20  # Values that are looked at together: their bits stay in the cach
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
-    *("offload_weights", "offload_embedding"),
+    *("offload_weights", "offload_embedding", "mesh"),
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
 }
+# Their product is the number of rows, or of documents, in a step, which must stay; each of them may change.
+_STEP_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_STEP_SIZE = "per_device_train_batch_size x devices x gradient_accumulation_steps"
 # Settings and facts of a model that checkpoints of older versions may lack, with the values that these had.
 _BEFORE = {"optim": "adamw", "router_aux_loss_coef": 0.0} | {
     field.name: field.default
@@ -86,14 +89,20 @@ class Progress:
 
 
 def identity_of(
-    model: Transformer, config: TrainConfig, state: TrainState, frozen: nnx.State, **datasets: Documents | None
+    model: Transformer,
+    config: TrainConfig,
+    state: TrainState,
+    frozen: nnx.State,
+    num_devices: int = 1,
+    **datasets: Documents | None,
 ) -> dict[str, Any]:
     """Returns everything that must be equal for one run to continue another, under names that a user knows.
 
     Model, adapters, settings and the shapes and dtypes of arrays are listed as they are; data and frozen weights are
     represented by checksums.
     """
-    settings = {name: value for name, value in vars(config).items() if name not in _FREE}
+    settings = {name: value for name, value in vars(config).items() if name not in (*_FREE, *_STEP_SIZES)}
+    settings[_STEP_SIZE] = num_devices * math.prod(getattr(config, name) for name in _STEP_SIZES)
     lora = {} if model.lora_config is None else dataclasses.asdict(model.lora_config)
     if lora:  # Resolved and sorted, because a user can write the same adapters in several ways.
         lora["target_modules"] = sorted(adapters(model))
@@ -570,6 +579,8 @@ def notes_of(remat: str, implementation: str | None) -> dict[str, str]:
 
 def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     there = {name: value for name, value in _BEFORE.items() if name in here} | there
+    if _STEP_SIZE not in there and all(isinstance(there.get(name), int) for name in _STEP_SIZES):
+        there[_STEP_SIZE] = math.prod(there.pop(name) for name in _STEP_SIZES)  # of a version for one device
     differ = [name for name in here | there if not _is_same(there.get(name), here.get(name))]
     if not differ:
         return

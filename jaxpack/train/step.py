@@ -1,5 +1,6 @@
 """One optimizer step (objective, gradient, update, metrics) as pure functions on pytrees, compiled per batch shape."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +23,7 @@ from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
 from jaxpack.parallel.placement import WHOLE, in_shards, specs
-from jaxpack.parallel.shard import shard_key, sum_over_shards
+from jaxpack.parallel.shard import sum_over_shards
 
 # A user's function that computes metrics of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
 ComputeMetrics = Callable[..., dict[str, tuple[Any, Any]]]
@@ -137,7 +138,7 @@ def objective_and_gradients(
     def local_sums(
         batch: AnyBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None
     ) -> tuple[Sums, nnx.State]:
-        def micro_sums(trainable: nnx.State, micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
+        def micro_sums(trainable: nnx.State, micro: AnyBatch, *, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
             model = nnx.merge(graph, *in_shards((trainable, frozen), whole, mesh))
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             check_router_aux_loss_coef(router_aux_loss_coef, model.config)
@@ -145,7 +146,7 @@ def objective_and_gradients(
             sums = _with_router(objective(forward), forward, router_aux_loss_coef)
             return sums.loss, sums
 
-        return _accumulated(jax.value_and_grad(micro_sums, has_aux=True), trainable, batch, shard_key(key, mesh))
+        return _accumulated(functools.partial(jax.value_and_grad(micro_sums, has_aux=True), key=key), trainable, batch)
 
     of_trainable, of_frozen = specs(whole, mesh)
     summed = sum_over_shards(local_sums, mesh, (of_trainable, of_frozen, WHOLE), (WHOLE, of_trainable))
@@ -183,29 +184,22 @@ def _with_router(sums: Sums, forward: Forward, router_aux_loss_coef: float) -> S
     return Sums(loss, sums.weight, {name: weight * value for name, value in metrics.items()} | sums.metrics)
 
 
-def _accumulated(
-    gradient_of: Callable[..., Any],
-    trainable: nnx.State,
-    batch: AnyBatch,
-    key: Key[Array, ""] | None,
-) -> tuple[Sums, nnx.State]:
+def _accumulated(gradient_of: Callable[..., Any], trainable: nnx.State, batch: AnyBatch) -> tuple[Sums, nnx.State]:
     """Returns the sums and gradients of all micro-batches, which are computed one after another and added up."""
 
-    def of_micro(micro: AnyBatch, key: Key[Array, ""] | None) -> tuple[Sums, nnx.State]:
-        (_, sums), gradients = gradient_of(trainable, micro, key)
+    def of_micro(micro: AnyBatch) -> tuple[Sums, nnx.State]:
+        (_, sums), gradients = gradient_of(trainable, micro)
         return sums, gradients
 
-    num_micro = batch.tokens.shape[0]
-    keys = None if key is None else jax.random.split(key, num_micro)
-    first = jax.tree.map(lambda x: x[0], (batch, keys))
-    if num_micro == 1:
-        return of_micro(*first)
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return of_micro(first)
 
-    def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_micro(*micro)), None
+    def accumulate(total: Any, micro: AnyBatch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_micro(micro)), None
 
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, *first))
-    return jax.lax.scan(accumulate, zero, (batch, keys))[0]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, first))
+    return jax.lax.scan(accumulate, zero, batch)[0]
 
 
 def make_train_step(

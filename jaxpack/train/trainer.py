@@ -488,7 +488,7 @@ class Trainer:
         if config.output_dir is None and self.checkpoint is None:
             return
         datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
-        self._identity = identity_of(self.model, config, run.state, run.frozen, **datasets)
+        self._identity = identity_of(self.model, config, run.state, run.frozen, self.mesh.size, **datasets)
         if not isinstance(self.objective, SFT):
             self._identity["objective"] = type(self.objective).__name__
         if self._checkpoints:

@@ -134,7 +134,7 @@ def test_what_dropout_leaves_is_scaled_as_in_float32():
     linear.weight.set_value(jnp.zeros((64, 64), jnp.bfloat16))
     linear.lora["o_proj"] = LoraAdapter(jnp.eye(64), jnp.eye(64), scaling=1.0, dropout=0.1)
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (1, 50, 64)), jnp.bfloat16)
-    out = np.asarray(linear(x, jax.random.key(0)), np.float32)
+    out = np.asarray(linear(x, jax.random.split(jax.random.key(0), 1)), np.float32)
     expected = np.asarray((x.astype(jnp.float32) / 0.9).astype(jnp.bfloat16), np.float32)
     np.testing.assert_array_equal(out, np.where(out == 0, 0, expected))
     assert 0 < (out == 0).mean() < 0.2
