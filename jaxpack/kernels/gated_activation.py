@@ -65,9 +65,14 @@ def gated_activation_backward(
     return _backward(gate, up, d_out, activation, with_product, in_place, implementation)
 
 
-def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activation:
+def check_activation(activation: str) -> None:
+    """Raises an InputError for the name of an activation that does not exist."""
     if activation not in get_args(Activation):
         raise InputError(f"`activation` must be one of {', '.join(get_args(Activation))}, got {activation!r}.")
+
+
+def _checked(gate: jax.Array, up: jax.Array | None, activation: str) -> Activation:
+    check_activation(activation)
     if up is None and gate.shape[-1] % 2:
         raise InputError(
             "`gate` must hold gate and up side by side if `up` is None, so its last axis must have an even number of"
@@ -86,6 +91,11 @@ CLAMPED_SCALE, CLAMPED_LIMIT = 1.702, 7.0  # of "clamped_silu"
 
 
 # The arithmetic of the kernels: float32 in, float32 out.
+
+
+def gated_product(gate: jax.Array, up: jax.Array, activation: Activation) -> jax.Array:
+    """Returns `act(gate) * up`, for the kernels here and for those that compute gate and up themselves."""
+    return _activate(gate, activation)[0] * _linear(up, activation)[0]
 
 
 def _linear(up: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array | None]:
@@ -223,7 +233,7 @@ def _forward_kernel(gate: jax.Array, up: jax.Array | None, activation: Activatio
         here, second = blocks.here()
         gate = inputs[0][here].astype(jnp.float32)
         up = (inputs[0][second] if len(inputs) == 1 else inputs[1][here]).astype(jnp.float32)
-        out_ref[here] = (_activate(gate, activation)[0] * _linear(up, activation)[0]).astype(out_ref.dtype)
+        out_ref[here] = gated_product(gate, up, activation).astype(out_ref.dtype)
 
     out = launch(
         kernel,

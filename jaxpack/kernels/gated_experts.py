@@ -3,6 +3,10 @@
 A token's output is the sum over its experts of the expert's share times `down(act(gate(x)) * up(x))`. As in
 `residual_linear`, only gate and up are kept, and the gated activation is computed again in the backward pass.
 
+Under `jax.checkpoint`, gate and up are mostly not kept, but computed again as well. Then each pass needs one of two
+results: the forward pass needs the activation's product, and the recomputation needs gate and up. Each result has an
+operation of its own, and in each pass JAX leaves out the operation whose result nobody reads.
+
 The gradient of a share is the product of the output's gradient and the expert's output, which is not kept. Up to the
 part of the bias, it equals the product of the activation and its gradient, before this is scaled by the share.
 """
@@ -18,8 +22,8 @@ from jaxtyping import Array, Float
 from jaxpack.constants import Activation, Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels.adapter import padded_rank
-from jaxpack.kernels.gated_activation import gated_activation, gated_activation_backward
-from jaxpack.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from jaxpack.kernels.gated_activation import gated_activation_backward
+from jaxpack.kernels.grouped_matmul import grouped_gated, grouped_matmul, grouped_outer
 from jaxpack.kernels.routing import Routing, combine, gather_copies, spread
 from jaxpack.kernels.weight import Weight, as_weight, instantiate, primal_of
 
@@ -47,6 +51,7 @@ def gated_experts(
     down: ExpertLinear,
     *,
     activation: Activation = "silu",
+    keeps_gate_up: bool = True,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N D"]:
     """Returns the residual plus the sum of each token's experts, in the dtype of `x`. Sums over experts are float32.
@@ -58,6 +63,10 @@ def gated_experts(
       routing: the rows of the experts, see `route`.
       gate_up: the projection to gate and up, O = 2 F: of each expert, gate is above up.
       down: the projection of the gated activation, O = D.
+      keeps_gate_up: whether gate and up, which have the name "gate_up", are kept for the backward pass. Set it to False
+        if a `jax.checkpoint` around this function computes them again: the forward pass then does not write them. The
+        results are the same either way. But a wrong setting computes more: gate and up twice in the forward pass if
+        they are kept after all, or the activation in the recomputation if they are not.
       implementation: see `jaxpack.kernels`.
 
     Raises:
@@ -67,7 +76,7 @@ def gated_experts(
     F = as_weight(gate_up.weight).shape[0] // (2 * E)
     gate_up = _checked("gate_up", gate_up, (E, 2 * F, D), x.dtype)
     down = _checked("down", down, (E, D, F), x.dtype)
-    return _gated_experts(residual, x, shares, routing, gate_up, down, activation, implementation)
+    return _gated_experts(residual, x, shares, routing, gate_up, down, activation, keeps_gate_up, implementation)
 
 
 def _checked(name: str, linear: ExpertLinear, shape: tuple[int, int, int], dtype: jnp.dtype) -> ExpertLinear:
@@ -90,30 +99,34 @@ def _checked(name: str, linear: ExpertLinear, shape: tuple[int, int, int], dtype
     return ExpertLinear(weight, bias, factors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _gated_experts(residual, x, shares, routing, gate_up, down, activation, implementation):
-    return _compute(residual, x, shares, routing, gate_up, down, activation, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _gated_experts(residual, x, shares, routing, gate_up, down, activation, keeps_gate_up, implementation):
+    keeps_gate_up = False  # without a derivative, nothing reads them
+    return _compute(residual, x, shares, routing, gate_up, down, activation, keeps_gate_up, implementation)[0]
 
 
-def _forward(residual, x, shares, routing, gate_up, down, activation, implementation):
+def _forward(residual, x, shares, routing, gate_up, down, activation, keeps_gate_up, implementation):
     for linear in (gate_up, down):
         primal_of(linear.weight)  # refuses a frozen weight that is differentiated
     arguments = (residual, x, shares, routing, gate_up, down)
     residual, x, shares, routing, gate_up, down = jax.tree.map(lambda leaf: leaf.value, arguments)
-    return _compute(residual, x, shares, routing, gate_up, down, activation, implementation)
+    return _compute(residual, x, shares, routing, gate_up, down, activation, keeps_gate_up, implementation)
 
 
-def _compute(residual, x, shares, routing, gate_up, down, activation, implementation):
-    project = functools.partial(_project, routing=routing, implementation=implementation)
-    hidden, gate_up_xa = project(x, gate_up, from_tokens=True)
+def _compute(residual, x, shares, routing, gate_up, down, activation, keeps_gate_up, implementation):
+    options = {"routing": routing, "implementation": implementation}
+    arguments, gate_up_xa = _arguments(x, gate_up, from_tokens=True, **options)
+    product, hidden = grouped_gated(**arguments, activation=activation, with_gate_up=keeps_gate_up)
+    if hidden is None:
+        hidden = grouped_matmul(**arguments)  # runs in the recomputation alone
     hidden = checkpoint_name(hidden, "gate_up")
-    product = gated_activation(hidden, activation=activation, implementation=implementation)
-    out, down_xa = project(product, down)
-    out = (residual.astype(jnp.float32) + combine(out, routing, shares)).astype(residual.dtype)
+    arguments, down_xa = _arguments(product, down, **options)
+    out = combine(grouped_matmul(**arguments), routing, shares)
+    out = (residual.astype(jnp.float32) + out).astype(residual.dtype)
     return out, (x, shares, routing, gate_up, down, hidden, gate_up_xa, down_xa)
 
 
-def _backward(activation, implementation, residuals, d):
+def _backward(activation, keeps_gate_up, implementation, residuals, d):
     x, shares, routing, gate_up, down, hidden, gate_up_xa, down_xa = residuals
     d = instantiate(d)
     back = functools.partial(_project_back, routing=routing, implementation=implementation)
@@ -151,21 +164,24 @@ def _backward(activation, implementation, residuals, d):
     return d, d_x, d_shares.astype(shares.dtype), None, d_gate_up, d_down
 
 
-def _project(x, linear: ExpertLinear, *, routing, implementation, from_tokens=False):
-    """Returns the experts' projections of the rows, and the rows' product with A (no channels without an adapter)."""
-    run = functools.partial(grouped_matmul, routing=routing, implementation=implementation)
-    xa, more = jnp.zeros((routing.copies.shape[0], 0), x.dtype), None
+def _arguments(x, linear: ExpertLinear, *, from_tokens=False, **options) -> tuple[dict[str, Any], jax.Array]:
+    """Returns the arguments that `grouped_matmul` takes for a projection of the rows, and the rows' product with A.
+
+    This product has no channels without an adapter.
+    """
+    options["from_tokens"] = from_tokens
+    xa, more = jnp.zeros((options["routing"].copies.shape[0], 0), x.dtype), None
     if linear.factors is not None:
         a, b = linear.factors
-        xa = checkpoint_name(run(x, a[None], from_tokens=from_tokens), "lora")
+        xa = checkpoint_name(grouped_matmul(x, a[None], **options), "lora")
         more = xa, b
     (x,), weight = linear.weight.after(x)
-    matrices, layer = _stack(weight, x.dtype, routing.num_experts)
-    return run(x, matrices, layer=layer, from_tokens=from_tokens, bias=linear.bias, more=more), xa
+    matrices, layer = _stack(weight, x.dtype, options["routing"].num_experts)
+    return {"x": x, "matrices": matrices, "layer": layer, "bias": linear.bias, "more": more, **options}, xa
 
 
 def _project_back(d, linear: ExpertLinear, *, routing, implementation, from_tokens=False):
-    """Returns the gradient of the rows of `_project`, and that of their product with A."""
+    """Returns the gradient of a projection's rows, and that of their product with A."""
     run = functools.partial(grouped_matmul, routing=routing, implementation=implementation, transposed=True)
     d_xa, more = jnp.zeros((routing.copies.shape[0], 0), d.dtype), None
     if linear.factors is not None:

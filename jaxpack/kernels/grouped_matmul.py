@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxpack.constants import Implementation
+from jaxpack.constants import Activation, Implementation
 from jaxpack.errors import InputError
 from jaxpack.kernels._launch import dispatch, fitting, launch, pl, plt, power_of_two_divisor
+from jaxpack.kernels.gated_activation import check_activation, gated_activation_reference, gated_product
 from jaxpack.kernels.routing import Routing
 from jaxpack.parallel.device import shared_memory_bytes
 
@@ -40,6 +41,8 @@ _TILES = (
     _Tile(64, 16, 2),
     _Tile(32, 16, 1),
 )
+# With an activation, a program needs more registers: on an A100, three stages of 64 channels would spill to memory.
+_GATED_TILES = (_TILES[0], _Tile(256, 32, 4), *_TILES[2:])
 _NUM_WARPS = 8
 # The sides of a tile of an expert's matrix, and the stages; a step of its sum is one block of rows.
 _OUTER_TILES = ((128, 256, 3), (128, 256, 2), (128, 128, 2), (64, 128, 2), (64, 64, 1), (32, 32, 1))
@@ -84,6 +87,66 @@ def grouped_matmul(
     Raises:
       InputError: shapes do not fit each other, or "pallas" is named and does not support them.
     """
+    settings = {"layer": layer, "from_tokens": from_tokens, "transposed": transposed, "bias": bias, "more": more}
+    return _products(x, matrices, routing, **settings, implementation=implementation)[0]
+
+
+def grouped_gated(
+    x: Float[Array, "N I"],
+    matrices: Float[Array, "L E FF I"],
+    routing: Routing,
+    *,
+    activation: Activation = "silu",
+    with_gate_up: bool = False,
+    layer: Int[Array, ""] | int = 0,
+    from_tokens: bool = False,
+    bias: Float[Array, "E FF"] | None = None,
+    more: tuple[Float[Array, "M R"], Float[Array, "E FF R"]] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "M F"], Float[Array, "M FF"] | None]:
+    """Returns `act(gate) * up` of the experts' gate and up, which are the two halves of a `grouped_matmul`.
+
+    The product has the bits that `gated_activation(grouped_matmul(...))` has: gate and up are rounded to the dtype of
+    `x` before the activation. But they need not be written to memory and read again.
+
+    Args:
+      x, matrices, routing, layer, from_tokens, bias, more, implementation: see `grouped_matmul`; FF is 2 F, and in each
+        expert's matrix, gate is above up.
+      activation: see `gated_activation`.
+      with_gate_up: whether gate and up are written, too.
+
+    Returns:
+      The product, and `grouped_matmul(...)`, or None unless `with_gate_up`.
+
+    Raises:
+      InputError: shapes do not fit each other, or "pallas" is named and does not support them.
+    """
+    check_activation(activation)
+    if matrices.shape[2] % 2:
+        raise InputError(
+            f"`matrices` must have gate above up, so an even number of output channels, got {matrices.shape[2]}."
+        )
+    settings = {"layer": layer, "from_tokens": from_tokens, "bias": bias, "more": more}
+    settings |= {"activation": activation, "with_gate_up": with_gate_up}
+    outputs = _products(x, matrices, routing, **settings, implementation=implementation)
+    return outputs[0], outputs[1] if with_gate_up else None
+
+
+def _products(
+    x: jax.Array,
+    matrices: jax.Array,
+    routing: Routing,
+    *,
+    layer: jax.Array | int,
+    from_tokens: bool,
+    bias: jax.Array | None,
+    more: tuple[jax.Array, jax.Array] | None,
+    implementation: Implementation | None,
+    transposed: bool = False,
+    activation: Activation | None = None,
+    with_gate_up: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Returns the products. With an `activation`, returns its result, followed by the products if `with_gate_up`."""
     O, I = matrices.shape[:1:-1] if transposed else matrices.shape[2:]  # noqa: E741
     if x.shape[1] != I:
         raise InputError(f"`matrices` must sum over {x.shape[1]} channels, as many as `x` has, got {I}.")
@@ -95,12 +158,14 @@ def grouped_matmul(
     if bias is not None and bias.shape != (matrices.shape[1], O):
         raise InputError(f"`bias` must have shape {(matrices.shape[1], O)}, got {bias.shape}.")
     settings = {"from_tokens": from_tokens, "transposed": transposed, "has_bias": bias is not None}
+    settings |= {"activation": activation, "with_gate_up": with_gate_up}
     added = (*(() if bias is None else (bias,)), *(more or ()))
     arrays = (x, matrices, routing.experts, jnp.asarray(layer, jnp.int32).reshape(1), routing.tokens, *added)
     xla, pallas = (functools.partial(f, **settings) for f in (_matmul_reference, _matmul_kernel))
     rank = 0 if more is None else more[0].shape[1]
     block = len(routing.tokens) // len(routing.experts)
-    reason = unsupported_reason(O, I, *(() if more is None else (rank,)))
+    channels = O if activation is None else O // 2  # a tile lies in gate, and its like in up
+    reason = unsupported_reason(channels, I, *(() if more is None else (rank,)))
     if reason is None and (needed := _shared_bytes(block, _TILES[-1], rank, x.dtype)) > shared_memory_bytes():
         reason = f"a rank of {rank} needs {needed // 1024} KiB of shared memory, and this card has less"
     return dispatch(_named(implementation, reason), xla=xla, pallas=pallas)(*arrays)
@@ -145,7 +210,9 @@ def _rows(x: jax.Array, tokens: jax.Array, from_tokens: bool) -> jax.Array:
     return jnp.where(tokens[:, None] < 0, 0, x[jnp.maximum(tokens, 0)]) if from_tokens else x
 
 
-def _matmul_reference(x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias):
+def _matmul_reference(
+    x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias, activation, with_gate_up
+):
     bias, more = added[:has_bias], added[has_bias:]
     equation = "GMI,GIO->GMO" if transposed else "GMI,GOI->GMO"
 
@@ -160,7 +227,11 @@ def _matmul_reference(x, matrices, experts, layer, tokens, *added, from_tokens, 
         out += jnp.take(bias[0], experts, axis=0, mode="fill", fill_value=0).astype(jnp.float32)[:, None, :]
     if more:
         out += product(*more)
-    return out.reshape(len(tokens), -1).astype(dtype)
+    out = out.reshape(len(tokens), -1).astype(dtype)
+    if activation is None:
+        return (out,)
+    activated = gated_activation_reference(out, None, activation)
+    return (activated, out) if with_gate_up else (activated,)
 
 
 def _outer_reference(d, x, experts, starts, tokens, *, d_from_tokens, x_from_tokens):
@@ -206,53 +277,83 @@ def _read(ref: Any, tokens: jax.Array | None, here: Any, channels: Any) -> jax.A
     return plt.load(ref.at[jnp.maximum(token, 0), channel], mask=token >= 0, other=0.0)
 
 
-def _matmul_kernel(x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias):
+def _matmul_kernel(
+    x, matrices, experts, layer, tokens, *added, from_tokens, transposed, has_bias, activation, with_gate_up
+):
     O, I = matrices.shape[:1:-1] if transposed else matrices.shape[2:]  # noqa: E741
     E, M, G = matrices.shape[1], len(tokens), len(experts)
     rank = added[-2].shape[1] if len(added) > has_bias else 0
-    tile = fitting(_TILES, lambda tile: _shared_bytes(M // G, tile, rank, x.dtype))
-    tiles, depth = _Tiles(O, tile.columns), power_of_two_divisor(I, limit=tile.depth)
+    candidates = _TILES if activation is None else _GATED_TILES
+    tile = fitting(candidates, lambda tile: _shared_bytes(M // G, tile, rank, x.dtype))
+    # With an activation, a program has two tiles of half the width: the same channels of gate and of up.
+    parts = 1 if activation is None else 2
+    tiles, depth = _Tiles(O // parts, tile.columns // parts), power_of_two_divisor(I, limit=tile.depth)
 
     def kernel(x_ref: Any, matrices_ref: Any, experts_ref: Any, layer_ref: Any, tokens_ref: Any, *refs: Any) -> None:
-        *added_refs, out_ref = refs
+        added_refs, out_refs = refs[: len(added)], refs[len(added) :]
         bias_refs, more_refs = added_refs[:has_bias], added_refs[has_bias:]
         block, out_channels = pl.program_id(1), tiles.channels(pl.program_id(0))
+        places = [out_channels]
+        if activation is not None:
+            places.append(pl.ds(O // 2 + out_channels.start, tiles.width))
         here = pl.ds(block * (M // G), M // G)
         expert = experts_ref[block]
+
+        def write(out: jax.Array, results: list[jax.Array]) -> None:
+            """Writes the main output, and gate and up if they have an output of their own."""
+            out_refs[0][here, out_channels] = out
+            if with_gate_up:
+                for place, result in zip(places, results, strict=True):
+                    out_refs[1][here, place] = result
 
         @pl.when(expert < E)
         def _multiply() -> None:
             at = layer_ref[0], expert
             tokens = tokens_ref[here] if from_tokens else None
 
-            def step(i: Any, total: jax.Array) -> jax.Array:
+            def step(i: Any, totals: list[jax.Array]) -> list[jax.Array]:
                 channels = pl.ds(i * depth, depth)
-                matrix = _right(matrices_ref, at, channels, out_channels, transposed)
-                return total + plt.dot(_read(x_ref, tokens, here, channels), matrix)
+                rows = _read(x_ref, tokens, here, channels)
+                matrices = [_right(matrices_ref, at, channels, place, transposed) for place in places]
+                return [total + plt.dot(rows, matrix) for total, matrix in zip(totals, matrices, strict=True)]
 
-            total = jax.lax.fori_loop(0, I // depth, step, jnp.zeros((M // G, tiles.width), jnp.float32))
+            zeros = [jnp.zeros((M // G, tiles.width), jnp.float32) for _ in places]
+            totals = jax.lax.fori_loop(0, I // depth, step, zeros)
             for bias_ref in bias_refs:
-                total += bias_ref[expert, out_channels].astype(jnp.float32)[None, :]
+                biases = [bias_ref[expert, place].astype(jnp.float32)[None, :] for place in places]
+                totals = [total + bias for total, bias in zip(totals, biases, strict=True)]
             if more_refs:
                 more_ref, factors_ref = more_refs
                 ranks = pl.ds(0, more_ref.shape[1])
-                factor = _right(factors_ref, (expert,), ranks, out_channels, transposed)
-                total += plt.dot(more_ref[here, ranks], factor)
-            out_ref[here, out_channels] = total.astype(out_ref.dtype)
+                rows = more_ref[here, ranks]
+                right = functools.partial(_right, factors_ref, (expert,), ranks, transposed=transposed)
+                totals = [total + plt.dot(rows, right(place)) for total, place in zip(totals, places, strict=True)]
+            results = [total.astype(x.dtype) for total in totals]
+            if activation is None:
+                return write(results[0], results)
+            # The backward pass computes the product again from gate and up as they are rounded here.
+            gate, up = (result.astype(jnp.float32) for result in results)
+            return write(gated_product(gate, up, activation).astype(x.dtype), results)
 
         @pl.when(expert >= E)
         def _leave_out() -> None:
-            out_ref[here, out_channels] = jnp.zeros((M // G, tiles.width), out_ref.dtype)
+            zeros = jnp.zeros((M // G, tiles.width), x.dtype)
+            write(zeros, [zeros for _ in places])
 
-    return launch(
+    name = "grouped_matmul_transposed" if transposed else "grouped_matmul"
+    if activation is not None:
+        name = f"grouped_{activation}_with_gate_up" if with_gate_up else f"grouped_{activation}"
+    widths = (O // parts, O) if with_gate_up else (O // parts,)
+    outputs = launch(
         kernel,
         *(x, matrices, experts, layer, tokens, *added),
-        name="grouped_matmul_transposed" if transposed else "grouped_matmul",
+        name=name,
         grid=(tiles.count, G),  # The tiles of one block run side by side, and read its rows from the cache.
-        out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
+        out_shape=[jax.ShapeDtypeStruct((M, width), x.dtype) for width in widths],
         num_warps=_NUM_WARPS,
         num_stages=tile.num_stages,
     )
+    return tuple(outputs)
 
 
 def _shared_bytes(rows: int, tile: _Tile, rank: int, dtype: DTypeLike) -> int:

@@ -25,6 +25,8 @@ class RowContext(NamedTuple):
     apart: bool = False
     # Whether the layers of a mixture of experts sum what the load-balancing loss reads.
     balances: bool = False
+    # Whether the activation that is named "gate_up" is kept for the backward pass, and not computed again.
+    keeps_gate_up: bool = True
 
 
 NoKeys = tuple[None, None]  # no dropout

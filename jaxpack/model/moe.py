@@ -248,6 +248,7 @@ class MoE(nnx.Module):
             self.gate_up.linear(),
             self.down.linear(),
             activation=self.activation,
+            keeps_gate_up=context.keeps_gate_up,
             implementation=self._fitting(context, D, weight_of(self.down.weight).shape[-1]),
         )
         return out.reshape(B, T, D), sums

@@ -39,6 +39,12 @@ OFFLOADED: dict[Remat, frozenset[str]] = {
 }
 
 
+def keeps(remat: Remat, name: str) -> bool:
+    """Returns whether a choice keeps an activation of this name on the device."""
+    names = KEPT[remat]
+    return names is None or name in names
+
+
 def offloaded(remat: Remat, config: ModelConfig, *, casts_weights: bool) -> frozenset[str]:
     """Returns the names of `OFFLOADED` that a model offloads.
 

@@ -18,7 +18,7 @@ from jaxpack.model.context import PerLayer, RowContext
 from jaxpack.model.moe import RouterSums
 from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
-from jaxpack.model.remat import OFFLOADED, offloaded, recompute, unrolls
+from jaxpack.model.remat import OFFLOADED, keeps, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
 from jaxpack.model.weights import gathers, is_hosted, is_trained, reads_by_number, weight_of, weights_at
 from jaxpack.settings import LoraConfig
@@ -152,7 +152,14 @@ class Transformer(nnx.Module):
 
         def layer(stream, scanned, shared, fetched):
             (x, total), (parameters, key, number, bound, angle), (stacks, bounds, angles) = stream, scanned, shared
-            context = RowContext(bounds.at(bound), angles.at(angle), max_segments, implementation, balances=balances)
+            context = RowContext(
+                bounds.at(bound),
+                angles.at(angle),
+                max_segments,
+                implementation,
+                balances=balances,
+                keeps_gate_up=keeps(remat, "gate_up"),
+            )
             x, sums, _ = nnx.merge(graph, fetched, weights_at(stacks, number), parameters)(x, context, key)
             return x, jax.tree.map(jnp.add, total, sums)
 

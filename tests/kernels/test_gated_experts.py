@@ -60,11 +60,14 @@ def linears(arrays: dict[str, jax.Array], gate_up, down) -> tuple[ExpertLinear, 
     )
 
 
-@functools.partial(quick_jit, static_argnames=("trained", "activation", "implementation"))
-def results(given, weights, layer, *, trained: bool, activation="silu", implementation=None) -> dict[str, jax.Array]:
+@functools.partial(quick_jit, static_argnames=("trained", "activation", "recomputes", "implementation"))
+def results(
+    given, weights, layer, *, trained: bool, activation="silu", recomputes=False, implementation=None
+) -> dict[str, jax.Array]:
     """Returns the result and the gradients of everything that may have one, by their names.
 
-    Frozen matrices are read from their stacks at the number `layer`; trained ones are cut out of the stacks.
+    Frozen matrices are read from their stacks at the number `layer`; trained ones are cut out of the stacks. With
+    `recomputes`, the backward pass computes gate and up again.
     """
     routing = route(given["choices"], E, given["real"])
     added = {name: weights[name] for name in (*FACTORS, *BIASES) if name in weights}
@@ -74,8 +77,11 @@ def results(given, weights, layer, *, trained: bool, activation="silu", implemen
     def f(arrays):
         held = {name: DenseWeight(arrays[name]) if trained else DenseStack(stacks[name]).at(layer) for name in stacks}
         inputs = (*(arrays[name] for name in ("residual", "x", "shares")), routing)
-        return gated_experts(*inputs, *linears(arrays, **held), activation=activation, implementation=implementation)
+        options = {"activation": activation, "implementation": implementation}
+        return gated_experts(*inputs, *linears(arrays, **held), keeps_gate_up=not recomputes, **options)
 
+    if recomputes:
+        f = jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("lora"))
     out, pull = jax.vjp(f, {name: given[name] for name in ("residual", "x", "shares")} | added | whole)
     (gradients,) = pull(given["d_out"])
     return {"out": out} | {f"d_{name}": gradient for name, gradient in gradients.items()}
@@ -111,6 +117,18 @@ def test_value_and_gradients_equal_a_loop_over_tokens_and_their_experts(implemen
     for layer in (0, 2):  # a traced number, so one program reads both
         got = results(given, weights, layer, trained=trained, implementation=implementation)
         assert_equal(got, expected(given, weights, layer, trained=trained))
+
+
+@pytest.mark.parametrize("activation", ["silu", "clamped_silu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@both_implementations
+def test_gate_and_up_that_are_computed_again_change_no_bit(implementation, dtype, activation):
+    given, weights = tokens(dtype), matrices(4, dtype)
+    options = {"trained": True, "activation": activation, "implementation": implementation}
+    kept, again = (results(given, weights, 1, recomputes=recomputes, **options) for recomputes in (False, True))
+    assert kept.keys() == again.keys()
+    for name in kept:
+        np.testing.assert_array_equal(kept[name], again[name], err_msg=name)
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "clamped_silu"])

@@ -1,4 +1,7 @@
-"""Compares products with experts' matrices, and sums of outer products by expert, with loops in float64."""
+"""Compares products with experts' matrices, and sums of outer products by expert, with loops in float64.
+
+The product of gate and up is compared with the two kernels that it joins, to the last bit.
+"""
 
 import functools
 
@@ -12,7 +15,8 @@ from kernels.oracles import assert_as_good_as_plain_bfloat16, copies_of, exactly
 from jaxpack.errors import InputError
 from jaxpack.kernels import _launch
 from jaxpack.kernels import grouped_matmul as grouped
-from jaxpack.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.grouped_matmul import grouped_gated, grouped_matmul, grouped_outer
 from jaxpack.kernels.routing import Routing, route
 
 both_implementations = pytest.mark.parametrize("implementation", ["xla", "pallas"])
@@ -112,6 +116,57 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_expert(implementation, sh
         assert not np.any(np.asarray(got)[np.asarray(routing.copies) < 0])
 
 
+def gated_inputs(shape: str, dtype, *, rank: int | None = 16, has_bias: bool = True) -> tuple[tuple, dict]:
+    """Returns tokens, the matrices of gate and up, and their routing; and layer, biases and factors by their names."""
+    _, routing = routed(shape)
+    *_, E, _, I, F = SHAPES[shape]  # noqa: E741
+    x, matrices = operand(routing, I, True, dtype=dtype), drawn(L, E, 2 * F, I, dtype=dtype)
+    more = rank and (operand(routing, rank, False, dtype=dtype), drawn(E, 2 * F, rank, dtype=dtype, seed=1))
+    bias = drawn(E, 2 * F, dtype=dtype, seed=2) if has_bias else None
+    return (x, matrices, routing), {"layer": jnp.int32(1), "bias": bias, "more": more}
+
+
+def both_kernels(arguments: tuple, added: dict, activation: str, implementation: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the product of gate and up, and gate and up, from two kernels that run one after the other."""
+    options = {"from_tokens": True, "implementation": implementation}
+    gate_up = quick_jit(functools.partial(grouped_matmul, **options))(*arguments, **added)
+    activate = functools.partial(gated_activation, activation=activation, implementation=implementation)
+    return quick_jit(activate)(gate_up), gate_up
+
+
+GATED_CASES = [(activation, {}) for activation in ("silu", "clamped_silu", "gelu_tanh", "gelu")]
+GATED_CASES += [("silu", {"rank": None}), ("silu", {"has_bias": False})]
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize(
+    ("activation", "added"), GATED_CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@all_shapes
+@both_implementations
+def test_the_product_of_gate_and_up_has_the_bits_of_two_kernels(implementation, shape, dtype, activation, added):
+    arguments, named = gated_inputs(shape, dtype, **added)
+    want, want_gate_up = both_kernels(arguments, named, activation, implementation)
+    options = {"activation": activation, "from_tokens": True, "implementation": implementation}
+    run = quick_jit(functools.partial(grouped_gated, **options), static_argnames="with_gate_up")
+    alone, nothing = run(*arguments, **named)
+    product, gate_up = run(*arguments, **named, with_gate_up=True)
+    assert nothing is None
+    for got, expected in ((alone, want), (product, want), (gate_up, want_gate_up)):
+        assert got.dtype == dtype
+        if implementation == "pallas":
+            np.testing.assert_array_equal(got, expected)
+        else:  # XLA computes them in one program or in two, and need not round alike
+            limit = 4 * float(jnp.finfo(dtype).eps)
+            np.testing.assert_allclose(exactly(got), exactly(expected), rtol=limit, atol=limit)
+    routing = arguments[2]
+    of_no_expert = np.repeat(routing.experts, len(routing.copies) // len(routing.experts)) == routing.num_experts
+    assert of_no_expert.any()
+    assert not np.asarray(alone)[of_no_expert].any()
+    assert not np.asarray(gate_up)[of_no_expert].any()
+
+
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("x_from_tokens", [True, False], ids=["x from tokens", "x from rows"])
 @pytest.mark.parametrize("d_from_tokens", [True, False], ids=["d from tokens", "d from rows"])
@@ -148,6 +203,30 @@ def test_a_card_with_little_shared_memory_gets_smaller_tiles_and_the_same_produc
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("shared", [227, 163, 99, 64], ids="{} KiB".format)
+@pytest.mark.parametrize("features", [160, 2880, 16], ids="F {}".format)
+def test_a_card_with_little_shared_memory_gets_the_same_product_of_gate_and_up(features, shared, monkeypatch):
+    """Tests halves that no wide tile divides, too: the last tile of each overlaps the one before it."""
+    monkeypatch.setattr(_launch, "shared_memory_bytes", lambda: 1024 * shared)
+    _, routing = routed("large blocks")
+    arguments = operand(routing, 48, True), drawn(1, routing.num_experts, 2 * features, 48), routing
+    want, want_gate_up = both_kernels(arguments, {}, "silu", "xla")
+    run = functools.partial(grouped_gated, from_tokens=True, with_gate_up=True, implementation="pallas")
+    product, gate_up = quick_jit(run)(*arguments)
+    np.testing.assert_allclose(product, want, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(gate_up, want_gate_up, rtol=1e-5, atol=1e-3)
+
+
+def test_halves_that_no_tile_divides_are_computed_without_the_kernel():
+    """The halves have 24 channels, which are no multiple of 16; both together, 48, are one."""
+    _, routing = routed("small blocks")
+    arguments = operand(routing, 32, True), drawn(1, routing.num_experts, 48, 32), routing
+    run = functools.partial(grouped_gated, *arguments, from_tokens=True)
+    np.testing.assert_array_equal(run()[0], run(implementation="xla")[0])
+    with pytest.raises(InputError, match=r"must be None or 'xla' here, got 'pallas': .* multiples of 16, got 24"):
+        run(implementation="pallas")
+
+
 def test_a_rank_that_no_tile_of_the_card_holds_is_multiplied_without_the_kernel(monkeypatch):
     for module in (_launch, grouped):
         monkeypatch.setattr(module, "shared_memory_bytes", lambda: 1024 * 99)
@@ -157,15 +236,21 @@ def test_a_rank_that_no_tile_of_the_card_holds_is_multiplied_without_the_kernel(
     np.testing.assert_array_equal(run(), run(implementation="xla"))
     with pytest.raises(InputError, match=r"must be None or 'xla' here, got 'pallas': a rank of 1024 needs 195 KiB"):
         run(implementation="pallas")
+    arguments, named = gated_inputs("small blocks", jnp.float32, rank=1024)
+    run = functools.partial(grouped_gated, *arguments, from_tokens=True, **named)
+    np.testing.assert_array_equal(run()[0], run(implementation="xla")[0])
+    with pytest.raises(InputError, match=r"must be None or 'xla' here, got 'pallas': a rank of 1024 needs 195 KiB"):
+        run(implementation="pallas")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rank", [0, 16, 64])
 @pytest.mark.parametrize("shared", [227, 163, 99, 64], ids="{} KiB".format)
-def test_a_tile_fits_the_shared_memory(shared, rank, itemsize, monkeypatch):
+@pytest.mark.parametrize("tiles", ["_TILES", "_GATED_TILES"])
+def test_a_tile_fits_the_shared_memory(tiles, shared, rank, itemsize, monkeypatch):
     monkeypatch.setattr(_launch, "shared_memory_bytes", lambda: 1024 * shared)
     dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
-    sizes = [grouped._shared_bytes(128, tile, rank, dtype) for tile in grouped._TILES]
+    sizes = [grouped._shared_bytes(128, tile, rank, dtype) for tile in getattr(grouped, tiles)]
     chosen = _launch.fitting(sizes, int)
     assert chosen <= 1024 * shared
     assert all(size > 1024 * shared for size in sizes[: sizes.index(chosen)])
@@ -216,6 +301,16 @@ def test_what_is_not_finite_stays_in_the_rows_of_its_token(implementation, shape
     x, _ = with_nan_in_token_0(shape, SHAPES[shape][-2])
     options = {"from_tokens": True, "transposed": transposed, "implementation": implementation}
     got = np.asarray(quick_jit(functools.partial(grouped_matmul, **options))(x, matrices, routing))
+    np.testing.assert_array_equal(np.isnan(got).all(axis=1), np.asarray(routing.tokens) == 0)
+    assert np.isfinite(got[np.asarray(routing.tokens) != 0]).all()
+
+
+@all_shapes
+@both_implementations
+def test_a_product_of_gate_and_up_that_is_not_finite_stays_in_the_rows_of_its_token(implementation, shape):
+    (x, matrices, routing), named = gated_inputs(shape, jnp.float32)
+    run = quick_jit(functools.partial(grouped_gated, from_tokens=True, implementation=implementation))
+    got = np.asarray(run(x.at[0].set(jnp.nan), matrices, routing, **named)[0])
     np.testing.assert_array_equal(np.isnan(got).all(axis=1), np.asarray(routing.tokens) == 0)
     assert np.isfinite(got[np.asarray(routing.tokens) != 0]).all()
 
@@ -272,6 +367,25 @@ def test_products_that_cannot_be_are_refused(wrong, message, monkeypatch):
     given |= {name: jnp.ones(given[name]) for name in ("x", "matrices")}
     with pytest.raises(InputError, match=message):
         grouped_matmul(**given, routing=routing)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"matrices": (1, 2, 33, 32)}, r"`matrices` must have gate above up, so an even number .*, got 33"),
+        ({"matrices": (1, 2, 32, 48)}, r"`matrices` must sum over 32 channels, as many as `x` has, got 48"),
+        ({"bias": (2, 16)}, r"`bias` must have shape \(2, 32\), got \(2, 16\)"),
+        ({"activation": "relu"}, r"`activation` must be one of .*, got 'relu'"),
+        ({"implementation": "triton"}, r"`implementation`.*got 'triton'"),
+    ],
+)
+def test_products_of_gate_and_up_that_cannot_be_are_refused(wrong, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    routing = route(jnp.zeros((3, 1), jnp.int32), 2)
+    given = {"x": (16, 32), "matrices": (1, 2, 32, 32)} | wrong
+    given |= {name: jnp.ones(shape) for name, shape in given.items() if isinstance(shape, tuple)}
+    with pytest.raises(InputError, match=message):
+        grouped_gated(**given, routing=routing)
 
 
 @pytest.mark.parametrize(("O", "I", "odd"), [(24, 32, 24), (16, 1, 1)])

@@ -122,13 +122,16 @@ def gated_residual(implementation, *arrays):
     return gated_residual_linear(*arrays, implementation=implementation)
 
 
-def experts(implementation, x, shares, gate_up, down, *factors, num_experts, trained):
+def experts(implementation, x, shares, gate_up, down, *factors, num_experts, trained, keeps_gate_up=True):
     if not trained:
         gate_up, down = (DenseStack(jax.lax.stop_gradient(stack)).at(jnp.int32(1)) for stack in (gate_up, down))
     routing = route(jnp.broadcast_to(jnp.arange(shares.shape[1])[None, :], shares.shape), num_experts)
     pairs = (factors[:2], factors[2:]) if factors else (None, None)
     linears = (ExpertLinear(weight, None, pair) for weight, pair in zip((gate_up, down), pairs, strict=True))
-    return gated_experts(x, x, shares, routing, *linears, implementation=implementation)
+    run = functools.partial(gated_experts, keeps_gate_up=keeps_gate_up, implementation=implementation)
+    if not keeps_gate_up:
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names("lora"))
+    return run(x, x, shares, routing, *linears)
 
 
 class Case(NamedTuple):
@@ -188,17 +191,24 @@ def residual_linear_case(channels: int, rank: int, *, activation: bool = False) 
     )
 
 
-def experts_case(num_experts: int, choices: int, D: int, F: int, rank: int = 0, *, layers: int = 0) -> Case:
-    """Makes a case of frozen matrices in a stack of some layers, or of trained matrices without a stack."""
+def experts_case(
+    num_experts: int, choices: int, D: int, F: int, rank: int = 0, *, layers: int = 0, keeps_gate_up: bool = True
+) -> Case:
+    """Makes a case of frozen matrices in a stack of some layers, or of trained matrices without a stack.
+
+    Gate and up are kept, or computed again in the backward pass; the products with the A factors are always kept.
+    """
     E, stack, R = num_experts, (layers,) * (layers > 0), rank
     matrices = [(*stack, E * 2 * F, D), (*stack, E * D, F)]
     factors = [(E, R, D), (E, 2 * F, R), (E, R, F), (E, D, R)] if R else []
     shapes = lambda T: [(T, D), (T, choices), *matrices, *factors]  # noqa: E731
     project, back = [["grouped_matmul"] * (1 + bool(R)), ["grouped_matmul_transposed"] * (1 + bool(R))]
     outers = ["grouped_outer"] * ((not layers) + 2 * bool(R))
-    forward = [*project, "gated_silu", *project]
-    backward = [*back, "gated_silu_backward", *outers, *back, *outers]
-    options = {"num_experts": E, "trained": not layers}
+    gated = "grouped_silu_with_gate_up" if keeps_gate_up else "grouped_silu"
+    forward = [*project[1:], gated, *project]
+    again = [] if keeps_gate_up else ["grouped_matmul"]
+    backward = [*again, *back, "gated_silu_backward", *outers, *back, *outers]
+    options = {"num_experts": E, "trained": not layers, "keeps_gate_up": keeps_gate_up}
     return Case(experts, shapes, options, forward, backward)
 
 
@@ -221,6 +231,7 @@ CASES = {
     "experts": experts_case(128, 8, 2048, 768, layers=2),
     "experts, rank 16": experts_case(8, 2, 80, 48, 16, layers=2),
     "trained experts": experts_case(6, 1, 96, 16),
+    "recomputed experts, rank 16": experts_case(8, 2, 80, 48, 16, layers=2, keeps_gate_up=False),
     "attention, one head": attention_case(1, 1, 64),
     "attention, head_dim 22": attention_case(4, 4, 22),
     "attention, head_dim 64": attention_case(4, 4, 64),
