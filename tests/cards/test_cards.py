@@ -4,6 +4,7 @@ These tests need jax's CUDA plugin, but no card: `make test-cards` provides it.
 """
 
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -23,9 +24,9 @@ OF_EXPERTS = ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer")
 KERNELS = {  # beside those of attention and norms
     "dense": ("gated_silu", "add_extended"),
     "4-bit": ("dequantize_nf4",),
-    "experts": OF_EXPERTS,
-    "4-bit experts": ("dequantize_nf4", *OF_EXPERTS),
-    "MXFP4 experts": ("dequantize_mxfp4", *OF_EXPERTS),
+    "experts": ("grouped_silu", *OF_EXPERTS),
+    "4-bit experts": ("dequantize_nf4", "grouped_silu", *OF_EXPERTS),
+    "MXFP4 experts": ("dequantize_mxfp4", "grouped_clamped_silu", *OF_EXPERTS),
 }
 
 
@@ -41,6 +42,20 @@ def test_every_kernel_of_a_step_fits_the_card(step, card, monkeypatch):
     launched = set(re.findall(r"jaxpack_(\w+)", program))
     for kernel in ("attention", "attention_backward_kv", "norm_rope", *KERNELS[step]):  # and not their references
         assert kernel in launched or (kernel == "norm_rope" and "rope" in launched)
+
+
+@pytest.mark.parametrize(
+    ("remat", "gated", "matmuls"), [("offload", "grouped_silu", 3 + 1), ("none", "grouped_silu_with_gate_up", 3)]
+)
+def test_gate_and_up_of_experts_are_computed_where_they_are_read(remat, gated, matmuls, monkeypatch):
+    """Counts the launches of a layer: two products with A, the last projection, and perhaps gate and up once more."""
+    step = Step("Qwen3-30B-A3B", experts=True, remat=remat)
+    program = compiled(step, "NVIDIA H200", monkeypatch).as_text()
+    launches = Counter(re.findall(r" custom-call\(.*jaxpack_((?:grouped|gated)_\w+)", program))
+    layers = launches["gated_silu_backward"]
+    assert layers == step.layers
+    others = {name: count for name, count in launches.items() if not re.search("backward|transposed|outer", name)}
+    assert others == {gated: layers, "grouped_matmul": matmuls * layers}
 
 
 class Copy(NamedTuple):

@@ -1,12 +1,14 @@
 """Tests the mixture of experts within the model: routing of packed rows, gradients, and adapters of experts."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from kernels.cuda_lowering import lower_for_cuda, triton_modules
 from models import random_documents, small_config, small_model
 from programs import equations
 
@@ -240,6 +242,47 @@ def test_every_choice_of_residuals_gives_the_same_gradients(remat, trained_whole
         scale = np.abs(expected).max()
         assert scale > 0
         np.testing.assert_allclose(got, expected, atol=1e-6 * scale)
+
+
+def kernels_of_experts(f, *arguments) -> list[str]:
+    """Returns the names of the experts' kernels in the program that a GPU gets, in their order."""
+    with pytest.MonkeyPatch.context() as patch:  # a loop, in which the program holds a layer once
+        patch.setattr("jaxpack.model.transformer.unrolls", lambda remat: False)
+        names = [module.name.removeprefix("jaxpack_") for module in triton_modules(lower_for_cuda(f, *arguments))]
+    return [name for name in names if name.startswith(("grouped", "gated"))]
+
+
+TO_A, PROJECTED, BACK, OUTER = "grouped_matmul", "grouped_matmul", "grouped_matmul_transposed", "grouped_outer"
+BACKWARD = [BACK, BACK, "gated_silu_backward", OUTER, OUTER, BACK, BACK, OUTER, OUTER]
+
+
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(r, marks=pytest.mark.slow) if r in ("offload_heads", "keep_attention") else r
+        for r in get_args(Remat)
+    ],
+)
+def test_a_step_writes_gate_and_up_once_and_their_product_once_in_each_direction(remat):
+    """The backward pass writes the product together with the gradients of gate and up, without one more kernel."""
+    graph, trainable, frozen = split_trainable(small_model("qwen3_moe", lora=EVERYTHING, dtype=jnp.bfloat16))
+    step = functools.partial(loss_and_gradients, graph, remat=remat)
+    is_kept = remat in ("keep_projections", "none")
+    forward = [TO_A, "grouped_silu_with_gate_up" if is_kept else "grouped_silu", TO_A, PROJECTED]
+    again = [] if is_kept else [PROJECTED]
+    assert kernels_of_experts(step, trainable, frozen, batch()) == [*forward, *again, *BACKWARD]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_without_a_derivative_only_the_product_of_gate_and_up_is_written(remat):
+    model = small_model("qwen3_moe", lora=EVERYTHING, dtype=jnp.bfloat16)
+    graph, state = nnx.split(model)
+
+    def hidden(state, *row):
+        return nnx.merge(graph, state)(*row, remat=remat)
+
+    row = (jax.ShapeDtypeStruct((1, 128), jnp.int32),) * 3
+    assert kernels_of_experts(hidden, state, *row) == [TO_A, "grouped_silu", TO_A, PROJECTED]
 
 
 def test_without_a_load_balancing_loss_residuals_on_the_host_change_nothing():
