@@ -4,9 +4,9 @@
 
 The tokens choose their experts unevenly, as a trained router's do: an expert's chance is a log-normal draw. TFLOP/s
 count the tokens' copies alone, and neither empty rows nor empty blocks. The matrices lie in a stack of a few layers,
-which the kernels read in place. A second table splits the forward pass of a layer by kernel: its share that is no
-matmul is what routing, activation and the sum over experts take. Prints tables, and writes a JSON file if `--output`
-names one.
+which the kernels read in place. Further tables split a layer's forward pass by kernel, and both passes with gate and up
+computed again or kept: the share outside of matmuls is what routing, the sum over experts and, in the backward pass,
+the activation take. Prints tables, and writes a JSON file if `--output` names one.
 """
 
 import argparse
@@ -33,8 +33,8 @@ TOKENS, EXPERTS, CHOICES, HIDDEN, WIDTH, LAYERS, RANK = 16_384, 128, 8, 2048, 76
 CALLS, SPREAD = 5, 0.7  # SPREAD is the standard deviation of the logarithm of an expert's chance
 Tile = tuple[int, int, int, int, int]
 TILES: tuple[Tile, ...] = (
+    (128, 256, 64, 8, 4),  # the kernels' own choice on an H200
     (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
     (128, 128, 64, 8, 3),
     (128, 128, 64, 4, 4),
     (128, 256, 32, 8, 4),
@@ -61,7 +61,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def use(tile: Tile) -> None:
     """Lets the kernels of functions that are traced from now on use a tile."""
     rows, columns, depth, module._NUM_WARPS, num_stages = tile
-    module._TILES = (module._Tile(columns, depth, num_stages),)
+    module._TILES = module._GATED_TILES = (module._Tile(columns, depth, num_stages),)
     routing_module._MOST_ROWS = rows
 
 
@@ -85,7 +85,7 @@ class Product(NamedTuple):
     """Holds one product to measure: its useful operations, and a function of its arrays and the routing."""
 
     operations: float
-    function: Callable[..., jax.Array]
+    function: Callable[..., Any]
     arrays: tuple[jax.Array, ...]
 
 
@@ -99,10 +99,15 @@ def products() -> dict[str, Product]:
         return jnp.ones((routing.copies.shape[0], channels), jnp.bfloat16)
 
     multiply = functools.partial(module.grouped_matmul, layer=1)
+    gated = functools.partial(module.grouped_gated, layer=1, from_tokens=True)
     from_tokens = functools.partial(multiply, from_tokens=True)
     back = functools.partial(multiply, transposed=True)
     return {
         "gate and up": Product(wide, lambda up, x, r: from_tokens(x, up, r), (up, tokens)),
+        "gate and up, their product alone": Product(wide, lambda up, x, r: gated(x, up, r)[0], (up, tokens)),
+        "gate and up, and their product": Product(
+            wide, lambda up, x, r: gated(x, up, r, with_gate_up=True), (up, tokens)
+        ),
         "gate and up, gradient of its input": Product(wide, lambda up, r: back(rows(r, 2 * WIDTH), up, r), (up,)),
         "down": Product(wide / 2, lambda down, r: multiply(rows(r, WIDTH), down, r), (down,)),
         "down, gradient of its input": Product(
@@ -115,25 +120,34 @@ def products() -> dict[str, Product]:
     }
 
 
-def layer(*, backward: bool) -> Callable[[], Any]:
-    """Returns a function that computes a layer's experts with adapters, or their gradients, too."""
+def layer(*, backward: bool, keeps_gate_up: bool = False) -> Callable[[], Any]:
+    """Returns a function that computes a layer's experts with adapters, or their gradients, too.
+
+    The backward pass computes gate and up again, as most choices of `remat` do, or the forward pass keeps them.
+    """
     up, down = normal(1, LAYERS, EXPERTS * 2 * WIDTH, HIDDEN), normal(2, LAYERS, EXPERTS * HIDDEN, WIDTH)
     x, picks = normal(3, TOKENS, HIDDEN), choices()
     shares = jnp.full((TOKENS, CHOICES), 1 / CHOICES, jnp.float32)
     sides = ((RANK, HIDDEN), (2 * WIDTH, RANK)), ((RANK, WIDTH), (HIDDEN, RANK))
     factors = tuple(tuple(normal(4, EXPERTS, *side) for side in pair) for pair in sides)
 
-    def forward(stacks: tuple[jax.Array, ...], x: jax.Array, shares: jax.Array, factors: Any) -> jax.Array:
-        weights = (DenseStack(stack).at(jnp.int32(1)) for stack in stacks)
-        linears = (ExpertLinear(weight, None, pair) for weight, pair in zip(weights, factors, strict=True))
-        return gated_experts(x, x, shares, route(picks, EXPERTS), *linears)
+    def run(stacks: tuple[jax.Array, ...], *arguments: Any) -> Any:
+        routing = route(picks, EXPERTS)
 
-    def both(stacks: tuple[jax.Array, ...], *arguments: Any) -> Any:
-        out, pull = jax.vjp(functools.partial(forward, stacks), *arguments)
+        def forward(x: jax.Array, shares: jax.Array, factors: Any) -> jax.Array:
+            weights = (DenseStack(stack).at(jnp.int32(1)) for stack in stacks)
+            linears = (ExpertLinear(weight, None, pair) for weight, pair in zip(weights, factors, strict=True))
+            return gated_experts(x, x, shares, routing, *linears, keeps_gate_up=keeps_gate_up)
+
+        if not backward:
+            return forward(*arguments)
+        if not keeps_gate_up:
+            forward = jax.checkpoint(forward, policy=jax.checkpoint_policies.save_only_these_names("lora"))
+        out, pull = jax.vjp(forward, *arguments)
         return pull(out)
 
-    run = jax.jit(both if backward else forward)
-    return lambda: run((up, down), x, shares, factors)
+    compiled = jax.jit(run)
+    return lambda: compiled((up, down), x, shares, factors)
 
 
 def main() -> None:
@@ -162,8 +176,13 @@ def main() -> None:
             table.add_row(str(tile), f"{1e3 * seconds:.3f}", f"{operations / seconds / 1e12:.0f}")
         console.print(table)
     use(TILES[0])
-    for what, backward in (("forward", False), ("forward and backward", True)):
-        kernels = seconds_by_kernel(layer(backward=backward))
+    passes = {
+        "forward": layer(backward=False),
+        "forward and backward": layer(backward=True),
+        "forward and backward, gate and up kept": layer(backward=True, keeps_gate_up=True),
+    }
+    for what, run in passes.items():
+        kernels = seconds_by_kernel(run)
         total = sum(kernels.values())
         others = sum(value for kernel, value in kernels.items() if "grouped" not in kernel)
         table = Table(
