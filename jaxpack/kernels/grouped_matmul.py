@@ -313,8 +313,8 @@ def _matmul_kernel(
 
             def step(i: Any, totals: list[jax.Array]) -> list[jax.Array]:
                 channels = pl.ds(i * depth, depth)
-                rows = _read(x_ref, tokens, here, channels)
                 matrices = [_right(matrices_ref, at, channels, place, transposed) for place in places]
+                rows = _read(x_ref, tokens, here, channels)
                 return [total + plt.dot(rows, matrix) for total, matrix in zip(totals, matrices, strict=True)]
 
             zeros = [jnp.zeros((M // G, tiles.width), jnp.float32) for _ in places]
