@@ -1,12 +1,14 @@
 """Tests what only a GPU shows of the kernels: more than 2^31 elements, equal results in each run, and no copies."""
 
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpack.constants import Activation
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.gated_activation import (
     gated_activation,
@@ -14,7 +16,7 @@ from jaxpack.kernels.gated_activation import (
     gated_activation_reference,
 )
 from jaxpack.kernels.gated_experts import ExpertLinear, gated_experts
-from jaxpack.kernels.grouped_matmul import grouped_matmul
+from jaxpack.kernels.grouped_matmul import grouped_gated, grouped_matmul
 from jaxpack.kernels.rope import apply_rope, rotary_angles
 from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 from jaxpack.kernels.routing import route
@@ -167,6 +169,32 @@ def expert_gradients(given):
 
     out, pull = jax.vjp(f, given["x"], given["shares"], given["gate_up_factors"], given["down_factors"])
     return out, *pull(given["d_out"])
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_a_product_of_gate_and_up_has_the_bits_of_two_kernels(activation):
+    """The backward pass computes the product again, in a third kernel, and must find what the forward pass used."""
+    given = expert_inputs()
+    (a, b), stack = given["gate_up_factors"], given["stacks"][0]
+    matrices = stack.reshape(2, len(b), b.shape[1], -1)
+    routing = route(given["choices"], len(b))
+    bias = 0.1 * jax.random.normal(jax.random.key(2), b.shape[:2]).astype(jnp.bfloat16)
+    options = {"from_tokens": True, "implementation": "pallas"}
+    xa = grouped_matmul(given["x"], a[None], routing, **options)
+    options |= {"layer": 1, "bias": bias, "more": (xa, b)}
+    gate_up = grouped_matmul(given["x"], matrices, routing, **options)
+    want = gated_activation(gate_up, activation=activation, implementation="pallas")
+    *_, again = gated_activation_backward(
+        gate_up, None, want, activation=activation, with_product=True, implementation="pallas"
+    )
+    np.testing.assert_array_equal(again, want)
+    for with_gate_up in (False, True):
+        product, kept = grouped_gated(
+            given["x"], matrices, routing, activation=activation, with_gate_up=with_gate_up, **options
+        )
+        np.testing.assert_array_equal(product, want)
+        if kept is not None:
+            np.testing.assert_array_equal(kept, gate_up)
 
 
 def test_experts_are_the_same_in_every_run():
