@@ -102,13 +102,14 @@ def fill_four_bit(parameter: Any) -> None:
     from bitsandbytes.functional import quantize_4bit
 
     state = parameter.quant_state
-    codes, drawn = quantize_4bit(
+    quantised: Any = quantize_4bit(
         torch.randn(state.shape, dtype=state.dtype, device=parameter.device) * STD,
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
         quant_storage=parameter.dtype,
     )
+    codes, drawn = quantised
     parameter.data.copy_(codes)  # in place, because layers hold the same tensors
     state.absmax.copy_(drawn.absmax)
     if state.nested:  # the scales are in 8 bits, with scales of their own

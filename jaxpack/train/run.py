@@ -23,6 +23,7 @@ from jaxpack.data.packing import AnyBatch, EmbeddedBatch, PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.model.lora import adapters
+from jaxpack.model.shards import specs, state_specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import move_to_host, non_finite, split_trained, weight_of
 from jaxpack.objectives.objective import Objective
@@ -32,15 +33,7 @@ from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
-from jaxpack.parallel.placement import (
-    batch_sharding,
-    bytes_on_device,
-    is_partition,
-    place,
-    replicate,
-    specs,
-    state_specs,
-)
+from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, place, replicate
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint

@@ -16,13 +16,14 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.remat import compiler_options
+from jaxpack.model.shards import in_shards, specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.objectives.forward import Forward
 from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
-from jaxpack.parallel.placement import WHOLE, in_shards, specs
+from jaxpack.parallel.placement import WHOLE
 from jaxpack.parallel.shard import sum_over_shards
 
 # A user's function that computes metrics of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
