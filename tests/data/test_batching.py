@@ -385,3 +385,53 @@ def test_batches_of_documents_alone_are_those_before_there_were_groups(layout, e
         for array in batch:
             digest.update(repr(array.shape).encode() + array.astype("<i4").tobytes())
     assert digest.hexdigest()[:16] == expected
+
+
+def attention_work(batch: PackedBatch, num_devices: int) -> np.ndarray:
+    """Returns the sum of squared document lengths of each micro-batch on each device, `[A, num_devices]`."""
+    A, B, T = batch.tokens.shape
+    ids = batch.segment_ids.reshape(A, num_devices, B // num_devices, T)
+    work = [
+        sum(np.sum(np.unique(row[row > 0], return_counts=True)[1] ** 2) for row in rows)
+        for rows in ids.reshape(-1, B // num_devices, T)
+    ]
+    return np.reshape(work, (A, num_devices))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_step_has_the_same_documents_on_any_number_of_devices(layout, together):
+    documents = random_documents([*LENGTHS, 30, 50, 70], masked=0)
+    settings = {"max_length": 256, "gradient_accumulation_steps": 2} | layout
+    alone = Batches(documents, TrainConfig(per_device_train_batch_size=8, **settings), together)
+    dealt = Batches(documents, TrainConfig(per_device_train_batch_size=2, **settings), together, num_devices=4)
+    assert len(alone) == len(dealt)
+    assert alone.imbalance == 0
+    for step in range(len(alone)):
+        assert sorted(documents_in(alone[step])) == sorted(documents_in(dealt[step]))
+        assert dealt[step].tokens.shape in dealt.shapes
+    assert [(A, 4 * B, T) for A, B, T in dealt.shapes_per_device] == dealt.shapes
+    work = [attention_work(dealt[step], 4) for step in range(len(dealt))]
+    busiest, mean = (sum(figures.sum() for figures in (f(w, axis=1) for w in work)) for f in (np.max, np.mean))
+    assert dealt.imbalance == pytest.approx(busiest / mean - 1)
+
+
+def test_rows_are_dealt_so_that_devices_have_about_the_same_work_in_attention():
+    lengths = np.random.default_rng(1).lognormal(4, 1, 4000).clip(2, 1024).astype(int).tolist()
+    config = TrainConfig(packing=True, max_length=1024, per_device_train_batch_size=16)
+    batches = Batches(random_documents(lengths, masked=0), config, num_devices=4)
+    whole = range(batches.steps_per_epoch - 1)  # the last step lacks rows
+    for step in whole:
+        work = attention_work(batches[step], 4)
+        assert work.max() < 1.03 * work.mean()
+        in_sequence = np.sort(attention_work(batches[step], 64).ravel()).reshape(4, 16).sum(axis=1)
+        assert in_sequence.max() > 1.2 * in_sequence.mean()  # rows differ much
+
+
+def test_targets_are_limited_on_each_device():
+    documents = random_documents(LENGTHS)
+    config = TrainConfig(packing=True, max_length=256, per_device_train_batch_size=2)
+    batches = Batches(documents, config, num_devices=4)
+    most = max((batches[step].targets.reshape(1, 4, -1) != -100).sum(axis=2).max() for step in range(len(batches)))
+    (limits,) = batches.limits.values()
+    assert limits.max_targets == -(-most // 128) * 128

@@ -1,60 +1,101 @@
-"""A step on two devices has the gradients of one device (Adam hides a constant factor) and one all-reduce."""
+"""Steps on eight devices have the gradients of one device (Adam hides a constant factor), and no needless traffic."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+from models import small_model
+from simulated_devices import on_simulated_devices
 
 from jaxpack.errors import InputError
-from jaxpack.parallel.mesh import make_mesh
-from jaxpack.parallel.placement import BATCH, replicate, spec
+from jaxpack.model.shards import specs
+from jaxpack.model.weights import split_trained
+from jaxpack.parallel.mesh import AXES, make_mesh, parse_mesh
+from jaxpack.parallel.placement import batch_spec, replicate
+from jaxpack.settings import LoraConfig
 
-CASES = ["packed, in micro-batches", "padded, all weights", "objective"]
+# For each case and mesh, the collectives of the program. A loop over layers has four matrices (experts: five, with the
+# router) in its forward body and four in its backward body; "none" has no loop, but two layers. A quantised matrix is
+# in two arrays.
+ONCE = {"all-reduce": 1}
+COLLECTIVES = {
+    "adapters, in micro-batches": {"8x1": ONCE, "2x4": ONCE | {"all-gather": 8}},
+    "adapters, in shards": {"1x8": ONCE | {"all-gather": 8}},
+    "all weights, padded": {"8x1": ONCE, "1x8": ONCE | {"all-gather": 8, "reduce-scatter": 4}},
+    "4 bits, padding-free, offloaded": {"8x1": ONCE, "2x4": ONCE | {"all-gather": 16}},
+    "experts": {"1x8": ONCE | {"all-gather": 8}},
+    "experts, all weights": {"4x2": {"all-reduce": 2, "all-gather": 10, "reduce-scatter": 5}},
+    "objective": {"8x1": ONCE},
+}
 
 
 @pytest.fixture(scope="module")
 def results():
-    script = Path(__file__).with_name("two_devices.py")
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    tests = Path(__file__).parent.parent
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
-    if jax.__version__.startswith("0.11."):
-        # The Shardy partitioner of jax 0.11 crashes on a CPU with frozen weights; jax 0.10 and 0.12 do not.
-        environment["JAX_USE_SHARDY_PARTITIONER"] = "false"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(on_simulated_devices(Path(__file__).with_name("meshes.py")))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_and_sums_are_those_of_one_device(case, results):
-    assert results[case]["gradients"] < 1e-6
-    assert results[case]["sums"] < 1e-6
-    assert results[case]["weights"][0] == results[case]["weights"][1] > 0
+def test_gradients_and_sums_are_those_of_one_device(results):
+    for case, meshes in results.items():
+        if case == "training":
+            continue
+        weights = {found["weight"] for found in meshes.values()}
+        assert len(weights) == 1, case
+        for mesh, found in meshes.items():
+            assert found["gradients"] < 1e-6, (case, mesh)
+            assert found["sums"] < 1e-6, (case, mesh)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_program_has_one_all_reduce_and_on_one_device_none(case, results):
-    assert results[case]["collectives"] == [{}, {"all-reduce": 1}]
+def test_the_program_has_one_all_reduce_and_what_shards_need(results):
+    for case, expected in COLLECTIVES.items():
+        found = {mesh: figures["collectives"] for mesh, figures in results[case].items()}
+        assert found == {"1x1": {}} | expected, case
+
+
+def test_each_layer_is_gathered_once_in_each_direction(results):
+    for case in COLLECTIVES:
+        for mesh, found in results[case].items():
+            assert found["gathered"] == 2 * found["of_a_layer"], (case, mesh)
+            assert (found["of_a_layer"] > 0) == (not mesh.endswith("x1")), (case, mesh)
 
 
 def test_training_and_evaluation_follow_one_device(results):
-    one, two = results["training"]
-    np.testing.assert_allclose(two, one, rtol=1e-5)
+    one, *others = results["training"]
     assert one[3] < one[0]
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=1e-5)
 
 
-def test_the_rows_of_a_batch_are_dealt_and_all_else_is_whole():
-    assert spec(*BATCH) == jax.sharding.PartitionSpec(None, "data", None)
-    assert spec("layer", "out", "in") == jax.sharding.PartitionSpec(None, None, None)
-    tree = {"a": np.ones(3)}
+def test_matrices_of_layers_are_cut_by_rows_and_all_else_is_whole():
+    mesh = AbstractMesh((2, 4), AXES)
+    assert batch_spec(mesh) == PartitionSpec(None, AXES)
+    _, trained, frozen = split_trained(small_model("qwen3", lora=LoraConfig(r=4)))
+    cut = PartitionSpec(None, "fsdp")
+    found = specs(frozen, mesh)["blocks"]
+    assert found["attention"]["qkv"]["weight"].get_value().value == cut
+    assert found["attention"]["q_norm"]["scale"].get_value() == PartitionSpec()
+    assert set(jax.tree.leaves(specs(trained, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))) == {
+        PartitionSpec()
+    }
+    _, trained, _ = split_trained(small_model("qwen3", vocab_size=96))
+    assert specs(trained, mesh)["embedding"].get_value() == PartitionSpec("fsdp")
+    _, trained, _ = split_trained(small_model("qwen3", vocab_size=97))  # no multiple of 4
+    assert specs(trained, mesh)["embedding"].get_value() == PartitionSpec()
+    tree = {"a": jnp.ones(3)}
     assert replicate(tree, make_mesh()) is tree
+
+
+def test_a_mesh_is_written_as_sizes_of_its_axes():
+    assert parse_mesh("data=4,fsdp=2", 8) == {"data": 4, "fsdp": 2}
+    assert parse_mesh(" fsdp=8", 8) == {"data": 1, "fsdp": 8}
+    with pytest.raises(InputError, match="`mesh` must have sizes whose product is the number of devices, 8, got"):
+        parse_mesh("data=4", 8)
+    for wrong in ("", "8", "data", "data=", "data=0", "data=-8", "model=8", "data=4,data=2", "data=2.0,fsdp=4"):
+        with pytest.raises(InputError, match="`mesh` must be 'auto', or sizes of the axes data and fsdp"):
+            parse_mesh(wrong, 8)
 
 
 def test_a_mesh_is_of_devices_that_are_there_once():

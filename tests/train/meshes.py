@@ -1,0 +1,55 @@
+"""Trains on all simulated devices of this process: `python meshes.py KIND MESH ROWS MICRO [OUTPUT [CHECKPOINT]]`.
+
+KIND is "adapters" or "all"; ROWS is the batch size of a device, and MICRO the number of micro-batches. Prints JSON: the
+losses, the evaluation's losses, the greatest difference of a written weight from the run's, and the imbalance.
+"""
+
+import json
+import sys
+
+import numpy as np
+from flax import nnx
+from models import random_documents, small_model
+
+from jaxpack import LoraConfig, TrainConfig, Trainer
+from jaxpack.model.weights import TRAINED
+
+DOCUMENTS = random_documents([17, 40, 3, 31, 9, 28, 5, 64, 70, 80, 55, 33] * 12)
+
+
+def trainer_of(kind: str, mesh: str, rows: int, micro: int, output: str | None, checkpoint: str | None) -> Trainer:
+    config = TrainConfig(
+        mesh=mesh,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=micro,
+        packing=True,
+        max_length=128,
+        max_steps=4,
+        save_steps=2,
+        save_total_limit=4,
+        learning_rate=1e-2,
+        output_dir=output,
+        resume_from_checkpoint=checkpoint,
+        compilation_cache_dir="none",
+    )
+    model = small_model("qwen3", lora=LoraConfig(r=8, lora_dropout=0.2) if kind == "adapters" else None)
+    return Trainer(model, None, DOCUMENTS, config, eval_dataset=DOCUMENTS[:20])
+
+
+if __name__ == "__main__":
+    kind, mesh, rows, micro, *folders = sys.argv[1:]
+    output, checkpoint, *_ = [*folders, None, None]
+    trainer = trainer_of(kind, mesh, int(rows), int(micro), output, checkpoint)
+    result = trainer.train()
+    weights = [np.asarray(leaf.get_value()) for _, leaf in nnx.to_flat_state(nnx.state(trainer.model, TRAINED))]
+    print()
+    print(
+        json.dumps(
+            {
+                "losses": result.losses.tolist(),
+                "evaluations": list(result.evaluations.values()),
+                "weights": float(sum(np.abs(x, dtype=np.float64).sum() for x in weights)),
+                "imbalance": trainer.batches.imbalance,
+            }
+        )
+    )
