@@ -21,10 +21,12 @@ from jaxpack.kernels.weight import DenseWeight, Weight, write_rows
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import NF4Weight
+from jaxpack.model.shards import in_shards, one_of, put_in_shards
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import Frozen, MixedWeight, freeze, projection_rows, store_dense, weight_of
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
+from jaxpack.parallel.placement import bytes_on_device
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.host import available_host_bytes
 from jaxpack.utils.prefetch import prefetched
@@ -99,7 +101,7 @@ def lazy_model(
         leaves, tree = jax.tree.flatten(nnx.state(model))  # Those of adapters are arrays already.
         abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         with _room_for(abstract, dtype, tensors, in_4bit=in_4bit):
-            on_device = iter(_zeros(tuple(leaf for leaf in abstract if not is_pinned(leaf))))
+            on_device = iter(_zeros([leaf for leaf in abstract if not is_pinned(leaf)]))
             zeros = iter([pinned_zeros(leaf) if is_pinned(leaf) else next(on_device) for leaf in abstract])
             filled = [next(zeros) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
             nnx.update(model, tree.unflatten(filled))
@@ -143,7 +145,7 @@ def _hold_in_4bit(model: Transformer, forms: Mapping[str, Form]) -> None:
 def _room_for(leaves: list[jax.ShapeDtypeStruct], dtype: str, source: NF4Source, *, in_4bit: bool) -> Iterator[None]:
     """Makes an `InputError` of too little memory for the weights, before they are read or while they are."""
     device = current_device()
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if not is_pinned(leaf))
+    needed = sum(bytes_on_device(leaf) for leaf in leaves if not is_pinned(leaf))
     free = available_host_bytes() if device.platform == "cpu" else free_device_bytes(device)
 
     def refused(got: str) -> InputError:
@@ -200,7 +202,7 @@ def fill(model: Transformer, source: TensorSource) -> None:
             parameter = _parameter(model, entry)
             first += _rows(model, entry)[0]
             whole = parameter.get_value()
-            if isinstance(whole, HostMatrix | HostWeight):
+            if isinstance(whole, HostMatrix | HostWeight) or in_shards(whole):
                 parameter.set_value(staged.place(whole, entry, layer, first, part, shapes[name]))
                 progress.advance(bar)
                 continue
@@ -217,10 +219,11 @@ def fill(model: Transformer, source: TensorSource) -> None:
 
 
 class _Staged:
-    """Collects the pieces of each layer on the device, and writes complete layers to the host's memory.
+    """Collects the pieces of each layer on one device, and moves complete layers to where they belong.
 
-    The device quantises and casts the layers, so that weights are the same wherever they lie. NumPy casts the embedding
-    and the head, to the same bits.
+    That is the host's memory, or the shards on several devices: a piece that was written to a shard directly would
+    gather the whole stack. The device quantises and casts the layers, so that weights are the same wherever they lie.
+    For the host's memory, NumPy casts the embedding and the head, to the same bits.
     """
 
     def __init__(self, pieces: Mapping[tuple[Entry, int | None], int]):
@@ -228,31 +231,32 @@ class _Staged:
         for (entry, layer), count in pieces.items():
             key = entry.path, layer
             self._missing[key] = self._missing.get(key, 0) + count
-        self._layers: dict[tuple[str, int | None], Weight] = {}
+        self._layers: dict[tuple[str, int | None], Any] = {}
 
     def place(
         self,
-        whole: HostMatrix | HostWeight,
+        whole: Weight | jax.Array,
         entry: Entry,
         layer: int | None,
         row: int,
         part: Any,
         shape: tuple[int, ...],
-    ) -> Weight:
+    ) -> Weight | jax.Array:
         """Returns the weight with a piece of a tensor in its place, or on its way there; see `_place`."""
         if isinstance(whole, HostMatrix):
             return whole.write((row,), dense_nf4(part, shape, whole.dtype) if isinstance(part, NF4Weight) else part)
-        assert layer is not None
         key = entry.path, layer
         if key not in self._layers:
-            leaves, tree = jax.tree.flatten(whole.one)
-            self._layers[key] = tree.unflatten(_zeros(tuple(leaves)))
-        placed, done = _place(self._layers[key], jax.device_put(part), np.array([0, row], np.int32), shape)
-        assert isinstance(placed, Weight)
-        self._layers[key] = placed
+            leaves, tree = jax.tree.flatten(whole.one if isinstance(whole, HostWeight) else one_of(whole, layer))
+            self._layers[key] = tree.unflatten(_zeros(leaves))
+        start = np.array([row] if layer is None else [0, row], np.int32)
+        self._layers[key], done = _place(self._layers[key], jax.device_put(part), start, shape)
         done.block_until_ready()  # the next read may overwrite the piece's buffer
         self._missing[key] -= 1
-        return whole if self._missing[key] else whole.put(layer, self._layers.pop(key))
+        if self._missing[key]:
+            return whole
+        one = self._layers.pop(key)
+        return whole.put(layer, one) if isinstance(whole, HostWeight) else put_in_shards(whole, layer, one)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -328,9 +332,12 @@ def parameter_tensors(model: Transformer) -> dict[str, list[list[str]]]:
     return {path: [[names[row] for row in sorted(names)] for names in layers] for path, layers in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
-    return [jnp.zeros(one.shape, one.dtype) for one in shapes]
+def _zeros(shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """Makes arrays of zeros, each where its abstract array lies: on one device, or in shards on several."""
+    make = jax.jit(
+        lambda: [jnp.zeros(one.shape, one.dtype) for one in shapes], out_shardings=[one.sharding for one in shapes]
+    )
+    return make()
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)

@@ -5,6 +5,7 @@ them their gradients and the optimizer's state. So are a trained embedding and h
 device: norms, biases, adapters, and a frozen embedding or head, which every device needs whole at once.
 """
 
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -54,7 +55,7 @@ def _row_axis(path: Path, *, is_frozen: bool) -> int | None:
     return 0 if names and names[0] in _OUTSIDE and not is_frozen else None
 
 
-def in_shards(parameters: Tree, whole: Tree, mesh: DeviceMesh) -> Tree:
+def gathering(parameters: Tree, whole: Tree, mesh: DeviceMesh) -> Tree:
     """Returns parameters, of which this device holds its shards, with weights that gather them where they are read.
 
     Only within `sum_over_shards`.
@@ -104,3 +105,36 @@ def state_specs(state: Tree, trainable: Any, mesh: DeviceMesh) -> Tree:
 
 def _names(path: Path) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def in_shards(value: Any) -> bool:
+    """Returns whether arrays of a weight, or an array, are cut into shards on several devices."""
+    return any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(value))
+
+
+def one_of(value: Tree, layer: int | None) -> Tree:
+    """Returns abstract arrays on one device for one layer of a stack, with its axis; for all if `layer` is None."""
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        has_layers = layer is not None and leaf.ndim > 1  # an array with one axis is a table of all layers
+        return jax.ShapeDtypeStruct((1, *leaf.shape[1:]) if has_layers else leaf.shape, leaf.dtype)
+
+    return jax.tree.map(abstract, value)
+
+
+def put_in_shards(value: Tree, layer: int | None, one: Tree) -> Tree:
+    """Returns a stack in shards with one layer replaced by `one`, whose arrays are whole on one device.
+
+    The stack's arrays are donated. If `layer` is None, `one` replaces all of it. Not to be used in a program.
+    """
+
+    def put(whole: jax.Array, new: jax.Array) -> jax.Array:
+        new = jax.device_put(new, whole.sharding)  # each device gets its rows
+        return new if layer is None or whole.ndim == 1 else _write_layer(whole, new, layer)
+
+    return jax.tree.map(put, value, one)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(whole: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, one, layer, axis=0)

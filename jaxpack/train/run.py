@@ -93,6 +93,8 @@ class Run:
         self.copy: HostCopy | None = None
         self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded
         self.mesh = mesh = make_mesh() if mesh is None else mesh
+        if model.pending is not None:  # The weights are then read to where they belong.
+            nnx.update(model, *(place(state, specs(state, mesh), mesh) for state in split_trained(model)[1:]))
         if not adapters(model):  # All weights are trained, and the run's state is made from them.
             model.read_weights()
         graph, trainable, frozen = split_trained(model)

@@ -16,7 +16,7 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.remat import compiler_options
-from jaxpack.model.shards import in_shards, specs
+from jaxpack.model.shards import gathering, specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.objectives.forward import Forward
@@ -140,7 +140,7 @@ def objective_and_gradients(
         batch: AnyBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None
     ) -> tuple[Sums, nnx.State]:
         def micro_sums(trainable: nnx.State, micro: AnyBatch, *, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
-            model = nnx.merge(graph, *in_shards((trainable, frozen), whole, mesh))
+            model = nnx.merge(graph, *gathering((trainable, frozen), whole, mesh))
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             check_router_aux_loss_coef(router_aux_loss_coef, model.config)
             forward = Forward(model, micro, dropout_key=key, balances=router_aux_loss_coef > 0, **options)
@@ -313,7 +313,7 @@ def make_eval_step(
 
         def local_sums(batch: AnyBatch, trainable: nnx.State, frozen: nnx.State) -> EvalSums:
             micro = jax.tree.map(lambda x: x.squeeze(0), batch)
-            model = nnx.merge(graph, *in_shards((trainable, frozen), whole, mesh))
+            model = nnx.merge(graph, *gathering((trainable, frozen), whole, mesh))
             options = {"implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             forward = Forward(model, micro, **options)
             computed = {} if compute_metrics is None else compute_metrics(*forward.scores, forward.batch)

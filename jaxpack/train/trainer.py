@@ -21,6 +21,7 @@ from jaxpack.data.documents import Documents
 from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
+from jaxpack.model.shards import in_shards
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, num_parameters
 from jaxpack.objectives.objective import Objective, check_objective
@@ -472,8 +473,9 @@ class Trainer:
         """Writes the trained parameters of a run back to the model."""
         self.steps_in_model = 0
         if run.is_whole():  # A step that failed has taken the parameters: then there is nothing to write back.
-            nnx.update(self.model, on_one_device(run.state.trainable))
-            nnx.update(self.model, on_one_device(run.frozen))
+            parameters = run.state.trainable, run.frozen
+            # Where matrices stay in shards, all else stays on their devices, because one program takes both.
+            nnx.update(self.model, *(parameters if in_shards(parameters) else on_one_device(parameters)))
             self.steps_in_model = 0 if run.faults() else run.started
 
     def _evaluates(self, step: int) -> bool:
