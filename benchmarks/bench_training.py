@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--optim", help="adamw (the default) or adamw_8bit")
     for name in ("--offload-weights", "--offload-embedding"):
         parser.add_argument(name, choices=("auto", "on", "off"), help="as in `TrainConfig` (auto)")
+    parser.add_argument("--mesh", help="as in `TrainConfig` (auto); --rows are those of each device")
     parser.add_argument("--card", type=float, help="GiB of the device that the process may take")
     parser.add_argument("--memory-limit", type=float, help="GiB that a run with --remat auto may take")
     parser.add_argument("--steps", type=int, help="number of steps that are timed (10)")

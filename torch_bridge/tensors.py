@@ -256,7 +256,9 @@ class _Staged:
         if self._missing[key]:
             return whole
         one = self._layers.pop(key)
-        return whole.put(layer, one) if isinstance(whole, HostWeight) else put_in_shards(whole, layer, one)
+        if isinstance(whole, HostWeight) and layer is not None:
+            return whole.put(layer, one)
+        return put_in_shards(whole, layer, one)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -28,6 +28,7 @@ class Case:
       adapts_experts: whether the experts of a mixture have adapters, too.
       load_in_4bit: whether the frozen projections are held in 4 bits.
       optim, offload_weights, offload_embedding, memory_limit: as in `TrainConfig`.
+      mesh: as in `TrainConfig`; `rows` are those of each device.
       card: a limit on the GiB that the process takes of the device, to imitate a smaller card.
       steps: the number of steps that are timed, after the warm-up.
     """
@@ -46,6 +47,7 @@ class Case:
     offload_weights: str = "auto"
     offload_embedding: str = "auto"
     memory_limit: float | None = None
+    mesh: str = "auto"
     card: float | None = None
     steps: int = 10
     learning_rate: float = 1e-4
@@ -74,6 +76,7 @@ class Case:
         parts += ["4-bit"] if self.load_in_4bit else []
         parts += [self.optim] if self.optim != "adamw" else []
         parts += [f"within {self.memory_limit:g} GiB"] if self.memory_limit is not None else []
+        parts += [f"mesh {self.mesh}"] if self.mesh != "auto" else []
         parts += [f"on a card of {self.card:g} GiB"] if self.card is not None else []
         for name, setting in (("weights", self.offload_weights), ("embedding", self.offload_embedding)):
             parts += [] if setting == "auto" else [f"{name} on the {'host' if setting == 'on' else 'device'}"]

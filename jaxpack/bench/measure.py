@@ -6,7 +6,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from jaxpack.bench.cases import Case
@@ -18,6 +17,7 @@ from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.planning.cards import rates_of
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
+from jaxpack.planning.mesh import mesh_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.run import Run
 from jaxpack.utils.compilation_cache import ProgramCache
@@ -37,6 +37,7 @@ def train_config(case: Case) -> TrainConfig:
         memory_limit=case.memory_limit,
         offload_weights=case.offload_weights,
         offload_embedding=case.offload_embedding,
+        mesh=case.mesh,
         lr_scheduler_type="constant",
     ).in_layout(case.layout, case.rows)
 
@@ -60,8 +61,9 @@ def measure(
         figure "kernels".
     """
     config = train_config(case)
-    batches = Batches(documents, config)
-    run = Run(model, batches, config)
+    mesh = mesh_of(config, model)
+    batches = Batches(documents, config, num_devices=mesh.size)
+    run = Run(model, batches, config, mesh=mesh)
     lengths = [int(length) for length in np.unique(batches.row_lengths)]
     steps = {length: StepShape.of_run(model, batches, length) for length in lengths}
     reads_last = model.pending is not None
@@ -109,10 +111,12 @@ def measure(
         "temporary_bytes": memory.temp_size_in_bytes,
         "host_temporary_bytes": memory.host_temp_size_in_bytes,
         "device": current_device().device_kind,
+        "devices": mesh.size,
+        "imbalance": batches.imbalance,
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
     }
     if profiled is not None:
-        batch = jax.device_put(batches[len(batches) - 1])
+        batch = run.on_device(batches[len(batches) - 1])
         figures["kernels"] = profiled(lambda: float(run.step(batch).loss))
     return figures
 

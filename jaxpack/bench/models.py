@@ -13,6 +13,7 @@ from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.kernels.weight import DenseWeight, Weight
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.lora import add_lora
+from jaxpack.model.shards import in_shards, one_of, put_in_shards
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, Store, freeze, store_dense
 from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
@@ -63,7 +64,7 @@ def random_model(
             return jnp.ones(value.shape, value.dtype)
         if "lora_b" in names:
             return jnp.zeros(value.shape, value.dtype)
-        return jax.tree.map(jax.jit(_noise, static_argnums=0), value)
+        return jax.tree.map(_noise_at, value)
 
     def fill_all(model: Transformer, kind: Any) -> None:
         state = nnx.state(model, kind)
@@ -81,7 +82,15 @@ def random_model(
 
 def _filled(abstract: Weight) -> Weight:
     """Returns a weight that holds the same random matrix in each layer, written one layer at a time."""
-    weight = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract))()
+    leaves, tree = jax.tree.flatten(abstract)
+    shardings = [leaf.sharding for leaf in leaves]
+    zeros = jax.jit(lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves], out_shardings=shardings)
+    weight = tree.unflatten(zeros())
+    if in_shards(weight):
+        one = _filled(one_of(weight, 0))
+        for layer in range(weight.shape[0]):
+            weight = put_in_shards(weight, layer, one)
+        return weight
     *layers, rows, columns = weight.shape
     matrix = jax.jit(_noise, static_argnums=0)(jax.ShapeDtypeStruct((rows, columns), weight.dtype))
     write = jax.jit(lambda weight, start: weight.write(start, matrix), donate_argnums=0)
@@ -107,6 +116,11 @@ def _filled_on_host(abstract: HostWeight | HostMatrix) -> Weight:
     for layer in range(zeros.shape[0]):
         zeros = zeros.put(layer, one)
     return jax.tree.map(jnp.asarray, zeros)
+
+
+def _noise_at(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns noise that lies where an abstract array does."""
+    return jax.jit(_noise, static_argnums=0, out_shardings=like.sharding)(like)
 
 
 def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -380,6 +380,10 @@ class Run:
         means = {name: float(total / (objective.weight or 1)) for name, total in means.items()}
         return means | {name: float(total / (weight or 1)) for name, (total, weight) in computed.items()}
 
+    def on_device(self, batch: PackedBatch) -> PackedBatch:
+        """Returns a batch on the run's devices, each with its rows."""
+        return jax.device_put(batch, self._batch_sharding)
+
     def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
         # The device is named, because a thread does not inherit its caller's `jax.default_device`.
         device, embedding, count = self._batch_sharding, self._embedding, len(batches) - begin
