@@ -25,10 +25,10 @@ demo: $(VENV)/installed  ## Fine-tune a small model on bundled questions, and ch
 test: $(VENV)/installed  ## Run the tests, but the slow ones
 	$(UNOPTIMISED) $(RUN) -m pytest $(PARALLEL)
 
-# Slow tests have many cases that are alike. One commit runs one half of each test's cases, and the next the other half.
-HALF := $(shell expr $$(git rev-list --count HEAD 2>/dev/null || echo 0) % 2)
-SLOW_CASES := $(HALF)/2
-test-slow: $(VENV)/installed  ## Run half of the cases of each slow test (SLOW_CASES=0/1: all of them)
+# Slow tests have many cases that are alike. Each commit runs a third of each test's cases, and the next another third.
+THIRD := $(shell expr $$(git rev-list --count HEAD 2>/dev/null || echo 0) % 3)
+SLOW_CASES := $(THIRD)/3
+test-slow: $(VENV)/installed  ## Run a third of the cases of each slow test (SLOW_CASES=0/1: all of them)
 	$(UNOPTIMISED) $(RUN) -m pytest $(PARALLEL) -m slow --cases $(SLOW_CASES)
 
 lint: $(VENV)/installed  ## Check style, formatting and types
@@ -45,6 +45,7 @@ docs: $(VENV)/installed-docs  ## Build the documentation, with a reference of al
 
 docs-tables: $(VENV)/installed  ## Make the tables of docs/ anew that follow from predictions
 	$(RUN) -m jaxpack.bench.what_fits docs/memory.md
+	$(RUN) -m jaxpack.bench.scaling docs/scaling.md
 
 # `-I` keeps the checkout off Python's path, so that the import finds the installed package.
 dist: $(VENV)/installed  ## Build a wheel and an sdist into build/dist, and install each into an empty environment

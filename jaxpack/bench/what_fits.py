@@ -3,12 +3,12 @@
 import bisect
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxpack.bench.models import abstract_model
+from jaxpack.bench.pages import with_block
 from jaxpack.model.mxfp4 import mxfp4_store
 from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.presets import SHAPES
@@ -26,7 +26,6 @@ MOST_ROWS = 64
 ROW = 1024  # tokens
 RANK = 16
 HOST_GIB = 32  # free memory of the host
-_BLOCK = re.compile(r"(?<=<!-- made by `make docs-tables` -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def largest_batch(model: str, card: str, form: str = "16-bit") -> tuple[int, Prediction] | None:
@@ -84,13 +83,6 @@ def _cell(rows: int, prediction: Prediction) -> str:
     return f"{rows} ({gib(prediction.peak_bytes)}){'*' if any(prediction.choice.offloads) else ''}"
 
 
-def with_table(page: str) -> str:
-    """Returns a page with the table between its two comments made anew."""
-    assert _BLOCK.search(page), "the page has no comments that the table stands between"
-    made = "\n".join(table())
-    return _BLOCK.sub(lambda _: f"\n{made}\n\n", page)
-
-
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        path.write_text(with_table(path.read_text()))
+        path.write_text(with_block(path.read_text(), table()))

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxpack.bench.models import abstract_model
-from jaxpack.bench.what_fits import CARDS, MODELS, MOST_ROWS, largest_batch, with_table
+from jaxpack.bench.pages import with_block
+from jaxpack.bench.what_fits import CARDS, MODELS, MOST_ROWS, largest_batch, table
 from jaxpack.model.presets import SHAPES
 from jaxpack.planning.cards import card_named
 
@@ -18,7 +19,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs/memory.md"
 
 def test_the_page_has_the_table_that_the_command_makes():
     page = PAGE.read_text()
-    assert with_table(page) == page, "run `make docs-tables`"
+    assert with_block(page, table()) == page, "run `make docs-tables`"
 
 
 def test_more_memory_and_a_smaller_model_take_as_many_rows_or_more():

@@ -291,6 +291,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "modules_to_save": ("lm_head",),
         "target_parameters": ("mlp.experts.down_proj",),
         "implementation": "xla",
+        "mesh": "data=1",
         "compilation_cache_dir": "programs",
     }
     if field.name in special:

@@ -1,12 +1,14 @@
 """Prints how steps on eight simulated devices differ from steps on one; runs in its own process.
 
-`python meshes.py` prints a JSON object: for each case and mesh the largest relative difference of a gradient, that of
-the sums, the collectives of the compiled program, and the elements that they give; and the losses of a training.
+`python meshes.py [CASE ...]` prints a JSON object: for each case and mesh the largest relative difference of a
+gradient, that of the sums, the collectives of the compiled program, and the elements that they give; and the losses of
+a training.
 """
 
 import json
 import math
 import re
+import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -160,5 +162,5 @@ def train(data: int, fsdp: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    results = {name: measure(case) for name, case in CASES.items()}
+    results = {name: measure(CASES[name]) for name in sys.argv[1:] or CASES}
     print(json.dumps(results | {"training": [train(1, 1), train(8, 1), train(2, 4)]}))

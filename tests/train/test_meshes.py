@@ -25,7 +25,7 @@ def assert_same(found: dict, expected: dict) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["adapters", "all"])
+@pytest.mark.parametrize("kind", ["adapters", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_eight_devices_resumes_on_fewer(kind, tmp_path):
     eight = on_devices(8, kind, "data=2,fsdp=4", 1, 1, tmp_path / "eight")
     assert len(eight["losses"]) == 4

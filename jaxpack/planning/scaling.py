@@ -1,0 +1,84 @@
+"""Predicts what the links between devices carry in a step, and how long a step on many devices takes.
+
+The links within a host (NVLink) carry as much in each direction at a time. A collective over n devices in a ring moves
+`(n - 1) / n` of the whole array through each device's link: gathered matrices once for each gather, scattered gradients
+once. An all-reduce is a scatter and a gather, and moves twice as much.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxpack.constants import Remat
+from jaxpack.planning.cards import DeviceRates
+from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, recomputed_cost
+from jaxpack.planning.time import step_seconds
+
+
+class Links(NamedTuple):
+    """Holds the bytes per second that a device sends while it receives as many, within a host and between hosts.
+
+    The defaults are 80 % of published figures: 450 GB/s of NVLink 4 for each GPU of a host of 8, and 50 GB/s of one
+    400 Gb/s adapter for each GPU. They were not measured.
+    """
+
+    within: float = 0.8 * 450e9
+    between: float = 0.8 * 50e9
+    devices_in_a_host: int = 8
+
+    def rate(self, num_devices: int) -> float:
+        """Returns the bytes per second of a collective over neighbouring devices."""
+        return self.within if num_devices <= self.devices_in_a_host else self.between
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Holds the bytes that each device sends in a step.
+
+    Attributes:
+      gathered: for the matrices of all layers, in both directions together.
+      scattered: for gradients of matrices in shards, in float32.
+      reduced: for all other gradients, and for those of shards between copies of the model.
+    """
+
+    gathered: float
+    scattered: float
+    reduced: float
+
+
+def traffic_of(step: StepShape, data: int, fsdp: int) -> Traffic:
+    """Returns the bytes that each device sends in a step on a mesh `data` x `fsdp`.
+
+    Args:
+      step: the step of one device, whose model lies on this mesh.
+    """
+    A, share = step.shape[0], (fsdp - 1) / fsdp
+    layers = step.num_layers * step.gathered_bytes
+    in_shards = 4 * step.num_layers * step.gathered_bytes / step.itemsize if step.trains_all and fsdp > 1 else 0.0
+    held = in_shards / fsdp
+    others = max(0.0, 4 * step.trained - held)
+    num_devices = data * fsdp
+    reduced = 2 * others * (num_devices - 1) / num_devices + 2 * held * (data - 1) / data
+    return Traffic(gathered=2 * A * layers * share, scattered=A * in_shards * share, reduced=reduced)
+
+
+def mesh_seconds(
+    step: StepShape,
+    remat: Remat,
+    rates: DeviceRates,
+    data: int,
+    fsdp: int,
+    links: Links = Links(),  # noqa: B008
+) -> float:
+    """Returns the seconds of a step on a mesh: that of one device, and what its links do not hide behind computation.
+
+    A layer's matrices are gathered, and its gradients scattered, while another part computes. The all-reduce follows
+    the backward pass, and hides behind nothing.
+    """
+    traffic, A = traffic_of(step, data, fsdp), step.shape[0]
+    alone = step_seconds(step, remat, rates)
+    forward = step.num_layers * rates.seconds(forward_cost(step))
+    backward = step.num_layers * rates.seconds(backward_cost(step) + recomputed_cost(step, remat))
+    rate = links.rate(fsdp)
+    one_way = traffic.gathered / (2 * A) / rate
+    exposed = max(0.0, one_way - forward) + max(0.0, one_way + traffic.scattered / A / rate - backward)
+    return alone + A * exposed + traffic.reduced / links.rate(data * fsdp)
