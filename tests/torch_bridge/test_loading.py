@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from models import small_config, small_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from simulated_devices import on_simulated_devices
 
 import torch_bridge
 import torch_bridge.tensors
@@ -213,3 +214,14 @@ def test_cases_of_the_hub_only_what_is_read_or_copied_is_downloaded(
         read("owner/name")
     downloaded = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
     assert downloaded == DESCRIBING | {file for file in weights if file.endswith(endings)}
+
+
+def test_weights_are_read_into_shards_with_the_same_bits(tmp_path: Path):
+    torch_bridge.save_pretrained(small_model("qwen3", vocab_size=96), tmp_path / "model")
+    script = Path(__file__).with_name("meshes.py")
+    found = json.loads(on_simulated_devices(script, str(tmp_path / "model"), count=4))
+    # Four matrices of the layers and, where all weights are trained, the embedding. A matrix in 4 bits has codes and
+    # magnitudes; those that four devices cannot share evenly are whole on each.
+    assert found["whole"] == {"in_shards": 5, "same": True}
+    assert found["4 bits"]["same"]
+    assert found["4 bits"]["in_shards"] >= 4
