@@ -1,11 +1,13 @@
 """Chooses the mesh of devices that a run is on."""
 
 import jax
+from flax import nnx
 
 from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.parallel.device import current_device, free_device_bytes
+from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DATA, FSDP, DeviceMesh, make_mesh, parse_mesh
 from jaxpack.settings import TrainConfig
 
@@ -22,6 +24,11 @@ def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
       InputError: the sizes do not fit the number of devices, or weights are to lie in the host's memory on several.
     """
     mesh = _mesh_of(config, model)
+    if mesh.size > 1 and any(map(is_pinned, jax.tree.leaves(nnx.state(model)))):
+        raise InputError(
+            f"`model` must have its weights on a device to be trained on {mesh.size}, got one whose weights an earlier"
+            " run moved to the host's memory. Load the model anew."
+        )
     for name in ("offload_weights", "offload_embedding"):
         if mesh.size > 1 and getattr(config, name) == "on":
             raise InputError(

@@ -601,6 +601,13 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
         f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} in an epoch); {batches.padding_share:.2%} of their"
         f" positions are padding; shapes to compile (micro-batches x rows x tokens): {_shapes(batches)}"
     )
+    if batches.num_devices > 1:
+        each, kind = config.per_device_train_batch_size, "rows" if config.packing else "documents"
+        lines.append(
+            f"a step takes {batches.rows_per_step:,} {kind}: {each:,} on each of {batches.num_devices} devices, times"
+            f" {config.gradient_accumulation_steps} micro-batches; the busiest device has {batches.imbalance:.1%} more"
+            " work in attention than the mean"
+        )
     return lines
 
 

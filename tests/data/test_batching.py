@@ -414,6 +414,10 @@ def test_a_step_has_the_same_documents_on_any_number_of_devices(layout, together
     work = [attention_work(dealt[step], 4) for step in range(len(dealt))]
     busiest, mean = (sum(figures.sum() for figures in (f(w, axis=1) for w in work)) for f in (np.max, np.mean))
     assert dealt.imbalance == pytest.approx(busiest / mean - 1)
+    last = describe(documents, dealt, dealt.config)[-1]
+    assert "a step takes 16 " in last
+    assert ": 2 on each of 4 devices, times 2 micro-batches; the busiest device has " in last
+    assert f"has {dealt.imbalance:.1%} more work" in last
 
 
 def test_rows_are_dealt_so_that_devices_have_about_the_same_work_in_attention():
