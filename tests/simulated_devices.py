@@ -8,10 +8,13 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def on_simulated_devices(script: Path, *arguments: str, count: int = 8) -> str:
-    """Runs a script on `count` simulated devices, and returns the last line that it prints."""
+def on_simulated_devices(script: Path, *arguments: str, count: int = 8, **more: str) -> str:
+    """Runs a script on `count` simulated devices, and returns the last line that it prints.
+
+    `more` are further variables of its environment.
+    """
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"} | more
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()[-1]

@@ -15,7 +15,7 @@ from jax.tree_util import DictKey, tree_flatten_with_path, tree_map_with_path
 from jaxpack.kernels.sharded_weight import ShardedMatrix, ShardedStack
 from jaxpack.kernels.weight import Weight
 from jaxpack.parallel.mesh import FSDP, DeviceMesh, num_shards
-from jaxpack.parallel.placement import WHOLE, is_partition
+from jaxpack.parallel.placement import WHOLE, is_partition, put
 
 Tree = TypeVar("Tree")
 Path = tuple[Any, ...]
@@ -128,11 +128,11 @@ def put_in_shards(value: Tree, layer: int | None, one: Tree) -> Tree:
     The stack's arrays are donated. If `layer` is None, `one` replaces all of it. Not to be used in a program.
     """
 
-    def put(whole: jax.Array, new: jax.Array) -> jax.Array:
-        new = jax.device_put(new, whole.sharding)  # each device gets its rows
+    def written(whole: jax.Array, new: jax.Array) -> jax.Array:
+        new = put(new, whole.sharding)  # each device gets its rows
         return new if layer is None or whole.ndim == 1 else _write_layer(whole, new, layer)
 
-    return jax.tree.map(put, value, one)
+    return jax.tree.map(written, value, one)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

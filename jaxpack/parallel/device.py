@@ -5,6 +5,7 @@ import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.extend import backend
 
 from jaxpack.constants import PINNED_GIB, PINNED_LIMIT
@@ -54,7 +55,12 @@ def platform_of(array: jax.Array) -> str:
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """Returns an array's values in the host's memory, which stay when the array is donated."""
+    """Returns an array's values in the host's memory, which stay when the array is donated.
+
+    All processes must call it together for an array whose shards lie on devices of several.
+    """
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     # Copied on a CPU: `np.asarray` would give a view of memory that is donated to the next step.
     return np.array(array) if platform_of(array) == "cpu" else np.asarray(array)
 

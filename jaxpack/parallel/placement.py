@@ -4,6 +4,7 @@ import math
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpack.parallel.mesh import DeviceMesh, batch_axes
@@ -41,9 +42,27 @@ def place(tree: Tree, partition: Any, mesh: DeviceMesh) -> Tree:
         sharding = NamedSharding(mesh, spec)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
+        return put(leaf, sharding)
 
     return jax.tree.map(placed, partition, tree, is_leaf=is_partition)
+
+
+def put(tree: Tree, sharding: Any) -> Tree:
+    """Returns a pytree with its arrays, which may be NumPy's, on devices; as `jax.device_put`, also for several hosts.
+
+    If some of the devices belong to other processes, each process has all of the arrays, and puts its own shards on its
+    own devices. `jax.device_put` would compare the arrays of all processes, which none may do by itself in a thread.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def from_own(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)  # it lies on all devices already
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(from_own, tree)
 
 
 def on_one_device(tree: Tree) -> Tree:
@@ -65,4 +84,4 @@ def bytes_on_device(leaf: Any) -> int:
 
 def replicate(tree: Tree, mesh: DeviceMesh) -> Tree:
     """Returns a pytree with its arrays whole on every device of the mesh; unchanged for a mesh of one device."""
-    return tree if mesh.size == 1 else jax.device_put(tree, NamedSharding(mesh, WHOLE))
+    return tree if mesh.size == 1 else put(tree, NamedSharding(mesh, WHOLE))

@@ -21,9 +21,15 @@ def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     `jax.default_device` is set to a device, "auto" takes that one; a mesh that is set in JAX (`jax.set_mesh`) is kept.
 
     Raises:
-      InputError: the sizes do not fit the number of devices, or weights are to lie in the host's memory on several.
+      InputError: the sizes do not fit the number of devices, weights are to lie in the host's memory on several, or
+        several processes are to write to one folder.
     """
     mesh = _mesh_of(config, model)
+    if jax.process_count() > 1 and config.output_dir is not None:
+        raise InputError(
+            f"`output_dir` must be None in a run of {jax.process_count()} processes, got {config.output_dir!r}: such a"
+            " run does not write files yet. Use one process for all GPUs of the machine."
+        )
     if mesh.size > 1 and any(map(is_pinned, jax.tree.leaves(nnx.state(model)))):
         raise InputError(
             f"`model` must have its weights on a device to be trained on {mesh.size}, got one whose weights an earlier"

@@ -40,6 +40,7 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, on_host
+from jaxpack.parallel.placement import put
 from jaxpack.settings import TrainConfig
 from jaxpack.train.record import Record, read_record, shown
 from jaxpack.train.step import TrainState
@@ -470,7 +471,7 @@ def load_checkpoint(
         # An uncommitted array stays uncommitted, so that the same program is compiled.
         device = leaf.sharding if leaf.committed else None
         leaf.delete()  # Deleted first: a device may have no room for both.
-        leaves.append(jax.device_put(arrays.pop(name), device))
+        leaves.append(put(arrays.pop(name), device))
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     return path, state, Progress(arrays[_LOSSES].tolist(), record.evaluations)
 

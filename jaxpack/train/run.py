@@ -33,7 +33,7 @@ from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
-from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, place, replicate
+from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, place, put, replicate
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
@@ -341,7 +341,7 @@ class Run:
         """Goes back to the state in `copy`."""
         # An uncommitted array stays uncommitted, so that the same program runs.
         self.state = jax.tree.map(
-            lambda x, old: jax.device_put(x, old.sharding if old.committed else None), copy.state, self.state
+            lambda x, old: put(x, old.sharding if old.committed else None), copy.state, self.state
         )
         self.started = copy.step
         self._waiting.clear()
@@ -382,13 +382,13 @@ class Run:
 
     def on_device(self, batch: PackedBatch) -> PackedBatch:
         """Returns a batch on the run's devices, each with its rows."""
-        return jax.device_put(batch, self._batch_sharding)
+        return put(batch, self._batch_sharding)
 
     def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
         # The device is named, because a thread does not inherit its caller's `jax.default_device`.
         device, embedding, count = self._batch_sharding, self._embedding, len(batches) - begin
         if embedding is None:
-            return contextlib.closing(prefetched(lambda step: jax.device_put(batches[begin + step], device), count))
+            return contextlib.closing(prefetched(lambda step: put(batches[begin + step], device), count))
         table = embedding.table
 
         def embedded(step: int) -> EmbeddedBatch:

@@ -1,6 +1,8 @@
 """A run on several devices is the run of one device: its losses, its checkpoints, and what it refuses."""
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -15,9 +17,9 @@ from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Trainer
 
 
-def on_devices(count: int, *arguments: object) -> dict:
+def on_devices(count: int, *arguments: object, **more: str) -> dict:
     script = Path(__file__).with_name("meshes.py")
-    return json.loads(on_simulated_devices(script, *map(str, arguments), count=count))
+    return json.loads(on_simulated_devices(script, *map(str, arguments), count=count, **more))
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -58,3 +60,24 @@ def test_a_wrong_mesh_is_refused_before_data_is_read():
         with pytest.raises(InputError, match="`mesh` must") as caught:
             Trainer(model, None, unread, TrainConfig(mesh=mesh))
         assert why in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "mesh"), [("adapters", "data=2,fsdp=4"), ("all", "fsdp=8"), ("adapters", "data=8")])
+def test_two_processes_train_as_one(kind, mesh):
+    alone = on_devices(8, kind, mesh, 1, 1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(on_devices, 4, kind, mesh, 1, 1, PROCESS=f"{number}/2", COORDINATOR=port) for number in range(2)
+        ]
+        for run in runs:
+            assert_same(run.result(), alone)
+
+
+def test_several_processes_do_not_write_to_one_folder_yet(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="`output_dir` must be None in a run of 2 processes"):
+        trainer_of("adapters", "auto", 1, 1, str(tmp_path), None)
