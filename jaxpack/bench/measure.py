@@ -14,10 +14,12 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
+from jaxpack.parallel.mesh import num_shards
 from jaxpack.planning.cards import rates_of
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.mesh import mesh_of
+from jaxpack.planning.scaling import mesh_seconds
 from jaxpack.settings import TrainConfig
 from jaxpack.train.run import Run
 from jaxpack.utils.compilation_cache import ProgramCache
@@ -83,10 +85,13 @@ def measure(
         raise ValueError(f"the losses are not finite, so the rates mean nothing: {losses}")
 
     seconds = np.diff(ends)
-    rates = rates_of(current_device().device_kind)
-    predicted = {
-        length: predict(dataclasses.replace(step, compiles_first=reads_last, **run.choice.of_step), rates)[run.remat]
+    rates, fsdp = rates_of(current_device().device_kind), num_shards(mesh)
+    steps = {
+        length: dataclasses.replace(step, compiles_first=reads_last, **run.choice.of_step)
         for length, step in steps.items()
+    }
+    predicted = {
+        length: mesh_seconds(step, run.remat, rates, mesh.size // fsdp, fsdp) for length, step in steps.items()
     }
     memory = run.programs[max(run.programs)].memory_analysis()
     assert memory is not None
@@ -105,8 +110,8 @@ def measure(
         "shapes": batches.shapes,
         "chosen_remat": run.remat,
         **{f"chosen_{name}": value for name, value in run.choice.of_step.items()},
-        "predicted_step_seconds": float(np.mean([predicted[length].seconds for length in batches.row_lengths[timed]])),
-        "predicted_peak_bytes": max(prediction.peak_bytes for prediction in predicted.values()),
+        "predicted_step_seconds": float(np.mean([predicted[length] for length in batches.row_lengths[timed]])),
+        "predicted_peak_bytes": max(predict(step, rates)[run.remat].peak_bytes for step in steps.values()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "host_temporary_bytes": memory.host_temp_size_in_bytes,
