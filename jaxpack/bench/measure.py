@@ -67,7 +67,7 @@ def measure(
     batches = Batches(documents, config, num_devices=mesh.size)
     run = Run(model, batches, config, mesh=mesh)
     lengths = [int(length) for length in np.unique(batches.row_lengths)]
-    steps = {length: StepShape.of_run(model, batches, length) for length in lengths}
+    steps = {length: StepShape.of_run(model, batches, length, run.optimizer_bytes) for length in lengths}
     reads_last = model.pending is not None
     cache = ProgramCache(config.compilation_cache_dir)
     compile_seconds = run.compile(cache)

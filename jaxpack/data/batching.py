@@ -49,7 +49,8 @@ class Batches:
     so that any group fits a row.
 
     On several devices, B is larger by their number, and so is the number of documents in a step. Device i computes with
-    the i-th share of the B rows. Rows are dealt so that all devices have about the same work in attention.
+    the i-th share of the B rows. Packed and padded rows are dealt so that all devices have about the same work in
+    attention, and padding-free documents so that all have about as many tokens.
 
     Args:
       documents: the documents to train on; with `documents_together=n`, their number is a multiple of n.
@@ -59,6 +60,7 @@ class Batches:
 
     Attributes:
       config: the settings of the run.
+      num_devices: the number of devices over which the rows are dealt.
       documents: the documents that are trained on, after truncation.
       truncation: counts of the documents that are shortened or dropped, and of the tokens that are lost.
       num_rows, rows_per_step: rows in an epoch, and in a step; without packing, each document counts as a row.

@@ -12,13 +12,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpack.kernels.weight import DenseWeight, Weight
-
-GATHERED = "gathered"  # the name of gathered matrices among activations: no choice of `remat` keeps them
 
 
 @jax.tree_util.register_dataclass
@@ -60,9 +57,7 @@ class ShardedStack(Weight):
         if leaf.ndim == 1:  # a table that all layers share
             return leaf
         one = jax.lax.dynamic_slice_in_dim(leaf, layer, 1)
-        if is_cut:
-            one = jax.lax.all_gather(one, self.axis, axis=1, tiled=True)
-        return checkpoint_name(one, GATHERED)
+        return jax.lax.all_gather(one, self.axis, axis=1, tiled=True) if is_cut else one
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "L O I"]:
         """Raises an error, because all layers together may not fit on a device; see `at`."""
@@ -112,7 +107,7 @@ class ShardedMatrix(Weight):
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "O I"]:
         """Returns the matrix with all rows, gathered in `dtype`."""
-        return checkpoint_name(_gather_rows(self.value, self.axis, jnp.dtype(dtype)), GATHERED)
+        return _gather_rows(self.value, self.axis, jnp.dtype(dtype))
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
         """Returns rows of the gathered matrix."""

@@ -186,15 +186,15 @@ class Linear(nnx.Module):
             return None, None
         adapters = [(size, self.lora.get(name)) for name, size in self.projections]
         lora_a = jnp.concatenate([adapter.lora_a[...] for _, adapter in adapters if adapter is not None])
-        lora_b = jnp.zeros((self.weight.shape[-2], lora_a.shape[0]), lora_a.dtype)
-        row = column = 0
+        blocks, before = [], 0
         for size, adapter in adapters:
-            if adapter is not None:
-                rank = adapter.lora_b.shape[-1]
-                lora_b = lora_b.at[row : row + size, column : column + rank].set(adapter.scaling * adapter.lora_b[...])
-                column += rank
-            row += size
-        return lora_a, lora_b
+            if adapter is None:
+                blocks.append(jnp.zeros((size, len(lora_a)), lora_a.dtype))
+                continue
+            after = len(lora_a) - before - adapter.lora_b.shape[-1]
+            blocks.append(jnp.pad(adapter.scaling * adapter.lora_b[...], ((0, 0), (before, after))))
+            before = len(lora_a) - after
+        return lora_a, jnp.concatenate(blocks)
 
     @property
     def rank(self) -> int:

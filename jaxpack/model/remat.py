@@ -13,7 +13,6 @@ from typing import Any, get_args
 import jax
 
 from jaxpack.constants import Remat
-from jaxpack.kernels.sharded_weight import GATHERED
 from jaxpack.model.config import ModelConfig
 from jaxpack.parallel.device import current_device
 
@@ -76,15 +75,12 @@ def recompute(
     Args:
       with_input: the names that are offloaded with the layer's input, see `offloaded`.
       gathers: whether the layer gathers matrices from several devices. Every choice gathers them again in the backward
-        pass: kept, they would be the whole model.
+        pass: kept, they would be the whole model. So "none", which would keep them, keeps what "keep_projections" does.
     """
-    names = KEPT[remat]
-    if names is None and not gathers:
-        return layer
+    names = KEPT["keep_projections" if gathers and remat == "none" else remat]
     if names is None:
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    else:
-        policy = jax.checkpoint_policies.save_only_these_names(*names, *with_input)
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(*names, *with_input)
     # Without a loop, XLA would merge the recomputation with the forward pass, and so keep everything. Within a loop
     # there is no forward pass to merge with, so nothing has to be prevented.
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))

@@ -1,5 +1,6 @@
 """Makes the mesh of devices that a run is on; one device is a mesh of one."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -30,23 +31,36 @@ def make_mesh(
       fsdp: the number of devices along the axis "fsdp"; the rest lies along "data".
 
     Raises:
-      InputError: `devices` is empty or names a device twice, or their number is no multiple of `fsdp`.
+      InputError: `devices` is empty or names a device twice, their number is no multiple of `fsdp`, or the mesh that is
+        set has an axis of another name.
 
     Example:
       >>> make_mesh().shape["data"]
       1
     """
-    if devices is None and DATA in (already := jax.sharding.get_abstract_mesh()).axis_names:
+    if devices is None and (already := _already_set()) is not None:
         return already
     devices = [current_device()] if devices is None else list(devices)
     if not devices or len(set(devices)) != len(devices):
         raise InputError(f"`devices` must be at least one device, each once, got {devices}.")
     if fsdp < 1 or len(devices) % fsdp:
         raise InputError(f"`fsdp` must be a divisor of the number of devices, {len(devices)}, got {fsdp}.")
-    if len(devices) > 1 and jax.__version__.startswith("0.11."):
-        # The partitioner of jax 0.11, Shardy, crashes on a step with adapters; those of jax 0.10 and 0.12 do not.
-        jax.config.update("jax_use_shardy_partitioner", False)
     return Mesh(np.array(devices).reshape(-1, fsdp), AXES)
+
+
+def _already_set() -> DeviceMesh | None:
+    """Returns the mesh that is set in JAX, if it has the axis "data"."""
+    mesh: DeviceMesh = jax.sharding.get_abstract_mesh()
+    if DATA not in mesh.axis_names:
+        return None
+    with contextlib.suppress(ValueError):  # Within a program, which knows no devices, JAX gives only the abstract mesh.
+        mesh = jax.sharding.get_mesh()
+    if others := [axis for axis in mesh.axis_names if axis not in AXES and mesh.shape[axis] > 1]:
+        raise InputError(
+            f"the mesh of `jax.set_mesh` must have no axes but {' and '.join(AXES)}, got {others}. Set another mesh, or"
+            " none and `mesh` in `TrainConfig`."
+        )
+    return mesh
 
 
 def batch_axes(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -87,6 +101,9 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 
 
 def describe_mesh(mesh: DeviceMesh) -> str:
-    """Returns the number and kind of the devices, and the mesh, such as "8 x NVIDIA H200 (data=2, fsdp=4)"."""
-    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    """Returns the number and kind of the devices, and the mesh, such as "8 x NVIDIA H200 (data=2, fsdp=4)".
+
+    Axes of size 1 are left out.
+    """
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} x {jax.devices()[0].device_kind} ({sizes})"

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpack.parallel.device import current_device
 from jaxpack.parallel.mesh import DeviceMesh, batch_axes
 
 Tree = TypeVar("Tree")
@@ -30,19 +31,41 @@ def is_partition(value: Any) -> bool:
 
 
 def place(tree: Tree, partition: Any, mesh: DeviceMesh) -> Tree:
-    """Returns a pytree with its arrays, which may be abstract, on the mesh; unchanged for a mesh of one device.
+    """Returns a pytree with its arrays, which may be abstract, on the mesh.
+
+    For a mesh of one device it is unchanged, but for arrays that lie on several devices.
 
     Args:
       partition: the partition of each array, see `specs`.
     """
     if mesh.size == 1:
-        return tree
+        return jax.tree.map(_on_current_device, tree)
 
     def placed(spec: PartitionSpec, leaf: Any) -> Any:
         sharding = NamedSharding(mesh, spec)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return put(leaf, sharding)
+
+    return jax.tree.map(placed, partition, tree, is_leaf=is_partition)
+
+
+def _on_current_device(leaf: Any) -> Any:
+    """Returns an array as it is, unless an earlier run left it on several devices."""
+    is_spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+    return jax.device_put(leaf, current_device()) if is_spread else leaf
+
+
+def keep_placed(tree: Tree, partition: Any, mesh: DeviceMesh) -> Tree:
+    """Returns a pytree whose arrays lie by their partition, in a program; unchanged for a mesh of one device.
+
+    XLA may choose another place for an array whose place nothing says, and the next call of the program refuses it.
+    """
+    if mesh.size == 1:
+        return tree
+
+    def placed(spec: PartitionSpec, leaf: Any) -> Any:
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(placed, partition, tree, is_leaf=is_partition)
 

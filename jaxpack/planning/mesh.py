@@ -2,13 +2,16 @@
 
 import jax
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from jaxpack.errors import InputError
+from jaxpack.model.shards import specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned
-from jaxpack.parallel.mesh import DATA, FSDP, DeviceMesh, make_mesh, parse_mesh
+from jaxpack.parallel.mesh import AXES, DATA, FSDP, DeviceMesh, make_mesh, num_shards, parse_mesh
+from jaxpack.parallel.placement import bytes_on_device, place
 from jaxpack.settings import TrainConfig
 
 _ROOM = 0.8  # the share of a device that weights, gradients and the optimizer's state may take: the rest is a step's
@@ -17,18 +20,21 @@ _ROOM = 0.8  # the share of a device that weights, gradients and the optimizer's
 def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     """Returns the mesh that `config.mesh` asks for.
 
-    "auto" takes all devices: along "data" if each has room for all weights, and otherwise along "fsdp". If
+    "auto" takes all devices: along "data" if each has room for all weights, and otherwise as many along "fsdp" as leave
+    the least on each. If
     `jax.default_device` is set to a device, "auto" takes that one; a mesh that is set in JAX (`jax.set_mesh`) is kept.
 
     Raises:
-      InputError: the sizes do not fit the number of devices, weights are to lie in the host's memory on several, or
-        several processes are to write to one folder.
+      InputError: the sizes fit neither the number of devices nor the model, weights are to lie in the host's memory on
+        several devices, or several processes would each decide by themselves.
     """
     mesh = _mesh_of(config, model)
-    if jax.process_count() > 1 and config.output_dir is not None:
+    if (count := jax.process_count()) > 1:
+        _check_processes(config, count)
+    if num_shards(mesh) > 1 and bytes_on_mesh(model, mesh) == bytes_on_mesh(model, AbstractMesh((1, 1), AXES)):
         raise InputError(
-            f"`output_dir` must be None in a run of {jax.process_count()} processes, got {config.output_dir!r}: such a"
-            " run does not write files yet. Use one process for all GPUs of the machine."
+            f"`mesh` must have a size of 'fsdp' that divides the rows of the model's matrices, got {num_shards(mesh)}:"
+            " no matrix could be shared. Use a power of two, or `mesh` 'data=...'."
         )
     if mesh.size > 1 and any(map(is_pinned, jax.tree.leaves(nnx.state(model)))):
         raise InputError(
@@ -51,9 +57,34 @@ def _mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is not None or DATA in jax.sharding.get_abstract_mesh().axis_names or len(jax.devices()) == 1:
         return make_mesh()
-    free = free_device_bytes(current_device())
-    needed = held_bytes(model)
-    return make_mesh(jax.devices(), fsdp=1 if free is None or needed <= _ROOM * free else len(jax.devices()))
+    free, count = free_device_bytes(current_device()), len(jax.devices())
+    sizes = [size for size in range(1, count + 1) if count % size == 0]
+    if free is None or held_bytes(model) <= _ROOM * free:
+        return make_mesh(jax.devices())
+    least = min(sizes, key=lambda size: bytes_on_mesh(model, AbstractMesh((count // size, size), AXES)))
+    return make_mesh(jax.devices(), fsdp=least)
+
+
+def _check_processes(config: TrainConfig, count: int) -> None:
+    """Refuses what several processes, each by itself, could decide differently, and what they cannot do yet."""
+    if config.output_dir is not None:
+        raise InputError(
+            f"`output_dir` must be None in a run of {count} processes, got {config.output_dir!r}: such a run does not"
+            " write files yet. Use one process for all GPUs of the machine."
+        )
+    for name, example in (("mesh", "'fsdp=8'"), ("remat", "'keep_attention'")):
+        if getattr(config, name) == "auto":
+            raise InputError(
+                f"`{name}` must be named in a run of {count} processes, such as {example}, got 'auto': each process"
+                " would choose by the memory of its own devices."
+            )
+
+
+def bytes_on_mesh(model: Transformer, mesh: DeviceMesh) -> int:
+    """Returns the bytes of a model's parameters on each device of a mesh."""
+    states = split_trained(model)[1:]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)
+    return sum(map(bytes_on_device, jax.tree.leaves(place(abstract, specs(abstract, mesh), mesh))))
 
 
 def held_bytes(model: Transformer) -> int:

@@ -68,6 +68,7 @@ class Run:
       frozen: the weights that no step changes.
       schedule: the learning rate by step; None if the user's optimizer has its own.
       mesh: the devices of the run.
+      optimizer_bytes: the bytes of the optimizer's state on each device.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       choice: what was chosen, and the reason for it, see `choose.choices`.
       programs, eval_programs: the compiled programs by row length T; empty before `compile`.
@@ -125,6 +126,7 @@ class Run:
             router_aux_loss_coef=config.router_aux_loss_coef,
             mesh=mesh,
         )
+        self.optimizer_bytes = optimizer_bytes
         more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}
         if mesh.size > 1:  # Weights that several devices hold do not move to the host's memory.
             config = dataclasses.replace(config, offload_weights="off", offload_embedding="off")
@@ -331,6 +333,8 @@ class Run:
         """Copies the state to the host, waiting for the steps that were started; returns None if it is large."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         available = available_host_bytes()
+        if jax.process_count() > 1:  # Each would decide by its own host's memory, and some would wait for the others.
+            return None
         if size > _COPIED_BYTES or (available is not None and size > available // 4):
             return None
         if self.copy is None or self.copy.step != self.started:

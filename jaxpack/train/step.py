@@ -16,14 +16,14 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.remat import compiler_options
-from jaxpack.model.shards import gathering, specs
+from jaxpack.model.shards import gathering, specs, state_specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.objectives.forward import Forward
 from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
-from jaxpack.parallel.placement import WHOLE
+from jaxpack.parallel.placement import WHOLE, keep_placed
 from jaxpack.parallel.shard import sum_over_shards
 
 # A user's function that computes metrics of an evaluation: `(losses, predictions, batch) -> {name: (sum, weight)}`.
@@ -221,8 +221,8 @@ def make_train_step(
     `state` is a `TrainState`, whose arrays are donated; `frozen` is not donated. `limits`, a static argument, holds
     upper limits for the documents in a row and the targets in a micro-batch on one device; it may be left out.
     `metrics` has the float32 scalars `loss` and `grad_norm`, and `more`: a dict of the objective's own metrics, and of
-    how evenly a mixture's experts are used (`docs/experts.md`). On a mesh of several devices, each device holds the
-    whole state and all frozen weights (`replicate`), and gets its share of a batch's rows (`batch_sharding`).
+    how evenly a mixture's experts are used (`docs/experts.md`). On a mesh of several devices, state and frozen weights
+    lie as `model.shards` says, and each device gets its share of a batch's rows (`parallel.placement`).
 
     Args:
       graph: the model's structure, from `split_trainable`.
@@ -275,6 +275,8 @@ def make_train_step(
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
+        trainable = keep_placed(trainable, specs(trainable, mesh), mesh)
+        optimizer_state = keep_placed(optimizer_state, state_specs(optimizer_state, trainable, mesh), mesh)
         metrics = Metrics(sums.loss, optax.tree.norm(gradients), sums.metrics)
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 

@@ -49,6 +49,7 @@ class Case(NamedTuple):
     rows: int = 8
     remat: Remat = "full"
     in_4bit: bool = False
+    changes: dict[str, int] = {}  # noqa: RUF012
     settings: dict[str, Any] = {"gradient_accumulation_steps": 1}  # noqa: RUF012
     objective: Objective = SFT()
     dropout: bool = False
@@ -62,7 +63,9 @@ CASES = {
         dropout=True,
     ),
     "adapters, in shards": Case(((1, 8),)),
-    "all weights, padded": Case(((8, 1), (1, 8)), lora=None, layout="padded", rows=16),
+    "all weights, padded": Case(
+        ((8, 1), (1, 8)), lora=None, layout="padded", rows=16, family="llama", changes={"vocab_size": 104}
+    ),
     "all weights kept": Case(((2, 4),), lora=None, remat="none"),
     "4 bits, padding-free, offloaded": Case(((8, 1), (2, 4)), in_4bit=True, layout="padding-free", remat="offload"),
     "experts": Case(
@@ -75,7 +78,7 @@ CASES = {
 
 def model_of(case: Case) -> Any:
     if not case.in_4bit:
-        return small_model(case.family, lora=case.lora)
+        return small_model(case.family, lora=case.lora, **case.changes)
     model = small_model(case.family, hidden_size=64, intermediate_size=128)
     freeze(model, nf4_store())
     assert case.lora is not None
@@ -118,6 +121,7 @@ def measure(case: Case) -> dict[str, Any]:
             "weight": float(sums.weight),
             "collectives": dict(Counter(kind for kind, _ in collectives)),
             "gathered": sum(map(elements, gathered)),
+            "traced": str(jax.make_jaxpr(step)(*arguments)).count("all_gather["),
             "of_a_layer": elements_of_a_layer(parameters, mesh, layers),
         }
     return found
