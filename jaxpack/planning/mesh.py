@@ -21,8 +21,8 @@ def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     """Returns the mesh that `config.mesh` asks for.
 
     "auto" takes all devices: along "data" if each has room for all weights, and otherwise as many along "fsdp" as leave
-    the least on each. If
-    `jax.default_device` is set to a device, "auto" takes that one; a mesh that is set in JAX (`jax.set_mesh`) is kept.
+    the least on each. If `jax.default_device` is set to a device, "auto" takes that one. A mesh that is set in JAX
+    (`jax.set_mesh`) is kept.
 
     Raises:
       InputError: the sizes fit neither the number of devices nor the model, weights are to lie in the host's memory on
@@ -58,9 +58,10 @@ def _mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     if chosen is not None or DATA in jax.sharding.get_abstract_mesh().axis_names or len(jax.devices()) == 1:
         return make_mesh()
     free, count = free_device_bytes(current_device()), len(jax.devices())
-    sizes = [size for size in range(1, count + 1) if count % size == 0]
-    if free is None or held_bytes(model) <= _ROOM * free:
+    already = sum(bytes_on_device(x) for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.Array))
+    if free is None or held_bytes(model) <= _ROOM * (free + already):
         return make_mesh(jax.devices())
+    sizes = [size for size in range(1, count + 1) if count % size == 0]
     least = min(sizes, key=lambda size: bytes_on_mesh(model, AbstractMesh((count // size, size), AXES)))
     return make_mesh(jax.devices(), fsdp=least)
 
@@ -90,6 +91,5 @@ def bytes_on_mesh(model: Transformer, mesh: DeviceMesh) -> int:
 def held_bytes(model: Transformer) -> int:
     """Returns the bytes of all weights, float32 copies of the trained ones, their gradients and AdamW's moments."""
     _, trained, frozen = split_trained(model)
-    sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))]
-    sizes += [4 * 4 * sum(x.size for x in jax.tree.leaves(trained))]
-    return sum(sizes)
+    of_frozen = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    return of_frozen + 4 * 4 * sum(x.size for x in jax.tree.leaves(trained))

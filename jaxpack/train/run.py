@@ -32,7 +32,7 @@ from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
-from jaxpack.parallel.mesh import DeviceMesh, make_mesh
+from jaxpack.parallel.mesh import DeviceMesh, make_mesh, num_shards
 from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, place, put, replicate
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
@@ -130,7 +130,12 @@ class Run:
         more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}
         if mesh.size > 1:  # Weights that several devices hold do not move to the host's memory.
             config = dataclasses.replace(config, offload_weights="off", offload_embedding="off")
-        self._choices = deque(choices(config, model, batches, held_bytes, **more))
+        try:
+            self._choices = deque(choices(config, model, batches, held_bytes, **more))
+        except InputError as error:
+            if mesh.size == 1 or num_shards(mesh) > 1:
+                raise
+            raise InputError(f"{error} With `mesh` 'fsdp={mesh.size}' the devices share the weights.") from error
         self._make_eval_step = functools.partial(
             make_eval_step,
             graph,
@@ -257,6 +262,8 @@ class Run:
     def no_room(self, shortage: str) -> InputError:
         """Returns the error of a run that has too little memory, with what to do instead."""
         advice = ["a smaller `per_device_train_batch_size` or `max_length`"]
+        if self.mesh.size > 1 and num_shards(self.mesh) == 1:
+            advice.append(f"`mesh` 'fsdp={self.mesh.size}', with which the devices share the weights")
         if others := [choice.remat for choice in self._choices if choice.remat != self.remat]:
             advice.append(f'`remat` "{others[0]}"')
         elif self._config.remat != "auto":
