@@ -51,6 +51,7 @@ class StepShape:
       embedding_bytes: the bytes of the frozen embedding and head that may lie there.
       offload_weights, offload_embedding: whether these matrices lie in the host's memory.
       gathered_bytes: the bytes of one layer's matrices that are gathered from the devices that share them.
+      gathered_outside: the same for a trained embedding and head, which are gathered for a whole micro-batch.
     """
 
     config: ModelConfig
@@ -73,6 +74,7 @@ class StepShape:
     offload_weights: bool = False
     offload_embedding: bool = False
     gathered_bytes: int = 0
+    gathered_outside: int = 0
 
     @classmethod
     def of(
@@ -124,7 +126,9 @@ class StepShape:
             embedding_bytes=sum(place.value.nbytes for place in outside),
             offload_weights=any(isinstance(place.value, HostWeight) for place in in_layers),
             offload_embedding=any(isinstance(place.value, HostMatrix) for place in outside),
-            gathered_bytes=_gathered_bytes(model, trained, frozen),
+            gathered_bytes=_in_shards(model, frozen, "blocks") + _in_shards(model, trained, "blocks", context.itemsize),
+            gathered_outside=_in_shards(model, trained, "embedding", context.itemsize)
+            + _in_shards(model, trained, "lm_head", context.itemsize),
         )
 
     @classmethod
@@ -183,14 +187,16 @@ class StepShape:
         return offloaded(remat, self.config, casts_weights=self.casts_weights)
 
 
-def _gathered_bytes(model: Transformer, trained: nnx.State, frozen: nnx.State) -> int:
-    """Returns the bytes of one layer's matrices that lie in shards: trained ones are gathered in the model's dtype."""
-    whole = 0
-    for state, itemsize in ((trained, model.dtype.itemsize), (frozen, None)):
-        for x in jax.tree.leaves(state.get("blocks", {})):
-            if bytes_on_device(x) < x.size * x.dtype.itemsize:
-                whole += x.size * (itemsize or x.dtype.itemsize)
-    return whole // model.config.num_layers
+def _in_shards(model: Transformer, state: nnx.State, part: str, itemsize: int | None = None) -> int:
+    """Returns the bytes, when they are whole, of the matrices of a part that lie in shards.
+
+    Args:
+      part: "embedding", "lm_head", or "blocks" for the matrices of one layer.
+      itemsize: bytes of an element of a trained matrix, which is gathered in the model's dtype; None as stored.
+    """
+    leaves = [x for x in jax.tree.leaves(state.get(part, {})) if bytes_on_device(x) < x.size * x.dtype.itemsize]
+    whole = sum(x.size * (itemsize or x.dtype.itemsize) for x in leaves)
+    return whole // model.config.num_layers if part == "blocks" else whole
 
 
 def _keys_per_token(config: ModelConfig, lengths: Int[np.ndarray, " documents"]) -> float:

@@ -28,9 +28,12 @@ def host_frozen_bytes(step: StepShape) -> int:
 
 
 def fetched_bytes(step: StepShape) -> int:
-    """Returns the bytes of the matrices of two layers, this one and the next one, if they are fetched or gathered."""
+    """Returns the bytes of the matrices that are fetched or gathered.
+
+    They are those of two layers, this one and the next one, and a trained embedding and head with float32 gradients.
+    """
     fetched = step.layer_weight_bytes // step.num_layers if step.offload_weights else 0
-    return 2 * (fetched + step.gathered_bytes)
+    return 2 * (fetched + step.gathered_bytes) + (1 + 4 // step.itemsize) * step.gathered_outside
 
 
 def layer_bytes(step: StepShape, remat: Remat) -> int:

@@ -36,11 +36,13 @@ class Traffic:
 
     Attributes:
       gathered: for the matrices of all layers, in both directions together.
+      gathered_outside: for a trained embedding and head, once for each micro-batch.
       scattered: for gradients of matrices in shards, in float32.
       reduced: for all other gradients, and for those of shards between copies of the model.
     """
 
     gathered: float
+    gathered_outside: float
     scattered: float
     reduced: float
 
@@ -52,13 +54,13 @@ def traffic_of(step: StepShape, data: int, fsdp: int) -> Traffic:
       step: the step of one device, whose model lies on this mesh.
     """
     A, share = step.shape[0], (fsdp - 1) / fsdp
-    layers = step.num_layers * step.gathered_bytes
-    in_shards = 4 * step.num_layers * step.gathered_bytes / step.itemsize if step.trains_all and fsdp > 1 else 0.0
+    layers, outside = step.num_layers * step.gathered_bytes, step.gathered_outside
+    in_shards = 4 * (layers + outside) / step.itemsize if step.trains_all else 0.0
     held = in_shards / fsdp
     others = max(0.0, 4 * step.trained - held)
     num_devices = data * fsdp
     reduced = 2 * others * (num_devices - 1) / num_devices + 2 * held * (data - 1) / data
-    return Traffic(gathered=2 * A * layers * share, scattered=A * in_shards * share, reduced=reduced)
+    return Traffic(A * share * 2 * layers, A * share * outside, A * share * in_shards, reduced)
 
 
 def mesh_seconds(
@@ -71,8 +73,8 @@ def mesh_seconds(
 ) -> float:
     """Returns the seconds of a step on a mesh: that of one device, and what its links do not hide behind computation.
 
-    A layer's matrices are gathered, and its gradients scattered, while another part computes. The all-reduce follows
-    the backward pass, and hides behind nothing.
+    A layer's matrices are gathered, and its gradients scattered, while another part computes. An embedding and a head
+    in shards are gathered first, and the all-reduce follows the backward pass: these hide behind nothing.
     """
     traffic, A = traffic_of(step, data, fsdp), step.shape[0]
     alone = step_seconds(step, remat, rates)
@@ -81,4 +83,4 @@ def mesh_seconds(
     rate = links.rate(fsdp)
     one_way = traffic.gathered / (2 * A) / rate
     exposed = max(0.0, one_way - forward) + max(0.0, one_way + traffic.scattered / A / rate - backward)
-    return alone + A * exposed + traffic.reduced / links.rate(data * fsdp)
+    return alone + A * exposed + traffic.gathered_outside / rate + traffic.reduced / links.rate(data * fsdp)

@@ -32,7 +32,7 @@ def test_the_page_has_the_table_that_the_command_makes():
 def test_adapters_send_their_gradient_twice_around_a_ring():
     step = shape_on("Qwen3-0.6B", True, 4, 1)
     traffic = traffic_of(step, 4, 1)
-    assert (traffic.gathered, traffic.scattered) == (0, 0)
+    assert (traffic.gathered, traffic.gathered_outside, traffic.scattered) == (0, 0, 0)
     assert traffic.reduced == pytest.approx(2 * 3 / 4 * 4 * step.trained)
 
 
@@ -41,10 +41,14 @@ def test_shards_are_gathered_in_both_directions_and_gradients_scattered_in_float
     traffic = traffic_of(shape_on("Qwen3-0.6B", True, 1, 8), 1, 8)
     assert traffic.gathered == pytest.approx(2 * 7 / 8 * 2 * elements)
     assert traffic.scattered == 0
+    assert traffic.gathered_outside == 0
     whole = traffic_of(shape_on("Qwen3-0.6B", False, 2, 4), 2, 4)
+    embedding = SHAPES["Qwen3-0.6B"].vocab_size * SHAPES["Qwen3-0.6B"].hidden_size  # which is the head, too
     assert whole.gathered == pytest.approx(2 * 3 / 4 * 2 * elements)
-    assert whole.scattered == pytest.approx(3 / 4 * 4 * elements)
-    assert whole.reduced > 4 * elements / 4  # the shards of both copies are added up
+    assert whole.gathered_outside == pytest.approx(3 / 4 * 2 * embedding)
+    assert whole.scattered == pytest.approx(3 / 4 * 4 * (elements + embedding))
+    # The shards of both copies are added up; norms are whole everywhere.
+    assert whole.reduced == pytest.approx(2 * 1 / 2 * 4 * (elements + embedding) / 4, rel=1e-3)
 
 
 def test_one_device_sends_nothing_and_takes_no_longer():
