@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,7 +25,7 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import Frozen, MixedWeight, freeze, projection_rows, store_dense, weight_of
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
-from jaxpack.parallel.placement import bytes_on_device
+from jaxpack.parallel.placement import bytes_on_device, zeros_at
 from jaxpack.utils.console import console, progress_bar
 from jaxpack.utils.host import available_host_bytes
 from jaxpack.utils.prefetch import prefetched
@@ -101,7 +100,7 @@ def lazy_model(
         leaves, tree = jax.tree.flatten(nnx.state(model))  # Those of adapters are arrays already.
         abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         with _room_for(abstract, dtype, tensors, in_4bit=in_4bit):
-            on_device = iter(_zeros([leaf for leaf in abstract if not is_pinned(leaf)]))
+            on_device = iter(zeros_at([leaf for leaf in abstract if not is_pinned(leaf)]))
             zeros = iter([pinned_zeros(leaf) if is_pinned(leaf) else next(on_device) for leaf in abstract])
             filled = [next(zeros) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
             nnx.update(model, tree.unflatten(filled))
@@ -247,8 +246,7 @@ class _Staged:
             return whole.write((row,), dense_nf4(part, shape, whole.dtype) if isinstance(part, NF4Weight) else part)
         key = entry.path, layer
         if key not in self._layers:
-            leaves, tree = jax.tree.flatten(whole.one if isinstance(whole, HostWeight) else one_of(whole, layer))
-            self._layers[key] = tree.unflatten(_zeros(leaves))
+            self._layers[key] = zeros_at(whole.one if isinstance(whole, HostWeight) else one_of(whole, layer))
         start = np.array([row] if layer is None else [0, row], np.int32)
         self._layers[key], done = _place(self._layers[key], jax.device_put(part), start, shape)
         done.block_until_ready()  # the next read may overwrite the piece's buffer
@@ -332,14 +330,6 @@ def parameter_tensors(model: Transformer) -> dict[str, list[list[str]]]:
         layers = found.setdefault(entry.path, [{} for _ in range(1 if layer is None else model.config.num_layers)])
         layers[layer or 0][_rows(model, entry)[0]] = name
     return {path: [[names[row] for row in sorted(names)] for names in layers] for path, layers in found.items()}
-
-
-def _zeros(shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """Makes arrays of zeros, each where its abstract array lies: on one device, or in shards on several."""
-    make = jax.jit(
-        lambda: [jnp.zeros(one.shape, one.dtype) for one in shapes], out_shardings=[one.sharding for one in shapes]
-    )
-    return make()
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)

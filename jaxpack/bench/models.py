@@ -17,6 +17,7 @@ from jaxpack.model.shards import in_shards, one_of, put_in_shards
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, Store, freeze, store_dense
 from jaxpack.parallel.host_memory import is_pinned, pinned_zeros
+from jaxpack.parallel.placement import zeros_at
 from jaxpack.settings import LoraConfig
 
 
@@ -82,17 +83,14 @@ def random_model(
 
 def _filled(abstract: Weight) -> Weight:
     """Returns a weight that holds the same random matrix in each layer, written one layer at a time."""
-    leaves, tree = jax.tree.flatten(abstract)
-    shardings = [leaf.sharding for leaf in leaves]
-    zeros = jax.jit(lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves], out_shardings=shardings)
-    weight = tree.unflatten(zeros())
+    weight = zeros_at(abstract)
     if in_shards(weight):
         one = _filled(one_of(weight, 0))
         for layer in range(weight.shape[0]):
             weight = put_in_shards(weight, layer, one)
         return weight
     *layers, rows, columns = weight.shape
-    matrix = jax.jit(_noise, static_argnums=0)(jax.ShapeDtypeStruct((rows, columns), weight.dtype))
+    matrix = _noise_at(jax.ShapeDtypeStruct((rows, columns), weight.dtype))
     write = jax.jit(lambda weight, start: weight.write(start, matrix), donate_argnums=0)
     for layer in range(math.prod(layers)):
         weight = write(weight, (layer, 0) if layers else (0,))
@@ -105,13 +103,13 @@ def _filled_on_host(abstract: HostWeight | HostMatrix) -> Weight:
     def zero(leaf: Any) -> jax.Array:
         return pinned_zeros(leaf) if is_pinned(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
 
-    zeros, noise = jax.tree.map(zero, abstract), jax.jit(_noise, static_argnums=0)
+    zeros = jax.tree.map(zero, abstract)
     if isinstance(zeros, HostMatrix):
-        piece = np.asarray(noise(jax.ShapeDtypeStruct(zeros.pieces.shape[1:], zeros.dtype)))
+        piece = np.asarray(_noise_at(jax.ShapeDtypeStruct(zeros.pieces.shape[1:], zeros.dtype)))
         for first in range(0, zeros.rows, len(piece)):
             zeros = zeros.write((first,), piece[: zeros.rows - first])
         return zeros
-    one = jax.tree.map(noise, zeros.one) if isinstance(zeros.one, DenseWeight) else _filled(zeros.one)
+    one = jax.tree.map(_noise_at, zeros.one) if isinstance(zeros.one, DenseWeight) else _filled(zeros.one)
     one = jax.tree.map(np.asarray, one)
     for layer in range(zeros.shape[0]):
         zeros = zeros.put(layer, one)
@@ -133,6 +131,6 @@ def _noise(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _normal(bits: jax.Array) -> jax.Array:
     """Returns numbers of the normal distribution, float32 and finite, from uint32 numbers."""
-    # Of 23 bits plus a half, float32 rounds nothing away, so that the ends of the range, -1 and 1, are left out.
+    # float32 holds 23 bits and a half exactly. So neither end of the range, -1 or 1, is ever drawn.
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
     return jax.lax.erf_inv(uniform) * 2**0.5

@@ -11,11 +11,10 @@ from jaxpack.bench.models import abstract_model
 from jaxpack.bench.pages import with_block
 from jaxpack.constants import Remat
 from jaxpack.model.presets import SHAPES
-from jaxpack.model.shards import specs
+from jaxpack.model.shards import deal
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.optimizer import state_bytes
 from jaxpack.parallel.mesh import AXES
-from jaxpack.parallel.placement import place
 from jaxpack.planning.cards import card_named
 from jaxpack.planning.choose import gib
 from jaxpack.planning.cost import StepShape
@@ -40,7 +39,7 @@ def shape_on(model: str, has_adapters: bool, data: int, fsdp: int) -> StepShape:
     """Returns the step of one device of a mesh, with `ROWS` rows of `ROW` tokens."""
     abstract = abstract_model(SHAPES[model], LoraConfig(r=16) if has_adapters else None)
     mesh = AbstractMesh((data, fsdp), AXES)
-    nnx.update(abstract, *(place(state, specs(state, mesh), mesh) for state in split_trained(abstract)[1:]))
+    nnx.update(abstract, *(deal(state, mesh) for state in split_trained(abstract)[1:]))
     moments = state_bytes(TrainConfig(), abstract) // (1 if has_adapters else fsdp)
     return StepShape.of(abstract, (1, ROWS, ROW), optimizer_bytes=moments)
 

@@ -107,7 +107,8 @@ class Batches:
 
         lengths = self._rows.row_lengths
         row_targets, row_segments = self._row_targets(), np.diff(self._rows.offsets)
-        self._row_work = _sums(self._rows.length.astype(np.float64) ** 2, self._rows.offsets)
+        row_work = _sums(self._rows.length.astype(np.float64) ** 2, self._rows.offsets)
+        self._work_together = row_work.reshape(-1, self._rows_together).sum(axis=1)
         self.targets_per_epoch = int(row_targets.sum())
         if not self.targets_per_epoch:
             who, cut = "at least one document", f"all {len(documents):,} documents are cut"
@@ -130,7 +131,7 @@ class Batches:
             segments[step] = real.sum(axis=1).max() if self._end_to_end else row_segments[which[real]].max()
             targets[step] = self._of_devices(np.where(real, row_targets[which], 0)).max()
             if num_devices > 1:
-                work = self._of_devices(np.where(real, self._row_work[which], 0))
+                work = self._of_devices(np.where(real, row_work[which], 0))
                 busiest[step], mean[step] = work.max(axis=1).sum(), work.mean(axis=1).sum()
         self.imbalance = float(busiest.sum() / mean.sum() - 1) if num_devices > 1 else 0.0
         if config.packing:
@@ -229,8 +230,7 @@ class Batches:
         which[: len(order)] = order
         which = which.reshape(accumulation, -1)
         if self.num_devices > 1:
-            work = self._row_work.reshape(-1, together).sum(axis=1)
-            which = np.stack([_dealt(rows, work, self.num_devices) for rows in which])
+            which = np.stack([_dealt(rows, self._work_together, self.num_devices) for rows in which])
         return members(which, together)
 
 
@@ -243,34 +243,35 @@ def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def _dealt(rows: np.ndarray, work: np.ndarray, num_devices: int) -> np.ndarray:
     """Orders rows so that each device, with an equal share of them in sequence, has about the same work.
 
-    Each row, the one with the most work first, goes to the device with the least work so far that has room. A missing
-    row, -1, has no work.
+    A missing row, -1, has no work.
     """
     of_rows = np.where(rows >= 0, work[rows], 0)
-    room, filled = [len(rows) // num_devices] * num_devices, [0.0] * num_devices
-    dealt: list[list[int]] = [[] for _ in range(num_devices)]
-    for place in np.argsort(-of_rows, kind="stable").tolist():
-        device = min((d for d in range(num_devices) if room[d]), key=filled.__getitem__)
-        dealt[device].append(int(rows[place]))
-        filled[device] += float(of_rows[place])
-        room[device] -= 1
-    return np.concatenate(dealt)
+    return rows[np.concatenate(_spread(of_rows, num_devices, room=len(rows) // num_devices))]
 
 
 def _balanced(groups: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
-    """Distributes groups over rows of about the same length: each group, longest first, goes to the shortest row.
+    """Distributes groups over rows of about the same length.
 
     The loss of a step is the same however its groups are distributed.
     """
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
     if num_rows == 1:
         return groups[None]
-    filled = [0] * num_rows
-    for group in groups[np.argsort(-lengths[groups], kind="stable")].tolist():
-        row = filled.index(min(filled))
-        rows[row].append(group)
-        filled[row] += int(lengths[group])
+    rows = [groups[places].tolist() for places in _spread(lengths[groups], num_rows, room=len(groups))]
     return np.array([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+def _spread(sizes: np.ndarray, count: int, room: int) -> list[list[int]]:
+    """Deals things of these sizes to `count` places, so that all get about the same sum; returns the indices of each.
+
+    Each thing, the largest first, goes to the place with the least so far that holds fewer than `room` things.
+    """
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        place = min((place for place in range(count) if len(dealt[place]) < room), key=filled.__getitem__)
+        dealt[place].append(index)
+        filled[place] += sizes[index].item()
+    return dealt
 
 
 @functools.lru_cache(maxsize=2)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxpack.kernels.weight import DenseWeight, Weight
+from jaxpack.kernels.weight import DenseWeight, Weight, one_layer
 from jaxpack.parallel.host_memory import abstract_pinned, is_pinned, numpy_view, pinned_zeros, to_device, to_pinned
 
 _PIECE_BYTES = 64 * 2**20  # large enough for the full speed of the link, and small beside the logits
@@ -100,10 +100,7 @@ class HostWeight(Weight):
     @property
     def one(self) -> Weight:
         """Returns an abstract stack of one matrix, as `fetch` returns it."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]) if leaf.ndim > 1 else leaf.shape, leaf.dtype),
-            self.stack,
-        )
+        return one_layer(self.stack)
 
 
 @jax.tree_util.register_dataclass

@@ -120,6 +120,7 @@ class Weight(abc.ABC):
         return None
 
 
+Tree = TypeVar("Tree")
 Numbered = TypeVar("Numbered", bound="NumberedWeight")
 
 
@@ -258,6 +259,16 @@ class DenseStack(NumberedWeight):
         if self.layer is None:
             return self.value
         return jax.lax.dynamic_index_in_dim(self.value, self.layer, keepdims=False)
+
+
+def one_layer(stack: Tree) -> Tree:
+    """Returns abstract arrays, on one device, for one layer of a stack, with the axis of the layers.
+
+    An array with one axis, such as a table that all layers share, is whole.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]) if leaf.ndim > 1 else leaf.shape, leaf.dtype), stack
+    )
 
 
 def write_rows(whole: Array, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Array:

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import DictKey, tree_flatten_with_path, tree_map_with_path
 
 from jaxpack.kernels.sharded_weight import ShardedMatrix, ShardedStack
-from jaxpack.kernels.weight import Weight
+from jaxpack.kernels.weight import Weight, one_layer
 from jaxpack.parallel.mesh import FSDP, DeviceMesh, num_shards
-from jaxpack.parallel.placement import WHOLE, is_partition, put
+from jaxpack.parallel.placement import WHOLE, is_partition, place, put
 
 Tree = TypeVar("Tree")
 Path = tuple[Any, ...]
@@ -43,6 +43,11 @@ def specs(parameters: Tree, mesh: DeviceMesh) -> Tree:
         return jax.tree.map(of_array, value)
 
     return tree_map_with_path(of_value, parameters, is_leaf=lambda value: isinstance(value, Weight))
+
+
+def deal(parameters: Tree, mesh: DeviceMesh) -> Tree:
+    """Returns a model's trained or frozen parameters on a mesh; of abstract ones, where they will lie."""
+    return place(parameters, specs(parameters, mesh), mesh)
 
 
 def _row_axis(path: Path, *, is_frozen: bool) -> int | None:
@@ -114,12 +119,9 @@ def in_shards(value: Any) -> bool:
 
 def one_of(value: Tree, layer: int | None) -> Tree:
     """Returns abstract arrays on one device for one layer of a stack, with its axis; for all if `layer` is None."""
-
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        has_layers = layer is not None and leaf.ndim > 1  # an array with one axis is a table of all layers
-        return jax.ShapeDtypeStruct((1, *leaf.shape[1:]) if has_layers else leaf.shape, leaf.dtype)
-
-    return jax.tree.map(abstract, value)
+    if layer is not None:
+        return one_layer(value)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), value)
 
 
 def put_in_shards(value: Tree, layer: int | None, one: Tree) -> Tree:

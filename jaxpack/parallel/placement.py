@@ -4,6 +4,7 @@ import math
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -86,6 +87,14 @@ def put(tree: Tree, sharding: Any) -> Tree:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(from_own, tree)
+
+
+def zeros_at(tree: Tree) -> Tree:
+    """Makes arrays of zeros in one program, each where its abstract array lies: on one device, or in shards."""
+    leaves, structure = jax.tree.flatten(tree)
+    shardings = [leaf.sharding for leaf in leaves]
+    make = jax.jit(lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves], out_shardings=shardings)
+    return structure.unflatten(make())
 
 
 def on_one_device(tree: Tree) -> Tree:

@@ -11,7 +11,7 @@ from jaxpack.parallel.placement import WHOLE, batch_spec, is_partition
 
 
 def sum_over_shards(
-    local: Callable[..., Any], mesh: DeviceMesh, given: Any = WHOLE, sums: Any = WHOLE
+    local: Callable[..., Any], mesh: DeviceMesh, given: tuple[Any, ...], sums: Any = WHOLE
 ) -> Callable[..., Any]:
     """Returns `summed(batch, *arguments)`: the sum of `local(rows, *arguments)` over the devices' own rows of a batch.
 
@@ -22,7 +22,7 @@ def sum_over_shards(
 
     Args:
       local: takes a batch `[A, rows, T]` and arguments, and returns a pytree of sums.
-      given: the partition of the arguments: a tuple of one pytree for each, or one partition for all.
+      given: for each argument its partition, or a pytree of partitions.
       sums: the partition of the results. A result in shards is summed already over the axis that cuts it.
     """
     axes = [axis for axis in batch_axes(mesh) if mesh.shape[axis] > 1]
@@ -36,9 +36,8 @@ def sum_over_shards(
         return found if mesh.size == 1 else jax.tree.map(add_up, sums, found, is_leaf=is_partition)
 
     def summed(batch: Any, *arguments: Any) -> Any:
-        each = given if isinstance(given, tuple) and not is_partition(given) else len(arguments) * (given,)
         # `check_vma` is off because Pallas kernels do not support it.
-        in_specs = (batch_spec(mesh), *each)
+        in_specs = (batch_spec(mesh), *given)
         run = jax.shard_map(of_shard, mesh=mesh, in_specs=in_specs, out_specs=sums, check_vma=False)
         return run(batch, *arguments)
 

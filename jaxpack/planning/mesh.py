@@ -5,13 +5,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxpack.errors import InputError
-from jaxpack.model.shards import specs
+from jaxpack.model.shards import deal
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import AXES, DATA, FSDP, DeviceMesh, make_mesh, num_shards, parse_mesh
-from jaxpack.parallel.placement import bytes_on_device, place
+from jaxpack.parallel.placement import bytes_on_device
 from jaxpack.settings import TrainConfig
 
 _ROOM = 0.8  # the share of a device that weights, gradients and the optimizer's state may take: the rest is a step's
@@ -85,7 +85,7 @@ def bytes_on_mesh(model: Transformer, mesh: DeviceMesh) -> int:
     """Returns the bytes of a model's parameters on each device of a mesh."""
     states = split_trained(model)[1:]
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)
-    return sum(map(bytes_on_device, jax.tree.leaves(place(abstract, specs(abstract, mesh), mesh))))
+    return sum(map(bytes_on_device, jax.tree.leaves(deal(abstract, mesh))))
 
 
 def held_bytes(model: Transformer) -> int:

@@ -23,7 +23,7 @@ from jaxpack.data.packing import AnyBatch, EmbeddedBatch, PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.model.lora import adapters
-from jaxpack.model.shards import specs, state_specs
+from jaxpack.model.shards import deal, state_specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import move_to_host, non_finite, split_trained, weight_of
 from jaxpack.objectives.objective import Objective
@@ -33,7 +33,7 @@ from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh, num_shards
-from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, place, put, replicate
+from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, put, replicate
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
@@ -95,14 +95,14 @@ class Run:
         self._waiting: deque[Metrics] = deque()  # the metrics of started steps that were not yielded
         self.mesh = mesh = make_mesh() if mesh is None else mesh
         if model.pending is not None:  # The weights are then read to where they belong.
-            nnx.update(model, *(place(state, specs(state, mesh), mesh) for state in split_trained(model)[1:]))
+            nnx.update(model, *(deal(state, mesh) for state in split_trained(model)[1:]))
         if not adapters(model):  # All weights are trained, and the run's state is made from them.
             model.read_weights()
         graph, trainable, frozen = split_trained(model)
         # The model takes the copies, and what lies on the mesh, so that the originals are freed.
-        trainable = float32_copies(place(trainable, specs(trainable, mesh), mesh))
+        trainable = float32_copies(deal(trainable, mesh))
         nnx.update(model, trainable)
-        self.frozen = place(frozen, specs(frozen, mesh), mesh)
+        self.frozen = deal(frozen, mesh)
         nnx.update(model, self.frozen)
         del frozen
         optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
@@ -338,10 +338,10 @@ class Run:
 
     def copy_state(self) -> HostCopy | None:
         """Copies the state to the host, waiting for the steps that were started; returns None if it is large."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
-        available = available_host_bytes()
         if jax.process_count() > 1:  # Each would decide by its own host's memory, and some would wait for the others.
             return None
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        available = available_host_bytes()
         if size > _COPIED_BYTES or (available is not None and size > available // 4):
             return None
         if self.copy is None or self.copy.step != self.started:

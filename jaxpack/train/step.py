@@ -1,6 +1,5 @@
 """One optimizer step (objective, gradient, update, metrics) as pure functions on pytrees, compiled per batch shape."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -139,7 +138,7 @@ def objective_and_gradients(
     def local_sums(
         batch: AnyBatch, trainable: nnx.State, frozen: nnx.State, key: Key[Array, ""] | None
     ) -> tuple[Sums, nnx.State]:
-        def micro_sums(trainable: nnx.State, micro: AnyBatch, *, key: Key[Array, ""] | None) -> tuple[Array, Sums]:
+        def micro_sums(trainable: nnx.State, micro: AnyBatch) -> tuple[Array, Sums]:
             model = nnx.merge(graph, *gathering((trainable, frozen), whole, mesh))
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             check_router_aux_loss_coef(router_aux_loss_coef, model.config)
@@ -147,7 +146,7 @@ def objective_and_gradients(
             sums = _with_router(objective(forward), forward, router_aux_loss_coef)
             return sums.loss, sums
 
-        return _accumulated(functools.partial(jax.value_and_grad(micro_sums, has_aux=True), key=key), trainable, batch)
+        return _accumulated(jax.value_and_grad(micro_sums, has_aux=True), trainable, batch)
 
     of_trainable, of_frozen = specs(whole, mesh)
     summed = sum_over_shards(local_sums, mesh, (of_trainable, of_frozen, WHOLE), (WHOLE, of_trainable))

@@ -22,7 +22,7 @@ from jaxpack import SFT, Batches, LogProbObjective, LoraConfig, Objective, Train
 from jaxpack.constants import Remat
 from jaxpack.model.lora import adapters
 from jaxpack.model.nf4 import nf4_store
-from jaxpack.model.shards import specs, state_specs
+from jaxpack.model.shards import deal, specs, state_specs
 from jaxpack.model.weights import freeze
 from jaxpack.optimizers.optimizer import make_optimizer
 from jaxpack.parallel.mesh import make_mesh
@@ -105,7 +105,7 @@ def measure(case: Case) -> dict[str, Any]:
             key = jax.random.key(0) if case.dropout else None
             return objective_and_gradients(graph, *parameters, batch, dropout_key=key, **options)
 
-        arguments = place(parameters, specs(parameters, mesh), mesh), jax.device_put(batch, batch_sharding(mesh))
+        arguments = deal(parameters, mesh), jax.device_put(batch, batch_sharding(mesh))
         program = jax.jit(step).lower(*arguments).compile()
         sums, gradients = jax.device_get(program(*arguments))
         gradients = jax.tree.leaves(gradients)
@@ -150,11 +150,11 @@ def train(data: int, fsdp: int) -> list[float]:
     optimizer = make_optimizer(TrainConfig(optim="adamw_8bit"), optax.constant_schedule(1e-2))
     moments = optimizer.init(trainable)
     state = TrainState(
-        place(trainable, specs(trainable, mesh), mesh),
+        deal(trainable, mesh),
         place(moments, state_specs(moments, trainable, mesh), mesh),
         replicate(jnp.int32(0), mesh),
     )
-    frozen, losses = place(frozen, specs(frozen, mesh), mesh), []
+    frozen, losses = deal(frozen, mesh), []
     step = make_train_step(graph, optimizer, mesh=mesh)
     for i in range(4):
         state, metrics = step(state, frozen, jax.device_put(batches[i], batch_sharding(mesh)))

@@ -11,16 +11,15 @@ import numpy as np
 from flax import nnx
 
 import torch_bridge
-from jaxpack.model.shards import in_shards, specs
+from jaxpack.model.shards import deal, in_shards
 from jaxpack.model.weights import split_trained
 from jaxpack.parallel.mesh import make_mesh
-from jaxpack.parallel.placement import place
 
 
 def compare(folder: str, **options: bool) -> dict[str, object]:
     mesh = make_mesh(jax.devices(), fsdp=len(jax.devices()))
     model, _ = torch_bridge.from_pretrained(folder, dtype="float32", lazy=True, **options)
-    nnx.update(model, *(place(state, specs(state, mesh), mesh) for state in split_trained(model)[1:]))
+    nnx.update(model, *(deal(state, mesh) for state in split_trained(model)[1:]))
     model.read_weights()
     alone, _ = torch_bridge.from_pretrained(folder, dtype="float32", **options)
     found, expected = (jax.tree.leaves(nnx.state(one)) for one in (model, alone))
