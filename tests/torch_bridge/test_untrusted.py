@@ -268,7 +268,7 @@ def no_memory(*_: object) -> None:
     raise MemoryError
 
 
-@pytest.mark.parametrize("where", ["_zeros", "fill", "_place"])
+@pytest.mark.parametrize("where", ["zeros_at", "fill", "_place"])
 @pytest.mark.parametrize("fails", [full, no_memory])
 def test_cases_no_memory_for_a_model_is_a_sentence(
     fails: Callable, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,7 +287,7 @@ def test_cases_a_model_larger_than_the_memory_is_refused_before_it_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch_bridge.tensors, "available_host_bytes", lambda: 10_000)
-    monkeypatch.setattr(torch_bridge.tensors, "_zeros", lambda *_: pytest.fail("memory was taken"))
+    monkeypatch.setattr(torch_bridge.tensors, "zeros_at", lambda *_: pytest.fail("memory was taken"))
     assert "need 0.00 GiB in float32, got 0.00 GiB that are free" in refused(folder)
 
 
