@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # at run time `__getattr__` imports a name when it is used: `
     from jaxpack.model.transformer import Transformer
     from jaxpack.objectives.objective import HiddenObjective, LogProbObjective, Objective, Sums
     from jaxpack.objectives.sft import SFT
+    from jaxpack.parallel.processes import initialize_distributed
     from jaxpack.planning.inspect import Inspection, LayoutEstimate, inspect
     from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
     from jaxpack.train.callbacks import Callback
@@ -59,6 +60,7 @@ __all__ = [
     "add_lora",
     "generate",
     "generate_text",
+    "initialize_distributed",
     "inspect",
     "load_documents",
     "make_train_step",
@@ -82,6 +84,7 @@ _MODULES = {
     "jaxpack.model.transformer": ("Transformer",),
     "jaxpack.objectives.objective": ("HiddenObjective", "LogProbObjective", "Objective", "Sums"),
     "jaxpack.objectives.sft": ("SFT",),
+    "jaxpack.parallel.processes": ("initialize_distributed",),
     "jaxpack.planning.inspect": ("Inspection", "LayoutEstimate", "inspect"),
     "jaxpack.settings": ("GenerateConfig", "LoraConfig", "TrainConfig"),
     "jaxpack.train.callbacks": ("Callback",),

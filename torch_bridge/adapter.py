@@ -17,6 +17,7 @@ from jaxpack.errors import InputError, not_installed
 from jaxpack.model.lora import adapters, add_lora, matrix_sizes, require_finite, untie
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
+from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import LoraConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.files import is_regular_file, whole_folder
@@ -32,6 +33,8 @@ _PREFIX = "base_model.model."
 
 def save_adapter(model: Transformer, path: str | Path) -> None:
     """Writes the model's LoRA adapters in PEFT's format, in float32; the folder appears whole or not at all.
+
+    In a run of several processes all call it, and the first one writes.
 
     PEFT silently drops tensors that it does not expect: weights of modules that are not in `target_modules`, and keys
     with a wrong prefix. To prevent this, the names of the adapters' tensors come from the table that is also used to
@@ -53,6 +56,8 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
         )
     require_finite(model)
     tensors = adapter_tensors(model)
+    if not is_first_process():
+        return
     with whole_folder(Path(path), "path") as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config(model), indent=2, sort_keys=True) + "\n")
         write_tensors(folder / ADAPTER_WEIGHTS, tensors)

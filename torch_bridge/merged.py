@@ -26,12 +26,12 @@ from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import MATRICES, Frozen, weight_of
+from jaxpack.parallel.device import on_host
 from jaxpack.utils.console import console
-from jaxpack.utils.files import whole_folder
 from torch_bridge.config_json import CONFIG_FILE
 from torch_bridge.families.base import Entry
 from torch_bridge.original import original_folder, with_original_weights
-from torch_bridge.pretrained import write_folder
+from torch_bridge.pretrained import write_folder, written_by_first
 from torch_bridge.sixteen_bit import sixteen_bit_sibling
 from torch_bridge.tensors import model_tensors, tensor_table
 
@@ -103,7 +103,7 @@ def save_merged(
     model.read_weights()
     source = model if base is None else with_original_weights(model, base)
     compared = _compare(model, source, dtype)
-    with whole_folder(Path(path), "path") as folder:
+    with written_by_first(path) as folder:
         changed: list[bool] = []
         write_folder(folder, model, _tensors(source, dtype, changed), dtype, tokenizer)
         if not any(changed):
@@ -159,8 +159,7 @@ def _compare(model: Transformer, source: Transformer, dtype: str) -> _Compared:
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, _PROMPT)).astype(np.int32)
     try:
         expected, plain, actual = (
-            np.asarray(one.logits(jnp.asarray(tokens)))
-            for one in (model, without_adapters(model), _merged(source, dtype))
+            on_host(one.logits(jnp.asarray(tokens))) for one in (model, without_adapters(model), _merged(source, dtype))
         )
     except Exception as error:
         if not is_out_of_memory(error):

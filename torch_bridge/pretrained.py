@@ -1,11 +1,13 @@
 """Reads and writes Hugging Face folders: config, weights and tokenizer."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -17,6 +19,8 @@ from jaxpack.model.mxfp4 import mxfp4_store
 from jaxpack.model.nf4 import nf4_store
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import Store, store_dense
+from jaxpack.parallel.device import on_host
+from jaxpack.parallel.processes import is_first_process
 from jaxpack.utils.console import console
 from jaxpack.utils.files import whole_folder
 from torch_bridge.config_json import CONFIG_FILE, GENERATION_FILE, config_from_hf, config_to_hf
@@ -145,6 +149,8 @@ def read_tensors(name_or_path: str) -> tuple[dict[str, Any], ModelConfig, ByteSo
 def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model without adapters as a Hugging Face folder that `AutoModelForCausalLM` reads, in the model's dtype.
 
+    In a run of several processes all call it, and the first one writes.
+
     Raises:
       InputError: the model has adapters (use `save_adapter`), or its trained weights are not finite, `path` is not
         empty, or the disk refused a write.
@@ -162,12 +168,25 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer: Tokenizer |
     model.read_weights()
     require_finite(model)
     tensors = ((name, tensor.astype(model.dtype)) for name, tensor in model_tensors(model))
-    with whole_folder(Path(path), "path") as folder:
+    with written_by_first(path) as folder:
         write_folder(folder, model, tensors, jnp.dtype(model.dtype).name, tokenizer)
 
 
+@contextlib.contextmanager
+def written_by_first(path: str | Path) -> Iterator[Path | None]:
+    """Yields a new folder that becomes `path` at the end, as `whole_folder` does; None in all but the first process.
+
+    The other processes only take part in gathering what is in shards.
+    """
+    if is_first_process():
+        with whole_folder(Path(path), "path") as folder:
+            yield folder
+    else:
+        yield None
+
+
 def write_folder(
-    folder: Path,
+    folder: Path | None,
     model: Transformer,
     tensors: Iterable[tuple[str, ArrayLike]],
     dtype: str,
@@ -175,9 +194,17 @@ def write_folder(
 ) -> None:
     """Writes a checkpoint: config, generation config, weights in `dtype` and tokenizer.
 
+    Args:
+      folder: None writes nothing, but computes all tensors, see `written_by_first`.
+
     Raises:
       OSError: the disk refused a write.
     """
+    tensors = ((name, on_host(tensor) if isinstance(tensor, jax.Array) else tensor) for name, tensor in tensors)
+    if folder is None:
+        for _ in tensors:
+            pass
+        return
     source = dict(model.source_files)
     hf = json.loads(source.get(CONFIG_FILE, "{}"))
     hf = {name: value for name, value in hf.items() if name not in _REPLACED}

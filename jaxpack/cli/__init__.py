@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -93,15 +93,29 @@ def main() -> None:
     try:
         app()
     except (InputError, TrainingError) as error:
-        console.print(f"error: {error}", style="red")
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _exit(str(error), 2 if isinstance(error, InputError) else 1)
+    except SystemExit as error:
+        _leave_others(f"it ended with status {error.code}", error.code)
+        raise
     except Exception as error:
         if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise
         whose = "this machine" if isinstance(error, MemoryError) else "the device"
-        console.print(
-            f"error: the memory of {whose} is full ({reason(error):.200}). Use a smaller model, `max_length` or batch,"
-            " or end other programs that use this memory.",
-            style="red",
+        _exit(
+            f"the memory of {whose} is full ({reason(error):.200}). Use a smaller model, `max_length` or batch, or end"
+            " other programs that use this memory.",
+            2,
         )
-        sys.exit(2)
+
+
+def _exit(why: str, status: int) -> NoReturn:
+    console.print(f"error: {why}", style="red")
+    _leave_others(why, status)
+    sys.exit(status)
+
+
+def _leave_others(why: str, status: Any) -> None:
+    """Ends the other processes of the run, if there are some."""
+    processes = sys.modules.get("jaxpack.parallel.processes")  # An error of the command line comes before any import.
+    if processes is not None and status:
+        processes.leave(why, status)

@@ -15,6 +15,7 @@ from jaxpack.cli.reading import LOAD_IN_4BIT_HELP
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
 from jaxpack.model.weights import split_trained
+from jaxpack.parallel.processes import end_together, initialize_distributed, is_first_process
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.metrics import METRICS, read_records, require_libraries
 from jaxpack.train.trainer import Trainer
@@ -86,6 +87,7 @@ def train(
     **flags: object,
 ) -> None:
     """Fine-tune a model on a dataset, and write the adapter or the trained model."""
+    initialize_distributed()
     given_up = overridden(context, [["full_finetuning"], ["adapter"], LORA_FLAGS])
     given_up |= overridden(context, [["num_train_epochs"], ["max_steps"]]) & {"max_steps"}  # max_steps wins over epochs
     full_finetuning = full_finetuning and "full_finetuning" not in given_up
@@ -108,7 +110,8 @@ def train(
         require_free_folder(output, "output")
     else:
         require_folder(output, "output")
-        remove_leftovers(trained)
+        if is_first_process():
+            remove_leftovers(trained)
     for name, file in (("data", data), ("eval_data", eval_data)):
         if file is not None:
             require_data_file(file, name)
@@ -145,7 +148,7 @@ def train(
     if trainer.in_place:  # a rerun of this file starts from the beginning
         settings["resume_from_checkpoint"] = None
 
-    def write(path: Path) -> None:
+    def write(path: Path) -> None:  # All processes take part, and the first one writes.
         if full_finetuning:
             torch_bridge.save_pretrained(trainer.model, path, tokenizer)
         else:
@@ -153,11 +156,19 @@ def train(
 
     def save() -> None:
         with errors_name(path="output"):
-            _save(lambda path: replace_folder(write, path), trained)
+            if is_first_process():
+                _save(lambda path: replace_folder(write, path), trained)
+            else:
+                write(trained)
+        end_together()
+
+    def on_start() -> None:
+        if is_first_process():
+            write_settings(output / RUN_SETTINGS, settings)
 
     try:
         with errors_name(**_FLAG_OF):
-            result = trainer.train(on_start=lambda: write_settings(output / RUN_SETTINGS, settings))
+            result = trainer.train(on_start)
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         if trainer.steps_in_model:

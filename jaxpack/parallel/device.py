@@ -16,6 +16,9 @@ except ImportError:  # Windows has no `resource`
     resource = None
 
 
+_GATHERED_BYTES = 2**30  # of an array in shards that the devices gather at a time
+
+
 def current_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """Returns the device that arrays are made on: `jax.default_device`, or the first device of this process."""
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,7 +63,13 @@ def on_host(array: jax.Array) -> np.ndarray:
     All processes must call it together for an array whose shards lie on devices of several.
     """
     if not (array.is_fully_addressable or array.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        whole = np.empty(array.shape, array.dtype)
+        # In pieces, since each of them is whole on every device for a moment.
+        rows = max(1, _GATHERED_BYTES // (array.nbytes // len(array)))
+        for first in range(0, len(array), rows):
+            piece = array[first : first + rows]
+            whole[first : first + rows] = multihost_utils.process_allgather(piece, tiled=True)
+        return whole
     # Copied on a CPU: `np.asarray` would give a view of memory that is donated to the next step.
     return np.array(array) if platform_of(array) == "cpu" else np.asarray(array)
 

@@ -22,6 +22,7 @@ from jaxpack.parallel.device import (
     free_device_bytes,
     pinned_limit_bytes,
 )
+from jaxpack.parallel.processes import least
 from jaxpack.planning.cards import Card, DeviceRates, rates_of
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import argument_bytes, autotuning_bytes, host_bytes, host_frozen_bytes, peak_bytes
@@ -154,7 +155,7 @@ def usable_bytes(config: TrainConfig, held_bytes: int = 0, card: Card | None = N
     """
     if config.memory_limit is not None:
         return config.memory_limit * _GIB
-    free = free_device_bytes(current_device()) if card is None else card.memory_bytes
+    free = least(free_device_bytes(current_device())) if card is None else card.memory_bytes
     return None if free is None else (free + held_bytes) / (1 + _ACCURACY)
 
 
@@ -273,8 +274,8 @@ def _check_host(step: StepShape, remat: Remat, there: int) -> None:
 
 
 def _host_room() -> int:
-    """Returns how many bytes can be offloaded to the host's memory."""
-    available, limit = available_host_bytes(), pinned_limit_bytes()
+    """Returns how many bytes can be offloaded to the host's memory; the least of several processes."""
+    available, limit = least(available_host_bytes()), pinned_limit_bytes()
     return limit if available is None else min(available, limit)
 
 

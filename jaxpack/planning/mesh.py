@@ -12,6 +12,7 @@ from jaxpack.parallel.device import current_device, free_device_bytes
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import AXES, DATA, FSDP, DeviceMesh, make_mesh, num_shards, parse_mesh
 from jaxpack.parallel.placement import bytes_on_device
+from jaxpack.parallel.processes import least
 from jaxpack.settings import TrainConfig
 
 _ROOM = 0.8  # the share of a device that weights, gradients and the optimizer's state may take: the rest is a step's
@@ -25,12 +26,10 @@ def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     (`jax.set_mesh`) is kept.
 
     Raises:
-      InputError: the sizes fit neither the number of devices nor the model, weights are to lie in the host's memory on
-        several devices, or several processes would each decide by themselves.
+      InputError: the sizes fit neither the number of devices nor the model, or weights are to lie in the host's memory
+        on several devices.
     """
     mesh = _mesh_of(config, model)
-    if (count := jax.process_count()) > 1:
-        _check_processes(config, count)
     if num_shards(mesh) > 1 and bytes_on_mesh(model, mesh) == bytes_on_mesh(model, AbstractMesh((1, 1), AXES)):
         raise InputError(
             f"`mesh` must have a size of 'fsdp' that divides the rows of the model's matrices, got {num_shards(mesh)}:"
@@ -57,28 +56,13 @@ def _mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is not None or DATA in jax.sharding.get_abstract_mesh().axis_names or len(jax.devices()) == 1:
         return make_mesh()
-    free, count = free_device_bytes(current_device()), len(jax.devices())
+    free, count = least(free_device_bytes(current_device())), len(jax.devices())
     already = sum(bytes_on_device(x) for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.Array))
     if free is None or held_bytes(model) <= _ROOM * (free + already):
         return make_mesh(jax.devices())
     sizes = [size for size in range(1, count + 1) if count % size == 0]
-    least = min(sizes, key=lambda size: bytes_on_mesh(model, AbstractMesh((count // size, size), AXES)))
-    return make_mesh(jax.devices(), fsdp=least)
-
-
-def _check_processes(config: TrainConfig, count: int) -> None:
-    """Refuses what several processes, each by itself, could decide differently, and what they cannot do yet."""
-    if config.output_dir is not None:
-        raise InputError(
-            f"`output_dir` must be None in a run of {count} processes, got {config.output_dir!r}: such a run does not"
-            " write files yet. Use one process for all GPUs of the machine."
-        )
-    for name, example in (("mesh", "'fsdp=8'"), ("remat", "'keep_attention'")):
-        if getattr(config, name) == "auto":
-            raise InputError(
-                f"`{name}` must be named in a run of {count} processes, such as {example}, got 'auto': each process"
-                " would choose by the memory of its own devices."
-            )
+    fsdp = min(sizes, key=lambda size: bytes_on_mesh(model, AbstractMesh((count // size, size), AXES)))
+    return make_mesh(jax.devices(), fsdp=fsdp)
 
 
 def bytes_on_mesh(model: Transformer, mesh: DeviceMesh) -> int:

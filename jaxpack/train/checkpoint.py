@@ -41,6 +41,7 @@ from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, on_host
 from jaxpack.parallel.placement import put
+from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import TrainConfig
 from jaxpack.train.record import Record, read_record, shown
 from jaxpack.train.step import TrainState
@@ -201,6 +202,8 @@ class Checkpoints:
     once it is whole, checksums included. After that, checkpoints that are no longer kept are renamed and deleted. A
     save that fails (a full disk) prints a message and does not end the run; the earlier checkpoints stay.
 
+    Each process of a run has a `Checkpoints`, and all save together. The first process writes.
+
     Args:
       output_dir: the folder of the run.
       keep: how many of the last checkpoints are kept.
@@ -224,6 +227,9 @@ class Checkpoints:
         self._keep, self._identity, self._notes, self._date = keep, identity, notes, date
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
+        self._writes = is_first_process()
+        if not self._writes:
+            return
         cut_off = set()
         for ending in (_UNFINISHED, _ORBAX_UNFINISHED, _DELETED):
             for leftover in self.folder.glob(f"*{ending}"):  # from a run that was killed
@@ -235,7 +241,7 @@ class Checkpoints:
 
     def set_aside(self, after: int) -> None:
         """Renames the checkpoints of steps later than `after`: they are damaged, and the run repeats these steps."""
-        for step in steps_in(self.folder):
+        for step in steps_in(self.folder) if self._writes else ():
             if step > after:
                 path, number = self.folder / str(step), 1
                 while os.path.lexists(aside := self.folder / f"{step}{_DAMAGED}-{number}"):
@@ -252,10 +258,13 @@ class Checkpoints:
         When the method returns, the arrays are on the host, so the state may be donated.
         """
         self.wait()
-        arrays = {
-            name: leaf if isinstance(leaf, np.ndarray) else on_host(leaf)
-            for name, leaf in arrays_by_name(state).items()
-        }
+        arrays = {}
+        for name, leaf in arrays_by_name(state).items():
+            array = leaf if isinstance(leaf, np.ndarray) else on_host(leaf)
+            if self._writes:  # The other processes only take part in gathering what is in shards.
+                arrays[name] = array
+        if not self._writes:
+            return
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
         evaluations = dict(progress.evaluations)
         self._writing = self._writer.submit(self._write, step, arrays, evaluations)
@@ -345,11 +354,11 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # Here, because the import takes half a second.
+    import orbax.checkpoint as ocp
 
     parts = {_STATE: ocp.args.StandardSave(arrays), _RUN: ocp.args.JsonSave(about)}
     unfinished = path.with_name(path.name + _UNFINISHED)
-    with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(*parts)) as checkpointer:
+    with _quiet(), _checkpointer(*parts) as checkpointer:
         checkpointer.save(unfinished.absolute(), args=ocp.args.Composite(**parts))
     write_checksums(unfinished)
     unfinished.rename(path)
@@ -534,9 +543,22 @@ def _read(
 def _restore(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
-    with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(_STATE)) as checkpointer:
+    with _quiet(), _checkpointer(_STATE) as checkpointer:
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
         return checkpointer.restore(path.absolute(), args=args)[_STATE]
+
+
+def _checkpointer(*parts: str) -> Any:
+    """Returns orbax's reader and writer, which waits for no other process: each reads, and the first one writes."""
+    import orbax.checkpoint as ocp  # Here, because the import takes half a second.
+
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(*parts, composite_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

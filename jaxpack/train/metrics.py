@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxpack.errors import InputError, not_installed, reason
+from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 from jaxpack.utils.files import open_own_file, replace_file
@@ -79,7 +80,9 @@ def require_libraries(config: TrainConfig) -> None:
 
 
 def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) -> Reports:
-    """Opens the destinations of a run and writes `about.json` beside them; without `output_dir` there are none.
+    """Opens the destinations of a run and writes `about.json` beside them.
+
+    Without `output_dir` there are none, and of several processes only the first one has any.
 
     Args:
       config: names the destinations and their folder.
@@ -90,7 +93,7 @@ def open_reports(config: TrainConfig, about: dict[str, Any], after: int | None) 
       InputError: `output_dir` cannot be written to, or Weights & Biases does not start.
     """
     opened: list[Destination] = []
-    if config.output_dir is None:
+    if config.output_dir is None or not is_first_process():
         return Reports(opened)
     folder, destinations = Path(config.output_dir), config.report_to or ()
     try:

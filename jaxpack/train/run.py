@@ -34,6 +34,7 @@ from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh, num_shards
 from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, put, replicate
+from jaxpack.parallel.processes import exchange
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
@@ -177,7 +178,7 @@ class Run:
         """
         begin = time.perf_counter()
         with cache.in_use():
-            while (shortage := self._compile_steps(cache)) is not None:
+            while (shortage := _of_any(self._compile_steps(cache))) is not None:
                 self.take_next_choice(shortage)
             evaluated, evaluate = self._eval_batches, self._make_eval_step(fetches=any(self.choice.offloads))
             for shape in evaluated.shapes if evaluated is not None else ():
@@ -202,11 +203,10 @@ class Run:
         self._model.read_weights()
         _, _, self.frozen = split_trained(self._model)
         shapes = {shape[-1]: shape for shape in self._batches.shapes}
-        for length, program in self.programs.items():
-            if (shortage := self._shortage(program, shapes[length])) is not None:
-                self.take_next_choice(shortage)
-                self.compile(cache)
-                return
+        found = [self._shortage(program, shapes[length]) for length, program in self.programs.items()]
+        if (shortage := _of_any(*found)) is not None:
+            self.take_next_choice(shortage)
+            self.compile(cache)
 
     def _compile_steps(self, cache: ProgramCache) -> str | None:
         """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
@@ -306,7 +306,7 @@ class Run:
         If this generator ends early, the metrics of the steps that were started are left to `metrics_left`.
 
         Args:
-          pauses: returns whether to pause after a step, counted from 1.
+          pauses: returns whether to pause after a step, counted from 1. It is called once for each step.
           on_start: is called whenever a step has been started.
         """
         first, ran = self.started + 1, set()
@@ -321,7 +321,7 @@ class Run:
                 on_start()
                 if len(self._waiting) > 1:
                     yield self._waiting.popleft()
-                if self.started == first or pauses(self.started):
+                if pauses(self.started) or self.started == first:
                     yield from self.metrics_left()
             yield from self.metrics_left()
 
@@ -338,7 +338,7 @@ class Run:
 
     def copy_state(self) -> HostCopy | None:
         """Copies the state to the host, waiting for the steps that were started; returns None if it is large."""
-        if jax.process_count() > 1:  # Each would decide by its own host's memory, and some would wait for the others.
+        if jax.process_count() > 1:  # A step that fails in one of them ends them all.
             return None
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         available = available_host_bytes()
@@ -438,6 +438,12 @@ def _initial(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh
 
 _SMALL_BLOCKS = 32  # four arrays each for the batches of the running step and of those that are prefetched, and losses
 _COPIED_BYTES = 4 * 2**30  # the largest state that is copied to the host
+
+
+def _of_any(*shortages: str | None) -> str | None:
+    """Returns the first shortage that this process found, or another one, so that all take the next choice together."""
+    own = next((shortage for shortage in shortages if shortage is not None), None)
+    return next((shortage for shortage in exchange(own) if shortage is not None), None)
 
 
 def _written(shape: tuple[int, ...]) -> str:

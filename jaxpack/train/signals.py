@@ -9,25 +9,23 @@ from typing import Any
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def error_of(number: int) -> BaseException:
+    """Returns the exception of a signal: KeyboardInterrupt of SIGINT, otherwise SystemExit with 128 + its number."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
 class StopSignal:
     """Notes the first signal that asks to stop within a `with` block, so that a loop can end in order.
 
     A second signal acts as usual. Outside the main thread, and where a signal is ignored (`nohup`), nothing changes.
+
+    Attributes:
+      received: the number of the signal that has come; 0 before that.
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self.received = 0
         self._before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        """Returns whether a signal has come."""
-        return self._received is not None
-
-    def error(self) -> BaseException:
-        """Returns the exception of the signal: KeyboardInterrupt, or SystemExit with 128 + the signal's number."""
-        assert self._received is not None
-        return KeyboardInterrupt() if self._received == signal.SIGINT else SystemExit(128 + self._received)
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
@@ -44,5 +42,5 @@ class StopSignal:
         self._before = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._received = number
+        self.received = number
         self.__exit__()

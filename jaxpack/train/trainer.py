@@ -30,6 +30,7 @@ from jaxpack.optimizers.optimizer import resolve_optimizer
 from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.parallel.mesh import describe_mesh
 from jaxpack.parallel.placement import on_one_device
+from jaxpack.parallel.processes import Consensus, exchange, is_first_process, watch
 from jaxpack.planning.mesh import mesh_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
@@ -47,7 +48,7 @@ from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.progress import Log, Start
 from jaxpack.train.report import write_report
 from jaxpack.train.run import Run
-from jaxpack.train.signals import StopSignal
+from jaxpack.train.signals import StopSignal, error_of
 from jaxpack.train.step import ComputeMetrics
 from jaxpack.utils.compilation_cache import ProgramCache, size_of
 from jaxpack.utils.console import console
@@ -141,6 +142,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         compute_metrics: ComputeMetrics | None = None,
     ):
+        watch()
         config = TrainConfig() if config is None else config
         check_type("model", model, Transformer)
         check_type("config", config, TrainConfig)
@@ -166,7 +168,8 @@ class Trainer:
         # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
         kept = date_of_run(self._checkpoints)
         given = config.chat_template_date
-        self.date = datetime.date.fromisoformat(given) if given is not None else kept or datetime.date.today()
+        date = datetime.date.fromisoformat(given) if given is not None else kept or datetime.date.today()
+        self.date = datetime.date.fromisoformat(exchange(date.isoformat())[0])
         self.progress, self.steps_in_model = Progress(), 0
         self._identity: dict[str, Any] = {}
         together = self.objective.documents_together
@@ -196,6 +199,15 @@ class Trainer:
             raise InputError(
                 f"`output_dir` must not hold {METRICS}, got {config.output_dir!r}, which holds the one of another run."
                 " Choose another folder, or continue that run with `resume_from_checkpoint` 'latest'."
+            )
+
+    def _agree_on_checkpoints(self) -> None:
+        """Refuses a folder that not all processes see: each reads the checkpoint that they resume from."""
+        paths = [str(path.resolve()) for path in self._checkpoints]
+        if any(others != paths for others in exchange(paths)):
+            raise InputError(
+                "`output_dir` must be one folder that all processes see, on a file system that they share, got"
+                f" {self.config.output_dir!r}, in which they find different checkpoints."
             )
 
     def _load(self, dataset: Dataset | Documents) -> Documents:
@@ -234,12 +246,15 @@ class Trainer:
           TrainingError: the trained weights are no longer finite.
         """
         output = self.config.output_dir
-        with contextlib.nullcontext() if output is None else held_folder(Path(output), "output_dir"):
+        with contextlib.ExitStack() as stack:
+            if output is not None and is_first_process():
+                stack.enter_context(held_folder(Path(output), "output_dir"))
             return self._train(on_start)
 
     def _train(self, on_start: Callable[[], object]) -> TrainResult:
-        begin = time.perf_counter()
+        begin, self._is_together = time.perf_counter(), False
         self._find_previous_run()  # Again, because an earlier call may have been stopped.
+        self._agree_on_checkpoints()  # Before the first process writes anything.
         cache = ProgramCache(self.config.compilation_cache_dir)
         run = Run(
             self.model,
@@ -269,6 +284,7 @@ class Trainer:
         if is_lazy:  # A checkpoint belongs to a run by its weights, too.
             run.read_weights(cache)
             self._resume(run)
+        exchange(None)  # All have read the checkpoint, before the first process changes the folder.
         with contextlib.ExitStack() as stack:
             stack.callback(self._write_back, run)
             stop = stack.enter_context(StopSignal())
@@ -276,6 +292,7 @@ class Trainer:
             while (log := self._attempt(run, start, events, stop, plan, on_start, in_place=in_place)) is None:
                 run.compile(cache)
                 on_start, in_place = lambda: None, True
+        exchange(None)  # The first process has written everything.
         self._report()
         result = self._result(log, start)
         events.add("end", result)
@@ -318,10 +335,13 @@ class Trainer:
             stack.enter_context(log)
             try:
                 self._steps(run, log, checkpoints, events, stop)
+                self._is_together = True
                 return log
             except (Exception, SystemExit) as error:
-                if isinstance(error, SystemExit) and stop.asked:
+                if isinstance(error, SystemExit) and stop.received:
                     raise  # The state is saved already.
+                if jax.process_count() > 1:
+                    raise  # The others may know nothing of it: nothing can be done together any more.
                 whole = self._catch_up(run, log)
                 done = len(self.progress.losses)
                 whole = whole or self._go_back(run, checkpoints)
@@ -344,8 +364,11 @@ class Trainer:
             every = 0 if checkpoints is None else self.config.steps_between_saves
             return every > 0 and (step % every == 0 or step == num_steps)
 
+        asked = Consensus(lambda: 2 * stop.received + events.ends, run.mesh)
+
         def pauses(step: int) -> bool:
-            return stop.asked or events.ends or saves(step) or self._evaluates(step)
+            asked.ask()
+            return asked.answer > 0 or saves(step) or self._evaluates(step)
 
         was_finite = True
         with contextlib.closing(run.steps(pauses, events.tell)) as steps:
@@ -366,8 +389,8 @@ class Trainer:
                     more = run.evaluate()
                     progress.evaluations[step] = more.pop("loss")
                     events.add("evaluation", step, log.evaluation(more))
-                stops = stop.asked  # Read once: a signal may come between the two uses.
-                ends = events.ends and step < num_steps
+                stops, ends = divmod(asked.answer, 2)  # Read once: a signal may come between the two uses.
+                ends = ends and step < num_steps
                 if stops or ends or saves(step) or step == num_steps:
                     self._require_finite(run, measured)
                 if checkpoints is not None and (stops or ends or saves(step)):
@@ -384,7 +407,9 @@ class Trainer:
                     console.print(f"stopped after step {step}, {how}")
                     events.tell()
                     self._report()
-                    raise stop.error()
+                    exchange(None)  # The first process has written everything.
+                    self._is_together = True
+                    raise error_of(stops)
                 log.go_on()
 
     def _require_finite(self, run: Run, measured: dict[str, float]) -> str:
@@ -472,6 +497,8 @@ class Trainer:
     def _write_back(self, run: Run) -> None:
         """Writes the trained parameters of a run back to the model."""
         self.steps_in_model = 0
+        if jax.process_count() > 1 and not self._is_together:
+            return
         if run.is_whole():  # A step that failed has taken the parameters: then there is nothing to write back.
             parameters = run.state.trainable, run.frozen
             # Where matrices stay in shards, all else stays on their devices, because one program takes both.
@@ -552,7 +579,7 @@ class Trainer:
 
     def _report(self) -> None:
         """Writes the report. A report that cannot be written prints a warning, because the run itself is done."""
-        if self.config.output_dir is not None:
+        if self.config.output_dir is not None and is_first_process():
             try:
                 console.print(f"wrote the report {write_report(self.config.output_dir)}")
             except InputError as error:

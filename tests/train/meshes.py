@@ -1,20 +1,19 @@
 """Trains on all simulated devices of this process: `python meshes.py KIND MESH ROWS MICRO [OUTPUT [CHECKPOINT]]`.
 
 KIND is "adapters" or "all"; ROWS is the batch size of a device, and MICRO the number of micro-batches. Prints JSON: the
-losses, the evaluation's losses, the sum of the trained weights' magnitudes, and the imbalance. With PROCESS=0/2 in the
-environment it is the first of two processes of one run, which meet at the port COORDINATOR.
+losses, the evaluation's losses, the sum of the trained weights' magnitudes, and the imbalance. It may be one of several
+processes, see `jaxpack.initialize_distributed`.
 """
 
 import json
-import os
 import sys
 
-import jax
 import numpy as np
 from flax import nnx
 from models import random_documents, small_model
 
-from jaxpack import LoraConfig, TrainConfig, Trainer
+import torch_bridge
+from jaxpack import LoraConfig, TrainConfig, Trainer, initialize_distributed
 from jaxpack.model.weights import TRAINED
 from jaxpack.parallel.device import on_host
 
@@ -42,13 +41,16 @@ def trainer_of(kind: str, mesh: str, rows: int, micro: int, output: str | None, 
 
 
 if __name__ == "__main__":
-    if process := os.environ.get("PROCESS"):
-        number, count = map(int, process.split("/"))
-        jax.distributed.initialize(f"localhost:{os.environ['COORDINATOR']}", count, number)
+    initialize_distributed()
     kind, mesh, rows, micro, *folders = sys.argv[1:]
     output, checkpoint, *_ = [*folders, None, None]
     trainer = trainer_of(kind, mesh, int(rows), int(micro), output, checkpoint)
     result = trainer.train()
+    if output is not None:
+        if kind == "adapters":
+            torch_bridge.save_merged(trainer.model, f"{output}/written", dtype="float32")
+        else:
+            torch_bridge.save_pretrained(trainer.model, f"{output}/written")
     weights = [on_host(leaf.get_value()) for _, leaf in nnx.to_flat_state(nnx.state(trainer.model, TRAINED))]
     print()
     print(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from models import small_model
+from safetensors.numpy import load_file
 from simulated_devices import on_simulated_devices
 from train.meshes import trainer_of
 
@@ -64,20 +65,20 @@ def test_a_wrong_mesh_is_refused_before_data_is_read():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mesh"), [("adapters", "data=2,fsdp=4"), ("all", "fsdp=8"), ("adapters", "data=8")])
-def test_two_processes_train_as_one(kind, mesh):
-    alone = on_devices(8, kind, mesh, 1, 1)
+def test_two_processes_train_and_write_as_one(kind, mesh, tmp_path):
+    alone = on_devices(8, kind, mesh, 1, 1, tmp_path / "alone")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
+
+    def process(number: int) -> dict:
+        variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+        return on_devices(4, kind, mesh, 1, 1, tmp_path / "both", JAX_PROCESS_ID=str(number), **variables)
+
     with ThreadPoolExecutor(2) as pool:
-        runs = [
-            pool.submit(on_devices, 4, kind, mesh, 1, 1, PROCESS=f"{number}/2", COORDINATOR=port) for number in range(2)
-        ]
-        for run in runs:
-            assert_same(run.result(), alone)
-
-
-def test_several_processes_do_not_write_to_one_folder_yet(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="`output_dir` must be None in a run of 2 processes"):
-        trainer_of("adapters", "auto", 1, 1, str(tmp_path), None)
+        for found in pool.map(process, range(2)):
+            assert_same(found, alone)
+    expected, found = (load_file(tmp_path / of / "written" / "model.safetensors") for of in ("alone", "both"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
