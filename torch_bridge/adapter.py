@@ -7,38 +7,53 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpack.constants import WHOLE_MODULES
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, not_installed
 from jaxpack.model.lora import adapters, add_lora, matrix_sizes, require_finite, untie
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import LoraConfig
+from jaxpack.train.trained import is_checkpoint, load_from_checkpoint
 from jaxpack.utils.console import console
 from jaxpack.utils.files import is_regular_file, whole_folder
 from jaxpack.utils.json_file import read_json
 from torch_bridge.adapter_config import EMBEDDING, HEAD, WHOLE, adapter_places, peft_config, read_lora_config
 from torch_bridge.io.folder import mismatches, some, tensor_count, write_tensors
 from torch_bridge.io.safetensors_file import Tensor, read_header
+from torch_bridge.model_card import CARD, model_card
+from torch_bridge.tokenizer_files import write_tokenizer
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TORCH_WEIGHTS = "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
-def save_adapter(model: Transformer, path: str | Path) -> None:
+def save_adapter(
+    model: Transformer,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the model's LoRA adapters in PEFT's format, in float32; the folder appears whole or not at all.
 
     In a run of several processes all call it, and the first one writes.
 
+    Beside the adapters lie the tokenizer with its chat template, if it is given, and a model card (README.md).
+
     PEFT silently drops tensors that it does not expect: weights of modules that are not in `target_modules`, and keys
     with a wrong prefix. To prevent this, the names of the adapters' tensors come from the table that is also used to
     read checkpoints, and an assertion checks that every adapter of the model is in the table.
+
+    Args:
+      settings: names and values that the model card lists, such as `vars(config)`.
 
     Raises:
       InputError: the model has no adapters, or its trained weights are not finite, `path` is not empty, or the disk
@@ -61,6 +76,10 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
     with whole_folder(Path(path), "path") as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config(model), indent=2, sort_keys=True) + "\n")
         write_tensors(folder / ADAPTER_WEIGHTS, tensors)
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
+        card = model_card(model, settings or {}, has_tokenizer=tokenizer is not None)
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def require_files(adapter: str | os.PathLike, *names: str) -> Path:
@@ -76,6 +95,9 @@ def require_files(adapter: str | os.PathLike, *names: str) -> Path:
 
 def load_adapter(model: Transformer, adapter: str) -> Transformer:
     """Adds the adapters of a PEFT folder to a model in place, and returns the model, which can be trained further.
+
+    The folder may also be a checkpoint of a run: "out/checkpoints/500", "out/checkpoints/best" (with the lowest
+    evaluation loss) or "out/checkpoints/latest".
 
     Supports LoRA and rsLoRA, with ranks and alphas per projection, and a head and an embedding in `modules_to_save`.
     Any other setting that changes the results of an adapter raises an error that names the setting. A missing or an
@@ -103,6 +125,8 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
             "`model` must be without LoRA adapters, got a model that has them already. Load the adapter into a new copy"
             " of the base model."
         )
+    if is_checkpoint(Path(adapter)):
+        return load_from_checkpoint(model, Path(adapter))
     folder = require_files(adapter, ADAPTER_CONFIG)
     peft = read_json(folder / ADAPTER_CONFIG)
     lora = read_lora_config(model, peft, folder / ADAPTER_CONFIG)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpack.errors import InputError, install_command, not_installed, reason
 from jaxpack.model.transformer import Transformer
+from jaxpack.train.trained import base_of_checkpoint, is_checkpoint
 from jaxpack.utils.console import console
 from jaxpack.utils.files import is_regular_file
 from jaxpack.utils.json_file import read_json
@@ -139,6 +140,8 @@ def _check_fields_of_4(folder: str, model: Transformer) -> None:
 def base_of(adapter: str) -> str:
     """Returns the base model of a PEFT adapter folder: the name or path that its `adapter_config.json` records.
 
+    The folder may also be a checkpoint of a run, see `load_adapter`.
+
     Raises:
       InputError: the folder has no `adapter_config.json`, or the file names no base model.
 
@@ -149,6 +152,8 @@ def base_of(adapter: str) -> str:
       >>> torch_bridge.base_of("out/adapter")
       'path/to/Qwen3-4B'
     """
+    if is_checkpoint(Path(adapter)):
+        return base_of_checkpoint(Path(adapter))
     name = read_json(require_files(adapter, ADAPTER_CONFIG) / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(

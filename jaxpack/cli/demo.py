@@ -55,7 +55,7 @@ def demo(
     padded, _ = _train(base, rows, padded_config)
     console.rule("packed")
     packed, trainer = _train(base, rows, config)
-    torch_bridge.save_adapter(trainer.model, adapter)
+    torch_bridge.save_adapter(trainer.model, adapter, trainer.tokenizer, settings=vars(config))
     difference = peft_difference(trainer, base, adapter)
 
     before = Batches(trainer.documents, dataclasses.replace(padded_config, max_steps=-1)).padding_share

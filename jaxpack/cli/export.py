@@ -12,13 +12,20 @@ import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, says_4bit
 from jaxpack.cli.reading import read_base
 from jaxpack.errors import InputError, errors_name
+from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.console import console
 from jaxpack.utils.files import require_new_folder, require_room
 from torch_bridge.tensors import tensor_shapes
 
 
 def export(
-    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT adapter, such as the adapter/ that train writes.")],
+    adapter: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of a PEFT adapter, such as the adapter/ that train writes. Or a checkpoint of a run:"
+            " checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
+        ),
+    ],
     merged: Annotated[Path, typer.Option(help="New folder for the base model with the adapter merged into it.")],
     model: Annotated[
         str | None,
@@ -59,9 +66,10 @@ def export(
     require_new_folder(merged, "merged")
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    if not os.path.isdir(adapter):
+    if not (os.path.isdir(adapter) or is_checkpoint(adapter)):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
-    if not load_in_4bit and says_4bit(adapter.absolute().parent / RUN_SETTINGS):
+    run = adapter.absolute().parents[1 if is_checkpoint(adapter) else 0]
+    if not load_in_4bit and says_4bit(run / RUN_SETTINGS):
         console.print(
             f"{adapter}: the run trained this adapter beside weights in 4 bits. It is merged into the weights of the"
             " base model as they are, which the adapter has never seen. `--load-in-4bit` merges it into the quantised"

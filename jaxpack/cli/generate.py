@@ -22,6 +22,7 @@ from jaxpack.data.reading import load_prompts
 from jaxpack.errors import InputError, errors_name, visible
 from jaxpack.generation.text import generate_text
 from jaxpack.settings import GenerateConfig
+from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import TextConsole, console
 from jaxpack.utils.files import require_data_file, require_folder, write_new_file
@@ -38,7 +39,10 @@ def generate(
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Folder of a PEFT adapter for the model, such as the adapter/ that train writes."),
+        typer.Option(
+            help="Folder of a PEFT adapter for the model, such as the adapter/ that train writes. Or a checkpoint of a"
+            " run: checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to answer or to continue; may be given several times.")
@@ -121,7 +125,7 @@ def _check_arguments(
 ) -> None:
     if model is None and adapter is None:
         raise InputError("`model` or `adapter` must be given, got none.")
-    if adapter is not None and not adapter.is_dir():
+    if adapter is not None and not (adapter.is_dir() or is_checkpoint(adapter)):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
     if compare and adapter is None:
         raise InputError("`compare` must be given with an `adapter`, got none.")

@@ -148,11 +148,14 @@ def train(
     if trainer.in_place:  # a rerun of this file starts from the beginning
         settings["resume_from_checkpoint"] = None
 
+    is_told = {"output", "output_dir", "resume_from_checkpoint", "compilation_cache_dir", "adapter", *LORA_FLAGS}
+    card = {name: value for name, value in settings.items() if name not in is_told}
+
     def write(path: Path) -> None:  # All processes take part, and the first one writes.
         if full_finetuning:
             torch_bridge.save_pretrained(trainer.model, path, tokenizer)
         else:
-            torch_bridge.save_adapter(trainer.model, path)
+            torch_bridge.save_adapter(trainer.model, path, tokenizer, settings=card)
 
     def save() -> None:
         with errors_name(path="output"):

@@ -52,6 +52,7 @@ Read = TypeVar("Read")
 
 FOLDER = "checkpoints"
 LATEST = "latest"
+ADAPTERS = "adapters' "  # how the names of adapters' settings begin in the identity of a run
 
 _STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, and an array in the first part
 # Folders with these endings are not checkpoints. Orbax appends the second one to the first while it writes.
@@ -117,7 +118,7 @@ def identity_of(
     identity = (
         structure
         | settings
-        | {f"adapters' {name}": value for name, value in lora.items()}
+        | {f"{ADAPTERS}{name}": value for name, value in lora.items()}
         | {name: None if documents is None else _describe(documents) for name, documents in datasets.items()}
         | {f"array {name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays_by_name(state).items()}
         | {
@@ -210,6 +211,7 @@ class Checkpoints:
       identity: the facts that must be the same in a run that resumes from a checkpoint, see `identity_of`.
       notes: the facts that may differ in such a run; a message then names them, see `notes_of`.
       date: the date that the run gives its chat template; a resumed run keeps it.
+      base: the name or path of the model that is trained, which may be somewhere else when the run resumes.
       on_saved: is called, in the writing thread, with the step and the folder of each finished checkpoint.
     """
 
@@ -220,11 +222,12 @@ class Checkpoints:
         identity: dict[str, Any],
         notes: dict[str, str],
         date: datetime.date,
+        base: str = "",
         on_saved: Callable[[int, Path], None] = lambda step, path: None,
     ):
         self.folder = Path(output_dir) / FOLDER
         self._on_saved = on_saved
-        self._keep, self._identity, self._notes, self._date = keep, identity, notes, date
+        self._keep, self._identity, self._notes, self._date, self._base = keep, identity, notes, date, base
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
         self._writes = is_first_process()
@@ -288,7 +291,7 @@ class Checkpoints:
             console.print(f"step {step} is not saved: {fault}, and no run can continue from that", style="yellow")
             return False
         path = self.folder / str(step)
-        record = Record(self._identity, self._notes, self._date, step, evaluations)
+        record = Record(self._identity, self._notes, self._date, step, evaluations, self._base)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             needed = sum(array.nbytes for array in arrays.values()) + _SPARE
@@ -515,7 +518,45 @@ def _read(
         raise DamagedError(f"its step must be at most {num_steps}, the number of steps of the run, got {record.step}")
     if record.notes.keys() != notes.keys():
         raise DamagedError(f"its `notes` must be {sorted(notes)}, got {shown(sorted(record.notes))}")
-    wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named.items()}
+    arrays = _arrays_of(path, record, {name: (leaf.shape, leaf.dtype) for name, leaf in named.items()}, has_checksums)
+    if not has_checksums:
+        console.print(
+            f"the checkpoint {path} has no checksums, because an earlier version of jaxpack wrote it: damage to its"
+            " numbers cannot be found",
+            style="yellow",
+        )
+    return record, arrays
+
+
+def read_checkpoint(path: Path) -> tuple[Record, dict[str, np.ndarray]]:
+    """Returns the record and the arrays of a checkpoint, without the run that wrote it.
+
+    Raises:
+      InputError: the checkpoint is damaged, or not readable.
+    """
+
+    def read(path: Path) -> tuple[Record, dict[str, np.ndarray]]:
+        has_checksums, record = check_folder(path), read_record(path)
+        return record, _arrays_of(path, record, record.arrays, has_checksums)
+
+    return _first_whole([path], read)[0]
+
+
+def read_description(path: Path) -> Record:
+    """Returns the record of a checkpoint alone. Raises `InputError` as `read_checkpoint` does."""
+
+    def read(path: Path) -> Record:
+        check_folder(path)
+        return read_record(path)
+
+    return _first_whole([path], read)[0]
+
+
+def _arrays_of(
+    path: Path, record: Record, expected: dict[str, tuple[tuple[int, ...], Any]], has_checksums: bool
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of a checkpoint, with the shapes and dtypes that are expected, and all of them finite."""
+    wanted = {name: np.zeros(shape, dtype) for name, (shape, dtype) in expected.items()}
     wanted[_LOSSES] = np.zeros(record.step)
     try:
         arrays = _restore(path, wanted)
@@ -531,13 +572,7 @@ def _read(
         raise DamagedError(f"its array `step` must be {record.step}, as its record, got {step}")
     if (fault := _fault(arrays)) is not None:
         raise DamagedError(fault)
-    if not has_checksums:
-        console.print(
-            f"the checkpoint {path} has no checksums, because an earlier version of jaxpack wrote it: damage to its"
-            " numbers cannot be found",
-            style="yellow",
-        )
-    return record, arrays
+    return arrays
 
 
 def _restore(path: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,9 +15,11 @@ from jaxpack.utils.json_file import parse_json
 FILE = "run/metadata"  # where orbax writes the part `run`
 
 _REQUIRED = ("identity", "notes", "step", "evaluations")
-_OPTIONAL = ("date", "checksums")  # Checkpoints of older versions lack them.
+_OPTIONAL = ("date", "checksums", "base")  # Checkpoints of older versions lack them.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
+_ARRAY = "array "  # how the names of the state's arrays begin in an identity
+_DESCRIBED = re.compile(r"(\w+)\[([\d, ]*)\]")  # such as float32[2, 8, 64]
 _STEP = re.compile("[1-9][0-9]{0,11}")
 
 
@@ -30,13 +32,25 @@ class Record:
     date: datetime.date | None
     step: int
     evaluations: dict[int, float]
+    base: str = ""  # the name or path of the model that is trained, if it is known
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape and the dtype of each array of the state by its name, as the identity describes them."""
+        found = {name.removeprefix(_ARRAY): text for name, text in self.identity.items() if name.startswith(_ARRAY)}
+        matches = {name: _DESCRIBED.fullmatch(str(text)) for name, text in found.items()}
+        return {
+            name: (tuple(map(int, match[2].replace(",", " ").split())), match[1])
+            for name, match in matches.items()
+            if match is not None
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record in the form that `read_record` reads."""
         assert self.date is not None
         evaluations = {str(step): loss for step, loss in self.evaluations.items()}
         # The name of the list of checksums stands here, so that it is missed if it is lost.
-        more = {"date": self.date.isoformat(), "checksums": CHECKSUMS}
+        more = {"date": self.date.isoformat(), "checksums": CHECKSUMS, "base": self.base}
         return {"identity": self.identity, "notes": self.notes, "step": self.step, "evaluations": evaluations} | more
 
 
@@ -66,7 +80,9 @@ def read_record(path: Path) -> Record:
     evaluations = _evaluations(fields["evaluations"], step)
     without = "eval_dataset" in identity and identity["eval_dataset"] is None
     _check("evaluations", not (without and evaluations), "be empty in a run without `eval_dataset`", evaluations)
-    return Record(identity, _notes(fields["notes"]), _date(fields), step, evaluations)
+    base = fields.get("base", "")
+    _check("base", isinstance(base, str), "be a text", base)
+    return Record(identity, _notes(fields["notes"]), _date(fields), step, evaluations, base)
 
 
 def shown(value: object) -> str:

@@ -541,7 +541,13 @@ class Trainer:
         notes = notes_of(run.choice.note, config.implementation)
         on_saved = functools.partial(events.add, "save")
         checkpoints = Checkpoints(
-            config.output_dir, config.save_total_limit, self._identity, notes, self.date, on_saved
+            config.output_dir,
+            config.save_total_limit,
+            self._identity,
+            notes,
+            self.date,
+            self.model.config.name_or_path,
+            on_saved,
         )
         checkpoints.set_aside(after=run.started)
         return checkpoints

@@ -34,9 +34,13 @@ STEPS = ["--max-steps", "3", "--learning-rate", "1e-2"]
 
 
 def train(*arguments: object) -> None:
+    jaxpack_command("train", *arguments)
+
+
+def jaxpack_command(*arguments: object) -> None:
     """Runs the installed command's entry point in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["jaxpack", "train", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["jaxpack", *map(str, arguments)])
         status = None
         try:
             cli.main()
@@ -77,7 +81,9 @@ def test_a_run_writes_an_adapter_and_its_metrics_and_nothing_else(adapter_run: P
     about = {"about.json", "metrics.jsonl", "report.md", "report.png", "run.yaml"}
     of_last_step = {name for name in files if name.startswith("checkpoints/3/")}
     assert of_last_step
-    assert files - of_last_step == about | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
+    adapter |= {"tokenizer_config.json"}
+    assert files - of_last_step == about | {f"adapter/{name}" for name in adapter}
     assert [path.name for path in adapter_run.parent.iterdir()] == ["first"]
 
 
@@ -96,6 +102,14 @@ def test_the_adapter_is_of_the_modules_and_the_rank_that_the_flags_say(adapter_r
         assert np.isfinite(tensor).all()
         assert tensor.shape[1 if "lora_B" in name else 0] == 4
         assert np.abs(tensor).max() > 0  # lora_B began at zero, so it was trained
+
+
+def test_a_checkpoint_is_merged_like_the_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
+    merged = [tmp_path / "adapter", tmp_path / "checkpoint"]
+    for adapter, folder in zip(("adapter", "checkpoints/latest"), merged, strict=True):
+        jaxpack_command("export", "--adapter", adapter_run / adapter, "--merged", folder)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in merged)
+    assert all(np.array_equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_training_goes_on_from_an_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:

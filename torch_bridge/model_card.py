@@ -1,0 +1,65 @@
+"""Writes the model card of an adapter's folder, which the Hugging Face hub shows as its page."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxpack import __version__
+from jaxpack.errors import one_line
+from jaxpack.model.lora import adapters
+from jaxpack.model.transformer import Transformer
+
+CARD = "README.md"
+
+_USE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
+```
+"""
+
+
+def model_card(model: Transformer, settings: Mapping[str, Any], *, has_tokenizer: bool) -> str:
+    """Returns the text of an adapter's model card: what it belongs to, how it is used, and how it was trained.
+
+    The card names no folder of the machine that trained the adapter: of a path, it has the last part.
+
+    Args:
+      settings: names and values of the training, which the card lists in their order.
+      has_tokenizer: whether the tokenizer lies beside the adapter.
+    """
+    base, lora = _without_folders(model.config.name_or_path) or "the base model", model.lora_config
+    assert lora is not None
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["jaxpack", "lora"]}
+    if base == model.config.name_or_path:  # The hub refuses a card whose base is no id.
+        head = {"base_model": base} | head
+    projections = ", ".join(sorted(adapters(model)))
+    described = {"rank": lora.r, "alpha": lora.lora_alpha, "projections": projections, **settings}
+    rows = [f"| {name} | {_cell(value)} |" for name, value in described.items() if value is not None]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"# LoRA adapter of {one_line(base)}\n",
+        f"Trained with jaxpack {__version__}.\n",
+        "## Use\n",
+        _USE.format(base=base, tokenizer="path/to/this/folder" if has_tokenizer else base),
+        "## Training\n",
+        "\n".join(["| setting | value |", "|---|---|", *rows]) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _without_folders(value: str) -> str:
+    """Returns the last part of a path on this machine, and everything else, such as the id of a model, as it is."""
+    is_path = os.path.isabs(value) or value.startswith((".", "~")) or os.path.lexists(value)
+    return Path(value).name if is_path else value
+
+
+def _cell(value: Any) -> str:
+    text = _without_folders(str(value)) if isinstance(value, str | Path) else str(value)
+    return one_line(text).replace("|", "\\|") or "-"
