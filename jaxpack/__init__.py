@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # at run time `__getattr__` imports a name when it is used: `
     from jaxpack.parallel.processes import initialize_distributed
     from jaxpack.planning.inspect import Inspection, LayoutEstimate, inspect
     from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
-    from jaxpack.train.callbacks import Callback
+    from jaxpack.train.callbacks import Callback, EarlyStopping
+    from jaxpack.train.evaluation import evaluate
     from jaxpack.train.report import write_report
     from jaxpack.train.step import TrainState, make_train_step, split_trainable
     from jaxpack.train.trainer import Trainer, TrainResult
@@ -36,6 +37,7 @@ __all__ = [
     "Batches",
     "Callback",
     "Documents",
+    "EarlyStopping",
     "GenerateConfig",
     "HiddenObjective",
     "InputError",
@@ -58,6 +60,7 @@ __all__ = [
     "TrainingError",
     "Transformer",
     "add_lora",
+    "evaluate",
     "generate",
     "generate_text",
     "initialize_distributed",
@@ -87,7 +90,8 @@ _MODULES = {
     "jaxpack.parallel.processes": ("initialize_distributed",),
     "jaxpack.planning.inspect": ("Inspection", "LayoutEstimate", "inspect"),
     "jaxpack.settings": ("GenerateConfig", "LoraConfig", "TrainConfig"),
-    "jaxpack.train.callbacks": ("Callback",),
+    "jaxpack.train.callbacks": ("Callback", "EarlyStopping"),
+    "jaxpack.train.evaluation": ("evaluate",),
     "jaxpack.train.report": ("write_report",),
     "jaxpack.train.step": ("TrainState", "make_train_step", "split_trainable"),
     "jaxpack.train.trainer": ("Trainer", "TrainResult"),

@@ -225,6 +225,12 @@ class TrainConfig:
         "Optimizer steps from one evaluation to the next, if there is evaluation data. The last step is evaluated too. "
         "None takes the value of save_steps.",
     )
+    eval_on_start: bool = _option(False, "Also evaluate before the first step.")
+    load_best_model_at_end: bool = _option(
+        False,
+        "At the end, take the weights of the checkpoint with the lowest eval loss, not the last ones. Needs evaluation "
+        "data and an output folder.",
+    )
     save_steps: int = _option(
         _SAVE_STEPS,
         "Optimizer steps from one checkpoint to the next; there is also one after the last step. The default is "
@@ -343,6 +349,12 @@ class TrainConfig:
             "report_to",
             "must be 'none' unless `output_dir` names a folder for the metrics",
             self.report_to,
+        )
+        check(
+            not self.load_best_model_at_end or self.output_dir is not None,
+            "load_best_model_at_end",
+            "must be false unless `output_dir` names a folder for the checkpoints",
+            self.load_best_model_at_end,
         )
         if self.eval_steps is not None:
             whole = type(self.eval_steps) is int and self.eval_steps >= 1

@@ -8,13 +8,23 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
+# On a busy machine eight devices may wait for each other longer than XLA's 40 seconds.
+_PATIENCE = " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+
+
+def flags_for(count: int) -> str:
+    """Returns XLA_FLAGS of a process with `count` simulated devices."""
+    return os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}" + _PATIENCE
+
+
 def on_simulated_devices(script: Path, *arguments: str, count: int = 8, **more: str) -> str:
     """Runs a script on `count` simulated devices, and returns the last line that it prints.
 
     `more` are further variables of its environment.
     """
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"} | more
+    environment = (
+        os.environ | {"XLA_FLAGS": flags_for(count), "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"} | more
+    )
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()[-1]

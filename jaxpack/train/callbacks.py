@@ -1,11 +1,13 @@
 """Callbacks run a user's own code during training, without making the device wait."""
 
 import collections
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxpack.errors import InputError
+from jaxpack.utils.checks import check
 
 if TYPE_CHECKING:
     from jaxpack.train.trainer import TrainResult
@@ -45,6 +47,37 @@ class Callback:
 
     def on_end(self, result: "TrainResult") -> None:
         """Is called at the end of a run that was not interrupted."""
+
+
+class EarlyStopping(Callback):
+    """Ends a run once its evaluation loss has not fallen for some evaluations, as transformers' callback does.
+
+    Args:
+      patience: how many evaluations in a row may be without a lower loss.
+      threshold: a loss counts if it is lower by more than this than the lowest before.
+
+    Raises:
+      InputError: `patience` is below 1, or `threshold` below 0.
+
+    Example:
+      >>> from jaxpack import EarlyStopping
+      >>> stopping = EarlyStopping(patience=2)
+      >>> [bool(stopping.on_evaluation(step, {"eval_loss": loss})) for step, loss in enumerate([2.0, 1.0, 1.5, 1.2])]
+      [False, False, False, True]
+    """
+
+    def __init__(self, patience: int = 1, threshold: float = 0.0):
+        check(type(patience) is int and patience >= 1, "patience", "must be a whole number of at least 1", patience)
+        check(threshold >= 0, "threshold", "must be at least 0", threshold)
+        self._patience, self._threshold = patience, threshold
+        self._best, self._without = math.inf, 0
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool:
+        """Returns whether the run ends."""
+        loss = metrics["eval_loss"]
+        self._without = 0 if self._best - loss > self._threshold else self._without + 1
+        self._best = min(self._best, loss)
+        return self._without >= self._patience
 
 
 class Events:

@@ -65,6 +65,7 @@ _PART = 2**20  # Values that are looked at together: their bits stay in the cach
 # `offload_embedding` change only how a step is rounded, and on a GPU `offload_weights` changes nothing.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
+    *("eval_on_start", "load_best_model_at_end"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
     *("offload_weights", "offload_embedding", "mesh"),
     *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
@@ -320,6 +321,13 @@ class Checkpoints:
         for other in set(steps) - kept:
             # Renamed first: a half-deleted checkpoint must never look like a whole one.
             shutil.rmtree((self.folder / str(other)).rename(self.folder / f"{other}{_DELETED}"))
+
+
+def best_checkpoint(folder: Path, evaluations: dict[int, float]) -> Path | None:
+    """Returns the checkpoint in a folder with the lowest evaluation loss, or None if none of them was evaluated."""
+    losses = {step: evaluations.get(step, math.nan) for step in steps_in(folder)}
+    evaluated = {step: loss for step, loss in losses.items() if not math.isnan(loss)}
+    return folder / str(min(evaluated, key=evaluated.__getitem__)) if evaluated else None
 
 
 def steps_in(folder: Path) -> list[int]:

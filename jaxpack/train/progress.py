@@ -1,7 +1,6 @@
 """Shows and records the metrics of a run while it trains."""
 
 import dataclasses
-import math
 import time
 
 import jax
@@ -12,6 +11,7 @@ from jaxpack.data.batching import Batches
 from jaxpack.parallel.device import peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress
+from jaxpack.train.evaluation import evaluation_metrics
 from jaxpack.train.metrics import Reports
 from jaxpack.train.step import Metrics
 from jaxpack.utils.console import progress_bar
@@ -129,9 +129,8 @@ class Log:
         """Records the last evaluation with its other metrics, and returns all of its metrics by name."""
         step, loss = list(self._done.evaluations.items())[-1]
         epoch = round(step / self._batches.steps_per_epoch, 4)
-        if self._is_cross_entropy:
-            more = {"perplexity": math.exp(min(loss, 700.0)), **more}  # capped to stay within float64
-        metrics = {"eval_loss": loss} | {f"eval_{name}": value for name, value in more.items()}
+        metrics = evaluation_metrics({"loss": loss, **more}, is_cross_entropy=self._is_cross_entropy)
+        more = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
         self._reports.write({"step": step, "epoch": epoch, **metrics})
         shown = {name: f"{value:{'.2f' if name == 'perplexity' else '.4g'}}" for name, value in more.items()}
         line = "".join(f"  {name} {value}" for name, value in shown.items())

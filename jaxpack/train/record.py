@@ -20,7 +20,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 _ARRAY = "array "  # how the names of the state's arrays begin in an identity
 _DESCRIBED = re.compile(r"(\w+)\[([\d, ]*)\]")  # such as float32[2, 8, 64]
-_STEP = re.compile("[1-9][0-9]{0,11}")
+_STEP = re.compile("0|[1-9][0-9]{0,11}")  # of an evaluation, which may come before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,6 @@ def _step(value: Any) -> int:
 def _evaluations(value: Any, last: int) -> dict[int, float]:
     for step, loss in _object("evaluations", value).items():
         is_step = _STEP.fullmatch(step) is not None and int(step) <= last
-        _check("evaluations", is_step, f"have whole numbers from 1 to {last} as names", step)
+        _check("evaluations", is_step, f"have whole numbers from 0 to {last} as names", step)
         _check("evaluations", isinstance(loss, float), f"have a loss (a number with a point) as {step!r}", loss)
     return {int(step): loss for step, loss in sorted(value.items(), key=lambda item: int(item[0]))}

@@ -1,6 +1,5 @@
 """A run trains a model on its batches: it holds the training state and compiles a program for each batch shape."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -19,13 +18,12 @@ from jax.sharding import NamedSharding
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
-from jaxpack.data.packing import AnyBatch, EmbeddedBatch, PackedBatch
+from jaxpack.data.packing import PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
-from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.model.lora import adapters
 from jaxpack.model.shards import deal, state_specs
 from jaxpack.model.transformer import Transformer
-from jaxpack.model.weights import move_to_host, non_finite, split_trained, weight_of
+from jaxpack.model.weights import move_to_host, non_finite, split_trained
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
@@ -33,24 +31,25 @@ from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh, num_shards
-from jaxpack.parallel.placement import batch_sharding, bytes_on_device, is_partition, put, replicate
+from jaxpack.parallel.placement import bytes_on_device, is_partition, put, replicate
 from jaxpack.parallel.processes import exchange
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
+from jaxpack.train.evaluation import Evaluation
+from jaxpack.train.feed import Feed
 from jaxpack.train.step import (
     ComputeMetrics,
     Metrics,
     TrainState,
     check_router_aux_loss_coef,
     float32_copies,
-    make_eval_step,
     make_train_step,
+    temporary_bytes,
 )
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import console
 from jaxpack.utils.host import available_host_bytes
-from jaxpack.utils.prefetch import prefetched
 
 
 class HostCopy(NamedTuple):
@@ -72,7 +71,8 @@ class Run:
       optimizer_bytes: the bytes of the optimizer's state on each device.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       choice: what was chosen, and the reason for it, see `choose.choices`.
-      programs, eval_programs: the compiled programs by row length T; empty before `compile`.
+      programs: the compiled programs by row length T; empty before `compile`.
+      evaluation: the evaluation of `eval_batches`; None without them.
       copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
         such a step may find too little memory, and an error destroys the state that a step was given.
     """
@@ -89,7 +89,7 @@ class Run:
         compute_metrics: ComputeMetrics | None = None,
         mesh: DeviceMesh | None = None,
     ):
-        self._model, self._batches, self._eval_batches, self._config = model, batches, eval_batches, config
+        self._model, self._batches, self._config = model, batches, config
         check_router_aux_loss_coef(config.router_aux_loss_coef, model.config)
         self.started = 0
         self.copy: HostCopy | None = None
@@ -137,17 +137,18 @@ class Run:
             if mesh.size == 1 or num_shards(mesh) > 1:
                 raise
             raise InputError(f"{error} With `mesh` 'fsdp={mesh.size}' the devices share the weights.") from error
-        self._make_eval_step = functools.partial(
-            make_eval_step,
-            graph,
-            objective=objective,
-            compute_metrics=compute_metrics,
-            implementation=config.implementation,
-            mesh=mesh,
-        )
         self._take(self._choices.popleft())
         self.programs: dict[int, jax.stages.Compiled] = {}
-        self.eval_programs: dict[int, jax.stages.Compiled] = {}
+        self.evaluation = None
+        if eval_batches is not None:
+            self.evaluation = Evaluation(
+                model,
+                eval_batches,
+                objective=objective,
+                compute_metrics=compute_metrics,
+                implementation=config.implementation,
+                mesh=mesh,
+            )
         self._walls: list[jax.Array] = []
 
     def _take(self, choice: Choice) -> None:
@@ -156,12 +157,6 @@ class Run:
         weights, embedding = choice.offloads
         move_to_host(self._model, layers=weights, embedding=embedding)
         _, _, self.frozen = split_trained(self._model)
-
-    @property
-    def _embedding(self) -> HostMatrix | None:
-        """Returns the embedding, if it lies in the host's memory."""
-        weight = weight_of(self._model.embedding)
-        return weight if isinstance(weight, HostMatrix) else None
 
     @property
     def remat(self) -> Remat:
@@ -180,13 +175,9 @@ class Run:
         with cache.in_use():
             while (shortage := _of_any(self._compile_steps(cache))) is not None:
                 self.take_next_choice(shortage)
-            evaluated, evaluate = self._eval_batches, self._make_eval_step(fetches=any(self.choice.offloads))
-            for shape in evaluated.shapes if evaluated is not None else ():
-                assert evaluated is not None
-                limits = evaluated.limits[shape[-1]]
-                lowered = evaluate.lower(self.state.trainable, self.frozen, self._abstract(shape), limits=limits)
-                program = self.eval_programs[shape[-1]] = cache.compile(lowered)
-                _check_room(program, shape)
+            if self.evaluation is not None:
+                parameters = self.state.trainable, self.frozen
+                self.evaluation.compile(self._feed, *parameters, cache, fetches=any(self.choice.offloads))
         return time.perf_counter() - begin
 
     def read_weights(self, cache: ProgramCache) -> None:
@@ -214,7 +205,7 @@ class Run:
         step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.offloads))
         for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
             limits = self._batches.limits[shape[-1]]
-            lowered = step.lower(self.state, self.frozen, self._abstract(shape), limits=limits)
+            lowered = step.lower(self.state, self.frozen, self._feed.abstract(shape), limits=limits)
             try:
                 program = self.programs[shape[-1]] = cache.compile(lowered)
             except jax.errors.JaxRuntimeError as error:
@@ -227,7 +218,7 @@ class Run:
 
     def _shortage(self, program: jax.stages.Compiled, shape: tuple[int, ...]) -> str | None:
         """Says what a step of this shape lacks, if it finds too little memory on the device; otherwise None."""
-        needed, free = _temporary_bytes(program), free_device_bytes(current_device())
+        needed, free = temporary_bytes(program), free_device_bytes(current_device())
         if free is None:
             return None
         unread = [leaf for leaf in jax.tree.leaves(self.frozen) if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -311,7 +302,7 @@ class Run:
         """
         first, ran = self.started + 1, set()
         self._reserve()
-        with self._on_device(self._batches, self.started) as batches_on_device:
+        with self._feed.batches(self._batches, self.started) as batches_on_device:
             for batch in batches_on_device:
                 if batch.tokens.shape not in ran:
                     yield from self.metrics_left()
@@ -376,55 +367,17 @@ class Run:
         return non_finite(self.state.trainable)
 
     def evaluate(self) -> dict[str, float]:
-        """Returns means over the evaluation's batches: "loss", the objective's metrics, and the user's metrics.
-
-        Waits for the device once, at the end.
-        """
-        assert self._eval_batches is not None
-        sums = []
-        with self._on_device(self._eval_batches) as batches_on_device:
-            for batch in batches_on_device:
-                program = self.eval_programs[batch.tokens.shape[-1]]
-                sums.append(program(self.state.trainable, self.frozen, batch))
-        objective, computed = jax.tree.map(lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums))
-        means = {"loss": objective.loss, **objective.metrics}
-        means = {name: float(total / (objective.weight or 1)) for name, total in means.items()}
-        return means | {name: float(total / (weight or 1)) for name, (total, weight) in computed.items()}
+        """Returns the means of an evaluation, see `Evaluation.run`."""
+        assert self.evaluation is not None
+        return self.evaluation.run(self._feed, self.state.trainable, self.frozen)
 
     def on_device(self, batch: PackedBatch) -> PackedBatch:
         """Returns a batch on the run's devices, each with its rows."""
-        return put(batch, self._batch_sharding)
-
-    def _on_device(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
-        # The device is named, because a thread does not inherit its caller's `jax.default_device`.
-        device, embedding, count = self._batch_sharding, self._embedding, len(batches) - begin
-        if embedding is None:
-            return contextlib.closing(prefetched(lambda step: put(batches[begin + step], device), count))
-        table = embedding.table
-
-        def embedded(step: int) -> EmbeddedBatch:
-            batch = batches[begin + step]
-            return EmbeddedBatch(*batch, table[batch.tokens])
-
-        def moved() -> Generator[EmbeddedBatch, None, None]:
-            # The rows take much memory. Those of the next batch are made ahead, but wait in the host's memory until the
-            # step is started: the device then holds those of two batches, because the step before may still run.
-            with contextlib.closing(prefetched(embedded, count, ahead=1)) as made:
-                for batch in made:
-                    yield jax.device_put(batch, device)
-
-        return contextlib.closing(moved())
+        return self._feed.put(batch)
 
     @property
-    def _batch_sharding(self) -> Any:
-        return self.state.step.sharding if self.mesh.size == 1 else batch_sharding(self.mesh)
-
-    def _abstract(self, shape: tuple[int, int, int]) -> AnyBatch:
-        sharding = None if self.mesh.size == 1 else self._batch_sharding
-        batch = PackedBatch(*4 * [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)])
-        if (embedding := self._embedding) is None:
-            return batch
-        return EmbeddedBatch(*batch, jax.ShapeDtypeStruct((*shape, embedding.shape[1]), embedding.dtype))
+    def _feed(self) -> Feed:
+        return Feed.of(self._model, self.mesh)
 
 
 def _initial(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: DeviceMesh) -> optax.OptState:
@@ -448,20 +401,3 @@ def _of_any(*shortages: str | None) -> str | None:
 
 def _written(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _temporary_bytes(program: jax.stages.Compiled) -> int:
-    memory = program.memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
-
-
-def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
-    """Raises InputError if an evaluation does not fit on the device; its documents may be longer than in training."""
-    needed, free = _temporary_bytes(program), free_device_bytes(current_device())
-    if free is not None and needed > free:
-        raise InputError(
-            f"`eval_dataset` must fit on the device: a batch of {_written(shape)} tokens needs"
-            f" {needed / 2**30:.1f} GiB, got {free / 2**30:.1f} GiB free. A smaller `max_length` or"
-            " `per_device_train_batch_size` needs less."
-        )

@@ -283,6 +283,13 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, static_argnames="limits", compiler_options=options)
 
 
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Returns the bytes that a compiled program takes on the device in addition to its arguments and results."""
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 def make_eval_step(
     graph: nnx.GraphDef,
     *,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from jaxpack.train.checkpoint import (
     FOLDER,
     LATEST,
     arrays_by_name,
+    best_checkpoint,
     read_checkpoint,
     read_description,
     steps_in,
@@ -51,14 +51,13 @@ def find_checkpoint(path: Path) -> Path:
     newest = path.parent / str(steps[-1])
     if path.name == LATEST:
         return newest
-    found = _description(newest).evaluations
-    evaluations = {step: loss for step, loss in found.items() if step in steps and math.isfinite(loss)}
-    if not evaluations:
+    best = best_checkpoint(path.parent, _description(newest).evaluations)
+    if best is None:
         raise InputError(
             f"`adapter` must be a checkpoint with an evaluation loss, got {str(path)!r}, but the run there had no"
             f" evaluation data. Name a step, such as {str(newest)!r}."
         )
-    return path.parent / str(min(evaluations, key=evaluations.__getitem__))
+    return best
 
 
 def base_of_checkpoint(path: Path) -> str:

@@ -39,11 +39,13 @@ from jaxpack.train.checkpoint import (
     LATEST,
     Checkpoints,
     Progress,
+    best_checkpoint,
     date_of_run,
     find_checkpoints,
     identity_of,
     notes_of,
 )
+from jaxpack.train.evaluation import evaluate, evaluation_batches
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.progress import Log, Start
 from jaxpack.train.report import write_report
@@ -162,7 +164,7 @@ class Trainer:
                 "`compute_metrics` must be None without an `eval_dataset`, got a function. Pass the `eval_dataset` to"
                 " compute the metrics on."
             )
-        _check_evaluation(config, eval_dataset is not None)
+        _check_evaluation(config, given=eval_dataset is not None)
         require_libraries(config)
         self._find_previous_run()
         # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
@@ -178,12 +180,9 @@ class Trainer:
             self.batches = Batches(self.documents, config, together, num_devices=self.mesh.size)
         self.eval_documents = self.eval_batches = None
         if eval_dataset is not None:
-            once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1}
             with errors_name(dataset="eval_dataset", documents="eval_dataset"):
                 self.eval_documents = self._load(eval_dataset)
-                self.eval_batches = Batches(
-                    self.eval_documents, dataclasses.replace(config, **once), together, num_devices=self.mesh.size
-                )
+                self.eval_batches = evaluation_batches(self.eval_documents, config, self.objective, self.mesh.size)
 
     def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
@@ -251,6 +250,27 @@ class Trainer:
                 stack.enter_context(held_folder(Path(output), "output_dir"))
             return self._train(on_start)
 
+    def evaluate(self, dataset: Dataset | Documents | None = None) -> dict[str, float]:
+        """Returns the metrics of `model` as it is now, trained or not, see `jaxpack.evaluate`.
+
+        Args:
+          dataset: rows in any of the formats; None is the trainer's `eval_dataset`.
+
+        Raises:
+          InputError: there is no dataset, or it cannot be read.
+        """
+        dataset = self.eval_documents if dataset is None else dataset
+        if dataset is None:
+            raise InputError("`dataset` must be given to a trainer without an `eval_dataset`, got None.")
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            dataset,
+            dataclasses.replace(self.config, chat_template_date=self.date.isoformat()),
+            objective=self.objective,
+            compute_metrics=self.compute_metrics,
+        )
+
     def _train(self, on_start: Callable[[], object]) -> TrainResult:
         begin, self._is_together = time.perf_counter(), False
         self._find_previous_run()  # Again, because an earlier call may have been stopped.
@@ -277,7 +297,7 @@ class Trainer:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
             console.print(f"compiled programs are kept in {folder} for later runs ({size:.1f} MiB; it may be deleted)")
         start = Start(begin, run.compile(cache), cache.found)
-        programs = len(run.programs) + len(run.eval_programs)
+        programs = len(run.programs) + (0 if run.evaluation is None else len(run.evaluation.programs))
         console.print(
             f"programs are ready after {start.compile_seconds:.1f} s; {cache.found} of {programs} were found compiled"
         )
@@ -292,7 +312,9 @@ class Trainer:
             while (log := self._attempt(run, start, events, stop, plan, on_start, in_place=in_place)) is None:
                 run.compile(cache)
                 on_start, in_place = lambda: None, True
-        exchange(None)  # The first process has written everything.
+            exchange(None)  # The first process has written everything.
+            if self.config.load_best_model_at_end:
+                self._load_best(run)
         self._report()
         result = self._result(log, start)
         events.add("end", result)
@@ -370,6 +392,14 @@ class Trainer:
             asked.ask()
             return asked.answer > 0 or saves(step) or self._evaluates(step)
 
+        def evaluate_at(step: int) -> None:
+            more = run.evaluate()
+            progress.evaluations[step] = more.pop("loss")
+            events.add("evaluation", step, log.evaluation(more))
+
+        if self.config.eval_on_start and not run.started:
+            evaluate_at(0)
+            log.go_on()
         was_finite = True
         with contextlib.closing(run.steps(pauses, events.tell)) as steps:
             for metrics in steps:
@@ -386,9 +416,7 @@ class Trainer:
                     events.tell()
                     continue  # The next step is running already.
                 if self._evaluates(step):
-                    more = run.evaluate()
-                    progress.evaluations[step] = more.pop("loss")
-                    events.add("evaluation", step, log.evaluation(more))
+                    evaluate_at(step)
                 stops, ends = divmod(asked.answer, 2)  # Read once: a signal may come between the two uses.
                 ends = ends and step < num_steps
                 if stops or ends or saves(step) or step == num_steps:
@@ -534,6 +562,16 @@ class Trainer:
             kept = f"the last {config.save_total_limit}{best} are kept"
             console.print(f"checkpoints are saved {when} in {Path(config.output_dir) / FOLDER}; {kept}")
 
+    def _load_best(self, run: Run) -> None:
+        """Puts the weights of the checkpoint with the lowest evaluation loss into a run."""
+        best = best_checkpoint(Path(self.config.output_dir or "") / FOLDER, self.progress.evaluations)
+        if best is None:
+            console.print("no checkpoint has an evaluation loss, so the last weights stay", style="yellow")
+            return
+        run.resume([best], self._identity, notes_of(run.choice.note, self.config.implementation))
+        loss = self.progress.evaluations[run.started]
+        console.print(f"the model has the weights of step {run.started:,}, with the lowest evaluation loss: {loss:.4f}")
+
     def _open_checkpoints(self, run: Run, events: Events) -> Checkpoints | None:
         config = self.config
         if config.output_dir is None:
@@ -648,8 +686,13 @@ def _shapes(batches: Batches) -> str:
     return ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
 
 
-def _check_evaluation(config: TrainConfig, given: bool) -> None:
+def _check_evaluation(config: TrainConfig, *, given: bool) -> None:
     every = config.eval_steps
+    for name in ("eval_on_start", "load_best_model_at_end"):
+        if getattr(config, name) and not given:
+            raise InputError(f"`{name}` must be false without an `eval_dataset`, got true.")
+    if config.load_best_model_at_end and config.save_steps == 0:
+        raise InputError("`save_steps` must be above 0 with `load_best_model_at_end`, got 0.")
     if every is None:
         return
     if not given:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from simulated_devices import TESTS
+from simulated_devices import TESTS, flags_for
 from tokenizers_for_tests import write_checkpoint
 
 STEPS, EVERY = 60, 10
@@ -34,8 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 def start(arguments: list[object], log: Path, devices: int, **variables: str) -> subprocess.Popen:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "XLA_FLAGS": flags} | variables
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "XLA_FLAGS": flags_for(devices)} | variables
     command = [sys.executable, "-m", "jaxpack", "train", *map(str, arguments)]
     with log.open("w") as written:
         return subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=environment)

@@ -168,8 +168,8 @@ def test_evaluation_is_the_mean_over_the_targets_of_each_document_alone(layout):
 
 
 def test_an_evaluation_that_does_not_fit_is_refused_before_the_first_step(monkeypatch):
-    free = iter([2**40, 1000])  # for the step and for the evaluation
-    monkeypatch.setattr("jaxpack.train.run.free_device_bytes", lambda device: next(free))
+    monkeypatch.setattr("jaxpack.train.run.free_device_bytes", lambda device: 2**40)
+    monkeypatch.setattr("jaxpack.train.evaluation.free_device_bytes", lambda device: 1000)
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, changed(SHORT, max_steps=1), ROWS[:9])
     with pytest.raises(InputError, match=r"`eval_dataset` must fit on the device: a batch of 1 x 2 x 128 tokens needs"):
         trainer.train(on_start=lambda: pytest.fail("it has started"))

@@ -1,0 +1,69 @@
+"""Implements `jaxpack evaluate`, which computes the loss of a model on a dataset."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import torch_bridge
+from jaxpack.cli.options import from_flags, with_flags
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, read_base
+from jaxpack.errors import InputError, errors_name
+from jaxpack.settings import TrainConfig
+from jaxpack.train.evaluation import evaluate as metrics_of
+from jaxpack.train.trained import is_checkpoint
+from jaxpack.utils.console import console
+from jaxpack.utils.files import require_data_file, write_new_file
+
+# The settings that matter without steps: those of the data, the batches and the programs.
+_SETTINGS = {"max_length", "packing", "packing_strategy", "padding_free", "per_device_train_batch_size"}
+_SETTINGS |= {"dataset_text_field", "assistant_only_loss", "chat_template_date", "allow_lost_thoughts"}
+_SETTINGS |= {"mesh", "implementation", "compilation_cache_dir"}
+_OTHERS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in _SETTINGS)
+
+
+@with_flags(TrainConfig, leave_out=_OTHERS)
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Data to evaluate on: a file like that of jaxpack train.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face model: a folder, or the id of a model on the hub.",
+            show_default="the one that the adapter names",
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a PEFT adapter for the model, such as the adapter/ that train writes. Or a checkpoint of a"
+            " run: checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="New JSON file for the metrics, beside showing them.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of the weights and of the computation: bfloat16, float16 or float32.",
+            show_default="bfloat16 on a GPU, float32 on a CPU",
+        ),
+    ] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
+    **flags: object,
+) -> None:
+    """Compute the loss and the perplexity of a model on a dataset, with or without an adapter."""
+    config = from_flags(TrainConfig, flags)
+    if model is None and adapter is None:
+        raise InputError("`model` or `adapter` must be given, got none.")
+    if adapter is not None and not (adapter.is_dir() or is_checkpoint(adapter)):
+        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
+    require_data_file(data, "data")
+    network, tokenizer = read_base(model, adapter, dtype, load_in_4bit=load_in_4bit)
+    if adapter is not None:
+        torch_bridge.load_adapter(network, str(adapter))
+    with errors_name(dataset="data", eval_dataset="data"):
+        metrics = metrics_of(network, tokenizer, data, config)
+    if output is not None:
+        write_new_file(output, json.dumps(metrics).encode() + b"\n", "output")
+    console.print("  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()))
