@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,7 +15,10 @@ from jaxpack.train.checkpoint import Progress
 from jaxpack.train.evaluation import evaluation_metrics
 from jaxpack.train.metrics import Reports
 from jaxpack.train.step import Metrics
-from jaxpack.utils.console import progress_bar
+from jaxpack.utils.console import console, progress_bar
+
+_ROOM_FOR_EVALUATION = 100  # columns of a terminal from which on the bar shows the evaluation loss, too
+_SHORTER = {"gradient norm": "grad norm", "learning rate": "lr", "peak memory": "peak"}  # names in a narrow terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Log:
             )
         evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
         rate = self.rate(max(0, done - self._config.logging_steps))
+        if console.room is not None and console.room < _ROOM_FOR_EVALUATION:
+            evaluated = ""
         self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tokens/s")
         if done % self._config.logging_steps == 0 or done == self._batches.num_steps:
             self.record()
@@ -117,13 +123,17 @@ class Log:
             "first_step_seconds": self.first_step_seconds,
         }
         self._reports.write(record)
-        rate = f"learning rate {record['learning_rate']:.2e}  " if "learning_rate" in record else ""
-        more = "".join(f"{name} {value:.4g}  " for name, value in self._more.items())
-        self._progress.console.print(
-            f"step {done:>5}  loss {record['loss']:.4f}  {more}gradient norm {self._grad_norm:.3f}  {rate}"
-            f"{record['tokens_per_second']:>7,.0f} tokens/s  padding {record['padding_share']:.1%}"
-            f"  peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB"
-        )
+        parts = [
+            f"step {done:>5}",
+            f"loss {record['loss']:.4f}",
+            *(f"{name} {value:.4g}" for name, value in self._more.items()),
+            f"gradient norm {self._grad_norm:.3f}",
+            *([f"learning rate {record['learning_rate']:.2e}"] if "learning_rate" in record else []),
+            f"{record['tokens_per_second']:>7,.0f} tokens/s",
+            f"padding {record['padding_share']:.1%}",
+            f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB",
+        ]
+        self._progress.console.print(fitted(parts, console.room))
 
     def evaluation(self, more: dict[str, float]) -> dict[str, float]:
         """Records the last evaluation with its other metrics, and returns all of its metrics by name."""
@@ -146,3 +156,18 @@ class Log:
         counted = self._warm[steps] | ~self._warm[steps].any()
         seconds = np.array(self._seconds[steps])[counted].sum()
         return float(self._batches.tokens_per_step[steps][counted].sum() / seconds) if seconds else 0.0
+
+
+def fitted(parts: Sequence[str], room: int | None) -> str:
+    """Joins the parts of a line, and makes it fit into `room` columns: first by shorter names, then without its end.
+
+    The first two parts always stay. None is room for everything.
+    """
+    line = "  ".join(parts)
+    if room is None or len(line) <= room:
+        return line
+    for name, shorter in _SHORTER.items():
+        parts = [part.replace(name, shorter) for part in parts]
+    while len(line := "  ".join(parts)) > room and len(parts) > 2:
+        parts = parts[:-1]
+    return line

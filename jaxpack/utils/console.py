@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TextIO, cast
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Column
+from rich.text import Text
 
 from jaxpack.errors import one_line, visible
 
@@ -46,16 +49,33 @@ class TextConsole(Console):
     """Prints text as it is: without markup, emoji codes or highlighting, and with control characters made visible.
 
     Text of files reaches a terminal only through such a console. A string is one line: a newline in it, which can only
-    come from a file, becomes a visible sign. Tables and other renderables keep their lines.
+    come from a file, becomes a visible sign. In a terminal, a string that is too wide is wrapped at words. Tables and
+    other renderables keep their lines.
     """
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
         self.push_render_hook(_MakeVisible())
 
+    @property
+    def room(self) -> int | None:
+        """Returns the columns of the terminal, or None if the console writes elsewhere, where a line may be long."""
+        return self.width if self.is_terminal else None
+
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints like rich's console, but without control characters from the text."""
-        super().print(*(one_line(item) if isinstance(item, str) else item for item in objects), **options)
+        if self.room is not None:
+            options.setdefault("soft_wrap", False)
+        super().print(*(self._line(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def _line(self, text: str) -> str | Text:
+        text = one_line(text)
+        if self.room is None or cell_len(text) <= self.room:
+            return text
+        return Text(f"\n{_INDENT}").join(Text(text).wrap(self, max(1, self.room - len(_INDENT))))
+
+
+_INDENT = "  "  # before the lines that continue a sentence
 
 
 class _MakeVisible(RenderHook):
@@ -74,7 +94,7 @@ class _Visible:
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-# Wrapping is off so that a line stays one line.
+# Outside a terminal, wrapping is off so that a line stays one line.
 console = TextConsole(file=cast(TextIO, _Stderr()), soft_wrap=True)
 
 
@@ -107,16 +127,17 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 def progress_bar(what: str, *, transient: bool = True) -> Progress:
     """Returns a progress bar, which shows in a terminal or in a notebook with ipywidgets and is disabled elsewhere.
 
-    The bar of a task shows the task's `note` after its count, so each task must have that field.
+    The bar of a task shows the task's `note` after its count, so each task must have that field. The bar itself takes
+    what room the others leave, up to 40 columns.
     """
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return Progress(
         TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=None, table_column=Column(max_width=40)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
         transient=transient,
         disable=not (console.is_terminal or widgets),

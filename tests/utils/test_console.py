@@ -141,3 +141,52 @@ def test_cases_what_other_libraries_print_is_made_visible_in_the_command_line():
     assert "\x1b" not in done.stderr
     for shown in ("a log of x␛[31m", "a warning of x␛[31m", "RuntimeError: z␛[31m␇", "Traceback"):
         assert shown in done.stderr
+
+
+# Lines in a terminal and in a file.
+
+
+def shown(*objects: object, terminal: bool = True, width: int = 40, soft_wrap: bool = True, **options: object) -> str:
+    written = io.StringIO()
+    TextConsole(file=written, force_terminal=terminal, color_system=None, width=width, soft_wrap=soft_wrap).print(
+        *objects, **options
+    )
+    return written.getvalue()
+
+
+SENTENCE = "the run continues from /tmp/out/checkpoints/1200: 1,200 of 12,000 steps are done"
+
+
+@pytest.mark.parametrize("width", [30, 40, 79, 80, 81])
+@pytest.mark.parametrize("style", [None, "red"])
+def test_a_sentence_is_wrapped_at_words_in_a_terminal_and_one_line_in_a_file(width, style):
+    lines = shown(SENTENCE, width=width, style=style).splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(" ".join(lines).split()) == SENTENCE
+    assert all(line.startswith("  ") and line[2] != " " for line in lines[1:])
+    assert (len(lines) == 1) == (width >= len(SENTENCE))
+    assert shown(SENTENCE, terminal=False, width=width, style=style) == f"{SENTENCE}\n"
+
+
+def test_a_table_fits_into_a_terminal():
+    table = Table("name", "sentence")
+    table.add_row("run", SENTENCE)
+    lines = shown(table).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert len(lines) > 5
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_bar_with_its_note_is_one_line(width):
+    written = io.StringIO()
+    terminal = TextConsole(file=written, force_terminal=True, color_system=None, width=width, soft_wrap=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxpack.utils.console.console", terminal)
+        with progress_bar("training", transient=False) as bar:
+            bar.update(bar.add_task("", total=12_000, note="loss 12.1280  1,234,567 tokens/s"), completed=11_000)
+            terminal.print(SENTENCE)
+    drawn = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()))
+    assert max(map(len, drawn)) <= width
+    bars = [line for line in drawn if line.startswith("t")]
+    assert len(bars) > 1
+    assert width < 80 or "11000/12000 loss 12.1280  1,234,567 tokens/s 0:00:0" in bars[-1]
