@@ -1,5 +1,6 @@
 """Implements `jaxpack train`, which fine-tunes a Hugging Face model and writes an adapter or a model."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,9 @@ def train(
             save()
         elif stopped:  # The trainer says it of an error.
             console.print("interrupted before a step was done: there is nothing to save")
+        if stopped and (output / RUN_SETTINGS).exists():
+            console.print("to go on:")
+            console.print_command(["jaxpack", *resumed(sys.argv[1:])])
         raise
     evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
     if result.first_step_seconds:
@@ -191,6 +195,17 @@ def train(
         took = "all steps were done in an earlier run"
     console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {took}")
     save()
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """Returns the arguments of a run with `--resume-from-checkpoint latest`, in place of what it resumed from."""
+    flag, kept, words = "--resume-from-checkpoint", [], iter(arguments)
+    for word in words:
+        if word == flag:
+            next(words, None)  # its value
+        elif not word.startswith(f"{flag}="):
+            kept.append(word)
+    return [*kept, flag, "latest"]
 
 
 def _refuse_finished(output: Path, trained: Path, num_steps: int) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -227,7 +228,8 @@ class Trainer:
         Prints the plan, then the progress, and writes a report at the end.
 
         SIGINT (Ctrl-C), SIGTERM or SIGHUP ends the run after the step that is running. The run then saves a checkpoint
-        if there is an `output_dir`, and raises KeyboardInterrupt or SystemExit. A second signal ends it at once.
+        if there is an `output_dir`, and raises KeyboardInterrupt or SystemExit. A second signal ends it at once. The
+        answer to the first is printed at once, however long the step takes.
 
         An error ends the run, too, and is raised again. The run then saves a checkpoint of the last whole state, and
         `model` holds its weights. If a step finds too little memory and `remat` is "auto", the run goes on with a
@@ -307,7 +309,7 @@ class Trainer:
         exchange(None)  # All have read the checkpoint, before the first process changes the folder.
         with contextlib.ExitStack() as stack:
             stack.callback(self._write_back, run)
-            stop = stack.enter_context(StopSignal())
+            stop = stack.enter_context(StopSignal(self._answer))
             in_place = self.in_place
             while (log := self._attempt(run, start, events, stop, plan, on_start, in_place=in_place)) is None:
                 run.compile(cache)
@@ -437,8 +439,17 @@ class Trainer:
                     self._report()
                     exchange(None)  # The first process has written everything.
                     self._is_together = True
-                    raise error_of(stops)
+                    error = error_of(stops)
+                    if saved:
+                        error.add_note('To go on, train with `resume_from_checkpoint="latest"`.')
+                    raise error
                 log.go_on()
+
+    def _answer(self, number: int) -> None:
+        """Answers a signal at once, since the step that is running may take long."""
+        saving = "" if self.config.output_dir is None else ", saving"
+        again = "press again to stop now" if number == signal.SIGINT else "a second signal stops the run at once"
+        console.print(f"stopping after this step{saving}; {again}", style="yellow")
 
     def _require_finite(self, run: Run, measured: dict[str, float]) -> str:
         """Raises TrainingError if the run's weights are not finite, because no later step can mend them.

@@ -3,10 +3,11 @@
 import contextlib
 import importlib.util
 import logging
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, TextIO, cast
 
@@ -73,6 +74,24 @@ class TextConsole(Console):
         if self.room is None or cell_len(text) <= self.room:
             return text
         return Text(f"\n{_INDENT}").join(Text(text).wrap(self, max(1, self.room - len(_INDENT))))
+
+    def print_command(self, words: Sequence[str]) -> None:
+        """Prints a command that can be copied to a shell: in a terminal, its lines break before flags, after a "\\".
+
+        A word that is wider than the terminal is left whole.
+        """
+        parts: list[str] = []  # each is a flag with its values
+        for word in map(shlex.quote, words):
+            if parts and not word.startswith("--"):
+                parts[-1] += f" {word}"
+            else:
+                parts.append(word)
+        lines = [_INDENT]
+        for part in parts:
+            if self.room is not None and cell_len(f"{lines[-1]}{part} \\") > self.room and lines[-1].strip():
+                lines.append(2 * _INDENT)
+            lines[-1] += f"{part} "
+        super().print(Text("\\\n".join(map(one_line, lines)).rstrip()), soft_wrap=True)
 
 
 _INDENT = "  "  # before the lines that continue a sentence

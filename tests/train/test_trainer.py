@@ -63,8 +63,9 @@ def test_a_stop_that_is_asked_for_at_any_time_is_saved(monkeypatch, tmp_path):
     monkeypatch.setattr("jaxpack.train.trainer.StopSignal", Asked)
     config = changed(SHORT, eval_steps=3, save_steps=6, output_dir=str(tmp_path))  # waits for step 3 without a save
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, config, ROWS[:9])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         trainer.train()
+    assert stopped.value.__notes__ == ['To go on, train with `resume_from_checkpoint="latest"`.']
     losses = trainer.progress.losses
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [str(len(losses))]
     # The last step is logged, too, although `logging_steps` is 10.

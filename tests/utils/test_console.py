@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,21 @@ def test_a_table_fits_into_a_terminal():
     lines = shown(table).splitlines()
     assert max(map(len, lines)) <= 40
     assert len(lines) > 5
+
+
+@pytest.mark.parametrize("width", [10, 40, 80, 200])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_command_can_be_copied(width, terminal):
+    words = ["jaxpack", "train", "--data", "my rows.jsonl", "--max-steps", "-1", "--prompt", "it's", "--packing"]
+    written = io.StringIO()
+    TextConsole(file=written, force_terminal=terminal, color_system=None, width=width).print_command(words)
+    assert shlex.split(written.getvalue().replace("\\\n", "")) == words
+    lines = written.getvalue().splitlines()
+    if not terminal:
+        assert len(lines) == 1
+    elif width >= 40:
+        assert max(map(len, lines)) <= width
+        assert "--data 'my rows.jsonl'" in written.getvalue()
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
