@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
+from jaxpack.cli.help import MAX_WIDTH, HelpfulCommand
 from jaxpack.constants import HOST_FRACTION, MEMORY_FRACTION, PINNED_GIB, PINNED_LIMIT
 from jaxpack.errors import InputError, TrainingError, is_out_of_memory, reason
 from jaxpack.utils.console import console, make_output_visible
@@ -37,7 +38,9 @@ class LazyGroup(TyperGroup):
         """Returns the command, or None if there is none of that name."""
         if cmd_name in COMMANDS and self.commands[cmd_name] is None:
             single = typer.Typer(add_completion=False, rich_markup_mode=None)
-            single.command(cmd_name)(getattr(importlib.import_module(f"jaxpack.cli.{cmd_name}"), cmd_name))
+            single.command(cmd_name, cls=HelpfulCommand)(
+                getattr(importlib.import_module(f"jaxpack.cli.{cmd_name}"), cmd_name)
+            )
             self.commands[cmd_name] = typer.main.get_command(single)
         return super().get_command(ctx, cmd_name)
 
@@ -54,7 +57,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help tables cut the names of long flags
-    context_settings={"help_option_names": ["-h", "--help"]},  # the commands inherit the names
+    # The commands inherit the names and the width.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_WIDTH},
 )
 
 
