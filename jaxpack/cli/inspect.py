@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Group
+from rich.text import Text
 
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.options import asks_for_adapter, from_flags, with_flags
@@ -127,7 +129,8 @@ def inspect(
     parts: list[object] = [found]
     if data is not None:
         packed = Batches(documents, found.layouts["packed"].config)
-        parts = [shown(packed, show_row or 0, tokenizer), "", found]
+        verdict = Group(Text(found.verdict, style="bold"), "")
+        parts = [verdict, shown(packed, show_row or 0, tokenizer), "", found.details]
     if picture is not None:
         image = io.BytesIO()
         found.figure().savefig(image, format=picture.suffix.removeprefix("."), dpi=130)

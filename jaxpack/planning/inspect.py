@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.jupyter import JupyterMixin
 from rich.table import Table
@@ -34,7 +35,7 @@ ORDINARY = "padded to the longest"  # Other trainers do this: they compile no sh
 _SAMPLE = 16_384  # The padding by batch size is counted on at most this many documents.
 _WORTH = 1.05  # A smaller speed-up is not worth a recommendation.
 _LOSS = 0.005  # A smaller share of tokens cut off is not worth a warning.
-_TIMES = ("tokens/s", "hours/epoch", "remat", "memory")  # columns that need a model and a device with known rates
+_TIMES = ("tokens/s", "hours/epoch", "remat", "memory")  # rows that need a model and a device with known rates
 _NAMES = {"padded": "padded to one of 4 lengths", "packed": "packed, about as many tokens"}
 _COLORS = {ORDINARY: "#D55E00", "padded": "#CC79A7", "padding-free": "#009E73", "packed": "#0072B2"}
 
@@ -100,6 +101,7 @@ class Inspection(JupyterMixin):
       usable_bytes: the device memory that the run may use; None if times are not predicted, or if the device does not
         report its free memory.
       variants: cards with the name that was given as `gpu`, but with more memory than `device`.
+      verdict: one or two sentences: what padding costs, what packing gains, whether the run fits, and how fast it is.
       recommendation: advice on the settings, with the reasons.
 
     Example:
@@ -122,6 +124,7 @@ class Inspection(JupyterMixin):
     device: str | None
     usable_bytes: float | None
     variants: tuple[str, ...]
+    verdict: str
     recommendation: str
 
     @property
@@ -134,10 +137,14 @@ class Inspection(JupyterMixin):
         return _draw(self)
 
     def __rich__(self) -> RenderableType:
+        return Group(Text(self.verdict, style="bold"), "", self.details)
+
+    @property
+    def details(self) -> RenderableType:
+        """Returns all that is shown below the verdict: the tables, what they follow from, and the advice."""
         tables = (_lengths_table(self), _facts(self), _padding_table(self), _layouts_table(self))
-        parts = (*tables, Text("\n".join(_basis(self))))
-        verdict = Text(f"-> {self.recommendation}", style="bold")
-        return Group(*(part for one in (*parts, verdict) for part in (one, "")))
+        advice = Text(f"-> {self.recommendation}", style="bold")
+        return Group(*(part for one in (*tables, Text("\n".join(_basis(self))), advice) for part in (one, "")))
 
 
 def inspect(
@@ -183,6 +190,8 @@ def inspect(
     targets_lost = int(num_targets.sum() - kept.sum())
     advice = [_advice_on_size(run, config) or _advice(layouts)]
     advice += _advice_on_length(documents, run.truncation, targets_lost, config)
+    device = (current_device().device_kind if named is None else named.name) if times else None
+    usable = usable_bytes(config, card=named) if times else None
     return Inspection(
         config=config,
         lengths=documents.lengths,
@@ -193,9 +202,15 @@ def inspect(
         targets_lost=targets_lost,
         layouts=layouts,
         padding=_padding(documents, batches["padded"].documents, config),
-        device=(current_device().device_kind if named is None else named.name) if times else None,
-        usable_bytes=usable_bytes(config, card=named) if times else None,
+        device=device,
+        usable_bytes=usable,
         variants=tuple(other.name for other in cards_called(gpu or "")[1:]),
+        verdict=" ".join(
+            [
+                _verdict_on_padding(layouts, fills_a_step=run.num_rows >= run.rows_per_step),
+                *([] if device is None else [_verdict_on_times(layouts[config.layout], device, usable)]),
+            ]
+        ),
         recommendation=" ".join(advice),
     )
 
@@ -308,6 +323,37 @@ def _sampled(documents: Documents, seed: int) -> Documents:
     return Documents(tokens, tokens, np.cumsum(lengths) - lengths, lengths)
 
 
+# The verdict.
+
+
+def _verdict_on_padding(layouts: dict[Layout, LayoutEstimate], *, fills_a_step: bool) -> str:
+    if not fills_a_step:
+        return "The data fills less than one step, so the shares of padding say nothing about a larger dataset."
+    padded, free, packed = (layouts[layout] for layout in get_args(Layout))
+    gains = max(free.speedup, packed.speedup) >= _WORTH
+    return (
+        f"Padding takes {_percent(padded.padding_share)} of the work in padded batches of {_batch(padded.config)},"
+        f" {_percent(free.padding_share)} in padding-free batches ({free.speedup:.2f} x as fast) and"
+        f" {_percent(packed.padding_share)} in packed rows ({packed.speedup:.2f} x as fast)"
+        f"{'' if gains else ': packing gains nothing here'}."
+    )
+
+
+def _verdict_on_times(run: LayoutEstimate, device: str, usable: float | None) -> str:
+    if run.tokens_per_second is None or run.peak_bytes is None:
+        return f"The {run.config.layout} run does not fit on {device}."
+    speed = f"trains on about {run.tokens_per_second:,.0f} tokens a second ({_hours(run)} hours an epoch)"
+    if usable is None:
+        return f"The {run.config.layout} run {speed} on {device}."
+    fits = "fits" if run.peak_bytes <= usable else "may not fit"
+    return f"The {run.config.layout} run {fits} on {device} ({gib(run.peak_bytes)} of {gib(usable)}), and {speed}."
+
+
+def _hours(estimate: LayoutEstimate) -> str:
+    assert estimate.hours_per_epoch is not None
+    return f"{estimate.hours_per_epoch:{'.2f' if estimate.hours_per_epoch >= 0.1 else '.2g'}}"
+
+
 # Advice.
 
 
@@ -393,16 +439,17 @@ def _lengths_table(found: Inspection) -> Table:
     )
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
+    table.add_column(max_width=40)  # a bar takes what room there is
+    table.add_column(no_wrap=True, style="red")
     edges, counts = histogram(found.lengths)
     shortest = np.flatnonzero(counts)[0]
     edges, counts = edges[shortest:], counts[shortest:]
     limit = found.config.max_length
     for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
-        bar = Text("█" * -(-40 * count // int(counts.max())), style="red" if low >= limit else "blue")
-        if low <= limit < high:
-            bar.append(f"  <- max_length {limit:,}", "red")
-        table.add_row(f"{low:,} to {high - 1:,}", f"{count:,}", bar)
+        most = int(counts.max())
+        bar = Bar(most, 0, max(count, most / 40) if count else 0, color="red" if low >= limit else "blue")
+        here = f"<- max_length {limit:,}" if low <= limit < high else ""
+        table.add_row(f"{low:,} to {high - 1:,}", f"{count:,}", bar, here)
     return table
 
 
@@ -438,20 +485,24 @@ def _padding_table(found: Inspection) -> Table:
 
 
 def _layouts_table(found: Inspection) -> Table:
+    """Returns a table with a column for each layout, so that it fits into a terminal of 80 columns."""
     table = Table(title="the same run in each layout (*: the layout of the settings)", title_justify="left")
-    columns = ("", "batch", "padding", "speed-up", *(_TIMES if found.device else ()))
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("", "batch", "remat") else "right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    columns = []
     for layout, estimate in found.layouts.items():
-        times = ["", "", "does not fit" if estimate.refusal else "", ""]
-        if estimate.tokens_per_second is not None:
-            assert estimate.hours_per_epoch is not None
-            assert estimate.peak_bytes is not None
-            hours = f"{estimate.hours_per_epoch:{'.2f' if estimate.hours_per_epoch >= 0.1 else '.2g'}}"
-            times = [f"{estimate.tokens_per_second:,.0f}", hours, estimate.remat, gib(estimate.peak_bytes)]
         name = f"{layout} *" if estimate.config is found.run.config else layout
-        cells = (name, _batch(estimate.config), _percent(estimate.padding_share), f"{estimate.speedup:.2f} x")
-        table.add_row(*cells, *times[: len(columns) - 4])
+        table.add_column(name, justify="right", no_wrap=True)
+        cells = [_batch(estimate.config), _percent(estimate.padding_share), f"{estimate.speedup:.2f} x"]
+        if estimate.tokens_per_second is not None:
+            assert estimate.peak_bytes is not None
+            rate, memory = f"{estimate.tokens_per_second:,.0f}", gib(estimate.peak_bytes)
+            cells += [rate, _hours(estimate), estimate.remat, memory]
+        elif found.device:
+            cells += ["does not fit" if estimate.refusal else "", "", "", ""]
+        columns.append(cells)
+    names = ("batch", "padding", "speed-up", *(_TIMES if found.device else ()))
+    for name, *cells in zip(names, *columns, strict=True):
+        table.add_row(name, *cells)
     return table
 
 

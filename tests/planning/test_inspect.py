@@ -66,8 +66,8 @@ def qwen() -> Transformer:
     return with_adapters("Qwen3-4B")
 
 
-def printed(found: object, **options) -> str:
-    console = Console(width=120, **options)
+def printed(found: object, width: int = 120, **options) -> str:
+    console = Console(width=width, **options)
     with console.capture() as capture:
         console.print(found)
     return capture.get()
@@ -253,6 +253,52 @@ def test_what_does_not_fit_says_so():
     assert padded.tokens_per_second is None
     assert free.tokens_per_second > 0
     assert "does not fit" in printed(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {},
+            r"The padding-free run fits on H200 \([\d.]+ GiB of [\d.]+ GiB\), and trains on about [\d,]+ tokens a",
+        ),
+        ({"packing": True, "memory_limit": 1}, r"The packed run does not fit on H200\."),
+    ],
+    ids=["fits", "does not fit"],
+)
+def test_the_verdict_comes_first_and_agrees_with_the_figures(changes, sentence):
+    config = TrainConfig(max_length=256, per_device_train_batch_size=16, **changes)
+    found = jaxpack.inspect(skewed(2000), config, model=qwen(), gpu="H200")
+    on_padding, on_times = found.verdict.removesuffix(".").split(". ", 1)
+    shares = [round(100 * found.layouts[layout].padding_share, 1) for layout in LAYOUTS]
+    said = [float(share) for share in re.findall(r"([\d.]+)% ", on_padding)]
+    np.testing.assert_allclose(said, shares, atol=0.51)
+    gains = [float(gain) for gain in re.findall(r"\(([\d.]+) x as fast\)", on_padding)]
+    np.testing.assert_allclose(gains, [found.layouts[layout].speedup for layout in LAYOUTS[1:]], atol=0.006)
+    assert re.match(sentence, f"{on_times}.")
+    assert " ".join(printed(found).split()).startswith(found.verdict)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "verdict"),
+    [
+        (200 * [250, 256], r".* in packed rows \(1.0\d x as fast\): packing gains nothing here\."),
+        (5 * [21], "The data fills"),
+    ],
+)
+def test_a_verdict_says_where_packing_gains_nothing(lengths, verdict):
+    assert re.match(verdict, jaxpack.inspect(random_documents(lengths)).verdict)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_no_table_is_wider_than_the_screen(width):
+    config = TrainConfig(max_length=8192, packing=True, per_device_train_batch_size=128)
+    documents = random_documents([*(skewed(2000).lengths * 9).tolist(), 120_000])
+    found = jaxpack.inspect(documents, config, model=qwen(), gpu="H200")
+    lines = printed(found, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)  # rich cuts off what does not fit
+    assert any("<- max_length 8,192" in line for line in lines)
 
 
 def test_moments_in_8_bits_fit_where_those_in_float32_do_not():
