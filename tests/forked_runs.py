@@ -115,8 +115,10 @@ def _serve() -> None:
     import orbax.checkpoint  # noqa: F401
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    from jaxpack import cli  # noqa: F401
+    from jaxpack.cli import inspect, train  # noqa: F401
+    from jaxpack.utils.figures import new_figure
 
+    new_figure(1, 1)  # imports matplotlib
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
