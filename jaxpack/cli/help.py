@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-# The options of `train` and `inspect` by groups, in the order of the help. Other commands have one group.
+# The options of `train`, `inspect` and `evaluate` by groups, in the order of the help. Other commands have one group.
 GROUPS = {
     "Model": ("model", "dtype", "load_in_4bit"),
     "Data": (
@@ -60,6 +60,8 @@ GROUPS = {
         "logging_steps",
         "report_to",
         "eval_steps",
+        "eval_on_start",
+        "load_best_model_at_end",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
@@ -75,12 +77,13 @@ GROUPS = {
         "compilation_cache_dir",
     ),
 }
-GROUPED = ("train", "inspect")
+GROUPED = ("train", "inspect", "evaluate")
 EXAMPLES = {
     "train": (
         "jaxpack train --model path/to/Qwen3-4B --data train.jsonl --output out \\",
         "    --packing --max-length 4096 --max-steps 200 --learning-rate 2e-4",
     ),
+    "evaluate": ("jaxpack evaluate --adapter out/adapter --data test.jsonl --packing --max-length 4096",),
     "inspect": (
         "jaxpack inspect --model path/to/Qwen3-4B --data train.jsonl --gpu H200 \\",
         "    --packing --max-length 4096",
