@@ -18,6 +18,7 @@ import typer.main
 from safetensors.numpy import load_file
 from tokenizers_for_tests import small_tokenizer, write_checkpoint
 
+import jaxpack
 import torch_bridge
 from jaxpack import cli
 from jaxpack.data.batching import Batches
@@ -110,6 +111,21 @@ def test_a_checkpoint_is_merged_like_the_adapter(inputs: Inputs, adapter_run: Pa
         jaxpack_command("export", "--adapter", adapter_run / adapter, "--merged", folder)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in merged)
     assert all(np.array_equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_the_loss_of_an_adapter_is_computed_alone(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
+    found = []
+    for flags in (["--adapter", adapter_run / "adapter"], ["--model", inputs.base]):
+        jaxpack_command("evaluate", *flags, "--data", inputs.data, *SETTINGS[:-2], "--output", tmp_path / "loss.json")
+        found.append(json.loads((tmp_path / "loss.json").read_text()))
+        (tmp_path / "loss.json").unlink()
+    trained, base = (metrics["eval_loss"] for metrics in found)
+    assert trained < base
+    assert found[0]["eval_perplexity"] == pytest.approx(np.exp(trained))
+    network, tokenizer = torch_bridge.from_pretrained(str(inputs.base))
+    config = TrainConfig(packing=True, max_length=64, per_device_train_batch_size=2)
+    alone = jaxpack.evaluate(network, tokenizer, str(inputs.data), config)
+    assert alone["eval_loss"] == pytest.approx(base, rel=1e-5)
 
 
 def test_training_goes_on_from_an_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
