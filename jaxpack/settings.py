@@ -8,8 +8,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from jaxpack.arguments import SCHEDULES, read_arguments
 from jaxpack.constants import (
     LANES,
+    POLYNOMIAL_END,
     WHOLE_MODULES,
     Destination,
     Implementation,
@@ -188,7 +190,17 @@ class TrainConfig:
     lr_scheduler_type: Schedule = _option(
         "linear",
         "Learning rate after the warm-up: 'linear' or 'cosine' decay to 0, or no decay ('constant_with_warmup'). With "
-        "'constant', there is no warm-up either.",
+        "'constant', there is no warm-up either. 'cosine_with_min_lr' ends at a learning rate above 0, "
+        "'cosine_with_restarts' repeats the decay, 'polynomial' decays with a power, 'inverse_sqrt' with the square "
+        "root of the steps, and 'warmup_stable_decay' stays at the peak and decays at the end. All are transformers' "
+        "schedules, step by step.",
+    )
+    lr_scheduler_kwargs: str | tuple[tuple[str, int | float | str], ...] = _option(
+        "",
+        "Parameters of the schedule, such as 'num_cycles=2' or 'min_lr=1e-6', with transformers' names. 'cosine' and "
+        "'cosine_with_restarts' take num_cycles; 'cosine_with_min_lr' needs min_lr or min_lr_rate; 'polynomial' takes "
+        "lr_end and power; 'inverse_sqrt' takes timescale; 'warmup_stable_decay' needs num_decay_steps, and takes "
+        "num_stable_steps, warmup_type, decay_type, min_lr_ratio and num_cycles.",
     )
     warmup_steps: float = _option(
         0, "Steps in which the learning rate rises linearly from 0. A value below 1 is a share of all steps."
@@ -411,6 +423,7 @@ class TrainConfig:
         for name, values in choices.items():
             allowed = get_args(values)
             check(getattr(self, name) in allowed, name, f"must be one of {allowed}", getattr(self, name))
+        object.__setattr__(self, "lr_scheduler_kwargs", _schedule_arguments(self))
         check(
             self.offload_weights != "on" or self.remat in ("auto", "offload", "offload_heads"),
             "remat",
@@ -523,6 +536,23 @@ def _optim(name: str) -> str:
             " save memory; for another optimizer, pass an optax transformation to `Trainer` as `optimizer`."
         )
     return found
+
+
+def _schedule_arguments(config: TrainConfig) -> tuple[tuple[str, Any], ...]:
+    """Returns the parameters of a run's schedule, with those present that the schedule needs."""
+    name, kind = "lr_scheduler_kwargs", config.lr_scheduler_type
+    pairs = read_arguments(name, config.lr_scheduler_kwargs, "lr_scheduler_type", kind, SCHEDULES)
+    found = dict(pairs)
+    if kind == "cosine_with_min_lr":
+        rule = f"must have either `min_lr` or `min_lr_rate` with `lr_scheduler_type` {kind!r}"
+        check(("min_lr" in found) != ("min_lr_rate" in found), name, rule, found)
+    if kind == "warmup_stable_decay":
+        rule = f"must have `num_decay_steps`, the steps of the decay, with `lr_scheduler_type` {kind!r}"
+        check("num_decay_steps" in found, name, rule, found)
+    if kind == "polynomial":
+        end = found.get("lr_end", POLYNOMIAL_END)
+        check(end < config.learning_rate, name, "must have an `lr_end` below `learning_rate`", end)
+    return pairs
 
 
 def _by_name(pattern: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ ROOMS = [
     "jaxpack.errors",
     "jaxpack.constants",
     "jaxpack.utils",
+    "jaxpack.arguments",
     "jaxpack.settings",
     "jaxpack.parallel",
     "jaxpack.kernels",

@@ -1,6 +1,5 @@
 """Makes the optimizer of a run, AdamW with the run's settings or the user's own, and tells the bytes of its state."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +12,8 @@ from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
+from jaxpack.optimizers.schedules import make_schedule
 from jaxpack.settings import TrainConfig
-
-
-def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step, as in transformers: linear warm-up from 0, then a decay to 0 or a constant."""
-    warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * num_steps
-    warmup = math.ceil(warmup)
-    decay_steps = max(1, num_steps - warmup)
-    after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "constant_with_warmup": optax.constant_schedule(config.learning_rate),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, decay_steps),
-    }[config.lr_scheduler_type]
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, max(1, warmup)), after], [warmup])
 
 
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
