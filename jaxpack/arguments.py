@@ -1,4 +1,4 @@
-"""Checks the parameters that only some schedules have. Imports no jax."""
+"""Checks the parameters that only some schedules and some optimizers have. Imports no jax."""
 
 import json
 import math
@@ -36,6 +36,12 @@ def _positive(value: Any) -> float:
     return number
 
 
+def _share(value: Any) -> float:
+    if not 0 <= (number := _number(value)) < 1:
+        raise ValueError
+    return number
+
+
 def _steps(value: Any) -> int:
     number = int(value) if isinstance(value, str) else value
     if type(number) is not int or not 0 <= number < 2**31:
@@ -49,6 +55,15 @@ def _count(value: Any) -> int:
     return number
 
 
+def _flag(value: Any) -> bool:
+    known = {"true": True, "false": False}
+    if type(value) is bool:
+        return value
+    if not isinstance(value, str) or value.lower() not in known:
+        raise ValueError
+    return known[value.lower()]
+
+
 def _shape(value: Any) -> str:
     if value not in _SHAPES:
         raise ValueError
@@ -60,6 +75,7 @@ _POSITIVE = Argument("a positive number", _positive)
 _NOT_NEGATIVE = Argument("0 or a positive number", _not_negative)
 _STEPS = Argument("a whole number of at least 0", _steps)
 _A_SHAPE = Argument(f"one of {_SHAPES}", _shape)
+_MOMENTUM = {"momentum": Argument("a number in [0, 1)", _share), "nesterov": Argument("true or false", _flag)}
 
 # The parameters of each schedule (`lr_scheduler_kwargs`), with transformers' names.
 SCHEDULES: dict[str, dict[str, Argument]] = {
@@ -77,6 +93,8 @@ SCHEDULES: dict[str, dict[str, Argument]] = {
         "num_cycles": _POSITIVE,
     },
 }
+# The parameters of each optimizer (`optim_args`), with torch's names.
+OPTIMIZERS: dict[str, dict[str, Argument]] = {"sgd": _MOMENTUM, "muon": _MOMENTUM}
 
 
 def read_arguments(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jaxpack.arguments import SCHEDULES, read_arguments
+from jaxpack.arguments import OPTIMIZERS, SCHEDULES, read_arguments
 from jaxpack.constants import (
     LANES,
     POLYNOMIAL_END,
@@ -29,7 +29,12 @@ _SAVE_STEPS = 500
 # Booleans, as Python, settings files and the command line write them.
 _OFFLOADS = {True: "on", False: "off", "true": "on", "false": "off"}
 # Other names of the optimizers in transformers and TRL.
-_OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
+_OPTIMS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "lion_32bit": "lion",
+}
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -209,12 +214,26 @@ class TrainConfig:
         "adamw",
         "Optimizer. 'adamw' keeps two float32 moments for each trained parameter. 'adamw_8bit' keeps them in 8 bits, "
         "as bitsandbytes does: 2 bytes a parameter instead of 8. The moments of the embedding, and of matrices with "
-        "fewer than 4,096 elements, stay float32. TRL's names 'adamw_torch', 'adamw_torch_fused' and 'adamw_bnb_8bit' "
-        "mean the same.",
+        "fewer than 4,096 elements, stay float32. 'lion' keeps one moment (4 bytes), and needs a smaller learning rate "
+        "and a larger weight decay. 'adafactor' keeps only means over rows and columns, as transformers' Adafactor "
+        "with a fixed learning rate. 'muon' keeps one moment, and orthogonalises the updates of the layers' matrices; "
+        "everything else has AdamW. 'sgd' keeps nothing, or one moment with momentum (optim_args). The names "
+        "'adamw_torch', 'adamw_torch_fused', 'adamw_bnb_8bit' and 'lion_32bit' of TRL and transformers mean the same.",
     )
-    weight_decay: float = _option(0.0, "AdamW weight decay. Norm scales and biases are not decayed.")
-    adam_beta1: float = _option(0.9, "AdamW beta1: decay of the running mean of gradients.")
-    adam_beta2: float = _option(0.999, "AdamW beta2: decay of the running mean of squared gradients.")
+    optim_args: str | tuple[tuple[str, int | float | str], ...] = _option(
+        "",
+        "Parameters of the optimizer, such as 'momentum=0.9,nesterov=true'. 'sgd' (momentum 0 by default) and 'muon' "
+        "(momentum 0.95 and nesterov by default) take momentum and nesterov; other optimizers take none.",
+    )
+    weight_decay: float = _option(0.0, "Weight decay of all optimizers. Norm scales and biases are not decayed.")
+    adam_beta1: float = _option(
+        0.9, "AdamW beta1: decay of the running mean of gradients. Lion's beta1 too: the mean's share in an update."
+    )
+    adam_beta2: float = _option(
+        0.999,
+        "AdamW beta2: decay of the running mean of squared gradients. With 'lion', decay of its moment; its authors "
+        "take 0.99.",
+    )
     adam_epsilon: float = _option(
         1e-8, "AdamW epsilon: added to the denominator of an update, so that it is never divided by zero."
     )
@@ -352,6 +371,7 @@ class TrainConfig:
         )
         object.__setattr__(self, "report_to", _destinations(self.report_to))
         object.__setattr__(self, "optim", _optim(self.optim))
+        object.__setattr__(self, "optim_args", _optimizer_arguments(self))
         check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
         for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir"):
             folder = getattr(self, name)
@@ -536,6 +556,16 @@ def _optim(name: str) -> str:
             " save memory; for another optimizer, pass an optax transformation to `Trainer` as `optimizer`."
         )
     return found
+
+
+def _optimizer_arguments(config: TrainConfig) -> tuple[tuple[str, Any], ...]:
+    """Returns the parameters of a run's optimizer, in which `nesterov` comes with a momentum."""
+    pairs = read_arguments("optim_args", config.optim_args, "optim", config.optim, OPTIMIZERS)
+    found = dict(pairs)
+    momentum = found.get("momentum", 0.95 if config.optim == "muon" else 0.0)
+    rule = "must have a `momentum` above 0 with `nesterov`"
+    check(momentum > 0 or not found.get("nesterov", False), "optim_args", rule, found)
+    return pairs
 
 
 def _schedule_arguments(config: TrainConfig) -> tuple[tuple[str, Any], ...]:

@@ -123,13 +123,15 @@ def test_names_of_modules_come_as_a_list_or_as_a_string():
     [
         *((name, "adamw") for name in ("adamw", "adamw_torch", "adamw_torch_fused")),
         *((name, "adamw_8bit") for name in ("adamw_8bit", "adamw_bnb_8bit")),
+        *((name, "lion") for name in ("lion", "lion_32bit")),
+        *((name, name) for name in ("adafactor", "muon", "sgd")),
     ],
 )
 def test_an_optimizer_has_the_names_that_trl_knows(given, meant):
     assert TrainConfig(optim=given).optim == meant
 
 
-@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_torch_8bit", "lion_8bit", "adafactor", "sgd", "AdamW", ""])
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_torch_8bit", "lion_8bit", "rmsprop", "AdamW", ""])
 def test_another_optimizer_is_refused_with_what_to_use(name):
     rule = rf"`optim` must be among \('adamw', 'adamw_8bit', .*\), got {name!r}\. Use 'adamw_8bit' .* as `optimizer`\."
     with pytest.raises(InputError, match=rule):

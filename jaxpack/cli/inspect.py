@@ -45,6 +45,7 @@ _USED = {
     "allow_lost_thoughts",
     "chat_template_date",
     "optim",
+    "optim_args",
     "remat",
     "memory_limit",
     "offload_weights",

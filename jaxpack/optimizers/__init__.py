@@ -1,1 +1,1 @@
-"""Makes the optimizer of a run: AdamW with moments in float32 or in 8 bits, or the user's own."""
+"""Makes the optimizer and the schedule of a run: the ones that its settings name, or the user's own."""

@@ -1,4 +1,4 @@
-"""Makes the optimizer of a run, AdamW with the run's settings or the user's own, and tells the bytes of its state."""
+"""Makes the optimizer of a run, the one that its settings name or the user's own, and tells the bytes of its state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,28 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxpack.arguments import by_name
 from jaxpack.errors import InputError
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
+from jaxpack.optimizers.matrices import each_alone, rows_of
+from jaxpack.optimizers.muon import scale_by_muon_or_adam
 from jaxpack.optimizers.schedules import make_schedule
 from jaxpack.settings import TrainConfig
 
 
-def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, after clipping by the global gradient norm. Norm scales and biases have no weight decay.
+def make_optimizer(
+    config: TrainConfig, schedule: optax.Schedule, model: Transformer | None = None
+) -> optax.GradientTransformation:
+    """Returns the optimizer that `optim` names, after clipping by the global gradient norm.
 
-    Its moments are float32 or, with `optim` "adamw_8bit", 8-bit, except those of the embedding and of small matrices.
+    Norm scales and biases have no weight decay. The decay is decoupled (multiplied by the learning rate, and added to
+    the update), except SGD's, which is added to the gradient as in torch.
+
+    Args:
+      model: the model to train, whose arrays may be abstract; says which rows of an array are a projection. May be None
+        for optimizers that work element by element.
     """
 
     def decays(parameters: nnx.State) -> nnx.State:
@@ -28,12 +38,35 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
 
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
-    settings = (config.adam_beta1, config.adam_beta2, config.adam_epsilon)
-    adam = (
-        scale_by_adam_8bit(*settings, _num_matrices) if config.optim == "adamw_8bit" else optax.scale_by_adam(*settings)
-    )
     decay = optax.add_decayed_weights(config.weight_decay, decays)
-    return _clipped(config, optax.chain(adam, decay, optax.scale_by_learning_rate(schedule)))
+    rate = optax.scale_by_learning_rate(schedule)
+    if config.optim == "sgd":
+        return _clipped(config, optax.chain(decay, _momentum(**by_name(config.optim_args)), rate))
+    return _clipped(config, optax.chain(_direction(config, model), decay, rate))
+
+
+def _direction(config: TrainConfig, model: Transformer | None) -> optax.GradientTransformation:
+    """Returns the transformation of gradients that names an optimizer, before weight decay and learning rate."""
+    betas = config.adam_beta1, config.adam_beta2
+    if config.optim == "adamw_8bit":
+        return scale_by_adam_8bit(*betas, config.adam_epsilon, _num_matrices)
+    if config.optim == "lion":
+        return optax.scale_by_lion(*betas)
+    adam = optax.scale_by_adam(*betas, config.adam_epsilon)
+    if config.optim == "adamw":
+        return adam
+    assert model is not None, f"{config.optim} needs to know the projections of the model"
+    rows = rows_of(model)
+    if config.optim == "adafactor":
+        # As transformers' `Trainer` sets it: no momentum, and the learning rate is that of the schedule.
+        scale = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
+        return each_alone(optax.chain(scale, optax.clip_by_block_rms(1.0)), rows)
+    assert config.optim == "muon"
+    return scale_by_muon_or_adam(adam, rows, **by_name(config.optim_args))
+
+
+def _momentum(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
+    return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
 def _num_matrices(path: tuple, parameter: jax.Array) -> int:
@@ -59,18 +92,21 @@ def state_bytes(config: TrainConfig, model: Transformer) -> int:
     """Returns the bytes of the state that a run's own optimizer keeps for a model, whose arrays may be abstract."""
     _, trained, _ = split_trained(model)
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
-    state = jax.eval_shape(make_optimizer(config, optax.constant_schedule(0.0)).init, trained)
+    state = jax.eval_shape(make_optimizer(config, optax.constant_schedule(0.0), model).init, trained)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def resolve_optimizer(
-    optimizer: optax.GradientTransformation | Callable[..., Any] | None, config: TrainConfig, num_steps: int
+    optimizer: optax.GradientTransformation | Callable[..., Any] | None,
+    config: TrainConfig,
+    num_steps: int,
+    model: Transformer,
 ) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
     """Returns a run's optimizer, and its learning rate by step, or None where that is not known.
 
     Args:
-      optimizer: None is the AdamW that `optim` names, with the schedule of `config`. A schedule replaces the schedule
-        of `config`. An optax transformation replaces AdamW and the schedule, and gets gradients that are clipped to
+      optimizer: None is the optimizer that `optim` names, with the schedule of `config`. A schedule replaces the
+        schedule of `config`. An optax transformation replaces both, and gets gradients that are clipped to
         `max_grad_norm`.
 
     Raises:
@@ -92,7 +128,7 @@ def resolve_optimizer(
             "`optimizer` must be an optax transformation such as optax.lion(1e-4), or a schedule (a function from the"
             f" step to the learning rate), got {type(optimizer).__name__}."
         )
-    return make_optimizer(config, schedule), schedule
+    return make_optimizer(config, schedule, model), schedule
 
 
 def _clipped(config: TrainConfig, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

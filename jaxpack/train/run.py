@@ -106,7 +106,7 @@ class Run:
         self.frozen = deal(frozen, mesh)
         nnx.update(model, self.frozen)
         del frozen
-        optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps)
+        optimizer, self.schedule = resolve_optimizer(optimizer, config, batches.num_steps, model)
         self.state = TrainState(trainable, _initial(optimizer, trainable, mesh), replicate(jnp.int32(0), mesh))
         held_bytes, optimizer_bytes = (
             sum(

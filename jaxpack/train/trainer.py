@@ -101,8 +101,8 @@ class Trainer:
         steps, in batches like those of training.
       objective: the objective to minimise; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
         `LogProbObjective` make an objective from a function.
-      optimizer: None is AdamW with the settings of `config`. A schedule (a function from the step to the learning rate)
-        replaces the schedule of `config`. An optax transformation replaces AdamW and the schedule, so `optim` must then
+      optimizer: None is the optimizer that `optim` names. A schedule (a function from the step to the learning rate)
+        replaces the schedule of `config`. An optax transformation replaces optimizer and schedule, so `optim` must then
         be left at "adamw"; its gradients are still clipped to `max_grad_norm` (0 turns clipping off).
       callbacks: objects that are told of steps, evaluations, checkpoints and the end, see `Callback`.
       compute_metrics: computes metrics of an evaluation: `function(losses, predictions, batch) -> {name: (sum,
@@ -158,7 +158,7 @@ class Trainer:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.objective = SFT() if objective is None else check_objective(objective)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
-        resolve_optimizer(optimizer, config, 1)  # Raises here if it is no optimizer.
+        resolve_optimizer(optimizer, config, 1, model)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
         if compute_metrics is not None and eval_dataset is None:
             raise InputError(

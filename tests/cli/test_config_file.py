@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from jaxpack.cli.config_file import write_settings
+from jaxpack.cli.options import to_flags
 from jaxpack.settings import LoraConfig, TrainConfig
 
 # Metrics that differ between any two runs.
@@ -100,6 +102,23 @@ def test_model_data_and_output_may_be_in_the_file(data: Path, tmp_path: Path, wh
     found = what_is_trained("--config", file, "--model", "there", "--dtype", "float16", "--output", tmp_path / "other")
     assert (found["model"], found["dtype"]) == ("there", "float16")
     assert found["config"].output_dir == str(tmp_path / "other")
+
+
+def test_parameters_of_schedules_and_optimizers_are_mappings_as_a_run_writes_them(
+    data: Path, tmp_path: Path, what_is_trained: Callable
+) -> None:
+    schedule = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+    file = written(tmp_path, f"{schedule}optim: sgd\noptim_args: {{momentum: 0.9, nesterov: true}}\n")
+    given = ["--model", "x", "--data", data, "--output", tmp_path / "run"]
+    config = what_is_trained(*given, "--config", file)["config"]
+    assert config.lr_scheduler_kwargs == (("min_lr", 1e-6),)
+    assert config.optim_args == (("momentum", 0.9), ("nesterov", True))
+    flags = {name: value for name, value in to_flags(config).items() if name != "output_dir"}
+    write_settings(tmp_path / "run.yaml", flags)
+    assert what_is_trained(*given, "--config", tmp_path / "run.yaml")["config"] == config
+    flags = ["--lr-scheduler-kwargs", "min_lr=2e-6", "--optim-args", "momentum=0.5"]
+    changed = what_is_trained(*given, "--config", file, *flags)["config"]
+    assert (changed.lr_scheduler_kwargs, changed.optim_args) == ((("min_lr", 2e-6),), (("momentum", 0.5),))
 
 
 def test_one_way_to_train_on_the_command_line_takes_the_place_of_another_in_the_file(

@@ -299,7 +299,7 @@ FIELDS = [
 
 
 # Further flags, without which a setting may not have another value than its default.
-NEEDED = {"lr_scheduler_kwargs": ["--lr-scheduler-type", "cosine"]}
+NEEDED = {"optim_args": ["--optim", "sgd"], "lr_scheduler_kwargs": ["--lr-scheduler-type", "cosine"]}
 
 
 def flag_of(field: dataclasses.Field) -> str:
@@ -316,6 +316,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "report_to": ("tensorboard",),
         "memory_limit": 40.5,
         "optim": "adamw_8bit",
+        "optim_args": "momentum=0.5",
         "lr_scheduler_kwargs": "num_cycles=2.0",
         "offload_weights": "on",
         "offload_embedding": "off",

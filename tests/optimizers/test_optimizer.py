@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from models import small_model
 from planned_steps import abstract_model
 
 from jaxpack import InputError, LoraConfig, TrainConfig
@@ -103,9 +104,10 @@ def test_an_update_keeps_no_more_than_three_arrays_of_the_size_of_a_leaf():
 
 
 def test_an_optimizer_of_ones_own_and_another_by_name_are_refused_together():
+    model = small_model("qwen3", lora=LoraConfig(r=2))
     with pytest.raises(
         InputError, match=r"`optimizer` must be None or a schedule with `optim` 'adamw_8bit', got an opt"
     ):
-        resolve_optimizer(optax.sgd(1.0), IN_8_BITS, 10)
-    optimizer, _ = resolve_optimizer(optax.constant_schedule(1e-3), IN_8_BITS, 10)
+        resolve_optimizer(optax.sgd(1.0), IN_8_BITS, 10, model)
+    optimizer, _ = resolve_optimizer(optax.constant_schedule(1e-3), IN_8_BITS, 10, model)
     assert isinstance(optimizer.init({"weight": jnp.ones((64, 64))})[1][0].mu["weight"], Quantized)

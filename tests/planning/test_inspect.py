@@ -23,7 +23,7 @@ from jaxpack.bench.cases import case_of
 from jaxpack.bench.measure import train_config
 from jaxpack.bench.models import abstract_model
 from jaxpack.cli.demo import sample, train_tokenizer
-from jaxpack.constants import Layout, Optim
+from jaxpack.constants import Layout
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.reading import load_documents
@@ -309,7 +309,8 @@ def test_moments_in_8_bits_fit_where_those_in_float32_do_not():
         found = jaxpack.inspect(skewed(), TrainConfig(optim=optim, **settings), model=model, gpu="H200")
         assert (found.run.refusal is None) == fits
     step, in_8_bits = (
-        StepShape.of_run(model, Batches(skewed(), TrainConfig(optim=optim, **settings))) for optim in get_args(Optim)
+        StepShape.of_run(model, Batches(skewed(), TrainConfig(optim=optim, **settings)))
+        for optim in ("adamw", "adamw_8bit")
     )
     assert step_seconds(in_8_bits, "full", card_named("H200").rates) < step_seconds(
         step, "full", card_named("H200").rates

@@ -1,7 +1,5 @@
 """Tests that predicted bytes agree with the model's own arrays and with the memory of compiled steps."""
 
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,7 +10,6 @@ from models import small_config, small_model
 from planned_steps import GIB, H200, LORA, PADDING_FREE_RUNS, abstract_model, model_of
 
 from jaxpack import LoraConfig, TrainConfig, Transformer
-from jaxpack.constants import Optim
 from jaxpack.data.packing import PackedBatch
 from jaxpack.model.lora import add_lora
 from jaxpack.optimizers.optimizer import make_optimizer, make_schedule, state_bytes
@@ -32,13 +29,13 @@ def test_short_steps_take_what_choosing_their_kernels_takes(row):
     assert predict(step, H200)[remat].peak_bytes == pytest.approx(peak, rel=0.02)
 
 
-@pytest.mark.parametrize("optim", get_args(Optim))
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("lora", [LoraConfig(r=64), None], ids=["lora", "full"])
 def test_arguments_are_those_of_the_step(family, lora, optim):
     model = small_model(family, lora=lora, dtype=jnp.bfloat16)
     _, trainable, frozen = split_trainable(model)
     config = TrainConfig(optim=optim)
-    state = make_optimizer(config, make_schedule(config, 1)).init(trainable)
+    state = make_optimizer(config, make_schedule(config, 1), model).init(trainable)
     arrays = jax.tree.leaves((trainable, frozen, state))
     batch = 4 * 3 * 2 * 128 * 4
     step = StepShape.of(model, (3, 2, 128), optimizer_bytes=state_bytes(config, model))

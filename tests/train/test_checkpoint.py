@@ -298,7 +298,13 @@ def test_checkpoints_from_before_a_setting_go_on_with_the_value_that_it_had() ->
         return identity_of(training.model, training.config, small_state(), nnx.State({}), train_dataset=None)
 
     added = {"optim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_bias"}
-    added |= {"experts_bias", "attention_sinks", "router_aux_loss_coef", "lr_scheduler_kwargs"}
+    added |= {
+        "optim_args",
+        "lr_scheduler_kwargs",
+        "experts_bias",
+        "attention_sinks",
+        "router_aux_loss_coef",
+    }
     older = {name: value for name, value in identity().items() if name not in added}
     assert len(older) == len(identity()) - len(added)
     checkpoint._require_same(Path("3"), older, identity())
