@@ -225,6 +225,12 @@ class TrainConfig:
         "Parameters of the optimizer, such as 'momentum=0.9,nesterov=true'. 'sgd' (momentum 0 by default) and 'muon' "
         "(momentum 0.95 and nesterov by default) take momentum and nesterov; other optimizers take none.",
     )
+    loraplus_lr_ratio: float | None = _option(
+        None,
+        "Learning rate of the adapters' lora_B as a multiple of the learning rate of lora_A (LoRA+, "
+        "https://arxiv.org/abs/2402.12354, whose authors take 16 with a smaller learning rate). None or 1 gives both "
+        "the same.",
+    )
     weight_decay: float = _option(0.0, "Weight decay of all optimizers. Norm scales and biases are not decayed.")
     adam_beta1: float = _option(
         0.9, "AdamW beta1: decay of the running mean of gradients. Lion's beta1 too: the mean's share in an update."
@@ -431,6 +437,15 @@ class TrainConfig:
                 "must be 0 with `lr_scheduler_type` 'constant' (use 'constant_with_warmup' to have both)",
                 self.warmup_steps,
             )
+        if self.loraplus_lr_ratio is not None:
+            ratio = self.loraplus_lr_ratio
+            check(
+                is_positive(ratio) and ratio is not True,
+                "loraplus_lr_ratio",
+                "must be a positive number or None",
+                ratio,
+            )
+            object.__setattr__(self, "loraplus_lr_ratio", None if ratio == 1 else ratio)
         folder = self.compilation_cache_dir
         check(folder != "", "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder)
         if self.memory_limit is not None:

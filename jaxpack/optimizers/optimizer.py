@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxpack.arguments import by_name
 from jaxpack.errors import InputError
+from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
@@ -40,6 +41,8 @@ def make_optimizer(
 
     decay = optax.add_decayed_weights(config.weight_decay, decays)
     rate = optax.scale_by_learning_rate(schedule)
+    if config.loraplus_lr_ratio is not None:
+        rate = optax.chain(optax.masked(optax.scale(config.loraplus_lr_ratio), _is_lora_b), rate)
     if config.optim == "sgd":
         return _clipped(config, optax.chain(decay, _momentum(**by_name(config.optim_args)), rate))
     return _clipped(config, optax.chain(_direction(config, model), decay, rate))
@@ -63,6 +66,10 @@ def _direction(config: TrainConfig, model: Transformer | None) -> optax.Gradient
         return each_alone(optax.chain(scale, optax.clip_by_block_rms(1.0)), rows)
     assert config.optim == "muon"
     return scale_by_muon_or_adam(adam, rows, **by_name(config.optim_args))
+
+
+def _is_lora_b(parameters: nnx.State) -> nnx.State:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "lora_b" in _names(path), parameters)
 
 
 def _momentum(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
@@ -110,9 +117,20 @@ def resolve_optimizer(
         `max_grad_norm`.
 
     Raises:
-      InputError: `optimizer` is none of these, or an optax transformation beside an `optim` that asks for another.
+      InputError: `optimizer` is none of these, or an optax transformation beside settings of another optimizer, or
+        `loraplus_lr_ratio` is set for a model without adapters.
     """
+    if config.loraplus_lr_ratio is not None and not adapters(model):
+        raise InputError(
+            "`loraplus_lr_ratio` must be None for a model without adapters, got"
+            f" {config.loraplus_lr_ratio}: it is the learning rate of lora_B as a multiple of lora_A's."
+        )
     if isinstance(optimizer, optax.GradientTransformation):
+        if config.loraplus_lr_ratio is not None:
+            raise InputError(
+                f"`loraplus_lr_ratio` must be None if `optimizer` is an optax transformation, got"
+                f" {config.loraplus_lr_ratio}. Leave one of the two out."
+            )
         if config.optim != "adamw":
             raise InputError(
                 f"`optimizer` must be None or a schedule with `optim` {config.optim!r}, got an optax transformation,"

@@ -318,6 +318,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "optim": "adamw_8bit",
         "optim_args": "momentum=0.5",
         "lr_scheduler_kwargs": "num_cycles=2.0",
+        "loraplus_lr_ratio": 16.0,
         "offload_weights": "on",
         "offload_embedding": "off",
         "dataset_text_field": "body",

@@ -301,6 +301,7 @@ def test_checkpoints_from_before_a_setting_go_on_with_the_value_that_it_had() ->
     added |= {
         "optim_args",
         "lr_scheduler_kwargs",
+        "loraplus_lr_ratio",
         "experts_bias",
         "attention_sinks",
         "router_aux_loss_coef",
