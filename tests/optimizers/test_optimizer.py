@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 from models import small_model
 from planned_steps import abstract_model
 
 from jaxpack import InputError, LoraConfig, TrainConfig
+from jaxpack.model.shards import state_specs
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import BLOCK, Quantized, scale_by_adam_8bit
 from jaxpack.optimizers.optimizer import make_optimizer, resolve_optimizer, state_bytes
+from jaxpack.parallel.placement import is_partition
 from jaxpack.train.checkpoint import arrays_by_name
 
 IN_8_BITS = TrainConfig(optim="adamw_8bit")
@@ -111,3 +114,37 @@ def test_an_optimizer_of_ones_own_and_another_by_name_are_refused_together():
         resolve_optimizer(optax.sgd(1.0), IN_8_BITS, 10, model)
     optimizer, _ = resolve_optimizer(optax.constant_schedule(1e-3), IN_8_BITS, 10, model)
     assert isinstance(optimizer.init({"weight": jnp.ones((64, 64))})[1][0].mu["weight"], Quantized)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "lion", "muon", "sgd", "adafactor"])
+def test_the_state_lies_in_shards_as_the_matrices_do(optim):
+    config = TrainConfig(optim=optim, optim_args="momentum=0.9" if optim in ("sgd", "muon") else "")
+    model, mesh = small_model("qwen3", hidden_size=64), AbstractMesh((1, 4), ("data", "fsdp"))
+    _, trained, _ = split_trained(model)
+    state = jax.eval_shape(make_optimizer(config, optax.constant_schedule(1e-3), model).init, trained)
+    placed = jax.tree.leaves(state_specs(state, trained, mesh), is_leaf=is_partition)
+    in_shards = [leaf.size for leaf, spec in zip(jax.tree.leaves(state), placed, strict=True) if "fsdp" in spec]
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(trained.blocks) if leaf.ndim == 3)
+    moments = {"adamw": 2, "adafactor": 0}.get(optim, 1)
+    # The 97 rows of the embedding cannot be dealt evenly, so it is whole.
+    assert sum(in_shards) == moments * matrices
+    # Adafactor keeps a number for each row and column, and whole moments of vectors only.
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < (0.2 if optim == "adafactor" else 2.01) * sum(
+        leaf.size for leaf in jax.tree.leaves(trained)
+    )
+
+
+def test_parameters_of_an_optimizer_are_refused_with_those_that_there_are():
+    for optim, given, told in (
+        (
+            "adamw",
+            "momentum=0.9",
+            r"must be empty with `optim` 'adamw', got 'momentum'\. It belongs to `optim` 'sgd' or",
+        ),
+        ("sgd", {"beta": 1}, r"must be among \('momentum', 'nesterov'\) with `optim` 'sgd', got 'beta'\."),
+        ("sgd", {"momentum": 1}, r"must have a number in \[0, 1\) as `momentum`, got 1\."),
+        ("muon", "nesterov=yes", r"must have true or false as `nesterov`, got 'yes'\."),
+        ("sgd", "nesterov=true", "must have a `momentum` above 0 with `nesterov`"),
+    ):
+        with pytest.raises(InputError, match=f"`optim_args` {told}"):
+            TrainConfig(optim=optim, optim_args=given)
