@@ -246,6 +246,16 @@ class TrainConfig:
     max_grad_norm: float = _option(
         1.0, "Largest global norm of the gradients: larger gradients are scaled down to it. 0 turns clipping off."
     )
+    label_smoothing_factor: float = _option(
+        0.0,
+        "Label smoothing: the share of the target's probability, at least 0 and below 1, that all tokens of the "
+        "vocabulary get instead in the training loss. Evaluations report the plain cross entropy.",
+    )
+    z_loss_coef: float = _option(
+        0.0,
+        "Coefficient of the z-loss, the squared log-sum-exp of a token's logits, which keeps logits from drifting. It "
+        "is added to the training loss of each target; 0 turns it off.",
+    )
     router_aux_loss_coef: float = _option(
         0.0,
         "Coefficient of the load-balancing loss of a mixture of experts, which is least where all experts are used "
@@ -425,10 +435,17 @@ class TrainConfig:
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             check(is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
         _check_seed(self.seed)
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "router_aux_loss_coef", "save_steps"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "router_aux_loss_coef",
+            "z_loss_coef",
+            "save_steps",
+        ):
             value = getattr(self, name)
             check(value == 0 or is_positive(value), name, "must be 0 or a positive number", value)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             check(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
         if self.lr_scheduler_type == "constant":
             check(

@@ -43,6 +43,8 @@ def linear_cross_entropy(
     max_targets: int | None = None,
     chunk: int = CHUNK,
     implementation: Implementation | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Float[Array, ""]:
     """Returns the sum over all targets of `logsumexp(head @ hidden) - (head @ hidden)[target]`, float32.
 
@@ -58,9 +60,11 @@ def linear_cross_entropy(
       chunk: the number of tokens whose logits exist at a time. Fewer tokens take less memory, and more time.
       implementation: how to compute the log-sum-exp, see `jaxpack.kernels`; the rest is always XLA, and so is all of
         the loss if the head lies in host memory.
+      label_smoothing: the share of the target's probability that all tokens of the vocabulary get instead.
+      z_loss: the coefficient of `logsumexp(logits)**2`, which is added to the loss of each target.
     """
     head = as_weight(head)
-    options = LossOptions(softcap, max_targets, chunk, implementation)
+    options = LossOptions(softcap, max_targets, chunk, implementation, label_smoothing, z_loss)
     check(hidden, head, targets, options)
     return _summed(hidden, head, targets, options)
 
@@ -72,13 +76,16 @@ def token_losses(
     *,
     softcap: float | None = None,
     chunk: int = CHUNK,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Float[Array, "*B"]:
     """Returns the loss of each token, 0 without a target: the terms that `linear_cross_entropy` adds up.
 
     It is plain jnp, and the reference for `linear_cross_entropy`.
     """
     head = as_weight(head)
-    check(hidden, head, targets, LossOptions(softcap, chunk=chunk))
+    options = LossOptions(softcap, chunk=chunk, label_smoothing=label_smoothing, z_loss=z_loss)
+    check(hidden, head, targets, options)
     head = head.dense(hidden.dtype)
     chunks = chunked(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
 
@@ -86,7 +93,7 @@ def token_losses(
     def of_chunk(_: None, chunk: Chunks) -> tuple[None, Float[Array, " C"]]:
         logits = capped_logits(chunk.hidden, head, softcap)[0]
         lse = nan_outside(jax.nn.logsumexp(logits, axis=-1), chunk.targets, len(head))
-        return None, losses_of(logits, chunk.targets, lse)
+        return None, losses_of(logits, chunk.targets, lse, options)
 
     _, losses = jax.lax.scan(of_chunk, None, chunks)
     return losses.reshape(-1)[: targets.size].reshape(targets.shape)
@@ -141,11 +148,11 @@ def _loss_and_gradients(
         total, d_head = carry
         logits, tanh = capped_logits(chunk.hidden, weights, options.softcap)
         lse = nan_outside(logsumexp(logits, implementation=options.implementation), chunk.targets, len(weights))
-        total = total + jnp.sum(losses_of(logits, chunk.targets, lse))
+        total = total + jnp.sum(losses_of(logits, chunk.targets, lse, options))
         if not any(wanted):
             return (total, None), None
         # Cast to the dtype of the matmuls: a float32 operand would make them tf32, at half the speed.
-        d_logits = logit_gradients(logits, tanh, lse, chunk.targets).astype(dtype)
+        d_logits = logit_gradients(logits, tanh, lse, chunk.targets, options).astype(dtype)
         d_hidden = None
         if wanted[0]:
             d_hidden = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32).astype(dtype)

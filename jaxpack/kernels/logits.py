@@ -20,6 +20,8 @@ class LossOptions(NamedTuple):
     max_targets: int | None = None
     chunk: int = CHUNK
     implementation: Implementation | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 def check(hidden: jax.Array, head: Weight, targets: jax.Array, options: LossOptions) -> None:
@@ -31,6 +33,10 @@ def check(hidden: jax.Array, head: Weight, targets: jax.Array, options: LossOpti
     for name in ("softcap", "max_targets", "chunk"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise InputError(f"`{name}` must be positive, got {value}.")
+    if not 0 <= options.label_smoothing < 1:
+        raise InputError(f"`label_smoothing` must be in [0, 1), got {options.label_smoothing}.")
+    if not options.z_loss >= 0:
+        raise InputError(f"`z_loss` must be 0 or a positive number, got {options.z_loss}.")
 
 
 def select(
@@ -114,17 +120,42 @@ def pick(logits: Float[Array, "C V"], targets: Int[Array, " C"]) -> Float[Array,
     return jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
 
 
-def losses_of(logits: Float[Array, "C V"], targets: Int[Array, " C"], lse: Float[Array, " C"]) -> Float[Array, " C"]:
-    """Returns the cross entropy of each token, and 0 where there is no target."""
-    return jnp.where(targets == IGNORE, 0.0, lse - pick(logits, targets))
+def losses_of(
+    logits: Float[Array, "C V"],
+    targets: Int[Array, " C"],
+    lse: Float[Array, " C"],
+    options: LossOptions = LossOptions(),  # noqa: B008
+) -> Float[Array, " C"]:
+    """Returns the cross entropy of each token, and 0 where there is no target.
+
+    With `label_smoothing` e it is `lse - (1 - e) * logit[target] - e * mean(logits)`; `z_loss` adds `z_loss * lse**2`.
+    """
+    has_none, e = targets == IGNORE, options.label_smoothing
+    target = pick(logits, targets)
+    if e:
+        target = (1 - e) * target + e * jnp.mean(logits, axis=-1)
+    losses = lse - target
+    if options.z_loss:
+        losses += options.z_loss * lse * lse
+    return jnp.where(has_none, 0.0, losses)
 
 
 def logit_gradients(
-    logits: Float[Array, "C V"], tanh: Float[Array, "C V"] | None, lse: Float[Array, " C"], targets: Int[Array, " C"]
+    logits: Float[Array, "C V"],
+    tanh: Float[Array, "C V"] | None,
+    lse: Float[Array, " C"],
+    targets: Int[Array, " C"],
+    options: LossOptions = LossOptions(),  # noqa: B008
 ) -> Float[Array, "C V"]:
-    """Returns the float32 gradient of each token's cross entropy by its logits before the cap."""
-    is_target = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
-    d_logits = jnp.exp(logits - lse[:, None]) - is_target
+    """Returns the float32 gradient of each token's loss (`losses_of`) by its logits before the cap."""
+    is_target, e = (
+        targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :],
+        options.label_smoothing,
+    )
+    probabilities = jnp.exp(logits - lse[:, None])
+    if options.z_loss:
+        probabilities *= 1 + 2 * options.z_loss * lse[:, None]
+    d_logits = probabilities - ((1 - e) * is_target + e / logits.shape[1] if e else is_target)
     if tanh is not None:
         d_logits = d_logits * (1 - tanh * tanh)
     return jnp.where(targets[:, None] == IGNORE, 0.0, d_logits)

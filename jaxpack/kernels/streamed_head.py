@@ -44,6 +44,9 @@ class _Running(NamedTuple):
     # 1 - tanh^2.
     weighted: Float[Array, "*C D"] | None
     target_row: Float[Array, "*C D"] | None
+    # With label smoothing, the sum of the logits, and of the rows of the head (with a cap times 1 - tanh^2).
+    logits: Float[Array, "*C"] | None
+    rows: Float[Array, "*C D"] | None
 
 
 def streamed_losses(
@@ -57,7 +60,8 @@ def streamed_losses(
     """Returns the loss of each token, see `linear_cross_entropy`, and its gradient by the hidden state.
 
     Args:
-      options: the cap of the logits, and the number of tokens in a chunk; the rest is not read.
+      options: the cap of the logits, the number of tokens in a chunk, and what is added to the cross entropy; the rest
+        is not read.
       wants_gradients: whether to compute the gradients, for a second matmul with each piece.
     """
     chunks, softcap = chunked(hidden, targets, options.chunk), options.softcap
@@ -92,35 +96,64 @@ def streamed_losses(
             found = jnp.take_along_axis(logits, inside[:, None], axis=1)[:, 0]
             target = jnp.where(is_here, found, sums.target)
             total = scale * sums.total + exponents.sum(axis=1)
-            return None, _Running(largest, total, target, best, weighted, target_row)
+            logit_sum, rows = sums.logits, sums.rows
+            if logit_sum is not None:
+                logit_sum = logit_sum + jnp.where(exists[None, :], logits, 0.0).sum(axis=1)
+            if rows is not None:
+                slope = jnp.broadcast_to(exists[None, :], logits.shape)
+                slope = slope if tanh is None else jnp.where(slope, 1 - tanh * tanh, 0.0)
+                product = jnp.einsum(
+                    "TV,VD->TD", slope.astype(hidden.dtype), weights, preferred_element_type=jnp.float32
+                )
+                rows = rows + product
+            return None, _Running(largest, total, target, best, weighted, target_row, logit_sum, rows)
 
         return jax.lax.scan(of_chunk, None, (chunks, sums))[1]
 
-    sums = loop_with(HostMatrix.fetch, head, len(head.pieces), of_piece, _start(chunks, wants_gradients))
+    sums = loop_with(
+        HostMatrix.fetch,
+        head,
+        len(head.pieces),
+        of_piece,
+        _start(chunks, wants_gradients, smooths=options.label_smoothing > 0),
+    )
     sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(targets)], sums)  # without the chunks' padding
-    return _results(sums, targets, head.rows, softcap, hidden.dtype)
+    return _results(sums, targets, head.rows, options, hidden.dtype)
 
 
-def _start(chunks: Chunks, wants_gradients: bool) -> _Running:
+def _start(chunks: Chunks, wants_gradients: bool, *, smooths: bool) -> _Running:
     shape, of_token = chunks.hidden.shape, chunks.targets.shape
     zeros = jnp.zeros(of_token, jnp.float32)
     both = None, None
     if wants_gradients:
         both = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, chunks.hidden.dtype)
-    return _Running(jnp.full(of_token, -jnp.inf), zeros, zeros, jnp.zeros(of_token, jnp.int32), *both)
+    logits = zeros if smooths else None
+    rows = jnp.zeros(shape, jnp.float32) if smooths and wants_gradients else None
+    return _Running(jnp.full(of_token, -jnp.inf), zeros, zeros, jnp.zeros(of_token, jnp.int32), *both, logits, rows)
 
 
 def _results(
-    sums: _Running, targets: Int[Array, " T"], vocab_size: int, softcap: float | None, dtype: DTypeLike
+    sums: _Running, targets: Int[Array, " T"], vocab_size: int, options: LossOptions, dtype: DTypeLike
 ) -> StreamedLoss:
     """Returns the results from the sums over all pieces, for each token."""
     lse = nan_outside(sums.largest + jnp.log(sums.total), targets, vocab_size)
     has_target = targets != IGNORE
-    losses, gradients = jnp.where(has_target, lse - sums.target, 0.0), None
+    target, softcap, e = sums.target, options.softcap, options.label_smoothing
+    if sums.logits is not None:
+        target = (1 - e) * target + e * sums.logits / vocab_size
+    losses, gradients = lse - target, None
+    if options.z_loss:
+        losses += options.z_loss * lse * lse
+    losses = jnp.where(has_target, losses, 0.0)
     if sums.weighted is not None and sums.target_row is not None:
-        factor = jnp.exp(sums.target - lse) - 1
+        slope = 1 + 2 * options.z_loss * lse if options.z_loss else None  # of the loss by the log-sum-exp
+        factor = jnp.exp(sums.target - lse)
+        factor = (factor if slope is None else slope * factor) - (1 - e)
         factor = factor if softcap is None else factor * (1 - (sums.target / softcap) ** 2)
-        others = jnp.exp(sums.largest - lse)[:, None] * sums.weighted
+        others = jnp.exp(sums.largest - lse)
+        others = (others if slope is None else slope * others)[:, None] * sums.weighted
         whole = others + factor[:, None] * sums.target_row.astype(jnp.float32)
+        if sums.rows is not None:
+            whole -= e / vocab_size * sums.rows
         gradients = jnp.where(has_target[:, None], whole, 0.0).astype(dtype)
     return StreamedLoss(losses, gradients, sums.best)

@@ -14,11 +14,16 @@ from jaxpack.objectives.objective import Sums
 class SFT:
     """Minimises the mean cross entropy over a step's targets; the forward pass also computes the gradient of the loss.
 
+    `label_smoothing_factor` and `z_loss_coef` change the training loss, see `TrainConfig`.
+
     Example:
       >>> from jaxpack import SFT
       >>> SFT().documents_together
       1
     """
+
+    label_smoothing_factor: float = 0.0
+    z_loss_coef: float = 0.0
 
     documents_together = 1
 
@@ -33,6 +38,8 @@ class SFT:
             max_targets=forward.limits.max_targets,
             chunk=forward.loss_chunk,
             implementation=forward.implementation,
+            label_smoothing=self.label_smoothing_factor,
+            z_loss=self.z_loss_coef,
         )
         # A float like the other sums, so that devices add all of them in one all-reduce; exact up to 2^24 targets.
         return Sums(loss, jnp.sum(batch.targets != IGNORE).astype(jnp.float32), {})

@@ -49,6 +49,8 @@ class Evaluation:
         self.batches = batches
         self.programs: dict[int, jax.stages.Compiled] = {}
         self._model, self._mesh = model, mesh
+        # The plain cross entropy: what is added in training, such as smoothed labels, would hide it.
+        objective = SFT() if isinstance(objective, SFT) else objective
         self._options = {"objective": objective, "compute_metrics": compute_metrics, "mesh": mesh}
         self._options |= {"implementation": implementation}
 

@@ -156,7 +156,9 @@ class Trainer:
             )
         self.mesh = mesh_of(config, model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.objective = SFT() if objective is None else check_objective(objective)
+        self.objective = _objective(config) if objective is None else check_objective(objective)
+        if objective is not None:
+            _require_plain_loss(config)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
         resolve_optimizer(optimizer, config, 1, model)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
@@ -695,6 +697,20 @@ def describe(documents: Documents, batches: Batches, config: TrainConfig) -> lis
 
 def _shapes(batches: Batches) -> str:
     return ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
+
+
+def _objective(config: TrainConfig) -> SFT:
+    return SFT(label_smoothing_factor=config.label_smoothing_factor, z_loss_coef=config.z_loss_coef)
+
+
+def _require_plain_loss(config: TrainConfig) -> None:
+    """Refuses settings of the cross entropy that an objective of one's own would not read."""
+    for name in ("label_smoothing_factor", "z_loss_coef"):
+        if value := getattr(config, name):
+            raise InputError(
+                f"`{name}` must be 0 with an `objective` of your own, which does not read it, got {value}. For the"
+                f" cross entropy, leave `objective` out."
+            )
 
 
 def _check_evaluation(config: TrainConfig, *, given: bool) -> None:

@@ -24,6 +24,7 @@ from jaxpack import (
 from jaxpack.kernels.token_log_probs import token_log_probs_reference
 from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.objectives.objective import check_objective
+from jaxpack.train.run import Run
 from jaxpack.train.step import TrainState, make_train_step, objective_and_gradients, split_trainable
 
 LENGTHS = [17, 2, 40, 3, 22, 31, 9, 28, 5, 64]
@@ -231,3 +232,23 @@ def test_an_objective_may_be_a_class_of_its_own():
     assert sums.loss > results(SFT())[0].loss
     assert sums.metrics["size"] > 0
     assert adapters(model())
+
+
+def test_the_settings_of_the_cross_entropy_change_the_training_loss_and_no_evaluation():
+    config = TrainConfig(max_length=128, packing=True, label_smoothing_factor=0.25, z_loss_coef=0.5)
+    documents = random_documents(LENGTHS)
+    trainer = Trainer(model(), None, documents, config, documents)
+    smoothed = SFT(label_smoothing_factor=0.25, z_loss_coef=0.5)
+    assert trainer.objective == smoothed
+    batches = Batches(documents, config)
+    run = Run(trainer.model, batches, config, batches, objective=smoothed)
+    assert run._make_step.keywords["objective"] == smoothed
+    assert run._make_eval_step.keywords["objective"] == SFT()
+    plain, changed = (results(objective)[0].loss for objective in (SFT(), smoothed))
+    assert changed > plain + 5  # The log-sum-exp of 97 logits is about log(97), 4.6, and half of its square 10.
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "z_loss_coef"])
+def test_settings_that_an_objective_of_ones_own_would_not_read_are_refused(name):
+    with pytest.raises(InputError, match=f"`{name}` must be 0 with an `objective` of your own, which does not read it"):
+        Trainer(model(), None, random_documents(LENGTHS), TrainConfig(**{name: 0.5}), objective=SFT())

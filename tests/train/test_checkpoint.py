@@ -302,6 +302,8 @@ def test_checkpoints_from_before_a_setting_go_on_with_the_value_that_it_had() ->
         "optim_args",
         "lr_scheduler_kwargs",
         "loraplus_lr_ratio",
+        "label_smoothing_factor",
+        "z_loss_coef",
         "experts_bias",
         "attention_sinks",
         "router_aux_loss_coef",
