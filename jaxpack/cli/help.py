@@ -45,13 +45,18 @@ GROUPS = {
     "Optimizer": (
         "learning_rate",
         "lr_scheduler_type",
+        "lr_scheduler_kwargs",
         "warmup_steps",
         "optim",
+        "optim_args",
+        "loraplus_lr_ratio",
         "weight_decay",
         "adam_beta1",
         "adam_beta2",
         "adam_epsilon",
         "max_grad_norm",
+        "label_smoothing_factor",
+        "z_loss_coef",
         "router_aux_loss_coef",
     ),
     "Output, evaluation and checkpoints": (
