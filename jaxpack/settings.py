@@ -24,6 +24,7 @@ from jaxpack.constants import (
 )
 from jaxpack.errors import InputError
 from jaxpack.utils.checks import check, is_date, is_positive
+from jaxpack.utils.foreign_names import answers_unknown_names
 
 _SAVE_STEPS = 500
 # Booleans, as Python, settings files and the command line write them.
@@ -42,6 +43,7 @@ def _option(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
+@answers_unknown_names
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Holds the settings of low-rank adapters (https://arxiv.org/abs/2106.09685).
@@ -141,6 +143,7 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+@answers_unknown_names
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Holds the settings of a training run. Settings that are also in TRL's `SFTConfig` have the same name and meaning.
@@ -510,6 +513,7 @@ class TrainConfig:
         )
 
 
+@answers_unknown_names
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Holds the settings of text generation. Settings that are also in transformers' `GenerationConfig` have its names.

@@ -1,5 +1,8 @@
 """Tests that a config is checked when made: types, then ranges; each error names argument, rule and value."""
 
+import dataclasses
+import inspect
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +108,39 @@ def test_a_schedule_that_would_ignore_its_warm_up_is_refused():
 )
 def test_the_default_of_save_steps_gives_way_to_evaluations(given, every):
     assert TrainConfig(**given).steps_between_saves == every
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TrainConfig(bf16=True), "`TrainConfig` has no argument `bf16` (set `dtype` where the model is read, "),
+        (lambda: TrainConfig(learning_rte=1), "has no argument `learning_rte` (did you mean `learning_rate`?)."),
+        (lambda: TrainConfig(warmup_ratio=0.1), "`warmup_ratio` (set `warmup_steps` to a share of all steps, such as "),
+        (lambda: TrainConfig(max_seq_length=8), "`max_seq_length` (it is `max_length` here)."),
+        (lambda: TrainConfig(r=8, x=1), "has no arguments `r` (it is a setting of `LoraConfig`) and `x`."),
+        (lambda: LoraConfig(rank=8), "`LoraConfig` has no argument `rank` (it is `r` here)."),
+        (lambda: LoraConfig(bias="none"), "has no argument `bias` (leave it out: no bias is trained"),
+        (lambda: LoraConfig(max_length=8), "`max_length` (it is a setting of `TrainConfig`)."),
+        (lambda: GenerateConfig(temprature=1.0), "`GenerateConfig` has no argument `temprature` (did you mean `temper"),
+        (lambda: dataclasses.replace(TrainConfig(), fp16=True), "`TrainConfig` has no argument `fp16` (set `dtype`"),
+    ],
+)
+def test_an_unknown_argument_is_answered_with_what_to_write(make, said):
+    with pytest.raises(InputError) as refused:
+        make()
+    assert said in str(refused.value)
+    assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, GenerateConfig])
+def test_a_config_is_still_a_dataclass_with_its_signature(config):
+    parameters = inspect.signature(config).parameters
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    assert {name: parameter.default for name, parameter in parameters.items()} == defaults
+    assert dataclasses.replace(config(), seed=7) == config(seed=7) != config()
+    assert pickle.loads(pickle.dumps(config())) == config()
+    with pytest.raises(TypeError):
+        config(5)  # no argument has a place
 
 
 def test_a_memory_limit_that_nothing_would_read_is_refused():

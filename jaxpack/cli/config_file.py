@@ -4,7 +4,6 @@ import inspect
 import re
 import tomllib
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,9 +12,10 @@ import typer
 import yaml
 from yaml.composer import ComposerError
 
-from jaxpack.cli.options import FLAG_OF, is_pairs
+from jaxpack.cli.options import is_pairs
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.files import replace_file
+from jaxpack.utils.foreign_names import hint
 
 _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", NoneType: "null"}
 _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}
@@ -31,7 +31,7 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
       InputError: the file cannot be read, is empty, or holds an unknown name or a value of the wrong type.
     """
     found, kinds = _parse(path), _kinds(command)
-    unknown = [f"{name!r}{_nearest(str(name), list(kinds))}" for name in found if name not in kinds]
+    unknown = [f"{name!r}{hint(str(name), kinds)}" for name in found if name not in kinds]
     if unknown:
         raise InputError(f"`config` must hold names of the command's flags, got {', '.join(unknown)} in {str(path)!r}.")
     for name, value in found.items():
@@ -119,12 +119,6 @@ def _typed(kind: Any, value: Any) -> Any:
     if isinstance(value, dict):
         return ",".join(f"{name}={one}" for name, one in value.items())
     return ",".join(value) if isinstance(value, list) else value
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    wanted = name.replace("-", "_").lower()
-    near = [FLAG_OF[wanted]] if wanted in FLAG_OF else get_close_matches(wanted, names, 1)
-    return f" (did you mean `{near[0]}`?)" if near else ""
 
 
 # YAML and TOML.

@@ -181,8 +181,9 @@ def test_the_home_of_a_user_is_found_in_a_file(
 BAD: dict[str, tuple[str, str, list[str]]] = {
     "unknown": ("learning_rte: 1", "yaml", ["'learning_rte' (did you mean `learning_rate`?)", "settings.yaml'"]),
     "unknown_ones": ("a_b_c: 1\nmax-length: 2", "yaml", ["'a_b_c', 'max-length' (did you mean `max_length`?)"]),
-    "field_of_the_dataclass": ("r: 8", "yaml", ["'r' (did you mean `lora_r`?)"]),
-    "output_dir": ("output_dir: here", "yaml", ["'output_dir' (did you mean `output`?)"]),
+    "of_another_library": ("bf16: true\nwarmup_ratio: 0.1", "yaml", ["'bf16' (set `dtype` ", "`warmup_steps=0.03`)"]),
+    "field_of_the_dataclass": ("r: 8", "yaml", ["'r' (it is `lora_r` here)"]),
+    "output_dir": ("output_dir: here", "yaml", ["'output_dir' (it is `output` here)"]),
     "the_file_itself": ("config: other.yaml", "yaml", ["got 'config'"]),
     "table": ("[train]\nmax_length = 64", "toml", ["got 'train'"]),
     "name_that_is_a_number": ("3: 4", "yaml", ["got 3 in"]),
