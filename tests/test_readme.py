@@ -23,6 +23,7 @@ from tokenizers_for_tests import write_checkpoint
 
 from jaxpack import cli
 from jaxpack.cli import main
+from jaxpack.utils.foreign_names import ALIASES, OPPOSITES
 
 PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.md")}
 LENGTHS = "token_length_from,token_length_to,documents\n5,20,3\n20,90,1\n"
@@ -155,7 +156,9 @@ def test_what_a_page_names_is_there(page: str):
     scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     flags = {"--help", *re.findall(r'add_argument\("(--[a-z-]+)"', scripts)}
     flags |= {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
-    assert set(re.findall(r"(?<![\w-])--(?!xla_)[a-z][a-z0-9-]+", text)) - flags == set()  # XLA's own flags aside
+    flags |= {f"--{alias.replace('_', '-')}" for alias in (*ALIASES, *OPPOSITES)}
+    shown = re.findall(r"(?<![\w-])--(?!xla_)[a-z][a-z0-9_-]+", text)  # XLA's own flags aside
+    assert {flag.replace("_", "-") for flag in shown} - flags == set()
 
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, page, "exec")

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxpack
-from jaxpack.cli.help import MAX_WIDTH, HelpfulCommand
+from jaxpack.cli.help import MAX_WIDTH
 from jaxpack.constants import HOST_FRACTION, MEMORY_FRACTION, PINNED_GIB, PINNED_LIMIT
 from jaxpack.errors import InputError, TrainingError, is_out_of_memory, reason
 from jaxpack.utils.console import console, make_output_visible
@@ -37,10 +37,10 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
         """Returns the command, or None if there is none of that name."""
         if cmd_name in COMMANDS and self.commands[cmd_name] is None:
+            from jaxpack.cli.command import Command
+
             single = typer.Typer(add_completion=False, rich_markup_mode=None)
-            single.command(cmd_name, cls=HelpfulCommand)(
-                getattr(importlib.import_module(f"jaxpack.cli.{cmd_name}"), cmd_name)
-            )
+            single.command(cmd_name, cls=Command)(getattr(importlib.import_module(f"jaxpack.cli.{cmd_name}"), cmd_name))
             self.commands[cmd_name] = typer.main.get_command(single)
         return super().get_command(ctx, cmd_name)
 

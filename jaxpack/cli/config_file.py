@@ -15,7 +15,7 @@ from yaml.composer import ComposerError
 from jaxpack.cli.options import is_pairs
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.files import replace_file
-from jaxpack.utils.foreign_names import hint
+from jaxpack.utils.foreign_names import ALIASES, OPPOSITES, hint
 
 _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", NoneType: "null"}
 _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}
@@ -25,12 +25,15 @@ RUN_SETTINGS = "run.yaml"  # the settings of a run, in its output folder
 
 
 def read_settings(path: Path, command: Callable) -> dict[str, Any]:
-    """Reads a command's flags from a file, each value as a user would type it; `null` means not given.
+    """Reads a command's flags from a file, each value as a user would type it; names may be TRL's, and have dashes.
+
+    `null` means not given.
 
     Raises:
       InputError: the file cannot be read, is empty, or holds an unknown name or a value of the wrong type.
     """
-    found, kinds = _parse(path), _kinds(command)
+    kinds = _kinds(command)
+    found = _by_own_names(_parse(path), kinds, path)
     unknown = [f"{name!r}{hint(str(name), kinds)}" for name in found if name not in kinds]
     if unknown:
         raise InputError(f"`config` must hold names of the command's flags, got {', '.join(unknown)} in {str(path)!r}.")
@@ -66,6 +69,28 @@ def overridden(context: typer.Context, alternatives: list[list[str]]) -> set[str
     taken = [names for names in alternatives if any(context.params[name] for name in come_from("COMMANDLINE", names))]
     others = [names for names in alternatives if taken and names not in taken]
     return {name for names in others for name in come_from("DEFAULT_MAP", names)}
+
+
+def _by_own_names(found: dict[Any, Any], kinds: dict[str, Any], path: Path) -> dict[Any, Any]:
+    """Returns the values by the names of the command's flags; an unknown name stays as it is."""
+    own: dict[Any, Any] = {}
+    written: dict[Any, Any] = {}
+    for name, value in found.items():
+        same = str(name).replace("-", "_")
+        ours = same if same in kinds else ALIASES.get(same, OPPOSITES.get(same))
+        if ours not in kinds:
+            ours = name
+        elif same in OPPOSITES:
+            if type(value) is not bool:
+                raise InputError(f"`{same}` must be true or false, got {value!r} in {str(path)!r}.")
+            value = not value
+        if ours in own:
+            raise InputError(
+                f"`config` must hold each setting once, got {written[ours]!r} and {name!r}, which are the same, in"
+                f" {str(path)!r}."
+            )
+        own[ours], written[ours] = value, name
+    return own
 
 
 # Types of the values in a file.

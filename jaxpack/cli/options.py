@@ -48,7 +48,9 @@ def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Con
         return config(**{name: value for name, value in values.items() if value is not None} | given)
 
 
+_FIELDS = [field for config in (TrainConfig, LoraConfig, GenerateConfig) for field in dataclasses.fields(config)]
 LORA_FLAGS = [flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"]  # also a run's flag
+LIST_FLAGS = {flag_of(field) for field in _FIELDS if any(get_origin(kind) is tuple for kind in get_args(field.type))}
 
 
 def asks_for_adapter(flags: dict[str, Any]) -> bool:

@@ -1,0 +1,135 @@
+"""Tests that `jaxpack train` reads flags as TRL's users write them, and answers all unknown ones in one sentence."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "the cab"}\n')
+    return path
+
+
+@pytest.fixture
+def inputs(data: Path, tmp_path: Path) -> list[object]:
+    return ["--model", "x", "--data", data, "--output", tmp_path / "run"]
+
+
+# Words as in TRL's commands, and the words that mean the same here.
+SAME: dict[str, tuple[list[object], list[object]]] = {
+    "underscores": (["--max_length", 64, "--learning_rate=1e-3"], ["--max-length", 64, "--learning-rate", "1e-3"]),
+    "mixed": (["--max-grad_norm", 2], ["--max-grad-norm", 2]),
+    "list": (
+        ["--lora_target_modules", "q_proj", "v_proj", "--seed", 3],
+        ["--target-modules", "q_proj,v_proj", "--seed", 3],
+    ),
+    "list_at_the_end": (
+        ["--modules_to_save", "lm_head", "embed_tokens"],
+        ["--modules-to-save", "lm_head,embed_tokens"],
+    ),
+    "mapping": (["--rank_pattern", "q_proj=8", "v_proj=4"], ["--rank-pattern", "q_proj=8,v_proj=4"]),
+    "all_linear": (["--lora_target_modules", "all-linear"], []),
+    "whole_modules": (["--lora_modules_to_save=lm_head"], ["--modules-to-save", "lm_head"]),
+    "true": (["--packing", "True", "--seed", 3], ["--packing", "--seed", 3]),
+    "false": (["--padding_free=false"], ["--no-padding-free"]),
+    "no": (["--no_padding_free"], ["--no-padding-free"]),
+    "no_and_false": (["--no-padding-free", "False"], []),
+    "dtype": (["--torch_dtype", "float16"], ["--dtype", "float16"]),
+    "negative": (["--max_steps", "-1"], []),
+    "value_like_a_flag": (["--dataset_text_field", "--max_length"], ["--dataset-text-field=--max_length"]),
+    "peft": (["--use_peft", "--lora_r", 8, "--lora_alpha", 4], ["--lora-r", 8, "--lora-alpha", 4]),
+    "peft_is_true": (["--use_peft", "True"], []),
+    "no_peft": (["--use_peft", "False"], ["--full-finetuning"]),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_words_of_trl_mean_what_ours_mean(name: str, inputs: list, what_is_trained: Callable) -> None:
+    theirs, ours = SAME[name]
+    found = what_is_trained(*inputs, *theirs)
+    assert found == what_is_trained(*inputs, *ours)
+    if ours:
+        assert found != what_is_trained(*inputs)  # a word that is ignored would be the same, too
+
+
+def test_inputs_have_trls_names(data: Path, tmp_path: Path, inputs: list, what_is_trained: Callable) -> None:
+    theirs = ["--model_name_or_path", "x", "--dataset_name", data, "--output_dir", tmp_path / "run"]
+    assert what_is_trained(*theirs) == what_is_trained(*inputs)
+    pairs = zip(theirs[::2], theirs[1::2], strict=True)
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump({str(key)[2:]: str(value) for key, value in pairs}))
+    assert what_is_trained("--config", file) == what_is_trained(*inputs)
+
+
+# A settings file as for TRL, and the words that mean the same.
+FILES: dict[str, tuple[str, list[object]]] = {
+    "dashes": ("max-length: 64", ["--max-length", 64]),
+    "modules": ("lora_target_modules: [q_proj, v_proj]", ["--target-modules", "q_proj,v_proj"]),
+    "peft": ("use_peft: true", []),
+    "no_peft": ("use_peft: false", ["--full-finetuning"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_trl_means_what_flags_mean(
+    name: str, inputs: list, tmp_path: Path, what_is_trained: Callable
+) -> None:
+    text, flags = FILES[name]
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    assert what_is_trained(*inputs, "--config", file) == what_is_trained(*inputs, *flags)
+
+
+# What is given to `train`, and what the one sentence says.
+REFUSED: dict[str, tuple[list[object], list[str]]] = {
+    "unknown": (["--learning_rte", "1"], ["`jaxpack train` has no flag `--learning_rte` (did you mean `--learning-"]),
+    "several": (
+        ["--bf16", "True", "--max_seq_length", "64", "--eval_strategy", "steps", "--gradient_checkpointing"],
+        [
+            "has no flags `--bf16` (set `--dtype` where",
+            "`--max_seq_length` (it is `--max-length` here)",
+            "`--eval_strategy` (leave it out: ",
+            " and `--gradient_checkpointing` (set `--remat`: ",
+        ],
+    ),
+    "with_a_value": (["--warmup_ratio", "0.1"], ["to a share of all steps, such as `--warmup-steps 0.03`)."]),
+    "unlike_any": (["--question"], ["`jaxpack train` has no flag `--question`."]),
+    "its_values": (["--bits", "4", "8", "--seed", "3"], ["`jaxpack train` has no flag `--bits`."]),
+    "cannot_be_off": (["--load_in_4bit", "False"], ["`--load_in_4bit` must be left out to turn it off, got false."]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_unknown_is_refused_at_once(
+    name: str, inputs: list, tmp_path: Path, exit_status: Callable, capsys: Any
+) -> None:
+    words, fragments = REFUSED[name]
+    before = sorted(tmp_path.rglob("*"))
+    assert exit_status("train", *inputs, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(".")
+    for fragment in fragments:
+        assert fragment in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_switch_has_a_truth_value_or_none(inputs: list, exit_status: Callable, capsys: Any) -> None:
+    assert exit_status("train", *inputs, "--packing=maybe") == 2
+    assert "maybe" in capsys.readouterr().err
+
+
+def test_every_command_takes_underscores_and_names_its_own_flags(exit_status: Callable, capsys: Any) -> None:
+    for command, flag in (("generate", "max_new_tokens"), ("inspect", "max_length"), ("bench", "loss_steps")):
+        ours = f"--{flag.replace('_', '-')}"
+        assert exit_status(command, f"--{flag}s", "1") == 2
+        assert f"`jaxpack {command}` has no flag `--{flag}s` (did you mean `{ours}`?)." in capsys.readouterr().err
+        assert exit_status(command, f"--{flag}", "x") == 2
+        assert f"'{ours}'" in capsys.readouterr().err
+    assert exit_status("generate", "--gradient_checkpointing") == 2
+    assert "`jaxpack generate` has no flag `--gradient_checkpointing`." in capsys.readouterr().err
