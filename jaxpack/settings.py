@@ -161,10 +161,10 @@ class TrainConfig:
     output_dir: str | None = _option(
         None, "Folder for metrics.jsonl, about.json, report.md and checkpoints/. With None, a run writes no files."
     )
-    max_length: int = _option(
+    max_length: int | None = _option(
         1024,
         "Maximum number of tokens in a packed row and in a document. Longer documents are truncated, or split if "
-        "packing_strategy says so.",
+        "packing_strategy says so. None, which needs packing to be off, truncates no document.",
     )
     packing: bool = _option(
         False,
@@ -264,16 +264,18 @@ class TrainConfig:
         "Coefficient of the load-balancing loss of a mixture of experts, which is least where all experts are used "
         "equally. It is added to the training loss; 0 turns it off.",
     )
-    logging_steps: int = _option(10, "Optimizer steps from one line of metrics to the next.")
+    logging_steps: float = _option(
+        10, "Optimizer steps from one line of metrics to the next. A value below 1 is a share of all steps, rounded up."
+    )
     report_to: str | tuple[str, ...] | None = _option(
         "none",
         "Destinations of metrics in addition to metrics.jsonl: 'tensorboard', 'wandb', both with a comma between them, "
         "or 'none'.",
     )
-    eval_steps: int | None = _option(
+    eval_steps: float | None = _option(
         None,
         "Optimizer steps from one evaluation to the next, if there is evaluation data. The last step is evaluated too. "
-        "None takes the value of save_steps.",
+        "A value below 1 is a share of all steps, rounded up. None takes the value of save_steps.",
     )
     eval_on_start: bool = _option(False, "Also evaluate before the first step.")
     load_best_model_at_end: bool = _option(
@@ -281,16 +283,16 @@ class TrainConfig:
         "At the end, take the weights of the checkpoint with the lowest eval loss, not the last ones. Needs evaluation "
         "data and an output folder.",
     )
-    save_steps: int = _option(
+    save_steps: float = _option(
         _SAVE_STEPS,
-        "Optimizer steps from one checkpoint to the next; there is also one after the last step. The default is "
-        "rounded up to a multiple of eval_steps. With 0, a checkpoint is saved only if the run is stopped early (by "
-        "Ctrl-C, SIGTERM or a callback).",
+        "Optimizer steps from one checkpoint to the next; there is also one after the last step. A value below 1 is a "
+        "share of all steps, rounded up; a share and the default are then rounded up to a multiple of eval_steps. With "
+        "0, a checkpoint is saved only if the run is stopped early (by Ctrl-C, SIGTERM or a callback).",
     )
-    save_total_limit: int = _option(
+    save_total_limit: int | None = _option(
         2,
         "Number of checkpoints to keep, counted from the newest. Older ones are deleted, except the one with the "
-        "lowest eval loss.",
+        "lowest eval loss. None keeps all of them.",
     )
     resume_from_checkpoint: str | None = _option(
         None,
@@ -375,13 +377,22 @@ class TrainConfig:
             object.__setattr__(self, name, _OFFLOADS.get(getattr(self, name), getattr(self, name)))
         _check_types(self)
         check(
-            self.max_length >= 2,
+            self.max_length is None or self.max_length >= 2,
             "max_length",
             "must be at least 2 (one token to read, one to predict)",
             self.max_length,
         )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
-            check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        check(
+            self.max_length is not None or not self.packing,
+            "max_length",
+            "must be a number with `packing`, whose rows have that length, such as 4096",
+            self.max_length,
+        )
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, "must be at least 1", value)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            _set_steps(self, name)
         check(
             self.chat_template_date is None or is_date(self.chat_template_date),
             "chat_template_date",
@@ -407,9 +418,6 @@ class TrainConfig:
             "must be false unless `output_dir` names a folder for the checkpoints",
             self.load_best_model_at_end,
         )
-        if self.eval_steps is not None:
-            whole = type(self.eval_steps) is int and self.eval_steps >= 1
-            check(whole, "eval_steps", "must be a whole number of at least 1, or None", self.eval_steps)
         if self.resume_from_checkpoint is not None:
             resumed = self.resume_from_checkpoint
             check(resumed != "", "resume_from_checkpoint", "must be a folder or 'latest'", resumed)
@@ -421,7 +429,7 @@ class TrainConfig:
                 self.resume_from_checkpoint,
             )
         check(not self.packing or self.padding_free, "padding_free", "must be true with `packing`", self.padding_free)
-        row = self.max_length if self.packing else LANES
+        row = (self.max_length if self.packing else None) or LANES
         positions = self.per_device_train_batch_size * self.gradient_accumulation_steps * row
         check(
             positions < 2**31,
@@ -438,14 +446,7 @@ class TrainConfig:
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             check(is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
         _check_seed(self.seed)
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "router_aux_loss_coef",
-            "z_loss_coef",
-            "save_steps",
-        ):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "router_aux_loss_coef", "z_loss_coef"):
             value = getattr(self, name)
             check(value == 0 or is_positive(value), name, "must be 0 or a positive number", value)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
@@ -494,14 +495,38 @@ class TrainConfig:
         return "padding-free" if self.padding_free else "padded"
 
     @property
-    def steps_between_saves(self) -> int:
+    def steps_between_saves(self) -> float:
         """Returns `save_steps`; its default is rounded up to a multiple of `eval_steps`.
 
         Each checkpoint then has an eval loss.
         """
         if self.eval_steps is None or self.save_steps != _SAVE_STEPS:
             return self.save_steps
-        return -(-self.save_steps // self.eval_steps) * self.eval_steps
+        return _multiple(self.save_steps, self.eval_steps)
+
+    def in_whole_steps(self, num_steps: int) -> "TrainConfig":
+        """Returns the same run, with the number of steps in place of each `_steps` that is a share of all steps.
+
+        Example:
+          >>> TrainConfig(logging_steps=0.1, save_steps=0).in_whole_steps(25).logging_steps
+          3
+        """
+        names = [name for name in ("logging_steps", "eval_steps", "save_steps") if _is_share(getattr(self, name))]
+        whole = {name: math.ceil(num_steps * getattr(self, name)) for name in names}
+        every = whole.get("eval_steps", self.eval_steps)
+        if "save_steps" in whole and every is not None:
+            whole["save_steps"] = _multiple(whole["save_steps"], every)
+        return dataclasses.replace(self, **whole) if whole else self
+
+    def cut_at(self, longest: int) -> "TrainConfig":
+        """Returns the same run, with `longest`, the length of the longest document, in place of no `max_length`."""
+        return dataclasses.replace(self, max_length=max(2, longest)) if self.max_length is None else self
+
+    @property
+    def length_limit(self) -> int:
+        """Returns `max_length`, in a run that `cut_at` has given a number."""
+        assert self.max_length is not None
+        return self.max_length
 
     def in_layout(self, layout: Layout, rows: int) -> "TrainConfig":
         """Returns the same run in another layout, with `rows` packed rows or documents in a micro-batch."""
@@ -663,6 +688,27 @@ def _check_types(config: Any) -> None:
             check(isinstance(value, str), field.name, "must be text", value)
         elif field.type == str | None:
             check(value is None or isinstance(value, str), field.name, "must be text or None", value)
+        elif field.type == int | None and field.default is not None:
+            check(value is None or type(value) is int, field.name, "must be a whole number, or None", value)
+
+
+def _set_steps(config: TrainConfig, name: str) -> None:
+    """Checks a number or share of steps, and makes a whole number an int."""
+    value, least = getattr(config, name), 0 if name == "save_steps" else 1
+    if value is not None:
+        right = _is_share(value) or (type(value) in (int, float) and least <= value < math.inf and value == int(value))
+        rule = f"must be a whole number of at least {least}, or a share of all steps between 0 and 1"
+        check(right, name, f"{rule}, or None" if name == "eval_steps" else rule, value)
+        object.__setattr__(config, name, value if _is_share(value) else int(value))
+
+
+def _is_share(value: Any) -> bool:
+    return is_positive(value) and value < 1
+
+
+def _multiple(value: float, factor: float) -> float:
+    """Returns the least multiple of `factor` that is not below `value`."""
+    return -(-value // factor) * factor
 
 
 def _check_seed(seed: int) -> None:

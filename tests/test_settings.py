@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import pickle
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from jaxpack.settings import GenerateConfig, LoraConfig, TrainConfig
         (TrainConfig, "max_length", 1, "at least 2"),
         (TrainConfig, "max_length", 1024.5, "a whole number"),
         (TrainConfig, "max_length", "1024", "a whole number"),
+        (TrainConfig, "save_total_limit", 2.5, "a whole number, or None"),
+        (TrainConfig, "save_total_limit", 0, "at least 1"),
+        (TrainConfig, "logging_steps", 0, "a whole number of at least 1, or a share of all steps"),
+        (TrainConfig, "logging_steps", 1.5, "a whole number of at least 1, or a share of all steps"),
+        (TrainConfig, "logging_steps", None, "a number"),
+        (TrainConfig, "eval_steps", -0.1, "a share of all steps between 0 and 1, or None"),
+        (TrainConfig, "eval_steps", True, "a share of all steps between 0 and 1, or None"),
+        (TrainConfig, "save_steps", float("nan"), "a whole number of at least 0, or a share of all steps"),
+        (TrainConfig, "save_steps", float("inf"), "a whole number of at least 0, or a share of all steps"),
         (TrainConfig, "max_steps", 0, "positive, or -1"),
         (TrainConfig, "packing", "no", "true or false"),
         (TrainConfig, "packing_strategy", "ffd", "one of"),
@@ -141,6 +151,38 @@ def test_a_config_is_still_a_dataclass_with_its_signature(config):
     assert pickle.loads(pickle.dumps(config())) == config()
     with pytest.raises(TypeError):
         config(5)  # no argument has a place
+
+
+def test_rows_of_no_length_are_refused():
+    with pytest.raises(InputError, match=r"`max_length` must be a number with `packing`, .*, such as 4096, got None"):
+        TrainConfig(packing=True, max_length=None)
+    assert TrainConfig(max_length=None).max_length is None
+
+
+def test_a_whole_number_of_steps_is_an_int():
+    steps = {"logging_steps": 3.0, "eval_steps": 4.0, "save_steps": 8.0}
+    config = TrainConfig(**steps)
+    assert [type(getattr(config, name)) for name in steps] == [int, int, int]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 15, 30, 999])
+@pytest.mark.parametrize("share", [0.1, 0.25, 1 / 3, 0.999])
+def test_a_share_of_steps_is_rounded_up_as_in_transformers(num_steps, share):
+    config = TrainConfig(logging_steps=share, eval_steps=share, save_steps=2 * share if share < 0.5 else share)
+    found = config.in_whole_steps(num_steps)
+    whole = math.ceil(num_steps * share)
+    assert (found.logging_steps, found.eval_steps) == (whole, whole)
+    assert found.save_steps % whole == 0  # each checkpoint has an eval loss
+    assert 0 <= found.save_steps - math.ceil(num_steps * config.save_steps) < whole
+    assert found == dataclasses.replace(
+        config, logging_steps=whole, eval_steps=whole, save_steps=found.save_steps
+    )  # and nothing else changes
+
+
+def test_steps_that_are_no_shares_stay():
+    config = TrainConfig(logging_steps=1, eval_steps=7, save_steps=0)
+    assert config.in_whole_steps(100) is config
+    assert TrainConfig(save_steps=0.5).in_whole_steps(25).save_steps == 13
 
 
 def test_a_memory_limit_that_nothing_would_read_is_refused():

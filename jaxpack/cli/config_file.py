@@ -12,7 +12,7 @@ import typer
 import yaml
 from yaml.composer import ComposerError
 
-from jaxpack.cli.options import is_pairs
+from jaxpack.cli.options import NONE, NUMBER_OR_NONE, is_pairs
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.files import replace_file
 from jaxpack.utils.foreign_names import ALIASES, OPPOSITES, hint
@@ -27,7 +27,7 @@ RUN_SETTINGS = "run.yaml"  # the settings of a run, in its output folder
 def read_settings(path: Path, command: Callable) -> dict[str, Any]:
     """Reads a command's flags from a file, each value as a user would type it; names may be TRL's, and have dashes.
 
-    `null` means not given.
+    `null` means not given, or None for a number whose default is another one.
 
     Raises:
       InputError: the file cannot be read, is empty, or holds an unknown name or a value of the wrong type.
@@ -40,6 +40,7 @@ def read_settings(path: Path, command: Callable) -> dict[str, Any]:
     for name, value in found.items():
         if not _fits(kinds[name], value):
             raise InputError(f"`{name}` must be {_rule(kinds[name])}, got {value!r} in {str(path)!r}.")
+    found |= {name: NONE for name, value in found.items() if value is None and name in NUMBER_OR_NONE}
     return {name: _typed(kinds[name], value) for name, value in found.items() if value is not None}
 
 

@@ -44,13 +44,17 @@ def flag_of(field: dataclasses.Field) -> str:
 def from_flags(config: type[Config], flags: dict[str, Any], **given: Any) -> Config:
     """Builds a dataclass from the flags of a command; `given` are the fields without a flag."""
     values = {field.name: flags.get(flag_of(field)) for field in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if value is not None}
+    values |= {name: None for name, value in values.items() if name in NUMBER_OR_NONE and value == NONE}
     with errors_name(**FLAG_OF):
-        return config(**{name: value for name, value in values.items() if value is not None} | given)
+        return config(**values | given)
 
 
 _FIELDS = [field for config in (TrainConfig, LoraConfig, GenerateConfig) for field in dataclasses.fields(config)]
 LORA_FLAGS = [flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"]  # also a run's flag
 LIST_FLAGS = {flag_of(field) for field in _FIELDS if any(get_origin(kind) is tuple for kind in get_args(field.type))}
+NONE = "none"  # None on the command line, for a number whose default is another one: a flag that is not given is None
+NUMBER_OR_NONE = {flag_of(field) for field in _FIELDS if field.type == int | None and field.default is not None}
 
 
 def asks_for_adapter(flags: dict[str, Any]) -> bool:
@@ -86,7 +90,18 @@ def _parameter(field: dataclasses.Field) -> inspect.Parameter:
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         help=field.metadata["help"],
         show_default=str(field.default),
+        parser=_number_or_none if name in NUMBER_OR_NONE else None,
+        metavar="INTEGER|none" if name in NUMBER_OR_NONE else None,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option, field]
     )
+
+
+def _number_or_none(value: Any) -> int | str:
+    if str(value).lower() == NONE:
+        return NONE
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is neither a whole number nor {NONE}.") from None

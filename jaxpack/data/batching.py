@@ -59,7 +59,7 @@ class Batches:
       num_devices: the number of devices over which the rows are dealt.
 
     Attributes:
-      config: the settings of the run.
+      config: the settings of the run. If its `max_length` was None, it is now the length of the longest document.
       num_devices: the number of devices over which the rows are dealt.
       documents: the documents that are trained on, after truncation.
       truncation: counts of the documents that are shortened or dropped, and of the tokens that are lost.
@@ -86,13 +86,14 @@ class Batches:
 
     def __init__(self, documents: Documents, config: TrainConfig, documents_together: int = 1, *, num_devices: int = 1):
         _check_groups(documents, config, documents_together)
+        config = config.cut_at(int(documents.lengths.max()))
         self.config, self.num_devices = config, num_devices
         self.documents, self.truncation = _fit(documents, config, documents_together)
         self._group_lengths = self.documents.lengths.reshape(-1, documents_together).sum(axis=1)
         # Shuffling keeps this many rows together. A packed row holds whole groups, any other row holds one document.
         self._rows_together = 1 if config.packing else documents_together
         if config.packing:
-            groups = pack_rows(self._group_lengths, config.max_length, config.packing_strategy)
+            groups = pack_rows(self._group_lengths, config.length_limit, config.packing_strategy)
             self._rows = groups.of_members(documents_together, self.documents.lengths)
         else:
             self._rows = Rows.grouped(np.arange(len(self.documents))[:, None], self.documents.lengths)
@@ -187,7 +188,7 @@ class Batches:
         """
         lengths = self._rows.row_lengths
         return float(
-            lengths.sum() / (len(lengths) * (self.config.max_length if self.config.packing else lengths.max()))
+            lengths.sum() / (len(lengths) * (self.config.length_limit if self.config.packing else lengths.max()))
         )
 
     @property
@@ -318,7 +319,7 @@ def _check_groups(documents: Documents, config: TrainConfig, together: int) -> N
 
 def _max_document(config: TrainConfig, together: int) -> int:
     """Returns the maximum length of a document in tokens: with packing, `together` documents must fit a row."""
-    return config.max_length // together if config.packing else config.max_length
+    return config.length_limit // together if config.packing else config.length_limit
 
 
 def _fit(documents: Documents, config: TrainConfig, together: int) -> tuple[Documents, Truncation]:

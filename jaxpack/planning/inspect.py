@@ -178,6 +178,7 @@ def inspect(
     named = None if gpu is None else card_named(gpu)
     card = card_of(current_device().device_kind) if named is None else named
     times = model is not None and card is not None
+    has_limit, config = config.max_length is not None, config.cut_at(int(documents.lengths.max()))
     runs = _in_every_layout(documents, config)
     batches: dict[Layout, Batches] = {layout: Batches(documents, run) for layout, run in runs.items()}
     layouts: dict[Layout, LayoutEstimate] = {
@@ -188,7 +189,7 @@ def inspect(
     run = batches[config.layout]
     num_targets, kept = documents.num_targets, run.documents.num_targets
     targets_lost = int(num_targets.sum() - kept.sum())
-    advice = [_advice_on_size(run, config) or _advice(layouts)]
+    advice = [_advice_on_size(run, config) or _advice(layouts, has_limit)]
     advice += _advice_on_length(documents, run.truncation, targets_lost, config)
     device = (current_device().device_kind if named is None else named.name) if times else None
     usable = usable_bytes(config, card=named) if times else None
@@ -217,9 +218,9 @@ def inspect(
 
 def _in_every_layout(documents: Documents, config: TrainConfig) -> dict[Layout, TrainConfig]:
     """Returns the settings of the run in every layout, with about the same number of tokens per step."""
-    size, lengths = config.per_device_train_batch_size, np.minimum(documents.lengths, config.max_length)
-    rows = size if config.packing else packed_rows(size, lengths, config.max_length)
-    whole = min(len(lengths), max(1, round(size * config.max_length / lengths.mean()))) if config.packing else size
+    size, lengths = config.per_device_train_batch_size, np.minimum(documents.lengths, config.length_limit)
+    rows = size if config.packing else packed_rows(size, lengths, config.length_limit)
+    whole = min(len(lengths), max(1, round(size * config.length_limit / lengths.mean()))) if config.packing else size
     sizes = {layout: rows if layout == "packed" else whole for layout in get_args(Layout)}
     return {layout: config.in_layout(layout, size) for layout, size in sizes.items()}
 
@@ -305,7 +306,7 @@ def _padding(documents: Documents, cut: Documents, config: TrainConfig) -> dict[
     for size in (size for size in BATCH_SIZES if size <= len(all_lengths)):
         shares[ORDINARY][size] = ordinary_padding(all_lengths, size)
         for layout in get_args(Layout):
-            rows = packed_rows(size, cut.lengths, config.max_length) if layout == "packed" else size
+            rows = packed_rows(size, cut.lengths, config.length_limit) if layout == "packed" else size
             run = dataclasses.replace(config.in_layout(layout, rows), max_steps=-1, num_train_epochs=1.0)
             shares[layout][size] = Batches(documents if layout == "packed" else cut, run).padding_share
     return shares
@@ -372,12 +373,13 @@ def _advice_on_size(run: Batches, config: TrainConfig) -> str | None:
     )
 
 
-def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
+def _advice(layouts: dict[Layout, LayoutEstimate], has_limit: bool) -> str:
     padded, free, packed = (layouts[layout] for layout in get_args(Layout))
     of_padded = f"padded batches of {_batch(padded.config)} are {_percent(padded.padding_share)} padding"
     of_free = f"padding-free batches are {_percent(free.padding_share)} padding"
     of_packed = f"packed rows of {packed.config.max_length:,} tokens are {_percent(packed.padding_share)} padding"
-    flags = f"`--packing --per-device-train-batch-size {packed.config.per_device_train_batch_size}`"
+    flags = f"--packing --per-device-train-batch-size {packed.config.per_device_train_batch_size}"
+    flags = f"`{flags}`" if has_limit else f"`{flags} --max-length {packed.config.max_length}`"
     if max(free.speedup, packed.speedup) < _WORTH:
         return f"Packing gains nothing here: {of_padded}, {of_free}, and {of_packed}."
     if packed.speedup >= _WORTH * free.speedup:
@@ -385,7 +387,7 @@ def _advice(layouts: dict[Layout, LayoutEstimate]) -> str:
         return f"Pack the documents ({flags}): {of_padded}, and {of_packed}. {gain}"
     gain = f"Padding-free batches train on {free.speedup:.2f} x as many tokens a second as padded batches"
     if free.speedup >= _WORTH * packed.speedup:
-        (_, _, T), max_length = packed.shapes[0], packed.config.max_length
+        (_, _, T), max_length = packed.shapes[0], packed.config.length_limit
         why = "no other document fits into the room that is left, and a larger `--max-length` would leave less"
         if max_length < T:
             why = (
@@ -444,7 +446,7 @@ def _lengths_table(found: Inspection) -> Table:
     edges, counts = histogram(found.lengths)
     shortest = np.flatnonzero(counts)[0]
     edges, counts = edges[shortest:], counts[shortest:]
-    limit = found.config.max_length
+    limit = found.config.length_limit
     for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
         most = int(counts.max())
         bar = Bar(most, 0, max(count, most / 40) if count else 0, color="red" if low >= limit else "blue")
@@ -463,7 +465,7 @@ def _facts(found: Inspection) -> Table:
     lost, of_targets = cut.tokens / found.num_tokens, found.targets_lost / max(1, found.num_targets)
     what = f"{_count(cut.documents, 'document')}: {cut.tokens:,} of all tokens are lost ({_percent(lost)})"
     what += f", and {found.targets_lost:,} of the tokens to train on ({_percent(of_targets)})"
-    split = "; longer documents are split" if (lengths > found.config.max_length).any() else ""
+    split = "; longer documents are split" if (lengths > found.config.length_limit).any() else ""
     table.add_row(f"cut at {found.config.max_length:,}", what if cut.documents else f"no document{split}")
     after = (
         f"; after the cut at max_length, {cut.dropped:,} are without one and are dropped"
@@ -577,8 +579,8 @@ def _draw(found: Inspection) -> "Figure":
     beyond = int(counts[len(shown) - 1 :].sum())
     along = f"tokens ({beyond:,} of {len(found.lengths):,} have more, to {found.lengths.max():,})"
     frame(lengths, "How long are the documents?", along if beyond else "tokens", "documents")
-    if found.config.max_length < shown[-1]:
-        lengths.axvline(found.config.max_length, color=_COLORS[ORDINARY])
+    if found.config.length_limit < shown[-1]:
+        lengths.axvline(found.config.length_limit, color=_COLORS[ORDINARY])
         lengths.annotate(f" max_length {found.config.max_length:,}", (found.config.max_length, counts.max()))
     lines = []
     for name, shares in found.padding.items():

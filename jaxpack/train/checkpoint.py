@@ -209,7 +209,7 @@ class Checkpoints:
 
     Args:
       output_dir: the folder of the run.
-      keep: how many of the last checkpoints are kept.
+      keep: how many of the last checkpoints are kept; None keeps all.
       identity: the facts that must be the same in a run that resumes from a checkpoint, see `identity_of`.
       notes: the facts that may differ in such a run; a message then names them, see `notes_of`.
       date: the date that the run gives its chat template; a resumed run keeps it.
@@ -220,7 +220,7 @@ class Checkpoints:
     def __init__(
         self,
         output_dir: str,
-        keep: int,
+        keep: int | None,
         identity: dict[str, Any],
         notes: dict[str, str],
         date: datetime.date,
@@ -315,6 +315,8 @@ class Checkpoints:
 
     def _prune(self, step: int, evaluations: dict[int, float]) -> None:
         """Deletes the checkpoints that are no longer kept, now that the one of `step` is written."""
+        if self._keep is None:
+            return
         # A later one is damaged, see `set_aside`: it must not count in the place of a whole one.
         steps = [other for other in steps_in(self.folder) if other <= step]
         evaluated = [other for other in steps if not math.isnan(evaluations.get(other, math.nan))]

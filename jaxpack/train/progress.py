@@ -48,7 +48,8 @@ class Log:
         *,
         is_cross_entropy: bool = True,
     ):
-        self._config, self._batches, self._start, self._done = config, batches, start, progress
+        self._batches, self._start, self._done = batches, start, progress
+        self._every = int(config.logging_steps)
         self._reports = reports
         self._is_cross_entropy = is_cross_entropy  # Only the exponential of a cross entropy is a perplexity.
         self._first = len(progress.losses)  # number of steps that were done before this process
@@ -91,11 +92,11 @@ class Log:
                 f"the first step ended after {self.first_step_seconds:.1f} s, of which compiling took {compiling:.1f} s"
             )
         evaluated = "".join(f"  eval loss {loss:.4f}" for loss in list(self._done.evaluations.values())[-1:])
-        rate = self.rate(max(0, done - self._config.logging_steps))
+        rate = self.rate(max(0, done - self._every))
         if console.room is not None and console.room < _ROOM_FOR_EVALUATION:
             evaluated = ""
         self._progress.update(self._bar, completed=done, note=f"loss {loss:.4f}{evaluated}  {rate:,.0f} tokens/s")
-        if done % self._config.logging_steps == 0 or done == self._batches.num_steps:
+        if done % self._every == 0 or done == self._batches.num_steps:
             self.record()
         return {"loss": loss, "grad_norm": self._grad_norm, **self._more}
 
@@ -105,7 +106,7 @@ class Log:
         if self._recorded == done:
             return
         self._recorded = done
-        since = (done - 1) // self._config.logging_steps * self._config.logging_steps
+        since = (done - 1) // self._every * self._every
         record = {
             "step": done,
             "epoch": round(done / self._batches.steps_per_epoch, 4),

@@ -181,6 +181,8 @@ class Trainer:
         with errors_name(dataset="train_dataset", documents="train_dataset"):
             self.documents = self._load(train_dataset)
             self.batches = Batches(self.documents, config, together, num_devices=self.mesh.size)
+        self.config = self.batches.config.in_whole_steps(self.batches.num_steps)
+        _check_evaluation(self.config, eval_dataset is not None)
         self.eval_documents = self.eval_batches = None
         if eval_dataset is not None:
             with errors_name(dataset="eval_dataset", documents="eval_dataset"):
@@ -572,7 +574,7 @@ class Trainer:
             every = config.steps_between_saves
             when = f"every {every:,} steps and at the end" if every else "when the run is stopped"
             best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
-            kept = f"the last {config.save_total_limit}{best} are kept"
+            kept = f"the last {config.save_total_limit}{best} are kept" if config.save_total_limit else "all are kept"
             console.print(f"checkpoints are saved {when} in {Path(config.output_dir) / FOLDER}; {kept}")
 
     def _load_best(self, run: Run) -> None:
@@ -724,6 +726,8 @@ def _check_evaluation(config: TrainConfig, *, given: bool) -> None:
         return
     if not given:
         raise InputError(f"`eval_steps` must be None without an `eval_dataset`, got {every}.")
+    if min(every, config.save_steps or 1) < 1:
+        return  # The number of steps is not known yet.
     if config.output_dir is not None and config.steps_between_saves % every:
         raise InputError(
             f"`save_steps` must be a multiple of `eval_steps` ({every}), so that it is known which checkpoint is the "

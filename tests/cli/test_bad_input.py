@@ -313,7 +313,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "adapter_that_is_none": (["--adapter", "x"], ["`adapter`", "adapter_config.json", "'x'"]),
     "no_target_modules": (["--target-modules", ","], ["target_modules", "at least one"]),
     "dtype": (["--dtype", "int8"], ["dtype", "'bfloat16'", "got 'int8'"]),
-    "save_steps": (["--save-steps", "-1"], ["save_steps", "0 or a positive number", "got -1"]),
+    "save_steps": (["--save-steps", "-1"], ["save_steps", "a whole number of at least 0, or a share", "got -1"]),
     "save_total_limit": (["--save-total-limit", "0"], ["save_total_limit", "at least 1", "got 0"]),
     "eval_steps": (["--eval-steps", "0"], ["eval_steps", "at least 1", "got 0"]),
     "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_data`", "got 5"]),

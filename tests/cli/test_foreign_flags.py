@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from jaxpack.settings import TrainConfig
+
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
@@ -45,6 +47,8 @@ SAME: dict[str, tuple[list[object], list[object]]] = {
     "peft": (["--use_peft", "--lora_r", 8, "--lora_alpha", 4], ["--lora-r", 8, "--lora-alpha", 4]),
     "peft_is_true": (["--use_peft", "True"], []),
     "no_peft": (["--use_peft", "False"], ["--full-finetuning"]),
+    "all_checkpoints": (["--save_total_limit", "None"], ["--save-total-limit", "none"]),
+    "shares": (["--logging_steps", "0.1", "--save_steps", "0.5"], ["--logging-steps", ".1", "--save-steps", ".5"]),
 }
 
 
@@ -72,6 +76,9 @@ FILES: dict[str, tuple[str, list[object]]] = {
     "modules": ("lora_target_modules: [q_proj, v_proj]", ["--target-modules", "q_proj,v_proj"]),
     "peft": ("use_peft: true", []),
     "no_peft": ("use_peft: false", ["--full-finetuning"]),
+    "all_checkpoints": ("save_total_limit: null", ["--save-total-limit", "none"]),
+    "whole_documents": ("max_length: null", ["--max-length", "none"]),
+    "shares": ("logging_steps: 0.1\neval_steps: 0.2", ["--logging-steps", 0.1, "--eval-steps", 0.2]),
 }
 
 
@@ -83,6 +90,11 @@ def test_a_file_of_trl_means_what_flags_mean(
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     assert what_is_trained(*inputs, "--config", file) == what_is_trained(*inputs, *flags)
+
+
+def test_none_is_a_number_of_neither_documents_nor_checkpoints(inputs: list, what_is_trained: Callable) -> None:
+    found = what_is_trained(*inputs, "--max_length", "none", "--save_total_limit", "none")["config"]
+    assert (found.max_length, found.save_total_limit) == (None, None)
 
 
 # What is given to `train`, and what the one sentence says.
@@ -101,6 +113,7 @@ REFUSED: dict[str, tuple[list[object], list[str]]] = {
     "unlike_any": (["--question"], ["`jaxpack train` has no flag `--question`."]),
     "its_values": (["--bits", "4", "8", "--seed", "3"], ["`jaxpack train` has no flag `--bits`."]),
     "cannot_be_off": (["--load_in_4bit", "False"], ["`--load_in_4bit` must be left out to turn it off, got false."]),
+    "length": (["--max_length", "none", "--packing"], ["`max_length` must be a number with `packing`", "got None."]),
 }  # fmt: skip
 
 
@@ -119,6 +132,12 @@ def test_what_is_unknown_is_refused_at_once(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_number_that_is_none_is_not_any_word(inputs: list, exit_status: Callable, capsys: Any) -> None:
+    assert exit_status("train", *inputs, "--save-total-limit", "all") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'--save-total-limit': 'all' is neither a whole number nor none." in said
+
+
 def test_a_switch_has_a_truth_value_or_none(inputs: list, exit_status: Callable, capsys: Any) -> None:
     assert exit_status("train", *inputs, "--packing=maybe") == 2
     assert "maybe" in capsys.readouterr().err
@@ -133,3 +152,14 @@ def test_every_command_takes_underscores_and_names_its_own_flags(exit_status: Ca
         assert f"'{ours}'" in capsys.readouterr().err
     assert exit_status("generate", "--gradient_checkpointing") == 2
     assert "`jaxpack generate` has no flag `--gradient_checkpointing`." in capsys.readouterr().err
+
+
+def test_a_run_with_none_is_repeated_by_its_settings(inputs: list, tmp_path: Path, what_is_trained: Callable) -> None:
+    from jaxpack.cli.config_file import write_settings
+    from jaxpack.cli.options import to_flags
+
+    config = TrainConfig(max_length=None, save_total_limit=None, logging_steps=0.1, output_dir=str(tmp_path / "run"))
+    flags = to_flags(config)
+    del flags["output_dir"]
+    write_settings(tmp_path / "run.yaml", flags)
+    assert what_is_trained(*inputs, "--config", tmp_path / "run.yaml")["config"] == config

@@ -309,11 +309,13 @@ def flag_of(field: dataclasses.Field) -> str:
 def another_value(field: dataclasses.Field) -> Any:
     """Returns a valid value that is not the default."""
     special = {
+        "max_length": 64,
         "max_steps": 7,
         "eval_steps": 7,
         "resume_from_checkpoint": "latest",
         "chat_template_date": "2031-02-03",
         "report_to": ("tensorboard",),
+        "save_total_limit": 5,
         "memory_limit": 40.5,
         "optim": "adamw_8bit",
         "optim_args": "momentum=0.5",

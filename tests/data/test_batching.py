@@ -176,6 +176,20 @@ def test_strategies_that_split_cut_nothing(strategy):
     assert batches.tokens_per_step[: batches.steps_per_epoch].sum() == 120
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_no_max_length_is_that_of_the_longest_document(layout):
+    documents = random_documents(LENGTHS)
+    without, longest = (
+        Batches(documents, TrainConfig(max_length=limit, per_device_train_batch_size=4, **layout))
+        for limit in (None, max(LENGTHS))
+    )
+    assert without.config == longest.config
+    assert without.truncation.tokens == without.truncation.documents == 0
+    for step in range(without.steps_per_epoch):
+        np.testing.assert_array_equal(without[step].tokens, longest[step].tokens)
+    assert Batches(random_documents([1, 1, 2]), TrainConfig(max_length=None)).config.max_length == 2
+
+
 def test_a_max_length_that_leaves_nothing_to_learn_is_refused():
     documents = random_documents([10, 10], masked=0)
     documents.labels[[*range(5), *range(10, 15)]] = -100

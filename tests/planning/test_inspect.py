@@ -76,6 +76,21 @@ def printed(found: object, width: int = 120, **options) -> str:
 # --- Padding ----------------------------------------------------------------------------------------------------------
 
 
+def test_without_a_max_length_nothing_is_cut_and_the_advice_names_one():
+    documents = skewed()
+    found, same = (
+        jaxpack.inspect(documents, TrainConfig(max_length=limit, per_device_train_batch_size=16))
+        for limit in (None, int(documents.lengths.max()))
+    )
+    assert found.truncation.tokens == 0
+    assert found.layouts == same.layouts
+    length = f" --max-length {documents.lengths.max()}`"
+    assert found.recommendation.replace(length, "`") == same.recommendation
+    assert length not in same.recommendation
+    assert ("--packing" in found.recommendation) == (length in found.recommendation)
+    assert "no document" in printed(found)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 9])
 def test_ordinary_padding_is_that_of_all_orders(batch_size):
     lengths = np.array([3, 3, 5, 8, 13, 20])

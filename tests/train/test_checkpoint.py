@@ -415,6 +415,14 @@ def test_the_last_and_the_best_are_kept(losses: dict, kept: list, checkpoints: C
         assert progress.losses == progress_of(step).losses
 
 
+def test_all_are_kept_without_a_limit(tmp_path: Path) -> None:
+    opened = Checkpoints(str(tmp_path), None, {"learning_rate": 1.0}, {"device": "cpu"}, DAY)
+    for step in range(1, 5):
+        opened.save(step, small_state(step), progress_of(step))
+    opened.close()
+    assert sorted(path.name for path in opened.folder.iterdir()) == ["1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_not_saved_whatever_the_loss_was(

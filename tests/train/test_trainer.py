@@ -160,6 +160,25 @@ def test_settings_that_leave_the_best_unknown_are_refused(tmp_path):
             Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, output_dir=str(tmp_path), **changes), data)
 
 
+def test_shares_of_steps_are_those_of_the_run(tmp_path):
+    """A share of 0.3 of 7 steps is 2.1, so every third step counts. Checkpoints wait for an evaluation."""
+    shares = {"logging_steps": 0.3, "eval_steps": 0.3, "save_steps": 0.5, "output_dir": str(tmp_path)}
+    trainer = Trainer(small_model("qwen3"), None, ROWS, changed(SHORT, **shares), ROWS)
+    assert (trainer.config.logging_steps, trainer.config.eval_steps, trainer.config.save_steps) == (3, 3, 6)
+    assert trainer.config.steps_between_saves == 6
+    wrong = changed(SHORT, output_dir=str(tmp_path), eval_steps=0.3, save_steps=4)  # known once the steps are known
+    with pytest.raises(InputError, match=r"`save_steps` must be a multiple of `eval_steps` \(3\)"):
+        Trainer(small_model("qwen3"), None, ROWS, wrong, ROWS)
+
+
+def test_evaluation_data_without_a_max_length_is_not_cut_at_that_of_training():
+    config = changed(SHORT, packing=False, max_length=None)
+    longer = [{"input_ids": [1] * 300}, {"input_ids": [2] * 20}]
+    trainer = Trainer(small_model("qwen3"), None, ROWS, config, longer)
+    assert trainer.config.max_length == max(len(row["input_ids"]) for row in ROWS) < 300
+    assert trainer.eval_batches.truncation.tokens == 0
+
+
 def test_a_thread_can_train():
     results = []
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT)
