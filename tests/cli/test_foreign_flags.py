@@ -1,11 +1,14 @@
 """Tests that `jaxpack train` reads flags as TRL's users write them, and answers all unknown ones in one sentence."""
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from readme_blocks import ROOT
 
 from jaxpack.settings import TrainConfig
 
@@ -68,6 +71,23 @@ def test_inputs_have_trls_names(data: Path, tmp_path: Path, inputs: list, what_i
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump({str(key)[2:]: str(value) for key, value in pairs}))
     assert what_is_trained("--config", file) == what_is_trained(*inputs)
+
+
+def test_the_line_of_the_page_is_read_as_it_is(data: Path, tmp_path: Path, what_is_trained: Callable) -> None:
+    page = (ROOT / "docs" / "coming_from_trl.md").read_text()
+    (block,) = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    words = shlex.split(block.replace("\\\n", " ").replace("train.jsonl", str(data)))
+    assert words[:2] == ["jaxpack", "train"]
+    words[words.index("out")] = str(tmp_path / "out")
+    found = what_is_trained(*words[2:])
+    assert (found["model"], found["data"], found["lora"].target_modules) == (
+        "path/to/Qwen3-4B",
+        data,
+        ("q_proj", "v_proj"),
+    )
+    assert found["config"] == TrainConfig(
+        output_dir=str(tmp_path / "out"), packing=True, max_length=4096, save_steps=0.1
+    )
 
 
 # A settings file as for TRL, and the words that mean the same.
