@@ -182,7 +182,7 @@ class Trainer:
             self.documents = self._load(train_dataset)
             self.batches = Batches(self.documents, config, together, num_devices=self.mesh.size)
         self.config = self.batches.config.in_whole_steps(self.batches.num_steps)
-        _check_evaluation(self.config, eval_dataset is not None)
+        _check_evaluation(self.config, given=eval_dataset is not None)
         self.eval_documents = self.eval_batches = None
         if eval_dataset is not None:
             with errors_name(dataset="eval_dataset", documents="eval_dataset"):

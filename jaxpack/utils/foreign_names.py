@@ -59,7 +59,7 @@ _ANSWERS = {
     "set `remat` to 'offload'": "activation_offloading",
     "set `warmup_steps` to a share of all steps, such as `warmup_steps=0.03`": "warmup_ratio",
     "leave it out: `eval_dataset` (`eval_data`) is evaluated every `eval_steps` steps and at the end": (
-        "eval_strategy evaluation_strategy do_eval eval_on_start eval_delay"
+        "eval_strategy evaluation_strategy do_eval eval_delay"
     ),
     "set `save_steps`: a checkpoint is saved every `save_steps` steps and at the end": "save_strategy",
     "set `logging_steps`: metrics are recorded every `logging_steps` steps and at the end": "logging_strategy",
@@ -68,9 +68,7 @@ _ANSWERS = {
         "per_device_eval_batch_size per_gpu_eval_batch_size eval_accumulation_steps"
     ),
     "leave it out: evaluation data is packed if training data is (`packing`)": "eval_packing",
-    "leave it out: the checkpoint with the lowest eval loss is kept beside the last `save_total_limit`": (
-        "load_best_model_at_end metric_for_best_model greater_is_better"
-    ),
+    "leave it out: the best checkpoint is the one with the lowest eval loss": "metric_for_best_model greater_is_better",
     "leave it out: a run needs a new `output_dir`, or `resume_from_checkpoint`": "overwrite_output_dir",
     "leave it out: `jaxpack inspect` predicts what fits, and an error says which size does": "auto_find_batch_size",
     "leave it out: the data is tokenised once, before the first step, and batches are made from memory": (
@@ -89,7 +87,7 @@ _ANSWERS = {
         "dataset_config dataset_train_split dataset_test_split datasets"
     ),
     "set it in the tokenizer's files": "eos_token pad_token chat_template_path chat_template fix_tokenizer",
-    "pass an `objective` to `Trainer`: without one, the loss is the cross entropy": "loss_type label_smoothing_factor",
+    "pass an `objective` to `Trainer`: without one, the loss is the cross entropy": "loss_type",
     "leave it out: each step is compiled, with jaxpack's own kernels; `implementation` chooses between them": (
         "use_liger_kernel liger_kernel_config attn_implementation torch_compile torch_compile_backend "
         "torch_compile_mode use_kernels unsloth_tiled_mlp"
@@ -102,7 +100,7 @@ _ANSWERS = {
     "leave it out, and upload the output folder yourself": (
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
-    "pass an optax transformation to `Trainer` as `optimizer`": "optim_args optim_target_modules",
+    "pass an optax transformation to `Trainer` as `optimizer`": "optim_target_modules",
     "set the environment variable JAX_PLATFORMS to cpu": "use_cpu no_cuda",
     "download that revision, and name its folder as the model": "model_revision revision",
     "leave it out: no code of a model is run": "trust_remote_code",
@@ -142,7 +140,7 @@ _ANSWERS = {
         "ignore_data_skip full_determinism restore_callback_states_from_checkpoint skip_memory_metrics "
         "model_init_kwargs token rope_scaling resize_model_vocab use_exact_model_name float32_mixed_precision "
         "text_only fast_inference gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats "
-        "qat_scheme embedding_learning_rate loraplus_lr_ratio"
+        "qat_scheme embedding_learning_rate"
     ),
 }
 _ADVICE = {name: answer for answer, names in _ANSWERS.items() for name in names.split()}
