@@ -37,7 +37,7 @@ class Limit:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._watched: dict[int, tuple[float, float]] = {}  # by thread: its own time and the clock when it came in
+        self._watched: dict[int, float] = {}  # by thread: the clock when it came in
         self._why: dict[int, str] = {}  # why the code in a thread is to end
         self._raised: dict[int, float] = {}  # by thread: when the exception was last raised in it
         self._thread: threading.Thread | None = None
@@ -50,7 +50,8 @@ class Limit:
           TimeoutError: the code took too long, or too much memory; the message says which.
         """
         with self._lock:
-            self._watched[threading.get_ident()] = time.thread_time(), time.monotonic()
+            # The thread's own time is taken at the first look: here, it would take longer than most blocks do.
+            self._watched[threading.get_ident()] = time.monotonic()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="jaxpack-limit", daemon=True)
                 self._thread.start()
@@ -78,27 +79,26 @@ class Limit:
 
     def _look(self) -> None:
         idle_since = time.monotonic()
-        memory: dict[tuple[int, float], int] = {}  # of the process, at the first look at a block
+        seen: dict[tuple[int, float], tuple[int, float]] = {}  # memory and the thread's own time at the first look
         while True:
             time.sleep(_LOOK_SECONDS)
             with self._lock:
                 if not self._watched:
-                    memory.clear()
+                    seen.clear()
                     if time.monotonic() - idle_since > _IDLE_SECONDS:
                         self._thread = None
                         return
                     continue
                 idle_since, now = time.monotonic(), _memory_of_process()
-                blocks = [(thread, clock) for thread, (_, clock) in self._watched.items()]
-                memory = {block: memory.get(block, now) for block in blocks}
-                for thread, (own, clock) in self._watched.items():
+                seen = {block: seen.get(block) or (now, _own_time(block[0])) for block in self._watched.items()}
+                for (thread, _), (memory, own) in seen.items():
                     if thread in self._why:
                         if time.monotonic() - self._raised[thread] > _AGAIN_SECONDS:
                             self._end(thread)
                         continue
-                    if _time_since(thread, own, clock) > self._seconds:
+                    if _own_time(thread) - own > self._seconds:
                         self._why[thread] = f"it takes longer than {self._seconds:g} seconds"
-                    elif now - memory[thread, clock] > self._memory:
+                    elif now - memory > self._memory:
                         self._why[thread] = f"it takes more than {self._memory >> 20:,} MiB of memory"
                     if thread in self._why:
                         self._end(thread)
@@ -114,12 +114,12 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)
 
 
-def _time_since(thread: int, own: float, clock: float) -> float:
-    """Returns the seconds since a thread's own time was `own`, or, without such clocks, since the clock was `clock`."""
+def _own_time(thread: int) -> float:
+    """Returns the seconds for which a thread has run, or, without such clocks, the time of the clock."""
     try:
-        return time.clock_gettime(time.pthread_getcpuclockid(thread)) - own
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
     except (AttributeError, OSError):
-        return time.monotonic() - clock
+        return time.monotonic()
 
 
 def _memory_of_process() -> int:
