@@ -7,6 +7,8 @@ import numpy as np
 
 from jaxpack.constants import IGNORE
 
+_BLOCK = 1 << 22  # labels that are counted at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
@@ -49,9 +51,23 @@ class Documents:
 
     def targets_within(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Counts the tokens to train on in pieces of documents, int64: those with a label, but not a piece's first."""
-        trained = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
         ends = starts + lengths
-        return trained[ends] - trained[np.minimum(starts + 1, ends)]
+        return self._targets_before(ends) - self._targets_before(np.minimum(starts + 1, ends))
+
+    def _targets_before(self, places: np.ndarray) -> np.ndarray:
+        """Counts the labels to train on before places of the flat arrays, a block of labels at a time.
+
+        The counts of all places would take twice as much memory as tokens and labels together.
+        """
+        order = np.argsort(places, kind="stable")
+        ascending, counts, before = places[order], np.zeros(len(places), np.int64), 0
+        for begin in range(0, len(self.labels), _BLOCK):
+            trained = np.cumsum(self.labels[begin : begin + _BLOCK] != IGNORE, dtype=np.int32)
+            # The places after 1, 2, ... labels of this block.
+            first, last = np.searchsorted(ascending, (begin, begin + len(trained)), side="right")
+            counts[order[first:last]] = before + trained[ascending[first:last] - begin - 1]
+            before += int(trained[-1])
+        return counts
 
     def truncate(self, max_length: int) -> "Documents":
         """Returns the same documents, cut to at most `max_length` tokens each. Copies no token."""
