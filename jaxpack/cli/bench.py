@@ -27,7 +27,7 @@ _RESULTS = "results.json"
 def bench(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option(help="New folder for results.json and the pictures.")],
-    data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    data: Annotated[list[str] | None, typer.Option(help=DATA_HELP)] = None,
     lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
     plans: Annotated[
         str,
@@ -91,9 +91,8 @@ def bench(
     console.print(f"{len(planned)} cases, each in a process of its own; {output / _RESULTS} is written after each")
     with tempfile.TemporaryDirectory() as folder:
         save_documents(path := Path(folder, "documents.npz"), corpus)
-        source = data or lengths
-        assert source is not None  # `require_one`
-        name = f"{len(corpus):,} documents of {source.stem}"
+        sources = [str(lengths)] if lengths is not None else data or []
+        name = f"{len(corpus):,} documents of {', '.join(Path(source).stem for source in sources)}"
         run_all(planned, results, lambda case, left: measure_elsewhere(case, path, left), data=name)
     print_tables(results.records)
     for picture in draw_all(results.records, output / _RESULTS):

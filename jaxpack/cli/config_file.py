@@ -1,6 +1,7 @@
 """Reads the flags of a command from a YAML or TOML settings file, and writes one for a rerun."""
 
 import inspect
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxpack.utils.files import replace_file
 from jaxpack.utils.foreign_names import ALIASES, OPPOSITES, hint
 
 _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", NoneType: "null"}
+_TEXTS = list[str]  # a flag that may be given several times: in a file, one text or a list
 _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}
 
 
@@ -118,6 +120,9 @@ def _fits(kind: Any, value: Any) -> bool:
             fits = value in get_args(one)
         elif is_pairs(one):
             fits = isinstance(value, dict)
+        elif one == _TEXTS:
+            texts = value if isinstance(value, list) else [value]
+            fits = bool(texts) and all(isinstance(item, str) for item in texts)
         elif get_origin(one) is tuple:
             fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
         else:
@@ -132,6 +137,8 @@ def _rule(kind: Any) -> str:
     for one in _alternatives(kind):
         if get_origin(one) is Literal:
             rules.append(f"one of {get_args(one)}")
+        elif one == _TEXTS:
+            rules.append("text or a list of text")
         elif get_origin(one) is tuple:
             rules.append("a mapping" if is_pairs(one) else "a list of text")
         else:
@@ -142,6 +149,8 @@ def _rule(kind: Any) -> str:
 def _typed(kind: Any, value: Any) -> Any:
     if Path in _alternatives(kind):
         return str(Path(value).expanduser())  # a shell would expand `~`
+    if _TEXTS in _alternatives(kind):
+        return [os.path.expanduser(item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, dict):
         return ",".join(f"{name}={one}" for name, one in value.items())
     return ",".join(value) if isinstance(value, list) else value

@@ -15,7 +15,7 @@ from rich.text import Text
 
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, read_base
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, check_sources, read_base
 from jaxpack.data.conversation import Conversation
 from jaxpack.data.formats import text_prompt
 from jaxpack.data.reading import load_prompts
@@ -25,7 +25,7 @@ from jaxpack.settings import GenerateConfig
 from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import TextConsole, console
-from jaxpack.utils.files import require_data_file, require_folder, write_new_file
+from jaxpack.utils.files import require_folder, write_new_file
 
 
 @with_flags(GenerateConfig)
@@ -134,7 +134,7 @@ def _check_arguments(
     if prompt and not all(prompt):
         raise InputError("`prompt` must have text, got ''.")
     if prompts is not None:
-        require_data_file(prompts, "prompts")
+        check_sources([str(prompts)], "prompts")
     if output is not None:
         folder = output.absolute().parent
         if os.path.lexists(output) or not folder.is_dir():

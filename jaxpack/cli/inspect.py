@@ -62,7 +62,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 @with_flags(TrainConfig, LoraConfig, leave_out=_UNUSED)
 def inspect(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    data: Annotated[list[str] | None, typer.Option(help=DATA_HELP)] = None,
     lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
     per_device_train_batch_size: Annotated[
         int | None,
@@ -122,13 +122,14 @@ def inspect(
         assistant_only_loss=config.assistant_only_loss,
         allow_lost_thoughts=config.allow_lost_thoughts,
         date=None if config.chat_template_date is None else datetime.date.fromisoformat(config.chat_template_date),
+        seed=config.seed,
     )
     described = store_dense if model in SHAPES else described_store(model)
     store = nf4_store() if load_in_4bit and described is store_dense else described
     shapes = abstract_model(model_config, lora, store=store)
     found = inspect_documents(documents, config, model=shapes, gpu=gpu)
     parts: list[object] = [found]
-    if data is not None:
+    if data:
         packed = Batches(documents, found.layouts["packed"].config)
         verdict = Group(Text(found.verdict, style="bold"), "")
         parts = [verdict, shown(packed, show_row or 0, tokenizer), "", found.details]

@@ -12,7 +12,7 @@ import typer
 import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
 from jaxpack.model.weights import split_trained
@@ -24,7 +24,6 @@ from jaxpack.utils.console import console
 from jaxpack.utils.files import (
     remove_leftovers,
     replace_folder,
-    require_data_file,
     require_folder,
     require_free_folder,
     require_room,
@@ -44,10 +43,12 @@ def train(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Hugging Face model: a folder, or the id of a model on the hub.")],
     data: Annotated[
-        Path,
+        list[str],
         typer.Option(
-            help="Training data: a JSON, JSONL or Parquet file. Each row has text; prompt and completion; messages; "
-            "conversations; instruction and output; or input_ids."
+            help="Training data: a file (.jsonl, .json, .csv, also with .gz, or .parquet), a folder of files, a pattern"
+            " such as 'data/*.jsonl', or a dataset of the hub and its split (org/name:train). Each row has text; prompt"
+            " and completion; messages; conversations; instruction and output; or input_ids. May be given several"
+            " times, also with weights: a.jsonl=0.7 and b.jsonl=0.3 draw rows in these shares, none twice."
         ),
     ],
     output: Annotated[
@@ -68,9 +69,9 @@ def train(
         ),
     ] = None,
     eval_data: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            help="Evaluation data: a file like that of --data. Its loss is computed, but it is not trained on."
+            help="Evaluation data, named like that of --data. Its loss is computed, but it is not trained on."
         ),
     ] = None,
     dtype: Annotated[
@@ -113,9 +114,10 @@ def train(
         require_folder(output, "output")
         if is_first_process():
             remove_leftovers(trained)
-    for name, file in (("data", data), ("eval_data", eval_data)):
-        if file is not None:
-            require_data_file(file, name)
+    check_sources(data, "data")
+    if eval_data:
+        check_sources(eval_data, "eval_data")
+    eval_dataset = alone(eval_data) if eval_data else None
     # The weights are read after the programs are compiled.
     network, tokenizer = torch_bridge.from_pretrained(
         model, dtype=dtype, load_in_4bit=load_in_4bit, lazy=not full_finetuning
@@ -127,7 +129,7 @@ def train(
     _, trainable, _ = split_trained(network)
     require_room(output, "output", sum(leaf.nbytes for leaf in jax.tree.leaves(trainable)))
     with errors_name(**_FLAG_OF):
-        trainer = Trainer(network, tokenizer, data, config, eval_data)
+        trainer = Trainer(network, tokenizer, alone(data), config, eval_dataset)
     if trainer.checkpoint is None or not trainer.in_place:
         if trainer.in_place and trained.exists() and (output / METRICS).exists():
             _refuse_finished(output, trained, trainer.batches.num_steps)
@@ -135,9 +137,9 @@ def train(
 
     settings = {
         "model": model,
-        "data": str(data),
+        "data": alone(data),
         "output": str(output),
-        "eval_data": None if eval_data is None else str(eval_data),
+        "eval_data": eval_dataset,
         "dtype": network.dtype.name,
         "load_in_4bit": load_in_4bit,
         "adapter": None if adapter is None else str(adapter),

@@ -1,9 +1,12 @@
 """Tells the format of a dataset's rows by their fields, and encodes rows into token ids and labels."""
 
 import dataclasses
+import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +33,10 @@ Record = Mapping[str, Any]
 Rows = Sequence[Record]
 Ids = np.ndarray | list[int]
 Encoded = Iterator[tuple[Ids, Ids]]  # ids and labels of each row
-Encoder = Callable[[Rows, int], Encoded]  # takes rows, and the number of the first of them
+# Takes rows, and the number of the first of them. It begins to tokenise them in another thread; the iterator waits for
+# the result, so that the next rows can be prepared meanwhile.
+Encoder = Callable[[Rows, int], Encoded]
+Tokenized = Future[Mapping[str, list]]
 
 TEXT_FIELD = "text"  # the field of plain text, unless the user names another
 
@@ -49,22 +55,36 @@ class Where:
         return f"row {row} of {self.source}" if self.lines is None else f"line {self.lines[row]} of {self.source}"
 
 
-def encoder(
+class Format(NamedTuple):
+    """Holds the format of a file's rows.
+
+    Attributes:
+      words: names it in what a run prints, such as "prompt and completion".
+      encode: takes rows, and the number of the first of them, and encodes the rows into ids and labels.
+    """
+
+    words: str
+    encode: Encoder
+
+
+def format_of(
     first: Record,
     tokenizer: Tokenizer | None,
     template: ChatTemplate | None,
     text_field: str,
     assistant_only: bool,
     where: Where,
-) -> Encoder:
-    """Chooses the format by the first row, and returns the function that encodes rows into ids and labels.
+    say: Callable[[str], object] = console.print,
+) -> Format:
+    """Chooses the format of all rows by the first.
 
-    The function takes rows, and the number of the first of them.
+    Args:
+      say: is called with lines for the user: on a choice between formats, and on fields that are not used.
     """
     present = {field: value for field, value in first.items() if value is not None}
     if text_field == TEXT_FIELD and formats_of(present):
         first = present  # tables of two formats have the fields of both in every row, some of them null
-    encode = _encoder(first, tokenizer, template, text_field, assistant_only, where)
+    words, encode = _format_of(first, tokenizer, template, text_field, assistant_only, where, say)
 
     def check_and_encode(rows: Rows, begin: int) -> Encoded:
         for row, record in enumerate(rows, begin):
@@ -72,36 +92,40 @@ def encoder(
                 check_row_is_trained(record, where(row))
         return encode(rows, begin)
 
-    return check_and_encode
+    return Format(words, check_and_encode)
 
 
-def _encoder(
+def _format_of(
     first: Record,
     tokenizer: Tokenizer | None,
     template: ChatTemplate | None,
     text_field: str,
     assistant_only: bool,
     where: Where,
-) -> Encoder:
+    say: Callable[[str], object],
+) -> Format:
     is_chosen = text_field != TEXT_FIELD
     if is_chosen and text_field not in first:
         raise InputError(
             f"`text_field` must be a field of the rows, got {text_field!r}, but {where(0)} has the fields"
             f" {sorted(first)}."
         )
-    _say_what_is_used(first, text_field if is_chosen else None)
+    _say_what_is_used(first, text_field if is_chosen else None, say)
     if "input_ids" in first and not is_chosen:
         every = [field for field in ("labels", *_MASKS) if field in first]
-        return lambda rows, begin: _encode_ids(rows, begin, every, where)
+        return Format(" and ".join(["input_ids", *every]), lambda rows, begin: _encode_ids(rows, begin, every, where))
     if tokenizer is None:
         raise InputError(
             f"`tokenizer` must come with the model for rows without `input_ids`, got None, and {where(0)} has the"
             f" fields {sorted(first)}. Use a model that has a tokenizer, or rows of `input_ids`."
         )
     if is_chosen:
-        return lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where)
+        return Format(
+            f"plain text in {text_field}",
+            lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where),
+        )
 
-    def chats(read: Callable[[Rows, int], list[Conversation]]) -> Encoder:
+    def chats(words: str, read: Callable[[Rows, int], list[Conversation]]) -> Format:
         def encode(rows: Rows, begin: int) -> Encoded:
             rows = [plain(row, drop_none=where.of_arrow) for row in rows]
             conversations = read(rows, begin)
@@ -112,25 +136,27 @@ def _encoder(
                 )
             return _encode_chats(conversations, begin, tokenizer, template, assistant_only, where)
 
-        return encode
+        return Format(words, encode)
 
     key = "messages" if "messages" in first else "conversations"
     if key in first:
-        return chats(lambda rows, begin: _read_messages(rows, begin, key, where))
+        return chats(key, lambda rows, begin: _read_messages(rows, begin, key, where))
     if "prompt" in first and "completion" in first:
-        kind = type(first["prompt"])
+        kind, words = type(first["prompt"]), "prompt and completion"
         if isinstance(first["prompt"], _LISTS):
-            return chats(lambda rows, begin: _read_prompts(rows, begin, where))
-        return lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, template, where)
+            return chats(f"{words}, which are messages", lambda rows, begin: _read_prompts(rows, begin, where))
+        return Format(words, lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, template, where))
     if "instruction" in first and "output" in first:
-        no_template = "in Alpaca's words, because the tokenizer has no chat template"
-        asked = no_template if template is None else "as in a chat, with the tokenizer's chat template"
-        console.print(f"rows of instruction and output are asked {asked}")
+        words = "instruction and output, asked "
         if template is None:
-            return lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where)
-        return chats(lambda rows, begin: _read_instructions(rows, begin, where))
+            words += "in Alpaca's words, because the tokenizer has no chat template"
+            return Format(words, lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where))
+        words += "as in a chat, with the tokenizer's chat template"
+        return chats(words, lambda rows, begin: _read_instructions(rows, begin, where))
     if TEXT_FIELD in first:
-        return lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where)
+        return Format(
+            "plain text", lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where)
+        )
     formats = (
         f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{TEXT_FIELD}`, or `instruction` and"
         " `output`"
@@ -157,13 +183,13 @@ def formats_of(record: Record) -> list[tuple[str, ...]]:
     return [fields for fields in _FORMATS if all(field in record for field in fields)]
 
 
-def _say_what_is_used(first: Record, chosen: str | None) -> None:
-    """Prints which format is read if the first row has the fields of several, and which fields no format has."""
+def _say_what_is_used(first: Record, chosen: str | None, say: Callable[[str], object]) -> None:
+    """Says which format is read if the first row has the fields of several, and which fields no format has."""
     formats = [fields for fields in formats_of(first) if fields != (chosen,)]
     used = (chosen,) if chosen is not None else formats.pop(0) if formats else ()
     if formats:
         names = [" and ".join(f"`{field}`" for field in fields) for fields in (used, *formats)]
-        console.print(
+        say(
             f"the rows have the fields of several formats: {names[0]} is read, and {', '.join(names[1:])} is ignored"
             " (`dataset_text_field` chooses a field of plain text)"
         )
@@ -171,7 +197,7 @@ def _say_what_is_used(first: Record, chosen: str | None) -> None:
     besides = () if is_of_texts else _FORMATS.get(used, ())
     known = {*TRAINING, *besides, *used, *itertools.chain.from_iterable(formats)}
     if used and (others := [f"`{field}`" for field in first if field not in known]):
-        console.print(f"these fields of the rows are not used: {', '.join(others)}")
+        say(f"these fields of the rows are not used: {', '.join(others)}")
 
 
 def text_prompt(text: str, *, chat: bool) -> str | Conversation:
@@ -319,9 +345,14 @@ def _encode_text(
 ) -> Encoded:
     texts = _column(rows, begin, text_field, (str,), where)
     end = None if template is None else template.answer_end()
-    for text, ids in zip(texts, _tokenize(texts, begin, tokenizer, where)["input_ids"], strict=True):
-        ids = _with_end(text, ids, tokenizer, end, where)
-        yield ids, ids
+    tokenized = _tokenize(texts, begin, tokenizer, where)
+
+    def finish() -> Encoded:
+        for text, ids in zip(texts, tokenized.result()["input_ids"], strict=True):
+            ids = np.array(_with_end(text, ids, tokenizer, end, where), np.int64)
+            yield ids, ids
+
+    return finish()
 
 
 def _encode_prompts(
@@ -354,18 +385,25 @@ def _encode_completions(
         prompt + (completion.removeprefix(bos) if prompt else completion)  # each may have been written with a BOS
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    prompt_ids = _tokenize(prompts, begin, tokenizer, where)["input_ids"]
-    tokenized = _tokenize(whole, begin, tokenizer, where)["input_ids"]
-    whole_ids = [_with_end(text, ids, tokenizer, end, where) for text, ids in zip(whole, tokenized, strict=True)]
-    return _after_prompts(prompt_ids, whole_ids, where)
+    prompt_ids, whole_ids = (_tokenize(texts, begin, tokenizer, where) for texts in (prompts, whole))
+    return _after_prompts(
+        prompt_ids, whole_ids, where, lambda row, ids: _with_end(whole[row], ids, tokenizer, end, where)
+    )
 
 
-def _after_prompts(prompt_ids: list[list[int]], whole_ids: list[list[int]], where: Where) -> Encoded:
-    for prompt, ids in zip(prompt_ids, whole_ids, strict=True):
+def _after_prompts(
+    prompt_ids: Tokenized, whole_ids: Tokenized, where: Where, finish: Callable[[int, list[int]], list[int]]
+) -> Encoded:
+    pairs = zip(prompt_ids.result()["input_ids"], whole_ids.result()["input_ids"], strict=True)
+    for row, (prompt, ids) in enumerate(pairs):
+        ids = finish(row, ids)
         # A token that straddles the border between prompt and completion is trained on, with the completion.
         prefix = common_prefix(prompt, ids)
         where.diverging += prefix + 1 < len(prompt)
-        yield ids, [IGNORE] * prefix + list(ids[prefix:])
+        tokens = np.array(ids, np.int64)
+        labels = tokens.copy()
+        labels[:prefix] = IGNORE
+        yield tokens, labels
 
 
 def _read_messages(rows: Rows, begin: int, key: str, where: Where) -> list[Conversation]:
@@ -412,11 +450,8 @@ def _encode_chats(
             asked = dataclasses.replace(conversation, messages=conversation.messages[: conversation.prompt])
             prompts.append(template.write_question(asked, where(row)) if asked.messages else "")
             texts.append(template.write(conversation, where(row)) if conversation.messages else "")
-        prompt_ids, ids = (
-            _tokenize(some, begin, tokenizer, where, **options)["input_ids"] for some in (prompts, texts)
-        )
-        yield from _after_prompts(prompt_ids, ids, where)
-        return
+        prompt_ids, whole_ids = (_tokenize(some, begin, tokenizer, where, **options) for some in (prompts, texts))
+        return _after_prompts(prompt_ids, whole_ids, where, lambda _, ids: ids)
     if not getattr(tokenizer, "is_fast", True):
         raise InputError(
             "`tokenizer` must be a fast one for rows of messages, since others do not say which characters a token is"
@@ -426,20 +461,39 @@ def _encode_chats(
         template.write_with_spans(conversation, where(row)) if conversation.messages else ("", [])
         for row, conversation in enumerate(conversations, begin)
     ]
-    added = np.array(list(tokenizer.get_added_vocab().values()), np.int64)
-    encoded = _tokenize([text for text, _ in written], begin, tokenizer, where, return_offsets_mapping=True, **options)
-    for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True):
-        tokens, offsets = np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
-        trained = np.zeros(len(tokens), bool)
-        for start, end in spans:
-            trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-            # The template's last token before a span may absorb spaces after it (as in Phi-3), even the answer's own.
-            trained &= ~((offsets[:, 0] < start) & (offsets[:, 1] > start) & np.isin(tokens, added))
-        yield tokens, np.where(trained, tokens, IGNORE)
+    added = list(tokenizer.get_added_vocab().values())
+    texts = [text for text, _ in written]
+    tokenized = _tokenize(texts, begin, tokenizer, where, return_offsets_mapping=True, **options)
+
+    def finish() -> Encoded:
+        encoded = tokenized.result()
+        for ids, pairs, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True):
+            tokens = np.array(ids, np.int64)
+            offsets = np.fromiter(itertools.chain.from_iterable(pairs), np.int64, 2 * len(pairs))
+            begins, ends = offsets[::2], offsets[1::2]
+            trained = np.zeros(len(tokens), bool)
+            for start, end in spans:
+                trained |= (begins < end) & (ends > start)
+                # The template's last token before a span may absorb spaces after it (as in Phi-3), even the answer's.
+                across = (begins < start) & (ends > start)
+                if across.any():
+                    trained &= ~(across & np.isin(tokens, added))
+            yield tokens, np.where(trained, tokens, IGNORE)
+
+    return finish()
 
 
-def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: Where, **options: bool) -> Mapping[str, list]:
-    return tokenize(texts, tokenizer, lambda index: where(begin + index), **options)
+@functools.cache
+def _thread(process: int) -> ThreadPoolExecutor:
+    """Returns the one thread of a process that tokenises; the tokenizer itself uses all cores.
+
+    A process that is forked has none of the threads of the first one, so it needs its own.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-tokenizer")
+
+
+def _tokenize(texts: list[str], begin: int, tokenizer: Tokenizer, where: Where, **options: bool) -> Tokenized:
+    return _thread(os.getpid()).submit(tokenize, texts, tokenizer, lambda index: where(begin + index), **options)
 
 
 def _with_end(text: str, ids: list[int], tokenizer: Tokenizer, end: str | None, where: Where) -> list[int]:

@@ -1,31 +1,30 @@
-"""Reads a dataset (a file or an iterable of rows) into documents."""
+"""Reads datasets (files, folders, datasets of the hub, rows in memory, or a mix of them) into documents."""
 
-import contextlib
+import array
+import bisect
 import datetime
+import functools
 import itertools
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxpack.constants import IGNORE
-from jaxpack.data.bounded import bounded_lines, parquet_rows, too_large
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import TEXT_FIELD, Ids, Record, Where, encoder, formats_of, question_of
+from jaxpack.data.formats import TEXT_FIELD, Encoded, Format, Record, Where, format_of, question_of
+from jaxpack.data.mixing import mix
+from jaxpack.data.reading_progress import ReadingProgress
+from jaxpack.data.rows import Rows, open_rows, rows_in_memory
+from jaxpack.data.sources import HubDataset, Source, sources_of
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError, reason
-from jaxpack.utils.console import console, progress_bar
-from jaxpack.utils.files import kind_of, require_data_file
-from jaxpack.utils.json_file import parse_json
+from jaxpack.errors import InputError
+from jaxpack.utils.console import console
 
-Dataset = str | os.PathLike | Iterable[Record]  # a JSON, JSONL or Parquet file, a list of dicts, a `datasets.Dataset`
-
-_CHUNK = 1024  # rows that the tokenizer gets at a time; it spreads them over the cores
+# The path of a file or a folder, a pattern, a dataset of the hub, a list of dicts, a `datasets.Dataset`, or several.
+Dataset = str | os.PathLike | Iterable[Record] | Sequence["Dataset | Documents | tuple[Dataset | Documents, float]"]
 
 
 def load_documents(
@@ -37,10 +36,12 @@ def load_documents(
     assistant_only_loss: bool = True,
     allow_lost_thoughts: bool = False,
     date: datetime.date | None = None,
+    documents_together: int = 1,
+    seed: int = 42,
 ) -> Documents:
-    """Reads and tokenises a dataset, with a progress bar.
+    """Reads and tokenises a dataset, and shows the progress: with a bar, or with a line every ten seconds.
 
-    Each row has one of these formats. The first row decides the format of all rows:
+    Each row has one of these formats. The first row of a file decides the format of all its rows:
 
     - `input_ids`, optionally with `labels` (-100 for a token that is not trained on), `completion_mask` or
       `assistant_masks` (0 for such a token) and `attention_mask` (0 for padding, which is cut off).
@@ -59,8 +60,12 @@ def load_documents(
     on are left out, and their number is printed.
 
     Args:
-      dataset: the path of a JSONL (`.jsonl`, `.json`) or Parquet (`.parquet`) file, or any iterable of dicts.
-        `Documents` that were loaded before are checked and returned as they are.
+      dataset: the path of a file (`.jsonl`, `.json`, `.csv`, each perhaps with `.gz` behind it, or `.parquet`), of a
+        folder with such files, or a pattern such as "data/*.jsonl"; a dataset of the hub and its split, such as
+        "org/name:train", with the `datasets` library; or any iterable of dicts. A list of these is read in its order.
+        With a weight for each, as in "rows.jsonl=0.7" or `(rows, 0.7)`, rows are drawn so that each has that share, as
+        many as the one allows that runs out first, and none twice. `Documents` that were loaded before are checked and
+        returned as they are.
       tokenizer: a fast Hugging Face tokenizer; may be None for rows of `input_ids`.
       vocab_size: the model's vocabulary size; token ids from this number on are refused.
       text_field: the key of plain text.
@@ -69,6 +74,8 @@ def load_documents(
       allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that the
         template leaves out of earlier answers are counted, and the count is printed.
       date: the date for chat templates that write one; None is today.
+      documents_together: the number of documents that belong together, which weights draw together.
+      seed: decides which rows weights draw.
 
     Raises:
       InputError: the dataset is empty or unreadable, a row is unreadable, no row has a token to train on, or a
@@ -82,49 +89,21 @@ def load_documents(
     """
     if isinstance(dataset, Documents):
         return _within(vocab_size, dataset)
-    records, where = _read(dataset)
+    sources = [source for source in sources_of(dataset) if source.weight != 0]
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
         template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-    encode = encoder(records[0], tokenizer, template, text_field, assistant_only_loss, where)
-    tokens: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    with progress_bar("tokenising") as progress:
-        bar = progress.add_task("", total=len(records), note="")
-        for begin in range(0, len(records), _CHUNK):
-            chunk = records[begin : begin + _CHUNK]
-            for row, (document, trained) in enumerate(encode(chunk, begin), begin):
-                tokens.append(_ids(document, vocab_size, where, row))
-                labels.append(_ids(trained, vocab_size, where, row, labels=True))
-            progress.advance(bar, len(chunk))
-    lengths = np.array([len(document) for document in tokens], np.int64)
-    documents = Documents(np.concatenate(tokens), np.concatenate(labels), np.cumsum(lengths) - lengths, lengths)
-    if where.diverging:
-        console.print(
-            f"in {where.diverging:,} rows, the prompt's tokens change when the completion follows: training begins at"
-            " the first token that changes"
-        )
-    if where.written:
-        console.print(
-            f"in {where.written:,} rows, a chat template has already written the text: it begins with"
-            " the BOS token, or ends a turn. No second BOS or end is added"
-        )
-    if template is not None and template.date_used is not None:
-        console.print(
-            f"the chat template writes the date {template.date_used}, which the run keeps if it is resumed"
-            " (`chat_template_date` sets another)"
-        )
-    for kind, (count, first) in ({} if template is None else template.left_out).items():
-        console.print(
-            f"in {count:,} rows, the chat template leaves out {kind} that the row has; the first is {first}",
-            style="yellow",
-        )
-    if template is not None and template.endless:
-        console.print(
-            f"in {template.endless:,} rows, the assistant's last turn does not end with a special token, so the model"
-            " does not learn to stop: the chat template writes none, or writes it outside of its generation tags"
-        )
-    return _with_targets(documents, tokenizer, where)
+    reader = _Reader(tokenizer, template, vocab_size, text_field, assistant_only_loss)
+    ends = [reader.read(source) for source in sources]
+    documents = reader.documents()
+    reader.say_what_was_met()
+    spans = [np.arange(begin, end) for begin, end in itertools.pairwise([0, *ends])]
+    spans = [reader.with_targets(documents, span) for span in spans]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights:
+        spans = mix(spans, weights, [source.name for source in sources], documents_together, seed)
+    chosen = np.concatenate(spans)
+    return documents if len(chosen) == len(documents) else documents[chosen]
 
 
 def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
@@ -140,173 +119,221 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
     Raises:
       InputError: the dataset is empty or unreadable, or a row is unreadable. The message says which one.
     """
-    records, where = _read(dataset)
-    records = [plain(record, drop_none=where.of_arrow) for record in records]
-    return [question_of(record, row, where, chat) for row, record in enumerate(records)]
+    asked = []
+    for source in sources_of(dataset):
+        before = len(asked)
+        for rows in _parts(source):
+            records = enumerate(plain(record, drop_none=rows.where.of_arrow) for record in rows.records)
+            asked += [question_of(record, row, rows.where, chat) for row, record in records]
+        if len(asked) == before:
+            raise InputError(f"`dataset` must have at least one row, got none in {source.name}.")
+    return asked
+
+
+class _Reader:
+    """Reads sources into flat arrays of tokens and labels, which grow in place."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        text_field: str,
+        assistant_only_loss: bool,
+    ):
+        self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
+        self._text_field, self._assistant_only_loss = text_field, assistant_only_loss
+        self._tokens, self._lengths = array.array("i"), array.array("q")
+        self._labels: array.array | None = None  # None as long as all labels equal their tokens
+        self._begins: list[int] = []  # the number of the first document of each file
+        self._wheres: list[Where] = []  # of each file
+        self._said: set[str] = set()
+
+    def read(self, source: Source) -> int:
+        """Reads the rows of a source, says in which formats they are, and returns the number of documents so far."""
+        if isinstance(source.rows, Documents):
+            self._copy(_within(self._vocab_size, source.rows), source.name)
+            return len(self._lengths)
+        counts: dict[str, int] = {}
+        with ReadingProgress(source) as progress:
+            for rows in _parts(source):
+                self._begins.append(len(self._lengths))
+                self._wheres.append(rows.where)
+                for words, number in self._encode(rows):
+                    counts[words] = counts.get(words, 0) + number
+                    progress.advance(number, rows.share(), words)
+                progress.finish_file()
+        if not counts:
+            raise InputError(f"`dataset` must have at least one row, got none in {source.name}.")
+        self._tell_formats(source, counts)
+        return len(self._lengths)
+
+    def documents(self) -> Documents:
+        """Returns what has been read. The arrays are not copied."""
+        lengths = np.frombuffer(self._lengths, np.int64)
+        tokens = np.frombuffer(self._tokens, np.int32)
+        labels = tokens if self._labels is None else np.frombuffer(self._labels, np.int32)
+        return Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths)
+
+    def with_targets(self, documents: Documents, span: np.ndarray) -> np.ndarray:
+        """Returns those documents of a source that have a token to train on.
+
+        Prints how many have none, and shows the first of these.
+        """
+        keep = documents.num_targets[span] > 0
+        if keep.all():
+            return span
+        first = int(span[np.argmin(keep)])
+        tokens = documents.tokens[documents.starts[first] :][: documents.lengths[first]].tolist()
+        shown = repr(self._tokenizer.decode(tokens[:64])) if self._tokenizer is not None else str(tokens[:64])
+        masked = "every label is -100, or there is no turn of the assistant, or fewer than two tokens"
+        if not keep.any():
+            raise InputError(
+                f"At least one row must have a token to train on after its first token, got {len(keep):,} rows with"
+                f" none ({masked}); the first is {self._name(first)}: {shown}."
+            )
+        console.print(
+            f"{int((~keep).sum()):,} of {len(keep):,} rows have nothing to learn ({masked}) and are left out;"
+            f" the first is {self._name(first)}: {shown}",
+            style="yellow",
+        )
+        return span[keep]
+
+    def say_what_was_met(self) -> None:
+        """Prints what the user should know of the rows, with the number of rows in which it was met."""
+        template = self._template
+        if diverging := sum(where.diverging for where in self._wheres):
+            console.print(
+                f"in {diverging:,} rows, the prompt's tokens change when the completion follows: training begins at the"
+                " first token that changes"
+            )
+        if written := sum(where.written for where in self._wheres):
+            console.print(
+                f"in {written:,} rows, a chat template has already written the text: it begins with"
+                " the BOS token, or ends a turn. No second BOS or end is added"
+            )
+        if template is None:
+            return
+        if template.date_used is not None:
+            console.print(
+                f"the chat template writes the date {template.date_used}, which the run keeps if it is resumed"
+                " (`chat_template_date` sets another)"
+            )
+        for kind, (count, first) in template.left_out.items():
+            console.print(
+                f"in {count:,} rows, the chat template leaves out {kind} that the row has; the first is {first}",
+                style="yellow",
+            )
+        if template.endless:
+            console.print(
+                f"in {template.endless:,} rows, the assistant's last turn does not end with a special token, so the"
+                " model does not learn to stop: the chat template writes none, or writes it outside of its generation"
+                " tags"
+            )
+
+    def _encode(self, rows: Rows) -> Iterator[tuple[str, int]]:
+        """Adds the rows of a file, and yields their format in words and their number, a chunk at a time.
+
+        While a chunk is tokenised in another thread, the next one is read and prepared.
+        """
+        begin, form, chunks = 0, None, rows.chunks()
+        begun: Callable[[], int] | None = None
+        while True:
+            try:
+                chunk = next(chunks, None)
+                following = None
+                if chunk is not None:
+                    form = form or self._format(chunk[0], rows.where)
+                    encoded = form.encode(chunk, begin)
+                    following = functools.partial(self._add, encoded, rows.where, begin)
+                    begin += len(chunk)
+            finally:  # An error of earlier rows takes the place of one of later rows.
+                number = 0 if begun is None else begun()
+            if number and form is not None:
+                yield form.words, number
+            if following is None:
+                return
+            begun = following
+
+    def _format(self, first: Record, where: Where) -> Format:
+        return format_of(
+            first, self._tokenizer, self._template, self._text_field, self._assistant_only_loss, where, self._say_once
+        )
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:  # the files of a folder are often alike
+            self._said.add(line)
+            console.print(line)
+
+    def _tell_formats(self, source: Source, counts: dict[str, int]) -> None:
+        name = source.name
+        if len(source.files) > 1:
+            name += f" ({len(source.files):,} files)"
+        parts = (f"{count:,} row{'' if count == 1 else 's'} of {words}" for words, count in counts.items())
+        console.print(f"{name}: {'; '.join(parts)}")
+
+    def _name(self, document: int) -> str:
+        file = bisect.bisect_right(self._begins, document) - 1
+        return self._wheres[file](document - self._begins[file])
+
+    def _add(self, encoded: Encoded, where: Where, begin: int) -> int:
+        """Checks and appends the documents of rows, the first of which is row `begin`, and returns their number."""
+        pairs = [(np.asarray(ids, np.int64), np.asarray(labels, np.int64)) for ids, labels in encoded]
+        tokens, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        for flat, is_labels in ((tokens, False), (labels, True)):
+            if _outside(flat, self._vocab_size, labels=is_labels).any():
+                self._refuse([pair[is_labels] for pair in pairs], where, begin, labels=is_labels)
+        self._append(tokens.astype(np.int32), labels.astype(np.int32), [len(ids) for ids, _ in pairs])
+        return len(pairs)
+
+    def _copy(self, documents: Documents, name: str) -> None:
+        self._begins.append(len(self._lengths))
+        self._wheres.append(Where(name))
+        which = zip(documents.starts.tolist(), (documents.starts + documents.lengths).tolist(), strict=True)
+        index = np.concatenate([np.arange(begin, end) for begin, end in which])
+        self._append(documents.tokens[index], documents.labels[index], documents.lengths.tolist())
+        console.print(f"{name}: {len(documents):,} documents")
+
+    def _append(self, tokens: np.ndarray, labels: np.ndarray, lengths: list[int]) -> None:
+        if self._labels is None and not np.array_equal(tokens, labels):
+            self._labels = self._tokens[:]
+        self._tokens.frombytes(tokens.tobytes())
+        if self._labels is not None:
+            self._labels.frombytes(labels.tobytes())
+        self._lengths.extend(lengths)
+
+    def _refuse(self, rows: list[np.ndarray], where: Where, begin: int, *, labels: bool) -> None:
+        name = "Labels other than -100" if labels else "Token ids"
+        for row, ids in enumerate(rows, begin):
+            if (wrong := _outside(ids, self._vocab_size, labels=labels)).any():
+                raise InputError(
+                    f"{name} must be in [0, {self._vocab_size}), the model's vocabulary, got {ids[wrong][0]} in"
+                    f" {where(row)}."
+                )
+
+
+def _parts(source: Source) -> Iterator[Rows]:
+    """Yields the rows of each file of a source, or those that are in memory."""
+    if not source.files:
+        rows = source.rows.load() if isinstance(source.rows, HubDataset) else source.rows
+        yield rows_in_memory(rows, source.name)
+    for path in source.files:
+        with open_rows(path) as rows:
+            yield rows
 
 
 def _within(vocab_size: int, documents: Documents) -> Documents:
     if not len(documents):
         raise InputError("`dataset` must have at least one document, got none.")
     for name, ids in (("tokens", documents.tokens), ("labels", documents.labels)):
-        if len(wrong := _outside(ids, vocab_size, labels=name == "labels")):
+        if (wrong := _outside(ids, vocab_size, labels=name == "labels")).any():
             raise InputError(
-                f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {wrong[0]}."
+                f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {ids[wrong][0]}."
             )
     return documents
 
 
-def _ids(values: Ids, vocab_size: int, where: Where, row: int, *, labels: bool = False) -> np.ndarray:
-    array = np.asarray(values, np.int64)
-    if len(wrong := _outside(array, vocab_size, labels=labels)):
-        name = "Labels other than -100" if labels else "Token ids"
-        raise InputError(
-            f"{name} must be in [0, {vocab_size}), the model's vocabulary, got {wrong[0]} in {where(row)}."
-        )
-    return array.astype(np.int32)
-
-
 def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
-    """Returns the ids that are not in the vocabulary; as a label, -100 is allowed."""
+    """Returns a mask of the ids that are not in the vocabulary; as a label, -100 is allowed."""
     wrong = (ids < 0) | (ids >= vocab_size)
-    return ids[wrong & (ids != IGNORE) if labels else wrong]
-
-
-def _with_targets(documents: Documents, tokenizer: Tokenizer | None, where: Where) -> Documents:
-    """Returns the documents with a token to train on; prints how many have none, and shows the first of these."""
-    keep = documents.num_targets > 0
-    if keep.all():
-        return documents
-    row = int(np.argmin(keep))
-    tokens = documents.tokens[documents.starts[row] :][: documents.lengths[row]].tolist()
-    shown = repr(tokenizer.decode(tokens[:64])) if tokenizer is not None else str(tokens[:64])
-    masked = "every label is -100, or there is no turn of the assistant, or fewer than two tokens"
-    if not keep.any():
-        raise InputError(
-            f"At least one row must have a token to train on after its first token, got {len(keep):,} rows with none"
-            f" ({masked}); the first is {where(row)}: {shown}."
-        )
-    console.print(
-        f"{int((~keep).sum()):,} of {len(keep):,} rows have nothing to learn ({masked}) and are left out;"
-        f" the first is {where(row)}: {shown}",
-        style="yellow",
-    )
-    return documents[keep]
-
-
-def _read(dataset: Dataset) -> tuple[Sequence[Record], Where]:
-    records, where = _read_file(Path(dataset)) if isinstance(dataset, str | os.PathLike) else _read_rows(dataset)
-    if not records:
-        raise InputError(f"`dataset` must have at least one row, got none in {where.source}.")
-    return records, where
-
-
-def _read_rows(dataset: Any) -> tuple[Sequence[Record], Where]:
-    if isinstance(dataset, Mapping):  # a `datasets.DatasetDict`, most likely
-        raise InputError(
-            f"`dataset` must be an iterable of rows, such as one split, got a mapping with the keys {sorted(dataset)}."
-        )
-    if not isinstance(dataset, Iterable):
-        raise InputError(f"`dataset` must be a file or an iterable of rows, got {dataset!r:.80}.")
-    records = list(dataset)
-    for row, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            raise InputError(f"Every row must be a mapping, got {record!r:.80} in row {row} of the dataset.")
-    return records, Where("the dataset", of_arrow=hasattr(dataset, "features"))  # a `datasets.Dataset`
-
-
-def _read_file(path: Path) -> tuple[Sequence[Record], Where]:
-    require_data_file(path, "dataset")
-    try:
-        if path.suffix.lower() in (".jsonl", ".json") or (not path.suffix and kind_of(path) == "a pipe"):
-            return _read_json(path)
-        if path.suffix.lower() == ".parquet":
-            return parquet_rows(path), Where(str(path), of_arrow=True)
-    except MemoryError as error:
-        raise too_large(path, "the memory is full") from error
-    except OSError as error:
-        raise InputError(f"`dataset` must be a file that can be read, got {str(path)!r}: {reason(error)}.") from error
-    raise InputError(f"`dataset` must end in .jsonl, .json or .parquet, got {str(path)!r}.")
-
-
-def _read_json(path: Path) -> tuple[Sequence[Record], Where]:
-    """Reads JSON Lines, or a file that is one JSON value: an array of rows, or an object that is a row or has the rows.
-
-    The file is read once, because it may be a pipe.
-    """
-    with path.open("rb") as file:
-        read = bounded_lines(file, path)
-        number, first = next((line for line in enumerate(map(_stripped, read), 1) if line[1]), (1, b""))
-        lines = itertools.chain([first], read)
-        if not first.startswith((b"[", b"{")) or (first.startswith(b"{") and _is_json(first)):
-            records, where = _read_lines(lines, number, path)
-            return (records, where) if len(records) > 1 else _rows_within(records, where, path)
-        whole = b"\n".join(lines)
-    try:
-        value = parse_json(whole.decode(), finite=False)
-    except ValueError as error:
-        if first.startswith(b"{") and isinstance(error, json.JSONDecodeError):
-            return _read_lines([first], number, path)  # and says what is wrong with the first line
-        raise InputError(
-            f"{path} must be JSON Lines, or one JSON array of objects, got one value that cannot be read:"
-            f" {reason(error)}."
-        ) from error
-    return _rows_within([value], Where(str(path)), path) if isinstance(value, dict) else _read_array(value, str(path))
-
-
-def _rows_within(records: list[Record], where: Where, path: Path) -> tuple[Sequence[Record], Where]:
-    """Returns the rows in a list that a file's only object holds; the object itself if it is a row, or holds none."""
-    if not records or formats_of(records[0]):
-        return records, where
-    lists = {
-        key: value
-        for key, value in records[0].items()
-        if isinstance(value, list) and value and isinstance(value[0], dict) and formats_of(value[0])
-    }
-    if len(lists) > 1:
-        raise InputError(f"{path} must have the rows of one dataset, got lists of rows in the fields {sorted(lists)}.")
-    if not lists:
-        return records, where
-    ((key, rows),) = lists.items()
-    others = [f"`{other}`" for other in records[0] if other != key]
-    rest = f"; not used: {', '.join(others)}" if others else ""
-    console.print(f"the rows of {path} are those of its field `{key}`{rest}")
-    return _read_array(rows, f"`{key}` of {path}")
-
-
-def _read_array(records: list, source: str) -> tuple[list[Record], Where]:
-    for row, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise InputError(f"Each item of the array in {source} must be an object, got {record!r:.80} as item {row}.")
-    return records, Where(source)
-
-
-def _read_lines(lines: Iterable[bytes], first: int, path: Path) -> tuple[list[Record], Where]:
-    """Reads JSON Lines; `first` is the number of the first of the lines in the file."""
-    records, numbers = [], []
-    for number, line in enumerate(map(_stripped, lines), first):
-        if not line:
-            continue
-        try:
-            record = parse_json(line.decode(), finite=False)
-        except ValueError as error:
-            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
-            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line: {why}.") from error
-        if not isinstance(record, dict):
-            text = line[:320].decode(errors="replace")[:80]
-            raise InputError(f"Line {number} of {path} must be a JSON object, one row on each line, got {text!r}.")
-        records.append(record)
-        numbers.append(number)
-    return records, Where(str(path), numbers)
-
-
-def _stripped(line: bytes) -> bytes:
-    """Removes white space around a line, and a byte order mark before it: joined files have marks within."""
-    return line.removeprefix(b"\xef\xbb\xbf").strip()
-
-
-def _is_json(line: bytes) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(line)
-        return True
-    return False
+    return wrong & (ids != IGNORE) if labels else wrong

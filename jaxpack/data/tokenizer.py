@@ -63,7 +63,7 @@ def tokenize(
     if begins:
         texts = [text.lstrip() if begins_with_bos(text, tokenizer) else text for text in texts]
     try:
-        encoded = tokenizer(texts, **options)
+        encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
     except TypeError:
         for index, text in enumerate(texts):
             if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can encode half of a surrogate pair

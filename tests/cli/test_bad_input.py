@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -65,8 +66,8 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def the_error(stderr: str) -> str:
-    """Returns the one sentence that stderr holds, and requires that stderr holds nothing else."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
+    """Returns the one sentence that stderr holds; besides, it may only say which rows have been read."""
+    lines = [line for line in stderr.splitlines() if line.strip() and not re.search(r": [\d,]+ rows? of ", line)]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
     assert lines[0].endswith("."), stderr
@@ -315,6 +316,8 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "dtype": (["--dtype", "int8"], ["dtype", "'bfloat16'", "got 'int8'"]),
     "save_steps": (["--save-steps", "-1"], ["save_steps", "a whole number of at least 0, or a share", "got -1"]),
     "save_total_limit": (["--save-total-limit", "0"], ["save_total_limit", "at least 1", "got 0"]),
+    "weight": (["--data", "x.jsonl=many"], ["`data` must have a positive number", "'x.jsonl=many'"]),
+    "pattern": (["--data", "nowhere/*.csv"], ["`data` must match at least one file", "'nowhere/*.csv'"]),
     "eval_steps": (["--eval-steps", "0"], ["eval_steps", "at least 1", "got 0"]),
     "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_data`", "got 5"]),
     "eval_data": (["--eval-data", "nowhere.jsonl"], ["eval_data", "existing file", "got 'nowhere.jsonl'"]),

@@ -96,7 +96,7 @@ def test_model_data_and_output_may_be_in_the_file(data: Path, tmp_path: Path, wh
     lines = {"model": "here", "data": str(data), "eval_data": str(data), "output": str(tmp_path / "run"), "dtype": None}
     file = written(tmp_path, yaml.safe_dump(lines))
     found = what_is_trained("--config", file)
-    assert (found["model"], found["data"], found["eval_data"], found["dtype"]) == ("here", data, data, None)
+    assert (found["model"], found["data"], found["eval_data"], found["dtype"]) == ("here", str(data), str(data), None)
     assert found["config"] == TrainConfig(output_dir=str(tmp_path / "run"))
     assert found["lora"] == LoraConfig()
     found = what_is_trained("--config", file, "--model", "there", "--dtype", "float16", "--output", tmp_path / "other")
@@ -171,7 +171,9 @@ def test_the_home_of_a_user_is_found_in_a_file(
     file = written(tmp_path, f"model: x\ndata: ~/{data.name}\noutput: ~/run\n")
     (tmp_path / data.name).write_bytes(data.read_bytes())
     found = what_is_trained("--config", file)
-    assert found["data"] == tmp_path / data.name
+    assert found["data"] == str(tmp_path / data.name)
+    file = written(tmp_path, f"model: x\ndata: [~/{data.name}=0.7, {data}=3e-1]\noutput: ~/run\n")
+    assert what_is_trained("--config", file)["data"] == [f"{tmp_path / data.name}=0.7", f"{data}=3e-1"]
     assert found["config"].output_dir == str(tmp_path / "run")
 
 
@@ -211,7 +213,7 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "list_for_text": ("dataset_text_field: [text]", "yaml", ["`dataset_text_field` must be text, got ['text']"]),
     "list_of_numbers": ("target_modules: [1]", "yaml", ["`target_modules` must be text or a list of text, got [1]"]),
     "list_for_a_mapping": ("rank_pattern: [q_proj]", "yaml", ["`rank_pattern` must be text or a mapping, got ['q_pr"]),
-    "number_for_a_path": ("data: 7", "yaml", ["`data` must be text, got 7"]),
+    "number_for_a_path": ("data: 7", "yaml", ["`data` must be text or a list of text, got 7"]),
     "out_of_range": ("max_length: 1", "yaml", ["`max_length` must be at least 2"]),
     "rank": (
         "rank_pattern: {q_proj: 1.5}",

@@ -119,7 +119,7 @@ def test_a_text_has_one_beginning_if_the_tokenizer_adds_one_that_it_does_not_nam
 def test_the_question_that_shows_the_end_of_a_turn_is_not_counted_as_a_row(capsys):
     tokenizer = of_template("{{ strftime_now('%Y') }}" + LENIENT.replace("<e>", ""))
     assert whole(load([{"text": "ab"}], tokenizer), tokenizer) == "ab<eos>"
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "the dataset: 1 row of plain text\n"
 
 
 def test_other_text_begins_with_one_bos_and_ends_with_eos(capsys):

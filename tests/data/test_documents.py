@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from loaded_documents import labels_of, tokens_of
 
+from jaxpack.data import documents as module
 from jaxpack.data.documents import Documents
 
 
@@ -45,3 +46,16 @@ def test_indexing_selects_documents(as_mask: bool) -> None:
     assert [tokens_of(selected, which) for which in range(3)] == [tokens_of(documents, which) for which in chosen]
     assert selected.num_tokens == 8
     assert selected.num_targets.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 100])
+def test_targets_are_counted_across_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
+    rng = np.random.default_rng(block)
+    labels = np.where(rng.random(40) < 0.5, -100, 7).astype(np.int32)
+    starts = rng.integers(0, 40, 30)
+    lengths = np.minimum(rng.integers(0, 12, 30), 40 - starts)
+    counts = Documents(labels, labels, starts, lengths).num_targets
+    ends = starts + lengths
+    expected = [(labels[start + 1 : end] != -100).sum() for start, end in zip(starts, ends, strict=True)]
+    assert counts.tolist() == expected

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -97,7 +96,7 @@ def test_cases_what_is_no_file_and_no_pipe_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("place", [1, 3])
 def test_cases_a_line_without_an_end_is_refused(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bounded, "_MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(bounded, "MAX_LINE_BYTES", 1 << 20)
     monkeypatch.setattr(bounded, "_CHUNK_BYTES", 1 << 18)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(JSONL * (place // 2) + b'"input_ids": [' + b"7, " * 500_000)
@@ -108,7 +107,7 @@ def test_cases_a_line_without_an_end_is_refused(place: int, tmp_path: Path, monk
 
 @pytest.mark.usefixtures("little_memory")
 def test_cases_a_first_line_without_an_end_is_refused_when_memory_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bounded, "_MAX_LINE_BYTES", 1 << 18)
+    monkeypatch.setattr(bounded, "MAX_LINE_BYTES", 1 << 18)
     monkeypatch.setattr(bounded, "_CHUNK_BYTES", 1 << 18)
     (tmp_path / "rows.jsonl").write_bytes(b'[{"input_ids": [' + b"7, " * 1_500_000)
     assert "in line 1, which has more than 2 MiB, 0 MiB of memory are left" in refusal(tmp_path / "rows.jsonl")
@@ -121,7 +120,7 @@ def test_cases_a_sparse_file_of_a_hundred_gigabytes_is_refused(tmp_path: Path):
 
 
 def test_cases_an_array_on_one_long_line_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bounded, "_MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(bounded, "MAX_LINE_BYTES", 200)
     monkeypatch.setattr(bounded, "_CHUNK_BYTES", 100)
     for start in (b"", b"\n", b"\xef\xbb\xbf"):
         (tmp_path / "rows.json").write_bytes(start + json.dumps(ROWS * 50).encode())
@@ -139,9 +138,16 @@ def test_cases_deep_or_strange_json_is_refused(text: str, tmp_path: Path):
 
 
 def test_cases_compressed_rows_are_refused_by_their_name_or_content(tmp_path: Path):
-    for name in ("rows.jsonl.gz", "rows.jsonl"):
+    for name in ("rows.gz", "rows.jsonl"):
         (tmp_path / name).write_bytes(gzip.compress(JSONL))
         refusal(tmp_path / name)
+
+
+def test_cases_rows_that_expand_without_an_end_are_refused(tmp_path: Path, little_memory: list[int]):
+    little_memory[0] = 500 << 20
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(JSONL * 500_000, 1))
+    assert (tmp_path / "rows.jsonl.gz").stat().st_size < 500_000
+    assert "must fit into the memory of this machine" in refusal(tmp_path / "rows.jsonl.gz")
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -173,11 +179,12 @@ def test_cases_a_long_text_repeated_in_many_rows_is_not_decoded_at_once(tmp_path
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pa.table({"text": column}), path)
     assert path.stat().st_size < 2_000_000
-    message = refusal(path)
-    assert "must fit into the memory of this machine" in message
-    rows = re.search(r"after ([\d,]+) rows", message)
-    assert rows is not None
-    assert int(rows[1].replace(",", "")) < 1000
+    count, rows = bounded.parquet_rows(path)
+    assert count == 20_000
+    held = []
+    with pytest.raises(InputError, match=r"must fit into the memory of this machine, .* after [\d,]+ rows"):
+        held.extend(row for row, _ in rows)
+    assert len(held) < 1000
 
 
 def test_cases_more_empty_rows_than_memory_are_refused(tmp_path: Path, little_memory: list[int]):
