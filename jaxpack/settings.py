@@ -283,6 +283,11 @@ class TrainConfig:
         "At the end, take the weights of the checkpoint with the lowest eval loss, not the last ones. Needs evaluation "
         "data and an output folder.",
     )
+    eval_split: float | None = _option(
+        None,
+        "Share of the training data's rows, above 0 and below 1, that is held out for evaluation instead of separate "
+        "evaluation data. The seed decides which rows.",
+    )
     save_steps: float = _option(
         _SAVE_STEPS,
         "Optimizer steps from one checkpoint to the next; there is also one after the last step. A value below 1 is a "
@@ -393,6 +398,12 @@ class TrainConfig:
             check(value is None or value >= 1, name, "must be at least 1", value)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             _set_steps(self, name)
+        check(
+            self.eval_split is None or 0 < self.eval_split < 1,
+            "eval_split",
+            "must be a share of the rows above 0 and below 1, such as 0.02",
+            self.eval_split,
+        )
         check(
             self.chat_template_date is None or is_date(self.chat_template_date),
             "chat_template_date",

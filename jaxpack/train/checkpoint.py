@@ -68,7 +68,7 @@ _FREE = {
     *("eval_on_start", "load_best_model_at_end"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
     *("offload_weights", "offload_embedding", "mesh"),
-    *("allow_lost_thoughts", "chat_template_date"),  # they change nothing but the data, which has a checksum
+    *("allow_lost_thoughts", "chat_template_date", "eval_split"),  # they change only the data, which has a checksum
 }
 # Their product is the number of rows, or of documents, in a step, which must stay; each of them may change.
 _STEP_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")

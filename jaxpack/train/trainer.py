@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
+from jaxpack.data.mixing import hold_out
 from jaxpack.data.reading import Dataset, load_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
@@ -95,10 +96,12 @@ class Trainer:
     Args:
       model: the model, which is trained in place; `trainer.model` is the same object.
       tokenizer: turns the dataset's text into tokens, see `load_documents`; may be None for rows of `input_ids`.
-      train_dataset: a JSON, JSONL or Parquet file, an iterable of dicts, a `datasets.Dataset`, or `Documents`.
+      train_dataset: the path of a file or a folder, a pattern of paths, a dataset of the hub and its split
+        ("org/name:train"), an iterable of dicts, a `datasets.Dataset`, or `Documents`; or a list of these, each perhaps
+        with a weight, as in "rows.jsonl=0.7". See `load_documents`.
       config: the settings of the run; None takes the defaults of `TrainConfig`.
       eval_dataset: rows that are not trained on, in any of the formats. Their loss is computed every `eval_steps`
-        steps, in batches like those of training.
+        steps, in batches like those of training. With `eval_split`, a share of `train_dataset` takes their place.
       objective: the objective to minimise; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
         `LogProbObjective` make an objective from a function.
       optimizer: None is the optimizer that `optim` names. A schedule (a function from the step to the learning rate)
@@ -162,12 +165,17 @@ class Trainer:
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
         resolve_optimizer(optimizer, config, 1, model)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
-        if compute_metrics is not None and eval_dataset is None:
+        if config.eval_split is not None and eval_dataset is not None:
+            raise InputError(
+                f"`eval_split` must be None with an `eval_dataset`, got {config.eval_split:g}. Leave one of them out."
+            )
+        is_evaluated = eval_dataset is not None or config.eval_split is not None
+        if compute_metrics is not None and not is_evaluated:
             raise InputError(
                 "`compute_metrics` must be None without an `eval_dataset`, got a function. Pass the `eval_dataset` to"
-                " compute the metrics on."
+                " compute the metrics on, or set `eval_split`."
             )
-        _check_evaluation(config, given=eval_dataset is not None)
+        _check_evaluation(config, given=is_evaluated)
         require_libraries(config)
         self._find_previous_run()
         # A run that goes on keeps its date, or a template that writes the date would make other tokens tomorrow.
@@ -179,14 +187,20 @@ class Trainer:
         self._identity: dict[str, Any] = {}
         together = self.objective.documents_together
         with errors_name(dataset="train_dataset", documents="train_dataset"):
-            self.documents = self._load(train_dataset)
+            self.documents, self.eval_documents = self._load(train_dataset), None
+            if config.eval_split is not None:
+                self.documents, self.eval_documents = hold_out(
+                    self.documents, config.eval_split, documents_together=together, seed=config.seed
+                )
             self.batches = Batches(self.documents, config, together, num_devices=self.mesh.size)
         self.config = self.batches.config.in_whole_steps(self.batches.num_steps)
-        _check_evaluation(self.config, given=eval_dataset is not None)
-        self.eval_documents = self.eval_batches = None
-        if eval_dataset is not None:
+        _check_evaluation(self.config, given=is_evaluated)
+        self.eval_batches = None
+        if is_evaluated:
             with errors_name(dataset="eval_dataset", documents="eval_dataset"):
-                self.eval_documents = self._load(eval_dataset)
+                if eval_dataset is not None:
+                    self.eval_documents = self._load(eval_dataset)
+                assert self.eval_documents is not None
                 self.eval_batches = evaluation_batches(self.eval_documents, config, self.objective, self.mesh.size)
 
     def _find_previous_run(self) -> None:
@@ -224,6 +238,8 @@ class Trainer:
                 assistant_only_loss=self.config.assistant_only_loss,
                 allow_lost_thoughts=self.config.allow_lost_thoughts,
                 date=self.date,
+                documents_together=self.objective.documents_together,
+                seed=self.config.seed,
             )
 
     def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
@@ -610,8 +626,9 @@ class Trainer:
         lines = describe(self.documents, self.batches, self.config)
         if self.eval_batches is not None and self.eval_documents is not None:
             evaluated = self.eval_batches
+            held = "" if self.config.eval_split is None else f" held out (eval_split {self.config.eval_split:g})"
             lines.append(
-                f"evaluation: {len(self.eval_documents):,} documents, {evaluated.targets_per_epoch:,} tokens to"
+                f"evaluation: {len(self.eval_documents):,} documents{held}, {evaluated.targets_per_epoch:,} tokens to"
                 f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
                 f" {_shapes(evaluated)}"
             )
@@ -719,13 +736,13 @@ def _check_evaluation(config: TrainConfig, *, given: bool) -> None:
     every = config.eval_steps
     for name in ("eval_on_start", "load_best_model_at_end"):
         if getattr(config, name) and not given:
-            raise InputError(f"`{name}` must be false without an `eval_dataset`, got true.")
+            raise InputError(f"`{name}` must be false without an `eval_dataset` or an `eval_split`, got true.")
     if config.load_best_model_at_end and config.save_steps == 0:
         raise InputError("`save_steps` must be above 0 with `load_best_model_at_end`, got 0.")
     if every is None:
         return
     if not given:
-        raise InputError(f"`eval_steps` must be None without an `eval_dataset`, got {every}.")
+        raise InputError(f"`eval_steps` must be None without an `eval_dataset` or an `eval_split`, got {every}.")
     if min(every, config.save_steps or 1) < 1:
         return  # The number of steps is not known yet.
     if config.output_dir is not None and config.steps_between_saves % every:

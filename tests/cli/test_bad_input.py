@@ -318,6 +318,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "save_total_limit": (["--save-total-limit", "0"], ["save_total_limit", "at least 1", "got 0"]),
     "weight": (["--data", "x.jsonl=many"], ["`data` must have a positive number", "'x.jsonl=many'"]),
     "pattern": (["--data", "nowhere/*.csv"], ["`data` must match at least one file", "'nowhere/*.csv'"]),
+    "eval_split": (["--eval-split", "1"], ["`eval_split` must be a share", "0.02", "got 1.0"]),
+    "eval_split_and_data": (
+        ["--eval-split", "0.5", "--eval-data", "/proc/version"],
+        ["`eval_split` must be None with an `eval_data`, got 0.5. Leave one of them out"],
+    ),
     "eval_steps": (["--eval-steps", "0"], ["eval_steps", "at least 1", "got 0"]),
     "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_data`", "got 5"]),
     "eval_data": (["--eval-data", "nowhere.jsonl"], ["eval_data", "existing file", "got 'nowhere.jsonl'"]),

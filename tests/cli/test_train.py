@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer.main
+import yaml
 from safetensors.numpy import load_file
 from tokenizers_for_tests import small_tokenizer, write_checkpoint
 
@@ -288,6 +289,21 @@ def test_named_chat_templates_are_saved_with_the_model(inputs: Inputs, tmp_path:
     assert torch_bridge.from_pretrained(str(tmp_path / "model"))[1].chat_template == templates
 
 
+def test_a_run_on_a_mix_of_files_holds_out_a_share(inputs: Inputs, tmp_path: Path, capfd: Any) -> None:
+    more = tmp_path / "more.csv"
+    more.write_text("text\n" + "the cab\n" * 8)
+    mixed = ["--data", f"{inputs.data}=0.5", "--data", f"{more}=0.5", "--eval-split", "0.25"]
+    model = ["--model", inputs.base, "--output", tmp_path / "run"]
+    train(*model, *mixed, *SETTINGS, *ADAPTER, "--max-steps", "1", "--save-steps", "0")
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"8 of 20 rows of {inputs.data} (50.0%), 8 of 8 rows of {more} (50.0%)" in said
+    assert " 12 documents, " in said
+    assert "evaluation: 4 documents held out (eval_split 0.25), " in said
+    settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert settings["data"] == [f"{inputs.data}=0.5", f"{more}=0.5"]
+    assert settings["eval_split"] == 0.25
+
+
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
 FIELDS = [
@@ -312,6 +328,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "max_length": 64,
         "max_steps": 7,
         "eval_steps": 7,
+        "eval_split": 0.125,
         "resume_from_checkpoint": "latest",
         "chat_template_date": "2031-02-03",
         "report_to": ("tensorboard",),
