@@ -61,5 +61,7 @@ def _without_folders(value: str) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value)) or "-"
     text = _without_folders(str(value)) if isinstance(value, str | Path) else str(value)
     return one_line(text).replace("|", "\\|") or "-"

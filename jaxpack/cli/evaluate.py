@@ -9,13 +9,13 @@ import typer
 
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, read_base
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, read_base
 from jaxpack.errors import InputError, errors_name
 from jaxpack.settings import TrainConfig
 from jaxpack.train.evaluation import evaluate as metrics_of
 from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.console import console
-from jaxpack.utils.files import require_data_file, write_new_file
+from jaxpack.utils.files import write_new_file
 
 # The settings that matter without steps: those of the data, the batches and the programs.
 _SETTINGS = {"max_length", "packing", "packing_strategy", "padding_free", "per_device_train_batch_size"}
@@ -26,7 +26,7 @@ _OTHERS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field
 
 @with_flags(TrainConfig, leave_out=_OTHERS)
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Data to evaluate on: a file like that of jaxpack train.")],
+    data: Annotated[list[str], typer.Option(help="Data to evaluate on, named like those of jaxpack train.")],
     model: Annotated[
         str | None,
         typer.Option(
@@ -58,12 +58,12 @@ def evaluate(
         raise InputError("`model` or `adapter` must be given, got none.")
     if adapter is not None and not (adapter.is_dir() or is_checkpoint(adapter)):
         raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
-    require_data_file(data, "data")
+    check_sources(data, "data")
     network, tokenizer = read_base(model, adapter, dtype, load_in_4bit=load_in_4bit)
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
     with errors_name(dataset="data", eval_dataset="data"):
-        metrics = metrics_of(network, tokenizer, data, config)
+        metrics = metrics_of(network, tokenizer, alone(data), config)
     if output is not None:
         write_new_file(output, json.dumps(metrics).encode() + b"\n", "output")
     console.print("  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()))

@@ -12,6 +12,7 @@ GROUPS = {
     "Data": (
         "data",
         "eval_data",
+        "eval_split",
         "lengths",
         "dataset_text_field",
         "assistant_only_loss",

@@ -66,7 +66,7 @@ def test_a_run_stops_where_its_evaluation_does_not_get_better(losses, patience, 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"eval_on_start": True}, "`eval_on_start` must be false without an `eval_dataset` or),
+        ({"eval_on_start": True}, "`eval_on_start` must be false without an `eval_dataset` or"),
         ({"load_best_model_at_end": True, "output_dir": "x"}, "`load_best_model_at_end` must be false without"),
     ],
 )
