@@ -80,7 +80,7 @@ def test_the_line_of_the_page_is_read_as_it_is(data: Path, tmp_path: Path, what_
     assert words[:2] == ["jaxpack", "train"]
     words[words.index("out")] = str(tmp_path / "out")
     found = what_is_trained(*words[2:])
-    assert (found["model"], found["data"], found["lora"].target_modules) == (
+    assert (found["model"], Path(found["data"]), found["lora"].target_modules) == (
         "path/to/Qwen3-4B",
         data,
         ("q_proj", "v_proj"),
