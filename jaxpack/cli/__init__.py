@@ -18,7 +18,7 @@ from jaxpack.utils.host import available_host_bytes
 # Each command is the function of its name in the module of its name. The lines are those of `jaxpack --help`.
 COMMANDS = {
     "train": "Fine-tune a model; write an adapter or the trained model.",
-    "evaluate": "Compute the loss of a model on a dataset, with or without an adapter.",
+    "evaluate": "Compute the loss of a model or an adapter on a dataset.",
     "inspect": "Show what padding costs on a dataset, and what packing gains.",
     "generate": "Generate text from a model, with or without an adapter.",
     "export": "Merge an adapter into its base model; write the merged model.",

@@ -145,7 +145,7 @@ def test_rows_of_all_formats_are_asked(exit_status, chat_base, tmp_path, capfd):
         ([], "`prompt` or `prompts` must be given, and not both, got none."),
         (["--prompt", "a", "--prompts", "{rows}"], "`prompt` or `prompts` must be given, and not both, got both."),
         (["--prompt", ""], "`prompt` must have text, got ''."),
-        (["--prompts", "/proc/version"], "`prompts` must end in .jsonl, .json or .parquet, got '/proc/version'."),
+        (["--prompts", "/proc/version"], "`prompts` must end in .jsonl, .json, .csv or .parquet"),
         (["--prompts", "nowhere.jsonl"], "`prompts` must be an existing file, got 'nowhere.jsonl'."),
         (["--prompts", "{empty}"], "`prompts` must have at least one row, got none in {empty}."),
         (
