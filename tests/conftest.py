@@ -22,6 +22,8 @@ _HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
 if _HAS_BEARTYPE:
     install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
 
+_COMPILING, _MANY = ("kernels", "model", "torch_bridge"), 4
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # else a GPU rounds float32 references to tf32
 
@@ -41,6 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks all but one in N cases of a `one_in(N)` test as slow, and keeps the part of the cases that `--cases` names.
 
+    Tests of the rooms that compile a program for each case are `one_in(2)` without a marker, if they have many cases.
+
     A hash of their names orders the cases of a test. In the order of their parameters, all cases of one part could have
     the same value of one parameter.
     """
@@ -50,8 +54,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = []
     for cases in tests.values():
         cases.sort(key=lambda item: zlib.crc32(item.name.encode()))
-        if (marker := cases[0].get_closest_marker("one_in")) is not None:
-            for item in _without_part([item for item in cases if not _is_slow(item)], 0, marker.args[0]):
+        marker = cases[0].get_closest_marker("one_in")
+        compile_much = len(cases) >= _MANY and cases[0].path.parent.name in _COMPILING
+        if (parts := marker.args[0] if marker is not None else 2 if compile_much else 1) > 1:
+            for item in _without_part([item for item in cases if not _is_slow(item)], 0, parts):
                 item.add_marker(pytest.mark.slow)
         if config.getoption("--cases"):
             part, parts = map(int, config.getoption("--cases").split("/"))

@@ -243,7 +243,7 @@ def test_the_settings_of_the_cross_entropy_change_the_training_loss_and_no_evalu
     batches = Batches(documents, config)
     run = Run(trainer.model, batches, config, batches, objective=smoothed)
     assert run._make_step.keywords["objective"] == smoothed
-    assert run._make_eval_step.keywords["objective"] == SFT()
+    assert run.evaluation._options["objective"] == SFT()
     plain, changed = (results(objective)[0].loss for objective in (SFT(), smoothed))
     assert changed > plain + 5  # The log-sum-exp of 97 logits is about log(97), 4.6, and half of its square 10.
 

@@ -153,7 +153,7 @@ def test_a_second_run_in_a_folder_is_refused_and_leaves_the_first_alone(latest, 
 
 def test_settings_that_leave_the_best_unknown_are_refused(tmp_path):
     for changes, data, message in (
-        ({"eval_steps": 3}, None, "`eval_steps` must be None without an `eval_dataset`, got 3"),
+        ({"eval_steps": 3}, None, "`eval_steps` must be None without an `eval_dataset` or an `eval_split`, got 3"),
         ({"eval_steps": 3, "save_steps": 4}, ROWS, r"`save_steps` must be a multiple of `eval_steps` \(3\)"),
     ):
         with pytest.raises(InputError, match=message):
