@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks all but one in N cases of a `one_in(N)` test as slow, and keeps the part of the cases that `--cases` names.
 
-    Tests of the rooms that compile a program for each case are `one_in(2)` without a marker, if they have many cases.
+    Tests of the rooms that compile a program for each case are `one_in(3)` without a marker, if they have many cases.
 
     A hash of their names orders the cases of a test. In the order of their parameters, all cases of one part could have
     the same value of one parameter.
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases.sort(key=lambda item: zlib.crc32(item.name.encode()))
         marker = cases[0].get_closest_marker("one_in")
         compile_much = len(cases) >= _MANY and cases[0].path.parent.name in _COMPILING
-        if (parts := marker.args[0] if marker is not None else 2 if compile_much else 1) > 1:
+        if (parts := marker.args[0] if marker is not None else 3 if compile_much else 1) > 1:
             for item in _without_part([item for item in cases if not _is_slow(item)], 0, parts):
                 item.add_marker(pytest.mark.slow)
         if config.getoption("--cases"):
