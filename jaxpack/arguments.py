@@ -128,7 +128,7 @@ def read_arguments(
 
 
 def by_name(pairs: Any) -> dict[str, Any]:
-    """Returns the pairs that `read_arguments` made as a mapping."""
+    """Returns a setting that holds pairs of names and values as a mapping."""
     return dict(pairs)
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jaxpack.arguments import OPTIMIZERS, SCHEDULES, read_arguments
+from jaxpack.arguments import OPTIMIZERS, SCHEDULES, by_name, read_arguments
 from jaxpack.constants import (
     LANES,
     POLYNOMIAL_END,
@@ -135,11 +135,11 @@ class LoraConfig:
 
     def rank_of(self, projection: str) -> int:
         """Returns the rank of a projection's adapter."""
-        return _by_name(self.rank_pattern).get(projection, self.r)
+        return by_name(self.rank_pattern).get(projection, self.r)
 
     def scaling_of(self, projection: str) -> float:
         """Returns the factor that multiplies `lora_B @ lora_A @ x` in a projection."""
-        rank, alpha = self.rank_of(projection), _by_name(self.alpha_pattern).get(projection, self.lora_alpha)
+        rank, alpha = self.rank_of(projection), by_name(self.alpha_pattern).get(projection, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -655,11 +655,6 @@ def _schedule_arguments(config: TrainConfig) -> tuple[tuple[str, Any], ...]:
         end = found.get("lr_end", POLYNOMIAL_END)
         check(end < config.learning_rate, name, "must have an `lr_end` below `learning_rate`", end)
     return pairs
-
-
-def _by_name(pattern: Any) -> dict[str, Any]:
-    """Returns the numbers of a pattern by projection; the pattern is a tuple of pairs, made by `_pattern`."""
-    return dict(pattern)
 
 
 def _pattern(name: str, value: Any, rule: str, kind: type) -> tuple[tuple[str, Any], ...]:

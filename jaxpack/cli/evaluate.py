@@ -9,11 +9,20 @@ import typer
 
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, read_base
-from jaxpack.errors import InputError, errors_name
+from jaxpack.cli.reading import (
+    LOAD_IN_4BIT_HELP,
+    AdapterOption,
+    BaseOption,
+    DtypeOption,
+    alone,
+    check_sources,
+    read_base,
+    require_model_or_adapter,
+    require_new_output,
+)
+from jaxpack.errors import errors_name
 from jaxpack.settings import TrainConfig
 from jaxpack.train.evaluation import evaluate as metrics_of
-from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.console import console
 from jaxpack.utils.files import write_new_file
 
@@ -27,43 +36,23 @@ _OTHERS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field
 @with_flags(TrainConfig, leave_out=_OTHERS)
 def evaluate(
     data: Annotated[list[str], typer.Option(help="Data to evaluate on, named like those of jaxpack train.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hugging Face model: a folder, or the id of a model on the hub.",
-            show_default="the one that the adapter names",
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a PEFT adapter for the model, such as the adapter/ that train writes. Or a checkpoint of a"
-            " run: checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
-        ),
-    ] = None,
+    model: BaseOption = None,
+    adapter: AdapterOption = None,
     output: Annotated[Path | None, typer.Option(help="New JSON file for the metrics, beside showing them.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Dtype of the weights and of the computation: bfloat16, float16 or float32.",
-            show_default="bfloat16 on a GPU, float32 on a CPU",
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
     **flags: object,
 ) -> None:
     """Compute the loss and the perplexity of a model on a dataset, with or without an adapter."""
     config = from_flags(TrainConfig, flags)
-    if model is None and adapter is None:
-        raise InputError("`model` or `adapter` must be given, got none.")
-    if adapter is not None and not (adapter.is_dir() or is_checkpoint(adapter)):
-        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
+    require_model_or_adapter(model, adapter)
+    require_new_output(output)
     check_sources(data, "data")
     network, tokenizer = read_base(model, adapter, dtype, load_in_4bit=load_in_4bit)
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
     with errors_name(dataset="data", eval_dataset="data"):
         metrics = metrics_of(network, tokenizer, alone(data), config)
-    if output is not None:
-        write_new_file(output, json.dumps(metrics).encode() + b"\n", "output")
     console.print("  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()))
+    if output is not None:  # After they are shown, since the disk may be full.
+        write_new_file(output, json.dumps(metrics).encode() + b"\n", "output")

@@ -1,7 +1,6 @@
 """Implements `jaxpack export`, which merges an adapter into its base model."""
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, says_4bit
-from jaxpack.cli.reading import read_base
+from jaxpack.cli.reading import ADAPTER_HELP, read_base, require_adapter
 from jaxpack.errors import InputError, errors_name
 from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.console import console
@@ -21,10 +20,7 @@ from torch_bridge.tensors import tensor_shapes
 def export(
     adapter: Annotated[
         Path,
-        typer.Option(
-            help="Folder of a PEFT adapter, such as the adapter/ that train writes. Or a checkpoint of a run:"
-            " checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
-        ),
+        typer.Option(help=ADAPTER_HELP),
     ],
     merged: Annotated[Path, typer.Option(help="New folder for the base model with the adapter merged into it.")],
     model: Annotated[
@@ -66,8 +62,7 @@ def export(
     require_new_folder(merged, "merged")
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    if not (os.path.isdir(adapter) or is_checkpoint(adapter)):
-        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
+    require_adapter(adapter)
     run = adapter.absolute().parents[1 if is_checkpoint(adapter) else 0]
     if not load_in_4bit and says_4bit(run / RUN_SETTINGS):
         console.print(

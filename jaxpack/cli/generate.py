@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,35 +14,31 @@ from rich.text import Text
 
 import torch_bridge
 from jaxpack.cli.options import from_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, check_sources, read_base
+from jaxpack.cli.reading import (
+    LOAD_IN_4BIT_HELP,
+    AdapterOption,
+    BaseOption,
+    DtypeOption,
+    check_sources,
+    read_base,
+    require_model_or_adapter,
+    require_new_output,
+)
 from jaxpack.data.conversation import Conversation
 from jaxpack.data.formats import text_prompt
 from jaxpack.data.reading import load_prompts
 from jaxpack.errors import InputError, errors_name, visible
 from jaxpack.generation.text import generate_text
 from jaxpack.settings import GenerateConfig
-from jaxpack.train.trained import is_checkpoint
 from jaxpack.utils.compilation_cache import ProgramCache
 from jaxpack.utils.console import TextConsole, console
-from jaxpack.utils.files import require_folder, write_new_file
+from jaxpack.utils.files import write_new_file
 
 
 @with_flags(GenerateConfig)
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hugging Face model: a folder, or the id of a model on the hub.",
-            show_default="the one that the adapter names",
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a PEFT adapter for the model, such as the adapter/ that train writes. Or a checkpoint of a"
-            " run: checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
-        ),
-    ] = None,
+    model: BaseOption = None,
+    adapter: AdapterOption = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to answer or to continue; may be given several times.")
     ] = None,
@@ -66,13 +61,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option(help="New JSONL file for prompts and completions. Without it, they are shown.")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Dtype of the weights and of the computation: bfloat16, float16 or float32.",
-            show_default="bfloat16 on a GPU, float32 on a CPU",
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
     **flags: object,
 ) -> None:
@@ -123,10 +112,7 @@ def _check_arguments(
     compare: bool,
     output: Path | None,
 ) -> None:
-    if model is None and adapter is None:
-        raise InputError("`model` or `adapter` must be given, got none.")
-    if adapter is not None and not (adapter.is_dir() or is_checkpoint(adapter)):
-        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r}.")
+    require_model_or_adapter(model, adapter)
     if compare and adapter is None:
         raise InputError("`compare` must be given with an `adapter`, got none.")
     if bool(prompt) == (prompts is not None):
@@ -135,11 +121,7 @@ def _check_arguments(
         raise InputError("`prompt` must have text, got ''.")
     if prompts is not None:
         check_sources([str(prompts)], "prompts")
-    if output is not None:
-        folder = output.absolute().parent
-        if os.path.lexists(output) or not folder.is_dir():
-            raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
-        require_folder(folder, "output")
+    require_new_output(output)
 
 
 def _show(asked: Sequence[str | Conversation], written: dict[str, list[str]]) -> None:

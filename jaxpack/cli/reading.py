@@ -1,8 +1,11 @@
 """Reads the model and the dataset that the flags of a command name."""
 
 import datetime
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import torch_bridge
 from jaxpack.data.documents import Documents
@@ -14,7 +17,8 @@ from jaxpack.errors import InputError, errors_name
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
-from jaxpack.utils.files import require_data_file
+from jaxpack.train.trained import is_checkpoint
+from jaxpack.utils.files import require_data_file, require_folder
 
 MODEL_HELP = (
     "Hugging Face model: a folder, or the id of a model on the hub. Or a shape that gets random weights:"
@@ -29,10 +33,52 @@ LENGTHS_HELP = (
     " documents. Random documents are drawn with these lengths."
 )
 
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Hugging Face model: a folder, or the id of a model on the hub.",
+        show_default="the one that the adapter names",
+    ),
+]
+ADAPTER_HELP = (
+    "Folder of a PEFT adapter for the model, such as the adapter/ that train writes. Or a checkpoint of a run:"
+    " checkpoints/500, checkpoints/best or checkpoints/latest in its folder."
+)
+AdapterOption = Annotated[Path | None, typer.Option(help=ADAPTER_HELP)]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Dtype of the weights and of the computation: bfloat16, float16 or float32.",
+        show_default="bfloat16 on a GPU, float32 on a CPU",
+    ),
+]
 LOAD_IN_4BIT_HELP = (
     "Hold the frozen projections of a 16-bit model in 4 bits (NF4), which takes less than a third of the memory. A"
     " model that bitsandbytes quantised to NF4 is in 4 bits without this flag."
 )
+
+
+def require_adapter(adapter: Path) -> None:
+    """Refuses a path that is neither a folder nor a checkpoint of a run."""
+    if not (os.path.isdir(adapter) or is_checkpoint(adapter)):
+        raise InputError(f"`adapter` must be an existing folder, got {str(adapter)!r:.200}.")
+
+
+def require_model_or_adapter(model: str | None, adapter: Path | None) -> None:
+    """Refuses neither of the two, and an adapter that is not there."""
+    if model is None and adapter is None:
+        raise InputError("`model` or `adapter` must be given, got none.")
+    if adapter is not None:
+        require_adapter(adapter)
+
+
+def require_new_output(output: Path | None) -> None:
+    """Refuses a file that exists, or whose folder does not, before a command takes its time."""
+    if output is not None:
+        folder = output.absolute().parent
+        if os.path.lexists(output) or not folder.is_dir():
+            raise InputError(f"`output` must be a new file in an existing folder, got {str(output)!r}.")
+        require_folder(folder, "output")
 
 
 def check_sources(given: list[str], name: str) -> None:

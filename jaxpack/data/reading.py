@@ -20,7 +20,8 @@ from jaxpack.data.reading_progress import ReadingProgress
 from jaxpack.data.rows import Rows, open_rows, rows_in_memory
 from jaxpack.data.sources import HubDataset, Source, sources_of
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError
+from jaxpack.errors import InputError, errors_name
+from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 
 # The path of a file or a folder, a pattern, a dataset of the hub, a list of dicts, a `datasets.Dataset`, or several.
@@ -104,6 +105,30 @@ def load_documents(
         spans = mix(spans, weights, [source.name for source in sources], documents_together, seed)
     chosen = np.concatenate(spans)
     return documents if len(chosen) == len(documents) else documents[chosen]
+
+
+def load_for_run(
+    config: TrainConfig,
+    dataset: Dataset | Documents,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    date: datetime.date,
+    documents_together: int,
+) -> Documents:
+    """Reads a dataset as `load_documents` does, with the settings of a run."""
+    with errors_name(text_field="dataset_text_field"):
+        return load_documents(
+            dataset,
+            tokenizer,
+            vocab_size=vocab_size,
+            text_field=config.dataset_text_field,
+            assistant_only_loss=config.assistant_only_loss,
+            allow_lost_thoughts=config.allow_lost_thoughts,
+            date=date,
+            documents_together=documents_together,
+            seed=config.seed,
+        )
 
 
 def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:

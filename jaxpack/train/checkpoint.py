@@ -43,7 +43,7 @@ from jaxpack.parallel.device import current_device, on_host
 from jaxpack.parallel.placement import put
 from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import TrainConfig
-from jaxpack.train.record import Record, read_record, shown
+from jaxpack.train.record import ARRAY, Record, read_record, shown
 from jaxpack.train.step import TrainState
 from jaxpack.utils.checksums import CHECKSUMS, DamagedError, check_folder, sync_folder, write_checksums
 from jaxpack.utils.console import console
@@ -122,7 +122,7 @@ def identity_of(
         | settings
         | {f"{ADAPTERS}{name}": value for name, value in lora.items()}
         | {name: None if documents is None else _describe(documents) for name, documents in datasets.items()}
-        | {f"array {name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays_by_name(state).items()}
+        | {f"{ARRAY}{name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays_by_name(state).items()}
         | {
             f"frozen {name}": f"{leaf.dtype}{list(leaf.shape)} {checksum:08x}"
             for (name, leaf), checksum in zip(weights.items(), checksums(list(weights.values())).tolist(), strict=True)
@@ -319,8 +319,7 @@ class Checkpoints:
             return
         # A later one is damaged, see `set_aside`: it must not count in the place of a whole one.
         steps = [other for other in steps_in(self.folder) if other <= step]
-        evaluated = [other for other in steps if not math.isnan(evaluations.get(other, math.nan))]
-        kept = {*steps[-self._keep :], *sorted(evaluated, key=evaluations.__getitem__)[:1]}
+        kept = {*steps[-self._keep :], _best_step(steps, evaluations)}
         for other in set(steps) - kept:
             # Renamed first: a half-deleted checkpoint must never look like a whole one.
             shutil.rmtree((self.folder / str(other)).rename(self.folder / f"{other}{_DELETED}"))
@@ -328,9 +327,14 @@ class Checkpoints:
 
 def best_checkpoint(folder: Path, evaluations: dict[int, float]) -> Path | None:
     """Returns the checkpoint in a folder with the lowest evaluation loss, or None if none of them was evaluated."""
-    losses = {step: evaluations.get(step, math.nan) for step in steps_in(folder)}
-    evaluated = {step: loss for step, loss in losses.items() if not math.isnan(loss)}
-    return folder / str(min(evaluated, key=evaluated.__getitem__)) if evaluated else None
+    step = _best_step(steps_in(folder), evaluations)
+    return None if step is None else folder / str(step)
+
+
+def _best_step(steps: list[int], evaluations: dict[int, float]) -> int | None:
+    """Returns the step with the lowest evaluation loss, or None if none of the steps was evaluated."""
+    evaluated = [step for step in steps if not math.isnan(evaluations.get(step, math.nan))]
+    return min(evaluated, key=evaluations.__getitem__, default=None)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -432,8 +436,7 @@ def _newest_first(folder: Path, name: str) -> list[Path]:
 
 def _is_damaged(path: Path) -> bool:
     try:
-        check_folder(path)
-        read_record(path)
+        _described(path)
     except DamagedError:
         return True
     except OSError:
@@ -520,8 +523,7 @@ def _read(
     path: Path, named: dict[str, Array], identity: dict[str, Any], notes: dict[str, str], num_steps: int
 ) -> tuple[Record, dict[str, np.ndarray]]:
     """Returns the record and the arrays of a checkpoint, all of them checked."""
-    has_checksums = check_folder(path)
-    record = read_record(path)
+    record, has_checksums = _described(path)
     _require_same(path, record.identity, identity)
     if path.parent.name == FOLDER and path.name.isdecimal() and path.name != str(record.step):
         raise DamagedError(f"its step must be {path.name}, as its folder's name, got {record.step}")
@@ -547,7 +549,7 @@ def read_checkpoint(path: Path) -> tuple[Record, dict[str, np.ndarray]]:
     """
 
     def read(path: Path) -> tuple[Record, dict[str, np.ndarray]]:
-        has_checksums, record = check_folder(path), read_record(path)
+        record, has_checksums = _described(path)
         return record, _arrays_of(path, record, record.arrays, has_checksums)
 
     return _first_whole([path], read)[0]
@@ -555,12 +557,14 @@ def read_checkpoint(path: Path) -> tuple[Record, dict[str, np.ndarray]]:
 
 def read_description(path: Path) -> Record:
     """Returns the record of a checkpoint alone. Raises `InputError` as `read_checkpoint` does."""
+    (record, _), _ = _first_whole([path], _described)
+    return record
 
-    def read(path: Path) -> Record:
-        check_folder(path)
-        return read_record(path)
 
-    return _first_whole([path], read)[0]
+def _described(path: Path) -> tuple[Record, bool]:
+    """Returns the record of a checkpoint whose files are whole, and whether it has checksums."""
+    has_checksums = check_folder(path)
+    return read_record(path), has_checksums
 
 
 def _arrays_of(
@@ -654,7 +658,7 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     if not differ:
         return
     # If sizes or settings differ, arrays differ too, so arrays are named only if nothing else differs.
-    told = [name for name in differ if not name.startswith(("array ", "frozen "))] or differ
+    told = [name for name in differ if not name.startswith((ARRAY, "frozen "))] or differ
     what = ", ".join(f"`{name:.80}` {shown(there.get(name))} (here {here.get(name)!r})" for name in told[:4])
     more = f" and {len(told) - 4} more" if len(told) > 4 else ""
     raise InputError(

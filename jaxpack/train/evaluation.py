@@ -10,9 +10,9 @@ from flax import nnx
 
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
-from jaxpack.data.reading import Dataset, load_documents
+from jaxpack.data.reading import Dataset, load_for_run
 from jaxpack.data.tokenizer import Tokenizer
-from jaxpack.errors import InputError, check_type, errors_name
+from jaxpack.errors import InputError, check_type
 from jaxpack.model.shards import deal
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
@@ -141,16 +141,14 @@ def evaluate(
     objective = SFT() if objective is None else check_objective(objective)
     check_function("compute_metrics", compute_metrics)
     date = config.chat_template_date
-    with errors_name(text_field="dataset_text_field"):
-        documents = load_documents(
-            dataset,
-            tokenizer,
-            vocab_size=model.config.vocab_size,
-            text_field=config.dataset_text_field,
-            assistant_only_loss=config.assistant_only_loss,
-            allow_lost_thoughts=config.allow_lost_thoughts,
-            date=datetime.date.today() if date is None else datetime.date.fromisoformat(date),
-        )
+    documents = load_for_run(
+        config,
+        dataset,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        date=datetime.date.today() if date is None else datetime.date.fromisoformat(date),
+        documents_together=objective.documents_together,
+    )
     mesh = mesh_of(config, model)
     batches = evaluation_batches(documents, config, objective, mesh.size)
     model.read_weights()

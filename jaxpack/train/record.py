@@ -18,7 +18,7 @@ _REQUIRED = ("identity", "notes", "step", "evaluations")
 _OPTIONAL = ("date", "checksums", "base")  # Checkpoints of older versions lack them.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
-_ARRAY = "array "  # how the names of the state's arrays begin in an identity
+ARRAY = "array "  # how the names of the state's arrays begin in an identity
 _DESCRIBED = re.compile(r"(\w+)\[([\d, ]*)\]")  # such as float32[2, 8, 64]
 _STEP = re.compile("0|[1-9][0-9]{0,11}")  # of an evaluation, which may come before the first step
 
@@ -37,7 +37,7 @@ class Record:
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the shape and the dtype of each array of the state by its name, as the identity describes them."""
-        found = {name.removeprefix(_ARRAY): text for name, text in self.identity.items() if name.startswith(_ARRAY)}
+        found = {name.removeprefix(ARRAY): text for name, text in self.identity.items() if name.startswith(ARRAY)}
         matches = {name: _DESCRIBED.fullmatch(str(text)) for name, text in found.items()}
         return {
             name: (tuple(map(int, match[2].replace(",", " ").split())), match[1])

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.mixing import hold_out
-from jaxpack.data.reading import Dataset, load_documents
+from jaxpack.data.reading import Dataset, load_for_run
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.shards import in_shards
@@ -229,18 +229,14 @@ class Trainer:
             )
 
     def _load(self, dataset: Dataset | Documents) -> Documents:
-        with errors_name(text_field="dataset_text_field"):
-            return load_documents(
-                dataset,
-                self.tokenizer,
-                vocab_size=self.model.config.vocab_size,
-                text_field=self.config.dataset_text_field,
-                assistant_only_loss=self.config.assistant_only_loss,
-                allow_lost_thoughts=self.config.allow_lost_thoughts,
-                date=self.date,
-                documents_together=self.objective.documents_together,
-                seed=self.config.seed,
-            )
+        return load_for_run(
+            self.config,
+            dataset,
+            self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            date=self.date,
+            documents_together=self.objective.documents_together,
+        )
 
     def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
         """Runs all steps and leaves the trained weights in `self.model`.

@@ -46,7 +46,8 @@ _RENAMED = {
     "train_on_responses_only": "assistant_only_loss",
 }
 
-# What to do instead of setting a name that has no counterpart of the same meaning, and the names that this answers.
+# Some names have no counterpart of the same meaning. Each text says what to do instead, and precedes the names that it
+# answers.
 _ANSWERS = {
     "set `dtype` where the model is read, in `from_pretrained` or `jaxpack train`; on a GPU it is bfloat16": (
         "bf16 fp16 dtype torch_dtype bf16_full_eval fp16_full_eval load_in_16bit"

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,25 @@ def exit_status(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return stopped.value.code or 0
 
     return run
+
+
+@pytest.fixture
+def assert_refused(
+    exit_status: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Callable[[list[object], Iterable[str]], None]:
+    """Asserts that a command ends with one sentence, which has some fragments, and writes nothing."""
+
+    def check(arguments: list[object], fragments: Iterable[str]) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        assert exit_status(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert line.endswith(".")
+        for fragment in fragments:
+            assert fragment in line
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return check
 
 
 class Stopped(Exception):

@@ -117,7 +117,7 @@ def test_none_is_a_number_of_neither_documents_nor_checkpoints(inputs: list, wha
     assert (found.max_length, found.save_total_limit) == (None, None)
 
 
-# What is given to `train`, and what the one sentence says.
+# Each case has the words that `train` is given, and parts of the sentence that it answers.
 REFUSED: dict[str, tuple[list[object], list[str]]] = {
     "unknown": (["--learning_rte", "1"], ["`jaxpack train` has no flag `--learning_rte` (did you mean `--learning-"]),
     "several": (
@@ -138,18 +138,9 @@ REFUSED: dict[str, tuple[list[object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_unknown_is_refused_at_once(
-    name: str, inputs: list, tmp_path: Path, exit_status: Callable, capsys: Any
-) -> None:
+def test_what_is_unknown_is_refused_at_once(name: str, inputs: list, assert_refused: Callable[..., None]) -> None:
     words, fragments = REFUSED[name]
-    before = sorted(tmp_path.rglob("*"))
-    assert exit_status("train", *inputs, *words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert line.endswith(".")
-    for fragment in fragments:
-        assert fragment in line
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_refused(["train", *inputs, *words], fragments)
 
 
 def test_a_number_that_is_none_is_not_any_word(inputs: list, exit_status: Callable, capsys: Any) -> None:

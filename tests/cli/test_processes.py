@@ -3,16 +3,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from simulated_devices import TESTS, flags_for
+from simulated_devices import TESTS, flags_for, variables_of_two
 from tokenizers_for_tests import write_checkpoint
 
 STEPS, EVERY = 60, 10
@@ -43,16 +43,12 @@ def start(arguments: list[object], log: Path, devices: int, **variables: str) ->
 class Two:
     """Two processes of one run, with four devices each."""
 
-    def __init__(self, arguments: list[object], folder: Path, of_second: list[object] = []):  # noqa: B006
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+    def __init__(self, arguments: list[object], folder: Path, of_second: Sequence[object] = ()):
         folder.mkdir(exist_ok=True)
         self.logs = [folder / "first.log", folder / "second.log"]
-        variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
         self.processes = [
-            start([*arguments, *more], log, 4, JAX_PROCESS_ID=str(number), **variables)
-            for number, (log, more) in enumerate(zip(self.logs, ([], of_second), strict=True))
+            start([*arguments, *more], log, 4, **variables)
+            for log, more, variables in zip(self.logs, ([], of_second), variables_of_two(), strict=True)
         ]
 
     def signal_once(self, path: Path, process: int, number: int) -> None:

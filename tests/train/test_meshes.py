@@ -1,7 +1,6 @@
 """A run on several devices is the run of one device: its losses, its checkpoints, and what it refuses."""
 
 import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from models import small_model
 from safetensors.numpy import load_file
-from simulated_devices import on_simulated_devices
+from simulated_devices import on_simulated_devices, variables_of_two
 from train.meshes import trainer_of
 
 from jaxpack.errors import InputError
@@ -67,16 +66,12 @@ def test_a_wrong_mesh_is_refused_before_data_is_read():
 @pytest.mark.parametrize(("kind", "mesh"), [("adapters", "data=2,fsdp=4"), ("all", "fsdp=8"), ("adapters", "data=8")])
 def test_two_processes_train_and_write_as_one(kind, mesh, tmp_path):
     alone = on_devices(8, kind, mesh, 1, 1, tmp_path / "alone")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
 
-    def process(number: int) -> dict:
-        variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-        return on_devices(4, kind, mesh, 1, 1, tmp_path / "both", JAX_PROCESS_ID=str(number), **variables)
+    def process(variables: dict[str, str]) -> dict:
+        return on_devices(4, kind, mesh, 1, 1, tmp_path / "both", **variables)
 
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(process, range(2)):
+        for found in pool.map(process, variables_of_two()):
             assert_same(found, alone)
     expected, found = (load_file(tmp_path / of / "written" / "model.safetensors") for of in ("alone", "both"))
     assert found.keys() == expected.keys()
