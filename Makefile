@@ -29,7 +29,7 @@ test: $(VENV)/installed  ## Run the tests, but the slow ones
 QUARTER := $(shell expr $$(git rev-list --count HEAD 2>/dev/null || echo 0) % 4)
 SLOW_CASES := $(QUARTER)/4
 test-slow: $(VENV)/installed  ## Run a quarter of the cases of each slow test (SLOW_CASES=0/1: all of them)
-	$(UNOPTIMISED) $(RUN) -m pytest $(PARALLEL) -m slow --cases $(SLOW_CASES)
+	$(UNOPTIMISED) $(RUN) -m pytest $(PARALLEL) -m 'slow and not gpu' --cases $(SLOW_CASES)
 
 lint: $(VENV)/installed  ## Check style, formatting and types
 	$(VENV)/bin/ruff check .
