@@ -4,9 +4,10 @@
 documents at a time, with the same `pack_rows`, and packs the emptiest rows again with the next window.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -38,6 +39,10 @@ class Packer:
 
     A packer can be iterated once; for another pass over the data, make another packer. The packer does not keep
     successive documents in the same row, so an objective with `documents_together` above 1 needs `Batches`.
+
+    `get_state` says where the packer is. A new packer of the same stream with the same settings goes on from there
+    after `set_state`, and gives the same batches. It reads the rows before that place and leaves them, or calls
+    `documents.skip(rows)`, if there is such a method, as a `datasets.IterableDataset` has.
 
     Args:
       documents: `Documents`, or any iterable of rows `{"input_ids": [...], "labels": [...]}`, such as a generator. It
@@ -109,9 +114,9 @@ class Packer:
         self._rows_per_batch, self._micro_batches = int(rows_per_batch), int(micro_batches)
         self._window, self._seed = int(window), int(seed)
         self._strategy: PackingStrategy = strategy
-        self.truncation = Truncation(0, 0, 0)
-        self._tokens, self._positions = 0, 0  # in the batches up to now
-        self._batches = self._pack(self._read(documents))
+        self._documents = documents
+        self._go_to(_Window(0, 0, [], self._no_rows(), Truncation(0, 0, 0), 0, 0))
+        self._was_asked = False
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Returns the packer itself."""
@@ -119,7 +124,9 @@ class Packer:
 
     def __next__(self) -> PackedBatch:
         """Returns the next batch, of int32 NumPy arrays `[A, B, T]`; reads documents if it needs more rows."""
+        self._was_asked = True
         batch = next(self._batches)
+        self._given += 1
         self._tokens += int((batch.segment_ids > 0).sum())
         self._positions += batch.segment_ids.size
         return batch
@@ -129,17 +136,85 @@ class Packer:
         """Returns the share of positions that hold no token, in the batches up to now; 0 before the first batch."""
         return 1 - self._tokens / self._positions if self._positions else 0.0
 
-    def _pack(self, source: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[PackedBatch]:
-        waiting: _Pieces = []  # the documents of rows that are held back
-        ready = PackedBatch(*4 * [np.empty((0, self._row_length), np.int32)])  # finished rows, fewer than a batch
-        for number in itertools.count():
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Returns the place of the packer in its stream, as arrays that a checkpoint can hold.
+
+        They have the tokens of fewer rows than there are in two batches: int32 `tokens` and `labels` `[tokens]` of the
+        documents that were held back, int64 `lengths` `[documents]`, and int32 `rows` `[4, rows, T]`, finished rows.
+        int64 `counts` has the number of documents that were read, and other numbers.
+        """
+        window = self._at
+        counts = (
+            window.read,
+            window.number,
+            self._given,
+            *dataclasses.astuple(window.truncation),
+            window.tokens,
+            window.positions,
+        )
+        waiting = _joined(window.waiting)
+        return {
+            "counts": np.array(counts, np.int64),
+            "tokens": waiting.tokens,
+            "labels": waiting.labels,
+            "lengths": waiting.lengths,
+            "rows": np.stack(window.ready),
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes to the place in the stream at which another packer was when its `get_state` returned `state`.
+
+        Raises:
+          InputError: `state` is no state of a packer with these settings, a batch was taken from this packer before, or
+            the stream ends before that place.
+        """
+        if self._was_asked:
+            raise InputError("`set_state` must come before the first batch is taken. Make another packer.")
+        counts, lengths, rows = (state.get(name) for name in ("counts", "lengths", "rows"))
+        fits = (
+            isinstance(counts, np.ndarray)
+            and isinstance(lengths, np.ndarray)
+            and isinstance(rows, np.ndarray)
+            and counts.shape == (_COUNTS,)
+            and rows.ndim == 3
+            and rows.shape[::2] == (4, self._row_length)
+            and all(np.shape(state.get(name)) == (lengths.sum(),) for name in ("tokens", "labels"))
+        )
+        if not fits:
+            raise InputError(
+                "`state` must be what `get_state` of a packer with the same settings returned, got"
+                f" { ({name: np.shape(array) for name, array in state.items()}) } with rows of {self._row_length} tokens."
+            )
+        read, number, given, *numbers = counts.tolist()
+        ends = np.cumsum(lengths)
+        waiting = _pieces_between(state["tokens"], state["labels"], ends - lengths, ends)
+        window = _Window(read, number, waiting, PackedBatch(*rows), Truncation(*numbers[:3]), *numbers[3:])
+        self._go_to(window)
+        for _ in range(given):
+            if next(self, None) is None:
+                raise _too_short(read)
+
+    def _go_to(self, window: "_Window") -> None:
+        self.truncation = window.truncation
+        self._tokens, self._positions = window.tokens, window.positions
+        self._at, self._given = window, 0  # the window that is being packed, and the batches of it up to now
+        self._read = window.read
+        self._batches = self._pack(window)
+
+    def _no_rows(self) -> PackedBatch:
+        return PackedBatch(*4 * [np.empty((0, self._row_length), np.int32)])
+
+    def _pack(self, window: "_Window") -> Iterator[PackedBatch]:
+        source = self._documents_from(window.read)
+        while True:
+            waiting, ready = window.waiting, window.ready
             new = list(itertools.islice(source, self._window))
             is_last = len(new) < self._window
             documents = _joined(waiting + new)
             rows = pack_rows(documents.lengths, self._max_length, self._strategy)
             held = np.empty(0, np.int64) if is_last else self._held_back(rows, len(waiting))
             waiting = [piece for row in held.tolist() for piece in _pieces(documents, rows, row)]
-            order = row_order(self._seed, number, len(rows))
+            order = row_order(self._seed, window.number, len(rows))
             finished = order[~np.isin(order, held)]
             if is_last:  # -1 is a row of padding
                 missing = -(len(ready.tokens) + len(finished)) % self._rows_per_batch
@@ -148,6 +223,9 @@ class Packer:
             if is_last:
                 return
             del new, documents  # so that they are not in memory while the next window is read
+            number = window.number + 1
+            window = _Window(self._read, number, waiting, ready, self.truncation, self._tokens, self._positions)
+            self._at, self._given = window, 0
 
     def _cut(
         self, ready: PackedBatch, documents: Documents, rows: Rows, finished: np.ndarray
@@ -175,12 +253,15 @@ class Packer:
         emptiest = np.argsort(lengths, kind="stable")
         return emptiest[~has_waited[emptiest]][: self._rows_per_batch]
 
-    def _read(self, documents: Documents | Iterable[Record]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Reads, checks and truncates the documents one by one; leaves out documents without a token to train on."""
+    def _documents_from(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Reads, checks and truncates the documents one by one; leaves out documents without a token to train on.
+
+        `first` is the number of the first document that is read.
+        """
         where = Where("`documents`")
-        records = _records(documents) if isinstance(documents, Documents) else documents
-        for number, record in enumerate(records):
+        for number, record in enumerate(_records(self._documents, first), first):
             tokens, labels = _checked(record, number, where)
+            self._read = number + 1
             if self._strategy == "bfd":
                 lost = max(0, len(tokens) - self._max_length)
                 tokens, labels = tokens[: self._max_length], labels[: self._max_length]
@@ -208,10 +289,51 @@ class Packer:
             )
 
 
-def _records(documents: Documents) -> Iterator[Record]:
-    for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
-        here = slice(start, start + length)
-        yield {"input_ids": documents.tokens[here], "labels": documents.labels[here]}
+class _Window(NamedTuple):
+    """Holds what a packer knows before it reads a window.
+
+    Attributes:
+      read: the number of documents that it has read.
+      number: the number of the window.
+      waiting: the documents of rows that are held back.
+      ready: finished rows, fewer than a batch.
+      truncation, tokens, positions: what was counted up to now; `tokens` and `positions` are those of the batches.
+    """
+
+    read: int
+    number: int
+    waiting: _Pieces
+    ready: PackedBatch
+    truncation: Truncation
+    tokens: int
+    positions: int
+
+
+_COUNTS = 8  # the numbers of a window, and the number of its batches
+
+
+def _records(documents: Documents | Iterable[Record], first: int) -> Iterator[Record]:
+    """Yields the documents from number `first` on."""
+    if isinstance(documents, Documents):
+        for start, length in zip(documents.starts[first:].tolist(), documents.lengths[first:].tolist(), strict=True):
+            here = slice(start, start + length)
+            yield {"input_ids": documents.tokens[here], "labels": documents.labels[here]}
+        return
+    skip = getattr(documents, "skip", None)
+    if first and callable(skip):
+        yield from skip(first)
+        return
+    records = iter(documents)
+    if sum(1 for _ in itertools.islice(records, first)) < first:
+        raise _too_short(first)
+    yield from records
+
+
+def _too_short(rows: int) -> InputError:
+    return InputError(
+        f"`documents` must be the stream to which `state` belongs, of which {rows:,} documents were read, got a shorter"
+        " one."
+    )
 
 
 def _checked(record: Any, number: int, where: Where) -> tuple[np.ndarray, np.ndarray]:
@@ -243,9 +365,11 @@ def _joined(pieces: _Pieces) -> Documents:
 
 def _pieces(documents: Documents, rows: Rows, row: int) -> _Pieces:
     """Copies the pieces of one row of a plan."""
-    found = []
-    for piece in range(rows.offsets[row], rows.offsets[row + 1]):
-        start = documents.starts[rows.document[piece]] + rows.start[piece]
-        here = slice(start, start + rows.length[piece])
-        found.append((documents.tokens[here].copy(), documents.labels[here].copy()))
-    return found
+    pieces = slice(rows.offsets[row], rows.offsets[row + 1])
+    starts = documents.starts[rows.document[pieces]] + rows.start[pieces]
+    return _pieces_between(documents.tokens, documents.labels, starts, starts + rows.length[pieces])
+
+
+def _pieces_between(tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> _Pieces:
+    here = [slice(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return [(tokens[place].copy(), labels[place].copy()) for place in here]

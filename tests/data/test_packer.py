@@ -383,3 +383,64 @@ def test_documents_are_read_where_they_lie():
     (batch,) = Packer(picked, max_length=128, rows_per_batch=1, strategy="wrapped")
     expected = np.concatenate([documents.tokens[12:16], documents.tokens[:3]])
     np.testing.assert_array_equal(batch.tokens[0, 0, :8], [*expected, 0])
+
+
+@pytest.mark.parametrize(("window", "rows", "micro"), CASES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_packer_goes_on_from_the_state_of_another(strategy, window, rows, micro, tmp_path):
+    def packer() -> Packer:
+        stream = Stream(lengths_of(150), masked=0.3)
+        return Packer(stream, max_length=60, rows_per_batch=rows, micro_batches=micro, window=window, strategy=strategy)
+
+    whole = list(packer())
+    for taken in {0, 1, len(whole) // 2, len(whole)}:
+        first = packer()
+        for _ in range(taken):
+            next(first)
+        np.savez(tmp_path / "state.npz", **first.get_state())
+        second = packer()
+        second.set_state(np.load(tmp_path / "state.npz"))
+        assert second.truncation == first.truncation
+        assert second.padding_share == first.padding_share
+        left = list(second)
+        assert len(left) == len(whole) - taken
+        for mine, theirs in zip(left, whole[taken:], strict=True):
+            np.testing.assert_array_equal(np.stack(mine), np.stack(theirs))
+
+
+def test_the_documents_before_a_state_are_left_by_skip_where_there_is_one():
+    class Skipping(Stream):
+        skipped = 0
+
+        def skip(self, count: int) -> list[dict]:
+            self.skipped = count
+            return self.rows[count:]
+
+    first = Packer(Skipping(lengths_of(90)), max_length=64, rows_per_batch=2, window=20)
+    batches = [next(first) for _ in range(15)]
+    stream = Skipping(lengths_of(90))
+    second = Packer(stream, max_length=64, rows_per_batch=2, window=20)
+    second.set_state(first.get_state())
+    assert stream.skipped == first.get_state()["counts"][0] >= 20
+    assert stream.read == 0
+    assert rows_of(next(second)) == rows_of(next(first)) != rows_of(batches[-1])
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    def packer(count: int = 50, **changes: int) -> Packer:
+        settings = {"max_length": 100, "rows_per_batch": 2, "window": 10}
+        return Packer(Stream(lengths_of(count)), **settings | changes)
+
+    first = packer()
+    for _ in range(10):
+        next(first)
+    state = first.get_state()
+    with pytest.raises(InputError, match="rows of 256 tokens"):
+        packer(max_length=200).set_state(state)
+    for name in state:
+        with pytest.raises(InputError, match=r"`state` must be what `get_state`.*returned"):
+            packer().set_state({key: array for key, array in state.items() if key != name})
+    with pytest.raises(InputError, match=r"`documents` must be the stream.*got a shorter one"):
+        packer(15).set_state(state)
+    with pytest.raises(InputError, match="before the first batch"):
+        first.set_state(state)
