@@ -32,7 +32,74 @@ class Truncation:
     dropped: int
 
 
-class Batches:
+class BatchSource:
+    """Gives the batches of a run in the order of its optimizer steps. Steps differ only in T, the length of a row.
+
+    Attributes:
+      config: the settings of the run.
+      num_devices: the number of devices over which the rows are dealt.
+      documents: the documents that are trained on, or the first of a stream.
+      num_steps: the optimizer steps of the run, at most.
+      steps_per_epoch: optimizer steps in an epoch; None for a stream.
+      row_lengths: T of each step, int64 `[num_steps]`.
+      tokens_per_step: tokens in each step without padding, int64 `[num_steps]`. Those of a stream's steps are known
+        once their batches are made.
+      limits: maps each T to the `BatchLimits` of the batches with that T; targets are counted on each device.
+    """
+
+    config: TrainConfig
+    num_devices: int
+    documents: Documents
+    num_steps: int
+    steps_per_epoch: int | None
+    row_lengths: np.ndarray
+    tokens_per_step: np.ndarray
+    limits: dict[int, BatchLimits]
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> PackedBatch:
+        raise NotImplementedError
+
+    @property
+    def _rows_of_device(self) -> int:
+        """Returns the number of rows in a micro-batch on one device."""
+        return self.config.per_device_train_batch_size
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Returns the shapes `(A, B, T)` that the run compiles, by ascending T."""
+        accumulation, rows = self.config.gradient_accumulation_steps, self.num_devices * self._rows_of_device
+        return [(accumulation, rows, int(T)) for T in np.unique(self.row_lengths)]
+
+    @property
+    def shapes_per_device(self) -> list[tuple[int, int, int]]:
+        """Returns the shapes that one device computes with, its share of the B rows, by ascending T."""
+        return [(A, B // self.num_devices, T) for A, B, T in self.shapes]
+
+    @property
+    def positions_per_step(self) -> np.ndarray:
+        """Returns the positions computed in each step, A * B * T, int64 `[num_steps]`."""
+        A, B, _ = self.shapes[0]
+        return A * B * self.row_lengths
+
+    @property
+    def padding_share(self) -> float:
+        """Returns the share of the run's positions that hold no token, in the steps whose tokens are known."""
+        known = self.tokens_per_step > 0
+        return float(1 - self.tokens_per_step.sum() / max(1, self.positions_per_step[known].sum()))
+
+    def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
+        """Returns, for each step, whether it is the first that runs the program of its shape, bool `[num_steps]`.
+
+        `start` is the step at which the process begins; steps before it do not count.
+        """
+        _, first = np.unique(self.row_lengths[start:], return_index=True)
+        return np.isin(np.arange(self.num_steps), start + first)
+
+
+class Batches(BatchSource):
     """Holds the batches of a whole run, by optimizer step: `batches[step]` is a `PackedBatch` of `[A, B, T]`.
 
     A is the number of micro-batches, `gradient_accumulation_steps`; B the number of rows in a micro-batch; T the length
@@ -148,9 +215,6 @@ class Batches:
     def _end_to_end(self) -> bool:
         return self.config.padding_free and not self.config.packing
 
-    def __len__(self) -> int:
-        return self.num_steps
-
     def __getitem__(self, step: int) -> PackedBatch:
         if not 0 <= step < self.num_steps:
             raise IndexError(step)
@@ -163,21 +227,8 @@ class Batches:
         return fill_batch(documents.tokens, documents.labels, documents.starts, rows, which, row_length)
 
     @property
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """Returns the shapes `(A, B, T)` that the run compiles, by ascending T."""
-        config = self.config
-        rows = self.num_devices * (1 if self._end_to_end else config.per_device_train_batch_size)
-        return [(config.gradient_accumulation_steps, rows, int(T)) for T in np.unique(self.row_lengths)]
-
-    @property
-    def shapes_per_device(self) -> list[tuple[int, int, int]]:
-        """Returns the shapes that one device computes with, its share of the B rows, by ascending T."""
-        return [(A, B // self.num_devices, T) for A, B, T in self.shapes]
-
-    @property
-    def padding_share(self) -> float:
-        """Returns the share of the run's positions that hold no token."""
-        return float(1 - self.tokens_per_step.sum() / self.positions_per_step.sum())
+    def _rows_of_device(self) -> int:
+        return 1 if self._end_to_end else self.config.per_device_train_batch_size
 
     @property
     def packing_efficiency(self) -> float:
@@ -190,20 +241,6 @@ class Batches:
         return float(
             lengths.sum() / (len(lengths) * (self.config.length_limit if self.config.packing else lengths.max()))
         )
-
-    @property
-    def positions_per_step(self) -> np.ndarray:
-        """Returns the positions computed in each step, A * B * T, int64 `[num_steps]`."""
-        A, B, _ = self.shapes[0]
-        return A * B * self.row_lengths
-
-    def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
-        """Returns, for each step, whether it is the first that runs the program of its shape, bool `[num_steps]`.
-
-        `start` is the step at which the process begins; steps before it do not count.
-        """
-        _, first = np.unique(self.row_lengths[start:], return_index=True)
-        return np.isin(np.arange(self.num_steps), start + first)
 
     def _row_targets(self) -> np.ndarray:
         """Counts the targets in each row of the plan, int64 `[num_rows]`."""
