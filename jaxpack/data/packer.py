@@ -170,27 +170,21 @@ class Packer:
         """
         if self._was_asked:
             raise InputError("`set_state` must come before the first batch is taken. Make another packer.")
-        counts, lengths, rows = (state.get(name) for name in ("counts", "lengths", "rows"))
-        fits = (
-            isinstance(counts, np.ndarray)
-            and isinstance(lengths, np.ndarray)
-            and isinstance(rows, np.ndarray)
-            and counts.shape == (_COUNTS,)
-            and rows.ndim == 3
-            and rows.shape[::2] == (4, self._row_length)
-            and all(np.shape(state.get(name)) == (lengths.sum(),) for name in ("tokens", "labels"))
-        )
-        if not fits:
+        shapes = {name: np.shape(array) for name, array in state.items()}
+        lengths = np.asarray(state.get("lengths", ()))
+        of_tokens, of_rows = (int(lengths.sum()),), (4, *shapes.get("rows", ())[1:2], self._row_length)
+        fitting = {"tokens": of_tokens, "labels": of_tokens, "lengths": lengths.shape, "rows": of_rows}
+        if shapes != {"counts": (_COUNTS,)} | fitting:
             raise InputError(
-                "`state` must be what `get_state` of a packer with the same settings returned, got"
-                f" { ({name: np.shape(array) for name, array in state.items()}) } with rows of {self._row_length} tokens."
+                "`state` must be what `get_state` of a packer with the same settings returned, got the arrays"
+                f" {shapes} for rows of {self._row_length} tokens."
             )
-        read, number, given, *numbers = counts.tolist()
+        read, number, taken, *numbers = state["counts"].tolist()
         ends = np.cumsum(lengths)
         waiting = _pieces_between(state["tokens"], state["labels"], ends - lengths, ends)
-        window = _Window(read, number, waiting, PackedBatch(*rows), Truncation(*numbers[:3]), *numbers[3:])
+        window = _Window(read, number, waiting, PackedBatch(*state["rows"]), Truncation(*numbers[:3]), *numbers[3:])
         self._go_to(window)
-        for _ in range(given):
+        for _ in range(taken):
             if next(self, None) is None:
                 raise _too_short(read)
 
@@ -319,9 +313,9 @@ def _records(documents: Documents | Iterable[Record], first: int) -> Iterator[Re
             here = slice(start, start + length)
             yield {"input_ids": documents.tokens[here], "labels": documents.labels[here]}
         return
-    skip = getattr(documents, "skip", None)
-    if first and callable(skip):
-        yield from skip(first)
+    if first and hasattr(documents, "skip"):
+        stream: Any = documents  # Iterables need not have this method.
+        yield from stream.skip(first)
         return
     records = iter(documents)
     if sum(1 for _ in itertools.islice(records, first)) < first:

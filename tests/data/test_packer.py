@@ -435,7 +435,7 @@ def test_a_state_that_does_not_fit_is_refused():
     for _ in range(10):
         next(first)
     state = first.get_state()
-    with pytest.raises(InputError, match="rows of 256 tokens"):
+    with pytest.raises(InputError, match="for rows of 256 tokens"):
         packer(max_length=200).set_state(state)
     for name in state:
         with pytest.raises(InputError, match=r"`state` must be what `get_state`.*returned"):
