@@ -32,6 +32,10 @@ class Truncation:
     dropped: int
 
 
+class StreamEnded(Exception):
+    """Says that a stream has no documents for a step."""
+
+
 class BatchSource:
     """Gives the batches of a run in the order of its optimizer steps. Steps differ only in T, the length of a row.
 
@@ -40,7 +44,6 @@ class BatchSource:
       num_devices: the number of devices over which the rows are dealt.
       documents: the documents that are trained on, or the first of a stream.
       num_steps: the optimizer steps of the run, at most.
-      steps_per_epoch: optimizer steps in an epoch; None for a stream.
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: tokens in each step without padding, int64 `[num_steps]`. Those of a stream's steps are known
         once their batches are made.
@@ -51,7 +54,6 @@ class BatchSource:
     num_devices: int
     documents: Documents
     num_steps: int
-    steps_per_epoch: int | None
     row_lengths: np.ndarray
     tokens_per_step: np.ndarray
     limits: dict[int, BatchLimits]
@@ -60,7 +62,21 @@ class BatchSource:
         return self.num_steps
 
     def __getitem__(self, step: int) -> PackedBatch:
+        """Returns the batch of a step, counted from 0; int32 NumPy arrays `[A, B, T]`.
+
+        Raises:
+          IndexError: the run has no such step.
+          StreamEnded: the documents of a stream ended before this step.
+        """
         raise NotImplementedError
+
+    def epochs(self, steps: int) -> float | None:
+        """Returns how many epochs a number of steps is; None if that is not known."""
+        raise NotImplementedError
+
+    def limits_at(self, step: int) -> BatchLimits:
+        """Returns the limits of a step's batch, for which its program is compiled."""
+        return self.limits[int(self.row_lengths[step])]
 
     @property
     def _rows_of_device(self) -> int:
@@ -210,6 +226,9 @@ class Batches(BatchSource):
         for T in buckets:
             most_segments, most_targets = (int(x[self.row_lengths == T].max()) for x in (segments, targets))
             self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // LANES)) * LANES)
+
+    def epochs(self, steps: int) -> float:  # noqa: D102 # of `BatchSource`
+        return steps / self.steps_per_epoch
 
     @property
     def _end_to_end(self) -> bool:

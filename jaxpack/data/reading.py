@@ -3,22 +3,21 @@
 import array
 import bisect
 import datetime
-import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import TEXT_FIELD, Encoded, Format, Record, Where, format_of, question_of
+from jaxpack.data.encoding import RowEncoder, outside
+from jaxpack.data.formats import TEXT_FIELD, Record, Where, question_of
 from jaxpack.data.mixing import mix
 from jaxpack.data.reading_progress import ReadingProgress
-from jaxpack.data.rows import Rows, open_rows, rows_in_memory
-from jaxpack.data.sources import HubDataset, Source, sources_of
+from jaxpack.data.rows import rows_of
+from jaxpack.data.sources import Source, sources_of
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, errors_name
 from jaxpack.settings import TrainConfig
@@ -94,10 +93,11 @@ def load_documents(
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
         template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-    reader = _Reader(tokenizer, template, vocab_size, text_field, assistant_only_loss)
+    encoder = RowEncoder(tokenizer, template, vocab_size, text_field, assistant_only_loss)
+    reader = _Reader(encoder, tokenizer, vocab_size)
     ends = [reader.read(source) for source in sources]
     documents = reader.documents()
-    reader.say_what_was_met()
+    encoder.say_what_was_met()
     spans = [np.arange(begin, end) for begin, end in itertools.pairwise([0, *ends])]
     spans = [reader.with_targets(documents, span) for span in spans]
     weights = [source.weight for source in sources if source.weight is not None]
@@ -147,7 +147,7 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
     asked = []
     for source in sources_of(dataset):
         before = len(asked)
-        for rows in _parts(source):
+        for rows in rows_of(source):
             records = enumerate(plain(record, drop_none=rows.where.of_arrow) for record in rows.records)
             asked += [question_of(record, row, rows.where, chat) for row, record in records]
         if len(asked) == before:
@@ -158,21 +158,12 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
 class _Reader:
     """Reads sources into flat arrays of tokens and labels, which grow in place."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        template: ChatTemplate | None,
-        vocab_size: int,
-        text_field: str,
-        assistant_only_loss: bool,
-    ):
-        self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
-        self._text_field, self._assistant_only_loss = text_field, assistant_only_loss
+    def __init__(self, encoder: RowEncoder, tokenizer: Tokenizer | None, vocab_size: int):
+        self._encoder, self._tokenizer, self._vocab_size = encoder, tokenizer, vocab_size
         self._tokens, self._lengths = array.array("i"), array.array("q")
         self._labels: array.array | None = None  # None as long as all labels equal their tokens
         self._begins: list[int] = []  # the number of the first document of each file
         self._wheres: list[Where] = []  # of each file
-        self._said: set[str] = set()
 
     def read(self, source: Source) -> int:
         """Reads the rows of a source, says in which formats they are, and returns the number of documents so far."""
@@ -181,12 +172,15 @@ class _Reader:
             return len(self._lengths)
         counts: dict[str, int] = {}
         with ReadingProgress(source) as progress:
-            for rows in _parts(source):
+            for rows in rows_of(source):
                 self._begins.append(len(self._lengths))
                 self._wheres.append(rows.where)
-                for words, number in self._encode(rows):
-                    counts[words] = counts.get(words, 0) + number
-                    progress.advance(number, rows.share(), words)
+                if (form := self._encoder.begin(rows)) is not None:
+                    for encoded in self._encoder.encode(rows, form):
+                        self._append(*encoded)
+                        number = len(encoded.lengths)
+                        counts[form.words] = counts.get(form.words, 0) + number
+                        progress.advance(number, rows.share(), form.words)
                 progress.finish_file()
         if not counts:
             raise InputError(f"`dataset` must have at least one row, got none in {source.name}.")
@@ -224,72 +218,6 @@ class _Reader:
         )
         return span[keep]
 
-    def say_what_was_met(self) -> None:
-        """Prints what the user should know of the rows, with the number of rows in which it was met."""
-        template = self._template
-        if diverging := sum(where.diverging for where in self._wheres):
-            console.print(
-                f"in {diverging:,} rows, the prompt's tokens change when the completion follows: training begins at the"
-                " first token that changes"
-            )
-        if written := sum(where.written for where in self._wheres):
-            console.print(
-                f"in {written:,} rows, a chat template has already written the text: it begins with"
-                " the BOS token, or ends a turn. No second BOS or end is added"
-            )
-        if template is None:
-            return
-        if template.date_used is not None:
-            console.print(
-                f"the chat template writes the date {template.date_used}, which the run keeps if it is resumed"
-                " (`chat_template_date` sets another)"
-            )
-        for kind, (count, first) in template.left_out.items():
-            console.print(
-                f"in {count:,} rows, the chat template leaves out {kind} that the row has; the first is {first}",
-                style="yellow",
-            )
-        if template.endless:
-            console.print(
-                f"in {template.endless:,} rows, the assistant's last turn does not end with a special token, so the"
-                " model does not learn to stop: the chat template writes none, or writes it outside of its generation"
-                " tags"
-            )
-
-    def _encode(self, rows: Rows) -> Iterator[tuple[str, int]]:
-        """Adds the rows of a file, and yields their format in words and their number, a chunk at a time.
-
-        While a chunk is tokenised in another thread, the next one is read and prepared.
-        """
-        begin, form, chunks = 0, None, rows.chunks()
-        begun: Callable[[], int] | None = None
-        while True:
-            try:
-                chunk = next(chunks, None)
-                following = None
-                if chunk is not None:
-                    form = form or self._format(chunk[0], rows.where)
-                    encoded = form.encode(chunk, begin)
-                    following = functools.partial(self._add, encoded, rows.where, begin)
-                    begin += len(chunk)
-            finally:  # An error of earlier rows takes the place of one of later rows.
-                number = 0 if begun is None else begun()
-            if number and form is not None:
-                yield form.words, number
-            if following is None:
-                return
-            begun = following
-
-    def _format(self, first: Record, where: Where) -> Format:
-        return format_of(
-            first, self._tokenizer, self._template, self._text_field, self._assistant_only_loss, where, self._say_once
-        )
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._said:  # the files of a folder are often alike
-            self._said.add(line)
-            console.print(line)
-
     def _tell_formats(self, source: Source, counts: dict[str, int]) -> None:
         name = source.name
         if len(source.files) > 1:
@@ -301,64 +229,29 @@ class _Reader:
         file = bisect.bisect_right(self._begins, document) - 1
         return self._wheres[file](document - self._begins[file])
 
-    def _add(self, encoded: Encoded, where: Where, begin: int) -> int:
-        """Checks and appends the documents of rows, the first of which is row `begin`, and returns their number."""
-        pairs = [(np.asarray(ids, np.int64), np.asarray(labels, np.int64)) for ids, labels in encoded]
-        tokens, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        for flat, is_labels in ((tokens, False), (labels, True)):
-            if _outside(flat, self._vocab_size, labels=is_labels).any():
-                self._refuse([pair[is_labels] for pair in pairs], where, begin, labels=is_labels)
-        self._append(tokens.astype(np.int32), labels.astype(np.int32), [len(ids) for ids, _ in pairs])
-        return len(pairs)
-
     def _copy(self, documents: Documents, name: str) -> None:
         self._begins.append(len(self._lengths))
         self._wheres.append(Where(name))
         which = zip(documents.starts.tolist(), (documents.starts + documents.lengths).tolist(), strict=True)
         index = np.concatenate([np.arange(begin, end) for begin, end in which])
-        self._append(documents.tokens[index], documents.labels[index], documents.lengths.tolist())
+        self._append(documents.tokens[index], documents.labels[index], documents.lengths)
         console.print(f"{name}: {len(documents):,} documents")
 
-    def _append(self, tokens: np.ndarray, labels: np.ndarray, lengths: list[int]) -> None:
+    def _append(self, tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
         if self._labels is None and not np.array_equal(tokens, labels):
             self._labels = self._tokens[:]
         self._tokens.frombytes(tokens.tobytes())
         if self._labels is not None:
             self._labels.frombytes(labels.tobytes())
-        self._lengths.extend(lengths)
-
-    def _refuse(self, rows: list[np.ndarray], where: Where, begin: int, *, labels: bool) -> None:
-        name = "Labels other than -100" if labels else "Token ids"
-        for row, ids in enumerate(rows, begin):
-            if (wrong := _outside(ids, self._vocab_size, labels=labels)).any():
-                raise InputError(
-                    f"{name} must be in [0, {self._vocab_size}), the model's vocabulary, got {ids[wrong][0]} in"
-                    f" {where(row)}."
-                )
-
-
-def _parts(source: Source) -> Iterator[Rows]:
-    """Yields the rows of each file of a source, or those that are in memory."""
-    if not source.files:
-        rows = source.rows.load() if isinstance(source.rows, HubDataset) else source.rows
-        yield rows_in_memory(rows, source.name)
-    for path in source.files:
-        with open_rows(path) as rows:
-            yield rows
+        self._lengths.frombytes(lengths.astype(np.int64).tobytes())
 
 
 def _within(vocab_size: int, documents: Documents) -> Documents:
     if not len(documents):
         raise InputError("`dataset` must have at least one document, got none.")
     for name, ids in (("tokens", documents.tokens), ("labels", documents.labels)):
-        if (wrong := _outside(ids, vocab_size, labels=name == "labels")).any():
+        if (wrong := outside(ids, vocab_size, labels=name == "labels")).any():
             raise InputError(
                 f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {ids[wrong][0]}."
             )
     return documents
-
-
-def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
-    """Returns a mask of the ids that are not in the vocabulary; as a label, -100 is allowed."""
-    wrong = (ids < 0) | (ids >= vocab_size)
-    return wrong & (ids != IGNORE) if labels else wrong

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from jaxpack.data.bounded import MAX_LINE_BYTES, bounded_lines, parquet_rows, too_large
 from jaxpack.data.formats import Record, Where, formats_of
-from jaxpack.data.sources import KINDS, suffix_of
+from jaxpack.data.sources import KINDS, HubDataset, Source, suffix_of
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console
 from jaxpack.utils.files import kind_of, require_data_file
@@ -141,6 +141,16 @@ def _as_input_errors(path: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise InputError(f"`dataset` must be a file that can be read, got {str(path)!r}: {reason(error)}.") from error
+
+
+def rows_of(source: Source) -> Iterator[Rows]:
+    """Yields the rows of each file of a source, or those that are in memory."""
+    if not source.files:
+        rows = source.rows.load() if isinstance(source.rows, HubDataset) else source.rows
+        yield rows_in_memory(rows, source.name)
+    for path in source.files:
+        with open_rows(path) as rows:
+            yield rows
 
 
 # CSV.

@@ -35,7 +35,7 @@ def test_a_bad_row_beyond_the_first_chunk_is_named_by_its_index() -> None:
     assert "row 2001 of" in refusal([{"text": "ab"}] * 2001 + [{"text": 1}])
 
 
-@pytest.mark.parametrize("rows", [[[5]], [5], [None], ({}, "the cab")], ids=["list", "int", "none", "str"])
+@pytest.mark.parametrize("rows", [[[5]], [5], [None], ({"text": "ab"}, "the cab")], ids=["list", "int", "none", "str"])
 def test_a_row_that_is_no_mapping_is_named(rows: list) -> None:
     message = refusal(rows)
     assert f"row {len(rows) - 1} of " in message

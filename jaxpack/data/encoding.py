@@ -1,0 +1,142 @@
+"""Encodes the rows of datasets into documents, and counts what their user should know of them."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpack.constants import IGNORE
+from jaxpack.data.chat_template import ChatTemplate
+from jaxpack.data.formats import Encoded, Format, Where, format_of
+from jaxpack.data.rows import Rows
+from jaxpack.data.tokenizer import Tokenizer
+from jaxpack.errors import InputError
+from jaxpack.utils.console import console
+
+
+class EncodedRows(NamedTuple):
+    """Holds documents of successive rows, one for each row, end to end.
+
+    `tokens` and `labels` are int32 `[total]`, `lengths` is int64 `[rows]`.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+
+
+class RowEncoder:
+    """Encodes rows with one tokenizer, and prints what was met in them.
+
+    Attributes:
+      wheres: names the rows of each file that was begun.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        text_field: str,
+        assistant_only_loss: bool,
+    ):
+        self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
+        self._text_field, self._assistant_only_loss = text_field, assistant_only_loss
+        self._said: set[str] = set()
+        self.wheres: list[Where] = []
+
+    def begin(self, rows: Rows) -> Format | None:
+        """Returns the format of the rows of a file, which its first row decides; None if it has no rows."""
+        first = next(rows.records, None)
+        if first is None:
+            return None
+        rows.records = itertools.chain([first], rows.records)
+        self.wheres.append(rows.where)
+        options = self._tokenizer, self._template, self._text_field, self._assistant_only_loss
+        return format_of(first, *options, rows.where, self._say_once)
+
+    def encode(self, rows: Rows, form: Format, begin: int = 0) -> Iterator[EncodedRows]:
+        """Yields the documents of the rows of a file, a chunk at a time; the first of these rows is row `begin`.
+
+        While a chunk is tokenised in another thread, the next one is read and prepared.
+        """
+        chunks = rows.chunks()
+        begun: Callable[[], EncodedRows] | None = None
+        while True:
+            try:
+                chunk = next(chunks, None)
+                following = None
+                if chunk is not None:
+                    following = functools.partial(self._checked, form.encode(chunk, begin), rows.where, begin)
+                    begin += len(chunk)
+            finally:  # An error of earlier rows takes the place of one of later rows.
+                done = None if begun is None else begun()
+            if done is not None:
+                yield done
+            if following is None:
+                return
+            begun = following
+
+    def say_what_was_met(self) -> None:
+        """Prints what the user should know of the rows, with the number of rows in which it was met."""
+        template = self._template
+        if diverging := sum(where.diverging for where in self.wheres):
+            console.print(
+                f"in {diverging:,} rows, the prompt's tokens change when the completion follows: training begins at the"
+                " first token that changes"
+            )
+        if written := sum(where.written for where in self.wheres):
+            console.print(
+                f"in {written:,} rows, a chat template has already written the text: it begins with"
+                " the BOS token, or ends a turn. No second BOS or end is added"
+            )
+        if template is None:
+            return
+        if template.date_used is not None:
+            console.print(
+                f"the chat template writes the date {template.date_used}, which the run keeps if it is resumed"
+                " (`chat_template_date` sets another)"
+            )
+        for kind, (count, first) in template.left_out.items():
+            console.print(
+                f"in {count:,} rows, the chat template leaves out {kind} that the row has; the first is {first}",
+                style="yellow",
+            )
+        if template.endless:
+            console.print(
+                f"in {template.endless:,} rows, the assistant's last turn does not end with a special token, so the"
+                " model does not learn to stop: the chat template writes none, or writes it outside of its generation"
+                " tags"
+            )
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:  # the files of a folder are often alike
+            self._said.add(line)
+            console.print(line)
+
+    def _checked(self, encoded: Encoded, where: Where, begin: int) -> EncodedRows:
+        """Waits for the documents of rows, the first of which is row `begin`, and checks them."""
+        pairs = [(np.asarray(ids, np.int64), np.asarray(labels, np.int64)) for ids, labels in encoded]
+        tokens, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        for flat, is_labels in ((tokens, False), (labels, True)):
+            if outside(flat, self._vocab_size, labels=is_labels).any():
+                self._refuse([pair[is_labels] for pair in pairs], where, begin, labels=is_labels)
+        lengths = np.array([len(ids) for ids, _ in pairs], np.int64)
+        return EncodedRows(tokens.astype(np.int32), labels.astype(np.int32), lengths)
+
+    def _refuse(self, rows: list[np.ndarray], where: Where, begin: int, *, labels: bool) -> None:
+        name = "Labels other than -100" if labels else "Token ids"
+        for row, ids in enumerate(rows, begin):
+            if (wrong := outside(ids, self._vocab_size, labels=labels)).any():
+                raise InputError(
+                    f"{name} must be in [0, {self._vocab_size}), the model's vocabulary, got {ids[wrong][0]} in"
+                    f" {where(row)}."
+                )
+
+
+def outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
+    """Returns a mask of the ids that are not in the vocabulary; as a label, -100 is allowed."""
+    wrong = (ids < 0) | (ids >= vocab_size)
+    return wrong & (ids != IGNORE) if labels else wrong
