@@ -192,6 +192,12 @@ class TrainConfig:
     max_steps: int = _option(
         -1, "Optimizer steps to run, instead of num_train_epochs. -1 lets num_train_epochs decide."
     )
+    streaming: bool = _option(
+        False,
+        "Read the training data while the run goes on, and hold only a window of it in memory. Needs packing and "
+        "max_steps. The data may be larger than memory and disk, or have no end; after its last row, the run begins "
+        "again with its first one.",
+    )
     learning_rate: float = _option(
         2e-5, "Peak learning rate, reached at the end of the warm-up. LoRA needs about ten times the default."
     )
@@ -454,6 +460,14 @@ class TrainConfig:
             "must be positive, or -1 to let `num_train_epochs` decide",
             self.max_steps,
         )
+        if self.streaming:
+            check(
+                self.packing, "packing", "must be true with `streaming`, which packs a window at a time", self.packing
+            )
+            rule = "must be above 0 with `streaming`, because the number of rows is not known"
+            check(self.max_steps > 0, "max_steps", rule, self.max_steps)
+            rule = "must be None with `streaming`: give evaluation data of its own"
+            check(self.eval_split is None, "eval_split", rule, self.eval_split)
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             check(is_positive(getattr(self, name)), name, "must be a positive number", getattr(self, name))
         _check_seed(self.seed)

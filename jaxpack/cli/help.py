@@ -13,6 +13,7 @@ GROUPS = {
         "data",
         "eval_data",
         "eval_split",
+        "streaming",
         "lengths",
         "dataset_text_field",
         "assistant_only_loss",

@@ -47,7 +47,8 @@ class BatchSource:
       row_lengths: T of each step, int64 `[num_steps]`.
       tokens_per_step: tokens in each step without padding, int64 `[num_steps]`. Those of a stream's steps are known
         once their batches are made.
-      limits: maps each T to the `BatchLimits` of the batches with that T; targets are counted on each device.
+      limits: maps each T to the `BatchLimits` of the batches with that T that are `is_limited`; targets are counted on
+        each device.
     """
 
     config: TrainConfig
@@ -74,9 +75,9 @@ class BatchSource:
         """Returns how many epochs a number of steps is; None if that is not known."""
         raise NotImplementedError
 
-    def limits_at(self, step: int) -> BatchLimits:
-        """Returns the limits of a step's batch, for which its program is compiled."""
-        return self.limits[int(self.row_lengths[step])]
+    def is_limited(self, step: int) -> bool:
+        """Returns whether a step's batch is within `limits`."""
+        return True
 
     @property
     def _rows_of_device(self) -> int:
@@ -103,8 +104,12 @@ class BatchSource:
     @property
     def padding_share(self) -> float:
         """Returns the share of the run's positions that hold no token, in the steps whose tokens are known."""
-        known = self.tokens_per_step > 0
-        return float(1 - self.tokens_per_step.sum() / max(1, self.positions_per_step[known].sum()))
+        return self.padding_share_of(slice(None))
+
+    def padding_share_of(self, steps: slice) -> float:
+        """Returns the share of the positions of some steps that hold no token, where their tokens are known."""
+        tokens, positions = self.tokens_per_step[steps], self.positions_per_step[steps]
+        return float(1 - tokens.sum() / max(1, positions[tokens > 0].sum()))
 
     def is_first_of_its_shape(self, start: int = 0) -> np.ndarray:
         """Returns, for each step, whether it is the first that runs the program of its shape, bool `[num_steps]`.
@@ -287,7 +292,7 @@ class Batches(BatchSource):
         which[: len(order)] = order
         which = which.reshape(accumulation, -1)
         if self.num_devices > 1:
-            which = np.stack([_dealt(rows, self._work_together, self.num_devices) for rows in which])
+            which = np.stack([dealt(rows, self._work_together, self.num_devices) for rows in which])
         return members(which, together)
 
 
@@ -297,7 +302,7 @@ def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return before[offsets[1:]] - before[offsets[:-1]]
 
 
-def _dealt(rows: np.ndarray, work: np.ndarray, num_devices: int) -> np.ndarray:
+def dealt(rows: np.ndarray, work: np.ndarray, num_devices: int) -> np.ndarray:
     """Orders rows so that each device, with an equal share of them in sequence, has about the same work.
 
     A missing row, -1, has no work.

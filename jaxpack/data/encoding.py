@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate
+from jaxpack.data.documents import Documents
 from jaxpack.data.formats import Encoded, Format, Where, format_of
 from jaxpack.data.rows import Rows
 from jaxpack.data.tokenizer import Tokenizer
@@ -121,7 +122,7 @@ class RowEncoder:
         pairs = [(np.asarray(ids, np.int64), np.asarray(labels, np.int64)) for ids, labels in encoded]
         tokens, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
         for flat, is_labels in ((tokens, False), (labels, True)):
-            if outside(flat, self._vocab_size, labels=is_labels).any():
+            if _outside(flat, self._vocab_size, labels=is_labels).any():
                 self._refuse([pair[is_labels] for pair in pairs], where, begin, labels=is_labels)
         lengths = np.array([len(ids) for ids, _ in pairs], np.int64)
         return EncodedRows(tokens.astype(np.int32), labels.astype(np.int32), lengths)
@@ -129,14 +130,26 @@ class RowEncoder:
     def _refuse(self, rows: list[np.ndarray], where: Where, begin: int, *, labels: bool) -> None:
         name = "Labels other than -100" if labels else "Token ids"
         for row, ids in enumerate(rows, begin):
-            if (wrong := outside(ids, self._vocab_size, labels=labels)).any():
+            if (wrong := _outside(ids, self._vocab_size, labels=labels)).any():
                 raise InputError(
                     f"{name} must be in [0, {self._vocab_size}), the model's vocabulary, got {ids[wrong][0]} in"
                     f" {where(row)}."
                 )
 
 
-def outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
+def check_documents(documents: Documents, vocab_size: int) -> Documents:
+    """Returns documents of a user whose tokens and labels are in the vocabulary."""
+    if not len(documents):
+        raise InputError("`dataset` must have at least one document, got none.")
+    for name, ids in (("tokens", documents.tokens), ("labels", documents.labels)):
+        if (wrong := _outside(ids, vocab_size, labels=name == "labels")).any():
+            raise InputError(
+                f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {ids[wrong][0]}."
+            )
+    return documents
+
+
+def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:
     """Returns a mask of the ids that are not in the vocabulary; as a label, -100 is allowed."""
     wrong = (ids < 0) | (ids >= vocab_size)
     return wrong & (ids != IGNORE) if labels else wrong

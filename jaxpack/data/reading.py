@@ -12,7 +12,7 @@ import numpy as np
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
-from jaxpack.data.encoding import RowEncoder, outside
+from jaxpack.data.encoding import RowEncoder, check_documents
 from jaxpack.data.formats import TEXT_FIELD, Record, Where, question_of
 from jaxpack.data.mixing import mix
 from jaxpack.data.reading_progress import ReadingProgress
@@ -88,7 +88,7 @@ def load_documents(
       (3, array([2]))
     """
     if isinstance(dataset, Documents):
-        return _within(vocab_size, dataset)
+        return check_documents(dataset, vocab_size)
     sources = [source for source in sources_of(dataset) if source.weight != 0]
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
@@ -168,7 +168,7 @@ class _Reader:
     def read(self, source: Source) -> int:
         """Reads the rows of a source, says in which formats they are, and returns the number of documents so far."""
         if isinstance(source.rows, Documents):
-            self._copy(_within(self._vocab_size, source.rows), source.name)
+            self._copy(check_documents(source.rows, self._vocab_size), source.name)
             return len(self._lengths)
         counts: dict[str, int] = {}
         with ReadingProgress(source) as progress:
@@ -244,14 +244,3 @@ class _Reader:
         if self._labels is not None:
             self._labels.frombytes(labels.tobytes())
         self._lengths.frombytes(lengths.astype(np.int64).tobytes())
-
-
-def _within(vocab_size: int, documents: Documents) -> Documents:
-    if not len(documents):
-        raise InputError("`dataset` must have at least one document, got none.")
-    for name, ids in (("tokens", documents.tokens), ("labels", documents.labels)):
-        if (wrong := outside(ids, vocab_size, labels=name == "labels")).any():
-            raise InputError(
-                f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {ids[wrong][0]}."
-            )
-    return documents

@@ -35,12 +35,13 @@ class Source(NamedTuple):
 
 
 class HubDataset(NamedTuple):
-    """Names a split of a dataset on the hub."""
+    """Names a split of a dataset on the hub, whose rows are all loaded at once, or one by one as a stream."""
 
     given: str
     path: str
     configuration: str | None
     split: str
+    is_streamed: bool = False
 
     def load(self) -> Any:
         """Returns the rows, which the `datasets` library downloads or finds in its cache.
@@ -53,7 +54,7 @@ class HubDataset(NamedTuple):
         except ImportError as error:
             raise not_installed(f"`dataset` {self.given!r}", "datasets", "datasets") from error
         try:
-            return datasets.load_dataset(self.path, self.configuration, split=self.split)
+            return datasets.load_dataset(self.path, self.configuration, split=self.split, streaming=self.is_streamed)
         except Exception as error:  # the library raises errors of many kinds
             raise InputError(
                 f"`dataset` must be a dataset of the hub and its split, as 'org/name:train' or, if the dataset has"
@@ -134,7 +135,7 @@ def _of_path(given: str) -> Source:
                 f" one: their names end in {KINDS}. Files in its folders are read by a pattern, '{given:.100}/**/*'."
             )
     elif kind is None and (hub := _HUB.fullmatch(given)) is not None:
-        return Source(given, rows=HubDataset(given, *hub.groups()))
+        return Source(given, rows=HubDataset(given, hub[1], hub[2], hub[3]))
     elif kind is None and glob.has_magic(given):
         files = [file for file in map(Path, sorted(glob.glob(given, recursive=True))) if kind_of(file) != "a folder"]
         if not files:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_args
 
 from jaxpack.constants import PINNED_LIMIT, Remat
-from jaxpack.data.batching import Batches
+from jaxpack.data.batching import Batches, BatchSource
 from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.remat import OFFLOADED
@@ -162,7 +162,7 @@ def usable_bytes(config: TrainConfig, held_bytes: int = 0, card: Card | None = N
 def choices(
     config: TrainConfig,
     model: Transformer,
-    batches: Batches,
+    batches: BatchSource,
     held_bytes: int,
     card: Card | None = None,
     optimizer_bytes: int | None = None,
@@ -314,7 +314,7 @@ def _refusal(config: TrainConfig, step: StepShape, frugal: Prediction, memory: f
 def _remedy(
     config: TrainConfig,
     model: Transformer,
-    batches: Batches,
+    batches: BatchSource,
     step: StepShape,
     memory: float,
     does_fit: Callable[[StepShape], bool],

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from jaxpack.constants import Remat
-from jaxpack.data.batching import Batches
+from jaxpack.data.batching import BatchSource
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight, piece_rows
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
@@ -133,7 +133,7 @@ class StepShape:
 
     @classmethod
     def of_run(
-        cls, model: Transformer, batches: Batches, row_length: int | None = None, optimizer_bytes: int | None = None
+        cls, model: Transformer, batches: BatchSource, row_length: int | None = None, optimizer_bytes: int | None = None
     ) -> "StepShape":
         """Returns the shape of the largest step of a run, or of one with rows of `row_length` tokens.
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxpack.constants import Remat
-from jaxpack.data.batching import Batches
+from jaxpack.data.batching import BatchSource
 from jaxpack.model.remat import OFFLOADED, unrolls
 from jaxpack.model.transformer import Transformer
 from jaxpack.planning.cards import DeviceRates
@@ -44,7 +44,7 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     return max(seconds, count * rates.start) if starts_each else seconds
 
 
-def run_seconds(model: Transformer, batches: Batches, remat: Remat, rates: DeviceRates, **changes: Any) -> float:
+def run_seconds(model: Transformer, batches: BatchSource, remat: Remat, rates: DeviceRates, **changes: Any) -> float:
     """Returns the predicted seconds of all steps of a run.
 
     Args:

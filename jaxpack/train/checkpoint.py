@@ -43,7 +43,7 @@ from jaxpack.parallel.device import current_device, on_host
 from jaxpack.parallel.placement import put
 from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import TrainConfig
-from jaxpack.train.record import ARRAY, Record, read_record, shown
+from jaxpack.train.record import ARRAY, Record, describe_array, read_record, shown
 from jaxpack.train.step import TrainState
 from jaxpack.utils.checksums import CHECKSUMS, DamagedError, check_folder, sync_folder, write_checksums
 from jaxpack.utils.console import console
@@ -55,6 +55,7 @@ LATEST = "latest"
 ADAPTERS = "adapters' "  # how the names of adapters' settings begin in the identity of a run
 
 _STATE, _RUN, _LOSSES = "state", "run", "losses"  # two parts of a checkpoint, and an array in the first part
+_STREAM = "stream."  # how the names of the arrays of a place in a stream begin, in the first part
 # Folders with these endings are not checkpoints. Orbax appends the second one to the first while it writes.
 _UNFINISHED, _ORBAX_UNFINISHED, _DELETED = ".unfinished", ".orbax-checkpoint-tmp", ".deleted"
 _DAMAGED = ".damaged"  # the ending of a checkpoint that was not resumed from, kept for its user
@@ -74,7 +75,7 @@ _FREE = {
 _STEP_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _STEP_SIZE = "per_device_train_batch_size x devices x gradient_accumulation_steps"
 # Settings and facts of a model that checkpoints of older versions may lack, with the values that these had.
-_BEFORE = {"optim": "adamw", "optim_args": [], "lr_scheduler_kwargs": [], "loraplus_lr_ratio": None}
+_BEFORE = {"optim": "adamw", "optim_args": [], "lr_scheduler_kwargs": [], "loraplus_lr_ratio": None, "streaming": False}
 _BEFORE |= {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "z_loss_coef": 0.0} | {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -84,10 +85,14 @@ _BEFORE |= {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "z_loss_
 
 @dataclasses.dataclass
 class Progress:
-    """Holds the results of a run so far: the loss of each step, and the evaluation losses by step."""
+    """Holds the results of a run so far: the loss of each step, and the evaluation losses by step.
+
+    `stream` is the place in a stream of documents, see `StreamedBatches.state_at`; empty without a stream.
+    """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
+    stream: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 # --- Identity of a run ------------------------------------------------------------------------------------------------
@@ -122,9 +127,9 @@ def identity_of(
         | settings
         | {f"{ADAPTERS}{name}": value for name, value in lora.items()}
         | {name: None if documents is None else _describe(documents) for name, documents in datasets.items()}
-        | {f"{ARRAY}{name}": f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays_by_name(state).items()}
+        | {f"{ARRAY}{name}": describe_array(leaf) for name, leaf in arrays_by_name(state).items()}
         | {
-            f"frozen {name}": f"{leaf.dtype}{list(leaf.shape)} {checksum:08x}"
+            f"frozen {name}": f"{describe_array(leaf)} {checksum:08x}"
             for (name, leaf), checksum in zip(weights.items(), checksums(list(weights.values())).tolist(), strict=True)
         }
         | ({"weights in 4 bits": True} if holds_4bit(frozen) else {})
@@ -272,7 +277,7 @@ class Checkpoints:
             return
         arrays[_LOSSES] = np.array(progress.losses, np.float64)
         evaluations = dict(progress.evaluations)
-        self._writing = self._writer.submit(self._write, step, arrays, evaluations)
+        self._writing = self._writer.submit(self._write, step, arrays, evaluations, progress.stream)
 
     def wait(self) -> bool:
         """Waits until nothing is being written, and returns whether the last save, if any, is on the disk."""
@@ -288,12 +293,17 @@ class Checkpoints:
         """Waits for the save that is being written, and ends the thread."""
         self._writer.shutdown()
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float]) -> bool:
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], evaluations: dict[int, float], stream: dict[str, np.ndarray]
+    ) -> bool:
         if (fault := _fault(arrays)) is not None:  # Saving it would delete earlier, sound checkpoints.
             console.print(f"step {step} is not saved: {fault}, and no run can continue from that", style="yellow")
             return False
         path = self.folder / str(step)
-        record = Record(self._identity, self._notes, self._date, step, evaluations, self._base)
+        in_stream = {f"{_STREAM}{name}": array for name, array in stream.items()}
+        shapes = {name: describe_array(array) for name, array in in_stream.items()}
+        record = Record(self._identity, self._notes, self._date, step, evaluations, self._base, shapes)
+        arrays |= {name: array for name, array in in_stream.items() if array.size}  # orbax refuses empty arrays
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             needed = sum(array.nbytes for array in arrays.values()) + _SPARE
@@ -499,7 +509,8 @@ def load_checkpoint(
         leaf.delete()  # Deleted first: a device may have no room for both.
         leaves.append(put(arrays.pop(name), device))
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return path, state, Progress(arrays[_LOSSES].tolist(), record.evaluations)
+    stream = {name.removeprefix(_STREAM): arrays[name] for name in record.stream}
+    return path, state, Progress(arrays[_LOSSES].tolist(), record.evaluations, stream)
 
 
 def _first_whole(paths: list[Path], read: Callable[[Path], Read]) -> tuple[Read, dict[Path, str]]:
@@ -571,10 +582,12 @@ def _arrays_of(
     path: Path, record: Record, expected: dict[str, tuple[tuple[int, ...], Any]], has_checksums: bool
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a checkpoint, with the shapes and dtypes that are expected, and all of them finite."""
+    expected = expected | record.stream_arrays
     wanted = {name: np.zeros(shape, dtype) for name, (shape, dtype) in expected.items()}
     wanted[_LOSSES] = np.zeros(record.step)
+    empty = {name: array for name, array in wanted.items() if not array.size}
     try:
-        arrays = _restore(path, wanted)
+        arrays = empty | _restore(path, {name: array for name, array in wanted.items() if array.size})
     except Exception as error:  # The libraries under orbax raise errors of any type.
         if has_checksums or isinstance(error, MemoryError):  # The checkpoint before is no easier to read.
             raise _unreadable(path, error) from error

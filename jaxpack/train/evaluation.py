@@ -88,7 +88,7 @@ class Evaluation:
 
 def evaluation_batches(documents: Documents, config: TrainConfig, objective: Objective, num_devices: int) -> Batches:
     """Returns batches that hold each document once."""
-    once = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1}
+    once = {"num_train_epochs": 1.0, "max_steps": -1, "streaming": False, "gradient_accumulation_steps": 1}
     config = dataclasses.replace(config, **once)
     return Batches(documents, config, objective.documents_together, num_devices=num_devices)
 

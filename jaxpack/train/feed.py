@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpack.data.batching import Batches
+from jaxpack.data.batching import BatchSource, StreamEnded
 from jaxpack.data.packing import AnyBatch, EmbeddedBatch, PackedBatch
 from jaxpack.kernels.host_weight import HostMatrix
 from jaxpack.model.transformer import Transformer
@@ -51,22 +51,30 @@ class Feed(NamedTuple):
             return batch
         return EmbeddedBatch(*batch, jax.ShapeDtypeStruct((*shape, embedding.shape[1]), embedding.dtype))
 
-    def batches(self, batches: Batches, begin: int = 0) -> contextlib.closing[Any]:
-        """Returns an iterator over the batches from step `begin` on, each moved while the step before runs."""
-        sharding, embedding, count = self.sharding, self.embedding, len(batches) - begin
+    def batches(self, batches: BatchSource, begin: int = 0) -> contextlib.closing[Any]:
+        """Returns an iterator over the batches from step `begin` on, each moved while the step before runs.
+
+        It ends with the run, or with the documents of a stream.
+        """
+        return contextlib.closing(_until_the_end(self._moved(batches, begin, len(batches) - begin)))
+
+    def _moved(self, batches: BatchSource, begin: int, count: int) -> Generator[AnyBatch, None, None]:
+        sharding, embedding = self.sharding, self.embedding
         if embedding is None:
-            return contextlib.closing(prefetched(lambda step: put(batches[begin + step], sharding), count))
+            yield from prefetched(lambda step: put(batches[begin + step], sharding), count)
+            return
         table = embedding.table
 
         def embedded(step: int) -> EmbeddedBatch:
             batch = batches[begin + step]
             return EmbeddedBatch(*batch, table[batch.tokens])
 
-        def moved() -> Generator[EmbeddedBatch, None, None]:
-            # The rows take much memory. Those of the next batch are made ahead, but wait in the host's memory until the
-            # step is started: the device then holds those of two batches, because the step before may still run.
-            with contextlib.closing(prefetched(embedded, count, ahead=1)) as made:
-                for batch in made:
-                    yield jax.device_put(batch, sharding)
+        # The rows take much memory. Those of the next batch are made ahead, but wait in the host's memory until the
+        # step is started: the device then holds those of two batches, because the step before may still run.
+        for batch in prefetched(embedded, count, ahead=1):
+            yield jax.device_put(batch, sharding)
 
-        return contextlib.closing(moved())
+
+def _until_the_end(batches: Generator[AnyBatch, None, None]) -> Generator[AnyBatch, None, None]:
+    with contextlib.closing(batches), contextlib.suppress(StreamEnded):
+        yield from batches

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxpack.data.batching import Batches
+from jaxpack.data.batching import BatchSource
 from jaxpack.parallel.device import peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress
@@ -40,7 +40,7 @@ class Log:
     def __init__(
         self,
         config: TrainConfig,
-        batches: Batches,
+        batches: BatchSource,
         schedule: optax.Schedule | None,
         start: Start,
         progress: Progress,
@@ -109,15 +109,13 @@ class Log:
         since = (done - 1) // self._every * self._every
         record = {
             "step": done,
-            "epoch": round(done / self._batches.steps_per_epoch, 4),
+            **self._epoch(done),
             "loss": float(np.mean(self._done.losses[since:])),
             "grad_norm": self._grad_norm,
             **self._more,
             **({} if self._learning_rates is None else {"learning_rate": float(self._learning_rates[done - 1])}),
             "tokens_per_second": self.rate(since),
-            "padding_share": float(
-                1 - self._batches.tokens_per_step[since:done].sum() / self._batches.positions_per_step[since:done].sum()
-            ),
+            "padding_share": self._batches.padding_share_of(slice(since, done)),
             "peak_memory_bytes": peak_memory_bytes(),
             "compiled_shapes": len(self._batches.shapes),
             "compile_seconds": self._start.compile_seconds,
@@ -139,14 +137,17 @@ class Log:
     def evaluation(self, more: dict[str, float]) -> dict[str, float]:
         """Records the last evaluation with its other metrics, and returns all of its metrics by name."""
         step, loss = list(self._done.evaluations.items())[-1]
-        epoch = round(step / self._batches.steps_per_epoch, 4)
         metrics = evaluation_metrics({"loss": loss, **more}, is_cross_entropy=self._is_cross_entropy)
         more = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
-        self._reports.write({"step": step, "epoch": epoch, **metrics})
+        self._reports.write({"step": step, **self._epoch(step), **metrics})
         shown = {name: f"{value:{'.2f' if name == 'perplexity' else '.4g'}}" for name, value in more.items()}
         line = "".join(f"  {name} {value}" for name, value in shown.items())
         self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}{line}")
         return metrics
+
+    def _epoch(self, done: int) -> dict[str, float]:
+        epochs = self._batches.epochs(done)
+        return {} if epochs is None else {"epoch": round(epochs, 4)}
 
     def rate(self, since: int) -> float:
         """Returns the rate from step `since` on, in tokens a second without padding.

@@ -15,7 +15,7 @@ from jaxpack.utils.json_file import parse_json
 FILE = "run/metadata"  # where orbax writes the part `run`
 
 _REQUIRED = ("identity", "notes", "step", "evaluations")
-_OPTIONAL = ("date", "checksums", "base")  # Checkpoints of older versions lack them.
+_OPTIONAL = ("date", "checksums", "base", "stream")  # Checkpoints of older versions lack them.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 ARRAY = "array "  # how the names of the state's arrays begin in an identity
@@ -33,17 +33,19 @@ class Record:
     step: int
     evaluations: dict[int, float]
     base: str = ""  # the name or path of the model that is trained, if it is known
+    stream: dict[str, str] = dataclasses.field(default_factory=dict)  # describes the arrays of the place in a stream
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the shape and the dtype of each array of the state by its name, as the identity describes them."""
-        found = {name.removeprefix(ARRAY): text for name, text in self.identity.items() if name.startswith(ARRAY)}
-        matches = {name: _DESCRIBED.fullmatch(str(text)) for name, text in found.items()}
-        return {
-            name: (tuple(map(int, match[2].replace(",", " ").split())), match[1])
-            for name, match in matches.items()
-            if match is not None
-        }
+        return _read_shapes(
+            {name.removeprefix(ARRAY): text for name, text in self.identity.items() if name.startswith(ARRAY)}
+        )
+
+    @property
+    def stream_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape and the dtype of each array of the place in a stream; empty without a stream."""
+        return _read_shapes(self.stream)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record in the form that `read_record` reads."""
@@ -51,6 +53,7 @@ class Record:
         evaluations = {str(step): loss for step, loss in self.evaluations.items()}
         # The name of the list of checksums stands here, so that it is missed if it is lost.
         more = {"date": self.date.isoformat(), "checksums": CHECKSUMS, "base": self.base}
+        more |= {"stream": self.stream} if self.stream else {}
         return {"identity": self.identity, "notes": self.notes, "step": self.step, "evaluations": evaluations} | more
 
 
@@ -82,7 +85,21 @@ def read_record(path: Path) -> Record:
     _check("evaluations", not (without and evaluations), "be empty in a run without `eval_dataset`", evaluations)
     base = fields.get("base", "")
     _check("base", isinstance(base, str), "be a text", base)
-    return Record(identity, _notes(fields["notes"]), _date(fields), step, evaluations, base)
+    return Record(identity, _notes(fields["notes"]), _date(fields), step, evaluations, base, _stream(fields))
+
+
+def describe_array(array: Any) -> str:
+    """Returns the shape and the dtype of an array as a record has them, such as float32[2, 8, 64]."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _read_shapes(described: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    matches = {name: _DESCRIBED.fullmatch(str(text)) for name, text in described.items()}
+    return {
+        name: (tuple(map(int, match[2].replace(",", " ").split())), match[1])
+        for name, match in matches.items()
+        if match is not None
+    }
 
 
 def shown(value: object) -> str:
@@ -113,6 +130,14 @@ def _date(fields: dict[str, Any]) -> datetime.date | None:
     value = fields["date"]
     _check("date", isinstance(value, str) and is_date(value), "be a date in the form YYYY-MM-DD", value)
     return datetime.date.fromisoformat(value)
+
+
+def _stream(fields: dict[str, Any]) -> dict[str, str]:
+    value = _object("stream", fields.get("stream", {}))
+    for name, text in value.items():
+        is_shape = isinstance(text, str) and _DESCRIBED.fullmatch(text) is not None
+        _check("stream", is_shape, f"have a shape such as int32[2, 8] as {shown(name)}", text)
+    return value
 
 
 def _step(value: Any) -> int:

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxpack.constants import Remat
-from jaxpack.data.batching import Batches
-from jaxpack.data.packing import PackedBatch
+from jaxpack.data.batching import Batches, BatchSource
+from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.model.lora import adapters
 from jaxpack.model.shards import deal, state_specs
@@ -80,7 +80,7 @@ class Run:
     def __init__(
         self,
         model: Transformer,
-        batches: Batches,
+        batches: BatchSource,
         config: TrainConfig,
         eval_batches: Batches | None = None,
         *,
@@ -139,6 +139,8 @@ class Run:
             raise InputError(f"{error} With `mesh` 'fsdp={mesh.size}' the devices share the weights.") from error
         self._take(self._choices.popleft())
         self.programs: dict[int, jax.stages.Compiled] = {}
+        self._unlimited: jax.stages.Compiled | None = None
+        self._cache: ProgramCache | None = None
         self.evaluation = None
         if eval_batches is not None:
             self.evaluation = Evaluation(
@@ -171,7 +173,7 @@ class Run:
         Raises:
           InputError: no choice is left, or an evaluation needs more memory than there is.
         """
-        begin = time.perf_counter()
+        begin, self._cache = time.perf_counter(), cache
         with cache.in_use():
             while (shortage := _of_any(self._compile_steps(cache))) is not None:
                 self.take_next_choice(shortage)
@@ -201,13 +203,11 @@ class Run:
 
     def _compile_steps(self, cache: ProgramCache) -> str | None:
         """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
-        choice, self.programs = self.choice, {}
-        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.offloads))
+        self.programs, self._unlimited = {}, None
         for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
-            limits = self._batches.limits[shape[-1]]
-            lowered = step.lower(self.state, self.frozen, self._feed.abstract(shape), limits=limits)
             try:
-                program = self.programs[shape[-1]] = cache.compile(lowered)
+                program = self._compile_step(shape, self._batches.limits[shape[-1]], cache)
+                self.programs[shape[-1]] = program
             except jax.errors.JaxRuntimeError as error:
                 if is_out_of_memory(error):
                     return f"compiling a step of {_written(shape)} tokens ran out of memory"
@@ -215,6 +215,13 @@ class Run:
             if (shortage := self._shortage(program, shape)) is not None:
                 return shortage
         return None
+
+    def _compile_step(
+        self, shape: tuple[int, int, int], limits: BatchLimits, cache: ProgramCache
+    ) -> jax.stages.Compiled:
+        choice = self.choice
+        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.offloads))
+        return cache.compile(step.lower(self.state, self.frozen, self._feed.abstract(shape), limits=limits))
 
     def _shortage(self, program: jax.stages.Compiled, shape: tuple[int, ...]) -> str | None:
         """Says what a step of this shape lacks, if it finds too little memory on the device; otherwise None."""
@@ -277,9 +284,24 @@ class Run:
 
     def step(self, batch: PackedBatch) -> Metrics:
         """Starts one step on a batch that is on the device, and returns its metrics without waiting for them."""
-        self.state, metrics = self.programs[batch.tokens.shape[-1]](self.state, self.frozen, batch)
+        shape = batch.tokens.shape
+        is_limited = self._batches.is_limited(self.started)
+        program = self.programs[shape[-1]] if is_limited else self._without_limits(shape)
+        self.state, metrics = program(self.state, self.frozen, batch)
         self.started += 1
         return metrics
+
+    def _without_limits(self, shape: tuple[int, int, int]) -> jax.stages.Compiled:
+        """Returns the program for batches that are not within the limits, which is compiled when it is first needed."""
+        if self._unlimited is None:
+            console.print(
+                f"step {self.started + 1} has more documents in a row, or more tokens to train on, than the first rows"
+                " of the stream let expect: compiling a program for any number of them"
+            )
+            assert self._cache is not None
+            with self._cache.in_use():
+                self._unlimited = self._compile_step(shape, BatchLimits(), self._cache)
+        return self._unlimited
 
     def steps(
         self, pauses: Callable[[int], bool] = lambda step: False, on_start: Callable[[], None] = lambda: None

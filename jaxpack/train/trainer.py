@@ -21,6 +21,7 @@ from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.mixing import hold_out
 from jaxpack.data.reading import Dataset, load_for_run
+from jaxpack.data.stream import DocumentStream, StreamedBatches, is_stream
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, TrainingError, check_type, errors_name, is_out_of_memory, reason
 from jaxpack.model.shards import in_shards
@@ -47,6 +48,7 @@ from jaxpack.train.checkpoint import (
     identity_of,
     notes_of,
 )
+from jaxpack.train.description import describe, describe_stream, shapes_to_compile
 from jaxpack.train.evaluation import evaluate, evaluation_batches
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.progress import Log, Start
@@ -185,14 +187,12 @@ class Trainer:
         self.date = datetime.date.fromisoformat(exchange(date.isoformat())[0])
         self.progress, self.steps_in_model = Progress(), 0
         self._identity: dict[str, Any] = {}
-        together = self.objective.documents_together
+        self.eval_documents: Documents | None = None
         with errors_name(dataset="train_dataset", documents="train_dataset"):
-            self.documents, self.eval_documents = self._load(train_dataset), None
-            if config.eval_split is not None:
-                self.documents, self.eval_documents = hold_out(
-                    self.documents, config.eval_split, documents_together=together, seed=config.seed
-                )
-            self.batches = Batches(self.documents, config, together, num_devices=self.mesh.size)
+            if is_stream(train_dataset, config):
+                self.batches = self._stream(train_dataset)
+            else:
+                self.batches = self._plan_batches(self._load(train_dataset))
         self.config = self.batches.config.in_whole_steps(self.batches.num_steps)
         _check_evaluation(self.config, given=is_evaluated)
         self.eval_batches = None
@@ -237,6 +237,36 @@ class Trainer:
             date=self.date,
             documents_together=self.objective.documents_together,
         )
+
+    def _plan_batches(self, documents: Documents) -> Batches:
+        """Plans the batches of a whole dataset, without the rows that are held out for evaluation."""
+        config, together = self.config, self.objective.documents_together
+        if config.eval_split is not None:
+            documents, self.eval_documents = hold_out(
+                documents, config.eval_split, documents_together=together, seed=config.seed
+            )
+        self.documents = documents
+        return Batches(documents, config, together, num_devices=self.mesh.size)
+
+    def _stream(self, dataset: Dataset | Documents) -> StreamedBatches:
+        """Reads the first rows of a stream."""
+        config, together = self.config, self.objective.documents_together
+        if together > 1:
+            raise InputError(
+                f"`objective` must take documents one by one if the data is read as a stream, got one that takes"
+                f" {together} together. Pass a list or a file, which is read whole."
+            )
+        if config.eval_split is not None:
+            raise InputError(
+                f"`eval_split` must be None if the data is read as a stream, got {config.eval_split:g}. Pass an"
+                " `eval_dataset`."
+            )
+        stream = DocumentStream.for_run(
+            config, dataset, self.tokenizer, vocab_size=self.model.config.vocab_size, date=self.date
+        )
+        batches = StreamedBatches(stream, config, num_devices=self.mesh.size)
+        self.documents = batches.documents
+        return batches
 
     def train(self, on_start: Callable[[], object] = lambda: None) -> TrainResult:
         """Runs all steps and leaves the trained weights in `self.model`.
@@ -440,8 +470,7 @@ class Trainer:
                 if stops or ends or saves(step) or step == num_steps:
                     self._require_finite(run, measured)
                 if checkpoints is not None and (stops or ends or saves(step)):
-                    copy = run.copy_state()
-                    checkpoints.save(step, run.state if copy is None else copy.state, progress)
+                    self._save(run, checkpoints)
                 if ends and not stops:
                     log.record()
                     console.print(f"ended after step {step}, because a callback asked for it")
@@ -460,6 +489,34 @@ class Trainer:
                         error.add_note('To go on, train with `resume_from_checkpoint="latest"`.')
                     raise error
                 log.go_on()
+            else:
+                if len(progress.losses) < num_steps:
+                    self._end_with_stream(run, log, checkpoints, evaluate_at)
+
+    def _end_with_stream(
+        self, run: Run, log: Log, checkpoints: Checkpoints | None, evaluate_at: Callable[[int], None]
+    ) -> None:
+        """Evaluates and saves after the last step for which a stream had documents, unless that is done already."""
+        step = run.started
+        if self.eval_batches is not None and step not in self.progress.evaluations:
+            evaluate_at(step)
+        if checkpoints is not None:
+            newest = checkpoints.newest()
+            if newest is None or int(newest.name) < step:
+                self._save(run, checkpoints)
+        log.record()
+        console.print(
+            f"ended after step {step:,} of {self.batches.num_steps:,}, because the stream ended, and can be read only"
+            " once",
+            style="yellow",
+        )
+
+    def _save(self, run: Run, checkpoints: Checkpoints) -> None:
+        """Starts to save the state of a run after its last step."""
+        if isinstance(self.batches, StreamedBatches):
+            self.progress.stream = self.batches.state_at(run.started)
+        copy = run.copy_state()
+        checkpoints.save(run.started, run.state if copy is None else copy.state, self.progress)
 
     def _answer(self, number: int) -> None:
         """Answers a signal at once, since the step that is running may take long."""
@@ -509,7 +566,10 @@ class Trainer:
                 newest = None if checkpoints is None else checkpoints.newest()
                 if newest is None:
                     return False
-                run.resume([newest], self._identity, notes_of(run.choice.note, self.config.implementation))
+                notes = notes_of(run.choice.note, self.config.implementation)
+                self._go_on_in_stream(run, run.resume([newest], self._identity, notes)[1])
+            if isinstance(self.batches, StreamedBatches):
+                self.batches.state_at(run.started)  # Raises if the stream cannot be read again.
         except Exception as error:  # A device that has failed may take no arrays.
             console.print(f"the last whole state could not be loaded: {reason(error):.200}", style="yellow")
             return False
@@ -528,7 +588,7 @@ class Trainer:
             newest = checkpoints.newest()
             saved = newest is not None and int(newest.name) >= run.started
             if not saved:
-                checkpoints.save(run.started, run.state, self.progress)
+                self._save(run, checkpoints)
                 saved = checkpoints.wait()
         how = "saved as a checkpoint" if saved else "without a checkpoint"
         console.print(
@@ -573,11 +633,14 @@ class Trainer:
             return
         datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
         self._identity = identity_of(self.model, config, run.state, run.frozen, self.mesh.size, **datasets)
+        if isinstance(self.batches, StreamedBatches):
+            self._identity["train_dataset"] = f"a stream that begins with {self._identity['train_dataset']}"
         if not isinstance(self.objective, SFT):
             self._identity["objective"] = type(self.objective).__name__
         if self._checkpoints:
             notes = notes_of(run.choice.note, config.implementation)
             self.checkpoint, self.progress = run.resume(self._checkpoints, self._identity, notes)
+            self._go_on_in_stream(run, self.progress)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
         elif config.resume_from_checkpoint is not None:
@@ -588,6 +651,10 @@ class Trainer:
             best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
             kept = f"the last {config.save_total_limit}{best} are kept" if config.save_total_limit else "all are kept"
             console.print(f"checkpoints are saved {when} in {Path(config.output_dir) / FOLDER}; {kept}")
+
+    def _go_on_in_stream(self, run: Run, progress: Progress) -> None:
+        if isinstance(self.batches, StreamedBatches):
+            self.batches.resume(run.started, progress.stream)
 
     def _load_best(self, run: Run) -> None:
         """Puts the weights of the checkpoint with the lowest evaluation loss into a run."""
@@ -619,14 +686,17 @@ class Trainer:
 
     def _plan(self, run: Run) -> list[str]:
         """Returns lines that describe the data, the steps, and the number of parameters that are trained."""
-        lines = describe(self.documents, self.batches, self.config)
+        if isinstance(self.batches, StreamedBatches):
+            lines = describe_stream(self.batches, self.config)
+        else:
+            lines = describe(self.documents, self.batches, self.config)
         if self.eval_batches is not None and self.eval_documents is not None:
             evaluated = self.eval_batches
             held = "" if self.config.eval_split is None else f" held out (eval_split {self.config.eval_split:g})"
             lines.append(
                 f"evaluation: {len(self.eval_documents):,} documents{held}, {evaluated.targets_per_epoch:,} tokens to"
                 f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
-                f" {_shapes(evaluated)}"
+                f" {shapes_to_compile(evaluated)}"
             )
         sizes = [num_parameters(state) for state in (run.state.trainable, run.frozen)]
         where = current_device().device_kind if self.mesh.size == 1 else describe_mesh(self.mesh)
@@ -663,55 +733,6 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"  # jaxpack runs from a source folder without being installed
-
-
-def describe(documents: Documents, batches: Batches, config: TrainConfig) -> list[str]:
-    """Returns lines that describe a run: its data, truncation, layout and steps, and the shapes to compile."""
-    trained = int(documents.num_targets.sum())
-    lines = [
-        f"{len(documents):,} documents, {documents.num_tokens:,} tokens, {trained:,} of them to train on"
-        f" ({trained / documents.num_tokens:.0%})"
-    ]
-    cut = batches.truncation
-    if cut.documents:
-        lines.append(
-            f"max_length {config.max_length:,} cuts {cut.documents:,} documents"
-            f" and loses {cut.tokens:,} tokens ({cut.tokens / documents.num_tokens:.1%})"
-        )
-    if cut.dropped:
-        lines.append(f"{cut.dropped:,} documents then have no token left to train on, and are dropped")
-    if first := int(batches.documents.num_targets.sum()) - batches.targets_per_epoch:
-        lines.append(
-            f"{first:,} tokens are each the first of a piece of a split document: no token predicts them, so they are"
-            " not trained on"
-        )
-    if config.packing:
-        lines.append(
-            f"packing ({config.packing_strategy}): {batches.num_rows:,} rows of {config.max_length:,} tokens,"
-            f" {batches.packing_efficiency:.2%} full, {len(batches.documents) / batches.num_rows:.1f} documents each"
-        )
-    else:
-        lines.append(
-            "padding-free: the documents of a step lie end to end"
-            if config.padding_free
-            else "padded: each document takes a row, filled up with padding"
-        )
-    lines.append(
-        f"steps: {batches.num_steps:,} ({batches.steps_per_epoch:,} in an epoch); {batches.padding_share:.2%} of their"
-        f" positions are padding; shapes to compile (micro-batches x rows x tokens): {_shapes(batches)}"
-    )
-    if batches.num_devices > 1:
-        each, kind = config.per_device_train_batch_size, "rows" if config.packing else "documents"
-        lines.append(
-            f"a step takes {batches.rows_per_step:,} {kind}: {each:,} on each of {batches.num_devices} devices, times"
-            f" {config.gradient_accumulation_steps} micro-batches; the busiest device has {batches.imbalance:.1%} more"
-            " work in attention than the mean"
-        )
-    return lines
-
-
-def _shapes(batches: Batches) -> str:
-    return ", ".join(f"{A} x {B} x {T}" for A, B, T in batches.shapes)
 
 
 def _objective(config: TrainConfig) -> SFT:

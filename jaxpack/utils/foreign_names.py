@@ -18,6 +18,7 @@ ALIASES = {
     "model_name_or_path": "model",
     "model_name": "model",
     "dataset_name": "data",
+    "dataset_streaming": "streaming",
     "train_dataset": "data",
     "eval_dataset": "eval_data",
     "output_dir": "output",
@@ -83,7 +84,6 @@ _ANSWERS = {
     "leave it out: rows are always padded to a multiple of 128": "pad_to_multiple_of",
     "leave it out: documents longer than `max_length` lose their end": "truncation_mode",
     "leave it out: rows with a completion are trained on the completion alone": "completion_only_loss",
-    "use a `Packer` in a training loop of your own, see docs/your_own_loop.md": "dataset_streaming",
     "choose the rows with `data` and `eval_data`, see docs/data.md": (
         "dataset_config dataset_train_split dataset_test_split datasets"
     ),

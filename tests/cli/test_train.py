@@ -315,7 +315,11 @@ FIELDS = [
 
 
 # Further flags, without which a setting may not have another value than its default.
-NEEDED = {"optim_args": ["--optim", "sgd"], "lr_scheduler_kwargs": ["--lr-scheduler-type", "cosine"]}
+NEEDED = {
+    "optim_args": ["--optim", "sgd"],
+    "lr_scheduler_kwargs": ["--lr-scheduler-type", "cosine"],
+    "streaming": ["--packing", "--max-steps", "9"],
+}
 
 
 def flag_of(field: dataclasses.Field) -> str:
