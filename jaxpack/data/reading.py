@@ -1,6 +1,5 @@
 """Reads datasets (files, folders, datasets of the hub, rows in memory, or a mix of them) into documents."""
 
-import array
 import bisect
 import datetime
 import itertools
@@ -14,6 +13,7 @@ from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder, check_documents
 from jaxpack.data.formats import TEXT_FIELD, Record, Where, question_of
+from jaxpack.data.growing import GrowingArray
 from jaxpack.data.mixing import mix
 from jaxpack.data.reading_progress import ReadingProgress
 from jaxpack.data.rows import rows_of
@@ -160,8 +160,8 @@ class _Reader:
 
     def __init__(self, encoder: RowEncoder, tokenizer: Tokenizer | None, vocab_size: int):
         self._encoder, self._tokenizer, self._vocab_size = encoder, tokenizer, vocab_size
-        self._tokens, self._lengths = array.array("i"), array.array("q")
-        self._labels: array.array | None = None  # None as long as all labels equal their tokens
+        self._tokens, self._lengths = GrowingArray(np.int32, "tokens"), GrowingArray(np.int64, "lengths of documents")
+        self._labels: GrowingArray | None = None  # None as long as all labels equal their tokens
         self._begins: list[int] = []  # the number of the first document of each file
         self._wheres: list[Where] = []  # of each file
 
@@ -189,9 +189,8 @@ class _Reader:
 
     def documents(self) -> Documents:
         """Returns what has been read. The arrays are not copied."""
-        lengths = np.frombuffer(self._lengths, np.int64)
-        tokens = np.frombuffer(self._tokens, np.int32)
-        labels = tokens if self._labels is None else np.frombuffer(self._labels, np.int32)
+        lengths, tokens = self._lengths.in_numpy(), self._tokens.in_numpy()
+        labels = tokens if self._labels is None else self._labels.in_numpy()
         return Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths)
 
     def with_targets(self, documents: Documents, span: np.ndarray) -> np.ndarray:
@@ -239,8 +238,8 @@ class _Reader:
 
     def _append(self, tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
         if self._labels is None and not np.array_equal(tokens, labels):
-            self._labels = self._tokens[:]
-        self._tokens.frombytes(tokens.tobytes())
+            self._labels = self._tokens.copy()
+        self._tokens.extend(tokens)
         if self._labels is not None:
-            self._labels.frombytes(labels.tobytes())
-        self._lengths.frombytes(lengths.astype(np.int64).tobytes())
+            self._labels.extend(labels)
+        self._lengths.extend(lengths)

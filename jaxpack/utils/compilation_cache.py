@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpack.errors import InputError, reason
 from jaxpack.utils.console import console
-from jaxpack.utils.files import replace_file
+from jaxpack.utils.files import cache_home, replace_file
 
 try:
     import grp
@@ -123,9 +123,8 @@ class ProgramCache:
 
 
 def default_folder() -> Path:
-    """Returns `jaxpack/programs` in the user's cache home: XDG_CACHE_HOME if it is an absolute path, else ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "jaxpack" / "programs"
+    """Returns the folder `programs` in the cache home."""
+    return cache_home() / "programs"
 
 
 def size_of(folder: str) -> int:

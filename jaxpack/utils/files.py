@@ -187,6 +187,16 @@ def from_home(path: Path) -> str:
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
+def cache_home() -> Path:
+    """Returns `jaxpack` in the user's cache home: XDG_CACHE_HOME if it is an absolute path, else ~/.cache.
+
+    Raises:
+      RuntimeError: the user has no home folder.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "jaxpack"
+
+
 def replace_folder(write: Callable[[Path], None], path: Path) -> None:
     """Lets `write` create a folder, and puts the folder in the place of an existing folder or link at `path`."""
     if not os.path.lexists(path):

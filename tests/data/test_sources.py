@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import sys
 import types
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loaded_documents import CHAT, PLAIN, load, refusal, texts, turn, write_jsonl, write_parquet
+from loaded_documents import CHAT, PLAIN, VOCABULARY, load, refusal, texts, turn, write_jsonl, write_parquet
 
 from jaxpack.data import reading_progress, rows
 from jaxpack.data.documents import Documents
 from jaxpack.data.mixing import hold_out
+from jaxpack.data.stream import DocumentStream
 from jaxpack.errors import InputError
 
 ROWS = [{"prompt": f"{row}, the\n", "completion": f'a "cab" of {row}'} for row in range(7)]
@@ -255,8 +257,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list:
     """Puts a module in the place of `datasets`, which notes what is asked for."""
     asked = []
 
-    def load_dataset(path: str, name: str | None, *, split: str) -> list[dict]:
-        asked.append((path, name, split))
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> list[dict]:
+        asked.append((path, name, split, *(["streaming"] if streaming else [])))
         if path == "org/broken":
             raise ValueError("Config name is missing.\nPlease pick one.")
         return OTHERS
@@ -265,6 +267,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list:
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     return asked
+
+
+def test_a_stream_of_the_hub_is_not_downloaded_first(hub: list) -> None:
+    options = {"text_field": "text", "assistant_only_loss": True}
+    stream = DocumentStream("org/name:train", PLAIN, vocab_size=VOCABULARY, **options)
+    assert len(list(itertools.islice(stream, 2 * len(OTHERS)))) == 2 * len(OTHERS)
+    assert hub == [("org/name", None, "train", "streaming")] * 2
 
 
 def test_a_dataset_of_the_hub_is_loaded_by_its_split(hub: list, capsys: pytest.CaptureFixture) -> None:
