@@ -12,6 +12,7 @@ from jaxpack.constants import Layout
 from jaxpack.utils.figures import frame, head, lying_bars, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -288,16 +289,38 @@ def _figures(record: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def draw_bars(records: list[dict[str, Any]]) -> "Figure":
-    """Draws ours beside the fastest opponent, for each work whose opponents were measured, too."""
+    """Draws ours beside the fastest opponent, for each work whose opponents were measured, too.
+
+    Each model has a row of panels with axes of its own, so that the bars of a large model can be compared, too.
+    """
     found = [verdict for verdict in verdicts(records) if verdict.speed is not None]
+    models: dict[str, list[Verdict]] = {}
+    for verdict in found:
+        models.setdefault(verdict.bar.ours.model, []).append(verdict)
+    several_devices = len({verdict.device for verdict in found}) > 1
+    rows = [len(group) for group in models.values()]
+    figure = new_figure(9.5, 0.82 * sum(rows) + 0.75 * len(rows) + 0.6)
+    grid = figure.subplots(
+        len(rows), 2, sharey="row", width_ratios=(3, 2), height_ratios=[count + 0.4 for count in rows], squeeze=False
+    )
+    for (model, group), panels in zip(models.items(), grid, strict=True):
+        _draw_model(model, group, *panels, with_device=several_devices)
+    for panel, along in zip(grid[-1], ("real tokens/s", "peak memory, GiB"), strict=True):
+        panel.set_xlabel(along)
     pairs = [record for verdict in found for record in (verdict.ours, verdict.peer) if record is not None]
-    places = np.concatenate([[-2.5 * i, -2.5 * i - 0.85] for i in range(len(found))])
-    labels = [verdict.bar.work.replace(", ", "\n") for verdict in found]
-    if len({verdict.device for verdict in found}) > 1:
-        labels = [f"{label}\n{verdict.device}" for label, verdict in zip(labels, found, strict=True)]
-    tallest = max(label.count("\n") + 1 for label in labels)
-    figure = new_figure(12.5, max(0.85, 0.21 * tallest) * len(found) + 1.6)
-    speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    data, devices, date = (
+        " and ".join(sorted({pair[field] for pair in pairs})) for field in ("data", "device", "date")
+    )
+    head(figure, f"The same documents and optimizer for both: {data}.\n{devices}, {date}. x: factor over the opponent.")
+    return figure
+
+
+def _draw_model(model: str, group: list[Verdict], speed: "Axes", memory: "Axes", *, with_device: bool) -> None:
+    pairs = [record for verdict in group for record in (verdict.ours, verdict.peer) if record is not None]
+    places = np.concatenate([[-2.4 * i, -2.4 * i - 0.85] for i in range(len(group))])
+    labels = [_written_in_two(verdict.bar.work.removeprefix(f"{model}, ")) for verdict in group]
+    if with_device:
+        labels = [f"{label}\n{verdict.device}" for label, verdict in zip(labels, group, strict=True)]
     for panel, field, unit, form in (
         (speed, "tokens_per_second", 1, ",.0f"),
         (memory, "peak_memory_bytes", GIB, ".1f"),
@@ -306,10 +329,15 @@ def draw_bars(records: list[dict[str, Any]]) -> "Figure":
         texts = [f"{NAMES.get(r['system'], r['system'])} {x:{form}}" for r, x in zip(pairs, values, strict=True)]
         for at in range(0, len(pairs), 2):
             texts[at] += f"   x {values[at] / values[at + 1]:.2f}"
-        lying_bars(panel, places, values, [COLORS[record["system"]] for record in pairs], texts, room=1.75)
+        lying_bars(panel, places, values, [COLORS[record["system"]] for record in pairs], texts, room=1.8)
+        panel.set_ylim(places[-1] - 0.7, 0.7)
+        panel.locator_params(axis="x", nbins=5)
     speed.set_yticks(places[::2] - 0.42, labels)
-    frame(speed, "How many real tokens a second?", "real tokens/s (x: factor over the opponent)", "")
-    frame(memory, "How much memory does it take?", "peak memory, GiB", "")
-    about = [" and ".join(sorted({record[field] for record in pairs})) for field in ("data", "device", "date")]
-    head(figure, f"The same documents and optimizer for both: {', '.join(about)}.")
-    return figure
+    frame(speed, f"{model}: speed", "", "")
+    frame(memory, "memory", "", "")
+
+
+def _written_in_two(work: str) -> str:
+    """Breaks the name of a piece of work where it has several parts, so that it takes at most two lines."""
+    first, *others = work.split(", ")
+    return f"{first}\n{', '.join(others)}" if others else first

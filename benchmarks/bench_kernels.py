@@ -4,7 +4,7 @@
 
 First the opponents run, each group in its own process (`peers_kernels.py`), then JAX in this process. `timing.py` says
 what is timed. LENGTHS.csv is a histogram of document lengths as in `bench_training.py`; FOLDER holds Unsloth and Liger.
-Prints a table and the bars, and writes a JSON file and a picture.
+Prints a table and the bars, and writes a JSON file.
 """
 
 import argparse
@@ -760,41 +760,8 @@ def print_tables(results: Results, found: list[dict[str, Any]], console: Console
     console.print(table)
 
 
-def draw(results: Results, path: Path) -> None:
-    """Draws one panel per operation: floor over time, or TFLOP/s, by row and column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(3, 2, figsize=(20, 15), constrained_layout=True)
-    colors = {name: plt.get_cmap("tab20")(place) for place, name in enumerate(COLUMNS)}
-    for panel, operation in zip(panels.flat, OPERATIONS, strict=True):
-        rows = [row for row in results.rows.values() if row["operation"] == operation]
-        columns = [name for name in COLUMNS if any("median" in row["columns"].get(name, {}) for row in rows)]
-        width = 0.85 / max(1, len(columns))
-        for i, name in enumerate(columns):
-            at, heights = [], []
-            for j, row in enumerate(rows):
-                if right(entry := row["columns"].get(name, {})):
-                    at.append(j + (i - (len(columns) - 1) / 2) * width)
-                    rate = rate_of(row, entry["median"])[0]
-                    heights.append(rate if operation == "attention" else rate * 1e9 / BYTES_PER_SECOND)
-            panel.bar(at, heights, width, label=name, color=colors[name])
-        attends = operation == "attention"
-        panel.set_title(f"{operation}: {'TFLOP/s' if attends else 'memory floor / time (1 is the fastest possible)'}")
-        panel.set_xticks(range(len(rows)), [label_of(row).replace(" ", "\n") for row in rows], fontsize=7)
-        if columns:
-            panel.legend(fontsize=8, ncols=2)
-        if not attends:
-            panel.axhline(1, color="black", linewidth=0.8)
-    header = results.header
-    figure.suptitle(f"{header['device']}, jax {header['versions']['jax']}, {header['date']}. Higher is better.")
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
-    """Runs the opponents, then JAX, and writes tables, JSON and a picture."""
+    """Runs the opponents, then JAX, and writes tables and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--peers-site", type=Path, help="folder of the Python packages of Unsloth and Liger")
@@ -864,8 +831,7 @@ def main() -> None:
     header["bars"] = found
     results.path.write_text(json.dumps({**header, "rows": list(results.rows.values())}, indent=1) + "\n")
     print_tables(results, found, Console(width=None if sys.stdout.isatty() else 240))
-    draw(results, picture := options.output_dir / f"{name}.png")
-    print(json.dumps({"json": str(results.path), "picture": str(picture), "bars": found}), flush=True)
+    print(json.dumps({"json": str(results.path), "bars": found}), flush=True)
     if not finished:
         os._exit(0)  # exits without waiting for programs that still compile
 

@@ -139,8 +139,8 @@ def draw_all(records: list[Record], results: Path) -> list[Path]:
 
 def draw_batch_sizes(records: list[Record]) -> "Figure":
     """Draws tokens a second, memory and the share of valid tokens against the batch size, a line per series."""
-    figure = new_figure(15, 5.4)
-    panels = figure.subplots(1, 3)
+    figure = new_figure(9.5, 9)
+    panels = figure.subplot_mosaic([["speed", "speed"], ["memory", "valid"]]).values()
     titles = ("How many real tokens a second?", "How much memory?", "How much is not padding?")
     units = ("real tokens/s", "peak memory, GiB", "not padding, % of all positions")
     figures = (
@@ -174,7 +174,7 @@ def draw_batch_sizes(records: list[Record]) -> "Figure":
 def draw_ablation(records: list[Record]) -> "Figure":
     """Draws bars of tokens a second, with the factor of each stage, and bars of memory."""
     stages = ablation_stages(records)
-    figure = new_figure(12, 0.75 * len(stages) + 2.2)
+    figure = new_figure(9.5, 0.7 * len(stages) + 1.6)
     speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = -np.arange(len(stages))
     shades = [_shade("jaxpack", 0.35 if stage["implementation"] == "xla" else 1.0) for stage in stages]
@@ -187,14 +187,14 @@ def draw_ablation(records: list[Record]) -> "Figure":
     chain = [stage for stage in stages if stage["label"] in ABLATION]
     total = f" x {chain[-1]['total']:.1f} in all" if len(chain) > 1 else ""
     frame(speed, f"What does each choice bring?{total}", "real tokens/s (x: factor over the bar before)", "")
-    frame(memory, "How much memory does it take?", "peak memory, GiB", "")
-    head(figure, _about(records) + " Pale bars use XLA's operations. Offloading replaces keeping all.")
+    frame(memory, "How much memory?", "peak memory, GiB", "")
+    head(figure, _about(records) + "\nPale bars use XLA's operations. Offloading replaces keeping all.")
     return figure
 
 
 def draw_losses(records: list[Record]) -> "Figure":
     """Draws the loss of each layout against steps, and against seconds."""
-    figure = new_figure(13, 5.2)
+    figure = new_figure(9.5, 4.4)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for record in records:
         window = max(1, len(record["losses"]) // 30)

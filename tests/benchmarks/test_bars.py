@@ -99,7 +99,19 @@ def test_a_work_is_drawn_as_measured_where_its_opponents_are_known():
     assert [cast("Any", bar).get_width() for bar in speed.patches] == [300, 200]
     assert [cast("Any", bar).get_width() for bar in memory.patches] == [6, 9]
     assert [text.get_text() for text in speed.texts] == ["jaxpack 300   x 1.50", "Unsloth 200"]
-    assert [label.get_text() for label in speed.get_yticklabels()] == [first.work.replace(", ", "\n")]
+    assert speed.get_title(loc="left") == "Qwen3-4B: speed"
+    assert [label.get_text() for label in speed.get_yticklabels()] == ["low memory"]
+
+
+def test_each_model_is_drawn_on_axes_of_its_own():
+    small, large = BARS[0], next(bar for bar in BARS if bar.ours.model == "Qwen3-8B")
+    rates = {small: 900, large: 10}
+    records = [measured(bar.work, case, rates[bar], GIB) for bar in rates for case in (bar.ours, *bar.peers)]
+    figure = draw_bars(records)
+    speeds = figure.axes[::2]
+    assert [panel.get_title(loc="left") for panel in speeds] == ["Qwen3-4B: speed", "Qwen3-8B: speed"]
+    for panel, rate in zip(speeds, rates.values(), strict=True):
+        assert rate < panel.get_xlim()[1] < 2 * rate
 
 
 def test_works_of_several_devices_are_drawn_side_by_side_with_their_names():
