@@ -59,6 +59,7 @@ from jaxpack.train.step import ComputeMetrics
 from jaxpack.utils.compilation_cache import ProgramCache, size_of
 from jaxpack.utils.console import console
 from jaxpack.utils.files import from_home, held_folder
+from jaxpack.utils.foreign_names import answers_unknown_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class TrainResult:
     peak_memory_bytes: int
 
 
+@answers_unknown_names
 class Trainer:
     """Fine-tunes a model: its adapters if it has any (`add_lora`), otherwise all of its weights.
 

@@ -5,13 +5,14 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from jaxpack.errors import InputError
 
-Config = TypeVar("Config")
+Owner = TypeVar("Owner")
 
 # Flags that have another name in TRL's and Unsloth's commands. The command line and settings files take both names.
 ALIASES = {
@@ -45,6 +46,10 @@ _RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "resume": "resume_from_checkpoint",
     "train_on_responses_only": "assistant_only_loss",
+    "args": "config",
+    "processing_class": "tokenizer",
+    "compute_loss_func": "objective",
+    "optimizers": "optimizer",
 }
 
 # Some names have no counterpart of the same meaning. Each text says what to do instead, and precedes the names that it
@@ -132,6 +137,9 @@ _ANSWERS = {
         "task_type lora_task_type peft_type inference_mode base_model_name_or_path auto_mapping peft_version "
         "fan_in_fan_out megatron_config megatron_core runtime_config"
     ),
+    "add the adapters before: `model = jaxpack.add_lora(model, config)`": "peft_config",
+    "leave it out: batches are made from documents, and need no function to collate them": "data_collator",
+    "override a method of `Callback`, or pass a `compute_metrics`": "preprocess_logits_for_metrics",
     "leave it out: it has no counterpart": (
         "ignore_bias_buffers neftune_noise_alpha use_cache torch_empty_cache_steps log_on_each_node debug "
         "do_predict logging_nan_inf_filter logging_dir include_num_input_tokens_seen log_level disable_tqdm "
@@ -177,23 +185,24 @@ def hint(name: str, known: Iterable[str], *, is_of_training: bool = True) -> str
     return f" (did you mean `{near[0]}`?)" if near else ""
 
 
-def answers_unknown_names(config: type[Config]) -> type[Config]:
-    """Makes a dataclass answer unknown arguments with an InputError that says what to write instead.
+def answers_unknown_names(owner: type[Owner]) -> type[Owner]:
+    """Makes a class answer unknown arguments with an InputError that says what to write instead.
 
     Python itself raises a TypeError that names the first of them.
     """
-    _CONFIGS.append(config)
-    make = config.__init__
+    if dataclasses.is_dataclass(owner):
+        _CONFIGS.append(owner)
+    make: Any = owner.__init__
+    known = set(inspect.signature(make).parameters) - {"self"}
 
     @functools.wraps(make)
-    def init(self: Config, *values: Any, **given: Any) -> None:
-        known = _fields(config)
+    def init(self: Owner, *values: Any, **given: Any) -> None:
         if unknown := [f"`{name}`{hint(name, known)}" for name in given if name not in known]:
-            raise InputError(f"`{config.__name__}` has no {listed('argument', unknown)}.")
+            raise InputError(f"`{owner.__name__}` has no {listed('argument', unknown)}.")
         make(self, *values, **given)
 
-    config.__init__ = init
-    return config
+    owner.__init__ = init
+    return owner
 
 
 def listed(kind: str, names: list[str]) -> str:

@@ -216,3 +216,19 @@ def test_losses_follow_float32_whatever_is_kept(remat):
 def test_a_run_on_a_gpu_tells_the_memory_of_its_own():
     result = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SHORT).train()
     assert 0 < result.peak_memory_bytes < 2**30  # memory of the allocator, not of the process
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("args", "(it is `config` here)"),
+        ("processing_class", "(it is `tokenizer` here)"),
+        ("peft_config", "(add the adapters before: `model = jaxpack.add_lora(model, config)`)"),
+        ("eval_datset", "(did you mean `eval_dataset`?)"),
+        ("learning_rate", "(it is a setting of `TrainConfig`)"),
+    ],
+)
+def test_an_unknown_argument_is_answered(name, answer):
+    with pytest.raises(InputError) as caught:
+        Trainer(small_model("qwen3", lora=LORA), None, ROWS, **{name: None})
+    assert str(caught.value) == f"`Trainer` has no argument `{name}` {answer}."
