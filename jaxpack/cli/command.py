@@ -44,7 +44,8 @@ class Command(HelpfulCommand):
             elif flags[flag].is_flag:
                 if words and words[0].lower() in _TRUTHS:
                     is_opposite ^= not _TRUTHS[words.pop(0).lower()]
-                known.append(_turned(flags[flag], (flag in flags[flag].opts) ^ is_opposite, written))
+                on = (flag in flags[flag].opts) ^ is_opposite
+                known += (flags[flag].opts if on else flags[flag].secondary_opts)[:1]
             else:
                 values = [words.pop(0)] if words else []
                 if values and name in LIST_FLAGS:
@@ -78,10 +79,3 @@ def _values(words: list[str]) -> list[str]:
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     values, words[:count] = words[:count], []
     return values
-
-
-def _turned(parameter: Any, on: bool, written: str) -> str:
-    """Returns the word that turns a flag on or off."""
-    if not on and not parameter.secondary_opts:
-        raise InputError(f"`{written}` must be left out to turn it off, got false.")
-    return (parameter.opts if on else parameter.secondary_opts)[0]

@@ -40,7 +40,7 @@ def evaluate(
     adapter: AdapterOption = None,
     output: Annotated[Path | None, typer.Option(help="New JSON file for the metrics, beside showing them.")] = None,
     dtype: DtypeOption = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
+    load_in_4bit: Annotated[bool, typer.Option(help=LOAD_IN_4BIT_HELP)] = False,
     **flags: object,
 ) -> None:
     """Compute the loss and the perplexity of a model on a dataset, with or without an adapter."""

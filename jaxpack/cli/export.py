@@ -40,7 +40,6 @@ def export(
     load_in_4bit: Annotated[
         bool,
         typer.Option(
-            "--load-in-4bit",
             help="Merge into the weights beside which a run with --load-in-4bit trained its adapter: those of the base"
             " model, quantised to 4 bits (NF4) and made dense again.",
         ),

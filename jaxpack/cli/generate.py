@@ -62,7 +62,7 @@ def generate(
         Path | None, typer.Option(help="New JSONL file for prompts and completions. Without it, they are shown.")
     ] = None,
     dtype: DtypeOption = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
+    load_in_4bit: Annotated[bool, typer.Option(help=LOAD_IN_4BIT_HELP)] = False,
     **flags: object,
 ) -> None:
     """Generate text from a model, with or without an adapter."""

@@ -76,7 +76,7 @@ def inspect(
     full_finetuning: Annotated[
         bool, typer.Option(help="Predict times for training all weights, instead of an adapter.")
     ] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
+    load_in_4bit: Annotated[bool, typer.Option(help=LOAD_IN_4BIT_HELP)] = False,
     gpu: Annotated[
         str | None,
         typer.Option(

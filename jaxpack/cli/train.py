@@ -81,7 +81,7 @@ def train(
             show_default="bfloat16 on a GPU, float32 on a CPU",
         ),
     ] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=LOAD_IN_4BIT_HELP)] = False,
+    load_in_4bit: Annotated[bool, typer.Option(help=LOAD_IN_4BIT_HELP)] = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a PEFT adapter to train further, instead of a new adapter.")
     ] = None,

@@ -112,6 +112,13 @@ def test_a_file_of_trl_means_what_flags_mean(
     assert what_is_trained(*inputs, "--config", file) == what_is_trained(*inputs, *flags)
 
 
+def test_a_switch_that_a_file_turns_on_is_turned_off(inputs: list, tmp_path: Path, what_is_trained: Callable) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("load_in_4bit: true")
+    on, off = [*inputs, "--config", file], [*inputs, "--config", file, "--load_in_4bit", "False"]
+    assert what_is_trained(*off) == what_is_trained(*inputs) != what_is_trained(*on)
+
+
 def test_none_is_a_number_of_neither_documents_nor_checkpoints(inputs: list, what_is_trained: Callable) -> None:
     found = what_is_trained(*inputs, "--max_length", "none", "--save_total_limit", "none")["config"]
     assert (found.max_length, found.save_total_limit) == (None, None)
@@ -132,7 +139,6 @@ REFUSED: dict[str, tuple[list[object], list[str]]] = {
     "with_a_value": (["--warmup_ratio", "0.1"], ["to a share of all steps, such as `--warmup-steps 0.03`)."]),
     "unlike_any": (["--question"], ["`jaxpack train` has no flag `--question`."]),
     "its_values": (["--bits", "4", "8", "--seed", "3"], ["`jaxpack train` has no flag `--bits`."]),
-    "cannot_be_off": (["--load_in_4bit", "False"], ["`--load_in_4bit` must be left out to turn it off, got false."]),
     "length": (["--max_length", "none", "--packing"], ["`max_length` must be a number with `packing`", "got None."]),
 }  # fmt: skip
 
