@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # at run time `__getattr__` imports a name when it is used: `jaxpack --help` must not import jax
     from jaxpack.data.batching import Batches
     from jaxpack.data.documents import Documents
+    from jaxpack.data.named_templates import set_chat_template
     from jaxpack.data.packer import Packer
     from jaxpack.data.packing import PackedBatch, pack_rows
     from jaxpack.data.preview import ShownRow, show_row
@@ -68,6 +69,7 @@ __all__ = [
     "load_documents",
     "make_train_step",
     "pack_rows",
+    "set_chat_template",
     "show_row",
     "split_trainable",
     "write_report",
@@ -76,6 +78,7 @@ __all__ = [
 _MODULES = {
     "jaxpack.data.batching": ("Batches",),
     "jaxpack.data.documents": ("Documents",),
+    "jaxpack.data.named_templates": ("set_chat_template",),
     "jaxpack.data.packer": ("Packer",),
     "jaxpack.data.packing": ("PackedBatch", "pack_rows"),
     "jaxpack.data.preview": ("ShownRow", "show_row"),

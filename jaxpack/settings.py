@@ -326,6 +326,13 @@ class TrainConfig:
         "conversation, or of the completion if the row has one. With a chat template, rows of instruction and output "
         "are conversations, too.",
     )
+    chat_template: str | None = _option(
+        None,
+        "Chat template, instead of the tokenizer's own: 'alpaca' or 'vicuna', which every base model takes; 'chatml', "
+        "'gemma', 'llama3', 'phi3' or 'phi4', for models that have their special tokens; or a file with a Jinja "
+        "template. It is saved with the tokenizer. The token with which it ends an answer becomes the EOS token. None "
+        "keeps the tokenizer's template.",
+    )
     chat_template_date: str | None = _option(
         None,
         "Date (YYYY-MM-DD) for chat templates that write today's date. With None, a run uses the day of its first "
@@ -420,7 +427,8 @@ class TrainConfig:
         object.__setattr__(self, "optim", _optim(self.optim))
         object.__setattr__(self, "optim_args", _optimizer_arguments(self))
         check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
-        for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir"):
+        check(self.chat_template != "", "chat_template", "must be a name or a file, or None", self.chat_template)
+        for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir", "chat_template"):
             folder = getattr(self, name)
             object.__setattr__(self, name, folder if folder is None else os.path.expanduser(folder))
         check(

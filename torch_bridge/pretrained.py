@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, install_command, reason
 from jaxpack.model.config import ModelConfig
@@ -121,6 +122,18 @@ def read_config(name_or_path: str) -> tuple[ModelConfig, Tokenizer | None]:
     return config, _tokenizer(folder)
 
 
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """Returns the tokenizer in a folder, such as that of an adapter; None if there is none, or no transformers.
+
+    Raises:
+      InputError: its files cannot be read.
+    """
+    if not _has_tokenizer(folder):
+        return None
+    require_regular_files(folder)
+    return _tokenizer(folder)
+
+
 def described_store(name_or_path: str) -> Store:
     """Returns how a model's `config.json` says that projections are stored, for predictions without its weights.
 
@@ -210,14 +223,42 @@ def write_folder(
     hf = {name: value for name, value in hf.items() if name not in _REPLACED}
     hf |= config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}  # the name in transformers 5, and in 4
     (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-    if GENERATION_FILE in source:
-        (folder / GENERATION_FILE).write_text(source[GENERATION_FILE])
+    generation = source.get(GENERATION_FILE)
+    if (end := _end_of_answers(tokenizer)) is not None:
+        generation = _stopping_at(end, generation, hf.get("eos_token_id"))
+    if generation is not None:
+        (folder / GENERATION_FILE).write_text(generation)
     shapes = tensor_shapes(model)
     if FAMILIES[model.config.architecture].fuses_experts:
         shapes, tensors = fused_shapes(shapes), fuse_experts(tensors)
     write_safetensors(folder, shapes, dtype, tensors)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer)
+
+
+def _end_of_answers(tokenizer: Tokenizer | None) -> int | None:
+    """Returns the token with which the tokenizer's chat template ends an answer, or None if there is none."""
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        return None
+    return tokenizer.get_added_vocab().get(ChatTemplate(tokenizer).answer_end() or "")
+
+
+def _stopping_at(end: int, generation: str | None, eos: Any) -> str | None:
+    """Returns a `generation_config.json` that names a token at which generation stops; the same if it does already.
+
+    Programs generate on past the end of an answer that it does not name, such as one of a template of the user's.
+
+    Args:
+      end: the token.
+      generation: the text of the file, or None if there is none.
+      eos: what `config.json` names, which counts without the file. If nothing is named, nothing is added.
+    """
+    content = json.loads(generation or "{}")
+    named = content.get("eos_token_id", eos)
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not named or end in named:
+        return generation
+    return json.dumps({**content, "eos_token_id": [end, *named]}, indent=2) + "\n"
 
 
 def _read(name_or_path: str, *, weights: bool) -> tuple[Path, dict[str, dict[str, Any]], ModelConfig]:
@@ -300,8 +341,12 @@ def _weights(folder: Path) -> ByteSource:
     return TorchFolder(folder)
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _NEEDED_FILES)
+
+
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    if not any((folder / name).is_file() for name in _NEEDED_FILES):
+    if not _has_tokenizer(folder):
         console.print(f"{folder} has no tokenizer: the model can be trained only on rows of `input_ids`")
         return None
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns that torch is missing

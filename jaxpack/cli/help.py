@@ -18,6 +18,7 @@ GROUPS = {
         "dataset_text_field",
         "assistant_only_loss",
         "allow_lost_thoughts",
+        "chat_template",
         "chat_template_date",
     ),
     "Adapter": (

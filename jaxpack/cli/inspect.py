@@ -1,7 +1,6 @@
 """Implements `jaxpack inspect`, which shows what a run would do with a dataset before the run."""
 
 import dataclasses
-import datetime
 import io
 import os
 import sys
@@ -43,6 +42,7 @@ _USED = {
     "dataset_text_field",
     "assistant_only_loss",
     "allow_lost_thoughts",
+    "chat_template",
     "chat_template_date",
     "optim",
     "optim_args",
@@ -55,7 +55,8 @@ _USED = {
     "target_parameters",
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
-_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "allow_lost_thoughts", "chat_template_date")
+_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "allow_lost_thoughts")
+_OF_TEXT += ("chat_template", "chat_template_date")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -114,16 +115,7 @@ def inspect(
         require_matplotlib()
         if picture.suffix not in _PICTURES or os.path.lexists(picture):
             raise InputError(f"`picture` must end in {', '.join(_PICTURES)} and not exist yet, got {str(picture)!r}.")
-    model_config, tokenizer, documents = read_documents(
-        model,
-        data,
-        lengths,
-        text_field=config.dataset_text_field,
-        assistant_only_loss=config.assistant_only_loss,
-        allow_lost_thoughts=config.allow_lost_thoughts,
-        date=None if config.chat_template_date is None else datetime.date.fromisoformat(config.chat_template_date),
-        seed=config.seed,
-    )
+    model_config, tokenizer, documents = read_documents(model, data, lengths, run=config)
     described = store_dense if model in SHAPES else described_store(model)
     store = nf4_store() if load_in_4bit and described is store_dense else described
     shapes = abstract_model(model_config, lora, store=store)

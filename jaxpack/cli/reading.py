@@ -1,15 +1,15 @@
 """Reads the model and the dataset that the flags of a command name."""
 
-import datetime
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import torch_bridge
 from jaxpack.data.documents import Documents
-from jaxpack.data.reading import load_documents
+from jaxpack.data.named_templates import use_chat_template
+from jaxpack.data.reading import load_for_run
 from jaxpack.data.sources import sources_of
 from jaxpack.data.synthetic import drawn_documents
 from jaxpack.data.tokenizer import Tokenizer
@@ -17,8 +17,11 @@ from jaxpack.errors import InputError, errors_name
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.presets import SHAPES
 from jaxpack.model.transformer import Transformer
-from jaxpack.train.trained import is_checkpoint
+from jaxpack.settings import TrainConfig
+from jaxpack.train.trained import is_checkpoint, template_of_checkpoint
+from jaxpack.utils.console import console
 from jaxpack.utils.files import require_data_file, require_folder
+from torch_bridge.pretrained import tokenizer_in
 
 MODEL_HELP = (
     "Hugging Face model: a folder, or the id of a model on the hub. Or a shape that gets random weights:"
@@ -108,11 +111,32 @@ def read_base(
 ) -> tuple[Transformer, Tokenizer | None]:
     """Reads a model and its tokenizer: `model`, or else the base model that the adapter's config names.
 
-    In the second case an error names the config's field `base_model_name_or_path`.
+    In the second case an error names the config's field `base_model_name_or_path`. The tokenizer is that beside the
+    adapter, if there is one: it has the chat template with which the adapter was trained.
     """
     base = torch_bridge.base_of(str(adapter)) if model is None else model
     with errors_name(model="base_model_name_or_path" if model is None else "model"):
-        return torch_bridge.from_pretrained(base, dtype=dtype, load_in_4bit=load_in_4bit)
+        network, tokenizer = torch_bridge.from_pretrained(base, dtype=dtype, load_in_4bit=load_in_4bit)
+    return network, tokenizer if adapter is None else tokenizer_of(adapter, tokenizer)
+
+
+def tokenizer_of(adapter: Path, tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """Returns the tokenizer with which an adapter, or a checkpoint, was trained.
+
+    Args:
+      tokenizer: the tokenizer of the base model, which it is if nothing else lies beside the adapter.
+    """
+    if is_checkpoint(adapter):
+        template = template_of_checkpoint(adapter)
+        if tokenizer is not None and template and template != tokenizer.chat_template:
+            use_chat_template(tokenizer, template, f"that of {adapter}")
+        return tokenizer
+    found = tokenizer_in(adapter)
+    if found is None:
+        return tokenizer
+    if tokenizer is not None and found.chat_template != tokenizer.chat_template:
+        console.print(f"the chat template is the one in {adapter}, not the base model's")
+    return found
 
 
 def read_documents(
@@ -121,22 +145,18 @@ def read_documents(
     lengths: Path | None,
     *,
     drawn: int | None = None,
-    text_field: str = "text",
-    assistant_only_loss: bool = True,
-    allow_lost_thoughts: bool = False,
-    date: datetime.date | None = None,
-    seed: int = 42,
+    run: TrainConfig | None = None,
 ) -> tuple[ModelConfig, Tokenizer | None, Documents]:
     """Reads the model's config and tokenizer, and the documents, from `data` or drawn from `lengths`.
 
-    `drawn` is the number of documents to draw; None draws as many as `lengths` counts.
+    Args:
+      drawn: the number of documents to draw; None draws as many as `lengths` counts.
+      run: the settings of a run, which say how to read `data`; None takes the defaults.
     """
     config, tokenizer = (SHAPES[model], None) if model in SHAPES else torch_bridge.read_config(model)
     if lengths is not None:
         return config, tokenizer, drawn_documents(lengths, drawn, vocab_size=config.vocab_size)
     assert data  # `require_one`
-    options: dict[str, Any] = {"text_field": text_field, "assistant_only_loss": assistant_only_loss}
-    options |= {"allow_lost_thoughts": allow_lost_thoughts, "date": date, "seed": seed}
-    with errors_name(dataset="data", text_field="dataset_text_field"):
-        documents = load_documents(alone(data), tokenizer, vocab_size=config.vocab_size, **options)
+    with errors_name(dataset="data"):
+        documents = load_for_run(run or TrainConfig(), alone(data), tokenizer, vocab_size=config.vocab_size)
     return config, tokenizer, documents

@@ -12,7 +12,7 @@ import typer
 import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, tokenizer_of
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
 from jaxpack.model.weights import split_trained
@@ -124,6 +124,7 @@ def train(
     )
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
+        tokenizer = tokenizer_of(adapter, tokenizer)
     elif not full_finetuning:
         add_lora(network, lora)
     _, trainable, _ = split_trained(network)

@@ -15,6 +15,7 @@ from jaxpack.data.encoding import RowEncoder, check_documents
 from jaxpack.data.formats import TEXT_FIELD, Record, Where, question_of
 from jaxpack.data.growing import GrowingArray
 from jaxpack.data.mixing import mix
+from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.reading_progress import ReadingProgress
 from jaxpack.data.rows import rows_of
 from jaxpack.data.sources import Source, sources_of
@@ -113,10 +114,20 @@ def load_for_run(
     tokenizer: Tokenizer | None,
     *,
     vocab_size: int,
-    date: datetime.date,
-    documents_together: int,
+    date: datetime.date | None = None,
+    documents_together: int = 1,
 ) -> Documents:
-    """Reads a dataset as `load_documents` does, with the settings of a run."""
+    """Reads a dataset as `load_documents` does, with the settings of a run.
+
+    The tokenizer gets the run's chat template, see `set_chat_template`.
+
+    Args:
+      date: the date for chat templates that write one; None is that of the settings, or today.
+    """
+    if config.chat_template is not None:
+        set_chat_template(tokenizer, config.chat_template)
+    if date is None and config.chat_template_date is not None:
+        date = datetime.date.fromisoformat(config.chat_template_date)
     with errors_name(text_field="dataset_text_field"):
         return load_documents(
             dataset,

@@ -18,6 +18,7 @@ from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder, check_documents
 from jaxpack.data.formats import Record
+from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.packer import Packer
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.data.rows import rows_of
@@ -101,7 +102,9 @@ class DocumentStream:
         vocab_size: int,
         date: datetime.date,
     ) -> "DocumentStream":
-        """Returns the stream of a dataset, with the settings of a run."""
+        """Returns the stream of a dataset, with the settings of a run, and gives the tokenizer its chat template."""
+        if config.chat_template is not None:
+            set_chat_template(tokenizer, config.chat_template)
         return cls(
             dataset,
             tokenizer,

@@ -59,7 +59,7 @@ def tokenize(
     Raises:
       InputError: one of the texts is not valid Unicode, or the tokenizer gives up on it.
     """
-    begins = _added_before(tokenizer) if options.get("add_special_tokens", True) else []
+    begins = added_before(tokenizer) if options.get("add_special_tokens", True) else []
     if begins:
         texts = [text.lstrip() if begins_with_bos(text, tokenizer) else text for text in texts]
     try:
@@ -85,7 +85,7 @@ def tokenize(
     return {name: [row[cut:] for row, cut in zip(column, doubled, strict=True)] for name, column in encoded.items()}
 
 
-def _added_before(tokenizer: Tokenizer) -> list[int]:
+def added_before(tokenizer: Tokenizer) -> list[int]:
     """Returns the token that a tokenizer puts before a text by itself, in a list; an empty list if it puts none."""
     alone, whole = (tokenizer(["a"], add_special_tokens=add)["input_ids"][0] for add in (False, True))
     return list(whole[:1]) if list(whole[1 : 1 + len(alone)]) == list(alone) else []

@@ -69,7 +69,12 @@ _FREE = {
     *("eval_on_start", "load_best_model_at_end"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
     *("offload_weights", "offload_embedding", "mesh"),
-    *("allow_lost_thoughts", "chat_template_date", "eval_split"),  # they change only the data, which has a checksum
+    *(
+        "allow_lost_thoughts",
+        "chat_template",
+        "chat_template_date",
+        "eval_split",
+    ),  # they change only the data, which has a checksum
 }
 # Their product is the number of rows, or of documents, in a step, which must stay; each of them may change.
 _STEP_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -220,6 +225,7 @@ class Checkpoints:
       date: the date that the run gives its chat template; a resumed run keeps it.
       base: the name or path of the model that is trained, which may be somewhere else when the run resumes.
       on_saved: is called, in the writing thread, with the step and the folder of each finished checkpoint.
+      chat_template: the text of the chat template with which the data was read; empty if there is none.
     """
 
     def __init__(
@@ -231,9 +237,10 @@ class Checkpoints:
         date: datetime.date,
         base: str = "",
         on_saved: Callable[[int, Path], None] = lambda step, path: None,
+        chat_template: str = "",
     ):
         self.folder = Path(output_dir) / FOLDER
-        self._on_saved = on_saved
+        self._on_saved, self._chat_template = on_saved, chat_template
         self._keep, self._identity, self._notes, self._date, self._base = keep, identity, notes, date, base
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxpack-checkpoint")
         self._writing: Future[bool] | None = None
@@ -302,7 +309,9 @@ class Checkpoints:
         path = self.folder / str(step)
         in_stream = {f"{_STREAM}{name}": array for name, array in stream.items()}
         shapes = {name: describe_array(array) for name, array in in_stream.items()}
-        record = Record(self._identity, self._notes, self._date, step, evaluations, self._base, shapes)
+        record = Record(
+            self._identity, self._notes, self._date, step, evaluations, self._base, shapes, self._chat_template
+        )
         arrays |= {name: array for name, array in in_stream.items() if array.size}  # orbax refuses empty arrays
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

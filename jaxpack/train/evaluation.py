@@ -1,7 +1,6 @@
 """Computes the loss of a model on a dataset, and its other metrics, within a run or alone."""
 
 import dataclasses
-import datetime
 import math
 
 import jax
@@ -140,13 +139,11 @@ def evaluate(
     check_type("config", config, TrainConfig)
     objective = SFT() if objective is None else check_objective(objective)
     check_function("compute_metrics", compute_metrics)
-    date = config.chat_template_date
     documents = load_for_run(
         config,
         dataset,
         tokenizer,
         vocab_size=model.config.vocab_size,
-        date=datetime.date.today() if date is None else datetime.date.fromisoformat(date),
         documents_together=objective.documents_together,
     )
     mesh = mesh_of(config, model)

@@ -15,7 +15,7 @@ from jaxpack.utils.json_file import parse_json
 FILE = "run/metadata"  # where orbax writes the part `run`
 
 _REQUIRED = ("identity", "notes", "step", "evaluations")
-_OPTIONAL = ("date", "checksums", "base", "stream")  # Checkpoints of older versions lack them.
+_OPTIONAL = ("date", "checksums", "base", "stream", "chat_template")  # Checkpoints of older versions lack them.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 ARRAY = "array "  # how the names of the state's arrays begin in an identity
@@ -34,6 +34,7 @@ class Record:
     evaluations: dict[int, float]
     base: str = ""  # the name or path of the model that is trained, if it is known
     stream: dict[str, str] = dataclasses.field(default_factory=dict)  # describes the arrays of the place in a stream
+    chat_template: str = ""  # the text of the tokenizer's template, if it has one
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -54,6 +55,7 @@ class Record:
         # The name of the list of checksums stands here, so that it is missed if it is lost.
         more = {"date": self.date.isoformat(), "checksums": CHECKSUMS, "base": self.base}
         more |= {"stream": self.stream} if self.stream else {}
+        more |= {"chat_template": self.chat_template} if self.chat_template else {}
         return {"identity": self.identity, "notes": self.notes, "step": self.step, "evaluations": evaluations} | more
 
 
@@ -83,9 +85,11 @@ def read_record(path: Path) -> Record:
     evaluations = _evaluations(fields["evaluations"], step)
     without = "eval_dataset" in identity and identity["eval_dataset"] is None
     _check("evaluations", not (without and evaluations), "be empty in a run without `eval_dataset`", evaluations)
-    base = fields.get("base", "")
+    base, template = (fields.get(name, "") for name in ("base", "chat_template"))
     _check("base", isinstance(base, str), "be a text", base)
-    return Record(identity, _notes(fields["notes"]), _date(fields), step, evaluations, base, _stream(fields))
+    _check("chat_template", isinstance(template, str), "be a text", template)
+    notes, date, stream = _notes(fields["notes"]), _date(fields), _stream(fields)
+    return Record(identity, notes, date, step, evaluations, base, stream, template)
 
 
 def describe_array(array: Any) -> str:

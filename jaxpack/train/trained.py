@@ -74,6 +74,15 @@ def base_of_checkpoint(path: Path) -> str:
     )
 
 
+def template_of_checkpoint(path: Path) -> str:
+    """Returns the text of the chat template that the run of a checkpoint had; empty if it had none.
+
+    Raises:
+      InputError: there is no such checkpoint, or it is damaged.
+    """
+    return _description(find_checkpoint(path)).chat_template
+
+
 def load_from_checkpoint(model: Transformer, path: Path) -> Transformer:
     """Adds the adapters of a checkpoint to a model in place, with the whole matrices that were trained beside them.
 

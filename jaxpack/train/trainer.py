@@ -99,7 +99,8 @@ class Trainer:
 
     Args:
       model: the model, which is trained in place; `trainer.model` is the same object.
-      tokenizer: turns the dataset's text into tokens, see `load_documents`; may be None for rows of `input_ids`.
+      tokenizer: turns the dataset's text into tokens, see `load_documents`; may be None for rows of `input_ids`. With
+        a `chat_template` in `config`, it gets that template, see `set_chat_template`: save the adapter with it.
       train_dataset: the path of a file or a folder, a pattern of paths, a dataset of the hub and its split
         ("org/name:train"), an iterable of dicts, a `datasets.Dataset`, or `Documents`; or a list of these, each perhaps
         with a weight, as in "rows.jsonl=0.7". See `load_documents`.
@@ -674,6 +675,7 @@ class Trainer:
             return None
         notes = notes_of(run.choice.note, config.implementation)
         on_saved = functools.partial(events.add, "save")
+        template = getattr(self.tokenizer, "chat_template", None)
         checkpoints = Checkpoints(
             config.output_dir,
             config.save_total_limit,
@@ -682,6 +684,7 @@ class Trainer:
             self.date,
             self.model.config.name_or_path,
             on_saved,
+            template if isinstance(template, str) else "",  # a tokenizer may also have several by name
         )
         checkpoints.set_aside(after=run.started)
         return checkpoints

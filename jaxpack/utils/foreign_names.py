@@ -27,6 +27,7 @@ ALIASES = {
     "lora_target_modules": "target_modules",
     "lora_target_parameters": "target_parameters",
     "lora_modules_to_save": "modules_to_save",
+    "chat_template_path": "chat_template",
 }
 OPPOSITES = {"use_peft": "full_finetuning"}  # as ALIASES, but true stands for false
 
@@ -92,7 +93,10 @@ _ANSWERS = {
     "choose the rows with `data` and `eval_data`, see docs/data.md": (
         "dataset_config dataset_train_split dataset_test_split datasets"
     ),
-    "set it in the tokenizer's files": "eos_token pad_token chat_template_path chat_template fix_tokenizer",
+    "set it in the tokenizer's files; `chat_template` sets EOS to the token that ends an answer": (
+        "eos_token map_eos_token"
+    ),
+    "set it in the tokenizer's files": "pad_token fix_tokenizer",
     "pass an `objective` to `Trainer`: without one, the loss is the cross entropy": "loss_type",
     "leave it out: each step is compiled, with jaxpack's own kernels; `implementation` chooses between them": (
         "use_liger_kernel liger_kernel_config attn_implementation torch_compile torch_compile_backend "

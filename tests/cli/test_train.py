@@ -334,6 +334,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "eval_steps": 7,
         "eval_split": 0.125,
         "resume_from_checkpoint": "latest",
+        "chat_template": "chatml",
         "chat_template_date": "2031-02-03",
         "report_to": ("tensorboard",),
         "save_total_limit": 5,

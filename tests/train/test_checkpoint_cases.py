@@ -297,6 +297,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("notes", {"device": "cpu" * 10**5, "remat": "none"}, "characters as 'device', got 'cpucpu"),
     ("notes", {"device": "cpu"}, "its `notes` must be ['device', 'remat'], got ['device']"),
     ("notes", NOTES | {"x": "y"}, "its `notes` must be ['device', 'remat'], got ['device', 'remat', 'x']"),
+    ("chat_template", 3, "the field `chat_template` of run/metadata must be a text, got 3"),
     ("identity", [], "the field `identity` of run/metadata must be a JSON object, got []"),
     ("identity", None, "must be a JSON object, got None"),
     ("identity", SETTINGS | {"packing": 1}, "of the same run, got"),
