@@ -326,6 +326,12 @@ class TrainConfig:
         "conversation, or of the completion if the row has one. With a chat template, rows of instruction and output "
         "are conversations, too.",
     )
+    completion_only_loss: bool = _option(
+        True,
+        "In rows of prompt and completion, train only on the completion. If this is off, train on the prompt, too: on "
+        "every token of texts, and on what the assistant writes in messages (on every token if assistant_only_loss is "
+        "off).",
+    )
     chat_template: str | None = _option(
         None,
         "Chat template, instead of the tokenizer's own: 'alpaca' or 'vicuna', which every base model takes; 'chatml', "

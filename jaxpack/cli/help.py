@@ -17,6 +17,7 @@ GROUPS = {
         "lengths",
         "dataset_text_field",
         "assistant_only_loss",
+        "completion_only_loss",
         "allow_lost_thoughts",
         "chat_template",
         "chat_template_date",

@@ -41,6 +41,7 @@ _USED = {
     "seed",
     "dataset_text_field",
     "assistant_only_loss",
+    "completion_only_loss",
     "allow_lost_thoughts",
     "chat_template",
     "chat_template_date",
@@ -55,7 +56,7 @@ _USED = {
     "target_parameters",
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
-_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "allow_lost_thoughts")
+_OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "completion_only_loss", "allow_lost_thoughts")
 _OF_TEXT += ("chat_template", "chat_template_date")
 _PICTURES = (".png", ".svg", ".pdf")
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import Encoded, Format, Where, format_of
+from jaxpack.data.formats import Encoded, Format, RowSettings, Where, format_of
 from jaxpack.data.rows import Rows
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
@@ -40,11 +40,10 @@ class RowEncoder:
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
         vocab_size: int,
-        text_field: str,
-        assistant_only_loss: bool,
+        settings: RowSettings,
     ):
         self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
-        self._text_field, self._assistant_only_loss = text_field, assistant_only_loss
+        self._settings = settings
         self._said: set[str] = set()
         self.wheres: list[Where] = []
 
@@ -55,8 +54,7 @@ class RowEncoder:
             return None
         rows.records = itertools.chain([first], rows.records)
         self.wheres.append(rows.where)
-        options = self._tokenizer, self._template, self._text_field, self._assistant_only_loss
-        return format_of(first, *options, rows.where, self._say_once)
+        return format_of(first, self._tokenizer, self._template, self._settings, rows.where, self._say_once)
 
     def encode(self, rows: Rows, form: Format, begin: int = 0) -> Iterator[EncodedRows]:
         """Yields the documents of the rows of a file, a chunk at a time; the first of these rows is row `begin`.

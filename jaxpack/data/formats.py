@@ -55,6 +55,15 @@ class Where:
         return f"row {row} of {self.source}" if self.lines is None else f"line {self.lines[row]} of {self.source}"
 
 
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """Says how rows are read, and which of their tokens are trained on, see `load_documents`."""
+
+    text_field: str = TEXT_FIELD
+    assistant_only: bool = True
+    completion_only: bool = True
+
+
 class Format(NamedTuple):
     """Holds the format of a file's rows.
 
@@ -71,8 +80,7 @@ def format_of(
     first: Record,
     tokenizer: Tokenizer | None,
     template: ChatTemplate | None,
-    text_field: str,
-    assistant_only: bool,
+    settings: RowSettings,
     where: Where,
     say: Callable[[str], object] = console.print,
 ) -> Format:
@@ -82,9 +90,9 @@ def format_of(
       say: is called with lines for the user: on a choice between formats, and on fields that are not used.
     """
     present = {field: value for field, value in first.items() if value is not None}
-    if text_field == TEXT_FIELD and formats_of(present):
+    if settings.text_field == TEXT_FIELD and formats_of(present):
         first = present  # tables of two formats have the fields of both in every row, some of them null
-    words, encode = _format_of(first, tokenizer, template, text_field, assistant_only, where, say)
+    words, encode = _format_of(first, tokenizer, template, settings, where, say)
 
     def check_and_encode(rows: Rows, begin: int) -> Encoded:
         for row, record in enumerate(rows, begin):
@@ -99,11 +107,11 @@ def _format_of(
     first: Record,
     tokenizer: Tokenizer | None,
     template: ChatTemplate | None,
-    text_field: str,
-    assistant_only: bool,
+    settings: RowSettings,
     where: Where,
     say: Callable[[str], object],
 ) -> Format:
+    text_field, completion_only = settings.text_field, settings.completion_only
     is_chosen = text_field != TEXT_FIELD
     if is_chosen and text_field not in first:
         raise InputError(
@@ -134,7 +142,7 @@ def _format_of(
                     "`tokenizer` must have a chat template for rows of messages, got one without. Use a model that has"
                     f" one, or rows of `prompt` and `completion` texts, or of `{TEXT_FIELD}`."
                 )
-            return _encode_chats(conversations, begin, tokenizer, template, assistant_only, where)
+            return _encode_chats(conversations, begin, tokenizer, template, settings.assistant_only, where)
 
         return Format(words, encode)
 
@@ -144,13 +152,20 @@ def _format_of(
     if "prompt" in first and "completion" in first:
         kind, words = type(first["prompt"]), "prompt and completion"
         if isinstance(first["prompt"], _LISTS):
-            return chats(f"{words}, which are messages", lambda rows, begin: _read_prompts(rows, begin, where))
-        return Format(words, lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, template, where))
+            return chats(
+                f"{words}, which are messages", lambda rows, begin: _read_prompts(rows, begin, completion_only, where)
+            )
+        return Format(
+            words,
+            lambda rows, begin: _encode_prompts(rows, begin, kind, tokenizer, template, completion_only, where),
+        )
     if "instruction" in first and "output" in first:
         words = "instruction and output, asked "
         if template is None:
             words += "in Alpaca's words, because the tokenizer has no chat template"
-            return Format(words, lambda rows, begin: _encode_instructions(rows, begin, tokenizer, where))
+            return Format(
+                words, lambda rows, begin: _encode_instructions(rows, begin, tokenizer, completion_only, where)
+            )
         words += "as in a chat, with the tokenizer's chat template"
         return chats(words, lambda rows, begin: _read_instructions(rows, begin, where))
     if TEXT_FIELD in first:
@@ -356,15 +371,21 @@ def _encode_text(
 
 
 def _encode_prompts(
-    rows: Rows, begin: int, kind: type, tokenizer: Tokenizer, template: ChatTemplate | None, where: Where
+    rows: Rows,
+    begin: int,
+    kind: type,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    completion_only: bool,
+    where: Where,
 ) -> Encoded:
     prompts = _column(rows, begin, "prompt", (str,) if kind is str else (str, list), where)
     completions = _column(rows, begin, "completion", (kind,), where)
     end = None if template is None else template.answer_end()
-    return _encode_completions(prompts, completions, begin, tokenizer, end, where)
+    return _encode_completions(prompts, completions, begin, tokenizer, end, completion_only, where)
 
 
-def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: Where) -> Encoded:
+def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, completion_only: bool, where: Where) -> Encoded:
     texts = [read_instruction(record, where(row)) for row, record in enumerate(rows, begin)]
     for row, record in enumerate(rows, begin):
         for field in (*SYSTEMS, "history"):
@@ -374,28 +395,37 @@ def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, where: Wh
                     f" place for it, got {record[field]!r:.80} in {where(row)}. Use a model with a chat template."
                 )
     prompts = [alpaca_prompt(instruction, given) for instruction, given, _ in texts]
-    return _encode_completions(prompts, [output for _, _, output in texts], begin, tokenizer, None, where)
+    outputs = [output for _, _, output in texts]
+    return _encode_completions(prompts, outputs, begin, tokenizer, None, completion_only, where)
 
 
 def _encode_completions(
-    prompts: list[str], completions: list[str], begin: int, tokenizer: Tokenizer, end: str | None, where: Where
+    prompts: list[str],
+    completions: list[str],
+    begin: int,
+    tokenizer: Tokenizer,
+    end: str | None,
+    completion_only: bool,
+    where: Where,
 ) -> Encoded:
     bos = getattr(tokenizer, "bos_token", None) or ""
     whole = [
         prompt + (completion.removeprefix(bos) if prompt else completion)  # each may have been written with a BOS
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    prompt_ids, whole_ids = (_tokenize(texts, begin, tokenizer, where) for texts in (prompts, whole))
+    prompt_ids = _tokenize(prompts, begin, tokenizer, where) if completion_only else None
+    whole_ids = _tokenize(whole, begin, tokenizer, where)
     return _after_prompts(
         prompt_ids, whole_ids, where, lambda row, ids: _with_end(whole[row], ids, tokenizer, end, where)
     )
 
 
 def _after_prompts(
-    prompt_ids: Tokenized, whole_ids: Tokenized, where: Where, finish: Callable[[int, list[int]], list[int]]
+    prompt_ids: Tokenized | None, whole_ids: Tokenized, where: Where, finish: Callable[[int, list[int]], list[int]]
 ) -> Encoded:
-    pairs = zip(prompt_ids.result()["input_ids"], whole_ids.result()["input_ids"], strict=True)
-    for row, (prompt, ids) in enumerate(pairs):
+    """Yields whole texts, trained on after their prompts; without prompts, every token is trained on."""
+    prompts = itertools.repeat([]) if prompt_ids is None else prompt_ids.result()["input_ids"]
+    for row, (prompt, ids) in enumerate(zip(prompts, whole_ids.result()["input_ids"], strict=prompt_ids is not None)):
         ids = finish(row, ids)
         # A token that straddles the border between prompt and completion is trained on, with the completion.
         prefix = common_prefix(prompt, ids)
@@ -411,10 +441,10 @@ def _read_messages(rows: Rows, begin: int, key: str, where: Where) -> list[Conve
     return [read_conversation(record, messages, where(row)) for row, (record, messages) in columns]
 
 
-def _read_prompts(rows: Rows, begin: int, where: Where) -> list[Conversation]:
+def _read_prompts(rows: Rows, begin: int, completion_only: bool, where: Where) -> list[Conversation]:
     columns = [_column(rows, begin, key, (list,), where) for key in ("prompt", "completion")]
     return [
-        read_conversation(record, prompt + completion, where(row), prompt=len(prompt))
+        read_conversation(record, prompt + completion, where(row), prompt=len(prompt) if completion_only else 0)
         for row, (record, prompt, completion) in enumerate(zip(rows, *columns, strict=True), begin)
     ]
 

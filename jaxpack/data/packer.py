@@ -14,7 +14,7 @@ import numpy as np
 from jaxpack.constants import IGNORE, LANES, PackingStrategy
 from jaxpack.data.batching import Truncation, row_order
 from jaxpack.data.documents import Documents
-from jaxpack.data.formats import TEXT_FIELD, Record, Where, format_of
+from jaxpack.data.formats import Record, RowSettings, Where, format_of
 from jaxpack.data.packing import PackedBatch, Rows, fill_batch, pack_rows
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
@@ -338,7 +338,7 @@ def _checked(record: Any, number: int, where: Where) -> tuple[np.ndarray, np.nda
             f"Each row must be a mapping with `input_ids`, got {shown} in {where(number)}. Tokenise texts first, for "
             "example {'input_ids': tokenizer(text)['input_ids']}."
         )
-    encoded: Any = format_of(record, None, None, TEXT_FIELD, True, where).encode([record], number)  # NumPy arrays
+    encoded: Any = format_of(record, None, None, RowSettings(), where).encode([record], number)  # NumPy arrays
     ((tokens, labels),) = encoded
     for name, ids, least in (("input_ids", tokens, 0), ("labels", labels, IGNORE)):
         is_wrong = ((ids < 0) & (ids != least)) | (ids > _MAX_ID)

@@ -12,7 +12,7 @@ from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder, check_documents
-from jaxpack.data.formats import TEXT_FIELD, Record, Where, question_of
+from jaxpack.data.formats import TEXT_FIELD, Record, RowSettings, Where, question_of
 from jaxpack.data.growing import GrowingArray
 from jaxpack.data.mixing import mix
 from jaxpack.data.named_templates import set_chat_template
@@ -35,6 +35,7 @@ def load_documents(
     vocab_size: int,
     text_field: str = TEXT_FIELD,
     assistant_only_loss: bool = True,
+    completion_only_loss: bool = True,
     allow_lost_thoughts: bool = False,
     date: datetime.date | None = None,
     documents_together: int = 1,
@@ -50,7 +51,7 @@ def load_documents(
       tokenizer's chat template, and trained on the assistant's text and on the token that ends its turn. The
       template also gets the row's `tools` (a list, or JSON of one), `system` and `chat_template_kwargs`.
     - `prompt` and `completion`: two strings, trained on the completion alone, or two lists of messages, trained on the
-      assistant's text in the completion.
+      assistant's text in the completion. With `completion_only_loss=False`, the prompt counts as the completion does.
     - `text` (or the field that `text_field` names): every token is trained on. A `text_field` other than `text` is used
       whatever other fields the rows have.
     - `instruction`, optionally `input`, and `output`: a question and an answer, written and trained on in the same way
@@ -72,6 +73,8 @@ def load_documents(
       text_field: the key of plain text.
       assistant_only_loss: False trains on every token that a chat template writes: in `messages` and `conversations`,
         in a completion of messages, and in the question and the answer of rows with `instruction`.
+      completion_only_loss: False also trains on the prompt of rows with a `completion`: on every token if they are
+        strings, and on the assistant's turns if they are messages (on every token without `assistant_only_loss`).
       allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that the
         template leaves out of earlier answers are counted, and the count is printed.
       date: the date for chat templates that write one; None is today.
@@ -94,7 +97,8 @@ def load_documents(
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
         template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-    encoder = RowEncoder(tokenizer, template, vocab_size, text_field, assistant_only_loss)
+    settings = RowSettings(text_field, assistant_only_loss, completion_only_loss)
+    encoder = RowEncoder(tokenizer, template, vocab_size, settings)
     reader = _Reader(encoder, tokenizer, vocab_size)
     ends = [reader.read(source) for source in sources]
     documents = reader.documents()
@@ -135,6 +139,7 @@ def load_for_run(
             vocab_size=vocab_size,
             text_field=config.dataset_text_field,
             assistant_only_loss=config.assistant_only_loss,
+            completion_only_loss=config.completion_only_loss,
             allow_lost_thoughts=config.allow_lost_thoughts,
             date=date,
             documents_together=documents_together,

@@ -17,7 +17,7 @@ from jaxpack.data.batching import Batches, BatchSource, StreamEnded, dealt
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder, check_documents
-from jaxpack.data.formats import Record
+from jaxpack.data.formats import Record, RowSettings
 from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.packer import Packer
 from jaxpack.data.packing import BatchLimits, PackedBatch
@@ -63,7 +63,8 @@ class DocumentStream:
     After the last row, the stream begins again, if the dataset can be read more than once. It then has no end.
 
     Args:
-      dataset, tokenizer, vocab_size, text_field, assistant_only_loss, allow_lost_thoughts, date: see `load_documents`.
+      dataset, tokenizer, vocab_size, allow_lost_thoughts, date: see `load_documents`.
+      settings: says how rows are read; None takes the defaults.
 
     Attributes:
       begins_again: whether the dataset can be read more than once. A generator and a pipe cannot.
@@ -78,8 +79,7 @@ class DocumentStream:
         tokenizer: Tokenizer | None,
         *,
         vocab_size: int,
-        text_field: str,
-        assistant_only_loss: bool,
+        settings: RowSettings | None = None,
         allow_lost_thoughts: bool = False,
         date: datetime.date | None = None,
     ):
@@ -88,7 +88,7 @@ class DocumentStream:
         template = None
         if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
             template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-        self._encoder = RowEncoder(tokenizer, template, vocab_size, text_field, assistant_only_loss)
+        self._encoder = RowEncoder(tokenizer, template, vocab_size, settings or RowSettings())
         self._said: set[str] = set()
         self.begins_again = all(_can_be_read_again(source) for source in self._sources)
 
@@ -109,8 +109,7 @@ class DocumentStream:
             dataset,
             tokenizer,
             vocab_size=vocab_size,
-            text_field=config.dataset_text_field,
-            assistant_only_loss=config.assistant_only_loss,
+            settings=RowSettings(config.dataset_text_field, config.assistant_only_loss, config.completion_only_loss),
             allow_lost_thoughts=config.allow_lost_thoughts,
             date=date,
         )

@@ -69,18 +69,15 @@ _FREE = {
     *("eval_on_start", "load_best_model_at_end"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
     *("offload_weights", "offload_embedding", "mesh"),
-    *(
-        "allow_lost_thoughts",
-        "chat_template",
-        "chat_template_date",
-        "eval_split",
-    ),  # they change only the data, which has a checksum
+    # They change only the data, which has a checksum.
+    *("allow_lost_thoughts", "chat_template", "chat_template_date", "eval_split"),
 }
 # Their product is the number of rows, or of documents, in a step, which must stay; each of them may change.
 _STEP_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _STEP_SIZE = "per_device_train_batch_size x devices x gradient_accumulation_steps"
 # Settings and facts of a model that checkpoints of older versions may lack, with the values that these had.
 _BEFORE = {"optim": "adamw", "optim_args": [], "lr_scheduler_kwargs": [], "loraplus_lr_ratio": None, "streaming": False}
+_BEFORE["completion_only_loss"] = True
 _BEFORE |= {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "z_loss_coef": 0.0} | {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)

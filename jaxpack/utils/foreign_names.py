@@ -89,7 +89,6 @@ _ANSWERS = {
     "leave it out: padding-free batches (`padding_free`) have hardly any padding": "group_by_length length_column_name",
     "leave it out: rows are always padded to a multiple of 128": "pad_to_multiple_of",
     "leave it out: documents longer than `max_length` lose their end": "truncation_mode",
-    "leave it out: rows with a completion are trained on the completion alone": "completion_only_loss",
     "choose the rows with `data` and `eval_data`, see docs/data.md": (
         "dataset_config dataset_train_split dataset_test_split datasets"
     ),

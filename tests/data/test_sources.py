@@ -270,8 +270,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def test_a_stream_of_the_hub_is_not_downloaded_first(hub: list) -> None:
-    options = {"text_field": "text", "assistant_only_loss": True}
-    stream = DocumentStream("org/name:train", PLAIN, vocab_size=VOCABULARY, **options)
+    stream = DocumentStream("org/name:train", PLAIN, vocab_size=VOCABULARY)
     assert len(list(itertools.islice(stream, 2 * len(OTHERS)))) == 2 * len(OTHERS)
     assert hub == [("org/name", None, "train", "streaming")] * 2
 

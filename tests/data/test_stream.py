@@ -29,8 +29,7 @@ def rows(count: int, seed: int = 0, longest: int = 90) -> list[dict]:
 
 
 def stream(dataset: Any, **changes: Any) -> DocumentStream:
-    options = {"vocab_size": VOCAB, "text_field": "text", "assistant_only_loss": True}
-    return DocumentStream(dataset, changes.pop("tokenizer", None), **options | changes)
+    return DocumentStream(dataset, changes.pop("tokenizer", None), **{"vocab_size": VOCAB} | changes)
 
 
 def documents_of(records: Iterator) -> list[tuple[list[int], list[int]]]:
