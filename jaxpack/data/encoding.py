@@ -11,6 +11,7 @@ from jaxpack.constants import IGNORE
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
 from jaxpack.data.formats import Encoded, Format, RowSettings, Where, format_of
+from jaxpack.data.formatting import FormattingFunc, check_formatting_func, formatted, refuse_documents
 from jaxpack.data.rows import Rows
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
@@ -41,20 +42,28 @@ class RowEncoder:
         template: ChatTemplate | None,
         vocab_size: int,
         settings: RowSettings,
+        formatting_func: FormattingFunc | None = None,
     ):
         self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
-        self._settings = settings
+        self._settings, self._formatting_func = settings, check_formatting_func(formatting_func)
         self._said: set[str] = set()
         self.wheres: list[Where] = []
 
     def begin(self, rows: Rows) -> Format | None:
         """Returns the format of the rows of a file, which its first row decides; None if it has no rows."""
+        if (function := self._formatting_func) is not None:
+            rows.records = formatted(rows.records, function, self._settings.text_field, rows.where)
         first = next(rows.records, None)
         if first is None:
             return None
         rows.records = itertools.chain([first], rows.records)
         self.wheres.append(rows.where)
         return format_of(first, self._tokenizer, self._template, self._settings, rows.where, self._say_once)
+
+    def check(self, documents: Documents) -> Documents:
+        """Returns documents of a user, which lie between the rows, if they can be used."""
+        refuse_documents(self._formatting_func)
+        return check_documents(documents, self._vocab_size)
 
     def encode(self, rows: Rows, form: Format, begin: int = 0) -> Iterator[EncodedRows]:
         """Yields the documents of the rows of a file, a chunk at a time; the first of these rows is row `begin`.

@@ -13,6 +13,7 @@ from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder, check_documents
 from jaxpack.data.formats import TEXT_FIELD, Record, RowSettings, Where, question_of
+from jaxpack.data.formatting import FormattingFunc, refuse_documents
 from jaxpack.data.growing import GrowingArray
 from jaxpack.data.mixing import mix
 from jaxpack.data.named_templates import set_chat_template
@@ -36,6 +37,7 @@ def load_documents(
     text_field: str = TEXT_FIELD,
     assistant_only_loss: bool = True,
     completion_only_loss: bool = True,
+    formatting_func: FormattingFunc | None = None,
     allow_lost_thoughts: bool = False,
     date: datetime.date | None = None,
     documents_together: int = 1,
@@ -75,6 +77,8 @@ def load_documents(
         in a completion of messages, and in the question and the answer of rows with `instruction`.
       completion_only_loss: False also trains on the prompt of rows with a `completion`: on every token if they are
         strings, and on the assistant's turns if they are messages (on every token without `assistant_only_loss`).
+      formatting_func: a function that is called with each row (a dict), in every kind of source, and returns what is
+        read in its place: a text, a list of messages, or a mapping in one of the formats above.
       allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that the
         template leaves out of earlier answers are counted, and the count is printed.
       date: the date for chat templates that write one; None is today.
@@ -92,13 +96,14 @@ def load_documents(
       (3, array([2]))
     """
     if isinstance(dataset, Documents):
+        refuse_documents(formatting_func)
         return check_documents(dataset, vocab_size)
     sources = [source for source in sources_of(dataset) if source.weight != 0]
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
         template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
     settings = RowSettings(text_field, assistant_only_loss, completion_only_loss)
-    encoder = RowEncoder(tokenizer, template, vocab_size, settings)
+    encoder = RowEncoder(tokenizer, template, vocab_size, settings, formatting_func)
     reader = _Reader(encoder, tokenizer, vocab_size)
     ends = [reader.read(source) for source in sources]
     documents = reader.documents()
@@ -120,6 +125,7 @@ def load_for_run(
     vocab_size: int,
     date: datetime.date | None = None,
     documents_together: int = 1,
+    formatting_func: FormattingFunc | None = None,
 ) -> Documents:
     """Reads a dataset as `load_documents` does, with the settings of a run.
 
@@ -140,6 +146,7 @@ def load_for_run(
             text_field=config.dataset_text_field,
             assistant_only_loss=config.assistant_only_loss,
             completion_only_loss=config.completion_only_loss,
+            formatting_func=formatting_func,
             allow_lost_thoughts=config.allow_lost_thoughts,
             date=date,
             documents_together=documents_together,
@@ -184,7 +191,7 @@ class _Reader:
     def read(self, source: Source) -> int:
         """Reads the rows of a source, says in which formats they are, and returns the number of documents so far."""
         if isinstance(source.rows, Documents):
-            self._copy(check_documents(source.rows, self._vocab_size), source.name)
+            self._copy(self._encoder.check(source.rows), source.name)
             return len(self._lengths)
         counts: dict[str, int] = {}
         with ReadingProgress(source) as progress:

@@ -16,8 +16,9 @@ from jaxpack.constants import IGNORE, LANES
 from jaxpack.data.batching import Batches, BatchSource, StreamEnded, dealt
 from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
-from jaxpack.data.encoding import RowEncoder, check_documents
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.formats import Record, RowSettings
+from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.packer import Packer
 from jaxpack.data.packing import BatchLimits, PackedBatch
@@ -63,7 +64,7 @@ class DocumentStream:
     After the last row, the stream begins again, if the dataset can be read more than once. It then has no end.
 
     Args:
-      dataset, tokenizer, vocab_size, allow_lost_thoughts, date: see `load_documents`.
+      dataset, tokenizer, vocab_size, formatting_func, allow_lost_thoughts, date: see `load_documents`.
       settings: says how rows are read; None takes the defaults.
 
     Attributes:
@@ -80,15 +81,15 @@ class DocumentStream:
         *,
         vocab_size: int,
         settings: RowSettings | None = None,
+        formatting_func: FormattingFunc | None = None,
         allow_lost_thoughts: bool = False,
         date: datetime.date | None = None,
     ):
         self._sources = [_streamed(source) for source in sources_of(dataset)]
-        self._vocab_size = vocab_size
         template = None
         if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
             template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-        self._encoder = RowEncoder(tokenizer, template, vocab_size, settings or RowSettings())
+        self._encoder = RowEncoder(tokenizer, template, vocab_size, settings or RowSettings(), formatting_func)
         self._said: set[str] = set()
         self.begins_again = all(_can_be_read_again(source) for source in self._sources)
 
@@ -101,6 +102,7 @@ class DocumentStream:
         *,
         vocab_size: int,
         date: datetime.date,
+        formatting_func: FormattingFunc | None = None,
     ) -> "DocumentStream":
         """Returns the stream of a dataset, with the settings of a run, and gives the tokenizer its chat template."""
         if config.chat_template is not None:
@@ -110,6 +112,7 @@ class DocumentStream:
             tokenizer,
             vocab_size=vocab_size,
             settings=RowSettings(config.dataset_text_field, config.assistant_only_loss, config.completion_only_loss),
+            formatting_func=formatting_func,
             allow_lost_thoughts=config.allow_lost_thoughts,
             date=date,
         )
@@ -143,7 +146,7 @@ class DocumentStream:
     def _documents(self, source: Source, skip: int) -> Iterator[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
         """Yields how many rows were passed over, and documents, so that `skip` rows are passed over in all."""
         if isinstance(source.rows, Documents):
-            documents = check_documents(source.rows, self._vocab_size)
+            documents = self._encoder.check(source.rows)
             for start, length in zip(documents.starts[skip:].tolist(), documents.lengths[skip:].tolist(), strict=True):
                 here = slice(start, start + length)
                 yield 0, [(documents.tokens[here], documents.labels[here])]

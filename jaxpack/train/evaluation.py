@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
+from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.reading import Dataset, load_for_run
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, check_type
@@ -112,13 +113,14 @@ def evaluate(
     *,
     objective: Objective | None = None,
     compute_metrics: ComputeMetrics | None = None,
+    formatting_func: FormattingFunc | None = None,
 ) -> dict[str, float]:
     """Returns the loss of a model on a dataset, and its other metrics. The model may be trained, or not.
 
     The documents lie in batches as in training, but nothing is dropped out.
 
     Args:
-      tokenizer, dataset, objective, compute_metrics: as for `Trainer` and its `eval_dataset`.
+      tokenizer, dataset, objective, compute_metrics, formatting_func: as for `Trainer` and its `eval_dataset`.
       config: the settings of the data and of the batches; None takes the defaults. Those of steps are not used.
 
     Returns:
@@ -145,6 +147,7 @@ def evaluate(
         tokenizer,
         vocab_size=model.config.vocab_size,
         documents_together=objective.documents_together,
+        formatting_func=formatting_func,
     )
     mesh = mesh_of(config, model)
     batches = evaluation_batches(documents, config, objective, mesh.size)

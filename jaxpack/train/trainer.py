@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
+from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.mixing import hold_out
 from jaxpack.data.reading import Dataset, load_for_run
 from jaxpack.data.stream import DocumentStream, StreamedBatches, is_stream
@@ -117,6 +118,8 @@ class Trainer:
         weight)}`. Write it in jax, as it runs within the compiled evaluation. `losses` float32 and `predictions` (the
         likeliest next token) int32 are `[B, T]`, as are the arrays of `batch`. Each metric is its sum over the dataset
         divided by the sum of its weights.
+      formatting_func: a function that is called with each row of the datasets (a dict), and returns what is read in its
+        place: a text, a list of messages, or a mapping in one of the formats of `load_documents`. None reads the rows.
 
     Attributes:
       checkpoint: the checkpoint that the run resumes from, or None. If `train` finds that the newest one is damaged, it
@@ -152,6 +155,7 @@ class Trainer:
         optimizer: optax.GradientTransformation | optax.Schedule | None = None,
         callbacks: Sequence[Callback] = (),
         compute_metrics: ComputeMetrics | None = None,
+        formatting_func: FormattingFunc | None = None,
     ):
         watch()
         config = TrainConfig() if config is None else config
@@ -168,6 +172,7 @@ class Trainer:
         if objective is not None:
             _require_plain_loss(config)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
+        self.formatting_func = formatting_func
         resolve_optimizer(optimizer, config, 1, model)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
         if config.eval_split is not None and eval_dataset is not None:
@@ -239,6 +244,7 @@ class Trainer:
             vocab_size=self.model.config.vocab_size,
             date=self.date,
             documents_together=self.objective.documents_together,
+            formatting_func=self.formatting_func,
         )
 
     def _plan_batches(self, documents: Documents) -> Batches:
@@ -265,7 +271,12 @@ class Trainer:
                 " `eval_dataset`."
             )
         stream = DocumentStream.for_run(
-            config, dataset, self.tokenizer, vocab_size=self.model.config.vocab_size, date=self.date
+            config,
+            dataset,
+            self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            date=self.date,
+            formatting_func=self.formatting_func,
         )
         batches = StreamedBatches(stream, config, num_devices=self.mesh.size)
         self.documents = batches.documents
@@ -320,6 +331,7 @@ class Trainer:
             dataclasses.replace(self.config, chat_template_date=self.date.isoformat()),
             objective=self.objective,
             compute_metrics=self.compute_metrics,
+            formatting_func=None if isinstance(dataset, Documents) else self.formatting_func,
         )
 
     def _train(self, on_start: Callable[[], object]) -> TrainResult:

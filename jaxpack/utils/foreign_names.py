@@ -120,6 +120,7 @@ _ANSWERS = {
     "give it to `from_pretrained`": "model model_name model_name_or_path load_in_4bit",
     "give the rows to `Trainer` as `train_dataset`": "data dataset_name train_dataset",
     "give the rows to `Trainer` as `eval_dataset`": "eval_data eval_dataset",
+    "give the function to `Trainer`": "formatting_func",
     "leave out `add_lora`: a model without adapters is trained whole": "full_finetuning",
     "call `add_lora`: a model with adapters trains these alone": "use_peft",
     "leave it out: no bias is trained beside the adapters, which is PEFT's 'none'": "bias",

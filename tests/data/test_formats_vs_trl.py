@@ -80,3 +80,14 @@ def test_messages_are_trained_on_with_or_without_their_prompts(completion_only: 
     assert found == theirs(MESSAGES, tagged(), **settings)
     shares = [np.mean(np.array(labels) != -100) for _, labels in found]
     assert (min(shares) == 1) == (not completion_only and not assistant_only)
+
+
+ASKED = [{"q": "2 + 2?", "a": "4", "n": 1}, {"q": "the", "a": "cab<eos>", "n": 2}]
+
+
+def test_a_function_makes_the_same_texts_of_rows():
+    def question(row: dict) -> str:
+        return f"Q: {row['q']}\nA: {row['a']}"
+
+    tokenizer = small_tokenizer(bos=True)
+    assert ours(ASKED, tokenizer, formatting_func=question) == theirs(ASKED, tokenizer, question)
