@@ -23,7 +23,7 @@ from jaxpack.constants import (
     Schedule,
 )
 from jaxpack.errors import InputError
-from jaxpack.utils.checks import check, is_date, is_positive
+from jaxpack.utils.checks import check, check_parts, is_date, is_positive
 from jaxpack.utils.foreign_names import answers_unknown_names
 
 _SAVE_STEPS = 500
@@ -332,6 +332,17 @@ class TrainConfig:
         "every token of texts, and on what the assistant writes in messages (on every token if assistant_only_loss is "
         "off).",
     )
+    instruction_part: str | None = _option(
+        None,
+        "Text that begins each question in rows of plain text that a chat template has rendered before, such as "
+        "'### Instruction:' or '<|im_start|>user\\n'. Needs response_part.",
+    )
+    response_part: str | None = _option(
+        None,
+        "Text that begins each answer in rows of rendered text, such as '### Response:' or "
+        "'<|im_start|>assistant\\n'. Such rows are trained on only after it, up to the next question or to the end. "
+        "Needs instruction_part. With None, rows of text are trained on as a whole.",
+    )
     chat_template: str | None = _option(
         None,
         "Chat template, instead of the tokenizer's own: 'alpaca' or 'vicuna', which every base model takes; 'chatml', "
@@ -433,6 +444,7 @@ class TrainConfig:
         object.__setattr__(self, "optim", _optim(self.optim))
         object.__setattr__(self, "optim_args", _optimizer_arguments(self))
         check(self.output_dir != "", "output_dir", "must be a folder, or None", self.output_dir)
+        check_parts(self.instruction_part, self.response_part)
         check(self.chat_template != "", "chat_template", "must be a name or a file, or None", self.chat_template)
         for name in ("output_dir", "resume_from_checkpoint", "compilation_cache_dir", "chat_template"):
             folder = getattr(self, name)

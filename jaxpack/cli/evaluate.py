@@ -29,7 +29,7 @@ from jaxpack.utils.files import write_new_file
 # The settings that matter without steps: those of the data, the batches and the programs.
 _SETTINGS = {"max_length", "packing", "packing_strategy", "padding_free", "per_device_train_batch_size"}
 _SETTINGS |= {"dataset_text_field", "assistant_only_loss", "completion_only_loss", "allow_lost_thoughts"}
-_SETTINGS |= {"chat_template", "chat_template_date"}
+_SETTINGS |= {"instruction_part", "response_part", "chat_template", "chat_template_date"}
 _SETTINGS |= {"mesh", "implementation", "compilation_cache_dir"}
 _OTHERS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in _SETTINGS)
 

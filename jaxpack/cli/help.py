@@ -18,6 +18,8 @@ GROUPS = {
         "dataset_text_field",
         "assistant_only_loss",
         "completion_only_loss",
+        "instruction_part",
+        "response_part",
         "allow_lost_thoughts",
         "chat_template",
         "chat_template_date",

@@ -42,6 +42,8 @@ _USED = {
     "dataset_text_field",
     "assistant_only_loss",
     "completion_only_loss",
+    "instruction_part",
+    "response_part",
     "allow_lost_thoughts",
     "chat_template",
     "chat_template_date",
@@ -57,7 +59,7 @@ _USED = {
 }
 _UNUSED = tuple({field.name for config in (TrainConfig, LoraConfig) for field in dataclasses.fields(config)} - _USED)
 _OF_TEXT = ("show_row", "dataset_text_field", "assistant_only_loss", "completion_only_loss", "allow_lost_thoughts")
-_OF_TEXT += ("chat_template", "chat_template_date")
+_OF_TEXT += ("instruction_part", "response_part", "chat_template", "chat_template_date")
 _PICTURES = (".png", ".svg", ".pdf")
 
 

@@ -54,6 +54,7 @@ _FIELDS = [field for config in (TrainConfig, LoraConfig, GenerateConfig) for fie
 LORA_FLAGS = [flag_of(field) for field in dataclasses.fields(LoraConfig) if field.name != "seed"]  # also a run's flag
 LIST_FLAGS = {flag_of(field) for field in _FIELDS if any(get_origin(kind) is tuple for kind in get_args(field.type))}
 NONE = "none"  # None on the command line, for a number whose default is another one: a flag that is not given is None
+_WITH_LINE_BREAKS = ("instruction_part", "response_part")  # flags in whose values `\n` is a line break
 NUMBER_OR_NONE = {flag_of(field) for field in _FIELDS if field.type == int | None and field.default is not None}
 
 
@@ -86,12 +87,13 @@ def _parameter(field: dataclasses.Field) -> inspect.Parameter:
         kind = next(one for one in get_args(kind) if one is not NoneType)  # a flag that is not given is None
     if get_origin(kind) is not Literal and kind not in (int, float, bool):
         kind = str
+    parser = _number_or_none if name in NUMBER_OR_NONE else _with_line_breaks if name in _WITH_LINE_BREAKS else None
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         help=field.metadata["help"],
         show_default=str(field.default),
-        parser=_number_or_none if name in NUMBER_OR_NONE else None,
-        metavar="INTEGER|none" if name in NUMBER_OR_NONE else None,
+        parser=parser,
+        metavar={_number_or_none: "INTEGER|none", _with_line_breaks: "TEXT"}.get(parser),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option, field]
@@ -105,3 +107,8 @@ def _number_or_none(value: Any) -> int | str:
         return int(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is neither a whole number nor {NONE}.") from None
+
+
+def _with_line_breaks(value: Any) -> str:
+    """Returns a text in which `\\n` and `\\t`, which a shell leaves as they are, are a line break and a tab."""
+    return str(value).replace("\\n", "\n").replace("\\t", "\t")

@@ -60,6 +60,13 @@ class RowEncoder:
         self.wheres.append(rows.where)
         return format_of(first, self._tokenizer, self._template, self._settings, rows.where, self._say_once)
 
+    @property
+    def why_masked(self) -> str:
+        """Returns the reasons for which a row may have no token to train on, in words."""
+        if (parts := self._settings.parts) is not None:
+            return f"there is no `response_part`, {parts.response!r:.80}, or nothing after it"
+        return "every label is -100, or there is no turn of the assistant, or fewer than two tokens"
+
     def check(self, documents: Documents) -> Documents:
         """Returns documents of a user, which lie between the rows, if they can be used."""
         refuse_documents(self._formatting_func)
@@ -99,6 +106,12 @@ class RowEncoder:
             console.print(
                 f"in {written:,} rows, a chat template has already written the text: it begins with"
                 " the BOS token, or ends a turn. No second BOS or end is added"
+            )
+        if (unasked := sum(where.unasked for where in self.wheres)) and (parts := self._settings.parts) is not None:
+            console.print(
+                f"in {unasked:,} rows, there is no `instruction_part`, {parts.instruction!r:.80}: all that follows the"
+                " first `response_part` is trained on, but for further response parts",
+                style="yellow",
             )
         if template is None:
             return

@@ -25,7 +25,8 @@ from jaxpack.data.conversation import (
     read_history,
     read_instruction,
 )
-from jaxpack.data.tokenizer import Tokenizer, begins_with_bos, tokenize
+from jaxpack.data.responses import Parts, Span, response_spans
+from jaxpack.data.tokenizer import Tokenizer, begins_with_bos, tokenize, without_space_before_bos
 from jaxpack.errors import InputError
 from jaxpack.utils.console import console
 
@@ -48,6 +49,7 @@ class Where:
         self.source, self.lines = source, lines
         self.of_arrow = of_arrow  # in Arrow, every mapping has the keys of all mappings, some with the value None
         self.diverging = 0  # rows in which the tokens of the prompt change when the completion follows
+        self.unasked = 0  # rows with a response part and without an instruction part
         self.written = 0  # rows whose text a chat template has written before: it begins with BOS, or ends a turn
 
     def __call__(self, row: int) -> str:
@@ -62,6 +64,7 @@ class RowSettings:
     text_field: str = TEXT_FIELD
     assistant_only: bool = True
     completion_only: bool = True
+    parts: Parts | None = None
 
 
 class Format(NamedTuple):
@@ -112,13 +115,21 @@ def _format_of(
     say: Callable[[str], object],
 ) -> Format:
     text_field, completion_only = settings.text_field, settings.completion_only
-    is_chosen = text_field != TEXT_FIELD
+    parts = settings.parts
+    # Rows of Unsloth's users have the messages beside the rendered text, and the parts are for the text.
+    is_chosen = text_field != TEXT_FIELD or (parts is not None and TEXT_FIELD in first)
     if is_chosen and text_field not in first:
         raise InputError(
             f"`text_field` must be a field of the rows, got {text_field!r}, but {where(0)} has the fields"
             f" {sorted(first)}."
         )
     _say_what_is_used(first, text_field if is_chosen else None, say)
+    if parts is not None and not is_chosen and (others := formats_of(first)):
+        raise InputError(
+            f"`response_part` must be left out for rows that are not plain text, got {parts.response!r:.80} and rows of"
+            f" {' and '.join(f'`{field}`' for field in others[0])} in {where(0)}. In messages and in completions, the"
+            " answers are found without it; tokens need `labels`."
+        )
     if "input_ids" in first and not is_chosen:
         every = [field for field in ("labels", *_MASKS) if field in first]
         return Format(" and ".join(["input_ids", *every]), lambda rows, begin: _encode_ids(rows, begin, every, where))
@@ -128,9 +139,11 @@ def _format_of(
             f" fields {sorted(first)}. Use a model that has a tokenizer, or rows of `input_ids`."
         )
     if is_chosen:
+        words = "plain text" if text_field == TEXT_FIELD else f"plain text in {text_field}"
+        if parts is not None:
+            words += ", trained on after each response part"
         return Format(
-            f"plain text in {text_field}",
-            lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where),
+            words, lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, parts, where)
         )
 
     def chats(words: str, read: Callable[[Rows, int], list[Conversation]]) -> Format:
@@ -170,7 +183,7 @@ def _format_of(
         return chats(words, lambda rows, begin: _read_instructions(rows, begin, where))
     if TEXT_FIELD in first:
         return Format(
-            "plain text", lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, where)
+            "plain text", lambda rows, begin: _encode_text(rows, begin, tokenizer, template, text_field, None, where)
         )
     formats = (
         f"`input_ids`, `messages`, `conversations`, `prompt` and `completion`, `{TEXT_FIELD}`, or `instruction` and"
@@ -356,16 +369,47 @@ def _integers(column: list, begin: int, name: str, where: Where) -> list[np.ndar
 
 
 def _encode_text(
-    rows: Rows, begin: int, tokenizer: Tokenizer, template: ChatTemplate | None, text_field: str, where: Where
+    rows: Rows,
+    begin: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    text_field: str,
+    parts: Parts | None,
+    where: Where,
 ) -> Encoded:
     texts = _column(rows, begin, text_field, (str,), where)
     end = None if template is None else template.answer_end()
+    if parts is not None:
+        return _encode_responses(texts, begin, tokenizer, end, parts, where)
     tokenized = _tokenize(texts, begin, tokenizer, where)
 
     def finish() -> Encoded:
         for text, ids in zip(texts, tokenized.result()["input_ids"], strict=True):
             ids = np.array(_with_end(text, ids, tokenizer, end, where), np.int64)
             yield ids, ids
+
+    return finish()
+
+
+def _encode_responses(
+    texts: list[str], begin: int, tokenizer: Tokenizer, end: str | None, parts: Parts, where: Where
+) -> Encoded:
+    """Encodes texts that are trained on after each response part. EOS at the end belongs to the last answer."""
+    _require_offsets(tokenizer, "with a `response_part`")
+    texts = without_space_before_bos(texts, tokenizer)  # offsets count from there
+    added = list(tokenizer.get_added_vocab().values())
+    tokenized = _tokenize(texts, begin, tokenizer, where, return_offsets_mapping=True)
+
+    def finish() -> Encoded:
+        encoded = tokenized.result()
+        for text, ids, pairs in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            spans = response_spans(text, parts)
+            where.unasked += bool(spans) and parts.instruction not in text
+            inside, after = _trained_within(ids, pairs, spans, added)
+            tokens = np.array(_with_end(text, ids, tokenizer, end, where), np.int64)
+            trained = np.full(len(tokens), bool(spans) and spans[-1][1] == len(text))
+            trained[:after] = inside[:after]
+            yield tokens, np.where(trained, tokens, IGNORE)
 
     return finish()
 
@@ -482,11 +526,7 @@ def _encode_chats(
             texts.append(template.write(conversation, where(row)) if conversation.messages else "")
         prompt_ids, whole_ids = (_tokenize(some, begin, tokenizer, where, **options) for some in (prompts, texts))
         return _after_prompts(prompt_ids, whole_ids, where, lambda _, ids: ids)
-    if not getattr(tokenizer, "is_fast", True):
-        raise InputError(
-            "`tokenizer` must be a fast one for rows of messages, since others do not say which characters a token is"
-            f" made of, got a {type(tokenizer).__name__}. Or turn `assistant_only_loss` off to train on every token."
-        )
+    _require_offsets(tokenizer, "for rows of messages", " Or turn `assistant_only_loss` off to train on every token.")
     written = [
         template.write_with_spans(conversation, where(row)) if conversation.messages else ("", [])
         for row, conversation in enumerate(conversations, begin)
@@ -498,19 +538,41 @@ def _encode_chats(
     def finish() -> Encoded:
         encoded = tokenized.result()
         for ids, pairs, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True):
-            tokens = np.array(ids, np.int64)
-            offsets = np.fromiter(itertools.chain.from_iterable(pairs), np.int64, 2 * len(pairs))
-            begins, ends = offsets[::2], offsets[1::2]
-            trained = np.zeros(len(tokens), bool)
-            for start, end in spans:
-                trained |= (begins < end) & (ends > start)
-                # The template's last token before a span may absorb spaces after it (as in Phi-3), even the answer's.
-                across = (begins < start) & (ends > start)
-                if across.any():
-                    trained &= ~(across & np.isin(tokens, added))
-            yield tokens, np.where(trained, tokens, IGNORE)
+            trained, _ = _trained_within(ids, pairs, spans, added)
+            yield np.array(ids, np.int64), np.where(trained, ids, IGNORE)
 
     return finish()
+
+
+def _require_offsets(tokenizer: Tokenizer, when: str, otherwise: str = "") -> None:
+    if not getattr(tokenizer, "is_fast", True):
+        raise InputError(
+            f"`tokenizer` must be a fast one {when}, since others do not say which characters a token is made of, got a"
+            f" {type(tokenizer).__name__}.{otherwise}"
+        )
+
+
+def _trained_within(
+    ids: list[int], pairs: list[tuple[int, int]], spans: list[Span], added: list[int]
+) -> tuple[np.ndarray, int]:
+    """Returns which tokens have a character in one of the spans, bool `[tokens]`, and the number of tokens up to the
+    last that has any character: a tokenizer may add tokens that have none before and after a text.
+
+    Args:
+      pairs: for each token, its first character and the one after its last.
+      added: the ids of added tokens. One that begins before a span is not trained on: the template's last token before
+        an answer may absorb spaces after it (as in Phi-3), even those of the answer.
+    """
+    offsets = np.fromiter(itertools.chain.from_iterable(pairs), np.int64, 2 * len(pairs))
+    begins, ends = offsets[::2], offsets[1::2]
+    trained = np.zeros(len(ids), bool)
+    for start, end in spans:
+        trained |= (begins < end) & (ends > start)
+        across = (begins < start) & (ends > start)
+        if across.any():
+            trained &= ~(across & np.isin(ids, added))
+    with_text = np.flatnonzero(begins < ends)
+    return trained, int(with_text[-1]) + 1 if len(with_text) else 0
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from jaxpack.data.growing import GrowingArray
 from jaxpack.data.mixing import mix
 from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.reading_progress import ReadingProgress
+from jaxpack.data.responses import parts_of
 from jaxpack.data.rows import rows_of
 from jaxpack.data.sources import Source, sources_of
 from jaxpack.data.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ def load_documents(
     text_field: str = TEXT_FIELD,
     assistant_only_loss: bool = True,
     completion_only_loss: bool = True,
+    instruction_part: str | None = None,
+    response_part: str | None = None,
     formatting_func: FormattingFunc | None = None,
     allow_lost_thoughts: bool = False,
     date: datetime.date | None = None,
@@ -77,6 +80,10 @@ def load_documents(
         in a completion of messages, and in the question and the answer of rows with `instruction`.
       completion_only_loss: False also trains on the prompt of rows with a `completion`: on every token if they are
         strings, and on the assistant's turns if they are messages (on every token without `assistant_only_loss`).
+      instruction_part: the text that begins each question in rows of plain text that a chat template has rendered
+        before, such as "### Instruction:". None trains on all of a text.
+      response_part: the text that begins each answer in such rows, such as "### Response:". They are trained on after
+        each response part, up to the next part or to the end, the end of the turn included.
       formatting_func: a function that is called with each row (a dict), in every kind of source, and returns what is
         read in its place: a text, a list of messages, or a mapping in one of the formats above.
       allow_lost_thoughts: True trains on a last answer whose thoughts the chat template leaves out. Thoughts that the
@@ -102,7 +109,8 @@ def load_documents(
     template = None
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
         template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-    settings = RowSettings(text_field, assistant_only_loss, completion_only_loss)
+    parts = parts_of(instruction_part, response_part)
+    settings = RowSettings(text_field, assistant_only_loss, completion_only_loss, parts)
     encoder = RowEncoder(tokenizer, template, vocab_size, settings, formatting_func)
     reader = _Reader(encoder, tokenizer, vocab_size)
     ends = [reader.read(source) for source in sources]
@@ -146,6 +154,8 @@ def load_for_run(
             text_field=config.dataset_text_field,
             assistant_only_loss=config.assistant_only_loss,
             completion_only_loss=config.completion_only_loss,
+            instruction_part=config.instruction_part,
+            response_part=config.response_part,
             formatting_func=formatting_func,
             allow_lost_thoughts=config.allow_lost_thoughts,
             date=date,
@@ -227,7 +237,7 @@ class _Reader:
         first = int(span[np.argmin(keep)])
         tokens = documents.tokens[documents.starts[first] :][: documents.lengths[first]].tolist()
         shown = repr(self._tokenizer.decode(tokens[:64])) if self._tokenizer is not None else str(tokens[:64])
-        masked = "every label is -100, or there is no turn of the assistant, or fewer than two tokens"
+        masked = self._encoder.why_masked
         if not keep.any():
             raise InputError(
                 f"At least one row must have a token to train on after its first token, got {len(keep):,} rows with"

@@ -22,6 +22,7 @@ from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.packer import Packer
 from jaxpack.data.packing import BatchLimits, PackedBatch
+from jaxpack.data.responses import parts_of
 from jaxpack.data.rows import rows_of
 from jaxpack.data.sources import HubDataset, Source, sources_of
 from jaxpack.data.tokenizer import Tokenizer
@@ -111,7 +112,12 @@ class DocumentStream:
             dataset,
             tokenizer,
             vocab_size=vocab_size,
-            settings=RowSettings(config.dataset_text_field, config.assistant_only_loss, config.completion_only_loss),
+            settings=RowSettings(
+                config.dataset_text_field,
+                config.assistant_only_loss,
+                config.completion_only_loss,
+                parts_of(config.instruction_part, config.response_part),
+            ),
             formatting_func=formatting_func,
             allow_lost_thoughts=config.allow_lost_thoughts,
             date=date,
@@ -136,7 +142,7 @@ class DocumentStream:
                         yield {"input_ids": tokens, "labels": labels}
             self._encoder.say_what_was_met()
             if not has_targets:
-                got = f"{num_rows:,} rows with none" if num_rows else "no rows"
+                got = f"{num_rows:,} rows with none ({self._encoder.why_masked})" if num_rows else "no rows"
                 raise InputError(
                     f"`dataset` must have a row with a token to train on after its first token, got {got}."
                 )

@@ -61,7 +61,7 @@ def tokenize(
     """
     begins = added_before(tokenizer) if options.get("add_special_tokens", True) else []
     if begins:
-        texts = [text.lstrip() if begins_with_bos(text, tokenizer) else text for text in texts]
+        texts = without_space_before_bos(texts, tokenizer)
     try:
         encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
     except TypeError:
@@ -83,6 +83,13 @@ def tokenize(
     if not any(doubled):
         return encoded
     return {name: [row[cut:] for row, cut in zip(column, doubled, strict=True)] for name, column in encoded.items()}
+
+
+def without_space_before_bos(texts: list[str], tokenizer: Tokenizer) -> list[str]:
+    """Returns texts without the white space before a BOS token that they begin with, if the tokenizer adds one, too."""
+    if not added_before(tokenizer):
+        return texts
+    return [text.lstrip() if begins_with_bos(text, tokenizer) else text for text in texts]
 
 
 def added_before(tokenizer: Tokenizer) -> list[int]:

@@ -46,11 +46,12 @@ _RENAMED = {
     "train_batch_size": "per_device_train_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "resume": "resume_from_checkpoint",
-    "train_on_responses_only": "assistant_only_loss",
     "args": "config",
     "processing_class": "tokenizer",
     "compute_loss_func": "objective",
     "optimizers": "optimizer",
+    "instruction_template": "instruction_part",
+    "response_template": "response_part",
 }
 
 # Some names have no counterpart of the same meaning. Each text says what to do instead, and precedes the names that it
@@ -121,6 +122,9 @@ _ANSWERS = {
     "give the rows to `Trainer` as `train_dataset`": "data dataset_name train_dataset",
     "give the rows to `Trainer` as `eval_dataset`": "eval_data eval_dataset",
     "give the function to `Trainer`": "formatting_func",
+    "leave it out for messages (`assistant_only_loss`); for text, set `instruction_part` and `response_part`": (
+        "train_on_responses_only"
+    ),
     "leave out `add_lora`: a model without adapters is trained whole": "full_finetuning",
     "call `add_lora`: a model with adapters trains these alone": "use_peft",
     "leave it out: no bias is trained beside the adapters, which is PEFT's 'none'": "bias",

@@ -180,3 +180,20 @@ def test_a_run_with_none_is_repeated_by_its_settings(inputs: list, tmp_path: Pat
     del flags["output_dir"]
     write_settings(tmp_path / "run.yaml", flags)
     assert what_is_trained(*inputs, "--config", tmp_path / "run.yaml")["config"] == config
+
+
+def test_line_breaks_of_parts_are_read_as_a_shell_and_a_file_give_them(
+    inputs: list, tmp_path: Path, what_is_trained: Callable
+) -> None:
+    from jaxpack.cli.config_file import write_settings
+    from jaxpack.cli.options import to_flags
+
+    instruction, response = "<|im_start|>user\n", "### 'A':\n\n"
+    typed = ["--instruction_part", r"<|im_start|>user\n", "--response_part", r"### 'A':\n\n"]
+    config = TrainConfig(output_dir=str(tmp_path / "run"), instruction_part=instruction, response_part=response)
+    assert what_is_trained(*inputs, *typed)["config"] == config
+    assert what_is_trained(*inputs, "--instruction-part", instruction, "--response-part", response)["config"] == config
+    flags = to_flags(config)
+    del flags["output_dir"]
+    write_settings(tmp_path / "run.yaml", flags)
+    assert what_is_trained(*inputs, "--config", tmp_path / "run.yaml")["config"] == config

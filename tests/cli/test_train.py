@@ -315,9 +315,12 @@ FIELDS = [
 
 
 # Further flags, without which a setting may not have another value than its default.
+PARTS = ["--instruction-part", "Q:", "--response-part", "A:"]
 NEEDED = {
     "optim_args": ["--optim", "sgd"],
     "lr_scheduler_kwargs": ["--lr-scheduler-type", "cosine"],
+    "instruction_part": PARTS,
+    "response_part": PARTS,
     "streaming": ["--packing", "--max-steps", "9"],
 }
 
@@ -335,6 +338,8 @@ def another_value(field: dataclasses.Field) -> Any:
         "eval_split": 0.125,
         "resume_from_checkpoint": "latest",
         "chat_template": "chatml",
+        "instruction_part": "### Question:",
+        "response_part": "### Answer:\n",
         "chat_template_date": "2031-02-03",
         "report_to": ("tensorboard",),
         "save_total_limit": 5,
