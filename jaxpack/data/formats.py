@@ -152,8 +152,9 @@ def _format_of(
             conversations = read(rows, begin)
             if template is None:
                 raise InputError(
-                    "`tokenizer` must have a chat template for rows of messages, got one without. Use a model that has"
-                    f" one, or rows of `prompt` and `completion` texts, or of `{TEXT_FIELD}`."
+                    "`tokenizer` must have a chat template for rows of messages, got one without. Set"
+                    " `chat_template` to 'chatml', or to 'alpaca' for a model without special tokens of chats; or use"
+                    f" rows of `prompt` and `completion` texts, or of `{TEXT_FIELD}`."
                 )
             return _encode_chats(conversations, begin, tokenizer, template, settings.assistant_only, where)
 
@@ -436,7 +437,7 @@ def _encode_instructions(rows: Rows, begin: int, tokenizer: Tokenizer, completio
             if record.get(field):
                 raise InputError(
                     f"`{field}` must be empty where the tokenizer has no chat template, since Alpaca's words have no"
-                    f" place for it, got {record[field]!r:.80} in {where(row)}. Use a model with a chat template."
+                    f" place for it, got {record[field]!r:.80} in {where(row)}. Set `chat_template`, such as 'alpaca'."
                 )
     prompts = [alpaca_prompt(instruction, given) for instruction, given, _ in texts]
     outputs = [output for _, _, output in texts]

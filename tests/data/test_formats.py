@@ -317,7 +317,9 @@ def test_text_needs_a_tokenizer() -> None:
 @pytest.mark.parametrize("name", ["messages", "prompt_completion_messages"])
 def test_messages_need_a_chat_template(name: str) -> None:
     message = refusal(FORMATS[name][0], PLAIN)
-    assert "`tokenizer` must have a chat template for rows of messages, got one without. Use a model that" in message
+    assert (
+        "`tokenizer` must have a chat template for rows of messages, got one without. Set `chat_template` to" in message
+    )
 
 
 @pytest.mark.parametrize("conversation", [[{"role": "user"}], ["hi"], [None]], ids=["no_content", "string", "null"])
