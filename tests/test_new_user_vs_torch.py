@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from readme_blocks import ROOT, command
+from tokenizers_for_tests import write_checkpoint
 
 QUESTIONS = [{"prompt": f"What is {a} + {b}?", "completion": f" It is {a + b}."} for a in range(8) for b in range(8)]
 _AT_MOST = 600  # seconds for the whole path on two cores
@@ -24,15 +25,64 @@ def here(start: str) -> str:
     return command(start).replace("path/to/Qwen3-4B", "build/demo/base")
 
 
-def run(line: str, folder: Path) -> str:
+def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     program, *arguments = shlex.split(line)
     assert program == "jaxpack"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "jaxpack", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
+
+
+def run(line: str, folder: Path) -> str:
+    done = typed(line, folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def fail(line: str, folder: Path) -> str:
+    done = typed(line, folder)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    for row in QUESTIONS
+]
+ALPACA = [{"instruction": row["prompt"], "input": "", "output": row["completion"]} for row in QUESTIONS]
+SHAREGPT = [
+    {
+        "id": str(i),
+        "conversations": [{"from": "human", "value": row["prompt"]}, {"from": "gpt", "value": row["completion"]}],
+    }
+    for i, row in enumerate(QUESTIONS)
+]
+
+
+@pytest.mark.slow
+def test_a_chat_file_an_alpaca_file_and_a_sharegpt_dump_train_one_adapter(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    write_checkpoint(tmp_path / "base")
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(ALPACA))
+    (tmp_path / "dump.json").write_text(json.dumps(SHAREGPT))
+    files = "--data chats.jsonl --data alpaca_data.json --data dump.json"
+    small = {"--data train.jsonl": files, "path/to/Qwen3-4B": "base", "4096": "512", "200": "8", "2e-4": "2e-2"}
+    line = (
+        re.sub("|".join(small), lambda found: small[found.group()], command("jaxpack train --model"))
+        + " --logging-steps 1"
+    )
+    refused = fail(line, tmp_path)  # a base model has no chat template
+    assert "`tokenizer` must have a chat template for rows of messages, got one without. Set `chat_template`" in refused
+    run(f"{line} --chat-template alpaca", tmp_path)
+    losses = [json.loads(row)["loss"] for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    (tmp_path / "asked.jsonl").write_text(json.dumps(CHATS[9]) + "\n")
+    run("jaxpack generate --adapter out/adapter --prompts asked.jsonl --max-new-tokens 8 --output text.jsonl", tmp_path)
+    (shown,) = map(json.loads, (tmp_path / "text.jsonl").read_text().splitlines())
+    assert shown["prompt"] == CHATS[9]["messages"][:1]
+    assert time.monotonic() - begin < _AT_MOST
 
 
 @pytest.mark.slow
