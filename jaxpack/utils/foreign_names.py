@@ -145,7 +145,7 @@ _ANSWERS = {
         "task_type lora_task_type peft_type inference_mode base_model_name_or_path auto_mapping peft_version "
         "fan_in_fan_out megatron_config megatron_core runtime_config"
     ),
-    "add the adapters before: `model = jaxpack.add_lora(model, config)`": "peft_config",
+    "give the model its adapters before, with `add_lora`": "peft_config",
     "leave it out: batches are made from documents, and need no function to collate them": "data_collator",
     "override a method of `Callback`, or pass a `compute_metrics`": "preprocess_logits_for_metrics",
     "leave it out: it has no counterpart": (

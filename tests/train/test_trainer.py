@@ -223,7 +223,7 @@ def test_a_run_on_a_gpu_tells_the_memory_of_its_own():
     [
         ("args", "(it is `config` here)"),
         ("processing_class", "(it is `tokenizer` here)"),
-        ("peft_config", "(add the adapters before: `model = jaxpack.add_lora(model, config)`)"),
+        ("peft_config", "(give the model its adapters before, with `add_lora`)"),
         ("eval_datset", "(did you mean `eval_dataset`?)"),
         ("learning_rate", "(it is a setting of `TrainConfig`)"),
     ],

@@ -50,7 +50,7 @@ def test_answers_name_what_exists():
     answers = {*foreign_names._ADVICE.values(), *foreign_names._RENAMED.values(), *ALIASES.values()}
     named = {name for answer in answers for name in re.findall(r"`([^`=]+)[^`]*`", answer)}
     assert named - there == set()
-    assert {*foreign_names._RENAMED.values()} <= FIELDS
+    assert {*foreign_names._RENAMED.values()} <= FIELDS | {*inspect.signature(jaxpack.Trainer).parameters}
     assert {*ALIASES.values(), *OPPOSITES.values()} <= flags_of("train")
 
 
