@@ -1,8 +1,8 @@
 """Trains on all simulated devices of this process: `python meshes.py KIND MESH ROWS MICRO [OUTPUT [CHECKPOINT]]`.
 
-KIND is "adapters" or "all"; ROWS is the batch size of a device, and MICRO the number of micro-batches. Prints JSON: the
-losses, the evaluation's losses, the sum of the trained weights' magnitudes, and the imbalance. It may be one of several
-processes, see `jaxpack.initialize_distributed`.
+KIND is "adapters", "all" or "streamed" (adapters, on a stream); ROWS is the batch size of a device, and MICRO the
+number of micro-batches. Prints JSON: the losses, the evaluation's losses, the sum of the trained weights' magnitudes,
+and the imbalance. It may be one of several processes, see `jaxpack.initialize_distributed`.
 """
 
 import json
@@ -26,6 +26,7 @@ def trainer_of(kind: str, mesh: str, rows: int, micro: int, output: str | None, 
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=micro,
         packing=True,
+        streaming=kind == "streamed",
         max_length=128,
         max_steps=4,
         save_steps=2,
@@ -36,7 +37,7 @@ def trainer_of(kind: str, mesh: str, rows: int, micro: int, output: str | None, 
         resume_from_checkpoint=checkpoint,
         compilation_cache_dir="none",
     )
-    model = small_model("qwen3", lora=LoraConfig(r=8, lora_dropout=0.2) if kind == "adapters" else None)
+    model = small_model("qwen3", lora=LoraConfig(r=8, lora_dropout=0.2) if kind != "all" else None)
     return Trainer(model, None, DOCUMENTS, config, eval_dataset=DOCUMENTS[:20])
 
 
@@ -47,7 +48,7 @@ if __name__ == "__main__":
     trainer = trainer_of(kind, mesh, int(rows), int(micro), output, checkpoint)
     result = trainer.train()
     if output is not None:
-        if kind == "adapters":
+        if kind != "all":
             torch_bridge.save_merged(trainer.model, f"{output}/written", dtype="float32")
         else:
             torch_bridge.save_pretrained(trainer.model, f"{output}/written")
@@ -59,7 +60,7 @@ if __name__ == "__main__":
                 "losses": result.losses.tolist(),
                 "evaluations": list(result.evaluations.values()),
                 "weights": float(sum(np.abs(x, dtype=np.float64).sum() for x in weights)),
-                "imbalance": trainer.batches.imbalance,
+                "imbalance": getattr(trainer.batches, "imbalance", None),  # a stream does not know it
             }
         )
     )

@@ -41,6 +41,16 @@ def test_a_checkpoint_of_eight_devices_resumes_on_fewer(kind, tmp_path):
     np.testing.assert_allclose(result.losses, eight["losses"], rtol=2e-6)
 
 
+@pytest.mark.slow
+def test_a_stream_is_dealt_over_devices_and_resumes_on_fewer(tmp_path):
+    four = on_devices(4, "streamed", "data=4", 1, 1, tmp_path / "four")
+    assert len(four["losses"]) == 4
+    begun = tmp_path / "four" / "checkpoints" / "2"
+    assert_same(on_devices(2, "streamed", "data=2", 1, 2, tmp_path / "two", begun), four)
+    alone = trainer_of("streamed", "auto", 4, 1, None, None)
+    np.testing.assert_allclose(alone.train().losses, four["losses"], rtol=2e-6)
+
+
 def test_a_checkpoint_does_not_resume_with_another_number_of_rows_in_a_step(tmp_path):
     whole = trainer_of("adapters", "auto", 2, 1, str(tmp_path / "whole"), None)
     whole.train()
@@ -63,7 +73,10 @@ def test_a_wrong_mesh_is_refused_before_data_is_read():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "mesh"), [("adapters", "data=2,fsdp=4"), ("all", "fsdp=8"), ("adapters", "data=8")])
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("adapters", "data=2,fsdp=4"), ("all", "fsdp=8"), ("adapters", "data=8"), ("streamed", "data=8")],
+)
 def test_two_processes_train_and_write_as_one(kind, mesh, tmp_path):
     alone = on_devices(8, kind, mesh, 1, 1, tmp_path / "alone")
 
