@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -27,6 +28,9 @@ from jaxpack.utils.checks import check, check_parts, is_date, is_positive
 from jaxpack.utils.foreign_names import answers_unknown_names
 
 _SAVE_STEPS = 500
+_MODULE = re.compile(r"[\w-]+(\.[\w-]+)*")  # a name, which is no pattern: as one, it would match the same modules
+_RANGE = re.compile(r"\d{1,9}( *- *\d{1,9})?", re.ASCII)
+_MAX_LAYERS = 10_000
 # Booleans, as Python, settings files and the command line write them.
 _OFFLOADS = {True: "on", False: "off", "true": "on", "false": "off"}
 # Other names of the optimizers in transformers and TRL.
@@ -48,13 +52,15 @@ def _option(default: Any, meaning: str) -> Any:
 class LoraConfig:
     """Holds the settings of low-rank adapters (https://arxiv.org/abs/2106.09685).
 
-    The settings have PEFT's names and meaning, with one exception: a string in `target_modules` holds names with commas
-    between them, not a pattern.
+    The settings have PEFT's names and meaning. In addition, a string that holds nothing but names with commas between
+    them is a list of names, also in `target_modules` and `exclude_modules`. Any other string there is a regular
+    expression that must match the whole path of a module, such as "model.layers.3.self_attn.q_proj".
 
     Example:
       >>> from jaxpack import LoraConfig
-      >>> LoraConfig(r=32, lora_alpha=64, target_modules="q_proj,v_proj").target_modules
-      ('q_proj', 'v_proj')
+      >>> config = LoraConfig(r=32, lora_alpha=64, target_modules="q_proj,v_proj", layers_to_transform="0-3,7")
+      >>> config.target_modules, config.layers_to_transform
+      (('q_proj', 'v_proj'), (0, 1, 2, 3, 7))
     """
 
     r: int = _option(16, "Rank of the adapters. A higher rank can learn more, and takes more memory and time.")
@@ -71,8 +77,19 @@ class LoraConfig:
     )
     target_modules: str | tuple[str, ...] = _option(
         "all-linear",
-        "Projections that get an adapter: names with commas between them, such as 'q_proj,v_proj', or 'all-linear' for "
-        "all projections except the output head and the experts.",
+        "Projections that get an adapter: 'all-linear' for all except the output head and the experts; names with "
+        "commas between them, such as 'q_proj,v_proj', each the end of a module's path; or a regular expression that "
+        "must match the whole path, such as 'model.layers.[0-9].self_attn.(q|v)_proj'.",
+    )
+    exclude_modules: str | tuple[str, ...] = _option(
+        "",
+        "Projections that get no adapter although target_modules chooses them: names with commas between them, or a "
+        "regular expression, as in target_modules.",
+    )
+    layers_to_transform: str | int | tuple[int, ...] = _option(
+        "",
+        "Layers whose projections get adapters: numbers from 0 on, and ranges, such as '0-3,7'. Without it, all layers "
+        "get them. Cannot be combined with a regular expression in target_modules, which can name layers itself.",
     )
     target_parameters: str | tuple[str, ...] = _option(
         "",
@@ -117,9 +134,19 @@ class LoraConfig:
             "must be 0 with `target_parameters`, because experts' adapters have no dropout, as in PEFT",
             self.lora_dropout,
         )
+        excluded = () if self.exclude_modules is None else self.exclude_modules  # as for `modules_to_save`
+        object.__setattr__(self, "exclude_modules", _names_or_pattern("exclude_modules", excluded))
+        object.__setattr__(self, "layers_to_transform", _layers(self.layers_to_transform))
         if self.target_modules != "all-linear":
-            names = _names("target_modules", self.target_modules)
+            names = _names_or_pattern("target_modules", self.target_modules)
             named = names or self.target_parameters
+            check(
+                not (isinstance(names, str) and self.layers_to_transform),
+                "layers_to_transform",
+                f"must be left out beside the pattern {names!r} in `target_modules`, as in PEFT (name the layers in the"
+                " pattern)",
+                self.layers_to_transform,
+            )
             check(
                 named != (),
                 "target_modules",
@@ -127,6 +154,13 @@ class LoraConfig:
                 names,
             )
             object.__setattr__(self, "target_modules", names)
+        check(
+            not (self.target_parameters and self.layers_to_transform),
+            "layers_to_transform",
+            "must be left out beside `target_parameters`, to which PEFT does not apply it (name the layers in both"
+            " lists, such as 'layers.3.mlp.experts.down_proj')",
+            self.layers_to_transform,
+        )
 
     @property
     def scaling(self) -> float:
@@ -647,6 +681,33 @@ def _names(field: str, value: Any) -> tuple[str, ...]:
         value,
     )
     return names
+
+
+def _names_or_pattern(field: str, value: Any) -> str | tuple[str, ...]:
+    """Returns the names of modules that a list or a string holds, or else the regular expression that a string is."""
+    if not isinstance(value, str) or all(_MODULE.fullmatch(name) for name in _names(field, value)):
+        return _names(field, value)
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        check(False, field, f"must be names with commas between them, or a regular expression ({error})", value)
+    return value
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    """Returns the numbers of layers in a number, in a list, or in text such as "0-3,7"; empty for all layers."""
+    if value is None:  # PEFT writes None for all layers
+        return ()
+    rule = "must be numbers of layers from 0 on, and ranges of them, such as '0-3,7'"
+    found: list[int] = []
+    parts = _names("layers_to_transform", value) if isinstance(value, str) else value
+    for part in parts if isinstance(parts, Iterable) else (parts,):
+        is_range = isinstance(part, str) and _RANGE.fullmatch(part)
+        ends: list[Any] = [int(end) for end in part.split("-")] if is_range else [part]
+        whole = all(isinstance(end, int | np.integer) and 0 <= end < _MAX_LAYERS for end in ends)
+        check(whole and bool not in map(type, ends) and ends[0] <= ends[-1], "layers_to_transform", rule, value)
+        found += range(ends[0], ends[-1] + 1)
+    return tuple(sorted(set(found)))
 
 
 def _destinations(value: Any) -> tuple[str, ...]:

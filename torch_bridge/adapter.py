@@ -15,7 +15,8 @@ import numpy as np
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, not_installed
-from jaxpack.model.lora import adapters, add_lora, matrix_sizes, require_finite, untie
+from jaxpack.model.lora import adapters, add_lora, layers_of_adapters, matrix_sizes, require_finite, untie
+from jaxpack.model.targets import chosen_layers
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of
 from jaxpack.parallel.processes import is_first_process
@@ -33,6 +34,7 @@ from torch_bridge.tokenizer_files import write_tokenizer
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TORCH_WEIGHTS = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_NOTHING: tuple[Any, ...] = (None, [], "")  # values of settings that choose no module or layer
 
 
 def save_adapter(
@@ -49,8 +51,8 @@ def save_adapter(
     Beside the adapters lie the tokenizer with its chat template, if it is given, and a model card (README.md).
 
     PEFT silently drops tensors that it does not expect: weights of modules that are not in `target_modules`, and keys
-    with a wrong prefix. To prevent this, the names of the adapters' tensors come from the table that is also used to
-    read checkpoints, and an assertion checks that every adapter of the model is in the table.
+    with a wrong prefix. To prevent this, one list of modules gives the names of the adapters' tensors and the names in
+    the config, and an assertion checks that every adapter of the model is in the list.
 
     Args:
       settings: names and values that the model card lists, such as `vars(config)`.
@@ -99,9 +101,9 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     The folder may also be a checkpoint of a run: "out/checkpoints/500", "out/checkpoints/best" (with the lowest
     evaluation loss) or "out/checkpoints/latest".
 
-    Supports LoRA and rsLoRA, with ranks and alphas per projection, and a head and an embedding in `modules_to_save`.
-    Any other setting that changes the results of an adapter raises an error that names the setting. A missing or an
-    extra tensor raises an error that names the tensor.
+    Supports LoRA and rsLoRA, in all layers or in some of them for each projection, with ranks and alphas per
+    projection, and a head and an embedding in `modules_to_save`. Any other setting that changes the results of an
+    adapter raises an error that names the setting. A missing or an extra tensor raises an error that names the tensor.
 
     If the base model ties its head to its embedding, and the adapter holds two matrices that differ, the model is
     untied, with a warning. An unchanged copy of the base's head or embedding beside the adapters is passed over. A
@@ -132,7 +134,8 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     lora = read_lora_config(model, peft, folder / ADAPTER_CONFIG)
     path, tensors = _tensors(folder)
     copies = [name for name in WHOLE_MODULES if name not in lora.modules_to_save and _key(name) in tensors]
-    described = ADAPTER_CONFIG + (", with its `exclude_modules`," if peft.get("exclude_modules") else "")
+    narrowing = [f"`{name}`" for name in ("exclude_modules", "layers_to_transform") if peft.get(name) not in _NOTHING]
+    described = ADAPTER_CONFIG + (f", with its {' and '.join(narrowing)}," if narrowing else "")
     _check_keys(_expected_shapes(model, lora, copies), tensors, path, described)
     read = {name: tensor.read() for name, tensor in tensors.items()}  # read everything before the model changes
     if wrong := [name for name, values in read.items() if not np.isfinite(values).all()]:
@@ -160,7 +163,7 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     if "lm_head" in whole and not model.config.tie_word_embeddings:
         model.lm_head.set_value(jnp.asarray(read[_key("lm_head")]))
     layers: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for place in adapter_places(model, adapters(model).keys()):
+    for place in adapter_places(model, layers_of_adapters(model)):
         module = f"{_PREFIX}{place.module}"
         factors = place.from_peft(read[f"{module}.lora_A.weight"], read[f"{module}.lora_B.weight"])
         layers.setdefault(place.name, []).append(factors)
@@ -246,11 +249,12 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     """
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
-    for place in adapter_places(model, found.keys()):
-        adapter, name = found[place.name], f"{_PREFIX}{place.module}"
-        factors = (np.asarray(factor[place.layer], np.float32) for factor in (adapter.lora_a, adapter.lora_b))
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = place.to_peft(*factors)
-    assert len(tensors) == 2 * len(found) * model.config.num_layers, "an adapter is missing from the name table"
+    for place in adapter_places(model, layers_of_adapters(model)):
+        factors, name = found[place.name].at(place.layer), f"{_PREFIX}{place.module}"
+        assert factors is not None, "the layer has no adapter"
+        lora_a, lora_b = (np.asarray(factor, np.float32) for factor in factors)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = place.to_peft(lora_a, lora_b)
+    assert len(tensors) == 2 * sum(len(one.lora_a) for one in found.values()), "an adapter has no place in the file"
     for name in model.lora_config.modules_to_save if model.lora_config else ():
         matrix = model.head if name == "lm_head" else weight_of(model.embedding)
         tensors[_key(name)] = np.asarray(matrix.dense(jnp.float32))
@@ -265,7 +269,7 @@ def _read(tensor: Tensor) -> np.ndarray:
 def _expected_shapes(model: Transformer, lora: LoraConfig, copies: Sequence[str]) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
     sizes = matrix_sizes(model)
-    for place in adapter_places(model, (*lora.target_modules, *lora.target_parameters)):
+    for place in adapter_places(model, chosen_layers(model, lora)):
         (out_features, in_features), name = sizes[place.name], f"{_PREFIX}{place.module}"
         rank = lora.rank_of(place.name) * max(1, place.num_experts)
         expected[f"{name}.lora_A.weight"] = (rank, in_features)

@@ -8,15 +8,25 @@ import numpy as np
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError
-from jaxpack.model.lora import adapters, ends_with, experts_of
+from jaxpack.model.lora import layers_of_adapters
+from jaxpack.model.moe import experts_of
+from jaxpack.model.targets import (
+    EMBEDDING,
+    HEAD,
+    Layers,
+    Target,
+    ends_with,
+    expert_matrices_of,
+    layers_of,
+    names_for,
+    projections_of,
+)
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 from torch_bridge.families import FAMILIES
 from torch_bridge.io.folder import some
 from torch_bridge.patterns import match_all, match_ends
-from torch_bridge.tensors import tensor_table
 
-HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 WHOLE = {"lm_head": HEAD, "embed_tokens": EMBEDDING, EMBEDDING: EMBEDDING}  # names for `modules_to_save`
 
 # Fields that describe the base model or the software that wrote or ran the adapter, or that only matter with an option
@@ -39,15 +49,6 @@ _MERGE = (
     " that as the model."
 )
 _CORRECT = "Correct the file, or save the adapter again."
-
-
-def modules_of(model: Transformer) -> Iterator[tuple[str, str, int]]:
-    """Yields each projection of each layer: the Hugging Face module name, the projection's name, and the layer."""
-    for name, (entry, layer) in tensor_table(model.config).items():
-        if entry.expert is not None or not entry.path.endswith(".weight"):
-            continue
-        if entry.projection is not None and layer is not None:
-            yield name.removesuffix(".weight"), entry.projection, layer
 
 
 class AdapterPlace(NamedTuple):
@@ -87,13 +88,13 @@ class AdapterPlace(NamedTuple):
         return lora_a.reshape(E, -1, I), lora_b.transpose(2, 0, 1)
 
 
-def adapter_places(model: Transformer, names: Collection[str]) -> Iterator[AdapterPlace]:
-    """Yields the place of each layer's adapter for the projections and experts' matrices with these names."""
-    for module, projection, layer in modules_of(model):
-        if projection in names:
-            yield AdapterPlace(module, projection, layer)
-    wanted = [module for module in experts_of(model) if module.name in names]
+def adapter_places(model: Transformer, layers: Layers) -> Iterator[AdapterPlace]:
+    """Yields the place of each layer's adapter, for the layers of projections and experts' matrices in `layers`."""
+    for path, projection, layer in projections_of(model):
+        if layer in layers.get(projection, ()):
+            yield AdapterPlace(path, projection, layer)
     for layer in range(model.config.num_layers):
+        wanted = [module for module in experts_of(model) if layer in layers.get(module.name, ())]
         for number, module in enumerate(wanted):
             # If both matrices of a module have adapters, PEFT makes the first the `base_layer` of the second.
             inner = ".base_layer" * (len(wanted) - 1 - number)
@@ -138,16 +139,16 @@ def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) ->
         saved = {HEAD, EMBEDDING}
     parameters = _target_parameters(model, peft, path)
     targets = _targets(model, peft, path, may_be_empty=bool(parameters))
-    ranks = _by_projection(model, targets + parameters, peft, "rank_pattern", "r", path)
-    alphas = _by_projection(model, targets + parameters, peft, "alpha_pattern", "lora_alpha", path)
+    ranks = _by_name(targets + parameters, peft, "rank_pattern", "r", path)
+    alphas = _by_name(targets + parameters, peft, "alpha_pattern", "lora_alpha", path)
     try:
         return LoraConfig(
             r=peft.get("r", 8),
             lora_alpha=peft.get("lora_alpha", 8),
             lora_dropout=peft.get("lora_dropout", 0.0),
             use_rslora=peft.get("use_rslora", False),
-            target_modules=targets,
-            target_parameters=parameters,
+            target_modules=names_for(model, layers_of(targets)),
+            target_parameters=names_for(model, layers_of(parameters)),
             rank_pattern=tuple(ranks.items()),
             alpha_pattern=tuple(alphas.items()),
             modules_to_save=tuple(name for name in WHOLE_MODULES if WHOLE[name] in saved),
@@ -178,29 +179,31 @@ def _check_start(start: Any, path: Path) -> None:
     )
 
 
-def _target_parameters(model: Transformer, peft: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Returns the names of the experts' matrices with an adapter: those whose names end with a target."""
+def _target_parameters(model: Transformer, peft: Mapping[str, Any], path: Path) -> list[Target]:
+    """Returns the experts' matrices with an adapter: those whose paths end with a target."""
     wanted = peft.get("target_parameters") or []
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
         raise InputError(f"`target_parameters` of {path} must be a list of names, got {wanted!r:.100}. {_CORRECT}")
-    names = [module.name for module in experts_of(model)]
-    unknown = [end for end in wanted if not any(ends_with(name, end) for name in names)]
+    matrices = expert_matrices_of(model)
+    unknown = [end for end in wanted if not any(ends_with(matrix.path, end) for matrix in matrices)]
     if unknown:
-        among = f"among {sorted(names)}" if names else "empty, because the model has no experts"
+        names = sorted({matrix.name for matrix in matrices})
+        among = f"among {names}" if names else "empty, because the model has no experts"
         raise InputError(f"`target_parameters` of {path} must be {among}, got {some(unknown)}. {_MERGE}")
-    selected = _selected(wanted, names, "target_parameters", path)
-    return tuple(name for name in names if name in selected)
+    selected = _selected(wanted, [matrix.path for matrix in matrices], "target_parameters", path)
+    return [matrix for matrix in matrices if matrix.path in selected]
 
 
-def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_empty: bool) -> tuple[str, ...]:
-    """Returns the projections with an adapter: those of `target_modules` that `exclude_modules` does not select.
+def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_empty: bool) -> list[Target]:
+    """Returns the projections with an adapter, in the layers that have it.
 
-    PEFT passes over names that no module has, as long as another name selects one.
+    They are those of `target_modules` in `layers_to_transform` that `exclude_modules` does not select. PEFT passes over
+    names that no module has, as long as another name selects one.
     """
     if may_be_empty and peft.get("target_modules") in (None, [], ""):
-        return ()
-    modules = list(modules_of(model))
-    names = [HEAD, EMBEDDING, *(module for module, _, _ in modules)]
+        return []
+    projections = projections_of(model)
+    names = [HEAD, EMBEDDING, *(target.path for target in projections)]
     wanted, excluded = (_names(peft, field, path) for field in ("target_modules", "exclude_modules"))
     if wanted == "all-linear":
         wanted = names[2:]
@@ -211,16 +214,9 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_
         raise InputError(
             f"{fields} of {path} must name only projections of the model's layers, got {some(outside)}. {_MERGE}"
         )
-    layers: dict[str, int] = {}
-    for module, projection, _ in modules:
-        layers[projection] = layers.get(projection, 0) + (module in selected)
-    partial = [projection for projection, count in layers.items() if 0 < count < model.config.num_layers]
-    if partial:
-        raise InputError(
-            f"{fields} of {path} must name a projection in all layers or in none, got {partial} in only some layers."
-            f" {_MERGE}"
-        )
-    targets = tuple(projection for projection, count in layers.items() if count)
+    layers = _numbers_of_layers(model, peft, path)
+    fields += " in `layers_to_transform`" if peft.get("layers_to_transform") not in (None, []) else ""
+    targets = [target for target in projections if target.path in selected and target.layer in layers]
     if not targets:
         remedy = "Use the base model that the adapter was trained on."
         if model.config.num_experts:
@@ -229,7 +225,6 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_
             f"{fields} of {path} must match at least one projection of the model, got {wanted!r:.100}, which matches"
             f" none. {remedy}"
         )
-    _check_layers(model, peft, path)
     return targets
 
 
@@ -253,11 +248,14 @@ def _selected(wanted: str | list[str], names: Sequence[str], field: str, path: P
     return {name for name in names if any(ends_with(name, end) for end in wanted)}
 
 
-def _check_layers(model: Transformer, peft: Mapping[str, Any], path: Path) -> None:
-    """Requires `layers_to_transform` to name all layers, if it names any."""
+def _numbers_of_layers(model: Transformer, peft: Mapping[str, Any], path: Path) -> Collection[int]:
+    """Returns the layers that `layers_to_transform` names; without it, all layers.
+
+    PEFT passes over numbers that no layer has.
+    """
     wanted, lists = peft.get("layers_to_transform"), peft.get("layers_pattern") or []
     if wanted is None or wanted == []:
-        return
+        return range(model.config.num_layers)
     if isinstance(peft["target_modules"], str):
         raise InputError(
             f"`layers_to_transform` of {path} must be null beside a pattern in `target_modules`, because PEFT refuses"
@@ -269,39 +267,27 @@ def _check_layers(model: Transformer, peft: Mapping[str, Any], path: Path) -> No
     lists = [lists] if isinstance(lists, str) else lists
     if lists and not (isinstance(lists, list) and any(name in _LAYER_LISTS for name in lists)):
         raise InputError(f"`layers_pattern` of {path} must name {_LAYER_LISTS[0]!r}, got {lists!r:.100}. {_CORRECT}")
-    count = model.config.num_layers
-    if missing := sorted(set(range(count)) - set(numbers)):
-        raise InputError(
-            f"`layers_to_transform` of {path} must name all {count} layers or be null, because the layers of a model"
-            f" have alike adapters, got a list without {', '.join(map(str, missing[:8]))}. {_MERGE}"
-        )
+    return numbers
 
 
-def _by_projection(
-    model: Transformer, targets: tuple[str, ...], peft: Mapping[str, Any], pattern: str, default: str, path: Path
+def _by_name(
+    targets: Sequence[Target], peft: Mapping[str, Any], pattern: str, default: str, path: Path
 ) -> dict[str, Any]:
-    """Returns each projection's value (its rank or alpha), if it differs from the default.
+    """Returns the value (rank or alpha) of each projection and each matrix of experts, if it is not the default.
 
     The field `pattern` of the PEFT config maps regular expressions to values. A module gets the value of the first
     expression that matches the end of its name, or else the default.
     """
     values = peft.get(pattern) or {}
-    modules = [(module, projection) for module, projection, _ in modules_of(model) if projection in targets]
-    modules += [
-        (f"model.layers.{layer}.{name}", name)
-        for name in (module.name for module in experts_of(model))
-        for layer in range(model.config.num_layers)
-        if name in targets
-    ]
-    ends = match_ends(list(values), [module for module, _ in modules], f"`{pattern}` of {path}")
-    found: dict[str, list[Any]] = {projection: [] for projection in targets}
-    for module, projection in modules:
-        given = (value for value, matched in zip(values.values(), ends, strict=True) if module in matched)
-        found[projection].append(next(given, peft.get(default, 8)))
+    ends = match_ends(list(values), [target.path for target in targets], f"`{pattern}` of {path}")
+    found: dict[str, list[Any]] = {}
+    for target in targets:
+        given = (value for value, matched in zip(values.values(), ends, strict=True) if target.path in matched)
+        found.setdefault(target.name, []).append(next(given, peft.get(default, 8)))
     for projection, those in found.items():
         if any(value != those[0] for value in those):
             raise InputError(
-                f"`{pattern}` of {path} must give a projection the same value in all layers, got {those!r:.100} for"
+                f"`{pattern}` of {path} must give a projection the same value in each layer, got {those!r:.100} for"
                 f" {projection}. {_MERGE}"
             )
     return {projection: those[0] for projection, those in found.items() if those[0] != peft.get(default, 8)}
@@ -315,9 +301,15 @@ def peft_config(model: Transformer) -> dict[str, Any]:
     own: dict[str, Any] = (
         {"ensure_weight_tying": True} if config.modules_to_save and model.config.tie_word_embeddings else {}
     )
-    parameters = {module.name for module in experts_of(model)} & adapters(model).keys()
+    layers = layers_of_adapters(model)
+    experts = {module.name for module in experts_of(model)}
+    modules = {name: those for name, those in layers.items() if name not in experts}
+    parameters = {name: those for name, those in layers.items() if name in experts}
     if parameters:
-        own["target_parameters"] = sorted(parameters)
+        own["target_parameters"] = sorted(names_for(model, parameters))
+    # PEFT applies one list of layers to all projections. Where they have different layers, whole paths say which.
+    lists = set(modules.values())
+    alike = len(lists) == 1 and lists != {tuple(range(model.config.num_layers))}
     return own | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -328,10 +320,10 @@ def peft_config(model: Transformer) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": False,
-        "target_modules": sorted(adapters(model).keys() - parameters),
+        "target_modules": sorted(modules if alike else names_for(model, modules)),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
-        "layers_to_transform": None,
+        "layers_to_transform": list(*lists) if alike else None,
         "layers_pattern": None,
         "modules_to_save": list(config.modules_to_save) or None,
         "bias": "none",

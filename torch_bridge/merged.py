@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import NumberedWeight, Weight
-from jaxpack.model.linear import Linear, LoraAdapter
-from jaxpack.model.lora import adapters, experts_of, without_adapters
-from jaxpack.model.moe import Experts
+from jaxpack.model.linear import Linear, LoraAdapter, spread_adapters
+from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.moe import Experts, experts_of
 from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import holds_4bit
 from jaxpack.model.transformer import Transformer
@@ -214,8 +214,8 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
     for name, tensor in model_tensors(model):
         entry, layer = table[name]
         adapter = _adapter_of(model, entry)
-        if adapter is not None:
-            factors = adapter.lora_a[layer], adapter.lora_b[layer]
+        factors = None if adapter is None or layer is None else adapter.at(layer)
+        if adapter is not None and factors is not None:
             merged, differs = _merge_and_compare(tensor, *factors, scaling=adapter.scaling, dtype=dtype)
             changed.append(bool(differs))
             yield name, merged
@@ -224,7 +224,7 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
 
 
 def _adapter_of(model: Transformer, entry: Entry) -> LoraAdapter | None:
-    """Returns the adapter of a tensor, with factors stacked over layers, or None."""
+    """Returns the adapter of a tensor, with factors stacked over the layers that have it, or None."""
     parent, _, attribute = entry.path.rpartition(".")
     module = operator.attrgetter(parent)(model) if attribute == "weight" else None
     if isinstance(module, Linear | Experts) and entry.rows is not None:
@@ -255,6 +255,7 @@ def _merge_and_compare(weight, lora_a, lora_b, *, scaling, dtype):
 
 def _merged(model: Transformer, dtype: str) -> Transformer:
     view = nnx.merge(*nnx.split(model))
+    view.blocks = spread_adapters(view.blocks, model.config.num_layers)
     modules = [module for _, module in nnx.iter_modules(view) if not isinstance(module, LoraAdapter)]
     for module in modules:
         for name, variable in list(vars(module).items()):

@@ -19,6 +19,7 @@ from jaxpack.utils.files import replace_file
 from jaxpack.utils.foreign_names import ALIASES, OPPOSITES, hint
 
 _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", NoneType: "null"}
+_LISTED = {str: "text", int: "whole numbers"}
 _TEXTS = list[str]  # a flag that may be given several times: in a file, one text or a list
 _TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,), NoneType: (NoneType,)}
 
@@ -124,12 +125,18 @@ def _fits(kind: Any, value: Any) -> bool:
             texts = value if isinstance(value, list) else [value]
             fits = bool(texts) and all(isinstance(item, str) for item in texts)
         elif get_origin(one) is tuple:
-            fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            items = (str, *_items(one))
+            fits = isinstance(value, list) and all(type(item) in items for item in value)
         else:
             fits = type(value) in _TYPES[one]
         if fits:
             return True
     return False
+
+
+def _items(kind: Any) -> tuple[Any, ...]:
+    """Returns the type of the items of a tuple type, such as (int,) for `tuple[int, ...]`."""
+    return get_args(kind)[:1]
 
 
 def _rule(kind: Any) -> str:
@@ -140,7 +147,7 @@ def _rule(kind: Any) -> str:
         elif one == _TEXTS:
             rules.append("text or a list of text")
         elif get_origin(one) is tuple:
-            rules.append("a mapping" if is_pairs(one) else "a list of text")
+            rules.append("a mapping" if is_pairs(one) else f"a list of {_LISTED[_items(one)[0]]}")
         else:
             rules.append(_RULES[one])
     return " or ".join(rules)
@@ -153,7 +160,7 @@ def _typed(kind: Any, value: Any) -> Any:
         return [os.path.expanduser(item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, dict):
         return ",".join(f"{name}={one}" for name, one in value.items())
-    return ",".join(value) if isinstance(value, list) else value
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 # YAML and TOML.

@@ -32,6 +32,8 @@ GROUPS = {
         "lora_dropout",
         "use_rslora",
         "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
         "target_parameters",
         "rank_pattern",
         "alpha_pattern",

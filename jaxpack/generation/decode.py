@@ -16,6 +16,7 @@ from jaxpack.kernels.attention import SegmentBounds, segment_bounds
 from jaxpack.model.block import Block
 from jaxpack.model.cache import Cache, CacheSlot
 from jaxpack.model.context import PerLayer, RowContext
+from jaxpack.model.linear import spread_adapters
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import reads_by_number, weights_at
 
@@ -82,7 +83,8 @@ def _forward(
     patterns = seen if bounds is None else bounds
     assert patterns is not None
     max_segments = None if any(model.config.windows) else 1  # see `SegmentBounds.within`
-    graph, stacks, layers = nnx.split(model.blocks, reads_by_number, ...)
+    blocks = spread_adapters(model.blocks, model.config.num_layers)
+    graph, stacks, layers = nnx.split(blocks, reads_by_number, ...)
 
     def layer(carried: tuple[jax.Array, Cache], scanned: Any) -> tuple[tuple[jax.Array, Cache], None]:
         x, cache = carried

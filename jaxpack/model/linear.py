@@ -5,10 +5,11 @@ Projections that read the same input (query, key and value; gate and up) are row
 matmul instead of two or three.
 """
 
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -25,15 +26,73 @@ from jaxpack.model.cost import NO_COST, Cost, CostContext, NamedActivation, Part
 from jaxpack.model.norm import RMSNorm
 from jaxpack.model.weights import is_trained, weight_of
 
+Blocks = TypeVar("Blocks", bound=nnx.Module)
+
 
 class LoraAdapter(nnx.Module):
-    """Adds `scaling * lora_b @ lora_a` to one projection's weight: float32 factors, applied in the input's dtype."""
+    """Adds `scaling * lora_b @ lora_a` to one projection's weight: float32 factors, applied in the input's dtype.
 
-    def __init__(self, lora_a: Float[Array, "*L R I"], lora_b: Float[Array, "*L O R"], scaling: float, dropout: float):
+    Attributes:
+      layers: the layers that have the adapter, in ascending order, over which the factors are then stacked; None if all
+        layers have it.
+    """
+
+    def __init__(
+        self,
+        lora_a: Float[Array, "*L R I"],
+        lora_b: Float[Array, "*L O R"],
+        scaling: float,
+        dropout: float,
+        layers: tuple[int, ...] | None = None,
+    ):
         self.lora_a = nnx.LoRAParam(lora_a)
         self.lora_b = nnx.LoRAParam(lora_b)
         self.scaling = scaling
         self.dropout = dropout
+        self.layers = layers
+
+    def at(self, layer: int) -> tuple[Float[Array, "*E R I"], Float[Array, "*E O R"]] | None:
+        """Returns both factors of one layer, or None if that layer has no adapter."""
+        if self.layers is None:
+            return self.lora_a[layer], self.lora_b[layer]
+        if layer not in self.layers:
+            return None
+        place = self.layers.index(layer)
+        return self.lora_a[place], self.lora_b[place]
+
+
+def spread_adapters(blocks: Blocks, num_layers: int) -> Blocks:
+    """Returns stacked layers whose adapters all have factors for each layer: zeros where a layer has no adapter.
+
+    A scan over layers needs them so. What is trained, and has a place in the optimizer's state, are the factors of the
+    chosen layers alone: the derivative takes their gradients out of those of all layers. Blocks without such an adapter
+    are returned as they are.
+    """
+    if all(adapter.layers is None for adapter in _adapters_in(blocks)):
+        return blocks
+    view = nnx.merge(*nnx.split(blocks))  # the same arrays in modules of their own
+    for adapter in _adapters_in(view):
+        if adapter.layers is None:
+            continue
+        places = np.array(adapter.layers)
+        for name in ("lora_a", "lora_b"):
+            some = getattr(adapter, name)[...]
+            zeros = jnp.zeros((num_layers, *some.shape[1:]), some.dtype)
+            every = zeros.at[places].set(some, indices_are_sorted=True, unique_indices=True)
+            setattr(adapter, name, nnx.LoRAParam(every))
+        adapter.layers = None
+    return view
+
+
+def spread_size(adapter: LoraAdapter, num_layers: int) -> int:
+    """Returns the elements of the factors that `spread_adapters` makes for an adapter, whose arrays may be abstract."""
+    if adapter.layers is None:
+        return 0
+    return num_layers * sum(factor.size // factor.shape[0] for factor in (adapter.lora_a, adapter.lora_b))
+
+
+def _adapters_in(module: nnx.Module) -> list[LoraAdapter]:
+    return [one for _, one in nnx.iter_modules(module) if isinstance(one, LoraAdapter)]
 
 
 class Linear(nnx.Module):

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.linear import Linear, LoraAdapter
-from jaxpack.model.moe import Experts
+from jaxpack.model.moe import Experts, experts_of
+from jaxpack.model.targets import Layers, chosen_layers, ends_with, names_for
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, freeze, is_trained, non_finite, weight_of
 from jaxpack.settings import LoraConfig
@@ -19,13 +20,14 @@ from jaxpack.settings import LoraConfig
 def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     """Adds adapters to a model, in place, and returns it; only adapters and `modules_to_save` stay trained.
 
-    The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32. Experts get
-    adapters only if `target_parameters` names their matrices.
+    The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32. They are
+    stacked over the layers that have the adapter, which may be other layers for each projection. Experts get adapters
+    only if `target_parameters` names their matrices.
 
     Raises:
       InputError: a name in `target_modules` or `target_parameters` is no projection, or no experts' matrix, of this
-        model, a name in a pattern has no adapter, only one of two tied matrices is in `modules_to_save`, or the model
-        has adapters already.
+        model, a pattern matches none, a layer does not exist, a name in `rank_pattern` or `alpha_pattern` has no
+        adapter, only one of two tied matrices is in `modules_to_save`, or the model has adapters already.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -35,18 +37,11 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     check_type("config", config, LoraConfig)
     if adapters(model):
         raise InputError("`model` must be without LoRA adapters, got one that has them.")
-    linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
-    known = [name for linear in linears for name, _ in linear.projections]
-    wanted = tuple(known) if config.target_modules == "all-linear" else config.target_modules
-    unknown = sorted(set(wanted) - set(known))
-    if unknown:
-        hint = " `target_parameters` names the experts' matrices, such as 'mlp.experts.down_proj'."
-        hint = hint if experts_of(model) else ""
-        raise InputError(f"`target_modules` must be 'all-linear' or among {sorted(known)}, got {unknown}.{hint}")
-    experts = _chosen_experts(model, config)
-    config = _with_full_names(config, experts)
-    with_adapter = {*wanted, *(module.name for module in experts)}
-    without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - with_adapter)
+    chosen = chosen_layers(model, config)
+    experts = [module for module in experts_of(model) if module.name in chosen]
+    parameters = names_for(model, {module.name: chosen[module.name] for module in experts})
+    config = _with_full_names(config, experts, parameters)
+    without = sorted({name for name, _ in (*config.rank_pattern, *config.alpha_pattern)} - chosen.keys())
     if without:
         raise InputError(f"`rank_pattern` and `alpha_pattern` must be of projections with an adapter, got {without}.")
     whole = set(config.modules_to_save)
@@ -63,46 +58,30 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
             setattr(model, name, TRAINED(weight_of(variable).dense(model.dtype)))
     rngs = nnx.Rngs(config.seed)
 
-    def adapter(name: str, stack: tuple[int, ...], out_features: int, in_features: int) -> LoraAdapter:
+    def adapter(name: str, experts: tuple[int, ...], out_features: int, in_features: int) -> LoraAdapter:
         rank, bound = config.rank_of(name), 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5))
+        layers = chosen[name]
+        stack = (len(layers), *experts)
         lora_a = jax.random.uniform(rngs.params(), (*stack, rank, in_features), jnp.float32, -bound, bound)
         lora_b = jnp.zeros((*stack, out_features, rank), jnp.float32)
-        return LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout)
+        some = layers if len(layers) < model.config.num_layers else None
+        return LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout, some)
 
+    linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
     for linear in linears:
-        *layers, _, in_features = linear.weight.shape
         for name, size in linear.projections:
-            if name in wanted:
-                linear.lora[name] = adapter(name, tuple(layers), size, in_features)
+            if name in chosen:
+                linear.lora[name] = adapter(name, (), size, linear.weight.shape[-1])
     for module in experts:
-        *layers, rows, in_features = module.weight.shape
-        stack = (*layers, module.num_experts)
-        module.lora[module.name] = adapter(module.name, stack, rows // module.num_experts, in_features)
+        *_, rows, in_features = module.weight.shape
+        E = module.num_experts
+        module.lora[module.name] = adapter(module.name, (E,), rows // E, in_features)
     model.lora_config = config
     return model
 
 
-def ends_with(name: str, end: str) -> bool:
-    """Returns whether the last parts of a name with dots are `end`, as PEFT matches names."""
-    return f".{name}".endswith(f".{end}")
-
-
-def _chosen_experts(model: Transformer, config: LoraConfig) -> list[Experts]:
-    """Returns the modules whose names end with a name in `target_parameters`, as PEFT matches them."""
-    modules = experts_of(model)
-    found = {end: [module for module in modules if ends_with(module.name, end)] for end in config.target_parameters}
-    if unknown := [end for end, those in found.items() if not those]:
-        if not modules:
-            raise InputError(
-                f"`target_parameters` must be empty for a model without experts, got {unknown}. Name its projections in"
-                " `target_modules` instead."
-            )
-        raise InputError(f"`target_parameters` must be among {sorted(one.name for one in modules)}, got {unknown}.")
-    return [module for module in modules if any(module in those for those in found.values())]
-
-
-def _with_full_names(config: LoraConfig, experts: list[Experts]) -> LoraConfig:
-    """Returns the settings with the full names of these experts' matrices, also in patterns."""
+def _with_full_names(config: LoraConfig, experts: list[Experts], parameters: tuple[str, ...]) -> LoraConfig:
+    """Returns the settings with `parameters` as targets, and full names of these experts' matrices in patterns."""
 
     def full(name: str) -> str:
         return next((one.name for one in experts if ends_with(one.name, name)), name)
@@ -111,7 +90,7 @@ def _with_full_names(config: LoraConfig, experts: list[Experts]) -> LoraConfig:
         field: tuple((full(name), value) for name, value in getattr(config, field))
         for field in ("rank_pattern", "alpha_pattern")
     }
-    return dataclasses.replace(config, target_parameters=tuple(one.name for one in experts), **patterns)
+    return dataclasses.replace(config, target_parameters=parameters, **patterns)
 
 
 def untie(model: Transformer) -> None:
@@ -125,8 +104,8 @@ def untie(model: Transformer) -> None:
 def adapters(model: Transformer) -> dict[str, LoraAdapter]:
     """Returns the model's adapters by the name of their projection, empty without LoRA.
 
-    Their factors are stacked over layers. Those of experts are stacked over layers and experts, and have the name of
-    the matrices of all experts together, such as "mlp.experts.down_proj".
+    Their factors are stacked over the layers that have the adapter. Those of experts are stacked over layers and
+    experts, and have the name of the matrices of all experts together, such as "mlp.experts.down_proj".
     """
     check_type("model", model, Transformer)  # checked here for all callers
     return {
@@ -135,6 +114,12 @@ def adapters(model: Transformer) -> dict[str, LoraAdapter]:
         if isinstance(module, Linear | Experts)
         for name, adapter in module.lora.items()
     }
+
+
+def layers_of_adapters(model: Transformer) -> Layers:
+    """Returns the layers that have an adapter, by the names of `adapters`."""
+    every = tuple(range(model.config.num_layers))
+    return {name: adapter.layers or every for name, adapter in adapters(model).items()}
 
 
 def matrix_sizes(model: Transformer) -> dict[str, tuple[int, int]]:
@@ -147,12 +132,6 @@ def matrix_sizes(model: Transformer) -> dict[str, tuple[int, int]]:
             *_, rows, in_features = module.weight.shape
             sizes[module.name] = rows // module.num_experts, in_features
     return sizes
-
-
-def experts_of(model: Transformer) -> list[Experts]:
-    """Returns the modules that hold experts' matrices, in the order of the computation; empty for a dense model."""
-    found = [module for _, module in nnx.iter_modules(model) if isinstance(module, Experts)]
-    return sorted(found, key=lambda module: module.name, reverse=True)  # "gate_up_proj", then "down_proj"
 
 
 def require_finite(model: Transformer) -> None:

@@ -74,7 +74,7 @@ class Experts(nnx.Module):
         number = [one.split(".")[1] for one, _ in self.projections[:per_expert]].index(name)
         first = sum(sizes[:number])
         lora_b = adapter.lora_b[:, expert, first : first + sizes[number]]
-        return LoraAdapter(adapter.lora_a[:, expert], lora_b, adapter.scaling, adapter.dropout)
+        return LoraAdapter(adapter.lora_a[:, expert], lora_b, adapter.scaling, adapter.dropout, adapter.layers)
 
     def linear(self) -> ExpertLinear:
         """Returns matrices, biases and factors as `gated_experts` takes them."""
@@ -106,6 +106,12 @@ class Experts(nnx.Module):
         outer = matmul if is_trained(self.weight) else 0
         backward = Cost(matmul=outer + narrow, bytes=2 * (I + O) * size if R else 0)
         return MatmulCost(each_way, each_way + backward, copied)
+
+
+def experts_of(model: nnx.Module) -> list[Experts]:
+    """Returns the modules that hold experts' matrices, in the order of the computation; empty for a dense model."""
+    found = [module for _, module in nnx.iter_modules(model) if isinstance(module, Experts)]
+    return sorted(found, key=lambda module: module.name, reverse=True)  # "gate_up_proj", then "down_proj"
 
 
 class MatmulCost(NamedTuple):

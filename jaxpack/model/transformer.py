@@ -15,6 +15,7 @@ from jaxpack.kernels.weight import Weight
 from jaxpack.model.block import Block
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import PerLayer, RowContext
+from jaxpack.model.linear import spread_adapters
 from jaxpack.model.moe import RouterSums
 from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
@@ -143,7 +144,8 @@ class Transformer(nnx.Module):
         angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
-        graph, hosted, stacks, layers = nnx.split(self.blocks, is_hosted, reads_by_number, ...)
+        blocks = spread_adapters(self.blocks, self.config.num_layers)
+        graph, hosted, stacks, layers = nnx.split(blocks, is_hosted, reads_by_number, ...)
         keys = None
         if dropout_key is not None:
             of_layers = jax.random.split(dropout_key, self.config.num_layers)

@@ -18,6 +18,7 @@ from jaxpack.kernels.host_weight import HostMatrix, HostWeight, piece_rows
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.cost import NO_COST, Cost, CostContext, PartCost
+from jaxpack.model.linear import spread_size
 from jaxpack.model.lora import adapters
 from jaxpack.model.remat import KEPT, offloaded
 from jaxpack.model.transformer import Transformer
@@ -36,6 +37,7 @@ class StepShape:
       layer: the cost of one layer.
       itemsize: bytes of an element of the activations.
       trained: how many parameters are trained, in float32.
+      spread: how many elements the adapters that only some layers have take as factors of all layers.
       optimizer_bytes: the bytes of the optimizer's state.
       frozen_bytes: the bytes of all other parameters.
       trains_all: whether all weights are trained.
@@ -69,6 +71,7 @@ class StepShape:
     keys_per_token: float
     loss_chunk: int = CHUNK
     compiles_first: bool = False
+    spread: int = 0
     layer_weight_bytes: int = 0
     embedding_bytes: int = 0
     offload_weights: bool = False
@@ -123,6 +126,7 @@ class StepShape:
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,
             layer_weight_bytes=sum(place.value.nbytes for place in in_layers),
+            spread=sum(spread_size(adapter, model.config.num_layers) for adapter in of_model),
             embedding_bytes=sum(place.value.nbytes for place in outside),
             offload_weights=any(isinstance(place.value, HostWeight) for place in in_layers),
             offload_embedding=any(isinstance(place.value, HostMatrix) for place in outside),

@@ -109,7 +109,8 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
 
     The peak is at the loss, in the first layer of the backward pass, or at the end. Gradients of the trained parameters
     are float32. A loop over layers allocates the gradients of all layers at its start; without a loop they are stacked
-    after the last layer. Several micro-batches add their gradients to another copy.
+    after the last layer. Several micro-batches add their gradients to another copy. Adapters of only some layers are
+    also there, with their gradients, as factors of all layers.
     """
     kept = step.num_layers * layer_bytes(step, remat)
     gradients = 4 * step.trained
@@ -118,7 +119,7 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
     at_end = gradients + (head if step.config.tie_word_embeddings else 0)
     micro = max(kept + loss_bytes(step), kept + max(stacked, head) + backward_bytes(step, remat), at_end)
     accumulated = gradients if step.shape[0] > 1 else 0
-    return argument_bytes(step) + fetched_bytes(step) + accumulated + micro
+    return argument_bytes(step) + fetched_bytes(step) + accumulated + 2 * 4 * step.spread + micro
 
 
 def autotuning_bytes(step: StepShape) -> int:

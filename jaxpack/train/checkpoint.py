@@ -36,8 +36,9 @@ from jaxpack.data.documents import Documents
 from jaxpack.errors import InputError, reason
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight
 from jaxpack.model.config import ModelConfig
-from jaxpack.model.lora import adapters
+from jaxpack.model.lora import layers_of_adapters
 from jaxpack.model.nf4 import holds_4bit
+from jaxpack.model.targets import names_for
 from jaxpack.model.transformer import Transformer
 from jaxpack.parallel.device import current_device, on_host
 from jaxpack.parallel.placement import put
@@ -117,8 +118,9 @@ def identity_of(
     settings[_STEP_SIZE] = num_devices * math.prod(getattr(config, name) for name in _STEP_SIZES)
     lora = {} if model.lora_config is None else dataclasses.asdict(model.lora_config)
     if lora:  # Resolved and sorted, because a user can write the same adapters in several ways.
-        lora["target_modules"] = sorted(adapters(model))
-        del lora["target_parameters"]
+        lora["target_modules"] = sorted(names_for(model, layers_of_adapters(model)))
+        for name in ("target_parameters", "exclude_modules", "layers_to_transform"):
+            del lora[name]
         lora |= {name: sorted(lora[name]) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     structure = dataclasses.asdict(model.config)
     del structure["name_or_path"]  # a folder that was moved holds the same model

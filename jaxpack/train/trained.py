@@ -122,8 +122,8 @@ def _lora_config(record: Record, path: Path) -> LoraConfig:
         )
     settings |= {name: dict(settings[name]) for name in ("rank_pattern", "alpha_pattern")}
     names = settings["target_modules"]
-    settings["target_parameters"] = tuple(name for name in names if "." in name)  # experts have full names
-    settings["target_modules"] = tuple(name for name in names if "." not in name)
+    settings["target_parameters"] = tuple(name for name in names if ".experts." in name)  # experts have full names
+    settings["target_modules"] = tuple(name for name in names if ".experts." not in name)
     settings["modules_to_save"] = tuple(settings["modules_to_save"])
     return LoraConfig(**settings)
 

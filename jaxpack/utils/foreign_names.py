@@ -136,9 +136,8 @@ _ANSWERS = {
     "leave it out: `lora_A` starts at random and `lora_B` at zero": (
         "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
     ),
-    "name projections in `target_modules`: all layers have the same adapters": (
-        "layers_to_transform layers_pattern layer_replication exclude_modules finetune_last_n_layers"
-    ),
+    "leave it out: the layers of a model are one list": "layers_pattern",
+    "name the layers in `layers_to_transform`": "finetune_last_n_layers",
     "train the whole embedding with `modules_to_save`": "trainable_token_indices",
     "leave it out: what the model ties stays tied": "ensure_weight_tying",
     "leave it out: `save_adapter` writes what PEFT needs": (
@@ -149,8 +148,8 @@ _ANSWERS = {
     "leave it out: batches are made from documents, and need no function to collate them": "data_collator",
     "override a method of `Callback`, or pass a `compute_metrics`": "preprocess_logits_for_metrics",
     "leave it out: it has no counterpart": (
-        "ignore_bias_buffers neftune_noise_alpha use_cache torch_empty_cache_steps log_on_each_node debug "
-        "do_predict logging_nan_inf_filter logging_dir include_num_input_tokens_seen log_level disable_tqdm "
+        "ignore_bias_buffers layer_replication neftune_noise_alpha use_cache torch_empty_cache_steps log_on_each_node "
+        "debug do_predict logging_nan_inf_filter logging_dir include_num_input_tokens_seen log_level disable_tqdm "
         "log_level_replica run_name project trackio_space_id trackio_bucket_id do_train trackio_static_space_id "
         "prediction_loss_only eval_do_concat_batches batch_eval_metrics eval_use_gather_object "
         "include_for_metrics save_only_model save_on_each_node save_safetensors enable_jit_checkpoint "

@@ -8,7 +8,7 @@ from models import small_config
 
 import torch_bridge
 from benchmarks.write_gpt_oss import write
-from jaxpack.model.lora import experts_of
+from jaxpack.model.moe import experts_of
 from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.weights import weight_of
 

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, str, Any, list[object], Any]] = {
     "lora_alpha": ("8", "8", 8, ["--lora-alpha", 2.5], 2.5),
     "target_modules": ("[q_proj, v_proj]", '"q_proj, v_proj"', ("q_proj", "v_proj"), ["--target-modules", "k_proj"],
                        ("k_proj",)),
+    "exclude_modules": ('".*[.]0[.].*"', '".*[.]0[.].*"', ".*[.]0[.].*", ["--exclude-modules", "k_proj"], ("k_proj",)),
+    "layers_to_transform": ("[0, 2-3]", '"0,2,3"', (0, 2, 3), ["--layers-to-transform", 1], (1,)),
     "rank_pattern": ("{q_proj: 8}", "{ q_proj = 8 }", (("q_proj", 8),), ["--rank-pattern", "v_proj=4,o_proj=2"],
                      (("v_proj", 4), ("o_proj", 2))),
     "alpha_pattern": ("{q_proj: 8}", '"q_proj=8"', (("q_proj", 8.0),), ["--alpha-pattern", ""], ()),

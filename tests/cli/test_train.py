@@ -352,6 +352,8 @@ def another_value(field: dataclasses.Field) -> Any:
         "offload_embedding": "off",
         "dataset_text_field": "body",
         "target_modules": ("q_proj", "v_proj"),
+        "exclude_modules": ("k_proj",),
+        "layers_to_transform": (0, 2),
         "rank_pattern": "q_proj=8,v_proj=4",
         "alpha_pattern": "q_proj=2.5",
         "modules_to_save": ("lm_head",),
@@ -388,7 +390,7 @@ def test_every_field_has_a_flag_that_sets_it_alone(config: type, field: dataclas
     if isinstance(value, bool):
         given = [flag if value else f"--no-{flag[2:]}"]
     else:
-        given = [flag, ",".join(value) if isinstance(value, tuple) else value]
+        given = [flag, ",".join(map(str, value)) if isinstance(value, tuple) else value]
     needed = NEEDED.get(field.name, [])
     plain, changed = configurations(*needed), configurations(*needed, *given)
     for before, after in zip(plain, changed, strict=True):

@@ -18,8 +18,8 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.weight import DenseStack, DenseWeight
 from jaxpack.model.context import RowContext
-from jaxpack.model.lora import adapters, add_lora, experts_of
-from jaxpack.model.moe import MoE, Router
+from jaxpack.model.lora import adapters, add_lora
+from jaxpack.model.moe import MoE, Router, experts_of
 from jaxpack.model.norm import make_norm
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import weight_of

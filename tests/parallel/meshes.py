@@ -67,7 +67,9 @@ CASES = {
         ((8, 1), (1, 8)), lora=None, layout="padded", rows=16, family="llama", changes={"vocab_size": 104}
     ),
     "all weights kept": Case(((2, 4),), lora=None, remat="none"),
-    "4 bits, padding-free, offloaded": Case(((8, 1), (2, 4)), in_4bit=True, layout="padding-free", remat="offload"),
+    "4 bits, padding-free, offloaded": Case(
+        ((8, 1), (2, 4)), LoraConfig(r=8, layers_to_transform=1), in_4bit=True, layout="padding-free", remat="offload"
+    ),
     "experts": Case(
         ((1, 8),), family="qwen3_moe", remat="keep_attention", lora=LoraConfig(r=8, target_parameters=EXPERTS)
     ),

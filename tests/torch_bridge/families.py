@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 import torch_bridge
 from jaxpack import Batches, Documents, LoraConfig, TrainConfig, Transformer, add_lora
-from jaxpack.model.lora import adapters, experts_of
+from jaxpack.model.lora import adapters
+from jaxpack.model.moe import experts_of
 from jaxpack.model.weights import Frozen, weight_of
 from jaxpack.train.step import loss_and_gradients
 from tests.kernels.oracles import quick_jit

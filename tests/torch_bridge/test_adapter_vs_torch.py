@@ -34,6 +34,7 @@ LORA = {
     "subset": LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj", "down_proj")),
     "one": LoraConfig(r=2, lora_alpha=3, target_modules="up_proj"),
     "rslora": LoraConfig(r=4, lora_alpha=8, use_rslora=True),
+    "layers": LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "up_proj"), layers_to_transform=1),
 }
 
 
@@ -64,6 +65,7 @@ def peft_config(lora: LoraConfig) -> peft.LoraConfig:
         lora_alpha=lora.lora_alpha,
         use_rslora=lora.use_rslora,
         target_modules=targets,
+        layers_to_transform=list(lora.layers_to_transform) or None,
         task_type="CAUSAL_LM",
     )
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 import torch_bridge
 from jaxpack import InputError, LoraConfig, add_lora
 from jaxpack.kernels.host_weight import HostWeight
-from jaxpack.model.lora import adapters, experts_of
+from jaxpack.model.lora import adapters
+from jaxpack.model.moe import experts_of
 from jaxpack.model.nf4 import NF4Weight, quantize_nf4
 from jaxpack.model.weights import move_to_host, weight_of
 from torch_bridge.io.experts import Cut, fuse_experts, fused_shapes, split_experts
@@ -124,6 +125,20 @@ def test_an_adapter_on_experts_is_read_back_to_the_bit(family, tmp_path):
     torch_bridge.save_adapter(model, tmp_path / "adapter")
     read = torch_bridge.load_adapter(small_model(family), str(tmp_path / "adapter"))
     assert read.lora_config.target_parameters == ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    for one, other in zip(jax.tree.leaves(nnx.state(read)), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_experts_of_some_layers_have_adapters(tmp_path):
+    parameters = ("layers.1.mlp.experts.gate_up_proj", "down_proj")
+    model = add_lora(small_model("qwen3_moe"), LoraConfig(r=3, target_modules="q_proj", target_parameters=parameters))
+    assert adapters(model)["mlp.experts.gate_up_proj"].layers == (1,)
+    torch_bridge.save_adapter(model, tmp_path / "adapter")
+    # In a layer where both matrices have adapters, PEFT wraps the first within the second.
+    modules = {name.split(".layers.")[1] for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+    of_experts = {"0.mlp.experts", "1.mlp.experts", "1.mlp.experts.base_layer"}
+    assert {name.split(".lora_")[0] for name in modules if "experts" in name} == of_experts
+    read = torch_bridge.load_adapter(small_model("qwen3_moe"), str(tmp_path / "adapter"))
     for one, other in zip(jax.tree.leaves(nnx.state(read)), jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(one, other)
 

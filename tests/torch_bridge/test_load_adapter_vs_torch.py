@@ -40,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "alphas": {"target_modules": SOME, "alpha_pattern": {"self_attn.v_proj": 3}, "rank_pattern": {"v_proj": 8}},
     "first match": {"target_modules": SOME, "rank_pattern": {"[qv]_proj": 2, "q_proj": 8}, "use_rslora": True},
     "dropout": {"target_modules": SOME, "lora_dropout": 0.1, "init_lora_weights": "gaussian"},
+    "a layer": {"target_modules": SOME, "layers_to_transform": [1], "rank_pattern": {"v_proj": 2}},
+    "layers of a pattern": {"target_modules": r"model\.layers\.(0\.self_attn\.[qk]_proj|1\..*\.(up|o)_proj)"},
     "head": {"target_modules": SOME, "modules_to_save": ["lm_head"]},
     "head and embedding": {"target_modules": ["up_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
 }

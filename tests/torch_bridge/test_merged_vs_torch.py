@@ -28,7 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 LORA = {
     "all-linear": LoraConfig(r=4, lora_alpha=8),
-    "some": LoraConfig(r=4, lora_alpha=8, target_modules="q_proj,up_proj,down_proj", rank_pattern="q_proj=2"),
+    "some": LoraConfig(
+        r=4, lora_alpha=8, target_modules="q_proj,up_proj,layers.1.mlp.down_proj", rank_pattern="q_proj=2"
+    ),
     "head": LoraConfig(r=4, lora_alpha=8, target_modules="v_proj", modules_to_save="lm_head,embed_tokens"),
 }
 

@@ -42,6 +42,7 @@ LORA = {
     "all-linear": LoraConfig(r=4, lora_alpha=8),
     "subset": LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj", "down_proj")),
     "rslora": LoraConfig(r=4, lora_alpha=8, use_rslora=True),
+    "layers": LoraConfig(r=4, lora_alpha=8, target_modules=r".*\.(0\..*\.[qo]_proj|1\..*\.(up|q)_proj)"),
     "experts": LoraConfig(r=4, lora_alpha=8, target_parameters=("gate_up_proj", "down_proj")),
 }
 LAYOUTS = {
@@ -170,6 +171,7 @@ def full_steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         ("qwen3-tied", "rslora"),
         ("llama3-untied", "all-linear"),
         ("llama3-untied", "subset"),
+        ("qwen3-tied", "layers"),
     ],
     ids="-".join,
 )

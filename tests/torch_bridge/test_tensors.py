@@ -11,9 +11,22 @@ from flax import nnx
 from models import small_config
 
 from jaxpack.errors import InputError
+from jaxpack.model.targets import projections_of
+from jaxpack.model.transformer import Transformer
 from torch_bridge.tensors import build_model, model_tensors, tensor_table
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "gpt_oss"])
+def test_targets_of_adapters_have_the_names_of_the_table(family):
+    model = nnx.eval_shape(lambda: Transformer(small_config(family), rngs=nnx.Rngs(0)))
+    table = {
+        name.removesuffix(".weight"): (entry.projection, layer)
+        for name, (entry, layer) in tensor_table(model.config).items()
+        if entry.projection is not None and entry.expert is None and name.endswith(".weight")
+    }
+    assert {target.path: (target.name, target.layer) for target in projections_of(model)} == table
 
 
 class FakeTensors:

@@ -259,6 +259,10 @@ def test_adapters_are_the_same_however_they_are_written() -> None:
     assert one == adapted(target_modules=("v_proj", "q_proj"), rank_pattern="v_proj=8,q_proj=2")
     assert one != adapted(target_modules=("q_proj", "v_proj"), rank_pattern="q_proj=8,v_proj=2")
     assert adapted() == adapted(target_modules=tuple(adapters(small_model("qwen3", lora=LORA))))
+    assert adapted() == adapted(target_modules=r".*_proj") == adapted(layers_to_transform="0-1")
+    in_one = adapted(target_modules="q_proj,v_proj", layers_to_transform="1", exclude_modules="v_proj")
+    assert in_one == adapted(target_modules=r".*\.1\.self_attn\.q_proj")
+    assert in_one != adapted(target_modules="layers.0.self_attn.q_proj")
 
 
 # Names in the checkpoints of version 0.1.0. Its runs can go on as long as the names stay the same.
