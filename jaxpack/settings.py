@@ -294,6 +294,12 @@ class TrainConfig:
         "Label smoothing: the share of the target's probability, at least 0 and below 1, that all tokens of the "
         "vocabulary get instead in the training loss. Evaluations report the plain cross entropy.",
     )
+    neftune_noise_alpha: float | None = _option(
+        None,
+        "Noise on the embeddings in training (NEFTune, https://arxiv.org/abs/2310.05914, whose authors take 5 to 15): "
+        "uniform, of at most neftune_noise_alpha / sqrt(length * hidden_size), where the length is that of each "
+        "token's own document, packed or not. None adds no noise.",
+    )
     z_loss_coef: float = _option(
         0.0,
         "Coefficient of the z-loss, the squared log-sum-exp of a token's logits, which keeps logits from drifting. It "
@@ -347,7 +353,8 @@ class TrainConfig:
     )
     seed: int = _option(
         42,
-        "Seed for the order of the data and for dropout; on the command line, also for new adapters' initial values.",
+        "Seed for the order of the data, dropout and noise; on the command line, also for new adapters' initial "
+        "values.",
     )
     dataset_text_field: str = _option(
         "text",
@@ -552,6 +559,11 @@ class TrainConfig:
                 ratio,
             )
             object.__setattr__(self, "loraplus_lr_ratio", None if ratio == 1 else ratio)
+        if self.neftune_noise_alpha is not None:
+            alpha = self.neftune_noise_alpha
+            rule = "must be 0 or a positive number, or None"
+            check((alpha == 0 or is_positive(alpha)) and type(alpha) is not bool, "neftune_noise_alpha", rule, alpha)
+            object.__setattr__(self, "neftune_noise_alpha", float(alpha) or None)
         folder = self.compilation_cache_dir
         check(folder != "", "compilation_cache_dir", "must be a folder, 'auto' or 'none'", folder)
         if self.memory_limit is not None:

@@ -64,6 +64,7 @@ GROUPS = {
         "adam_epsilon",
         "max_grad_norm",
         "label_smoothing_factor",
+        "neftune_noise_alpha",
         "z_loss_coef",
         "router_aux_loss_coef",
     ),

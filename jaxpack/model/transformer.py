@@ -17,6 +17,7 @@ from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import PerLayer, RowContext
 from jaxpack.model.linear import spread_adapters
 from jaxpack.model.moe import RouterSums
+from jaxpack.model.noise import add_noise
 from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
 from jaxpack.model.remat import OFFLOADED, keeps, offloaded, recompute, unrolls
@@ -94,6 +95,7 @@ class Transformer(nnx.Module):
         max_segments: int | None = None,
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
+        neftune_noise_alpha: float | None = None,
         embedded: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm, in `dtype`. `with_router_sums` describes the arguments."""
@@ -105,6 +107,7 @@ class Transformer(nnx.Module):
             max_segments=max_segments,
             implementation=implementation,
             dropout_key=dropout_key,
+            neftune_noise_alpha=neftune_noise_alpha,
             embedded=embedded,
         )[0]
 
@@ -118,6 +121,7 @@ class Transformer(nnx.Module):
         max_segments: int | None = None,
         implementation: Implementation | None = None,
         dropout_key: Key[Array, ""] | None = None,
+        neftune_noise_alpha: float | None = None,
         embedded: Float[Array, "B T D"] | None = None,
         balances: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
@@ -130,8 +134,10 @@ class Transformer(nnx.Module):
           max_segments: an upper bound on the documents in a row, if known; see `kernels.attention`.
           implementation: the implementation of all kernels; None picks the faster one on each device. With "pallas",
             XLA computes the projections that have no Pallas kernel, see `kernels.extended.unsupported_reason`.
-          dropout_key: turns the dropout of LoRA adapters on. A row's masks follow from the key and from its tokens, so
-            they do not depend on the rows beside it, nor on the device and the micro-batch that the row is in.
+          dropout_key: turns the dropout of LoRA adapters and the noise on. A row's masks and its noise follow from the
+            key and from its tokens, so they do not depend on the rows beside it, nor on the device and the micro-batch
+            that the row is in.
+          neftune_noise_alpha: the size of the noise on the embeddings, see `model.noise`; None for no noise.
           embedded: the tokens' rows of the embedding, if it lies in host memory: see `EmbeddedBatch`.
           balances: whether the sums have what the load-balancing loss reads.
         """
@@ -141,7 +147,8 @@ class Transformer(nnx.Module):
             window if window is not None and window < tokens.shape[1] else None for window in self.config.windows
         ]
         bounds = PerLayer.of(windows, lambda window: segments if window is None else segments.within(window))
-        angles = self.angles(positions, segments.last - segments.first, longest=tokens.shape[1])
+        lengths = segments.last - segments.first
+        angles = self.angles(positions, lengths, longest=tokens.shape[1])
         if any(windows):
             max_segments = None  # see `SegmentBounds.within`
         blocks = spread_adapters(self.blocks, self.config.num_layers)
@@ -170,7 +177,10 @@ class Transformer(nnx.Module):
         with_input = offloaded(remat, self.config, casts_weights=self.casts_weights)
         layer = recompute(layer, remat, with_input, gathers=gathers(self.blocks))
         experts = self.config.num_experts
-        stream = self.embed(tokens, embedded), RouterSums.zeros(experts, balances=balances) if experts else None
+        x = self.embed(tokens, embedded)
+        if dropout_key is not None and neftune_noise_alpha is not None:
+            x = add_noise(x, lengths, row_numbers(tokens, segment_ids), dropout_key, alpha=neftune_noise_alpha)
+        stream = x, RouterSums.zeros(experts, balances=balances) if experts else None
         if remat in OFFLOADED or jax.tree.leaves(hosted):
             x, sums = scan_offloaded(layer, stream, scanned, shared, hosted)
         else:

@@ -38,6 +38,7 @@ class Forward:
         implementation: Implementation | None = None,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
         dropout_key: Key[Array, ""] | None = None,
+        neftune_noise_alpha: float | None = None,
         loss_chunk: int = CHUNK,
         balances: bool = False,
     ):
@@ -48,6 +49,7 @@ class Forward:
         self.loss_chunk = loss_chunk
         self._remat: Remat = remat
         self._dropout_key = dropout_key
+        self._neftune_noise_alpha = neftune_noise_alpha
 
     @functools.cached_property
     def hidden(self) -> Float[Array, "B T D"]:
@@ -103,6 +105,7 @@ class Forward:
             max_segments=self.limits.max_segments,
             implementation=self.implementation,
             dropout_key=dropout_key,
+            neftune_noise_alpha=self._neftune_noise_alpha,
             embedded=self._embedded,
             balances=balances,
         )

@@ -79,7 +79,8 @@ _STEP_SIZE = "per_device_train_batch_size x devices x gradient_accumulation_step
 # Settings and facts of a model that checkpoints of older versions may lack, with the values that these had.
 _BEFORE = {"optim": "adamw", "optim_args": [], "lr_scheduler_kwargs": [], "loraplus_lr_ratio": None, "streaming": False}
 _BEFORE |= {"completion_only_loss": True, "instruction_part": None, "response_part": None}
-_BEFORE |= {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "z_loss_coef": 0.0} | {
+_BEFORE |= {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "z_loss_coef": 0.0}
+_BEFORE |= {"neftune_noise_alpha": None} | {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
     if field.default is not dataclasses.MISSING and field.name != "name_or_path"

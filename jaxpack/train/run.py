@@ -117,13 +117,15 @@ class Run:
             for held in ((self.state, self.frozen), self.state.optimizer)
         )
         has_dropout = any(adapter.dropout for adapter in adapters(model).values())
+        draws = has_dropout or config.neftune_noise_alpha is not None
         self._make_step = functools.partial(
             make_train_step,
             graph,
             optimizer,
             objective=objective,
             implementation=config.implementation,
-            dropout_seed=config.seed if has_dropout else None,
+            dropout_seed=config.seed if draws else None,
+            neftune_noise_alpha=config.neftune_noise_alpha,
             router_aux_loss_coef=config.router_aux_loss_coef,
             mesh=mesh,
         )

@@ -110,6 +110,7 @@ def objective_and_gradients(
     implementation: Implementation | None = None,
     limits: BatchLimits = BatchLimits(),  # noqa: B008
     dropout_key: Key[Array, ""] | None = None,
+    neftune_noise_alpha: float | None = None,
     loss_chunk: int = CHUNK,
     router_aux_loss_coef: float = 0.0,
     mesh: DeviceMesh | None = None,
@@ -126,7 +127,8 @@ def objective_and_gradients(
       objective: the objective to minimise.
       remat, implementation: see `Transformer`.
       limits: upper limits for the documents in a row, and for the targets in a micro-batch on one device.
-      dropout_key: turns the dropout of adapters on; None turns it off.
+      dropout_key: turns the dropout of adapters, and the noise on embeddings, on; None turns them off.
+      neftune_noise_alpha: as in `TrainConfig`.
       loss_chunk: the number of tokens whose logits exist at a time.
       router_aux_loss_coef: the coefficient of the load-balancing loss of a mixture of experts, which is added to the
         loss. Each micro-batch has its own, and counts by its weight.
@@ -142,7 +144,8 @@ def objective_and_gradients(
             model = nnx.merge(graph, *gathering((trainable, frozen), whole, mesh))
             options = {"remat": remat, "implementation": implementation, "limits": limits, "loss_chunk": loss_chunk}
             check_router_aux_loss_coef(router_aux_loss_coef, model.config)
-            forward = Forward(model, micro, dropout_key=key, balances=router_aux_loss_coef > 0, **options)
+            options |= {"dropout_key": key, "neftune_noise_alpha": neftune_noise_alpha}
+            forward = Forward(model, micro, balances=router_aux_loss_coef > 0, **options)
             sums = _with_router(objective(forward), forward, router_aux_loss_coef)
             return sums.loss, sums
 
@@ -210,6 +213,7 @@ def make_train_step(
     remat: Remat = "full",
     implementation: Implementation | None = None,
     dropout_seed: int | None = None,
+    neftune_noise_alpha: float | None = None,
     loss_chunk: int = CHUNK,
     router_aux_loss_coef: float = 0.0,
     mesh: DeviceMesh | None = None,
@@ -229,12 +233,17 @@ def make_train_step(
       objective: the objective to minimise, see `Objective`.
       remat: the choice of activations that the backward pass recomputes, as in `TrainConfig`, but not "auto".
       implementation: the implementation of all kernels, as in `TrainConfig`.
-      dropout_seed: turns dropout on; each step draws new masks from the seed and the number of the step.
+      dropout_seed: turns dropout and the noise on embeddings on; each step draws new ones from the seed and the number
+        of the step.
+      neftune_noise_alpha: as in `TrainConfig`. Needs a `dropout_seed`.
       loss_chunk: the number of tokens whose logits exist at a time. Fewer take less memory, and more time.
       router_aux_loss_coef: as in `TrainConfig`.
       mesh: the devices; None is the current device alone.
       fetches: whether frozen weights lie in the host's memory. The program is then compiled without CUDA graphs, so
         that copies overlap with computation.
+
+    Raises:
+      InputError: there is a `neftune_noise_alpha`, but no `dropout_seed`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -249,6 +258,11 @@ def make_train_step(
       >>> int(state.step)
       1
     """
+    if neftune_noise_alpha is not None and dropout_seed is None:
+        raise InputError(
+            f"`dropout_seed` must be a number with `neftune_noise_alpha` {neftune_noise_alpha}, got None: the noise is"
+            " drawn from it."
+        )
     mesh = make_mesh() if mesh is None else mesh
 
     def step(
@@ -268,6 +282,7 @@ def make_train_step(
             implementation=implementation,
             limits=limits,
             dropout_key=key,
+            neftune_noise_alpha=neftune_noise_alpha,
             loss_chunk=loss_chunk,
             router_aux_loss_coef=router_aux_loss_coef,
             mesh=mesh,

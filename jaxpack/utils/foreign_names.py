@@ -148,7 +148,7 @@ _ANSWERS = {
     "leave it out: batches are made from documents, and need no function to collate them": "data_collator",
     "override a method of `Callback`, or pass a `compute_metrics`": "preprocess_logits_for_metrics",
     "leave it out: it has no counterpart": (
-        "ignore_bias_buffers layer_replication neftune_noise_alpha use_cache torch_empty_cache_steps log_on_each_node "
+        "ignore_bias_buffers layer_replication use_cache torch_empty_cache_steps log_on_each_node "
         "debug do_predict logging_nan_inf_filter logging_dir include_num_input_tokens_seen log_level disable_tqdm "
         "log_level_replica run_name project trackio_space_id trackio_bucket_id do_train trackio_static_space_id "
         "prediction_loss_only eval_do_concat_batches batch_eval_metrics eval_use_gather_object "

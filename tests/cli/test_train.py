@@ -348,6 +348,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "optim_args": "momentum=0.5",
         "lr_scheduler_kwargs": "num_cycles=2.0",
         "loraplus_lr_ratio": 16.0,
+        "neftune_noise_alpha": 7.5,
         "offload_weights": "on",
         "offload_embedding": "off",
         "dataset_text_field": "body",

@@ -90,8 +90,8 @@ def require_same(result: TrainResult, model: Transformer, expected: TrainResult,
 @pytest.mark.parametrize(
     ("changes", "lora"),
     [
-        pytest.param({}, LORA, id="padding_free", marks=pytest.mark.slow),
-        pytest.param({"packing": True}, LORA, id="packed", marks=pytest.mark.slow),
+        pytest.param({}, dataclasses.replace(LORA, layers_to_transform=1), id="padding_free", marks=pytest.mark.slow),
+        pytest.param({"packing": True, "neftune_noise_alpha": 5}, LORA, id="packed", marks=pytest.mark.slow),
         pytest.param({"weight_decay": 0.1, "warmup_steps": 3}, None, id="full", marks=pytest.mark.slow),
         pytest.param(
             {"packing": True, "optim": "adamw_8bit"},
@@ -308,6 +308,7 @@ def test_checkpoints_from_before_a_setting_go_on_with_the_value_that_it_had() ->
         "loraplus_lr_ratio",
         "label_smoothing_factor",
         "z_loss_coef",
+        "neftune_noise_alpha",
         "experts_bias",
         "attention_sinks",
         "router_aux_loss_coef",
