@@ -75,6 +75,11 @@ class LoraConfig:
         "Multiply the adapters' output by lora_alpha / sqrt(rank) instead of lora_alpha / rank, as rank-stabilised "
         "LoRA does for high ranks (https://arxiv.org/abs/2312.03732).",
     )
+    use_dora: bool = _option(
+        False,
+        "Also train the norm of each row of the adapted weights (DoRA, https://arxiv.org/abs/2402.09353). A step then "
+        "takes longer: the norms are computed anew, and the projections' outputs are scaled in a pass of their own.",
+    )
     target_modules: str | tuple[str, ...] = _option(
         "all-linear",
         "Projections that get an adapter: 'all-linear' for all except the output head and the experts; names with "
@@ -137,6 +142,12 @@ class LoraConfig:
         excluded = () if self.exclude_modules is None else self.exclude_modules  # as for `modules_to_save`
         object.__setattr__(self, "exclude_modules", _names_or_pattern("exclude_modules", excluded))
         object.__setattr__(self, "layers_to_transform", _layers(self.layers_to_transform))
+        check(
+            not (self.target_parameters and self.use_dora),
+            "use_dora",
+            "must be off with `target_parameters`, because experts' adapters have no magnitudes, as in PEFT",
+            self.use_dora,
+        )
         if self.target_modules != "all-linear":
             names = _names_or_pattern("target_modules", self.target_modules)
             named = names or self.target_parameters
@@ -270,7 +281,7 @@ class TrainConfig:
     )
     loraplus_lr_ratio: float | None = _option(
         None,
-        "Learning rate of the adapters' lora_B as a multiple of the learning rate of lora_A (LoRA+, "
+        "Learning rate of the adapters' lora_B and magnitudes as a multiple of the learning rate of lora_A (LoRA+, "
         "https://arxiv.org/abs/2402.12354, whose authors take 16 with a smaller learning rate). None or 1 gives both "
         "the same.",
     )

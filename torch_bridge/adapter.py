@@ -34,6 +34,7 @@ from torch_bridge.tokenizer_files import write_tokenizer
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TORCH_WEIGHTS = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which has no ".weight" behind its name
 _NOTHING: tuple[Any, ...] = (None, [], "")  # values of settings that choose no module or layer
 
 
@@ -101,7 +102,7 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     The folder may also be a checkpoint of a run: "out/checkpoints/500", "out/checkpoints/best" (with the lowest
     evaluation loss) or "out/checkpoints/latest".
 
-    Supports LoRA and rsLoRA, in all layers or in some of them for each projection, with ranks and alphas per
+    Supports LoRA, rsLoRA and DoRA, in all layers or in some of them for each projection, with ranks and alphas per
     projection, and a head and an embedding in `modules_to_save`. Any other setting that changes the results of an
     adapter raises an error that names the setting. A missing or an extra tensor raises an error that names the tensor.
 
@@ -162,15 +163,16 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
         model.embedding.set_value(jnp.asarray(read[_key("embed_tokens")]))
     if "lm_head" in whole and not model.config.tie_word_embeddings:
         model.lm_head.set_value(jnp.asarray(read[_key("lm_head")]))
-    layers: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    layers: dict[str, list[tuple[np.ndarray, ...]]] = {}
     for place in adapter_places(model, layers_of_adapters(model)):
         module = f"{_PREFIX}{place.module}"
         factors = place.from_peft(read[f"{module}.lora_A.weight"], read[f"{module}.lora_B.weight"])
-        layers.setdefault(place.name, []).append(factors)
-    for projection, factors in adapters(model).items():
-        lora_a, lora_b = map(np.stack, zip(*layers[projection], strict=True))
-        factors.lora_a.set_value(jnp.asarray(lora_a))
-        factors.lora_b.set_value(jnp.asarray(lora_b))
+        magnitude = (read[f"{module}.{_MAGNITUDE}"],) if lora.use_dora else ()
+        layers.setdefault(place.name, []).append((*factors, *magnitude))
+    for projection, one in adapters(model).items():
+        parameters = [x for x in (one.lora_a, one.lora_b, one.magnitude) if x is not None]
+        for parameter, arrays in zip(parameters, zip(*layers[projection], strict=True), strict=True):
+            parameter.set_value(jnp.asarray(np.stack(arrays)))
     return model
 
 
@@ -245,16 +247,21 @@ def _untie_if_apart(model: Transformer, matrices: Sequence[np.ndarray], path: Pa
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     """Returns the trained tensors of a model with adapters by their PEFT names, in float32.
 
-    These are `lora_A` and `lora_B` of each layer's modules, see `AdapterPlace`, and the matrices of `modules_to_save`.
+    These are `lora_A` and `lora_B` of each layer's modules, see `AdapterPlace`, with DoRA also their
+    `lora_magnitude_vector`, and the matrices of `modules_to_save`.
     """
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
     for place in adapter_places(model, layers_of_adapters(model)):
-        factors, name = found[place.name].at(place.layer), f"{_PREFIX}{place.module}"
-        assert factors is not None, "the layer has no adapter"
-        lora_a, lora_b = (np.asarray(factor, np.float32) for factor in factors)
+        arrays, name = found[place.name].at(place.layer), f"{_PREFIX}{place.module}"
+        assert arrays is not None, "the layer has no adapter"
+        lora_a, lora_b = (np.asarray(factor, np.float32) for factor in arrays[:2])
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = place.to_peft(lora_a, lora_b)
-    assert len(tensors) == 2 * sum(len(one.lora_a) for one in found.values()), "an adapter has no place in the file"
+        if arrays.magnitude is not None:
+            tensors[f"{name}.{_MAGNITUDE}"] = np.asarray(arrays.magnitude, np.float32)
+    per_layer = {name: 2 if one.magnitude is None else 3 for name, one in found.items()}
+    expected = sum(per_layer[name] * len(one.lora_a) for name, one in found.items())
+    assert len(tensors) == expected, "an adapter has no place in the file"
     for name in model.lora_config.modules_to_save if model.lora_config else ():
         matrix = model.head if name == "lm_head" else weight_of(model.embedding)
         tensors[_key(name)] = np.asarray(matrix.dense(jnp.float32))
@@ -274,6 +281,8 @@ def _expected_shapes(model: Transformer, lora: LoraConfig, copies: Sequence[str]
         rank = lora.rank_of(place.name) * max(1, place.num_experts)
         expected[f"{name}.lora_A.weight"] = (rank, in_features)
         expected[f"{name}.lora_B.weight"] = (out_features, rank)
+        if lora.use_dora:
+            expected[f"{name}.{_MAGNITUDE}"] = (out_features,)
     for name in (*lora.modules_to_save, *copies):
         expected[_key(name)] = (model.config.vocab_size, model.config.hidden_size)
     return expected

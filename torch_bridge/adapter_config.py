@@ -37,7 +37,7 @@ _TOLD |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}
 _TOLD |= {"fan_in_fan_out"}  # PEFT turns this off for linear layers, and all projections are linear layers
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern"}
 _READ |= {"alpha_pattern", "modules_to_save", "ensure_weight_tying", "init_lora_weights", "bias"}
-_READ |= {"exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
+_READ |= {"use_dora", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
 # The values of `init_lora_weights` that are accepted: they change no base weight.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Other values whose beginnings are known. With these PEFT changes base weights, again each time it reads the adapter.
@@ -147,6 +147,7 @@ def read_lora_config(model: Transformer, peft: Mapping[str, Any], path: Path) ->
             lora_alpha=peft.get("lora_alpha", 8),
             lora_dropout=peft.get("lora_dropout", 0.0),
             use_rslora=peft.get("use_rslora", False),
+            use_dora=peft.get("use_dora", False),
             target_modules=names_for(model, layers_of(targets)),
             target_parameters=names_for(model, layers_of(parameters)),
             rank_pattern=tuple(ranks.items()),
@@ -319,7 +320,7 @@ def peft_config(model: Transformer) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # an integer in PEFT
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "target_modules": sorted(modules if alike else names_for(model, modules)),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import NumberedWeight, Weight
-from jaxpack.model.linear import Linear, LoraAdapter, spread_adapters
+from jaxpack.model.linear import AdapterArrays, Linear, LoraAdapter, spread_adapters
 from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.model.moe import Experts, experts_of
 from jaxpack.model.mxfp4 import MXFP4Weight
@@ -214,9 +214,9 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
     for name, tensor in model_tensors(model):
         entry, layer = table[name]
         adapter = _adapter_of(model, entry)
-        factors = None if adapter is None or layer is None else adapter.at(layer)
-        if adapter is not None and factors is not None:
-            merged, differs = _merge_and_compare(tensor, *factors, scaling=adapter.scaling, dtype=dtype)
+        arrays = None if adapter is None or layer is None else adapter.at(layer)
+        if adapter is not None and arrays is not None:
+            merged, differs = _merge_and_compare(tensor, *arrays, scaling=adapter.scaling, dtype=dtype)
             changed.append(bool(differs))
             yield name, merged
         else:
@@ -236,17 +236,25 @@ def merge(
     weight: Float[Array, "*E O I"],
     lora_a: Float[Array, "*E R I"],
     lora_b: Float[Array, "*E O R"],
+    magnitude: Float[Array, "*E O"] | None,
     scaling: float,
     dtype: DTypeLike,
 ) -> Float[Array, "*E O I"]:
-    """Returns `weight + scaling * lora_b @ lora_a`, computed in float32 and rounded to `dtype` at the end."""
+    """Returns `weight + scaling * lora_b @ lora_a`, computed in float32 and rounded to `dtype` at the end.
+
+    Its rows are scaled to the norms that a `magnitude` gives, except those whose magnitude is `NO_MAGNITUDE`.
+    """
     product = jnp.matmul(lora_b, lora_a, precision="highest", preferred_element_type=jnp.float32)
-    return (weight.astype(jnp.float32) + scaling * product).astype(dtype)
+    merged = weight.astype(jnp.float32) + scaling * product
+    if magnitude is not None:
+        norms = jnp.maximum(jnp.linalg.norm(merged, axis=-1), 1e-15)  # as in training, see `row_norms`
+        merged *= jnp.where(jnp.isinf(magnitude), 1.0, magnitude / norms)[..., None]
+    return merged.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("scaling", "dtype"))
-def _merge_and_compare(weight, lora_a, lora_b, *, scaling, dtype):
-    merged = merge(weight, lora_a, lora_b, scaling, dtype)
+def _merge_and_compare(weight, lora_a, lora_b, magnitude, *, scaling, dtype):
+    merged = merge(weight, lora_a, lora_b, magnitude, scaling, dtype)
     return merged, jnp.any(merged != weight.astype(dtype))
 
 
@@ -284,7 +292,7 @@ class MergedWeight(NumberedWeight):
     """Holds a weight and its adapters; each read merges one layer anew, rounded as in the written file."""
 
     base: Weight
-    factors: list[Any]  # for each part, `lora_a` and `lora_b`, or None
+    adapters: list[AdapterArrays | None]  # for each part
     parts: tuple[_Part, ...] = dataclasses.field(metadata={"static": True})
     written: str = dataclasses.field(metadata={"static": True})  # the dtype of the file
 
@@ -294,13 +302,13 @@ class MergedWeight(NumberedWeight):
         if isinstance(module, Experts) and module.lora:  # The factors of all experts have an axis for the experts.
             (one,) = module.lora.values()
             part = _Part(base.shape[-2], one.scaling)
-            return cls(base, [(one.lora_a[...], one.lora_b[...])], (part,), dtype)
+            return cls(base, [one.arrays], (part,), dtype)
         if not isinstance(module, Linear):
             return cls(base, [None], (_Part(base.shape[-2], None),), dtype)
-        adapters = [(size, module.lora.get(name)) for name, size in module.projections]
-        factors = [None if one is None else (one.lora_a[...], one.lora_b[...]) for _, one in adapters]
-        parts = tuple(_Part(size, None if one is None else one.scaling) for size, one in adapters)
-        return cls(base, factors, parts, dtype)
+        found = [(size, module.lora.get(name)) for name, size in module.projections]
+        arrays = [None if one is None else one.arrays for _, one in found]
+        parts = tuple(_Part(size, None if one is None else one.scaling) for size, one in found)
+        return cls(base, arrays, parts, dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -314,17 +322,16 @@ class MergedWeight(NumberedWeight):
 
     def dense(self, dtype: DTypeLike) -> Float[Array, "O I"]:
         """Returns the merged matrix: rounded as in the file, then cast."""
-        base, factors = self.base, self.factors
+        base, adapters = self.base, self.adapters
         if self.layer is not None:
             base = base.at(self.layer)
-            factors = [None if pair is None else tuple(factor[self.layer] for factor in pair) for pair in factors]
+            adapters = jax.tree.map(lambda array: array[self.layer], adapters)
         weight, rows, first = base.dense(base.dtype), [], 0
-        for part, pair in zip(self.parts, factors, strict=True):
+        for part, arrays in zip(self.parts, adapters, strict=True):
             here = jax.lax.slice_in_dim(weight, first, first + part.size)
-            if pair is not None and part.scaling is not None:
-                lora_a, lora_b = pair
-                matrices = here.reshape(*lora_b.shape[:-1], here.shape[-1])
-                here = merge(matrices, lora_a, lora_b, part.scaling, self.written).reshape(here.shape)
+            if arrays is not None and part.scaling is not None:
+                matrices = here.reshape(*arrays.lora_b.shape[:-1], here.shape[-1])
+                here = merge(matrices, *arrays, part.scaling, self.written).reshape(here.shape)
             rows.append(here.astype(self.written))
             first += part.size
         return jnp.concatenate(rows).astype(dtype)

@@ -31,6 +31,7 @@ GROUPS = {
         "lora_alpha",
         "lora_dropout",
         "use_rslora",
+        "use_dora",
         "target_modules",
         "exclude_modules",
         "layers_to_transform",

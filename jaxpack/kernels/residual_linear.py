@@ -111,7 +111,6 @@ def _gated_forward(residual, gate_up, weight, a, b, has_residual, activation, im
 
 
 def _gated_primal(residual, gate_up, weight, a, b, activation, implementation):
-    gate_up = checkpoint_name(gate_up, "gate_up")
     product = gated_activation(gate_up, activation=activation, implementation=implementation)
     out, xa = _add_projected(residual, product, weight, a, b, implementation)
     return out, (gate_up, weight, a, b, xa)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
@@ -47,8 +46,8 @@ class Attention(nnx.Module):
         """Returns `x + attention(norm(x))`, and the cache slot with these tokens' keys and values written."""
         config = self.config
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-        x, heads = self.qkv.norm_project(norm, x, context, keys[0])
-        heads = checkpoint_name(heads, "heads").reshape(*x.shape[:2], N + 2 * K, H)
+        x, heads = self.qkv.norm_project(norm, x, context, keys[0], name="heads")
+        heads = heads.reshape(*x.shape[:2], N + 2 * K, H)
         if slot is not None:
             mixed, slot = self._cached(heads, context, slot)
         else:
@@ -103,13 +102,14 @@ class Attention(nnx.Module):
         attention's backward pass reads; and "attention", the output and the float32 log-sum-exp of the attention
         kernel. If "attention" is kept, the forward kernel does not run again. Without head norms, "qkv" holds the
         rotated heads. With head norms, it holds the heads as projected, and the backward pass norms and rotates them
-        again.
+        again. Only the derivative of DoRA's magnitudes reads "heads".
         """
         config, size = self.config, context.itemsize
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim  # channels; k and v alike
         heads_bytes = (q + 2 * kv) * size
         turn = Cost(bytes=2 * (q + kv) * size)
-        heads = self.qkv.norm_project_cost(norm, context).name_output("heads", heads_bytes, only_for="qkv")
+        only_for = None if self.qkv.has_magnitudes else "qkv"
+        heads = self.qkv.norm_project_cost(norm, context).name_output("heads", heads_bytes, only_for=only_for)
         if config.qk_norm:
             turned = PartCost(unnamed=turn, shared_bytes=(q + kv) * size).name_output("qkv", heads_bytes)
         else:

@@ -28,7 +28,7 @@ class FeedForward(nnx.Module):
         self, norm: RMSNorm, x: Float[Array, "B T D"], context: RowContext, keys: Key[Array, "2 B"] | NoKeys
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns `x + down(act(gate(n)) * up(n))` with `n = norm(x)`, and None, as it has no router."""
-        x, gate_up = self.gate_up.norm_project(norm, x, context, keys[0])
+        x, gate_up = self.gate_up.norm_project(norm, x, context, keys[0], name="gate_up")
         options = {"gated": self.activation, "post_norm": self.post_norm}
         return self.down.project_residual(x, gate_up, context, keys[1], **options), None
 

@@ -5,7 +5,7 @@ Projections that read the same input (query, key and value; gate and up) are row
 matmul instead of two or three.
 """
 
-from typing import TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxpack.constants import Activation, Implementation
 from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.extended import unsupported_reason
 from jaxpack.kernels.gated_activation import gated_activation
+from jaxpack.kernels.magnitude import row_norms, scale_channels
 from jaxpack.kernels.normed_linear import normed_linear
 from jaxpack.kernels.residual_linear import gated_residual_linear, residual_linear
 from jaxpack.model.context import RowContext
@@ -33,6 +34,7 @@ class LoraAdapter(nnx.Module):
     """Adds `scaling * lora_b @ lora_a` to one projection's weight: float32 factors, applied in the input's dtype.
 
     Attributes:
+      magnitude: with DoRA, the norms to which the rows of the adapted weight are scaled, float32; None without DoRA.
       layers: the layers that have the adapter, in ascending order, over which the factors are then stacked; None if all
         layers have it.
     """
@@ -44,21 +46,39 @@ class LoraAdapter(nnx.Module):
         scaling: float,
         dropout: float,
         layers: tuple[int, ...] | None = None,
+        magnitude: Float[Array, "*L O"] | None = None,
     ):
         self.lora_a = nnx.LoRAParam(lora_a)
         self.lora_b = nnx.LoRAParam(lora_b)
         self.scaling = scaling
         self.dropout = dropout
         self.layers = layers
+        self.magnitude = None if magnitude is None else nnx.LoRAParam(magnitude)
 
-    def at(self, layer: int) -> tuple[Float[Array, "*E R I"], Float[Array, "*E O R"]] | None:
-        """Returns both factors of one layer, or None if that layer has no adapter."""
-        if self.layers is None:
-            return self.lora_a[layer], self.lora_b[layer]
-        if layer not in self.layers:
+    def at(self, layer: int) -> "AdapterArrays | None":
+        """Returns the arrays of one layer, or None if that layer has no adapter."""
+        if self.layers is not None and layer not in self.layers:
             return None
-        place = self.layers.index(layer)
-        return self.lora_a[place], self.lora_b[place]
+        place = layer if self.layers is None else self.layers.index(layer)
+        lora_a, lora_b, magnitude = self.arrays
+        return AdapterArrays(lora_a[place], lora_b[place], None if magnitude is None else magnitude[place])
+
+    @property
+    def arrays(self) -> "AdapterArrays":
+        """Returns the arrays of all layers that have the adapter."""
+        magnitude = None if self.magnitude is None else self.magnitude[...]
+        return AdapterArrays(self.lora_a[...], self.lora_b[...], magnitude)
+
+
+class AdapterArrays(NamedTuple):
+    """Holds the arrays of an adapter, of one layer or stacked over layers. See `LoraAdapter`."""
+
+    lora_a: Float[Array, "*E R I"]
+    lora_b: Float[Array, "*E O R"]
+    magnitude: Float[Array, "*E O"] | None
+
+
+NO_MAGNITUDE = np.inf  # of the rows in layers without a DoRA adapter: they stay as they are
 
 
 def spread_adapters(blocks: Blocks, num_layers: int) -> Blocks:
@@ -75,10 +95,11 @@ def spread_adapters(blocks: Blocks, num_layers: int) -> Blocks:
         if adapter.layers is None:
             continue
         places = np.array(adapter.layers)
-        for name in ("lora_a", "lora_b"):
-            some = getattr(adapter, name)[...]
-            zeros = jnp.zeros((num_layers, *some.shape[1:]), some.dtype)
-            every = zeros.at[places].set(some, indices_are_sorted=True, unique_indices=True)
+        for name, some in adapter.arrays._asdict().items():
+            if some is None:
+                continue
+            filled = jnp.full((num_layers, *some.shape[1:]), NO_MAGNITUDE if name == "magnitude" else 0, some.dtype)
+            every = filled.at[places].set(some, indices_are_sorted=True, unique_indices=True)
             setattr(adapter, name, nnx.LoRAParam(every))
         adapter.layers = None
     return view
@@ -88,7 +109,8 @@ def spread_size(adapter: LoraAdapter, num_layers: int) -> int:
     """Returns the elements of the factors that `spread_adapters` makes for an adapter, whose arrays may be abstract."""
     if adapter.layers is None:
         return 0
-    return num_layers * sum(factor.size // factor.shape[0] for factor in (adapter.lora_a, adapter.lora_b))
+    arrays = [array for array in (adapter.lora_a, adapter.lora_b, adapter.magnitude) if array is not None]
+    return num_layers * sum(array.size // array.shape[0] for array in arrays)
 
 
 def _adapters_in(module: nnx.Module) -> list[LoraAdapter]:
@@ -116,26 +138,61 @@ class Linear(nnx.Module):
 
         With a dropout key for each row, dropout acts on the input of the adapters.
         """
+        if self.has_magnitudes:
+            return self._with_magnitudes(x, dropout_keys)
         out = self._biased(weight_of(self.weight).matmul(x))
         lora_a, lora_b = self.factors()
         if lora_a is None or lora_b is None:
             return out
         if self.has_dropout(dropout_keys):
-            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self._dropout, x.shape[1:]))(dropout_keys)
-            kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
-            x = jnp.where(keep, kept, 0)
+            x = self._dropped(x, dropout_keys)
         return out + x @ lora_a.astype(x.dtype).T @ lora_b.astype(x.dtype).T
 
+    def _dropped(self, x: Float[Array, "B T I"], dropout_keys: Key[Array, " B"]) -> Float[Array, "B T I"]:
+        """Returns what dropout leaves of the input of the adapters."""
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self._dropout, x.shape[1:]))(dropout_keys)
+        kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
+        return jnp.where(keep, kept, 0)
+
+    def _with_magnitudes(
+        self, x: Float[Array, "B T I"], dropout_keys: Key[Array, " B"] | None
+    ) -> Float[Array, "B T O"]:
+        """Returns all projections of `x` with DoRA, in plain jnp.
+
+        With dropout, the change of the rows' norms acts on what dropout leaves of `x`, too, as in PEFT.
+        """
+        weight, (lora_a, lora_b) = weight_of(self.weight), self.factors()
+        if lora_a is None or lora_b is None:
+            raise AssertionError("magnitudes belong to adapters")
+        dropped = self._dropped(x, dropout_keys) if self.has_dropout(dropout_keys) else x
+        base = weight.matmul(dropped)
+        adapted = base + dropped @ lora_a.astype(x.dtype).T @ lora_b.astype(x.dtype).T
+        out = self._scaled(adapted, x)
+        if dropped is not x:
+            out += weight.matmul(x) - base
+        return self._biased(out)
+
     def norm_project(
-        self, norm: "RMSNorm", x: Float[Array, "B T I"], context: RowContext, dropout_keys: Key[Array, " B"] | None
+        self,
+        norm: "RMSNorm",
+        x: Float[Array, "B T I"],
+        context: RowContext,
+        dropout_keys: Key[Array, " B"] | None,
+        *,
+        name: str,
     ) -> tuple[Float[Array, "B T I"], Float[Array, "B T O"]]:
-        """Returns `x` for the residual connection, and all projections of `norm(x)`, concatenated."""
+        """Returns `x` for the residual connection, and all projections of `norm(x)`, concatenated.
+
+        The projections have this name for the choices of `remat`.
+        """
         if context.apart or self.has_dropout(dropout_keys):
-            return x, self(norm(x), dropout_keys)
+            return x, checkpoint_name(self(norm(x), dropout_keys), name)
         weights = norm.weight, weight_of(self.weight), *self.factors()
         implementation = self._fitting(context.implementation, x)
         x, out = normed_linear(x, *weights, eps=norm.eps, implementation=implementation)
-        return x, self._biased(out)
+        if self.has_magnitudes:
+            return x, self._biased(self._scaled(out, x, name))
+        return x, checkpoint_name(self._biased(out), name)
 
     def project_residual(
         self,
@@ -152,10 +209,12 @@ class Linear(nnx.Module):
         With `gated`, `x` holds gate and up, concatenated, and `act(gate) * up` is projected instead of `x`.
         """
         implementation = context.implementation
-        base = residual if post_norm is None else None
+        # With DoRA, the projection is scaled before it is added.
+        base = residual if post_norm is None and not self.has_magnitudes else None
+        is_named = False
         if context.apart or self.has_dropout(dropout_keys):
             if gated is not None:  # the adapter needs the product as an array, perhaps for dropout
-                x = gated_activation(checkpoint_name(x, "gate_up"), activation=gated, implementation=implementation)
+                x = gated_activation(x, activation=gated, implementation=implementation)
             out = self(x, dropout_keys)
             out = out if base is None else base + out
         else:
@@ -165,8 +224,37 @@ class Linear(nnx.Module):
                 out = residual_linear(base, x, *weights, implementation=implementation)
             else:
                 out = gated_residual_linear(base, x, *weights, activation=gated, implementation=implementation)
+            if self.has_magnitudes:
+                out, is_named = self._scaled(out, residual, "branch"), True
             out = self._biased(out)
-        return out if post_norm is None else residual + post_norm(checkpoint_name(out, "branch"))
+        if base is not None:
+            return out
+        out = out if is_named else checkpoint_name(out, "branch")
+        return residual + (out if post_norm is None else post_norm(out))
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Returns whether a projection has a DoRA adapter."""
+        return any(adapter.magnitude is not None for adapter in self.lora.values())
+
+    def _scaled(
+        self, out: Float[Array, "*B O"], after: Float[Array, "*B F"], name: str | None = None
+    ) -> Float[Array, "*B O"]:
+        """Returns adapted projections with the rows of their weight scaled to the magnitudes of DoRA."""
+        lora_a, lora_b = self.factors()
+        if lora_a is None or lora_b is None:
+            raise AssertionError("magnitudes belong to adapters")
+        # Every choice of `remat` keeps the norms, which are small: no second pass over the weight computes them again.
+        norms = checkpoint_name(row_norms(weight_of(self.weight), lora_a, lora_b, after), "lora")
+        given = [(size, self.lora.get(projection)) for projection, size in self.projections]
+        magnitudes = [
+            jnp.full(size, NO_MAGNITUDE, jnp.float32)
+            if adapter is None or adapter.magnitude is None
+            else adapter.magnitude[...]
+            for size, adapter in given
+        ]
+        magnitude = jnp.concatenate(magnitudes)
+        return scale_channels(out, jnp.where(jnp.isinf(magnitude), 1.0, magnitude / norms), name)
 
     def norm_project_cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of `norm_project`, whose output is the projections.
@@ -185,7 +273,8 @@ class Linear(nnx.Module):
             output=Cost(matmul=2 * matrix),
             backward=Cost(bytes=2 * R * size) + (NO_COST if context.casts_weights else copied),
         )
-        return norm.cost(context) + rows + PartCost(backward=self._gradient_cost(matrix, context))
+        scaled = self._magnitude_cost(context)
+        return norm.cost(context) + rows + scaled + PartCost(backward=self._gradient_cost(matrix, context))
 
     def project_residual_cost(
         self, context: CostContext, *, gated: bool = False, post_norm: RMSNorm | None = None
@@ -193,8 +282,9 @@ class Linear(nnx.Module):
         """Returns the cost of `project_residual`, whose output is the residual stream.
 
         The cost names "lora", the product of the input with the adapters' A factors, which is so small that every
-        choice of `remat` keeps it. With a `post_norm` it also names "branch", the input of that norm. The input of the
-        projection is counted by the part that names it.
+        choice of `remat` keeps it. With a `post_norm`, whose input it is, and with DoRA, whose derivative reads it, the
+        cost also names "branch", the projection before it is added. The input of the projection is counted by the part
+        that names it.
         """
         (O, I), R, size = self._shape, self.rank, context.itemsize  # noqa: E741
         matrix = (O + R) * I  # elements of the weight with the adapters' A factors appended as rows
@@ -208,9 +298,20 @@ class Linear(nnx.Module):
             part += PartCost(backward=Cost(bytes=2 * O * size))
         if gated:  # the gated activation; then its gradient, which also recomputes the product
             part += PartCost(output=Cost(bytes=3 * I * size), backward=Cost(bytes=6 * I * size))
+        part += self._magnitude_cost(context)
+        if post_norm is not None or self.has_magnitudes:
+            part = part.name_output("branch", O * size)
         if post_norm is not None:
-            part = part.name_output("branch", O * size) + post_norm.cost(context, adds_residual=True)
+            part += post_norm.cost(context, adds_residual=True)
         return PartCost(named={"lora": NamedActivation(R * size)}) + part
+
+    def _magnitude_cost(self, context: CostContext) -> PartCost:
+        """Returns the work that DoRA adds: the norms, from two passes over the weight, and scaled channels."""
+        if not self.has_magnitudes:
+            return PartCost()
+        (O, I), size = self._shape, context.itemsize  # noqa: E741
+        norms = self._copy_cost(O * I, context) + Cost(weight_bytes=2 * O * I * size)
+        return PartCost(output=Cost(bytes=2 * O * size) + norms, backward=Cost(bytes=3 * O * size))
 
     def _copy_cost(self, matrix: int, context: CostContext) -> Cost:
         """Returns the work to read the weight as it is stored, and to write the dense matrix that a matmul reads."""

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from jaxpack.constants import WHOLE_MODULES
 from jaxpack.errors import InputError, check_type
+from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.moe import Experts, experts_of
 from jaxpack.model.targets import Layers, chosen_layers, ends_with, names_for
@@ -22,7 +26,8 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
 
     The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32. They are
     stacked over the layers that have the adapter, which may be other layers for each projection. Experts get adapters
-    only if `target_parameters` names their matrices.
+    only if `target_parameters` names their matrices. With DoRA, the magnitudes start as the norms of the rows of the
+    weights, which are read for this if they are still in their files.
 
     Raises:
       InputError: a name in `target_modules` or `target_parameters` is no projection, or no experts' matrix, of this
@@ -47,7 +52,7 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     whole = set(config.modules_to_save)
     if model.config.tie_word_embeddings and len(whole) == 1:
         raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
-    if whole:  # They are trained from copies of the weights.
+    if whole or config.use_dora:  # They are trained from copies of the weights, and magnitudes from their norms.
         model.read_weights()
     attributes = {"embed_tokens": "embedding", "lm_head": model.head_name}
     trained = {attributes[name] for name in whole}
@@ -58,20 +63,27 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
             setattr(model, name, TRAINED(weight_of(variable).dense(model.dtype)))
     rngs = nnx.Rngs(config.seed)
 
-    def adapter(name: str, experts: tuple[int, ...], out_features: int, in_features: int) -> LoraAdapter:
+    def adapter(
+        name: str, experts: tuple[int, ...], out_features: int, in_features: int, magnitude: Any = None
+    ) -> LoraAdapter:
         rank, bound = config.rank_of(name), 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5))
         layers = chosen[name]
         stack = (len(layers), *experts)
         lora_a = jax.random.uniform(rngs.params(), (*stack, rank, in_features), jnp.float32, -bound, bound)
         lora_b = jnp.zeros((*stack, out_features, rank), jnp.float32)
         some = layers if len(layers) < model.config.num_layers else None
-        return LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout, some)
+        return LoraAdapter(lora_a, lora_b, config.scaling_of(name), config.lora_dropout, some, magnitude)
 
     linears = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
     for linear in linears:
+        first = 0
         for name, size in linear.projections:
             if name in chosen:
-                linear.lora[name] = adapter(name, (), size, linear.weight.shape[-1])
+                norms = None
+                if config.use_dora:
+                    norms = _norms(weight_of(linear.weight), chosen[name], first, size, model.dtype)
+                linear.lora[name] = adapter(name, (), size, linear.weight.shape[-1], norms)
+            first += size
     for module in experts:
         *_, rows, in_features = module.weight.shape
         E = module.num_experts
@@ -91,6 +103,12 @@ def _with_full_names(config: LoraConfig, experts: list[Experts], parameters: tup
         for field in ("rank_pattern", "alpha_pattern")
     }
     return dataclasses.replace(config, target_parameters=parameters, **patterns)
+
+
+def _norms(weight: Weight, layers: tuple[int, ...], first: int, size: int, dtype: DTypeLike) -> Float[Array, "L O"]:
+    """Returns the norms of a projection's rows in some layers, float32."""
+    rows = (weight.at(layer).dense_rows(first, size, dtype).astype(jnp.float32) for layer in layers)
+    return jnp.stack([jnp.linalg.norm(one, axis=1) for one in rows])
 
 
 def untie(model: Transformer) -> None:

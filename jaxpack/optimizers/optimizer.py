@@ -68,8 +68,12 @@ def _direction(config: TrainConfig, model: Transformer | None) -> optax.Gradient
     return scale_by_muon_or_adam(adam, rows, **by_name(config.optim_args))
 
 
+_LORA_B = ("lora_b", "magnitude")
+
+
 def _is_lora_b(parameters: nnx.State) -> nnx.State:
-    return jax.tree_util.tree_map_with_path(lambda path, _: "lora_b" in _names(path), parameters)
+    """Says which parameters have the learning rate of LoRA+: as in PEFT, lora_B and the vectors, DoRA's magnitudes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _names(path).isdisjoint(_LORA_B), parameters)
 
 
 def _momentum(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:

@@ -80,7 +80,7 @@ _STEP_SIZE = "per_device_train_batch_size x devices x gradient_accumulation_step
 _BEFORE = {"optim": "adamw", "optim_args": [], "lr_scheduler_kwargs": [], "loraplus_lr_ratio": None, "streaming": False}
 _BEFORE |= {"completion_only_loss": True, "instruction_part": None, "response_part": None}
 _BEFORE |= {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "z_loss_coef": 0.0}
-_BEFORE |= {"neftune_noise_alpha": None} | {
+_BEFORE |= {"neftune_noise_alpha": None, f"{ADAPTERS}use_dora": False} | {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
     if field.default is not dataclasses.MISSING and field.name != "name_or_path"

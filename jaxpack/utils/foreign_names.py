@@ -129,8 +129,8 @@ _ANSWERS = {
     "call `add_lora`: a model with adapters trains these alone": "use_peft",
     "leave it out: no bias is trained beside the adapters, which is PEFT's 'none'": "bias",
     "leave it out: adapters have no bias": "lora_bias",
-    "leave it out: adapters are LoRA or, with `use_rslora`, rank-stabilised LoRA": (
-        "use_dora use_qalora qalora_group_size use_bdlora alora_invocation_tokens arrow_config kasa_config "
+    "leave it out: adapters are LoRA, with `use_rslora` rank-stabilised LoRA, or with `use_dora` DoRA": (
+        "use_qalora qalora_group_size use_bdlora alora_invocation_tokens arrow_config kasa_config "
         "velora_config monteclora_config"
     ),
     "leave it out: `lora_A` starts at random and `lora_B` at zero": (

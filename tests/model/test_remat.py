@@ -187,11 +187,11 @@ def kept_bytes(arrays, model: Transformer, remat: Remat) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays if counts(x))
 
 
-ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), None]
+ADAPTERS = [LoraConfig(r=8), LoraConfig(r=24, target_modules="q_proj,up_proj"), LoraConfig(r=8, use_dora=True), None]
 
 
 @pytest.mark.one_in(4)
-@pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "few", "full"])
+@pytest.mark.parametrize("lora", ADAPTERS, ids=["lora", "few", "dora", "full"])
 @pytest.mark.parametrize("remat", CHOICES)
 @pytest.mark.parametrize("any_family", ["qwen3", "gemma3", *slow([("llama",), ("qwen2",)])])
 def test_what_is_kept_has_the_bytes_that_are_predicted(any_family, lora, remat):

@@ -1,5 +1,6 @@
 """Tests that LoRA+ has PEFT's updates, changes nothing where it is off, and is refused where there is no adapter."""
 
+import dataclasses
 import re
 
 import jax
@@ -30,7 +31,8 @@ def torch_model(model) -> torch.nn.Module:
     for _ in range(2):
         sizes = {name: (ours[name].lora_a.shape[-1], ours[name].lora_b.shape[-2]) for name in NAMES}
         layers.append(torch.nn.ModuleDict({name: torch.nn.Linear(*size) for name, size in sizes.items()}))
-    found = peft.get_peft_model(torch.nn.Sequential(layers), peft.LoraConfig(r=4, target_modules=list(NAMES)))
+    config = peft.LoraConfig(r=4, target_modules=list(NAMES), use_dora=model.lora_config.use_dora)
+    found = peft.get_peft_model(torch.nn.Sequential(layers), config)
     for name, parameter in found.named_parameters():
         if parameter.requires_grad:
             layer, side, projection = place_of(name)
@@ -39,13 +41,14 @@ def torch_model(model) -> torch.nn.Module:
 
 
 def place_of(name: str) -> tuple[int, str, str]:
-    """Returns the layer, the factor and the projection of one of PEFT's parameters."""
-    layer, projection, side = re.search(r"\.(\d)\.(\w+_proj)\.(lora_\w)", name).groups()
-    return int(layer), side.lower(), projection
+    """Returns the layer, the array and the projection of one of PEFT's parameters."""
+    layer, projection, array = re.search(r"\.(\d)\.(\w+_proj)\.(lora_(?:[AB]|magnitude))", name).groups()
+    return int(layer), "magnitude" if array == "lora_magnitude" else array.lower(), projection
 
 
-def test_updates_are_those_of_peft():
-    model = small_model("llama", lora=LORA)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_updates_are_those_of_peft(use_dora):
+    model = small_model("llama", lora=dataclasses.replace(LORA, use_dora=use_dora))
     theirs = torch_model(model)
     their_optimizer = peft_optimizers.create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
@@ -72,7 +75,7 @@ def test_updates_are_those_of_peft():
             # Adam's updates are about the learning rate, rounded to float32 a few times.
             np.testing.assert_allclose(by_name["lora", projection, side][layer], parameter.detach(), atol=1e-6)
             compared += 1
-    assert compared == 2 * 2 * 2  # layers, projections, factors
+    assert compared == 2 * 2 * (2 + use_dora)  # layers, projections, factors with magnitudes
 
 
 def arrays_of(tree) -> list[tuple[tuple[str, ...], jax.Array]]:

@@ -62,7 +62,7 @@ CASES = {
         lora=LoraConfig(r=8, lora_dropout=0.3),
         dropout=True,
     ),
-    "adapters, in shards": Case(((1, 8),)),
+    "adapters, in shards": Case(((1, 8),), LoraConfig(r=8, use_dora=True)),
     "all weights, padded": Case(
         ((8, 1), (1, 8)), lora=None, layout="padded", rows=16, family="llama", changes={"vocab_size": 104}
     ),

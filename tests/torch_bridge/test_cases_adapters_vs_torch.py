@@ -281,7 +281,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lora_ga": ({"init_lora_weights": "lora_ga"}, r"`init_lora_weights`.*path_initial_model_for_weight_conversion"),
     "loftq": ({"init_lora_weights": "loftq"}, r"PEFT quantises the base weights.*Merge the adapter with PEFT"),
     "unknown start": ({"init_lora_weights": "zeros"}, r"`init_lora_weights`.*'zeros'.*Merge the adapter with PEFT"),
-    "dora": ({"use_dora": True}, r"`use_dora`.*Merge the adapter with PEFT"),
+    "magnitudes that are missing": (
+        {"use_dora": True},
+        r"6 missing tensors .*lora_magnitude_vector.*Use the base model",
+    ),
     "a layer of two": (
         {"layers_to_transform": 0},
         r"with its `layers_to_transform`.*6 tensors that.*Use the base model",

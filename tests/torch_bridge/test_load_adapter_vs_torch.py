@@ -138,7 +138,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "task_type": {"task_type": "SEQ_CLS"},
     "bias": {"bias": "all"},
     "init_lora_weights": {"init_lora_weights": "pissa"},
-    "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "layers_to_transform": {"layers_to_transform": [0]},
     "exclude_modules": {"exclude_modules": ["v_proj"]},

@@ -309,6 +309,7 @@ def test_checkpoints_from_before_a_setting_go_on_with_the_value_that_it_had() ->
         "label_smoothing_factor",
         "z_loss_coef",
         "neftune_noise_alpha",
+        f"{checkpoint.ADAPTERS}use_dora",
         "experts_bias",
         "attention_sinks",
         "router_aux_loss_coef",
