@@ -16,7 +16,9 @@ from jaxpack.model.weights import TRAINED
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.trainer import Trainer
 
-LORA = LoraConfig(r=4, target_modules="layers.1.self_attn.q_proj,down_proj", rank_pattern="q_proj=2", use_rslora=True)
+LORA = LoraConfig(
+    r=4, target_modules="layers.1.self_attn.q_proj,down_proj", rank_pattern="q_proj=2", use_rslora=True, use_dora=True
+)
 DOCUMENTS = random_documents([17, 40, 3, 31, 9, 28, 5, 64, 70, 80, 55, 33])
 
 
