@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,6 +33,14 @@ class Documents:
     labels: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+
+    @classmethod
+    def joined(cls, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Documents":
+        """Returns documents that are given one by one, each as its tokens and its labels. Copies them."""
+        none = [np.empty(0, np.int32)]
+        tokens, labels = (np.concatenate(none + [pair[i] for pair in pairs]) for i in range(2))
+        lengths = np.array([len(tokens) for tokens, _ in pairs], np.int64)
+        return cls(tokens, labels, np.cumsum(lengths) - lengths, lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,7 +1,9 @@
 """Encodes the rows of datasets into documents, and counts what their user should know of them."""
 
+import datetime
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -12,9 +14,11 @@ from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
 from jaxpack.data.formats import Encoded, Format, RowSettings, Where, format_of
 from jaxpack.data.formatting import FormattingFunc, check_formatting_func, formatted, refuse_documents
+from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.rows import Rows
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 
 
@@ -32,22 +36,58 @@ class EncodedRows(NamedTuple):
 class RowEncoder:
     """Encodes rows with one tokenizer, and prints what was met in them.
 
-    Attributes:
-      wheres: names the rows of each file that was begun.
+    Args:
+      settings: says how rows are read; None takes the defaults.
+      formatting_func, allow_lost_thoughts, date: see `load_documents`.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer | None,
-        template: ChatTemplate | None,
         vocab_size: int,
-        settings: RowSettings,
+        settings: RowSettings | None = None,
+        *,
         formatting_func: FormattingFunc | None = None,
+        allow_lost_thoughts: bool = False,
+        date: datetime.date | None = None,
     ):
-        self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
-        self._settings, self._formatting_func = settings, check_formatting_func(formatting_func)
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._settings = RowSettings() if settings is None else settings
+        self._formatting_func = check_formatting_func(formatting_func)
+        self._template = None
+        if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
+            self._template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
         self._said: set[str] = set()
-        self.wheres: list[Where] = []
+        self._where: Where | None = None  # of the file that was begun last
+        self._counts: Counter[str] = Counter()  # what was met in the files before
+
+    @classmethod
+    def of_run(
+        cls,
+        config: TrainConfig,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        *,
+        date: datetime.date | None,
+        formatting_func: FormattingFunc | None,
+    ) -> "RowEncoder":
+        """Returns the encoder of a run's rows, and gives the tokenizer the run's chat template.
+
+        Args:
+          date: the date for chat templates that write one; None is that of the settings, or today.
+        """
+        if config.chat_template is not None:
+            set_chat_template(tokenizer, config.chat_template)
+        if date is None and config.chat_template_date is not None:
+            date = datetime.date.fromisoformat(config.chat_template_date)
+        return cls(
+            tokenizer,
+            vocab_size,
+            RowSettings.of_run(config),
+            formatting_func=formatting_func,
+            allow_lost_thoughts=config.allow_lost_thoughts,
+            date=date,
+        )
 
     def begin(self, rows: Rows) -> Format | None:
         """Returns the format of the rows of a file, which its first row decides; None if it has no rows."""
@@ -57,8 +97,9 @@ class RowEncoder:
         if first is None:
             return None
         rows.records = itertools.chain([first], rows.records)
-        self.wheres.append(rows.where)
-        return format_of(first, self._tokenizer, self._template, self._settings, rows.where, self._say_once)
+        self._count()
+        self._where = rows.where
+        return format_of(first, self._tokenizer, self._template, self._settings, rows.where, self.say_once)
 
     @property
     def why_masked(self) -> str:
@@ -96,18 +137,19 @@ class RowEncoder:
 
     def say_what_was_met(self) -> None:
         """Prints what the user should know of the rows, with the number of rows in which it was met."""
+        self._count()
         template = self._template
-        if diverging := sum(where.diverging for where in self.wheres):
+        if diverging := self._counts["diverging"]:
             console.print(
                 f"in {diverging:,} rows, the prompt's tokens change when the completion follows: training begins at the"
                 " first token that changes"
             )
-        if written := sum(where.written for where in self.wheres):
+        if written := self._counts["written"]:
             console.print(
                 f"in {written:,} rows, a chat template has already written the text: it begins with"
                 " the BOS token, or ends a turn. No second BOS or end is added"
             )
-        if (unasked := sum(where.unasked for where in self.wheres)) and (parts := self._settings.parts) is not None:
+        if (unasked := self._counts["unasked"]) and (parts := self._settings.parts) is not None:
             console.print(
                 f"in {unasked:,} rows, there is no `instruction_part`, {parts.instruction!r:.80}: all that follows the"
                 " first `response_part` is trained on, but for further response parts",
@@ -132,7 +174,14 @@ class RowEncoder:
                 " tags"
             )
 
-    def _say_once(self, line: str) -> None:
+    def _count(self) -> None:
+        """Adds what was met in the file that was begun last, which is then forgotten: a stream may have many files."""
+        if self._where is not None:
+            self._counts.update({name: getattr(self._where, name) for name in ("diverging", "written", "unasked")})
+        self._where = None
+
+    def say_once(self, line: str) -> None:
+        """Prints a line, unless it was printed before."""
         if line not in self._said:  # the files of a folder are often alike
             self._said.add(line)
             console.print(line)

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,9 +25,10 @@ from jaxpack.data.conversation import (
     read_history,
     read_instruction,
 )
-from jaxpack.data.responses import Parts, Span, response_spans
+from jaxpack.data.responses import Parts, Span, parts_of, response_spans
 from jaxpack.data.tokenizer import Tokenizer, begins_with_bos, tokenize, without_space_before_bos
 from jaxpack.errors import InputError
+from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
 
 Record = Mapping[str, Any]
@@ -42,10 +43,16 @@ Tokenized = Future[Mapping[str, list]]
 TEXT_FIELD = "text"  # the field of plain text, unless the user names another
 
 
+class Lines(Protocol):
+    """Maps rows to the numbers of their lines."""
+
+    def __getitem__(self, row: int) -> int: ...
+
+
 class Where:
     """Names a row in errors as its user knows it, by line or index, and counts rows for a message at the end."""
 
-    def __init__(self, source: str, lines: Sequence[int] | None = None, *, of_arrow: bool = False):
+    def __init__(self, source: str, lines: Lines | None = None, *, of_arrow: bool = False):
         self.source, self.lines = source, lines
         self.of_arrow = of_arrow  # in Arrow, every mapping has the keys of all mappings, some with the value None
         self.diverging = 0  # rows in which the tokens of the prompt change when the completion follows
@@ -65,6 +72,16 @@ class RowSettings:
     assistant_only: bool = True
     completion_only: bool = True
     parts: Parts | None = None
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> "RowSettings":
+        """Returns the settings of a run."""
+        return cls(
+            config.dataset_text_field,
+            config.assistant_only_loss,
+            config.completion_only_loss,
+            parts_of(config.instruction_part, config.response_part),
+        )
 
 
 class Format(NamedTuple):

@@ -152,7 +152,7 @@ class Packer:
             window.tokens,
             window.positions,
         )
-        waiting = _joined(window.waiting)
+        waiting = Documents.joined(window.waiting)
         return {
             "counts": np.array(counts, np.int64),
             "tokens": waiting.tokens,
@@ -204,7 +204,7 @@ class Packer:
             waiting, ready = window.waiting, window.ready
             new = list(itertools.islice(source, self._window))
             is_last = len(new) < self._window
-            documents = _joined(waiting + new)
+            documents = Documents.joined(waiting + new)
             rows = pack_rows(documents.lengths, self._max_length, self._strategy)
             held = np.empty(0, np.int64) if is_last else self._held_back(rows, len(waiting))
             waiting = [piece for row in held.tolist() for piece in _pieces(documents, rows, row)]
@@ -348,13 +348,6 @@ def _checked(record: Any, number: int, where: Where) -> tuple[np.ndarray, np.nda
                 f"`{name}` must be token ids in [0, 2**31){also}, got {ids[is_wrong][0]} in {where(number)}."
             )
     return np.asarray(tokens), np.asarray(labels)
-
-
-def _joined(pieces: _Pieces) -> Documents:
-    none = [np.empty(0, np.int32)]
-    lengths = np.array([len(tokens) for tokens, _ in pieces], np.int64)
-    tokens, labels = (np.concatenate(none + [piece[i] for piece in pieces]) for i in range(2))
-    return Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths)
 
 
 def _pieces(documents: Documents, rows: Rows, row: int) -> _Pieces:

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.conversation import Conversation, plain
 from jaxpack.data.documents import Documents
-from jaxpack.data.encoding import RowEncoder, check_documents
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.formats import TEXT_FIELD, Record, RowSettings, Where, question_of
-from jaxpack.data.formatting import FormattingFunc, refuse_documents
+from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.growing import GrowingArray
 from jaxpack.data.mixing import mix
-from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.reading_progress import ReadingProgress
 from jaxpack.data.responses import parts_of
 from jaxpack.data.rows import rows_of
@@ -102,27 +100,16 @@ def load_documents(
       >>> documents.num_tokens, documents.num_targets
       (3, array([2]))
     """
-    if isinstance(dataset, Documents):
-        refuse_documents(formatting_func)
-        return check_documents(dataset, vocab_size)
-    sources = [source for source in sources_of(dataset) if source.weight != 0]
-    template = None
-    if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
-        template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
     parts = parts_of(instruction_part, response_part)
-    settings = RowSettings(text_field, assistant_only_loss, completion_only_loss, parts)
-    encoder = RowEncoder(tokenizer, template, vocab_size, settings, formatting_func)
-    reader = _Reader(encoder, tokenizer, vocab_size)
-    ends = [reader.read(source) for source in sources]
-    documents = reader.documents()
-    encoder.say_what_was_met()
-    spans = [np.arange(begin, end) for begin, end in itertools.pairwise([0, *ends])]
-    spans = [reader.with_targets(documents, span) for span in spans]
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights:
-        spans = mix(spans, weights, [source.name for source in sources], documents_together, seed)
-    chosen = np.concatenate(spans)
-    return documents if len(chosen) == len(documents) else documents[chosen]
+    encoder = RowEncoder(
+        tokenizer,
+        vocab_size,
+        RowSettings(text_field, assistant_only_loss, completion_only_loss, parts),
+        formatting_func=formatting_func,
+        allow_lost_thoughts=allow_lost_thoughts,
+        date=date,
+    )
+    return _load(dataset, encoder, tokenizer, documents_together, seed)
 
 
 def load_for_run(
@@ -142,26 +129,28 @@ def load_for_run(
     Args:
       date: the date for chat templates that write one; None is that of the settings, or today.
     """
-    if config.chat_template is not None:
-        set_chat_template(tokenizer, config.chat_template)
-    if date is None and config.chat_template_date is not None:
-        date = datetime.date.fromisoformat(config.chat_template_date)
+    encoder = RowEncoder.of_run(config, tokenizer, vocab_size, date=date, formatting_func=formatting_func)
     with errors_name(text_field="dataset_text_field"):
-        return load_documents(
-            dataset,
-            tokenizer,
-            vocab_size=vocab_size,
-            text_field=config.dataset_text_field,
-            assistant_only_loss=config.assistant_only_loss,
-            completion_only_loss=config.completion_only_loss,
-            instruction_part=config.instruction_part,
-            response_part=config.response_part,
-            formatting_func=formatting_func,
-            allow_lost_thoughts=config.allow_lost_thoughts,
-            date=date,
-            documents_together=documents_together,
-            seed=config.seed,
-        )
+        return _load(dataset, encoder, tokenizer, documents_together, config.seed)
+
+
+def _load(
+    dataset: Dataset | Documents, encoder: RowEncoder, tokenizer: Tokenizer | None, documents_together: int, seed: int
+) -> Documents:
+    if isinstance(dataset, Documents):
+        return encoder.check(dataset)
+    sources = [source for source in sources_of(dataset) if source.weight != 0]
+    reader = _Reader(encoder, tokenizer)
+    ends = [reader.read(source) for source in sources]
+    documents = reader.documents()
+    encoder.say_what_was_met()
+    spans = [np.arange(begin, end) for begin, end in itertools.pairwise([0, *ends])]
+    spans = [reader.with_targets(documents, span) for span in spans]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights:
+        spans = mix(spans, weights, [source.name for source in sources], documents_together, seed)
+    chosen = np.concatenate(spans)
+    return documents if len(chosen) == len(documents) else documents[chosen]
 
 
 def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
@@ -191,8 +180,8 @@ def load_prompts(dataset: Dataset, *, chat: bool) -> list[str | Conversation]:
 class _Reader:
     """Reads sources into flat arrays of tokens and labels, which grow in place."""
 
-    def __init__(self, encoder: RowEncoder, tokenizer: Tokenizer | None, vocab_size: int):
-        self._encoder, self._tokenizer, self._vocab_size = encoder, tokenizer, vocab_size
+    def __init__(self, encoder: RowEncoder, tokenizer: Tokenizer | None):
+        self._encoder, self._tokenizer = encoder, tokenizer
         self._tokens, self._lengths = GrowingArray(np.int32, "tokens"), GrowingArray(np.int64, "lengths of documents")
         self._labels: GrowingArray | None = None  # None as long as all labels equal their tokens
         self._begins: list[int] = []  # the number of the first document of each file

@@ -1,6 +1,7 @@
 """Reads rows one after the other: from JSON Lines, JSON, CSV or Parquet, perhaps compressed by gzip, or from memory."""
 
 import array
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -23,6 +24,26 @@ from jaxpack.utils.json_file import parse_json
 
 _CHUNK_ROWS = 1024  # rows that the tokenizer gets at a time; it spreads them over the cores
 _CHUNK_BYTES = 4 << 20  # of their text: the tokenizer takes some forty times as much memory, for a chunk at a time
+
+
+class LineNumbers:
+    """Maps rows to the numbers of the lines on which they begin; takes memory only where these do not count up by 1."""
+
+    def __init__(self) -> None:
+        # The rows that do not begin on the line after the row before, and their lines.
+        self._rows, self._lines = array.array("q"), array.array("q")
+        self._count, self._next = 0, 0
+
+    def append(self, line: int) -> None:
+        """Adds the line of the next row."""
+        if line != self._next:
+            self._rows.append(self._count)
+            self._lines.append(line)
+        self._count, self._next = self._count + 1, line + 1
+
+    def __getitem__(self, row: int) -> int:
+        place = bisect.bisect_right(self._rows, row) - 1
+        return self._lines[place] + row - self._rows[place]
 
 
 @dataclasses.dataclass
@@ -159,7 +180,7 @@ def rows_of(source: Source) -> Iterator[Rows]:
 def _csv_rows(lines: Iterable[bytes], path: Path) -> tuple[Iterator[Record], Where]:
     """Reads a table of texts, whose first row names the fields."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    numbers = array.array("q")  # the line on which each row begins
+    numbers = LineNumbers()
     rows = _csv_lists(lines, path)
     _, header = next(rows, (1, []))
     twice = next((name for name in header if header.count(name) > 1), None)
@@ -275,7 +296,7 @@ def _read_array(records: list, source: str) -> tuple[Iterator[Record], Where]:
 
 def _read_lines(lines: Iterable[bytes], first: int, path: Path) -> tuple[Iterator[Record], Where]:
     """Reads JSON Lines; `first` is the number of the first of the lines in the file."""
-    numbers = array.array("q")
+    numbers = LineNumbers()
 
     def records() -> Iterator[Record]:
         for number, line in enumerate(map(_stripped, lines), first):

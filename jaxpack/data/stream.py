@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import datetime
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sized
@@ -14,18 +13,13 @@ import numpy as np
 
 from jaxpack.constants import IGNORE, LANES
 from jaxpack.data.batching import Batches, BatchSource, StreamEnded, dealt
-from jaxpack.data.chat_template import ChatTemplate
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder
-from jaxpack.data.formats import Record, RowSettings
-from jaxpack.data.formatting import FormattingFunc
-from jaxpack.data.named_templates import set_chat_template
+from jaxpack.data.formats import Record
 from jaxpack.data.packer import Packer
 from jaxpack.data.packing import BatchLimits, PackedBatch
-from jaxpack.data.responses import parts_of
 from jaxpack.data.rows import rows_of
 from jaxpack.data.sources import HubDataset, Source, sources_of
-from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.console import console
@@ -65,8 +59,8 @@ class DocumentStream:
     After the last row, the stream begins again, if the dataset can be read more than once. It then has no end.
 
     Args:
-      dataset, tokenizer, vocab_size, formatting_func, allow_lost_thoughts, date: see `load_documents`.
-      settings: says how rows are read; None takes the defaults.
+      dataset: as for `load_documents`.
+      encoder: encodes the rows.
 
     Attributes:
       begins_again: whether the dataset can be read more than once. A generator and a pipe cannot.
@@ -75,56 +69,18 @@ class DocumentStream:
       InputError: a dataset has a weight; or what `load_documents` raises, which may show while the rows are read.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        tokenizer: Tokenizer | None,
-        *,
-        vocab_size: int,
-        settings: RowSettings | None = None,
-        formatting_func: FormattingFunc | None = None,
-        allow_lost_thoughts: bool = False,
-        date: datetime.date | None = None,
-    ):
-        self._sources = [_streamed(source) for source in sources_of(dataset)]
-        template = None
-        if tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None:
-            template = ChatTemplate(tokenizer, allow_lost_thoughts=allow_lost_thoughts, date=date)
-        self._encoder = RowEncoder(tokenizer, template, vocab_size, settings or RowSettings(), formatting_func)
-        self._said: set[str] = set()
+    def __init__(self, dataset: Any, encoder: RowEncoder):
+        self._sources, self._encoder = [_streamed(source) for source in sources_of(dataset)], encoder
+        self._is_known = False  # whether the user knows what was met in the rows
         self.begins_again = all(_can_be_read_again(source) for source in self._sources)
-
-    @classmethod
-    def for_run(
-        cls,
-        config: TrainConfig,
-        dataset: Any,
-        tokenizer: Tokenizer | None,
-        *,
-        vocab_size: int,
-        date: datetime.date,
-        formatting_func: FormattingFunc | None = None,
-    ) -> "DocumentStream":
-        """Returns the stream of a dataset, with the settings of a run, and gives the tokenizer its chat template."""
-        if config.chat_template is not None:
-            set_chat_template(tokenizer, config.chat_template)
-        return cls(
-            dataset,
-            tokenizer,
-            vocab_size=vocab_size,
-            settings=RowSettings(
-                config.dataset_text_field,
-                config.assistant_only_loss,
-                config.completion_only_loss,
-                parts_of(config.instruction_part, config.response_part),
-            ),
-            formatting_func=formatting_func,
-            allow_lost_thoughts=config.allow_lost_thoughts,
-            date=date,
-        )
 
     def __iter__(self) -> Iterator[Record]:
         return self.skip(0)
+
+    @property
+    def why_masked(self) -> str:
+        """Returns the reasons for which a row may have no token to train on, in words."""
+        return self._encoder.why_masked
 
     def skip(self, count: int) -> Iterator[Record]:
         """Yields the documents after the first `count`, whose rows are read but not tokenised."""
@@ -140,7 +96,9 @@ class DocumentStream:
                     for tokens, labels in documents:
                         has_targets = has_targets or bool((labels[1:] != IGNORE).any())
                         yield {"input_ids": tokens, "labels": labels}
-            self._encoder.say_what_was_met()
+            if not self._is_known:
+                self._encoder.say_what_was_met()
+            self._is_known = True
             if not has_targets:
                 got = f"{num_rows:,} rows with none ({self._encoder.why_masked})" if num_rows else "no rows"
                 raise InputError(
@@ -160,7 +118,7 @@ class DocumentStream:
         for rows in rows_of(source):
             if (form := self._encoder.begin(rows)) is None:
                 continue
-            self._say_once(f"{source.name}: a stream of {form.words}")
+            self._encoder.say_once(f"{source.name}: a stream of {form.words}")
             passed = sum(1 for _ in itertools.islice(rows.records, skip))
             skip -= passed
             yield passed, []
@@ -168,11 +126,6 @@ class DocumentStream:
                 ends = np.cumsum(encoded.lengths)[:-1]
                 tokens, labels = np.split(encoded.tokens, ends), np.split(encoded.labels, ends)
                 yield 0, list(zip(tokens, labels, strict=True))
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            console.print(line)
 
 
 class StreamedBatches(BatchSource):
@@ -199,7 +152,12 @@ class StreamedBatches(BatchSource):
         self._stream, self.config, self.num_devices = stream, config, num_devices
         rest = iter(stream)
         first = list(itertools.islice(rest, _SAMPLE))
-        self.documents = _joined(first)
+        self.documents = Documents.joined([(record["input_ids"], record["labels"]) for record in first])
+        if not self.documents.num_targets.any():
+            raise InputError(
+                f"`dataset` must have a token to train on in one of its first {len(first):,} rows, got none"
+                f" ({stream.why_masked}). Leave such rows out, or shuffle the rows."
+            )
         self.sample = Batches(
             self.documents,
             dataclasses.replace(config, streaming=False, max_steps=-1, num_train_epochs=1),
@@ -331,13 +289,6 @@ class StreamedBatches(BatchSource):
         segments = max(int(batch.segment_ids.max()) for batch in batches)
         rounded = -(-math.ceil(targets) // LANES) * LANES
         return BatchLimits(2 * segments, min(count * T, max(LANES, rounded)))
-
-
-def _joined(records: list[Record]) -> Documents:
-    none = [np.empty(0, np.int32)]
-    tokens, labels = (np.concatenate(none + [record[name] for record in records]) for name in ("input_ids", "labels"))
-    lengths = np.array([len(record["input_ids"]) for record in records], np.int64)
-    return Documents(tokens, labels, np.cumsum(lengths) - lengths, lengths)
 
 
 def _streamed(source: Source) -> Source:

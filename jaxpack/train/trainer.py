@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.mixing import hold_out
 from jaxpack.data.reading import Dataset, load_for_run
@@ -270,15 +271,16 @@ class Trainer:
                 f"`eval_split` must be None if the data is read as a stream, got {config.eval_split:g}. Pass an"
                 " `eval_dataset`."
             )
-        stream = DocumentStream.for_run(
+        encoder = RowEncoder.of_run(
             config,
-            dataset,
             self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
+            self.model.config.vocab_size,
             date=self.date,
             formatting_func=self.formatting_func,
         )
-        batches = StreamedBatches(stream, config, num_devices=self.mesh.size)
+        with errors_name(text_field="dataset_text_field"):
+            stream = DocumentStream(dataset, encoder)
+            batches = StreamedBatches(stream, config, num_devices=self.mesh.size)
         self.documents = batches.documents
         return batches
 

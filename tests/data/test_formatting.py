@@ -12,6 +12,7 @@ from models import small_model
 from tokenizers_for_tests import EOS, small_tokenizer
 
 from jaxpack import InputError, TrainConfig, Trainer, evaluate
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.stream import DocumentStream
 
 TOKENIZER = small_tokenizer(chat=True)
@@ -85,14 +86,14 @@ def test_anything_else_is_refused_with_its_row(name: str):
 
 def test_the_rows_of_a_stream_are_formatted(tmp_path: Path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    stream = DocumentStream(str(path), TOKENIZER, vocab_size=len(TOKENIZER), formatting_func=text_of)
+    stream = DocumentStream(str(path), RowEncoder(TOKENIZER, len(TOKENIZER), formatting_func=text_of))
     for records in (stream, stream.skip(1)):
         found = [TOKENIZER.decode(row["input_ids"].tolist()) for row in itertools.islice(records, 4)]
         begin = 0 if records is stream else 1
         assert found == [text_of(ROWS[(begin + i) % len(ROWS)]) + EOS for i in range(4)]
     documents = load(ROWS, TOKENIZER, formatting_func=text_of)
     with pytest.raises(InputError, match="`formatting_func` must be None for `Documents`"):
-        next(iter(DocumentStream(documents, TOKENIZER, vocab_size=len(TOKENIZER), formatting_func=text_of)))
+        next(iter(DocumentStream(documents, RowEncoder(TOKENIZER, len(TOKENIZER), formatting_func=text_of))))
 
 
 def test_an_error_of_the_function_names_the_line(tmp_path: Path):

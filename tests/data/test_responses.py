@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import BOS, EOS, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.responses import Parts, response_spans
 from jaxpack.data.stream import DocumentStream
 from jaxpack.errors import InputError
@@ -150,12 +151,12 @@ def test_a_stream_reads_the_same_documents() -> None:
     rows = [{"text": text} for text in (rendered("a", "b"), "the cab", rendered("c", "d"))]
     config = TrainConfig(streaming=True, packing=True, max_steps=1, **CHATML)
     date = datetime.date(2031, 2, 3)
-    stream = DocumentStream.for_run(config, rows, CHAT, vocab_size=len(CHAT), date=date)
+    stream = DocumentStream(rows, RowEncoder.of_run(config, CHAT, len(CHAT), date=date, formatting_func=None))
     labels = [row["labels"] for row in itertools.islice(stream, 3)]
     assert (labels.pop(1) == -100).all()  # the packer counts it
     documents = load(rows, CHAT, **CHATML)
     assert [row.tolist() for row in labels] == [labels_of(documents, 0), labels_of(documents, 1)]
-    stream = DocumentStream.for_run(config, rows[1:2], CHAT, vocab_size=len(CHAT), date=date)
+    stream = DocumentStream(rows[1:2], RowEncoder.of_run(config, CHAT, len(CHAT), date=date, formatting_func=None))
     with pytest.raises(InputError, match=r"got 1 rows with none \(there is no `response_part`, '<\|im_start"):
         list(stream)
 

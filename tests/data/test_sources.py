@@ -16,6 +16,7 @@ from loaded_documents import CHAT, PLAIN, VOCABULARY, load, refusal, texts, turn
 
 from jaxpack.data import reading_progress, rows
 from jaxpack.data.documents import Documents
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.mixing import hold_out
 from jaxpack.data.stream import DocumentStream
 from jaxpack.errors import InputError
@@ -270,7 +271,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def test_a_stream_of_the_hub_is_not_downloaded_first(hub: list) -> None:
-    stream = DocumentStream("org/name:train", PLAIN, vocab_size=VOCABULARY)
+    stream = DocumentStream("org/name:train", RowEncoder(PLAIN, VOCABULARY))
     assert len(list(itertools.islice(stream, 2 * len(OTHERS)))) == 2 * len(OTHERS)
     assert hub == [("org/name", None, "train", "streaming")] * 2
 

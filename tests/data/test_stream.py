@@ -13,7 +13,9 @@ import pytest
 from tokenizers_for_tests import small_tokenizer
 
 from jaxpack.data.batching import Batches, StreamEnded
+from jaxpack.data.encoding import RowEncoder
 from jaxpack.data.reading import load_documents
+from jaxpack.data.rows import LineNumbers
 from jaxpack.data.stream import DocumentStream, StreamedBatches, is_stream
 from jaxpack.errors import InputError
 from jaxpack.settings import TrainConfig
@@ -28,8 +30,8 @@ def rows(count: int, seed: int = 0, longest: int = 90) -> list[dict]:
     return [{"input_ids": list(map(int, row)), "labels": [-100, *map(int, row[1:])]} for row in ids]
 
 
-def stream(dataset: Any, **changes: Any) -> DocumentStream:
-    return DocumentStream(dataset, changes.pop("tokenizer", None), **{"vocab_size": VOCAB} | changes)
+def stream(dataset: Any, tokenizer: Any = None) -> DocumentStream:
+    return DocumentStream(dataset, RowEncoder(tokenizer, VOCAB))
 
 
 def documents_of(records: Iterator) -> list[tuple[list[int], list[int]]]:
@@ -205,3 +207,30 @@ def test_memory_does_not_grow_with_the_stream() -> None:
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert max(held[20:]) < 1.5 * max(held[:20])
+
+
+def test_memory_does_not_grow_with_the_passes_over_a_file(tmp_path: Path) -> None:
+    given = [{"input_ids": list(range(5))} for _ in range(3)]
+    records = iter(stream(write_lines(tmp_path / "rows.jsonl", given)))
+    held = []
+    tracemalloc.start()
+    for _ in range(3):
+        for _ in itertools.islice(records, 900):
+            pass
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[2] - held[1] < 20_000  # 300 files, each of which had a name and the numbers of its lines
+
+
+@pytest.mark.parametrize("lines", [[1], [1, 2, 3], [3, 4, 9, 10, 11, 30], [2, 5, 7]])
+def test_rows_are_named_by_their_lines(lines: list[int]) -> None:
+    numbers = LineNumbers()
+    for line in lines:
+        numbers.append(line)
+    assert [numbers[row] for row in range(len(lines))] == lines
+
+
+def test_first_rows_without_anything_to_learn_are_refused() -> None:
+    masked = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 1000
+    with pytest.raises(InputError, match=r"a token to train on in one of its first 1,000 rows, got none"):
+        StreamedBatches(stream(Generated([*masked, {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])), CONFIG)
