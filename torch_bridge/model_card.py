@@ -1,6 +1,7 @@
 """Writes the model card of an adapter's folder, which the Hugging Face hub shows as its page."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
 
 CARD = "README.md"
+
+_DATA = re.compile(r"([A-Za-z0-9_-]+=)?(.*?)(=[0-9.e+-]+)?", re.DOTALL)  # a name, a path and a weight
 
 _USE = """```python
 from peft import PeftModel
@@ -60,8 +63,16 @@ def _without_folders(value: str) -> str:
     return Path(value).name if is_path else value
 
 
+def _without_folders_of_data(value: str) -> str:
+    """Does the same with a dataset that has a name or a weight, as "math=rows/math.jsonl=0.7" has."""
+    if (shown := _without_folders(value)) != value or (parts := _DATA.fullmatch(value)) is None:
+        return shown
+    before, path, after = parts.groups(default="")
+    return before + _without_folders(path) + after
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_cell, value)) or "-"
-    text = _without_folders(str(value)) if isinstance(value, str | Path) else str(value)
+    text = _without_folders_of_data(str(value)) if isinstance(value, str | Path) else str(value)
     return one_line(text).replace("|", "\\|") or "-"

@@ -39,10 +39,12 @@ def test_the_folder_of_an_adapter_holds_its_tokenizer_and_its_card(tmp_path):
 @pytest.mark.parametrize("base", ["/home/somebody/models/base", "./models/base", "~/models/base"])
 def test_a_card_names_no_folder_of_the_machine(base):
     data = ["/home/somebody/secret/rows.jsonl", "/home/somebody/more.jsonl=0.5"]
-    card = model_card(adapted(base), {"data": data}, has_tokenizer=False)
+    eval_data = ["math=/home/somebody/math.jsonl", "chat=~/somebody/chat.jsonl=2"]
+    card = model_card(adapted(base), {"data": data, "eval_data": eval_data}, has_tokenizer=False)
     assert "base_model" not in head_of(card)
     assert "# LoRA adapter of base" in card.splitlines()
     assert "| data | rows.jsonl, more.jsonl=0.5 |" in card.splitlines()
+    assert "| eval_data | math=math.jsonl, chat=chat.jsonl=2 |" in card.splitlines()
     assert "somebody" not in card
     assert "models" not in card.replace("language models", "")
 
