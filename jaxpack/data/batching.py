@@ -6,6 +6,7 @@ The order depends only on the seed, so the size of every batch is known before t
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -210,6 +211,7 @@ class Batches(BatchSource):
             )
         # For each step: its tokens, its longest row, the most documents in a row, the most targets in a micro-batch.
         self.tokens_per_step, needed, segments, targets = np.empty((4, self.num_steps), np.int64)
+        self._needed, self._segments, self._targets = needed, segments, targets
         busiest, mean = np.zeros((2, self.num_steps))
         for step in range(self.num_steps):
             which = self._which(step)
@@ -225,12 +227,31 @@ class Batches(BatchSource):
         self.imbalance = float(busiest.sum() / mean.sum() - 1) if num_devices > 1 else 0.0
         if config.packing:
             needed[:] = needed.max()  # packed rows are full: one shape
-        buckets = choose_buckets(needed)
-        self.row_lengths = buckets[np.searchsorted(buckets, needed)]
+        self._take_row_lengths(choose_buckets(needed))
+
+    def _take_row_lengths(self, buckets: np.ndarray) -> None:
+        """Gives each step the smallest of the row lengths that it fits into, and finds the limits of each length."""
+        self.row_lengths = buckets[np.searchsorted(buckets, self._needed)]
         self.limits = {}
-        for T in buckets:
-            most_segments, most_targets = (int(x[self.row_lengths == T].max()) for x in (segments, targets))
+        for T in np.unique(self.row_lengths):
+            with_it = self.row_lengths == T
+            most_segments, most_targets = (int(x[with_it].max()) for x in (self._segments, self._targets))
             self.limits[int(T)] = BatchLimits(most_segments, max(1, -(-most_targets // LANES)) * LANES)
+
+    @staticmethod
+    def share_shapes(several: Sequence["Batches"]) -> None:
+        """Gives several `Batches` the same few row lengths and, for each, the same limits.
+
+        They then run the same programs, at most 4, however many `Batches` there are. Their settings must be the same.
+        """
+        buckets = choose_buckets(np.concatenate([batches._needed for batches in several]))
+        for batches in several:
+            batches._take_row_lengths(buckets)
+        for T in buckets.tolist():
+            with_it = [batches for batches in several if T in batches.limits]
+            largest = BatchLimits(*np.array([batches.limits[T] for batches in with_it]).max(axis=0).tolist())
+            for batches in with_it:
+                batches.limits[T] = largest
 
     def epochs(self, steps: int) -> float:  # noqa: D102 # of `BatchSource`
         return steps / self.steps_per_epoch

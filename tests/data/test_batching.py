@@ -243,6 +243,25 @@ def test_limits_are_the_most_that_any_batch_has(layout, together):
     assert batches.limits == {T: BatchLimits(segments[T], targets[T]) for T in segments}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_that_share_their_shapes_run_the_same_few_programs(layout):
+    config = TrainConfig(per_device_train_batch_size=3, num_train_epochs=1, max_length=1024, **layout)
+    sets = [range(10, 90, 7), range(100, 400, 13), range(300, 1000, 17), [5, 1000]]
+    several = [Batches(random_documents(list(lengths), seed=seed), config) for seed, lengths in enumerate(sets)]
+    alone = [batches.limits for batches in several]
+    Batches.share_shapes(several)
+    programs = {(T, limits) for batches in several for T, limits in batches.limits.items()}
+    assert len(programs) == len({T for T, _ in programs}) <= 4
+    for batches, before in zip(several, alone, strict=True):
+        assert {shape[-1] for shape in batches.shapes} == set(batches.limits)
+        assert max(batches.limits) >= max(before)
+        for batch in batches:
+            limits = batches.limits[batch.tokens.shape[-1]]
+            assert batch.segment_ids.max() <= limits.max_segments
+            assert (batch.targets != -100).sum(axis=(1, 2)).max() <= limits.max_targets
+        assert sum((batch.segment_ids > 0).sum() for batch in batches) == batches.documents.num_tokens
+
+
 def numbered(lengths: list[int], prompts: dict[int, int] | None = None) -> Documents:
     """Makes documents whose tokens are all the document's number; the first `prompts[number]` are not trained on."""
     tokens = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
