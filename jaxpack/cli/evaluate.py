@@ -14,15 +14,15 @@ from jaxpack.cli.reading import (
     AdapterOption,
     BaseOption,
     DtypeOption,
-    alone,
-    check_sources,
     read_base,
+    read_sets,
     require_model_or_adapter,
     require_new_output,
 )
+from jaxpack.data.evaluation_sets import prefix_of, public_metrics
 from jaxpack.errors import errors_name
 from jaxpack.settings import TrainConfig
-from jaxpack.train.evaluation import evaluate as metrics_of
+from jaxpack.train.evaluation import evaluate_sets
 from jaxpack.utils.console import console
 from jaxpack.utils.files import write_new_file
 
@@ -36,7 +36,13 @@ _OTHERS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field
 
 @with_flags(TrainConfig, leave_out=_OTHERS)
 def evaluate(
-    data: Annotated[list[str], typer.Option(help="Data to evaluate on, named like those of jaxpack train.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Data to evaluate on, written like those of jaxpack train. Several sets with losses of their own have"
+            " names: math=math.jsonl and chat=chat.jsonl."
+        ),
+    ],
     model: BaseOption = None,
     adapter: AdapterOption = None,
     output: Annotated[Path | None, typer.Option(help="New JSON file for the metrics, beside showing them.")] = None,
@@ -48,12 +54,13 @@ def evaluate(
     config = from_flags(TrainConfig, flags)
     require_model_or_adapter(model, adapter)
     require_new_output(output)
-    check_sources(data, "data")
+    dataset = read_sets(data, "data")
     network, tokenizer = read_base(model, adapter, dtype, load_in_4bit=load_in_4bit)
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
     with errors_name(dataset="data", eval_dataset="data"):
-        metrics = metrics_of(network, tokenizer, alone(data), config)
-    console.print("  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()))
+        metrics = evaluate_sets(network, tokenizer, dataset, config)
+    for name, of_set in metrics.items():
+        console.print(prefix_of(name) + "  ".join(f"{metric} {value:.4f}" for metric, value in of_set.items()))
     if output is not None:  # After they are shown, since the disk may be full.
-        write_new_file(output, json.dumps(metrics).encode() + b"\n", "output")
+        write_new_file(output, json.dumps(public_metrics(metrics)).encode() + b"\n", "output")

@@ -8,6 +8,7 @@ import typer
 
 import torch_bridge
 from jaxpack.data.documents import Documents
+from jaxpack.data.evaluation_sets import errors_name_set, read_names
 from jaxpack.data.named_templates import use_chat_template
 from jaxpack.data.reading import load_for_run
 from jaxpack.data.sources import sources_of
@@ -88,6 +89,19 @@ def check_sources(given: list[str], name: str) -> None:
     """Refuses data that are not there, or have weights that cannot be used. `name` is the argument that errors name."""
     with errors_name(dataset=name):
         sources_of(given)
+
+
+def read_sets(given: list[str], name: str) -> str | list[str] | dict[str, list[str]]:
+    """Reads evaluation sets, perhaps with names, as `Trainer` takes them; refuses data as `check_sources` does."""
+    with errors_name(dataset=name):
+        sets = read_names(given)
+    if not isinstance(sets, dict):
+        check_sources(sets, name)
+        return alone(sets)
+    for of_set, paths in sets.items():
+        with errors_name_set(of_set):
+            check_sources(paths, name)
+    return sets
 
 
 def alone(given: list[str]) -> str | list[str]:

@@ -12,7 +12,7 @@ import typer
 import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, overridden, read_settings, write_settings
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
-from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, tokenizer_of
+from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, read_sets, tokenizer_of
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
 from jaxpack.model.weights import split_trained
@@ -71,7 +71,8 @@ def train(
     eval_data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Evaluation data, named like that of --data. Its loss is computed, but it is not trained on."
+            help="Evaluation data, written like that of --data. Its loss is computed, but it is not trained on. Several"
+            " sets with losses of their own have names: math=math.jsonl and chat=chat.jsonl."
         ),
     ] = None,
     dtype: Annotated[
@@ -115,9 +116,7 @@ def train(
         if is_first_process():
             remove_leftovers(trained)
     check_sources(data, "data")
-    if eval_data:
-        check_sources(eval_data, "eval_data")
-    eval_dataset = alone(eval_data) if eval_data else None
+    eval_dataset = read_sets(eval_data, "eval_data") if eval_data else None
     # The weights are read after the programs are compiled.
     network, tokenizer = torch_bridge.from_pretrained(
         model, dtype=dtype, load_in_4bit=load_in_4bit, lazy=not full_finetuning
@@ -140,7 +139,7 @@ def train(
         "model": model,
         "data": alone(data),
         "output": str(output),
-        "eval_data": eval_dataset,
+        "eval_data": alone(eval_data) if eval_data else None,
         "dtype": network.dtype.name,
         "load_in_4bit": load_in_4bit,
         "adapter": None if adapter is None else str(adapter),

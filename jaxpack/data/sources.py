@@ -14,6 +14,7 @@ from jaxpack.utils.files import kind_of, require_data_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 KINDS = ".jsonl, .json, .csv or .parquet (all but .parquet also with .gz after it)"
+NAME = re.compile("[A-Za-z0-9_-]+")  # of an evaluation set
 # An id of the hub, perhaps a configuration, and a split, which may be sliced: org/name:main:train[:1000].
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:\[\]/]+))?:([^:\[\]/]+(?:\[[^\[\]]*\])?)")
 
@@ -107,12 +108,39 @@ def _of_text(given: str) -> Source:
     path, equals, weight = given.rpartition("=")
     if not equals or "/" in weight or kind_of(Path(given)) is not None:  # the name of a file may have the sign, too
         return _of_path(given)
-    try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    number = _checked_weight(number, repr(given))
+    number = _checked_weight(_number(weight), repr(given))
     return _of_path(path)._replace(weight=number)
+
+
+def split_name(given: str) -> tuple[str, str]:
+    """Splits the name of an evaluation set from its path: "math=rows.jsonl=0.7" is "math" and "rows.jsonl=0.7".
+
+    The name is "" if there is none: if no word of letters, digits, `_` and `-` stands before the first "=", if all that
+    stands behind it is a weight, as in "rows=0.7", or if there is a file of that name.
+    """
+    name, _, rest = given.partition("=")
+    is_named = NAME.fullmatch(name) is not None and rest != "" and math.isnan(_number(rest))
+    if not is_named or any(_is_there(path) for path in (given, _without_weight(given))):
+        return "", given
+    return name, rest
+
+
+def _without_weight(given: str) -> str:
+    path, _, weight = given.rpartition("=")
+    return given if math.isnan(_number(weight)) else path
+
+
+def _is_there(given: str) -> bool:
+    """Returns whether there is a file or a folder, or one that a pattern matches."""
+    return kind_of(Path(given)) is not None or (glob.has_magic(given) and bool(glob.glob(given, recursive=True)))
+
+
+def _number(text: str) -> float:
+    """Returns the number in a text, or NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _checked_weight(weight: float, given: str) -> float:

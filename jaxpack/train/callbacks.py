@@ -37,6 +37,9 @@ class Callback:
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
         """Is called after each evaluation, with "eval_loss" and every other metric as "eval_<name>".
 
+        If the evaluation sets have names, these are the metrics of all sets together, and beside them are those of each
+        set as "eval_<set>_<name>", such as "eval_math_loss".
+
         Returns:
           True ends the run after the step that has already started. The run then saves a checkpoint if there is an
           `output_dir`, and `Trainer.train` returns its result. False or None lets the run go on.

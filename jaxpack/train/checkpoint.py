@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -108,7 +108,7 @@ def identity_of(
     state: TrainState,
     frozen: nnx.State,
     num_devices: int = 1,
-    **datasets: Documents | None,
+    **datasets: Documents | Mapping[str, Documents] | None,
 ) -> dict[str, Any]:
     """Returns everything that must be equal for one run to continue another, under names that a user knows.
 
@@ -131,7 +131,7 @@ def identity_of(
         structure
         | settings
         | {f"{ADAPTERS}{name}": value for name, value in lora.items()}
-        | {name: None if documents is None else _describe(documents) for name, documents in datasets.items()}
+        | {name: _describe(documents) for name, documents in datasets.items()}
         | {f"{ARRAY}{name}": describe_array(leaf) for name, leaf in arrays_by_name(state).items()}
         | {
             f"frozen {name}": f"{describe_array(leaf)} {checksum:08x}"
@@ -144,7 +144,12 @@ def identity_of(
     return json.loads(json.dumps(identity))  # as a checkpoint stores it: JSON turns tuples into lists
 
 
-def _describe(documents: Documents) -> str:
+def _describe(documents: Documents | Mapping[str, Documents] | None) -> Any:
+    """Returns a description of documents, or of each set of them by its name; None if there are none."""
+    if documents is None:
+        return None
+    if isinstance(documents, Mapping):
+        return {name: _describe(of_set) for name, of_set in documents.items()}
     digest = hashlib.sha256()
     for array in (documents.tokens, documents.labels, documents.starts, documents.lengths):
         digest.update(np.ascontiguousarray(array))

@@ -9,15 +9,16 @@ import numpy as np
 import optax
 
 from jaxpack.data.batching import BatchSource
+from jaxpack.data.evaluation_sets import prefix_of, public_metrics
 from jaxpack.parallel.device import peak_memory_bytes
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress
-from jaxpack.train.evaluation import evaluation_metrics
 from jaxpack.train.metrics import Reports
 from jaxpack.train.step import Metrics
 from jaxpack.utils.console import console, progress_bar
 
 _ROOM_FOR_EVALUATION = 100  # columns of a terminal from which on the bar shows the evaluation loss, too
+_FORMS = {"loss": ".4f", "perplexity": ".2f"}  # of an evaluation's metrics
 _SHORTER = {"gradient norm": "grad norm", "learning rate": "lr", "peak memory": "peak"}  # names in a narrow terminal
 
 
@@ -45,13 +46,10 @@ class Log:
         start: Start,
         progress: Progress,
         reports: Reports,
-        *,
-        is_cross_entropy: bool = True,
     ):
         self._batches, self._start, self._done = batches, start, progress
         self._every = int(config.logging_steps)
         self._reports = reports
-        self._is_cross_entropy = is_cross_entropy  # Only the exponential of a cross entropy is a perplexity.
         self._first = len(progress.losses)  # number of steps that were done before this process
         steps = np.arange(batches.num_steps)
         # Computed before the first step: reading values back later would wait for the device.
@@ -134,16 +132,14 @@ class Log:
         ]
         self._progress.console.print(fitted(parts, console.room))
 
-    def evaluation(self, more: dict[str, float]) -> dict[str, float]:
-        """Records the last evaluation with its other metrics, and returns all of its metrics by name."""
-        step, loss = list(self._done.evaluations.items())[-1]
-        metrics = evaluation_metrics({"loss": loss, **more}, is_cross_entropy=self._is_cross_entropy)
-        more = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
-        self._reports.write({"step": step, **self._epoch(step), **metrics})
-        shown = {name: f"{value:{'.2f' if name == 'perplexity' else '.4g'}}" for name, value in more.items()}
-        line = "".join(f"  {name} {value}" for name, value in shown.items())
-        self._progress.console.print(f"step {step:>5}  eval loss {loss:.4f}{line}")
-        return metrics
+    def evaluation(self, step: int, metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Records the metrics of evaluation sets, see `Evaluation.run`, and returns them by their public names."""
+        public = public_metrics(metrics)
+        self._reports.write({"step": step, **self._epoch(step), **public})
+        for name, of_set in metrics.items():
+            parts = (f"{metric} {value:{_FORMS.get(metric, '.4g')}}" for metric, value in of_set.items())
+            self._progress.console.print(f"step {step:>5}  eval {prefix_of(name)}{'  '.join(parts)}")
+        return public
 
     def _epoch(self, done: int) -> dict[str, float]:
         epochs = self._batches.epochs(done)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from jaxpack.data.evaluation_sets import UNNAMED, prefix_of
 from jaxpack.errors import InputError, install_command, one_line, reason, visible
 from jaxpack.train.metrics import ABOUT, METRICS, Record, read_records
 from jaxpack.utils.figures import frame, new_figure
@@ -62,7 +64,7 @@ def write_report(folder: str | Path) -> Path:
         picture = f"There is no picture, because matplotlib is not installed: run {install}, then `{_again(folder)}`."
     else:
         image = io.BytesIO()
-        draw_run(records).savefig(image, format="png", dpi=100)
+        draw_run(records, _sets(about, records)).savefig(image, format="png", dpi=100)
         replace_file(folder / PICTURE, image.getvalue(), "folder")
         picture = f"![Loss, tokens a second, memory and padding, by step]({PICTURE})"
     path = folder / REPORT
@@ -70,8 +72,11 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
-def draw_run(records: list[Record]) -> "Figure":
-    """Draws loss, tokens a second, memory and padding against the step, from the records of a `metrics.jsonl`."""
+def draw_run(records: list[Record], eval_sets: Sequence[str] = ()) -> "Figure":
+    """Draws loss, tokens a second, memory and padding against the step, from the records of a `metrics.jsonl`.
+
+    The loss of each set in `eval_sets` has a line of its own.
+    """
     training, evaluations = _by_kind(records)
     figure = new_figure(12.5, 6.8)
     loss, *others = figure.subplots(2, 2).flat
@@ -81,6 +86,9 @@ def draw_run(records: list[Record]) -> "Figure":
     if evaluations:
         points = ([record[name] for record in evaluations] for name in ("step", "eval_loss"))
         loss.plot(*points, color=_EVAL, marker="o", markersize=4, label="evaluation")
+        for name in eval_sets:
+            points = ([record[key] for record in evaluations] for key in ("step", _key(name, "loss")))
+            loss.plot(*points, linestyle="--", linewidth=1, label=f"evaluation of {name}")
         loss.legend(frameon=False)
     frame(loss, "Does it learn?", "step", "loss")
     figures = (
@@ -100,6 +108,17 @@ def draw_run(records: list[Record]) -> "Figure":
 def _by_kind(records: list[Record]) -> tuple[list[Record], list[Record]]:
     """Returns the records of training steps, and the records of evaluations."""
     return [record for record in records if "loss" in record], [record for record in records if "eval_loss" in record]
+
+
+def _sets(about: dict[str, Any], records: list[Record]) -> list[str]:
+    """Returns the names of a run's evaluation sets that all evaluations have; one set without a name has none."""
+    _, evaluations = _by_kind(records)
+    return [name for name in about.get("eval_sets", ()) if all(_key(name, "loss") in one for one in evaluations)]
+
+
+def _key(name: str, metric: str) -> str:
+    """Returns the public name of a metric of a set; "" is all sets together."""
+    return f"eval_{prefix_of(name)}{metric}"
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -165,6 +184,9 @@ def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, st
         lines.append(("evaluation loss, last", _evaluation(evaluations[-1])))
         best = min(evaluations, key=lambda record: math.inf if math.isnan(record["eval_loss"]) else record["eval_loss"])
         lines.append(("evaluation loss, lowest", _evaluation(best)))
+        for name in _sets(about, records):
+            shown = f"{_evaluation(evaluations[-1], name)}; {_evaluation(best, name)}"
+            lines.append((f"evaluation loss of {name}, last, and where that of all sets is lowest", shown))
     rate = float(np.median([record["tokens_per_second"] for record in training]))
     lines.append(("tokens per second without padding, median of the records", f"{rate:,.0f}"))
     peak = max(record["peak_memory_bytes"] for record in training) / 2**30
@@ -180,10 +202,11 @@ def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, st
     return lines
 
 
-def _evaluation(record: Record) -> str:
+def _evaluation(record: Record, name: str = UNNAMED) -> str:
     # Only the exponential of a cross entropy is a perplexity: another objective's records have none.
-    perplexity = f", perplexity {record['eval_perplexity']:.2f}" if "eval_perplexity" in record else ""
-    return f"{record['eval_loss']:.4f}{perplexity} (step {record['step']:,})"
+    perplexity = record.get(_key(name, "perplexity"))
+    shown = "" if perplexity is None else f", perplexity {perplexity:.2f}"
+    return f"{record[_key(name, 'loss')]:.4f}{shown} (step {record['step']:,})"
 
 
 def _again(folder: Path) -> str:

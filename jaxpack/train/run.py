@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Run:
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       choice: what was chosen, and the reason for it, see `choose.choices`.
       programs: the compiled programs by row length T; empty before `compile`.
-      evaluation: the evaluation of `eval_batches`; None without them.
+      evaluation: the evaluation of `eval_batches`, which are the batches of each set by its name; None without any.
       copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
         such a step may find too little memory, and an error destroys the state that a step was given.
     """
@@ -82,7 +82,7 @@ class Run:
         model: Transformer,
         batches: BatchSource,
         config: TrainConfig,
-        eval_batches: Batches | None = None,
+        eval_batches: Mapping[str, Batches] | None = None,
         *,
         objective: Objective = SFT(),  # noqa: B008
         optimizer: optax.GradientTransformation | Callable[..., Any] | None = None,
@@ -144,7 +144,7 @@ class Run:
         self._unlimited: jax.stages.Compiled | None = None
         self._cache: ProgramCache | None = None
         self.evaluation = None
-        if eval_batches is not None:
+        if eval_batches:
             self.evaluation = Evaluation(
                 model,
                 eval_batches,
@@ -390,8 +390,8 @@ class Run:
         """
         return non_finite(self.state.trainable)
 
-    def evaluate(self) -> dict[str, float]:
-        """Returns the means of an evaluation, see `Evaluation.run`."""
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Returns the metrics of each evaluation set, see `Evaluation.run`."""
         assert self.evaluation is not None
         return self.evaluation.run(self._feed, self.state.trainable, self.frozen)
 

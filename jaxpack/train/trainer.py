@@ -20,6 +20,7 @@ from flax import nnx
 from jaxpack.data.batching import Batches
 from jaxpack.data.documents import Documents
 from jaxpack.data.encoding import RowEncoder
+from jaxpack.data.evaluation_sets import UNNAMED, EvalDataset, as_given
 from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.mixing import hold_out
 from jaxpack.data.reading import Dataset, load_for_run
@@ -51,7 +52,7 @@ from jaxpack.train.checkpoint import (
     notes_of,
 )
 from jaxpack.train.description import describe, describe_stream, shapes_to_compile
-from jaxpack.train.evaluation import evaluate, evaluation_batches
+from jaxpack.train.evaluation import evaluate, evaluation_batches, load_sets
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.progress import Log, Start
 from jaxpack.train.report import write_report
@@ -108,7 +109,9 @@ class Trainer:
         with a weight, as in "rows.jsonl=0.7". See `load_documents`.
       config: the settings of the run; None takes the defaults of `TrainConfig`.
       eval_dataset: rows that are not trained on, in any of the formats. Their loss is computed every `eval_steps`
-        steps, in batches like those of training. With `eval_split`, a share of `train_dataset` takes their place.
+        steps, in batches like those of training. With `eval_split`, a share of `train_dataset` takes their place. A
+        mapping of names to datasets, such as a `datasets.DatasetDict`, has several sets: each has metrics of its own
+        ("eval_math_loss" of the set "math"), and "eval_loss", that of all sets together, decides what is best.
       objective: the objective to minimise; None is `SFT`, the cross entropy of all targets. `HiddenObjective` and
         `LogProbObjective` make an objective from a function.
       optimizer: None is the optimizer that `optim` names. A schedule (a function from the step to the learning rate)
@@ -150,7 +153,7 @@ class Trainer:
         tokenizer: Tokenizer | None,
         train_dataset: Dataset | Documents,
         config: TrainConfig | None = None,
-        eval_dataset: Dataset | Documents | None = None,
+        eval_dataset: EvalDataset | None = None,
         *,
         objective: Objective | None = None,
         optimizer: optax.GradientTransformation | optax.Schedule | None = None,
@@ -196,7 +199,7 @@ class Trainer:
         self.date = datetime.date.fromisoformat(exchange(date.isoformat())[0])
         self.progress, self.steps_in_model = Progress(), 0
         self._identity: dict[str, Any] = {}
-        self.eval_documents: Documents | None = None
+        self.eval_documents: dict[str, Documents] = {}  # by the names of the sets; one set may have the name ""
         with errors_name(dataset="train_dataset", documents="train_dataset"):
             if is_stream(train_dataset, config):
                 self.batches = self._stream(train_dataset)
@@ -204,13 +207,10 @@ class Trainer:
                 self.batches = self._plan_batches(self._load(train_dataset))
         self.config = self.batches.config.in_whole_steps(self.batches.num_steps)
         _check_evaluation(self.config, given=is_evaluated)
-        self.eval_batches = None
-        if is_evaluated:
-            with errors_name(dataset="eval_dataset", documents="eval_dataset"):
-                if eval_dataset is not None:
-                    self.eval_documents = self._load(eval_dataset)
-                assert self.eval_documents is not None
-                self.eval_batches = evaluation_batches(self.eval_documents, config, self.objective, self.mesh.size)
+        with errors_name(dataset="eval_dataset", documents="eval_dataset"):
+            if eval_dataset is not None:
+                self.eval_documents = load_sets(eval_dataset, self._load)
+            self.eval_batches = evaluation_batches(self.eval_documents, config, self.objective, self.mesh.size)
 
     def _find_previous_run(self) -> None:
         """Sets `checkpoint` and `in_place` from the folders that `output_dir` and `resume_from_checkpoint` name."""
@@ -252,9 +252,8 @@ class Trainer:
         """Plans the batches of a whole dataset, without the rows that are held out for evaluation."""
         config, together = self.config, self.objective.documents_together
         if config.eval_split is not None:
-            documents, self.eval_documents = hold_out(
-                documents, config.eval_split, documents_together=together, seed=config.seed
-            )
+            documents, held = hold_out(documents, config.eval_split, documents_together=together, seed=config.seed)
+            self.eval_documents = {UNNAMED: held}
         self.documents = documents
         return Batches(documents, config, together, num_devices=self.mesh.size)
 
@@ -314,16 +313,17 @@ class Trainer:
                 stack.enter_context(held_folder(Path(output), "output_dir"))
             return self._train(on_start)
 
-    def evaluate(self, dataset: Dataset | Documents | None = None) -> dict[str, float]:
+    def evaluate(self, dataset: EvalDataset | None = None) -> dict[str, float]:
         """Returns the metrics of `model` as it is now, trained or not, see `jaxpack.evaluate`.
 
         Args:
-          dataset: rows in any of the formats; None is the trainer's `eval_dataset`.
+          dataset: rows in any of the formats, or several sets by their names; None is the trainer's `eval_dataset`.
 
         Raises:
           InputError: there is no dataset, or it cannot be read.
         """
-        dataset = self.eval_documents if dataset is None else dataset
+        is_tokenised = dataset is None or isinstance(dataset, Documents)
+        dataset = as_given(self.eval_documents) if dataset is None else dataset
         if dataset is None:
             raise InputError("`dataset` must be given to a trainer without an `eval_dataset`, got None.")
         return evaluate(
@@ -333,7 +333,7 @@ class Trainer:
             dataclasses.replace(self.config, chat_template_date=self.date.isoformat()),
             objective=self.objective,
             compute_metrics=self.compute_metrics,
-            formatting_func=None if isinstance(dataset, Documents) else self.formatting_func,
+            formatting_func=None if is_tokenised else self.formatting_func,
         )
 
     def _train(self, on_start: Callable[[], object]) -> TrainResult:
@@ -408,16 +408,7 @@ class Trainer:
                 stack.callback(checkpoints.close)
             after = run.started if in_place else None
             reports = stack.enter_context(open_reports(self.config, self._about(run, plan), after))
-            is_cross_entropy = isinstance(self.objective, SFT)
-            log = Log(
-                self.config,
-                self.batches,
-                run.schedule,
-                start,
-                self.progress,
-                reports,
-                is_cross_entropy=is_cross_entropy,
-            )
+            log = Log(self.config, self.batches, run.schedule, start, self.progress, reports)
             on_start()
             stack.enter_context(log)
             try:
@@ -458,9 +449,9 @@ class Trainer:
             return asked.answer > 0 or saves(step) or self._evaluates(step)
 
         def evaluate_at(step: int) -> None:
-            more = run.evaluate()
-            progress.evaluations[step] = more.pop("loss")
-            events.add("evaluation", step, log.evaluation(more))
+            metrics = run.evaluate()
+            progress.evaluations[step] = metrics[UNNAMED]["loss"]
+            events.add("evaluation", step, log.evaluation(step, metrics))
 
         if self.config.eval_on_start and not run.started:
             evaluate_at(0)
@@ -515,7 +506,7 @@ class Trainer:
     ) -> None:
         """Evaluates and saves after the last step for which a stream had documents, unless that is done already."""
         step = run.started
-        if self.eval_batches is not None and step not in self.progress.evaluations:
+        if self.eval_batches and step not in self.progress.evaluations:
             evaluate_at(step)
         if checkpoints is not None:
             newest = checkpoints.newest()
@@ -638,7 +629,7 @@ class Trainer:
             self.steps_in_model = 0 if run.faults() else run.started
 
     def _evaluates(self, step: int) -> bool:
-        if self.eval_batches is None:
+        if not self.eval_batches:
             return False
         every = self.config.save_steps if self.config.eval_steps is None else self.config.eval_steps
         return step == self.batches.num_steps or (every > 0 and step % every == 0)
@@ -648,7 +639,7 @@ class Trainer:
         config, self.progress, self._identity = self.config, Progress(), {}
         if config.output_dir is None and self.checkpoint is None:
             return
-        datasets = {"train_dataset": self.documents, "eval_dataset": self.eval_documents}
+        datasets = {"train_dataset": self.documents, "eval_dataset": as_given(self.eval_documents)}
         self._identity = identity_of(self.model, config, run.state, run.frozen, self.mesh.size, **datasets)
         if isinstance(self.batches, StreamedBatches):
             self._identity["train_dataset"] = f"a stream that begins with {self._identity['train_dataset']}"
@@ -665,7 +656,7 @@ class Trainer:
         if config.output_dir is not None:
             every = config.steps_between_saves
             when = f"every {every:,} steps and at the end" if every else "when the run is stopped"
-            best = "" if self.eval_batches is None else " and the one with the lowest evaluation loss"
+            best = "" if not self.eval_batches else " and the one with the lowest evaluation loss"
             kept = f"the last {config.save_total_limit}{best} are kept" if config.save_total_limit else "all are kept"
             console.print(f"checkpoints are saved {when} in {Path(config.output_dir) / FOLDER}; {kept}")
 
@@ -709,13 +700,12 @@ class Trainer:
             lines = describe_stream(self.batches, self.config)
         else:
             lines = describe(self.documents, self.batches, self.config)
-        if self.eval_batches is not None and self.eval_documents is not None:
-            evaluated = self.eval_batches
-            held = "" if self.config.eval_split is None else f" held out (eval_split {self.config.eval_split:g})"
+        held = "" if self.config.eval_split is None else f" held out (eval_split {self.config.eval_split:g})"
+        for name, evaluated in self.eval_batches.items():
             lines.append(
-                f"evaluation: {len(self.eval_documents):,} documents{held}, {evaluated.targets_per_epoch:,} tokens to"
-                f" predict, {evaluated.truncation.documents:,} documents cut by max_length; shapes to compile:"
-                f" {shapes_to_compile(evaluated)}"
+                f"evaluation{name and f' of {name}'}: {len(self.eval_documents[name]):,} documents{held},"
+                f" {evaluated.targets_per_epoch:,} tokens to predict, {evaluated.truncation.documents:,} documents cut"
+                f" by max_length; shapes to compile: {shapes_to_compile(evaluated)}"
             )
         sizes = [num_parameters(state) for state in (run.state.trainable, run.frozen)]
         where = current_device().device_kind if self.mesh.size == 1 else describe_mesh(self.mesh)
@@ -735,6 +725,7 @@ class Trainer:
             "versions": {name: _version(name) for name in ("jaxpack", "jax", "jaxlib", "flax")},
             "remat": run.remat,
             "plan": plan,
+            **({} if UNNAMED in self.eval_batches or not self.eval_batches else {"eval_sets": list(self.eval_batches)}),
             "settings": vars(self.config) | ({} if lora is None else {"adapters": vars(lora)}),
         }
 

@@ -326,6 +326,14 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "eval_steps": (["--eval-steps", "0"], ["eval_steps", "at least 1", "got 0"]),
     "eval_steps_without_data": (["--eval-steps", "5"], ["eval_steps", "without an `eval_data`", "got 5"]),
     "eval_data": (["--eval-data", "nowhere.jsonl"], ["eval_data", "existing file", "got 'nowhere.jsonl'"]),
+    "eval_data_of_a_set": (
+        ["--eval-data", "math=nowhere.jsonl"],
+        ["Evaluation set 'math': `eval_data` must be an existing file", "got 'nowhere.jsonl'"],
+    ),
+    "eval_data_with_a_name_and_without": (
+        ["--eval-data", "math=/proc/version", "--eval-data", "/proc/version"],
+        ["`eval_data` must have a name before each path", "got '/proc/version' without one beside the set 'math'"],
+    ),
     "eval_steps_between_saves": (
         ["--eval-data", "/proc/version", "--eval-steps", "3", "--save-steps", "100"],
         ["`save_steps` must be a multiple of `eval_steps` (3)", "got 100"],

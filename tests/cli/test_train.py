@@ -129,6 +129,34 @@ def test_the_loss_of_an_adapter_is_computed_alone(inputs: Inputs, adapter_run: P
     assert alone["eval_loss"] == pytest.approx(base, rel=1e-5)
 
 
+def test_evaluation_sets_have_names(inputs: Inputs, tmp_path: Path, capfd: Any) -> None:
+    lines = inputs.data.read_text().splitlines(keepends=True)
+    files = {"a": lines[:5], "b": lines[5:8], "c": lines[8:]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    sets = [f"first={tmp_path}/a.jsonl", f"second={tmp_path}/b.jsonl", f"first={tmp_path}/c.jsonl"]
+    flags = [word for one in sets for word in ("--eval-data", one)]
+    train(*inputs.flags(tmp_path / "run"), *SETTINGS, *ADAPTER, *flags, "--max-steps", 1, "--save-steps", 0)
+    settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert settings["eval_data"] == sets
+    assert str(tmp_path) not in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    (recorded,) = (
+        record
+        for record in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        if "eval_loss" in record
+    )
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"step 1 eval second_loss {recorded['eval_second_loss']:.4f} perplexity" in said
+    flags = [word.replace("--eval-data", "--data") for word in flags]
+    adapter = ["--adapter", tmp_path / "run" / "adapter"]
+    jaxpack_command("evaluate", *adapter, *flags, *SETTINGS[:-2], "--output", tmp_path / "loss.json")
+    found = json.loads((tmp_path / "loss.json").read_text())
+    names = [f"eval_{name}{metric}" for name in ("", "first_", "second_") for metric in ("loss", "perplexity")]
+    assert list(found) == names
+    for name in names:
+        assert found[name] == pytest.approx(recorded[name], rel=1e-5)
+
+
 def test_training_goes_on_from_an_adapter(inputs: Inputs, adapter_run: Path, tmp_path: Path) -> None:
     train(*inputs.flags(tmp_path / "more"), *SETTINGS, *STEPS, "--adapter", adapter_run / "adapter")
     before, after = (run / "adapter" for run in (adapter_run, tmp_path / "more"))

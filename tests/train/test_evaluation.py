@@ -1,10 +1,15 @@
 """Tests evaluation alone, before the first step, and what a run does with it at its end."""
 
+import json
+import math
+from collections import UserDict
+
+import jax.numpy as jnp
 import pytest
 from models import small_model
 from short_runs import LORA, ROWS, SHORT, changed
 
-from jaxpack import EarlyStopping
+from jaxpack import Callback, EarlyStopping
 from jaxpack.errors import InputError
 from jaxpack.train.evaluation import evaluate
 from jaxpack.train.trainer import Trainer
@@ -73,6 +78,101 @@ def test_a_run_stops_where_its_evaluation_does_not_get_better(losses, patience, 
 def test_what_needs_evaluation_data_says_so(setting, message):
     with pytest.raises(InputError, match=message):
         Trainer(model(), None, ROWS, changed(SHORT, **setting))
+
+
+# --- Several sets -----------------------------------------------------------------------------------------------------
+
+SETS = {"short": ROWS[:4], "long": ROWS[4:9]}
+
+
+def last_token_is_right(losses, predictions, batch):
+    there = batch.targets != -100
+    return {"right": (jnp.sum(there & (predictions == batch.targets)), jnp.sum(there))}
+
+
+class Keep(Callback):
+    def __init__(self):
+        self.found = {}
+
+    def on_evaluation(self, step, metrics):
+        self.found[step] = metrics
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A run with named sets, and what it told its callback."""
+    folder, keep = tmp_path_factory.mktemp("named"), Keep()
+    config = changed(SHORT, output_dir=str(folder), eval_steps=2, save_steps=2, max_steps=4, eval_on_start=True)
+    sets = UserDict(SETS)  # any mapping
+    more = {"callbacks": [keep], "compute_metrics": last_token_is_right}
+    trainer = Trainer(model(), None, ROWS[9:], config, sets, **more)
+    return trainer, trainer.train(), keep.found, folder
+
+
+def test_each_set_has_metrics_of_its_own_and_the_loss_of_all_decides(named):
+    trainer, result, found, _ = named
+    weights = {name: batches.targets_per_epoch for name, batches in trainer.eval_batches.items()}
+    for step, metrics in found.items():
+        assert result.evaluations[step] == metrics["eval_loss"]
+        for metric in ("loss", "right"):
+            mean = sum(weights[name] * metrics[f"eval_{name}_{metric}"] for name in SETS) / sum(weights.values())
+            assert metrics[f"eval_{metric}"] == pytest.approx(mean, rel=1e-6)
+        assert metrics["eval_long_perplexity"] == pytest.approx(math.exp(metrics["eval_long_loss"]))
+    for name, rows in SETS.items():
+        alone = evaluate(model(), None, rows, SHORT)
+        assert found[0][f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+    assert evaluate(model(), None, HELD_OUT, SHORT)["eval_loss"] == pytest.approx(found[0]["eval_loss"], rel=1e-6)
+    assert trainer.evaluate() == pytest.approx(found[4], rel=1e-6)
+
+
+def test_metrics_of_sets_are_recorded_and_reported(named):
+    _, _, found, folder = named
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [record for record in records if "eval_loss" in record]
+    assert [record["step"] for record in evaluated] == [0, 2, 4]
+    assert all(found[record["step"]].items() <= record.items() for record in evaluated)
+    report = (folder / "report.md").read_text()
+    for name in SETS:
+        assert f"| evaluation loss of {name}, last, and where that of all sets is lowest |" in report
+        loss, perplexity = (found[4][f"eval_{name}_{metric}"] for metric in ("loss", "perplexity"))
+        assert f" {loss:.4f}, perplexity {perplexity:.2f} (step 4)" in report
+    assert "- evaluation of long: 5 documents" in report
+
+
+def test_a_run_goes_on_only_with_the_same_sets(named):
+    *_, folder = named
+    config = changed(SHORT, output_dir=str(folder), max_steps=4, resume_from_checkpoint="latest")
+    other = {"short": SETS["long"], "long": SETS["short"]}
+    with pytest.raises(InputError, match=r"a checkpoint of the same run, .* with `eval_dataset`"):
+        Trainer(model(), None, ROWS[9:], config, other).train()
+    trainer = Trainer(model(), None, ROWS[9:], config, dict(reversed(SETS.items())))  # the order does not matter
+    trainer.train()
+    assert trainer.steps_in_model == 4
+
+
+def test_programs_do_not_grow_with_the_sets():
+    sets = {f"set{length}": [{"input_ids": [1] * length}] * 3 for length in range(20, 900, 50)}
+    config = changed(SHORT, packing=False, max_length=1024)
+    shared = Trainer(model(), None, ROWS, config, sets).eval_batches.values()
+    assert len(shared) == len(sets) > 4
+    assert len({(shape, batches.limits[shape[-1]]) for batches in shared for shape in batches.shapes}) <= 4
+
+
+def test_a_set_that_cannot_be_read_is_named():
+    with pytest.raises(InputError, match=r"^Evaluation set 'chat': `eval_dataset` must be an existing file"):
+        Trainer(model(), None, ROWS, SHORT, {"math": ROWS, "chat": "nowhere.jsonl"})
+    with pytest.raises(InputError, match=r"^`eval_dataset` must name at least one set, got an empty mapping"):
+        Trainer(model(), None, ROWS, SHORT, {})
+
+
+def test_a_name_that_makes_two_metrics_one_is_refused_before_the_first_step():
+    def long_loss(losses, predictions, batch):
+        return {"long_loss": (losses.sum(), 1.0)}
+
+    with pytest.raises(
+        InputError, match="got 'long': `eval_long_loss` would be its metric 'loss', and also the metric"
+    ):
+        evaluate(model(), None, SETS, SHORT, compute_metrics=long_loss)
 
 
 def test_a_trainer_without_evaluation_data_asks_for_them():

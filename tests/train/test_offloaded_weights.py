@@ -127,7 +127,7 @@ def test_an_evaluation_reads_weights_in_host_memory(folder):
         trainer = Trainer(read(folder), None, documents, config, eval_dataset=documents)
         run = Run(trainer.model, trainer.batches, config, trainer.eval_batches)
         run.compile(ProgramCache("none"))
-        return run.evaluate()["loss"]
+        return run.evaluate()[""]["loss"]
 
     want = loss()
     assert loss(**PLACES["layers"]) == want

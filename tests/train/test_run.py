@@ -59,7 +59,7 @@ def test_nothing_compiles_in_an_epoch_of_gsm8k_after_its_first_step(layout, monk
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert len(by_step) == trainer.batches.steps_per_epoch > 5
-    assert by_step[0] >= len(trainer.batches.shapes) + len(trainer.eval_batches.shapes)
+    assert by_step[0] >= len(trainer.batches.shapes) + len(trainer.eval_batches[""].shapes)
     assert by_step[-1] == len(compiled) == by_step[0]
 
 

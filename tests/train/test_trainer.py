@@ -176,7 +176,7 @@ def test_evaluation_data_without_a_max_length_is_not_cut_at_that_of_training():
     longer = [{"input_ids": [1] * 300}, {"input_ids": [2] * 20}]
     trainer = Trainer(small_model("qwen3"), None, ROWS, config, longer)
     assert trainer.config.max_length == max(len(row["input_ids"]) for row in ROWS) < 300
-    assert trainer.eval_batches.truncation.tokens == 0
+    assert trainer.eval_batches[""].truncation.tokens == 0
 
 
 def test_a_thread_can_train():
