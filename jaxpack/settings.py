@@ -340,6 +340,16 @@ class TrainConfig:
         "At the end, take the weights of the checkpoint with the lowest eval loss, not the last ones. Needs evaluation "
         "data and an output folder.",
     )
+    early_stopping_patience: int | None = _option(
+        None,
+        "Number of evaluations in a row without a lower eval loss after which the run ends. None runs all steps. Needs "
+        "evaluation data.",
+    )
+    early_stopping_threshold: float = _option(
+        0.0,
+        "Amount by which an eval loss must be below the lowest one before it to count as lower. Needs "
+        "early_stopping_patience.",
+    )
     eval_split: float | None = _option(
         None,
         "Share of the training data's rows, above 0 and below 1, that is held out for evaluation instead of separate "
@@ -480,6 +490,21 @@ class TrainConfig:
             check(value is None or value >= 1, name, "must be at least 1", value)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             _set_steps(self, name)
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        rule = "must be a whole number of at least 1, or None"
+        check(patience is None or (type(patience) is int and patience >= 1), "early_stopping_patience", rule, patience)
+        check(
+            threshold == 0 or is_positive(threshold),
+            "early_stopping_threshold",
+            "must be 0 or a positive number",
+            threshold,
+        )
+        check(
+            threshold == 0 or patience is not None,
+            "early_stopping_threshold",
+            "must be 0 without `early_stopping_patience`",
+            threshold,
+        )
         check(
             self.eval_split is None or 0 < self.eval_split < 1,
             "eval_split",

@@ -100,6 +100,24 @@ def test_padded_batches_are_refused_with_packing():
         TrainConfig(packing=True, padding_free=False)
 
 
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (
+            {"early_stopping_patience": 0},
+            "a whole number of at least 1, or None, got 0",
+        ),
+        ({"early_stopping_patience": 1.5}, "`early_stopping_patience` must be a whole number of at least 1, or None"),
+        ({"early_stopping_patience": True}, "`early_stopping_patience` must be a whole number of at least 1, or None"),
+        ({"early_stopping_patience": 1, "early_stopping_threshold": -0.1}, "must be 0 or a positive number, got -0.1"),
+        ({"early_stopping_threshold": 0.1}, "`early_stopping_threshold` must be 0 without `early_stopping_patience`"),
+    ],
+)
+def test_early_stopping_that_cannot_be_is_refused(given, rule):
+    with pytest.raises(InputError, match=rule):
+        TrainConfig(**given)
+
+
 def test_a_schedule_that_would_ignore_its_warm_up_is_refused():
     with pytest.raises(InputError, match="`warmup_steps` must be 0 with `lr_scheduler_type` 'constant'"):
         TrainConfig(lr_scheduler_type="constant", warmup_steps=3)

@@ -77,6 +77,8 @@ GROUPS = {
         "eval_steps",
         "eval_on_start",
         "load_best_model_at_end",
+        "early_stopping_patience",
+        "early_stopping_threshold",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",

@@ -158,11 +158,15 @@ class Consensus:
 
     Args:
       own: returns the number of this process.
+
+    Attributes:
+      delay: the steps after which an answer is known.
     """
 
     def __init__(self, own: Callable[[], int], mesh: DeviceMesh):
         self._own, self._shape, self._answer = own, (mesh.size,), 0
         self._is_shared = jax.process_count() > 1
+        self.delay = int(self._is_shared)
         self._asked: jax.Array | None = None
         if self._is_shared:
             self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -45,6 +45,16 @@ class Callback:
           `output_dir`, and `Trainer.train` returns its result. False or None lets the run go on.
         """
 
+    def on_earlier_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
+        """Is called for each evaluation before the step from which a run resumes, in order, with "eval_loss" alone.
+
+        A callback that counts evaluations overrides it to count these, too.
+
+        Returns:
+          What `on_evaluation` returned in the earlier run: True if it ended the run. The run then ends at the step at
+          which it would have ended without the interruption, or at once if that step is done.
+        """
+
     def on_save(self, step: int, path: Path) -> None:
         """Is called once a checkpoint is on the disk."""
 
@@ -54,6 +64,9 @@ class Callback:
 
 class EarlyStopping(Callback):
     """Ends a run once its evaluation loss has not fallen for some evaluations, as transformers' callback does.
+
+    The settings `early_stopping_patience` and `early_stopping_threshold` of `TrainConfig` add it to a run. A run that
+    resumes counts the evaluations before its checkpoint, too, so that it ends where it would have without a stop.
 
     Args:
       patience: how many evaluations in a row may be without a lower loss.
@@ -73,14 +86,20 @@ class EarlyStopping(Callback):
         check(type(patience) is int and patience >= 1, "patience", "must be a whole number of at least 1", patience)
         check(threshold >= 0, "threshold", "must be at least 0", threshold)
         self._patience, self._threshold = patience, threshold
-        self._best, self._without = math.inf, 0
+        self._losses: dict[int, float] = {}  # by step, ascending
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool:
         """Returns whether the run ends."""
-        loss = metrics["eval_loss"]
-        self._without = 0 if self._best - loss > self._threshold else self._without + 1
-        self._best = min(self._best, loss)
-        return self._without >= self._patience
+        # A run that repeats steps, because it went back to an earlier state, evaluates again after them.
+        self._losses = {other: loss for other, loss in self._losses.items() if other < step}
+        self._losses[step] = metrics["eval_loss"]
+        best, without = math.inf, 0
+        for loss in self._losses.values():
+            without = 0 if best - loss > self._threshold else without + 1
+            best = min(best, loss)
+        return without >= self._patience
+
+    on_earlier_evaluation = on_evaluation
 
 
 class Events:
@@ -88,25 +107,37 @@ class Events:
 
     Attributes:
       ends: whether a callback asked to end the run.
+      asker: the class of the callback that asked, in words.
     """
 
     def __init__(self, callbacks: Sequence[Callback]):
         self._callbacks = callbacks
         # A deque, because another thread may add events: its methods are atomic.
         self._waiting: collections.deque[tuple[str, tuple[Any, ...]]] = collections.deque()
-        self.ends = False
+        self.ends, self.asker = False, "a callback"
 
     def add(self, name: str, *arguments: Any) -> None:
         """Collects an event for the method `on_<name>`. May be called in any thread."""
         if self._callbacks:
             self._waiting.append((f"on_{name}", arguments))
 
+    def tell_earlier(self, step: int, loss: float) -> bool:
+        """Tells the callbacks of an evaluation before a resume, and returns whether one of them ended the run there."""
+        ended = [one for one in self._callbacks if one.on_earlier_evaluation(step, {"eval_loss": loss}) is True]
+        self._note(ended)
+        return bool(ended)
+
     def tell(self) -> None:
         """Tells the callbacks all collected events, in the order in which they came."""
         while self._waiting:
             name, arguments = self._waiting.popleft()
-            for callback in self._callbacks:
-                self.ends |= getattr(callback, name)(*arguments) is True
+            ended = [callback for callback in self._callbacks if getattr(callback, name)(*arguments) is True]
+            self._note(ended)
+            self.ends |= bool(ended)
+
+    def _note(self, ended: Sequence[Callback]) -> None:
+        for callback in ended[:1]:
+            self.asker = f"the callback {type(callback).__name__}"
 
 
 def check_callbacks(callbacks: Any) -> list[Callback]:

@@ -67,7 +67,7 @@ _PART = 2**20  # Values that are looked at together: their bits stay in the cach
 # `offload_embedding` change only how a step is rounded, and on a GPU `offload_weights` changes nothing.
 _FREE = {
     *("output_dir", "logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit"),
-    *("eval_on_start", "load_best_model_at_end"),
+    *("eval_on_start", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
     *("resume_from_checkpoint", "compilation_cache_dir", "memory_limit", "remat", "implementation"),
     *("offload_weights", "offload_embedding", "mesh"),
     # They change only the data, which has a checksum.

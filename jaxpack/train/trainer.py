@@ -39,7 +39,7 @@ from jaxpack.parallel.placement import on_one_device
 from jaxpack.parallel.processes import Consensus, exchange, is_first_process, watch
 from jaxpack.planning.mesh import mesh_of
 from jaxpack.settings import TrainConfig
-from jaxpack.train.callbacks import Callback, Events, check_callbacks, check_function
+from jaxpack.train.callbacks import Callback, EarlyStopping, Events, check_callbacks, check_function
 from jaxpack.train.checkpoint import (
     FOLDER,
     LATEST,
@@ -177,6 +177,8 @@ class Trainer:
             _require_plain_loss(config)
         self.optimizer, self.callbacks, self.compute_metrics = optimizer, check_callbacks(callbacks), compute_metrics
         self.formatting_func = formatting_func
+        if config.early_stopping_patience is not None:
+            self.callbacks.append(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
         resolve_optimizer(optimizer, config, 1, model)  # Raises here if it is no optimizer.
         check_function("compute_metrics", compute_metrics)
         if config.eval_split is not None and eval_dataset is not None:
@@ -443,10 +445,17 @@ class Trainer:
             return every > 0 and (step % every == 0 or step == num_steps)
 
         asked = Consensus(lambda: 2 * stop.received + events.ends, run.mesh)
+        last = num_steps
+        if run.started and (ended := self._ended_by(events)) is not None:
+            # The run would have heard of it once its next step had been started.
+            last = min(num_steps, ended + 1 + asked.delay)
+            if run.started >= last:
+                console.print(f"ended after step {run.started}, because {events.asker} asked for it in an earlier run")
+                return
 
         def pauses(step: int) -> bool:
             asked.ask()
-            return asked.answer > 0 or saves(step) or self._evaluates(step)
+            return asked.answer > 0 or saves(step) or self._evaluates(step) or step == last
 
         def evaluate_at(step: int) -> None:
             metrics = run.evaluate()
@@ -474,14 +483,14 @@ class Trainer:
                 if self._evaluates(step):
                     evaluate_at(step)
                 stops, ends = divmod(asked.answer, 2)  # Read once: a signal may come between the two uses.
-                ends = ends and step < num_steps
+                ends = (ends or step == last) and step < num_steps
                 if stops or ends or saves(step) or step == num_steps:
                     self._require_finite(run, measured)
                 if checkpoints is not None and (stops or ends or saves(step)):
                     self._save(run, checkpoints)
                 if ends and not stops:
                     log.record()
-                    console.print(f"ended after step {step}, because a callback asked for it")
+                    console.print(f"ended after step {step}, because {events.asker} asked for it")
                     break
                 if stops:
                     log.record()
@@ -500,6 +509,11 @@ class Trainer:
             else:
                 if len(progress.losses) < num_steps:
                     self._end_with_stream(run, log, checkpoints, evaluate_at)
+
+    def _ended_by(self, events: Events) -> int | None:
+        """Tells callbacks of the evaluations so far; returns the step of the first at which one ends the run."""
+        told = [events.tell_earlier(step, loss) for step, loss in self.progress.evaluations.items()]
+        return next((step for step, ends in zip(self.progress.evaluations, told, strict=True) if ends), None)
 
     def _end_with_stream(
         self, run: Run, log: Log, checkpoints: Checkpoints | None, evaluate_at: Callable[[int], None]
@@ -764,6 +778,11 @@ def _check_evaluation(config: TrainConfig, *, given: bool) -> None:
     for name in ("eval_on_start", "load_best_model_at_end"):
         if getattr(config, name) and not given:
             raise InputError(f"`{name}` must be false without an `eval_dataset` or an `eval_split`, got true.")
+    if config.early_stopping_patience is not None and not given:
+        raise InputError(
+            "`early_stopping_patience` must be None without an `eval_dataset` or an `eval_split`, got"
+            f" {config.early_stopping_patience}. Pass data to evaluate on, or leave it out."
+        )
     if config.load_best_model_at_end and config.save_steps == 0:
         raise InputError("`save_steps` must be above 0 with `load_best_model_at_end`, got 0.")
     if every is None:

@@ -350,6 +350,7 @@ NEEDED = {
     "instruction_part": PARTS,
     "response_part": PARTS,
     "streaming": ["--packing", "--max-steps", "9"],
+    "early_stopping_threshold": ["--early-stopping-patience", "2"],
 }
 
 
@@ -364,6 +365,7 @@ def another_value(field: dataclasses.Field) -> Any:
         "max_steps": 7,
         "eval_steps": 7,
         "eval_split": 0.125,
+        "early_stopping_patience": 3,
         "resume_from_checkpoint": "latest",
         "chat_template": "chatml",
         "instruction_part": "### Question:",

@@ -2,9 +2,12 @@
 
 import json
 import math
+import shutil
+import signal
 from collections import UserDict
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from models import small_model
 from short_runs import LORA, ROWS, SHORT, changed
@@ -73,11 +76,83 @@ def test_a_run_stops_where_its_evaluation_does_not_get_better(losses, patience, 
     [
         ({"eval_on_start": True}, "`eval_on_start` must be false without an `eval_dataset` or"),
         ({"load_best_model_at_end": True, "output_dir": "x"}, "`load_best_model_at_end` must be false without"),
+        ({"early_stopping_patience": 3}, "`early_stopping_patience` must be None without an `eval_dataset` or an"),
     ],
 )
 def test_what_needs_evaluation_data_says_so(setting, message):
     with pytest.raises(InputError, match=message):
         Trainer(model(), None, ROWS, changed(SHORT, **setting))
+
+
+# --- Early stopping ---------------------------------------------------------------------------------------------------
+
+# The loss rises from the first step on, so a patience of 2 is exhausted by the third evaluation, after step 6.
+RISING = changed(SHORT, learning_rate=0.3, max_steps=12, eval_steps=2, save_steps=2, save_total_limit=9)
+PATIENT = {"early_stopping_patience": 2, "early_stopping_threshold": 100.0}
+ENDS_AT = 7  # The next step has been started when the callback is told.
+
+
+class Kills(Callback):
+    """Ends a run after a step, as Ctrl-C would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, step, metrics):
+        if step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def stopped_early(folder, *callbacks, **changes):
+    config = changed(RISING, output_dir=str(folder), **PATIENT | changes)
+    trainer = Trainer(model(), None, ROWS[9:], config, HELD_OUT, callbacks=callbacks)
+    return trainer.train(), trainer
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("early")
+    return folder, stopped_early(folder)[0].losses
+
+
+def test_a_setting_stops_a_run_whose_evaluation_does_not_get_better(undisturbed):
+    assert len(undisturbed[1]) == ENDS_AT
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, ENDS_AT])
+def test_a_resumed_run_ends_at_the_step_of_an_undisturbed_one(step, undisturbed, tmp_path, capfd):
+    folder, losses = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    result, trainer = stopped_early(tmp_path / "run", resume_from_checkpoint="latest")
+    np.testing.assert_array_equal(result.losses, losses)
+    assert trainer.steps_in_model == ENDS_AT
+    assert f"ended after step {ENDS_AT}, because the callback EarlyStopping asked for it" in capfd.readouterr().err
+    checkpoints = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == [*range(2, ENDS_AT, 2), ENDS_AT]
+
+
+@pytest.mark.parametrize("step", [3, 5, 6])
+def test_a_run_that_is_interrupted_between_evaluations_ends_there_too(step, undisturbed, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stopped_early(tmp_path, Kills(step))
+    result, _ = stopped_early(tmp_path, resume_from_checkpoint="latest")
+    np.testing.assert_array_equal(result.losses, undisturbed[1])
+
+
+def test_a_run_that_has_ended_goes_on_with_more_patience(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    result, _ = stopped_early(tmp_path / "run", resume_from_checkpoint="latest", early_stopping_patience=3)
+    assert len(result.losses) == ENDS_AT + 2
+
+
+def test_evaluations_of_repeated_steps_count_once():
+    stopping = EarlyStopping(patience=2)
+    for step, loss in [(2, 1.0), (4, 2.0), (4, 2.0), (2, 1.0), (4, 2.0)]:
+        assert not stopping.on_evaluation(step, {"eval_loss": loss})
+    assert stopping.on_evaluation(6, {"eval_loss": 2.0})
 
 
 # --- Several sets -----------------------------------------------------------------------------------------------------
