@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from torch_bridge.adapter import load_adapter, save_adapter
+from torch_bridge.hub import push_to_hub
 from torch_bridge.merged import save_merged
 from torch_bridge.pretrained import from_pretrained, read_config, save_pretrained
 from torch_bridge.verification import base_of, verify
@@ -15,6 +16,7 @@ __all__ = [
     "from_pretrained",
     "from_torch",
     "load_adapter",
+    "push_to_hub",
     "read_config",
     "save_adapter",
     "save_merged",

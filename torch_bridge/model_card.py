@@ -37,7 +37,7 @@ def model_card(model: Transformer, settings: Mapping[str, Any], *, has_tokenizer
       settings: names and values of the training, which the card lists in their order.
       has_tokenizer: whether the tokenizer lies beside the adapter.
     """
-    base, lora = _without_folders(model.config.name_or_path) or "the base model", model.lora_config
+    base, lora = without_folders(model.config.name_or_path) or "the base model", model.lora_config
     assert lora is not None
     head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["jaxpack", "lora"]}
     if base == model.config.name_or_path:  # The hub refuses a card whose base is no id.
@@ -57,7 +57,7 @@ def model_card(model: Transformer, settings: Mapping[str, Any], *, has_tokenizer
     return "\n".join(parts)
 
 
-def _without_folders(value: str) -> str:
+def without_folders(value: str) -> str:
     """Returns the last part of a path on this machine, and everything else, such as the id of a model, as it is."""
     is_path = os.path.isabs(value) or value.startswith((".", "~")) or os.path.lexists(value)
     return Path(value).name if is_path else value
@@ -65,10 +65,10 @@ def _without_folders(value: str) -> str:
 
 def _without_folders_of_data(value: str) -> str:
     """Does the same with a dataset that has a name or a weight, as "math=rows/math.jsonl=0.7" has."""
-    if (shown := _without_folders(value)) != value or (parts := _DATA.fullmatch(value)) is None:
+    if (shown := without_folders(value)) != value or (parts := _DATA.fullmatch(value)) is None:
         return shown
     before, path, after = parts.groups(default="")
-    return before + _without_folders(path) + after
+    return before + without_folders(path) + after
 
 
 def _cell(value: Any) -> str:
