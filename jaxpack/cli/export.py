@@ -9,6 +9,7 @@ import typer
 
 import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, says_4bit
+from jaxpack.cli.hub import HubIdOption, HubPrivateOption, PushOption, check_upload, upload
 from jaxpack.cli.reading import ADAPTER_HELP, read_base, require_adapter
 from jaxpack.errors import InputError, errors_name
 from jaxpack.train.trained import is_checkpoint
@@ -53,6 +54,9 @@ def export(
             show_default="the weights of the adapter's training",
         ),
     ] = None,
+    push_to_hub: PushOption = False,
+    hub_model_id: HubIdOption = None,
+    hub_private_repo: HubPrivateOption = None,
     verify: Annotated[
         bool, typer.Option(help="Check the merged folder: read it with torch, and compare its logits with jaxpack's.")
     ] = False,
@@ -62,6 +66,7 @@ def export(
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
     require_adapter(adapter)
+    repo_id = check_upload(push_to_hub, hub_model_id, hub_private_repo, merged)
     run = adapter.absolute().parents[1 if is_checkpoint(adapter) else 0]
     if not load_in_4bit and says_4bit(run / RUN_SETTINGS):
         console.print(
@@ -80,3 +85,5 @@ def export(
         console.print(f"saved {merged}")
         if verify:
             torch_bridge.verify(str(merged))
+    if repo_id is not None:
+        upload(merged, repo_id, hub_private_repo)

@@ -82,6 +82,9 @@ GROUPS = {
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
     ),
     "Memory and devices": (
         "gpu",

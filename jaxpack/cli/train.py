@@ -11,6 +11,7 @@ import typer
 
 import torch_bridge
 from jaxpack.cli.config_file import RUN_SETTINGS, overridden, read_settings, write_settings
+from jaxpack.cli.hub import HubIdOption, HubPrivateOption, PushOption, check_upload, upload
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
 from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, read_sets, tokenizer_of
 from jaxpack.errors import InputError, errors_name
@@ -87,6 +88,9 @@ def train(
         Path | None, typer.Option(help="Folder of a PEFT adapter to train further, instead of a new adapter.")
     ] = None,
     full_finetuning: Annotated[bool, typer.Option(help="Train all weights, instead of an adapter.")] = False,
+    push_to_hub: PushOption = False,
+    hub_model_id: HubIdOption = None,
+    hub_private_repo: HubPrivateOption = None,
     **flags: object,
 ) -> None:
     """Fine-tune a model on a dataset, and write the adapter or the trained model."""
@@ -98,6 +102,7 @@ def train(
     flags = {name: None if name in given_up else value for name, value in flags.items()}
     config = from_flags(TrainConfig, flags, output_dir=str(output))
     require_libraries(config)
+    repo_id = check_upload(push_to_hub, hub_model_id, hub_private_repo, output)
     lora = from_flags(LoraConfig, flags)
     if full_finetuning and (adapter is not None or asks_for_adapter(flags)):
         raise InputError("`full_finetuning` must be without flags of adapters, got both. Leave one of them out.")
@@ -144,6 +149,9 @@ def train(
         "load_in_4bit": load_in_4bit,
         "adapter": None if adapter is None else str(adapter),
         "full_finetuning": full_finetuning,
+        "push_to_hub": push_to_hub,
+        "hub_model_id": hub_model_id,
+        "hub_private_repo": hub_private_repo,
         **to_flags(config),
         **({} if full_finetuning or adapter is not None else to_flags(lora)),
     }
@@ -152,6 +160,7 @@ def train(
         settings["resume_from_checkpoint"] = None
 
     is_told = {"output", "output_dir", "resume_from_checkpoint", "compilation_cache_dir", "adapter", *LORA_FLAGS}
+    is_told |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
     card = {name: value for name, value in settings.items() if name not in is_told}
 
     def write(path: Path) -> None:  # All processes take part, and the first one writes.
@@ -197,6 +206,8 @@ def train(
         took = "all steps were done in an earlier run"
     console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}{evaluated}, {took}")
     save()
+    if repo_id is not None:
+        upload(trained, repo_id, hub_private_repo)
 
 
 def resumed(arguments: list[str]) -> list[str]:

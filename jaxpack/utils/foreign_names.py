@@ -107,8 +107,14 @@ _ANSWERS = {
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout device_map"
     ),
     "leave it out: the loss is always the mean over the tokens of all devices": "average_tokens_across_devices",
-    "leave it out, and upload the output folder yourself": (
-        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
+    "call torch_bridge's `push_to_hub` with the written folder; `jaxpack train` and `jaxpack export` have flags": (
+        "push_to_hub hub_private_repo hub_model_id"
+    ),
+    "set the environment variable HF_TOKEN, or log in once with huggingface_hub's command, hf auth login": (
+        "token hub_token push_to_hub_token"
+    ),
+    "leave it out: the result is uploaded once, at the end, to the main branch": (
+        "hub_strategy hub_always_push hub_revision"
     ),
     "pass an optax transformation to `Trainer` as `optimizer`": "optim_target_modules",
     "set the environment variable JAX_PLATFORMS to cpu": "use_cpu no_cuda",
@@ -154,7 +160,7 @@ _ANSWERS = {
         "prediction_loss_only eval_do_concat_batches batch_eval_metrics eval_use_gather_object "
         "include_for_metrics save_only_model save_on_each_node save_safetensors enable_jit_checkpoint "
         "ignore_data_skip full_determinism restore_callback_states_from_checkpoint skip_memory_metrics "
-        "model_init_kwargs token rope_scaling resize_model_vocab use_exact_model_name float32_mixed_precision "
+        "model_init_kwargs rope_scaling resize_model_vocab use_exact_model_name float32_mixed_precision "
         "text_only fast_inference gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats "
         "qat_scheme embedding_learning_rate"
     ),
