@@ -22,7 +22,8 @@ _HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
 if _HAS_BEARTYPE:
     install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
 
-_COMPILING, _MANY = ("kernels", "model", "torch_bridge"), 4
+# Tests of these rooms compile a program for each case. Of those with many cases, one in this many is not slow.
+_COMPILING, _MANY = {"kernels": 5, "model": 4, "torch_bridge": 3}, 4
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # else a GPU rounds float32 references to tf32
@@ -43,7 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks all but one in N cases of a `one_in(N)` test as slow, and keeps the part of the cases that `--cases` names.
 
-    Tests of the rooms that compile a program for each case are `one_in(3)` without a marker, if they have many cases.
+    Tests of the rooms that compile a program for each case are `one_in(3)` or so without a marker, if they have many
+    cases. Tests that need a GPU run all of them.
 
     A hash of their names orders the cases of a test. In the order of their parameters, all cases of one part could have
     the same value of one parameter.
@@ -55,8 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for cases in tests.values():
         cases.sort(key=lambda item: zlib.crc32(item.name.encode()))
         marker = cases[0].get_closest_marker("one_in")
-        compile_much = len(cases) >= _MANY and cases[0].path.parent.name in _COMPILING
-        if (parts := marker.args[0] if marker is not None else 3 if compile_much else 1) > 1:
+        of_room = _COMPILING.get(cases[0].path.parent.name, 1) if len(cases) >= _MANY else 1
+        parts = marker.args[0] if marker is not None else of_room
+        if parts > 1 and cases[0].get_closest_marker("gpu") is None:
             for item in _without_part([item for item in cases if not _is_slow(item)], 0, parts):
                 item.add_marker(pytest.mark.slow)
         if config.getoption("--cases"):

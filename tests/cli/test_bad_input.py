@@ -127,6 +127,7 @@ def test_bad_data(name: str, base: Path, tmp_path: Path, run: Callable) -> None:
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_bad_data_in_a_real_process(base: Path, tmp_path: Path) -> None:
     content, fragments = BAD_DATA["labels_masked"]
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -263,6 +264,7 @@ def test_bad_checkpoint(name: str, base: Path, data: Path, tmp_path: Path, run: 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_bad_checkpoint_in_a_real_process(base: Path, data: Path, tmp_path: Path) -> None:
     damage, fragments = BAD_CHECKPOINTS["missing_shard"]
     model = shutil.copytree(base, tmp_path / "model")

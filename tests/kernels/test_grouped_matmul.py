@@ -138,7 +138,7 @@ GATED_CASES = [(activation, {}) for activation in ("silu", "clamped_silu", "gelu
 GATED_CASES += [("silu", {"rank": None}), ("silu", {"has_bias": False})]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(
     ("activation", "added"), GATED_CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
