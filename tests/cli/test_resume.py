@@ -123,6 +123,7 @@ def test_a_run_that_is_killed_four_times_ends_as_if_it_never_was(seed: int, sett
     require_whole_checkpoints(output, setting.undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_then_stops(setting: Setting, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     command = [*setting.command, "--output", output, "--resume-from-checkpoint", "latest", "--save-steps", 0]

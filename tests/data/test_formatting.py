@@ -116,8 +116,8 @@ def test_a_trainer_formats_the_rows_of_both_datasets():
     trainer = Trainer(model, TOKENIZER, ROWS, config, ROWS[:2], formatting_func=text_of)
     texts = [{"text": text_of(row)} for row in ROWS]
     plain = Trainer(model, TOKENIZER, texts, config, texts[:2])
-    for name in ("documents", "eval_documents"):
-        found, expected = getattr(trainer, name), getattr(plain, name)
+    of_both = ((one.documents, one.eval_documents[""]) for one in (trainer, plain))
+    for found, expected in zip(*of_both, strict=True):
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.labels.tolist() == expected.labels.tolist()
     losses = [trainer.evaluate(), trainer.evaluate(ROWS[:2]), plain.evaluate()]

@@ -33,10 +33,6 @@ COLLECTIVES = {
 }
 
 
-_SLOW = {"all weights, padded", "experts", "experts, all weights", "objective"}
-CASES = [pytest.param(case, marks=pytest.mark.slow) if case in _SLOW else case for case in COLLECTIVES]
-
-
 @pytest.fixture(scope="module")
 def results(request):
     """Returns what the script finds for the cases of the tests that were selected; one process has its start once."""
@@ -49,7 +45,8 @@ def results(request):
     return json.loads(on_simulated_devices(Path(__file__).with_name("meshes.py"), *sorted(chosen)))
 
 
-@pytest.mark.parametrize("case", [*CASES, "all weights kept"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*COLLECTIVES, "all weights kept"])
 def test_gradients_and_sums_are_those_of_one_device(case, results):
     meshes = results[case]
     assert len({found["weight"] for found in meshes.values()}) == 1
@@ -58,24 +55,28 @@ def test_gradients_and_sums_are_those_of_one_device(case, results):
         assert found["sums"] < 1e-6, mesh
 
 
+@pytest.mark.slow
 def test_no_choice_keeps_what_was_gathered(results):
     # A CPU's compiler merges both gathers of a matrix where no loop parts them, so they are counted before it.
     assert results["all weights kept"]["2x4"]["traced"] >= 2 * 4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COLLECTIVES)
 def test_the_program_has_one_all_reduce_and_what_shards_need(case, results):
     found = {mesh: figures["collectives"] for mesh, figures in results[case].items()}
     assert found == {"1x1": {}} | COLLECTIVES[case]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COLLECTIVES)
 def test_each_layer_is_gathered_once_in_each_direction(case, results):
     for mesh, found in results[case].items():
         assert found["gathered"] == 2 * found["of_a_layer"], mesh
         assert (found["of_a_layer"] > 0) == (not mesh.endswith("x1")), mesh
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_follow_one_device(results):
     one, *others = results["training"]
     assert one[3] < one[0]
