@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -711,10 +712,21 @@ def _reason(error: BaseException) -> str:
     return reason(error)[:200] if code is None else os.strerror(int(code[1]))
 
 
+def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
+    """Returns False for the error of a task that orbax has begun and forgotten when another one failed."""
+    trace = record.exc_info[2] if record.exc_info else None
+    frames = traceback.extract_tb(trace)
+    return not ("never retrieved" in str(record.msg) and any("orbax" in frame.filename for frame in frames))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences orbax's log of errors that it also raises, and its tasks' complaints about a closed event loop."""
+    """Silences orbax's log of errors that it also raises, and its tasks' complaints about a closed event loop.
+
+    A forgotten task is told of when it is collected as garbage, which may be at any time later.
+    """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    logging.getLogger("asyncio").addFilter(_is_no_task_of_orbax)
 
     def filtered(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":

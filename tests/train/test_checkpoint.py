@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -542,3 +543,16 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
         assert f"/{step}: No space left on device; the run goes on" in shown
     assert "Traceback" not in shown
     assert [path.name for path in (output / "checkpoints").iterdir() if not path.name.isdecimal()] == []
+
+
+def test_tasks_that_orbax_forgets_are_not_told_of_and_others_are(caplog):
+    logger = logging.getLogger("asyncio")
+    with checkpoint._quiet():
+        pass
+    for place in ("site-packages/orbax/writer.py", "site-packages/other/writer.py"):
+        try:
+            exec(compile("raise OSError('the disk is full')", place, "exec"))
+        except OSError:
+            logger.exception("Task exception was never retrieved")
+    assert len(caplog.records) == 1
+    assert "other/writer.py" in caplog.text
