@@ -80,6 +80,19 @@ class BatchSource:
         """Returns whether a step's batch is within `limits`."""
         return True
 
+    def state_at(self, step: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of a run's place in its data after `step` steps; none are needed where `step` says it."""
+        return {}
+
+    def resume(self, step: int, state: dict[str, np.ndarray]) -> None:
+        """Goes to the batch of a step, with what `state_at` returned for that step."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Returns the rows in a step; without packing, each document counts as a row."""
+        config = self.config
+        return config.per_device_train_batch_size * self.num_devices * config.gradient_accumulation_steps
+
     @property
     def _rows_of_device(self) -> int:
         """Returns the number of rows in a micro-batch on one device."""
@@ -152,7 +165,7 @@ class Batches(BatchSource):
       num_devices: the number of devices over which the rows are dealt.
       documents: the documents that are trained on, after truncation.
       truncation: counts of the documents that are shortened or dropped, and of the tokens that are lost.
-      num_rows, rows_per_step: rows in an epoch, and in a step; without packing, each document counts as a row.
+      num_rows: rows in an epoch; without packing, each document counts as a row.
       steps_per_epoch, num_steps: optimizer steps in an epoch, and in the run.
       targets_per_epoch: tokens that an epoch trains on.
       row_lengths: T of each step, int64 `[num_steps]`.
@@ -187,7 +200,6 @@ class Batches(BatchSource):
         else:
             self._rows = Rows.grouped(np.arange(len(self.documents))[:, None], self.documents.lengths)
         self.num_rows = len(self._rows)
-        self.rows_per_step = config.per_device_train_batch_size * num_devices * config.gradient_accumulation_steps
         self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
         name = "max_steps" if config.max_steps > 0 else "num_train_epochs"
         steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * self.steps_per_epoch

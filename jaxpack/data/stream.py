@@ -169,8 +169,7 @@ class StreamedBatches(BatchSource):
         self.tokens_per_step = np.zeros(self.num_steps, np.int64)
         self.limits = {T: self._limits_by_sample(T)}
         self._unlimited_from = self.num_steps  # the first step that exceeds the limits
-        self._rows_per_step = config.per_device_train_batch_size * num_devices * config.gradient_accumulation_steps
-        documents_per_step = self._rows_per_step * len(first) / self.sample.num_rows
+        documents_per_step = self.rows_per_step * len(first) / self.sample.num_rows
         self.window = max(_SAMPLE, round(_WINDOW_STEPS * documents_per_step))
         self._origin: tuple[int, State | None] = 0, None  # where the stream can be packed again, at worst
         # The last batches by step, and the states of the packer before these steps and before the next one.
@@ -237,7 +236,7 @@ class StreamedBatches(BatchSource):
         self._packer = Packer(
             documents,
             max_length=config.length_limit,
-            rows_per_batch=self._rows_per_step,
+            rows_per_batch=self.rows_per_step,
             micro_batches=config.gradient_accumulation_steps,
             window=self.window,
             strategy=config.packing_strategy,

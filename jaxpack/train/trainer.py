@@ -535,8 +535,7 @@ class Trainer:
 
     def _save(self, run: Run, checkpoints: Checkpoints) -> None:
         """Starts to save the state of a run after its last step."""
-        if isinstance(self.batches, StreamedBatches):
-            self.progress.stream = self.batches.state_at(run.started)
+        self.progress.stream = self.batches.state_at(run.started)
         copy = run.copy_state()
         checkpoints.save(run.started, run.state if copy is None else copy.state, self.progress)
 
@@ -589,9 +588,9 @@ class Trainer:
                 if newest is None:
                     return False
                 notes = notes_of(run.choice.note, self.config.implementation)
-                self._go_on_in_stream(run, run.resume([newest], self._identity, notes)[1])
-            if isinstance(self.batches, StreamedBatches):
-                self.batches.state_at(run.started)  # Raises if the stream cannot be read again.
+                _, progress = run.resume([newest], self._identity, notes)
+                self.batches.resume(run.started, progress.stream)
+            self.batches.state_at(run.started)  # Raises if a stream cannot be read again.
         except Exception as error:  # A device that has failed may take no arrays.
             console.print(f"the last whole state could not be loaded: {reason(error):.200}", style="yellow")
             return False
@@ -662,7 +661,7 @@ class Trainer:
         if self._checkpoints:
             notes = notes_of(run.choice.note, config.implementation)
             self.checkpoint, self.progress = run.resume(self._checkpoints, self._identity, notes)
-            self._go_on_in_stream(run, self.progress)
+            self.batches.resume(run.started, self.progress.stream)
             done = f"{run.started:,} of {self.batches.num_steps:,} steps are done"
             console.print(f"the run continues from {self.checkpoint}: {done}")
         elif config.resume_from_checkpoint is not None:
@@ -673,10 +672,6 @@ class Trainer:
             best = "" if not self.eval_batches else " and the one with the lowest evaluation loss"
             kept = f"the last {config.save_total_limit}{best} are kept" if config.save_total_limit else "all are kept"
             console.print(f"checkpoints are saved {when} in {Path(config.output_dir) / FOLDER}; {kept}")
-
-    def _go_on_in_stream(self, run: Run, progress: Progress) -> None:
-        if isinstance(self.batches, StreamedBatches):
-            self.batches.resume(run.started, progress.stream)
 
     def _load_best(self, run: Run) -> None:
         """Puts the weights of the checkpoint with the lowest evaluation loss into a run."""
