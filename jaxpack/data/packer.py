@@ -5,9 +5,10 @@ documents at a time, with the same `pack_rows`, and packs the emptiest rows agai
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -144,22 +145,8 @@ class Packer:
         int64 `counts` has the number of documents that were read, and other numbers.
         """
         window = self._at
-        counts = (
-            window.read,
-            window.number,
-            self._given,
-            *dataclasses.astuple(window.truncation),
-            window.tokens,
-            window.positions,
-        )
-        waiting = Documents.joined(window.waiting)
-        return {
-            "counts": np.array(counts, np.int64),
-            "tokens": waiting.tokens,
-            "labels": waiting.labels,
-            "lengths": waiting.lengths,
-            "rows": np.stack(window.ready),
-        }
+        numbers = (*dataclasses.astuple(window.truncation), window.tokens, window.positions)
+        return {"counts": np.array((window.read, window.number, self._given, *numbers), np.int64), **window.arrays}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes to the place in the stream at which another packer was when its `get_state` returned `state`.
@@ -283,7 +270,8 @@ class Packer:
             )
 
 
-class _Window(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Window:
     """Holds what a packer knows before it reads a window.
 
     Attributes:
@@ -301,6 +289,13 @@ class _Window(NamedTuple):
     truncation: Truncation
     tokens: int
     positions: int
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of a packer's state, which all batches of the window share."""
+        waiting = Documents.joined(self.waiting)
+        documents = {"tokens": waiting.tokens, "labels": waiting.labels, "lengths": waiting.lengths}
+        return {**documents, "rows": np.stack(self.ready)}
 
 
 _COUNTS = 8  # the numbers of a window, and the number of its batches
