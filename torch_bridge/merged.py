@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import NumberedWeight, Weight
-from jaxpack.model.linear import AdapterArrays, Linear, LoraAdapter, spread_adapters
+from jaxpack.model.linear import AdapterArrays, Linear, LoraAdapter, row_scales, spread_adapters
 from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.model.moe import Experts, experts_of
 from jaxpack.model.mxfp4 import MXFP4Weight
@@ -248,7 +248,7 @@ def merge(
     merged = weight.astype(jnp.float32) + scaling * product
     if magnitude is not None:
         norms = jnp.maximum(jnp.linalg.norm(merged, axis=-1), 1e-15)  # as in training, see `row_norms`
-        merged *= jnp.where(jnp.isinf(magnitude), 1.0, magnitude / norms)[..., None]
+        merged *= row_scales(magnitude, norms)[..., None]
     return merged.astype(dtype)
 
 

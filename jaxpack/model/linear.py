@@ -81,6 +81,11 @@ class AdapterArrays(NamedTuple):
 NO_MAGNITUDE = np.inf  # of the rows in layers without a DoRA adapter: they stay as they are
 
 
+def row_scales(magnitude: Float[Array, "*E O"], norms: Float[Array, "*E O"]) -> Float[Array, "*E O"]:
+    """Returns what gives rows of these norms their magnitudes, float32; 1 where the magnitude is `NO_MAGNITUDE`."""
+    return jnp.where(jnp.isinf(magnitude), 1.0, magnitude / norms)
+
+
 def spread_adapters(blocks: Blocks, num_layers: int) -> Blocks:
     """Returns stacked layers whose adapters all have factors for each layer: zeros where a layer has no adapter.
 
@@ -254,7 +259,7 @@ class Linear(nnx.Module):
             for size, adapter in given
         ]
         magnitude = jnp.concatenate(magnitudes)
-        return scale_channels(out, jnp.where(jnp.isinf(magnitude), 1.0, magnitude / norms), name)
+        return scale_channels(out, row_scales(magnitude, norms), name)
 
     def norm_project_cost(self, norm: RMSNorm, context: CostContext) -> PartCost:
         """Returns the cost of `norm_project`, whose output is the projections.

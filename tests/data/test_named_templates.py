@@ -51,7 +51,7 @@ def test_the_list_of_names_is_tested_whole():
     assert SPECIALS.keys() == TEMPLATES.keys()
 
 
-# What the formats' authors publish, for a short conversation.
+# These texts are what the formats' authors publish for a short conversation.
 WRITTEN = {
     "alpaca": f"{BOS}S\n\n### Instruction:\na\n\n### Response:\nb{EOS}\n\n### Instruction:\nc\n\n### Response:\nd{EOS}",
     "chatml": f"{BOS}<|im_start|>system\nS<|im_end|>\n"
