@@ -37,6 +37,10 @@ _FOREVER = 10**9  # milliseconds: others may write a large model in the meantime
 _DEAD_AFTER = 30  # seconds without a sign of life from a process
 _LOOK_EVERY = 0.5  # seconds between two looks at what the others say
 _HEARD_AFTER = 2  # seconds until all others have read why a process ends
+_CARRIERS = ("gloo", "nccl")  # the libraries that carry arrays between processes, and name themselves in their errors
+_AGAIN = (
+    "Start all processes again: with `resume_from_checkpoint` 'latest' the run goes on from its last checkpoint."
+)
 _rounds = itertools.count()
 
 
@@ -224,7 +228,7 @@ def watch() -> None:
         return
     _last_words = _LastWords(
         f"error: {_name()} of the run was ended, because it was killed or another process died (JAX says so above)."
-        " Start all processes again: with `resume_from_checkpoint` 'latest' the run goes on from its last checkpoint."
+        f" {_AGAIN}"
     )
     console.quiet = not is_first_process()
     client, before = _client(), sys.excepthook
@@ -248,8 +252,13 @@ def watch() -> None:
             _last_words.cancel()
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        said = reason(error)
+        if any(name in said.lower() for name in _CARRIERS):
+            # No traceback: after another process has died, whatever exchanges arrays next fails.
+            why = f"{_name()} of the run was ended, because another process was killed or died ({said:.300}). {_AGAIN}"
+            leave(why, 1, prints=True)
         before(kind, error, trace)
-        leave(f"{kind.__name__}: {reason(error):.300}", 1)
+        leave(f"{kind.__name__}: {said:.300}", 1)
 
     sys.excepthook = tell
     looks = threading.Thread(target=look_at_the_others, daemon=True, name="jaxpack-watch")
@@ -266,17 +275,20 @@ def end_together() -> None:
         _last_words = None
 
 
-def leave(why: str, status: int) -> None:
+def leave(why: str, status: int, *, prints: bool | None = None) -> None:
     """Ends this process at once, and with it all others of the run, which print why. Does nothing in a single process.
 
     Python's usual end would wait minutes for the other processes, which wait for this one.
+
+    Args:
+      prints: whether this process prints why, too; by default only if nothing else that it prints is seen.
     """
     if _last_words is None:
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another one was earlier.
         _client().key_value_set(_ENDED, f"{_name()} failed: {one_line(why)}")
     time.sleep(_HEARD_AFTER)
-    _end(f"error: {why}" if console.quiet else None, status)
+    _end(f"error: {why}" if (console.quiet if prints is None else prints) else None, status)
 
 
 def _end(sentence: str | None, status: int) -> None:
