@@ -188,14 +188,18 @@ def loop_with(
     not if it has to read the source from an array, as in a scan over numbers. It copies with kernels otherwise. The
     loop counts what is fetched, one more than i, because XLA starts a copy only when its number is computed. The last
     iteration copies the last slice once more, which nothing reads.
+
+    The barrier behind the computation keeps the wait for the copy there: XLA may place it anywhere before what reads the
+    copy, which is nothing in this iteration.
     """
 
     def body(carry: Any) -> Any:
-        following, fetched, state = carry
-        state = copies_first(state, source)
-        return following + 1, fetch(source, following), turn(following - 1, fetched, state)
+        following, state, fetched = carry
+        number, state, fetched = copies_first((following, state, fetched), source)
+        both = turn(number - 1, fetched, state), fetch(source, following)
+        return following + 1, *jax.lax.optimization_barrier(both)
 
-    return jax.lax.while_loop(lambda carry: carry[0] <= count, body, (1, fetch(source, 0), state))[2]
+    return jax.lax.while_loop(lambda carry: carry[0] <= count, body, (1, state, fetch(source, 0)))[1]
 
 
 def copies_first(state: Tree, source: Any) -> Tree:

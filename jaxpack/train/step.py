@@ -294,7 +294,7 @@ def make_train_step(
         metrics = Metrics(sums.loss, optax.tree.norm(gradients), sums.metrics)
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
-    options = compiler_options(remat, fetches=fetches)
+    options = compiler_options(remat, fetches=fetches, num_devices=mesh.size)
     return jax.jit(step, donate_argnums=0, static_argnames="limits", compiler_options=options)
 
 
@@ -344,5 +344,5 @@ def make_eval_step(
 
         return sum_over_shards(local_sums, mesh, specs(whole, mesh))(batch, trainable, frozen)
 
-    options = compiler_options("full", fetches=fetches)
+    options = compiler_options("full", fetches=fetches, num_devices=mesh.size)
     return jax.jit(evaluate, static_argnames="limits", compiler_options=options)

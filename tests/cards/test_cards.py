@@ -59,7 +59,7 @@ def test_gate_and_up_of_experts_are_computed_where_they_are_read(remat, gated, m
 
 
 class Copy(NamedTuple):
-    """A copy in a loop: how many of the iteration's kernels come before its start and its end, of how many."""
+    """A copy in a loop: how many of the iteration's kernels and matmuls come before its start and its end, of how many."""
 
     is_fetch: bool
     before_start: int
@@ -78,7 +78,7 @@ def copies(text: str) -> list[Copy]:
         for half in (False, True):
             named = [(re.match(r"\s*(?:ROOT )?%(\S+) = ", line), line) for line in lines]
             own = [(i, m[1], line) for i, (m, line) in enumerate(named) if m and ("double_buffer" in m[1]) == half]
-            kernels = [i for i, _, line in own if 'custom_call_target="__gpu$xla.gpu.triton"' in line]
+            kernels = [i for i, _, line in own if re.search(r'"__gpu\$xla.gpu.triton"| %gemm_fusion_dot\S* = ', line)]
             ends = {re.search(r"\(%(\S+?)\)", line)[1]: i for i, name, line in own if "slice-done" in name}
             for i, name, line in own:
                 if re.match(r"dynamic-(update-)?slice-start", name):
@@ -96,12 +96,20 @@ def copies(text: str) -> list[Copy]:
     return found
 
 
-def test_a_layers_weights_are_fetched_while_the_whole_layer_before_computes(monkeypatch):
-    step = Step("Qwen3-32B", layers=8, rows=16, offload_weights=True)
+@pytest.mark.parametrize(
+    ("step", "of_half"),
+    [
+        # Forward four matrices, backward these and two residuals.
+        (Step("Qwen3-32B", layers=8, rows=16, offload_weights=True), 4 + 6),
+        (Step("Qwen3-8B", layers=6, rows=16, remat="offload_heads"), 3),
+        (Step("Qwen3-4B", rows=1, remat="full", store="nf4", offload_embedding=True), 1),  # a piece of the head
+    ],
+    ids=["weights", "residuals", "head"],
+)
+def test_what_is_fetched_is_copied_while_the_whole_layer_or_piece_before_computes(step, of_half, monkeypatch):
     found = copies(compiled(step, "NVIDIA H200", monkeypatch).as_text())
     fetches = [copy for copy in found if copy.is_fetch]
-    # Each half of an iteration has a layer: forward four matrices, backward these and two residuals.
-    assert len(fetches) == 2 * (4 + 6)
+    assert len(fetches) == 2 * of_half  # Each half of an iteration has a layer, or a piece.
     assert all(copy.has_engine for copy in found)
     assert all(copy.before_start == 0 for copy in found)
-    assert all(copy.before_end >= copy.kernels - 1 for copy in fetches)
+    assert all(copy.before_end > 0.85 * copy.kernels for copy in fetches)  # The last ones compute small gradients.
