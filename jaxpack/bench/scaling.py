@@ -35,13 +35,13 @@ WORKS: tuple[tuple[str, bool, Remat, int], ...] = (
 COUNTS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
-def shape_on(model: str, has_adapters: bool, data: int, fsdp: int) -> StepShape:
-    """Returns the step of one device of a mesh, with `ROWS` rows of `ROW` tokens."""
+def shape_on(model: str, has_adapters: bool, data: int, fsdp: int, rows: int = ROWS) -> StepShape:
+    """Returns the step of one device of a mesh, with so many rows of `ROW` tokens."""
     abstract = abstract_model(SHAPES[model], LoraConfig(r=16) if has_adapters else None)
     mesh = AbstractMesh((data, fsdp), AXES)
     nnx.update(abstract, *(deal(state, mesh) for state in split_trained(abstract)[1:]))
     moments = state_bytes(TrainConfig(), abstract) // (1 if has_adapters else fsdp)
-    return StepShape.of(abstract, (1, ROWS, ROW), optimizer_bytes=moments)
+    return StepShape.of(abstract, (1, rows, ROW), optimizer_bytes=moments)
 
 
 def table() -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Tests that predictions for several devices follow from the sizes of the model, and that the page has their table."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ from jaxpack.planning.scaling import Links, mesh_seconds, traffic_of
 from jaxpack.planning.time import step_seconds
 
 H200 = card_named("H200").rates
+ROOT = Path(__file__).parent.parent.parent
+MEASURED = json.loads((ROOT / "benchmarks/results/2026-11-30_h200_meshes.json").read_text())["results"]
 
 
 def matrices_of_layers(model: str) -> int:
@@ -25,7 +28,7 @@ def matrices_of_layers(model: str) -> int:
 
 
 def test_the_page_has_the_table_that_the_command_makes():
-    page = (Path(__file__).parent.parent.parent / "docs/scaling.md").read_text()
+    page = (ROOT / "docs/scaling.md").read_text()
     assert with_block(page, table()) == page, "run `make docs-tables`"
 
 
@@ -59,10 +62,12 @@ def test_one_device_sends_nothing_and_takes_no_longer():
 def test_slow_links_show_and_fast_ones_hide_behind_computation():
     step = shape_on("Qwen3-0.6B", True, 1, 8)
     alone = step_seconds(step, "full", H200)
-    fast = mesh_seconds(step, "full", H200, 1, 8, Links(within=1e15))
-    slow = mesh_seconds(step, "full", H200, 1, 8, Links(within=1e9))
+    fast = mesh_seconds(step, "full", H200, 1, 8, Links(within=1e15, beside=1e15))
+    slow = mesh_seconds(step, "full", H200, 1, 8, Links(within=1e9, beside=1e15))
     assert fast == pytest.approx(alone, rel=1e-4)
     gathered = traffic_of(step, 1, 8).gathered / 1e9
+    beside = mesh_seconds(step, "full", H200, 1, 8, Links(within=1e15, beside=1e9))
+    assert beside - fast == pytest.approx(gathered, rel=1e-4)
     assert gathered - alone < slow - alone <= gathered + traffic_of(step, 1, 8).reduced / 1e9
 
 
@@ -71,3 +76,11 @@ def test_devices_that_share_matrices_need_less_memory():
     held = 2 * matrices_of_layers("Qwen3-8B")
     two_layers = 2 * held / SHAPES["Qwen3-8B"].num_layers
     assert alone - shared == pytest.approx(held * 7 / 8 - two_layers, rel=1e-3)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['model']} {row['rows']} {row['mesh']}")
+def test_a_measured_run_takes_what_is_predicted(row):
+    sizes = {"data": 1, "fsdp": 1} | {name: row["devices"] for name in ("data", "fsdp") if name in row["mesh"]}
+    step = shape_on(row["model"], not row["full_finetuning"], **sizes, rows=row["rows"])
+    assert mesh_seconds(step, row["chosen_remat"], H200, **sizes) == pytest.approx(row["step_seconds"], rel=0.1)
+    assert peak_bytes(step, row["chosen_remat"]) == pytest.approx(row["peak_memory_bytes"], rel=0.1)
