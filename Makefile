@@ -95,7 +95,7 @@ test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare 
 	.venv-transformers4/bin/python tests/torch_bridge/transformers4.py read build/transformers4
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and compiled every kernel's tests and
-# the losses of short runs.
+# the losses of short runs, also on all of its GPUs.
 # Side by side, since nearly all of the time goes into compiling; pytest-benchmark would warn of that, which is an error.
 # XLA takes its first choice of matmuls, and times none: that took most of it.
 ON_GPU := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -q -p no:benchmark
@@ -103,6 +103,7 @@ test-gpu:  ## Run the tests of kernels and short runs on an NVIDIA GPU, in the e
 	$(ON_GPU) -n 12 --dist worksteal -m "" tests/kernels tests/model/test_offload.py \
 		tests/train/test_trainer.py::test_losses_follow_float32_whatever_is_kept
 	$(ON_GPU) -n 12 -m gpu tests/model tests/train/test_trainer.py
+	$(ON_GPU) -n 8 --dist worksteal -m gpu tests/cli/test_several_gpus.py
 
 $(VENV)/installed: pyproject.toml constraints/jax-$(JAX).txt
 	$(PYTHON) -m venv $(VENV)

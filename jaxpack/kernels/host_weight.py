@@ -189,8 +189,8 @@ def loop_with(
     loop counts what is fetched, one more than i, because XLA starts a copy only when its number is computed. The last
     iteration copies the last slice once more, which nothing reads.
 
-    The barrier behind the computation keeps the wait for the copy there: XLA may place it anywhere before what reads the
-    copy, which is nothing in this iteration.
+    The barrier behind the computation keeps the wait for the copy there. Without it, XLA may wait anywhere before the
+    end of the iteration, in which nothing reads the copy.
     """
 
     def body(carry: Any) -> Any:

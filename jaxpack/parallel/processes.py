@@ -38,9 +38,7 @@ _DEAD_AFTER = 30  # seconds without a sign of life from a process
 _LOOK_EVERY = 0.5  # seconds between two looks at what the others say
 _HEARD_AFTER = 2  # seconds until all others have read why a process ends
 _CARRIERS = ("gloo", "nccl")  # the libraries that carry arrays between processes, and name themselves in their errors
-_AGAIN = (
-    "Start all processes again: with `resume_from_checkpoint` 'latest' the run goes on from its last checkpoint."
-)
+_AGAIN = "Start all processes again: with `resume_from_checkpoint` 'latest' the run goes on from its last checkpoint."
 _rounds = itertools.count()
 
 

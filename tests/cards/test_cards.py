@@ -59,7 +59,7 @@ def test_gate_and_up_of_experts_are_computed_where_they_are_read(remat, gated, m
 
 
 class Copy(NamedTuple):
-    """A copy in a loop: how many of the iteration's kernels and matmuls come before its start and its end, of how many."""
+    """A copy in a loop: how many of the iteration's kernels and matmuls come before its start and end."""
 
     is_fetch: bool
     before_start: int
