@@ -4,21 +4,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxpack.bench.models import abstract_model
 from jaxpack.bench.pages import with_block
 from jaxpack.constants import Remat
 from jaxpack.model.presets import SHAPES
-from jaxpack.model.shards import deal
-from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.optimizer import state_bytes
 from jaxpack.parallel.mesh import AXES
 from jaxpack.planning.cards import card_named
 from jaxpack.planning.choose import gib
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import peak_bytes
+from jaxpack.planning.mesh import on_mesh
 from jaxpack.planning.scaling import mesh_seconds
 from jaxpack.planning.time import step_seconds
 from jaxpack.settings import LoraConfig, TrainConfig
@@ -39,9 +37,8 @@ def shape_on(model: str, has_adapters: bool, data: int, fsdp: int, rows: int = R
     """Returns the step of one device of a mesh, with so many rows of `ROW` tokens."""
     abstract = abstract_model(SHAPES[model], LoraConfig(r=16) if has_adapters else None)
     mesh = AbstractMesh((data, fsdp), AXES)
-    nnx.update(abstract, *(deal(state, mesh) for state in split_trained(abstract)[1:]))
-    moments = state_bytes(TrainConfig(), abstract) // (1 if has_adapters else fsdp)
-    return StepShape.of(abstract, (1, rows, ROW), optimizer_bytes=moments)
+    moments = state_bytes(TrainConfig(), abstract, mesh)
+    return StepShape.of(on_mesh(abstract, mesh), (1, rows, ROW), optimizer_bytes=moments)
 
 
 def table() -> Iterator[str]:

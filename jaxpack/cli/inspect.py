@@ -53,6 +53,7 @@ _USED = {
     "memory_limit",
     "offload_weights",
     "offload_embedding",
+    "mesh",
     "r",
     "target_modules",
     "target_parameters",

@@ -11,12 +11,15 @@ from flax import nnx
 from jaxpack.arguments import by_name
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
+from jaxpack.model.shards import state_specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
 from jaxpack.optimizers.matrices import each_alone, rows_of
 from jaxpack.optimizers.muon import scale_by_muon_or_adam
 from jaxpack.optimizers.schedules import make_schedule
+from jaxpack.parallel.mesh import DeviceMesh
+from jaxpack.parallel.placement import bytes_on_device, place
 from jaxpack.settings import TrainConfig
 
 
@@ -99,12 +102,18 @@ def _names(path: tuple) -> set[Any]:
     return {getattr(key, "key", None) for key in path}
 
 
-def state_bytes(config: TrainConfig, model: Transformer) -> int:
-    """Returns the bytes of the state that a run's own optimizer keeps for a model, whose arrays may be abstract."""
+def state_bytes(config: TrainConfig, model: Transformer, mesh: DeviceMesh | None = None) -> int:
+    """Returns the bytes of the state that a run's own optimizer keeps for a model, whose arrays may be abstract.
+
+    Args:
+      mesh: the devices of the run, each of which holds its share of the state; None is one device.
+    """
     _, trained, _ = split_trained(model)
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
     state = jax.eval_shape(make_optimizer(config, optax.constant_schedule(0.0), model).init, trained)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    if mesh is not None and mesh.size > 1:
+        state = place(state, state_specs(state, trained, mesh), mesh)
+    return sum(map(bytes_on_device, jax.tree.leaves(state)))
 
 
 def resolve_optimizer(

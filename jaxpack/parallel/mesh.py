@@ -73,8 +73,11 @@ def num_shards(mesh: DeviceMesh) -> int:
     return mesh.shape.get(FSDP, 1)
 
 
-def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+def parse_mesh(text: str, num_devices: int | None) -> dict[str, int]:
     """Returns the size of each axis in a text such as "data=4,fsdp=2"; an axis that is not named has size 1.
+
+    Args:
+      num_devices: the number of devices that there are; None if any number will do.
 
     Raises:
       InputError: the text names another axis, or an axis twice, or sizes whose product is not `num_devices`.
@@ -92,7 +95,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
             f"`mesh` must be 'auto', or sizes of the axes {' and '.join(AXES)} such as 'data=4,fsdp=2', got {text!r}."
         )
     sizes |= {name: int(size) for name, _, size in named}
-    if math.prod(sizes.values()) != num_devices:
+    if num_devices is not None and math.prod(sizes.values()) != num_devices:
         raise InputError(
             f"`mesh` must have sizes whose product is the number of devices, {num_devices}, got {text!r}. Change the"
             " sizes, or choose devices with the environment variable CUDA_VISIBLE_DEVICES."

@@ -19,11 +19,14 @@ from jaxpack.data.packing import packed_rows
 from jaxpack.errors import InputError, check_type
 from jaxpack.model.lora import adapters
 from jaxpack.model.transformer import Transformer
+from jaxpack.optimizers.optimizer import state_bytes
 from jaxpack.parallel.device import current_device
+from jaxpack.parallel.mesh import DeviceMesh, num_shards
 from jaxpack.planning.cards import JAX_MEMORY_FRACTION, Card, card_named, card_of, cards_called
 from jaxpack.planning.choose import choices, gib, predict, usable_bytes
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.time import run_seconds
+from jaxpack.planning.mesh import mesh_to_inspect, on_mesh, settings_on
+from jaxpack.planning.scaling import run_seconds, traffic_of
 from jaxpack.settings import TrainConfig
 from jaxpack.utils.figures import Line, frame, label_ends, new_figure
 
@@ -53,10 +56,12 @@ class LayoutEstimate:
       shapes: the shapes that the run compiles, `(A, B, T)`: micro-batches, rows in a micro-batch, tokens in a row.
       speedup: tokens a second divided by those of the padded run. If times are not predicted, it is computed from the
         number of positions instead.
-      remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known.
+      remat, tokens_per_second, hours_per_epoch: None without a model, or for a device whose rates are not known. Of
+        several devices, they are those of all together.
       choice: what the run chooses, in words: `remat`, and what else saves memory; None as above.
-      peak_bytes, host_bytes: the memory that the largest step is predicted to take on the device, and the pinned memory
-        on the host; None as above.
+      peak_bytes, host_bytes: the memory that the largest step is predicted to take on each device, and the pinned
+        memory on the host; None as above.
+      sent_bytes: the bytes that each device sends to others in the largest step; None as above.
       refusal: the reason why the run does not fit in the device's memory; None if it fits or times are not predicted.
 
     Example:
@@ -77,6 +82,7 @@ class LayoutEstimate:
     hours_per_epoch: float | None = None
     peak_bytes: int | None = None
     host_bytes: int | None = None
+    sent_bytes: float | None = None
     refusal: str | None = None
 
 
@@ -98,8 +104,9 @@ class Inspection(JupyterMixin):
         the data has enough documents for. The share of `ORDINARY` batches is the exact expectation over all orders; the
         other shares are counted, on at most 16,384 documents.
       device: the device whose times are predicted; None if times are not predicted.
-      usable_bytes: the device memory that the run may use; None if times are not predicted, or if the device does not
-        report its free memory.
+      num_devices: how many of them the run is on. Batch sizes and memory are those of each.
+      usable_bytes: the memory of a device that the run may use; None if times are not predicted, or if the device does
+        not report its free memory.
       variants: cards with the name that was given as `gpu`, but with more memory than `device`.
       verdict: one or two sentences: what padding costs, what packing gains, whether the run fits, and how fast it is.
       recommendation: advice on the settings, with the reasons.
@@ -122,6 +129,7 @@ class Inspection(JupyterMixin):
     layouts: dict[Layout, LayoutEstimate]
     padding: dict[str, dict[int, float]]
     device: str | None
+    num_devices: int
     usable_bytes: float | None
     variants: tuple[str, ...]
     verdict: str
@@ -154,7 +162,8 @@ def inspect(
 
     Args:
       documents: the dataset, from `load_documents`.
-      config: the settings of the run. The batch size counts documents or, with `packing`, rows.
+      config: the settings of the run. The batch size counts documents or, with `packing`, rows, on each device of
+        `mesh`. With `gpu`, the mesh may have any size, and "auto" is one card.
       model: the model whose times are predicted; its arrays may be abstract. None predicts no times.
       gpu: the name of the card that the run is for, such as "RTX 4090": whether the run fits on it, and how fast it
         is. None takes this machine's device.
@@ -179,13 +188,16 @@ def inspect(
     card = card_of(current_device().device_kind) if named is None else named
     times = model is not None and card is not None
     has_limit, config = config.max_length is not None, config.cut_at(int(documents.lengths.max()))
+    mesh = mesh_to_inspect(config, model, is_elsewhere=named is not None)
     runs = _in_every_layout(documents, config)
-    batches: dict[Layout, Batches] = {layout: Batches(documents, run) for layout, run in runs.items()}
+    batches: dict[Layout, Batches] = {
+        layout: Batches(documents, run, num_devices=mesh.size) for layout, run in runs.items()
+    }
     layouts: dict[Layout, LayoutEstimate] = {
         layout: _estimate(run, batches[layout], batches["padded"]) for layout, run in runs.items()
     }
     if model is not None and card is not None:
-        layouts = _timed(layouts, batches, model, card, named)
+        layouts = _timed(layouts, batches, model, mesh, card, named)
     run = batches[config.layout]
     num_targets, kept = documents.num_targets, run.documents.num_targets
     targets_lost = int(num_targets.sum() - kept.sum())
@@ -204,12 +216,13 @@ def inspect(
         layouts=layouts,
         padding=_padding(documents, batches["padded"].documents, config),
         device=device,
+        num_devices=mesh.size,
         usable_bytes=usable,
         variants=tuple(other.name for other in cards_called(gpu or "")[1:]),
         verdict=" ".join(
             [
                 _verdict_on_padding(layouts, fills_a_step=run.num_rows >= run.rows_per_step),
-                *([] if device is None else [_verdict_on_times(layouts[config.layout], device, usable)]),
+                *([] if device is None else [_verdict_on_times(layouts[config.layout], device, mesh.size, usable)]),
             ]
         ),
         recommendation=" ".join(advice),
@@ -238,6 +251,7 @@ def _timed(
     layouts: dict[Layout, LayoutEstimate],
     batches: dict[Layout, Batches],
     model: Transformer,
+    mesh: DeviceMesh,
     card: Card,
     named: Card | None,
 ) -> dict[Layout, LayoutEstimate]:
@@ -247,17 +261,21 @@ def _timed(
     """
     timed = {}
     compiles_first = bool(adapters(model))  # as `jaxpack train` does
+    fsdp = num_shards(mesh)
+    model_there = model if mesh.size == 1 else on_mesh(model, mesh)
     for layout, estimate in layouts.items():
         run = batches[layout]
         try:
-            choice = choices(estimate.config, model, run, 0, named, compiles_first=compiles_first)[0]
+            more = {"optimizer_bytes": state_bytes(estimate.config, model, mesh), "compiles_first": compiles_first}
+            choice = choices(settings_on(estimate.config, mesh), model_there, run, 0, named, **more)[0]
         except InputError as error:
             timed[layout] = dataclasses.replace(estimate, refusal=str(error))
             continue
-        step = StepShape.of_run(model, run)
+        step = StepShape.of_run(model_there, run, optimizer_bytes=more["optimizer_bytes"])
         step = dataclasses.replace(step, compiles_first=compiles_first, **choice.of_step)
         largest = predict(step, card.rates)[choice.remat]
-        seconds = run_seconds(model, run, choice.remat, card.rates, **choice.of_step)
+        seconds = run_seconds(model_there, run, choice.remat, card.rates, mesh, **choice.of_step)
+        traffic = traffic_of(step, mesh.size // fsdp, fsdp)
         rate = float(run.tokens_per_step.sum()) / seconds
         base = timed["padded"].tokens_per_second if timed else rate
         timed[layout] = dataclasses.replace(
@@ -267,6 +285,7 @@ def _timed(
             tokens_per_second=rate,
             peak_bytes=largest.peak_bytes,
             host_bytes=largest.host_bytes,
+            sent_bytes=sum(dataclasses.astuple(traffic)),
             hours_per_epoch=seconds / run.num_steps * run.steps_per_epoch / 3600,
             speedup=rate / base if base is not None else estimate.speedup,
         )
@@ -340,7 +359,8 @@ def _verdict_on_padding(layouts: dict[Layout, LayoutEstimate], *, fills_a_step: 
     )
 
 
-def _verdict_on_times(run: LayoutEstimate, device: str, usable: float | None) -> str:
+def _verdict_on_times(run: LayoutEstimate, device: str, num_devices: int, usable: float | None) -> str:
+    device = device if num_devices == 1 else f"each of {num_devices:,} {device}"
     if run.tokens_per_second is None or run.peak_bytes is None:
         return f"The {run.config.layout} run does not fit on {device}."
     speed = f"trains on about {run.tokens_per_second:,.0f} tokens a second ({_hours(run)} hours an epoch)"
@@ -518,6 +538,9 @@ def _basis(found: Inspection) -> Iterator[str]:
         )
         return
     named, run = found.device == card.name, found.run
+    if found.num_devices > 1:
+        sent = "" if run.sent_bytes is None else f"; each sends {run.sent_bytes / 1e9:.2g} GB to others in a step"
+        yield f"Batches and memory are those of each device, and tokens a second of all {found.num_devices:,}{sent}."
     if run.refusal is not None:
         yield f"The run does not fit: {run.refusal}"
     elif run.peak_bytes is not None and found.usable_bytes is not None:

@@ -1,5 +1,7 @@
 """Chooses the mesh of devices that a run is on."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
@@ -30,6 +32,11 @@ def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
         on several devices.
     """
     mesh = _mesh_of(config, model)
+    _check(mesh, config, model)
+    return mesh
+
+
+def _check(mesh: DeviceMesh, config: TrainConfig, model: Transformer) -> None:
     if num_shards(mesh) > 1 and bytes_on_mesh(model, mesh) == bytes_on_mesh(model, AbstractMesh((1, 1), AXES)):
         raise InputError(
             f"`mesh` must have a size of 'fsdp' that divides the rows of the model's matrices, got {num_shards(mesh)}:"
@@ -46,6 +53,26 @@ def mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
                 f'`{name}` must be "auto" or "off" on {mesh.size} devices, got "on": there weights are shared by the'
                 " devices (`mesh` 'fsdp=...') and do not lie in the host's memory."
             )
+
+
+def mesh_to_inspect(config: TrainConfig, model: Transformer | None, *, is_elsewhere: bool) -> DeviceMesh:
+    """Returns the mesh of a run that is only predicted: that of this machine, or any for cards that are not here.
+
+    Args:
+      model: the model of the run; without one, "auto" is one device.
+      is_elsewhere: whether the run is for a card that was named. "auto" is then one card.
+
+    Raises:
+      InputError: the sizes fit neither the number of devices of this machine nor the model.
+    """
+    if config.mesh == "auto" and (is_elsewhere or model is None):
+        return AbstractMesh((1, 1), AXES)
+    if not is_elsewhere and model is not None:
+        return mesh_of(config, model)
+    sizes = parse_mesh(config.mesh, None if is_elsewhere else len(jax.devices()))
+    mesh = AbstractMesh((sizes[DATA], sizes[FSDP]), AXES)
+    if model is not None:
+        _check(mesh, config, model)
     return mesh
 
 
@@ -65,11 +92,23 @@ def _mesh_of(config: TrainConfig, model: Transformer) -> DeviceMesh:
     return make_mesh(jax.devices(), fsdp=fsdp)
 
 
+def settings_on(config: TrainConfig, mesh: DeviceMesh) -> TrainConfig:
+    """Returns the settings of a run on a mesh: weights that several devices hold do not move to the host's memory."""
+    if mesh.size == 1:
+        return config
+    return dataclasses.replace(config, offload_weights="off", offload_embedding="off")
+
+
+def on_mesh(model: Transformer, mesh: DeviceMesh) -> Transformer:
+    """Returns an abstract copy of a model, whose arrays lie on a mesh as those of a run would."""
+    graph, *states = split_trained(model)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)
+    return nnx.merge(graph, *(deal(state, mesh) for state in abstract))
+
+
 def bytes_on_mesh(model: Transformer, mesh: DeviceMesh) -> int:
     """Returns the bytes of a model's parameters on each device of a mesh."""
-    states = split_trained(model)[1:]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)
-    return sum(map(bytes_on_device, jax.tree.leaves(deal(abstract, mesh))))
+    return sum(map(bytes_on_device, jax.tree.leaves(nnx.state(on_mesh(model, mesh)))))
 
 
 def held_bytes(model: Transformer) -> int:

@@ -6,9 +6,14 @@ once. An all-reduce is a scatter and a gather, and moves twice as much.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxpack.constants import Remat
+from jaxpack.data.batching import BatchSource
+from jaxpack.model.transformer import Transformer
+from jaxpack.parallel.mesh import DeviceMesh, num_shards
 from jaxpack.planning.cards import DeviceRates
 from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, recomputed_cost
 from jaxpack.planning.time import step_seconds
@@ -91,3 +96,19 @@ def mesh_seconds(
     exposed = max(0.0, one_way - forward) + max(0.0, one_way + traffic.scattered / A / rate - backward)
     slowed = (traffic.gathered + traffic.scattered) / links.beside
     return alone + slowed + A * exposed + traffic.gathered_outside / rate + traffic.reduced / links.rate(data * fsdp)
+
+
+def run_seconds(
+    model: Transformer, batches: BatchSource, remat: Remat, rates: DeviceRates, mesh: DeviceMesh, **changes: Any
+) -> float:
+    """Returns the predicted seconds of all steps of a run.
+
+    Args:
+      model: the model on this mesh; its arrays may be abstract.
+      changes: fields of each step's `StepShape` that a choice sets.
+    """
+    fsdp = num_shards(mesh)
+    lengths, counts = np.unique(batches.row_lengths, return_counts=True)
+    steps = (dataclasses.replace(StepShape.of_run(model, batches, int(length)), **changes) for length in lengths)
+    seconds = (mesh_seconds(step, remat, rates, mesh.size // fsdp, fsdp) for step in steps)
+    return sum(count * each for each, count in zip(seconds, counts.tolist(), strict=True))

@@ -1,14 +1,7 @@
 """Predicts the seconds that a step takes with each choice of `remat`, at the rates of a device."""
 
-import dataclasses
-from typing import Any
-
-import numpy as np
-
 from jaxpack.constants import Remat
-from jaxpack.data.batching import BatchSource
 from jaxpack.model.remat import OFFLOADED, unrolls
-from jaxpack.model.transformer import Transformer
 from jaxpack.planning.cards import DeviceRates
 from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, loss_cost, recomputed_cost, update_cost
 from jaxpack.planning.memory import residual_bytes
@@ -42,14 +35,3 @@ def step_seconds(step: StepShape, remat: Remat, rates: DeviceRates) -> float:
     seconds = step.shape[0] * micro + rates.seconds(update_cost(step)) + count * rates.kernel
     starts_each = remat in OFFLOADED or step.offload_embedding
     return max(seconds, count * rates.start) if starts_each else seconds
-
-
-def run_seconds(model: Transformer, batches: BatchSource, remat: Remat, rates: DeviceRates, **changes: Any) -> float:
-    """Returns the predicted seconds of all steps of a run.
-
-    Args:
-      changes: fields of each step's `StepShape` that a choice sets.
-    """
-    lengths, counts = np.unique(batches.row_lengths, return_counts=True)
-    steps = (dataclasses.replace(StepShape.of_run(model, batches, int(length)), **changes) for length in lengths)
-    return sum(count * step_seconds(step, remat, rates) for step, count in zip(steps, counts.tolist(), strict=True))

@@ -1,6 +1,5 @@
 """A run trains a model on its batches: it holds the training state and compiles a program for each batch shape."""
 
-import dataclasses
 import functools
 import math
 import time
@@ -34,6 +33,7 @@ from jaxpack.parallel.mesh import DeviceMesh, make_mesh, num_shards
 from jaxpack.parallel.placement import bytes_on_device, is_partition, put, replicate
 from jaxpack.parallel.processes import exchange
 from jaxpack.planning.choose import Choice, choices
+from jaxpack.planning.mesh import settings_on
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
 from jaxpack.train.evaluation import Evaluation
@@ -131,10 +131,8 @@ class Run:
         )
         self.optimizer_bytes = optimizer_bytes
         more = {"optimizer_bytes": optimizer_bytes, "compiles_first": model.pending is not None}
-        if mesh.size > 1:  # Weights that several devices hold do not move to the host's memory.
-            config = dataclasses.replace(config, offload_weights="off", offload_embedding="off")
         try:
-            self._choices = deque(choices(config, model, batches, held_bytes, **more))
+            self._choices = deque(choices(settings_on(config, mesh), model, batches, held_bytes, **more))
         except InputError as error:
             if mesh.size == 1 or num_shards(mesh) > 1:
                 raise

@@ -30,6 +30,7 @@ from jaxpack.data.reading import load_documents
 from jaxpack.data.synthetic import drawn_documents
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.model.presets import SHAPES
+from jaxpack.model.weights import split_trained
 from jaxpack.planning.cards import card_named
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.inspect import BATCH_SIZES, ORDINARY, histogram, ordinary_padding
@@ -330,6 +331,39 @@ def test_moments_in_8_bits_fit_where_those_in_float32_do_not():
     assert step_seconds(in_8_bits, "full", card_named("H200").rates) < step_seconds(
         step, "full", card_named("H200").rates
     )
+
+
+def test_a_mesh_is_predicted_for_cards_that_are_not_here():
+    def found(mesh: str, model: Transformer = qwen()) -> Inspection:  # noqa: B008
+        config = TrainConfig(packing=True, max_length=512, per_device_train_batch_size=4, mesh=mesh, remat="full")
+        return jaxpack.inspect(skewed(4000), config, model=model, gpu="H200")
+
+    alone, copies, shares = (found(mesh) for mesh in ("auto", "data=8", "data=2,fsdp=4"))
+    assert (alone.num_devices, copies.num_devices, shares.num_devices) == (1, 8, 8)
+    assert alone.run.sent_bytes == 0
+    assert copies.run.peak_bytes == pytest.approx(alone.run.peak_bytes, rel=0.02)
+    trained = sum(x.size for x in jax.tree.leaves(split_trained(qwen())[1]))
+    assert copies.run.sent_bytes == pytest.approx(2 * 7 / 8 * 4 * trained)
+    assert shares.run.peak_bytes < 0.6 * alone.run.peak_bytes
+    for several in (copies, shares):
+        assert several.run.shapes[0][1] == 8 * 4
+        assert 5 * alone.run.tokens_per_second < several.run.tokens_per_second < 8.2 * alone.run.tokens_per_second
+        assert "fits on each of 8 H200" in several.verdict
+        assert "those of each device, and tokens a second of all 8; each sends" in printed(several)
+    whole = abstract_model(SHAPES["Qwen3-4B"], None)
+    needed = [found(mesh, whole).run.peak_bytes for mesh in ("auto", "fsdp=8")]
+    assert needed[1] < needed[0] / 3  # The optimizer's state is in shards, too.
+
+
+def test_a_mesh_that_cannot_be_is_refused():
+    for mesh, gpu, why in (
+        ("data=3", None, f"the number of devices, {len(jax.devices())}, got 'data=3'"),
+        ("rows=3", "H200", "sizes of the axes data and fsdp such as 'data=4,fsdp=2', got 'rows=3'"),
+        ("fsdp=7", "H200", "a size of 'fsdp' that divides the rows of the model's matrices, got 7"),
+    ):
+        with pytest.raises(InputError, match=r"`mesh` must (have|be)") as caught:
+            jaxpack.inspect(skewed(), TrainConfig(mesh=mesh), model=qwen(), gpu=gpu)
+        assert why in str(caught.value)
 
 
 def said_of(gpu: str, model: str = "Qwen3-4B", **changes) -> str:

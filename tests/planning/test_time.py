@@ -6,9 +6,11 @@ from planned_steps import H200, LORA, abstract_model
 
 from jaxpack import TrainConfig
 from jaxpack.data.batching import Batches
+from jaxpack.parallel.mesh import make_mesh
 from jaxpack.planning.choose import predict
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.time import run_seconds, step_seconds
+from jaxpack.planning.scaling import run_seconds
+from jaxpack.planning.time import step_seconds
 
 
 def test_a_slow_link_is_waited_for():
@@ -37,4 +39,4 @@ def test_a_run_takes_the_time_of_its_steps():
     )
     each = [step_seconds(StepShape.of_run(model, uneven, int(T)), "full", H200) for T in uneven.row_lengths]
     assert len(set(each)) > 1
-    assert run_seconds(model, uneven, "full", H200) == pytest.approx(sum(each))
+    assert run_seconds(model, uneven, "full", H200, make_mesh()) == pytest.approx(sum(each))
