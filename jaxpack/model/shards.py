@@ -1,8 +1,9 @@
 """Deals a model's matrices over the devices of a mesh: which array is cut into shards, and along which axis.
 
 Along the mesh axis "fsdp" the matrices of the layers are cut by rows, whole or quantised, trained or frozen, and with
-them their gradients and the optimizer's state. So are a trained embedding and head. Everything else is whole on every
-device: norms, biases, adapters, and a frozen embedding or head, which every device needs whole at once.
+them their gradients and the optimizer's state (`optimizers/placement.py`). So are a trained embedding and head.
+Everything else is whole on every device: norms, biases, adapters, and a frozen embedding or head, which every device
+needs whole at once.
 """
 
 import functools
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
-from jax.tree_util import DictKey, tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import DictKey, tree_map_with_path
 
 from jaxpack.kernels.sharded_weight import ShardedMatrix, ShardedStack
 from jaxpack.kernels.weight import Weight, one_layer
@@ -84,32 +85,6 @@ def gathering(parameters: Tree, whole: Tree, mesh: DeviceMesh) -> Tree:
         return isinstance(value, Weight) or is_partition(value)
 
     return jax.tree.map(held, specs(whole, mesh), parameters, whole, is_leaf=is_value)
-
-
-def state_specs(state: Tree, trainable: Any, mesh: DeviceMesh) -> Tree:
-    """Returns the partition of each array of an optimizer's state: that of the parameter which it belongs to.
-
-    An array belongs to a parameter if its path ends in the parameter's path and its shape is the parameter's shape.
-    """
-    placed = jax.tree.leaves(specs(trainable, mesh), is_leaf=is_partition)
-    found = {
-        _names(path): (leaf.shape, spec)
-        for (path, leaf), spec in zip(tree_flatten_with_path(trainable)[0], placed, strict=True)
-    }
-
-    def of_leaf(path: Path, leaf: Any) -> PartitionSpec:
-        names = _names(path)
-        for first in range(len(names)):
-            shape, spec = found.get(names[first:], (None, WHOLE))
-            if shape == leaf.shape:
-                return spec
-        return WHOLE
-
-    return tree_map_with_path(of_leaf, state)
-
-
-def _names(path: Path) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def in_shards(value: Any) -> bool:

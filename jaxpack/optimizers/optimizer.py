@@ -11,12 +11,12 @@ from flax import nnx
 from jaxpack.arguments import by_name
 from jaxpack.errors import InputError
 from jaxpack.model.lora import adapters
-from jaxpack.model.shards import state_specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import scale_by_adam_8bit
 from jaxpack.optimizers.matrices import each_alone, rows_of
 from jaxpack.optimizers.muon import scale_by_muon_or_adam
+from jaxpack.optimizers.placement import state_specs
 from jaxpack.optimizers.schedules import make_schedule
 from jaxpack.parallel.mesh import DeviceMesh
 from jaxpack.parallel.placement import bytes_on_device, place

@@ -20,12 +20,13 @@ from jaxpack.data.batching import Batches, BatchSource
 from jaxpack.data.packing import BatchLimits, PackedBatch
 from jaxpack.errors import InputError, is_out_of_memory
 from jaxpack.model.lora import adapters
-from jaxpack.model.shards import deal, state_specs
+from jaxpack.model.shards import deal
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import move_to_host, non_finite, split_trained
 from jaxpack.objectives.objective import Objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.optimizers.optimizer import resolve_optimizer
+from jaxpack.optimizers.placement import state_specs
 from jaxpack.parallel.allocator import has_block, reserve_small_blocks
 from jaxpack.parallel.device import current_device, free_device_bytes, on_host
 from jaxpack.parallel.host_memory import is_pinned

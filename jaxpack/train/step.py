@@ -15,12 +15,13 @@ from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.remat import compiler_options
-from jaxpack.model.shards import gathering, specs, state_specs
+from jaxpack.model.shards import gathering, specs
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.objectives.forward import Forward
 from jaxpack.objectives.objective import Objective, Sums
 from jaxpack.objectives.sft import SFT
+from jaxpack.optimizers.placement import state_specs
 from jaxpack.parallel.mesh import DeviceMesh, make_mesh
 from jaxpack.parallel.placement import WHOLE, keep_placed
 from jaxpack.parallel.shard import sum_over_shards

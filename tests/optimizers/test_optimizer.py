@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 from models import small_model
 from planned_steps import abstract_model
 
 from jaxpack import InputError, LoraConfig, TrainConfig
-from jaxpack.model.shards import state_specs
 from jaxpack.model.weights import split_trained
 from jaxpack.optimizers.adamw_8bit import BLOCK, Quantized, scale_by_adam_8bit
 from jaxpack.optimizers.optimizer import make_optimizer, resolve_optimizer, state_bytes
+from jaxpack.optimizers.placement import state_specs
 from jaxpack.parallel.placement import is_partition
 from jaxpack.train.checkpoint import arrays_by_name
 
@@ -132,6 +132,22 @@ def test_the_state_lies_in_shards_as_the_matrices_do(optim):
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < (0.2 if optim == "adafactor" else 2.01) * sum(
         leaf.size for leaf in jax.tree.leaves(trained)
     )
+
+
+def test_moments_in_8_bits_lie_in_shards_between_their_blocks():
+    model, mesh = small_model("qwen3", hidden_size=128, vocab_size=256), AbstractMesh((2, 4), ("data", "fsdp"))
+    _, trained, _ = split_trained(model)
+    state = jax.eval_shape(make_optimizer(IN_8_BITS, optax.constant_schedule(1e-3), model).init, trained)
+    specs = jax.tree.leaves(state_specs(state, trained, mesh), is_leaf=is_partition)
+    moments = [(leaf, spec) for leaf, spec in zip(jax.tree.leaves(state), specs, strict=True) if leaf.ndim > 1]
+    codes = [(leaf, spec) for leaf, spec in moments if leaf.dtype == jnp.uint8]
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(trained.blocks) if leaf.ndim == 3)
+    in_shards = sum(leaf.size for leaf, spec in codes if spec == PartitionSpec(None, "fsdp"))
+    assert in_shards == sum(leaf.size for leaf, _ in codes) == 2 * matrices
+    factors = [spec for leaf, spec in moments if leaf.shape[:2] in {code.shape[:2] for code, _ in codes}]
+    assert set(factors) == {PartitionSpec(None, "fsdp")}
+    whole, shared = state_bytes(IN_8_BITS, model), state_bytes(IN_8_BITS, model, mesh)
+    assert shared < 0.3 * whole
 
 
 def test_parameters_of_an_optimizer_are_refused_with_those_that_there_are():

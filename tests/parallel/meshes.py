@@ -22,9 +22,10 @@ from jaxpack import SFT, Batches, LogProbObjective, LoraConfig, Objective, Train
 from jaxpack.constants import Remat
 from jaxpack.model.lora import adapters
 from jaxpack.model.nf4 import nf4_store
-from jaxpack.model.shards import deal, specs, state_specs
+from jaxpack.model.shards import deal, specs
 from jaxpack.model.weights import freeze
 from jaxpack.optimizers.optimizer import make_optimizer
+from jaxpack.optimizers.placement import state_specs
 from jaxpack.parallel.mesh import make_mesh
 from jaxpack.parallel.placement import batch_sharding, place, replicate
 from jaxpack.train.step import TrainState, make_eval_step, make_train_step, objective_and_gradients, split_trainable
@@ -141,15 +142,15 @@ def elements_of_a_layer(parameters: Any, mesh: Any, layers: int) -> int:
     return sum(leaf.size // layers for leaf, spec in pairs if "fsdp" in spec)
 
 
-def train(data: int, fsdp: int) -> list[float]:
+def train(data: int, fsdp: int, lora: LoraConfig | None) -> list[float]:
     """Returns the losses of four steps, with moments in 8 bits, and of an evaluation."""
     mesh = make_mesh(jax.devices()[: data * fsdp], fsdp=fsdp)
     config = TrainConfig(max_length=128, max_steps=4, packing=True, per_device_train_batch_size=8 // mesh.size)
     batches = Batches(random_documents([50] * 64), config, num_devices=mesh.size)
     graph, trainable, frozen = split_trainable(
-        small_model("llama", lora=LoraConfig(r=96, target_modules="q_proj,o_proj"))
+        model := small_model("llama", lora=lora, hidden_size=128, vocab_size=256)
     )
-    optimizer = make_optimizer(TrainConfig(optim="adamw_8bit"), optax.constant_schedule(1e-2))
+    optimizer = make_optimizer(TrainConfig(optim="adamw_8bit"), optax.constant_schedule(1e-2), model)
     moments = optimizer.init(trainable)
     state = TrainState(
         deal(trainable, mesh),
@@ -169,4 +170,7 @@ def train(data: int, fsdp: int) -> list[float]:
 
 if __name__ == "__main__":
     results = {name: measure(CASES[name]) for name in sys.argv[1:] or CASES}
-    print(json.dumps(results | {"training": [train(1, 1), train(8, 1), train(2, 4)]}))
+    trained = {"adapters": LoraConfig(r=96, target_modules="q_proj,o_proj"), "all": None}
+    for name, lora in trained.items():
+        results[f"training {name}"] = [train(*mesh, lora) for mesh in ((1, 1), (8, 1), (2, 4))]
+    print(json.dumps(results))

@@ -77,8 +77,9 @@ def test_each_layer_is_gathered_once_in_each_direction(case, results):
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_follow_one_device(results):
-    one, *others = results["training"]
+@pytest.mark.parametrize("trained", ["adapters", "all"])
+def test_training_and_evaluation_follow_one_device(trained, results):
+    one, *others = results[f"training {trained}"]
     assert one[3] < one[0]
     for other in others:
         np.testing.assert_allclose(other, one, rtol=1e-5)
