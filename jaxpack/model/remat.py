@@ -7,6 +7,8 @@ again from the layer's input. The input is always kept: in device memory or, off
 by itself. `planning/` estimates what a choice costs for a whole step, and picks the best one.
 """
 
+import os
+import re
 from collections.abc import Callable, Collection
 from typing import Any, get_args
 
@@ -100,7 +102,7 @@ def compiler_options(remat: Remat, *, fetches: bool = False, num_devices: int = 
     The scheduler does not know how long such a copy takes, and starts it too late: a step of Qwen3-8B with
     "offload_heads" waited for residuals in 161 of 1,168 ms, one of Qwen3-32B for weights in a quarter of its time.
     Without it, a copy starts as soon as it can (see `host_weight.copies_first`). On several devices it stays, because
-    it hides what they send each other.
+    it hides what they send each other. An option that the user sets in `XLA_FLAGS` is left as it is there.
 
     Args:
       fetches: whether the program fetches weights from the host's memory.
@@ -112,4 +114,6 @@ def compiler_options(remat: Remat, *, fetches: bool = False, num_devices: int = 
         "xla_gpu_enable_command_buffer": "",
         "xla_gpu_enable_while_loop_double_buffering": True,
     }
-    return options | ({"xla_gpu_enable_latency_hiding_scheduler": False} if num_devices == 1 else {})
+    options |= {"xla_gpu_enable_latency_hiding_scheduler": False} if num_devices == 1 else {}
+    by_user = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return {name: value for name, value in options.items() if name not in by_user}

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -17,9 +18,10 @@ from programs import equations
 
 from jaxpack.constants import Remat
 from jaxpack.data.batching import Batches
+from jaxpack.model import remat as remat_module
 from jaxpack.model.feed_forward import FeedForward
 from jaxpack.model.linear import Linear
-from jaxpack.model.remat import KEPT, OFFLOADED
+from jaxpack.model.remat import KEPT, OFFLOADED, compiler_options
 from jaxpack.model.transformer import Transformer
 from jaxpack.planning.cost import StepShape
 from jaxpack.planning.memory import host_bytes, layer_bytes
@@ -262,3 +264,21 @@ def test_little_goes_to_the_host_and_comes_back(any_family, lora, names, remat):
     config = small_config(any_family)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     assert {line.split("-> ")[-1].strip() for line in there} <= {f"tensor<1x128x{C}xbf16>" for C in (48, heads)}
+
+
+def test_a_program_that_copies_from_the_host_gets_options_but_those_that_the_user_has_set(monkeypatch):
+    graphs, double, hiding = (
+        "xla_gpu_enable_command_buffer",
+        "xla_gpu_enable_while_loop_double_buffering",
+        "xla_gpu_enable_latency_hiding_scheduler",
+    )
+    assert compiler_options("offload") == {}  # on a CPU
+    monkeypatch.setattr(remat_module, "current_device", lambda: SimpleNamespace(platform="gpu"))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert compiler_options("full") == {}
+    for remat, fetches in (("offload", False), ("offload_heads", False), ("full", True)):
+        assert compiler_options(remat, fetches=fetches) == {graphs: "", double: True, hiding: False}
+        # On several devices the scheduler hides what they send each other.
+        assert compiler_options(remat, fetches=fetches, num_devices=2) == {graphs: "", double: True}
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=dump --{graphs}=FUSION,CUBLAS --{hiding}=true")
+    assert compiler_options("offload") == {double: True}
