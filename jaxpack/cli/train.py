@@ -198,9 +198,10 @@ def train(
         raise
     evaluated = "".join(f", eval loss {loss:.4f}" for loss in list(result.evaluations.values())[-1:])
     if result.first_step_seconds:
+        share = "" if result.peak_share is None else f" ({result.peak_share:.0%} of the device's peak)"
         took = (
-            f"{result.tokens_per_second:,.0f} tokens/s, {result.compile_seconds:.1f} s of compilation, peak memory"
-            f" {result.peak_memory_bytes / 2**30:.2f} GiB"
+            f"{result.tokens_per_second:,.0f} tokens/s{share}, {result.compile_seconds:.1f} s of compilation, peak"
+            f" memory {result.peak_memory_bytes / 2**30:.2f} GiB"
         )
     else:
         took = "all steps were done in an earlier run"

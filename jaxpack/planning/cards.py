@@ -29,6 +29,7 @@ class DeviceRates(NamedTuple):
         return cost.matmul / self.matmul + cost.attention / self.attention + moved / self.memory
 
 
+_SUSTAINED = 720 / 989  # the share of the published matmul rate that steps sustain
 JAX_MEMORY_FRACTION = 0.75  # the share of a card that jax takes by itself
 _GIB = 2**30
 
@@ -50,6 +51,11 @@ class Card:
     rates: DeviceRates
     measured: bool = False
     ecc: bool = False
+
+    @property
+    def peak_flops(self) -> float:
+        """Returns the published dense bfloat16 operations per second, with float32 accumulation."""
+        return self.rates.matmul / _SUSTAINED
 
     @property
     def total_bytes(self) -> float:
@@ -79,7 +85,7 @@ def _published(name: str, gigabytes: int, tflops: float, bandwidth: float, link:
       link: of PCIe in one direction, in 10^9 bytes per second.
     """
     rates = DeviceRates(
-        matmul=tflops * 1e12 * 720 / 989,
+        matmul=tflops * 1e12 * _SUSTAINED,
         attention=tflops * 1e12 * 500 / 989,
         memory=bandwidth * 1e9 * 3.0 / 4.8,
         link=link * 1e9 * 50 / 63,

@@ -234,6 +234,18 @@ def backward_cost(step: StepShape) -> Cost:
     return step.layer.backward.for_tokens(step.tokens)
 
 
+def needed_flops(step: StepShape) -> float:
+    """Returns the floating-point operations that each token needs, forward and backward, on average.
+
+    What a step computes again does not count, nor what it computes for padding. Gradients of frozen weights are not
+    needed: training all weights takes about 6 operations for each parameter, training adapters about 4. Attention needs
+    two matmuls forward and four backward; our kernels compute its scores again.
+    """
+    forward, backward = step.layer.forward, step.layer.backward
+    of_layer = forward.matmul + backward.matmul + 3 * forward.attention
+    return step.num_layers * of_layer + loss_cost(step).matmul / step.tokens
+
+
 # Work outside of the layers.
 
 

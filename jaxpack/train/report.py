@@ -189,6 +189,8 @@ def _figures(records: list[Record], about: dict[str, Any]) -> list[tuple[str, st
             lines.append((f"evaluation loss of {name}, last, and where that of all sets is lowest", shown))
     rate = float(np.median([record["tokens_per_second"] for record in training]))
     lines.append(("tokens per second without padding, median of the records", f"{rate:,.0f}"))
+    if (at_peak := about.get("peak_tokens_per_second")) is not None:  # Runs of older versions do not have it.
+        lines.append(("share of the published rate in bfloat16, for what these tokens need", f"{rate / at_peak:.0%}"))
     peak = max(record["peak_memory_bytes"] for record in training) / 2**30
     lines.append(("peak memory of the device", f"{peak:.2f} GiB"))
     lines.append(("share of padding among all positions", f"{about['padding_share']:.2%}"))

@@ -37,6 +37,8 @@ from jaxpack.parallel.device import current_device, peak_memory_bytes
 from jaxpack.parallel.mesh import describe_mesh
 from jaxpack.parallel.placement import on_one_device
 from jaxpack.parallel.processes import Consensus, exchange, is_first_process, watch
+from jaxpack.planning.cards import card_of
+from jaxpack.planning.cost import StepShape, needed_flops
 from jaxpack.planning.mesh import mesh_of
 from jaxpack.settings import TrainConfig
 from jaxpack.train.callbacks import Callback, EarlyStopping, Events, check_callbacks, check_function
@@ -92,6 +94,9 @@ class TrainResult:
     compile_seconds: float
     first_step_seconds: float  # from the start of `train()` to the first step's metrics, compilation included
     peak_memory_bytes: int
+    # The share of the devices' published bfloat16 rate that the work for these tokens takes, without what is computed
+    # again or for padding; None for a device whose rate is not known.
+    peak_share: float | None = None
 
 
 @answers_unknown_names
@@ -628,7 +633,16 @@ class Trainer:
             compile_seconds=start.compile_seconds,
             first_step_seconds=log.first_step_seconds,
             peak_memory_bytes=peak_memory_bytes(),
+            peak_share=None if self._peak_tokens is None else log.rate(0) / self._peak_tokens,
         )
+
+    @functools.cached_property
+    def _peak_tokens(self) -> float | None:
+        """Returns the tokens per second that the devices would reach at their published rate, if it is known."""
+        card = card_of(current_device().device_kind)
+        if card is None:
+            return None
+        return self.mesh.size * card.peak_flops / needed_flops(StepShape.of_run(self.model, self.batches))
 
     def _write_back(self, run: Run) -> None:
         """Writes the trained parameters of a run back to the model."""
@@ -733,6 +747,7 @@ class Trainer:
             "device": current_device().device_kind,
             "versions": {name: _version(name) for name in ("jaxpack", "jax", "jaxlib", "flax")},
             "remat": run.remat,
+            "peak_tokens_per_second": self._peak_tokens,
             "plan": plan,
             **({} if UNNAMED in self.eval_batches or not self.eval_batches else {"eval_sets": list(self.eval_batches)}),
             "settings": vars(self.config) | ({} if lora is None else {"adapters": vars(lora)}),

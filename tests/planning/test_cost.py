@@ -2,16 +2,18 @@
 
 from typing import get_args
 
+import jax
 import pytest
 from flax import nnx
 from models import small_config
+from planned_steps import KEYS_PER_TOKEN, LORA, abstract_model
 
 from jaxpack import LoraConfig, Transformer, add_lora
 from jaxpack.constants import Remat
 from jaxpack.model.cost import NO_COST, BackwardPeak, Cost, PartCost
 from jaxpack.model.feed_forward import FeedForward
 from jaxpack.model.remat import KEPT, OFFLOADED
-from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, recomputed_cost
+from jaxpack.planning.cost import StepShape, backward_cost, forward_cost, needed_flops, recomputed_cost
 from jaxpack.planning.memory import backward_bytes, host_bytes, layer_bytes
 
 
@@ -83,3 +85,17 @@ def test_a_part_that_names_less_keeps_less(step_with):
     gate_up = 2 * 80 * before.itemsize  # bytes a token
     assert layer_bytes(before, "keep_projections") - layer_bytes(after, "keep_projections") == TOKENS * gate_up
     assert backward_bytes(after, "none") == 64 * gate_up
+
+
+@pytest.mark.parametrize(("lora", "of_parameter"), [(None, 6), (LORA, 4)], ids=["all", "adapters"])
+def test_a_token_needs_the_operations_that_its_parameters_need(lora, of_parameter):
+    """6 operations for each trained parameter, 4 for each frozen one, and those of attention, few for short rows."""
+    model = abstract_model("Qwen3-4B", lora)
+    matrices = sum(x.size for x in jax.tree.leaves(nnx.state(model)) if x.ndim > 1)  # the embedding is the head, too
+    step = StepShape.of(model, (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN)
+    assert needed_flops(step) == pytest.approx(of_parameter * matrices, rel=0.03)
+    longer = StepShape.of(model, (1, 16, 1024), keys_per_token=10 * KEYS_PER_TOKEN)
+    pairs = 9 * KEYS_PER_TOKEN * 32 * 128 * 36  # a head reads each of so many more keys
+    assert needed_flops(longer) - needed_flops(step) == pytest.approx(12 * pairs)
+    half = StepShape.of(model, (1, 16, 1024), keys_per_token=KEYS_PER_TOKEN, max_targets=8 * 1024)
+    assert needed_flops(half) < needed_flops(step)

@@ -12,7 +12,10 @@ from models import small_model
 
 import jaxpack
 from jaxpack.errors import InputError, install_command
+from jaxpack.planning.cards import card_named
+from jaxpack.planning.cost import StepShape, needed_flops
 from jaxpack.settings import LoraConfig, TrainConfig
+from jaxpack.train import trainer as trainer_module
 from jaxpack.train.progress import Log
 from jaxpack.train.report import draw_run
 from jaxpack.train.step import Metrics
@@ -79,6 +82,18 @@ def test_a_run_ends_with_a_report_of_what_it_did(run: Path) -> None:
     assert settings["output_dir"] == str(run)
     assert "](report.png)" in text
     assert (run / "report.png").read_bytes().startswith(PNG)
+
+
+def test_the_rate_is_told_as_a_share_of_the_cards_published_rate(tmp_path: Path, monkeypatch) -> None:
+    assert trainer(tmp_path / "cpu").train().peak_share is None
+    assert not [name for name in table((tmp_path / "cpu" / "report.md").read_text()) if "published" in name]
+    monkeypatch.setattr(trainer_module, "card_of", lambda kind: card_named("H200"))
+    made = trainer(tmp_path / "card")
+    result = made.train()
+    needed = needed_flops(StepShape.of_run(made.model, made.batches))
+    assert result.peak_share == pytest.approx(result.tokens_per_second * needed / 989e12)
+    (shown,) = (v for name, v in table((tmp_path / "card" / "report.md").read_text()).items() if "published" in name)
+    assert shown == "0%"
 
 
 def test_the_report_of_a_mixture_says_how_evenly_its_experts_are_used(tmp_path: Path) -> None:
