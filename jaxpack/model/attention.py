@@ -12,9 +12,10 @@ from jaxpack.kernels.rotary_attention import HeadNorms, rotary_attention
 from jaxpack.model.cache import CacheSlot
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import NoKeys, RowContext
-from jaxpack.model.cost import Cost, CostContext, PartCost
+from jaxpack.model.cost import BackwardPeak, Cost, CostContext, PartCost
 from jaxpack.model.linear import Linear
 from jaxpack.model.norm import RMSNorm, make_norm
+from jaxpack.model.weights import weight_of
 
 _TILE_KEYS = 64  # per token, the number of keys whose scores the attention kernels compute and then mask
 
@@ -103,6 +104,10 @@ class Attention(nnx.Module):
         kernel. If "attention" is kept, the forward kernel does not run again. Without head norms, "qkv" holds the
         rotated heads. With head norms, it holds the heads as projected, and the backward pass norms and rotates them
         again. Only the derivative of DoRA's magnitudes reads "heads".
+
+        In long rows a layer's backward pass holds the most memory here: the heads as projected and as rotated, the
+        output of attention, the gradients of the output and of the heads, and those of the residual stream before and
+        after.
         """
         config, size = self.config, context.itemsize
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim  # channels; k and v alike
@@ -121,7 +126,15 @@ class Attention(nnx.Module):
             # The two backward kernels do seven matmuls, the forward kernel two. The bytes include norms and rotation.
             backward=Cost(attention=3.5 * operations, bytes=(6 * q + 4 * kv + 3 * (q + kv)) * size),
         ).name_output("attention", q * size + 4 * config.num_heads)
-        return heads + turned + mixed + self.out.project_residual_cost(context, post_norm=self.post_norm)
+        D = weight_of(self.out.weight).shape[-2]
+        peak = BackwardPeak(
+            bytes=(2 * q + 2 * kv + 2 * D) * size,
+            weight_bytes=0,
+            rerun_bytes=(D + self.qkv.rank + 3 * q + 3 * kv) * size,
+            within=frozenset({"heads", "qkv", "attention"}),
+        )
+        projected = self.out.project_residual_cost(context, post_norm=self.post_norm)
+        return heads + turned + mixed + projected + PartCost(peaks=(peak,))
 
     def _per_layer_bytes(self) -> int:
         """Returns the bytes per token of attention bounds and rotary angles, each only if layers differ in it."""

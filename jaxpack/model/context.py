@@ -27,6 +27,8 @@ class RowContext(NamedTuple):
     balances: bool = False
     # Whether the activation that is named "gate_up" is kept for the backward pass, and not computed again.
     keeps_gate_up: bool = True
+    # Whether a feed-forward computes for some tokens at a time, see `model.pieces`.
+    in_pieces: bool = False
 
 
 NoKeys = tuple[None, None]  # no dropout

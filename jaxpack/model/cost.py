@@ -95,12 +95,18 @@ class BackwardPeak:
       weight_bytes: bytes of the copies of weights that exist at this moment.
       rerun_bytes: bytes per token of recomputed activations, if only this part was computed again, from its input.
       starts_from: the name of this input; None if the whole layer is computed again before its backward pass.
+      within: the names of a first part's activations. When its backward pass runs, that of the rest of the layer is
+        done, so that only these were computed again; None for a part at whose backward pass the whole layer is there.
+      whole_bytes: bytes per token of gradients that exist for all tokens if the part is computed in pieces
+        (`model.pieces`), whose tokens alone then have the other bytes; None for a part that is always computed whole.
     """
 
     bytes: int
     weight_bytes: int
     rerun_bytes: int
     starts_from: str | None = None
+    within: frozenset[str] | None = None
+    whole_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from jaxpack.model.moe import RouterSums
 from jaxpack.model.noise import add_noise
 from jaxpack.model.norm import make_norm
 from jaxpack.model.offload import scan_offloaded
+from jaxpack.model.pieces import num_pieces
 from jaxpack.model.remat import OFFLOADED, keeps, offloaded, recompute, unrolls
 from jaxpack.model.rope import document_angles
 from jaxpack.model.weights import gathers, is_hosted, is_trained, reads_by_number, weight_of, weights_at
@@ -159,6 +160,10 @@ class Transformer(nnx.Module):
             of_rows = jax.vmap(jax.random.fold_in, (None, 0))
             keys = jax.vmap(of_rows, (0, None))(of_layers, row_numbers(tokens, segment_ids))  # [L, B]
 
+        # What is gathered from several devices would be gathered for each piece.
+        are_many = num_pieces(tokens.size) > 1
+        in_pieces = are_many and not keeps(remat, "gate_up") and not gathers(self.blocks)
+
         def layer(stream, scanned, shared, fetched):
             (x, total), (parameters, key, number, bound, angle), (stacks, bounds, angles) = stream, scanned, shared
             context = RowContext(
@@ -168,6 +173,7 @@ class Transformer(nnx.Module):
                 implementation,
                 balances=balances,
                 keeps_gate_up=keeps(remat, "gate_up"),
+                in_pieces=in_pieces,
             )
             x, sums, _ = nnx.merge(graph, fetched, weights_at(stacks, number), parameters)(x, context, key)
             return x, jax.tree.map(jnp.add, total, sums)

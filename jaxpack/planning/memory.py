@@ -2,7 +2,8 @@
 
 from jaxpack.constants import Remat
 from jaxpack.model.cost import BackwardPeak
-from jaxpack.model.remat import KEPT, OFFLOADED, unrolls
+from jaxpack.model.pieces import piece_of
+from jaxpack.model.remat import KEPT, OFFLOADED, keeps, unrolls
 from jaxpack.planning.cost import StepShape
 
 
@@ -87,18 +88,29 @@ def backward_bytes(step: StepShape, remat: Remat) -> int:
     """Returns the maximum number of bytes that one layer's backward pass holds in addition to residuals on the device.
 
     At the peak, the whole layer has been recomputed, or only one part of it, if the input of that part was offloaded. A
-    loop over layers also holds a copy of the layer's residuals. Residuals that are fetched from the host are on the
-    device for two layers at a time: this one and the next one.
+    loop over layers also holds a copy of the layer's residuals. Of a part in pieces, one piece has been
+    recomputed. Residuals that are fetched from the host are on the device for two layers at a time: this one and the
+    next one.
     """
+
+    piece = piece_of(step.tokens)
+    comes_in_pieces = piece < step.tokens and not keeps(remat, "gate_up") and not step.gathered_bytes
 
     def held(peak: BackwardPeak) -> int:
         if KEPT[remat] is None:
             again = 0
+        elif peak.within is not None:
+            there = step.offloaded(remat) | (KEPT[remat] if unrolls(remat) else frozenset())
+            again = step.tokens * max(0, peak.rerun_bytes - step.layer.bytes_of(peak.within & there))
+            again += 0 if unrolls(remat) or remat in OFFLOADED else layer_bytes(step, remat)
         elif peak.starts_from in step.offloaded(remat):
             again = step.tokens * peak.rerun_bytes
         else:  # Recomputes all but the residuals that were kept or fetched.
             there = unrolls(remat) * layer_bytes(step, remat) + offloaded_bytes(step, remat)
             again = _whole_layer_bytes(step) - there
+        if peak.whole_bytes is not None and comes_in_pieces:
+            again -= (step.tokens - piece) * peak.rerun_bytes
+            return again + step.tokens * peak.whole_bytes + piece * peak.bytes + peak.weight_bytes
         return again + step.tokens * peak.bytes + peak.weight_bytes
 
     return max(map(held, step.layer.peaks), default=0) + 2 * offloaded_bytes(step, remat)

@@ -96,6 +96,7 @@ class Step:
     model: str
     layers: int = 3
     rows: int = 2
+    length: int = 1024
     store: str = "dense"
     remat: Remat = "offload"
     experts: bool = False
@@ -129,7 +130,7 @@ def compiled(step: Step, card: str, patch: pytest.MonkeyPatch) -> jax.stages.Com
     trainable = jax.eval_shape(float32_copies, trainable)
     optimizer = optax.adamw(1e-4)
     state = TrainState(trainable, jax.eval_shape(optimizer.init, trainable), jax.ShapeDtypeStruct((), jnp.int32))
-    batch = PackedBatch(*4 * [jax.ShapeDtypeStruct((1, step.rows, 1024), jnp.int32)])
+    batch = PackedBatch(*4 * [jax.ShapeDtypeStruct((1, step.rows, step.length), jnp.int32)])
     # This device knows no kinds of memory, so the program gets all arrays on the device, and moves them by itself.
     on_host = jax.tree.map(lambda x: getattr(x, "sharding", None) is not None, frozen)
     fetches = step.offload_weights or step.offload_embedding

@@ -3,6 +3,7 @@
 These tests need jax's CUDA plugin, but no card: `make test-cards` provides it.
 """
 
+import dataclasses
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -12,6 +13,12 @@ import pytest
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA plugin: run `make test-cards`")
 
 from cards.compiling import Step, compiled
+
+from jaxpack import LoraConfig
+from jaxpack.bench.models import abstract_model
+from jaxpack.model.presets import SHAPES
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.memory import peak_bytes
 
 STEPS = {
     "dense": Step("Qwen3-4B", remat="offload_heads"),
@@ -56,6 +63,15 @@ def test_gate_and_up_of_experts_are_computed_where_they_are_read(remat, gated, m
     assert layers == step.layers
     others = {name: count for name, count in launches.items() if not re.search("backward|transposed|outer", name)}
     assert others == {gated: layers, "grouped_matmul": matmuls * layers}
+
+
+@pytest.mark.parametrize("remat", ["offload", "full"])
+def test_a_long_document_takes_the_predicted_memory(remat, monkeypatch):
+    step = Step("Qwen3-4B", layers=4, rows=1, length=131_072, remat=remat)
+    memory = compiled(step, "NVIDIA H200", monkeypatch).memory_analysis()
+    model = abstract_model(dataclasses.replace(SHAPES[step.model], num_layers=step.layers), LoraConfig(r=16))
+    predicted = peak_bytes(StepShape.of(model, (1, step.rows, step.length)), remat)
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes == pytest.approx(predicted, rel=0.05)
 
 
 class Copy(NamedTuple):
