@@ -93,14 +93,14 @@ def backward_bytes(step: StepShape, remat: Remat) -> int:
     next one.
     """
 
-    piece = piece_of(step.tokens)
+    names, piece = KEPT[remat], piece_of(step.tokens)
     comes_in_pieces = piece < step.tokens and not keeps(remat, "gate_up") and not step.gathered_bytes
 
     def held(peak: BackwardPeak) -> int:
-        if KEPT[remat] is None:
+        if names is None:
             again = 0
         elif peak.within is not None:
-            there = step.offloaded(remat) | (KEPT[remat] if unrolls(remat) else frozenset())
+            there = step.offloaded(remat) | (names if unrolls(remat) else frozenset())
             again = step.tokens * max(0, peak.rerun_bytes - step.layer.bytes_of(peak.within & there))
             again += 0 if unrolls(remat) or remat in OFFLOADED else layer_bytes(step, remat)
         elif peak.starts_from in step.offloaded(remat):
