@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # at run time `__getattr__` imports a name when it is used: `
     from jaxpack.model.config import Llama3RopeScaling, ModelConfig, RopeConfig
     from jaxpack.model.lora import add_lora
     from jaxpack.model.transformer import Transformer
+    from jaxpack.model.vocab import resize_vocab
     from jaxpack.objectives.objective import HiddenObjective, LogProbObjective, Objective, Sums
     from jaxpack.objectives.sft import SFT
     from jaxpack.parallel.processes import initialize_distributed
@@ -69,6 +70,7 @@ __all__ = [
     "load_documents",
     "make_train_step",
     "pack_rows",
+    "resize_vocab",
     "set_chat_template",
     "show_row",
     "split_trainable",
@@ -88,6 +90,7 @@ _MODULES = {
     "jaxpack.model.config": ("Llama3RopeScaling", "ModelConfig", "RopeConfig"),
     "jaxpack.model.lora": ("add_lora",),
     "jaxpack.model.transformer": ("Transformer",),
+    "jaxpack.model.vocab": ("resize_vocab",),
     "jaxpack.objectives.objective": ("HiddenObjective", "LogProbObjective", "Objective", "Sums"),
     "jaxpack.objectives.sft": ("SFT",),
     "jaxpack.parallel.processes": ("initialize_distributed",),

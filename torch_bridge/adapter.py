@@ -18,6 +18,7 @@ from jaxpack.errors import InputError, not_installed
 from jaxpack.model.lora import adapters, add_lora, layers_of_adapters, matrix_sizes, require_finite, untie
 from jaxpack.model.targets import chosen_layers
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.vocab import replace_new_rows, set_rows
 from jaxpack.model.weights import weight_of
 from jaxpack.parallel.processes import is_first_process
 from jaxpack.settings import LoraConfig
@@ -35,6 +36,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _TORCH_WEIGHTS = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which has no ".weight" behind its name
+# PEFT writes a trained matrix of a resized vocabulary twice more, under names that it passes over when it reads them.
+_COPIES = re.compile(r"(.*)\.(modules_to_save|original_module)\.weight")
 _NOTHING: tuple[Any, ...] = (None, [], "")  # values of settings that choose no module or layer
 
 
@@ -49,7 +52,9 @@ def save_adapter(
 
     In a run of several processes all call it, and the first one writes.
 
-    Beside the adapters lie the tokenizer with its chat template, if it is given, and a model card (README.md).
+    Beside the adapters lie the tokenizer with its chat template, if it is given, and a model card (README.md). If the
+    vocabulary of the model was resized (`jaxpack.resize_vocab`), so do the embedding and the head, as PEFT writes them
+    (`save_embedding_layers`). Then the base model must be resized before PEFT can load the adapter; the card shows how.
 
     PEFT silently drops tensors that it does not expect: weights of modules that are not in `target_modules`, and keys
     with a wrong prefix. To prevent this, one list of modules gives the names of the adapters' tensors and the names in
@@ -76,6 +81,11 @@ def save_adapter(
     tensors = adapter_tensors(model)
     if not is_first_process():
         return
+    if model.rows_of_base is not None:
+        console.print(
+            f"the vocabulary was resized: {path} holds the embedding and the head, too. Before PEFT loads it, the base"
+            f" model needs `base.resize_token_embeddings({model.config.vocab_size})`"
+        )
     with whole_folder(Path(path), "path") as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config(model), indent=2, sort_keys=True) + "\n")
         write_tensors(folder / ADAPTER_WEIGHTS, tensors)
@@ -110,6 +120,9 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     untied, with a warning. An unchanged copy of the base's head or embedding beside the adapters is passed over. A
     changed copy is read as if it were in `modules_to_save`, with a warning.
 
+    If the vocabulary was resized for the adapter's training, the model's is resized, too, with a notice. The new rows
+    are those of the adapter's file; a checkpoint that does not hold them gets those of `jaxpack.resize_vocab`.
+
     Raises:
       InputError: the folder is incomplete, belongs to another model, holds another kind of adapter or numbers that are
         not finite, or the model already has adapters.
@@ -137,7 +150,8 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     copies = [name for name in WHOLE_MODULES if name not in lora.modules_to_save and _key(name) in tensors]
     narrowing = [f"`{name}`" for name in ("exclude_modules", "layers_to_transform") if peft.get(name) not in _NOTHING]
     described = ADAPTER_CONFIG + (f", with its {' and '.join(narrowing)}," if narrowing else "")
-    _check_keys(_expected_shapes(model, lora, copies), tensors, path, described)
+    rows = _vocab_size(tensors, model)
+    _check_keys(_expected_shapes(model, lora, copies, rows), tensors, path, described)
     read = {name: tensor.read() for name, tensor in tensors.items()}  # read everything before the model changes
     if wrong := [name for name, values in read.items() if not np.isfinite(values).all()]:
         others = f" and {len(wrong) - 1} other tensors" if len(wrong) > 1 else ""
@@ -145,6 +159,13 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
             f"{path} must hold finite numbers, got NaN or infinity in {wrong[0]}{others}. The training that wrote it"
             " failed: use an adapter or a checkpoint from before that."
         )
+    if copies or rows != model.config.vocab_size:
+        model.read_weights()
+    if rows != model.config.vocab_size:
+        console.print(f"{path}: the vocabulary is resized from {model.config.vocab_size:,} to {rows:,} tokens")
+        set_rows(model, rows)
+    for name in copies:
+        replace_new_rows(model, model.head_name if name == "lm_head" else "embedding", read[_key(name)])
     changed = [name for name in copies if _differs(model, name, read[_key(name)], tensors[_key(name)].dtype)]
     if changed:
         console.print(
@@ -206,12 +227,22 @@ def _tensors(folder: Path) -> tuple[Path, dict[str, _Found]]:
             f"{path} must hold each tensor once, got some with the prefix {_PREFIX!r} and without it. Save the adapter"
             " again with PEFT."
         )
-    return path, named
+    keys = set(map(_key, WHOLE_MODULES)) & named.keys()
+    copies = [name for name in named if (copy := _COPIES.fullmatch(name)) and f"{copy[1]}.weight" in keys]
+    return path, {name: tensor for name, tensor in named.items() if name not in copies}
 
 
 def _key(name: str) -> str:
     """Returns the name in an adapter's file of a matrix of `modules_to_save`."""
     return f"{_PREFIX}{WHOLE[name]}.weight"
+
+
+def _vocab_size(tensors: Mapping[str, "_Found"], model: Transformer) -> int:
+    """Returns the number of rows of the embedding and the head in an adapter's file; the model's if they disagree."""
+    rows = {
+        tensors[key].shape[0] for key in map(_key, WHOLE_MODULES) if key in tensors and len(tensors[key].shape) == 2
+    }
+    return rows.pop() if len(rows) == 1 else model.config.vocab_size
 
 
 def _differs(model: Transformer, name: str, copy: np.ndarray, dtype: np.dtype | None) -> bool:
@@ -248,7 +279,8 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     """Returns the trained tensors of a model with adapters by their PEFT names, in float32.
 
     These are `lora_A` and `lora_B` of each layer's modules, see `AdapterPlace`, with DoRA also their
-    `lora_magnitude_vector`, and the matrices of `modules_to_save`.
+    `lora_magnitude_vector`, and the matrices of `modules_to_save`. If the vocabulary was resized, the embedding and the
+    head are among them in any case.
     """
     found = adapters(model)
     tensors: dict[str, np.ndarray] = {}
@@ -262,7 +294,8 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     per_layer = {name: 2 if one.magnitude is None else 3 for name, one in found.items()}
     expected = sum(per_layer[name] * len(one.lora_a) for name, one in found.items())
     assert len(tensors) == expected, "an adapter has no place in the file"
-    for name in model.lora_config.modules_to_save if model.lora_config else ():
+    whole = model.lora_config.modules_to_save if model.lora_config else ()
+    for name in WHOLE_MODULES if model.rows_of_base is not None else whole:
         matrix = model.head if name == "lm_head" else weight_of(model.embedding)
         tensors[_key(name)] = np.asarray(matrix.dense(jnp.float32))
     return tensors
@@ -273,7 +306,9 @@ def _read(tensor: Tensor) -> np.ndarray:
     return tensor.read(0, tensor.shape[0], buffer).astype(np.float32)
 
 
-def _expected_shapes(model: Transformer, lora: LoraConfig, copies: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    model: Transformer, lora: LoraConfig, copies: Sequence[str], vocab_size: int
+) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
     sizes = matrix_sizes(model)
     for place in adapter_places(model, chosen_layers(model, lora)):
@@ -284,7 +319,7 @@ def _expected_shapes(model: Transformer, lora: LoraConfig, copies: Sequence[str]
         if lora.use_dora:
             expected[f"{name}.{_MAGNITUDE}"] = (out_features,)
     for name in (*lora.modules_to_save, *copies):
-        expected[_key(name)] = (model.config.vocab_size, model.config.hidden_size)
+        expected[_key(name)] = (vocab_size, model.config.hidden_size)
     return expected
 
 
@@ -302,13 +337,6 @@ def _check_keys(
             "Its experts have an adapter for each projection of each expert, as under transformers 4, which jaxpack"
             " does not read: merge it there with PEFT's `merge_and_unload`, and use the result as the model."
         )
-    for name in filter(tensors.__contains__, map(_key, WHOLE_MODULES)):
-        rows, wanted = tensors[name].shape[:1], expected[name][:1]
-        if rows != wanted:
-            remedy = (
-                "The vocabulary was resized for the training: resize the base model, too, with transformers"
-                f" (`resize_token_embeddings({rows[0] if rows else 0})`), save it, and use it as the base."
-            )
     raise InputError(
         f"{path} must hold the tensors that {described} describes for this model, got {'; '.join(problems)}. {remedy}"
     )

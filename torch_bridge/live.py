@@ -54,8 +54,11 @@ def from_torch(module: torch.nn.Module, *, dtype: str | None = None) -> Transfor
 
 
 @torch.no_grad()
-def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndarray:
+def torch_logits(model: str, adapter: str | None, tokens: np.ndarray, *, vocab_size: int) -> np.ndarray:
     """Returns the float32 logits of rows of tokens, by transformers on the CPU, or by PEFT if `adapter` is given.
+
+    Args:
+      vocab_size: the number of rows of the embedding that an adapter was trained with.
 
     Raises:
       InputError: a package is missing, or cannot read its folder, or reads only part of it.
@@ -70,6 +73,8 @@ def torch_logits(model: str, adapter: str | None, tokens: np.ndarray) -> np.ndar
         if adapter is not None:
             from peft import PeftModel
 
+            if module.get_input_embeddings().weight.shape[0] != vocab_size:
+                module.resize_token_embeddings(vocab_size, mean_resizing=False)
             module = PeftModel.from_pretrained(module, adapter)
     except ImportError as error:
         raise not_installed("`verify`", str(error.name), "hf,torch") from error

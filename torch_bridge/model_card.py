@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
 ```
 """
@@ -45,12 +45,15 @@ def model_card(model: Transformer, settings: Mapping[str, Any], *, has_tokenizer
     projections = ", ".join(sorted(adapters(model)))
     described = {"rank": lora.r, "alpha": lora.lora_alpha, "projections": projections, **settings}
     rows = [f"| {name} | {_cell(value)} |" for name, value in described.items() if value is not None]
+    resize = ""
+    if model.rows_of_base is not None:  # The adapter holds all rows, so their first values do not matter.
+        resize = f"base.resize_token_embeddings({model.config.vocab_size}, mean_resizing=False)\n"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# LoRA adapter of {one_line(base)}\n",
         f"Trained with jaxpack {__version__}.\n",
         "## Use\n",
-        _USE.format(base=base, tokenizer="path/to/this/folder" if has_tokenizer else base),
+        _USE.format(base=base, resize=resize, tokenizer="path/to/this/folder" if has_tokenizer else base),
         "## Training\n",
         "\n".join(["| setting | value |", "|---|---|", *rows]) + "\n",
     ]

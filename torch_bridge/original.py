@@ -68,10 +68,12 @@ def with_original_weights(model: Transformer, base: str) -> Transformer:
             f" {config.architecture}."
         )
     shapes = tensor_shapes(model)
+    # The files of the base know nothing of a resized vocabulary. Embedding and head are not in 4 bits in any case.
+    resized = {"embedding", "lm_head"} if model.rows_of_base is not None else set()
     frozen = {
         path: layers
         for path, layers in parameter_tensors(model).items()
-        if not is_trained(operator.attrgetter(path)(model))
+        if path not in resized and not is_trained(operator.attrgetter(path)(model))
     }
     wanted = {name: shapes[name] for layers in frozen.values() for names in layers for name in names}
     problems = mismatches(source.shapes(), wanted)

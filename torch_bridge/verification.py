@@ -79,7 +79,7 @@ def verify(folder: str, *, base: str | None = None, prompt: str | None = None) -
     tokens = tokens.astype(np.int32)[None]
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(model.logits(jnp.asarray(tokens)))
-    theirs = torch_logits(model_folder, adapter, tokens)
+    theirs = torch_logits(model_folder, adapter, tokens, vocab_size=model.config.vocab_size)
     difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     agree = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
     line = (

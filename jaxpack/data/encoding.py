@@ -202,7 +202,7 @@ class RowEncoder:
             if (wrong := _outside(ids, self._vocab_size, labels=labels)).any():
                 raise InputError(
                     f"{name} must be in [0, {self._vocab_size}), the model's vocabulary, got {ids[wrong][0]} in"
-                    f" {where(row)}."
+                    f" {where(row)}.{_remedy(ids[wrong][0])}"
                 )
 
 
@@ -214,8 +214,19 @@ def check_documents(documents: Documents, vocab_size: int) -> Documents:
         if (wrong := _outside(ids, vocab_size, labels=name == "labels")).any():
             raise InputError(
                 f"Documents must have {name} in [0, {vocab_size}), the model's vocabulary, got {ids[wrong][0]}."
+                f"{_remedy(ids[wrong][0])}"
             )
     return documents
+
+
+def _remedy(token: int) -> str:
+    """Returns what to do about a token id, or a label, that is outside of the vocabulary."""
+    if token < 0:
+        return ""
+    return (
+        " If tokens were added to the tokenizer, give the model rows for them: `jaxpack.resize_vocab(model,"
+        " len(tokenizer))`, or `--resize-vocab` of `jaxpack train`."
+    )
 
 
 def _outside(ids: np.ndarray, vocab_size: int, *, labels: bool) -> np.ndarray:

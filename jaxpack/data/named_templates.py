@@ -209,7 +209,8 @@ def _check(tokenizer: Tokenizer, name: str) -> None:
         raise InputError(
             f"`chat_template` must write only special tokens that the tokenizer has, got {name!r:.200}, which writes"
             f" {token}, and the tokenizer makes {count} other tokens of that. Use a template for this model, one of"
-            f" {_WITH_PLAIN_TEXT}, which need no special tokens, or a model that has the token."
+            f" {_WITH_PLAIN_TEXT}, which need no special tokens, or a model that has the token. Or add the token with"
+            " `tokenizer.add_tokens`, and give the model a row for it with `jaxpack.resize_vocab`."
         )
     with contextlib.suppress(InputError):  # most templates write no calls
         calls = written.write(Conversation(_CALLING, _TOOLS), "a trial")

@@ -39,6 +39,8 @@ class Transformer(nnx.Module):
       dtype: the dtype of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast
         to it.
       lora_config: the settings with which adapters were added; None without adapters.
+      rows_of_base: if the vocabulary was resized, the number of first rows of the embedding and the head that are still
+        those of the base model; None if it was not. See `resize_vocab`.
       source_files: names and texts of the JSON files that the model was read from; `torch_bridge` writes them again.
       pending: reads the weights into the model, if they are still in their files: its arrays are then abstract, except
         those of adapters. See `read_weights`.
@@ -73,6 +75,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.lora_config: LoraConfig | None = None  # set by `add_lora`
+        self.rows_of_base: int | None = None  # set by `resize_vocab`
         self.source_files: tuple[tuple[str, str], ...] = ()  # set by `torch_bridge`
         self.pending: Callable[[Transformer], None] | None = None  # set by `torch_bridge`
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora, untie
 from jaxpack.model.transformer import Transformer
+from jaxpack.model.vocab import set_rows
 from jaxpack.model.weights import split_trained
 from jaxpack.settings import LoraConfig
 from jaxpack.train.checkpoint import (
@@ -25,6 +26,7 @@ from jaxpack.train.checkpoint import (
     steps_in,
 )
 from jaxpack.train.record import Record
+from jaxpack.utils.console import console
 
 BEST = "best"
 
@@ -86,6 +88,8 @@ def template_of_checkpoint(path: Path) -> str:
 def load_from_checkpoint(model: Transformer, path: Path) -> Transformer:
     """Adds the adapters of a checkpoint to a model in place, with the whole matrices that were trained beside them.
 
+    If the vocabulary was resized for the run, the model's is resized, too, with a notice.
+
     Raises:
       InputError: there is no such checkpoint, it is damaged, its run had no adapters, or the model is not its base.
     """
@@ -94,6 +98,11 @@ def load_from_checkpoint(model: Transformer, path: Path) -> Transformer:
         record, arrays = read_checkpoint(path)
     lora = _lora_config(record, path)
     _require_base(model, record, path)
+    rows = record.identity.get("vocab_size", model.config.vocab_size)
+    if rows != model.config.vocab_size:
+        model.read_weights()
+        console.print(f"{path}: the vocabulary is resized from {model.config.vocab_size:,} to {rows:,} tokens")
+        set_rows(model, rows)
     if model.config.tie_word_embeddings and not record.identity.get("tie_word_embeddings"):
         untie(model)
     add_lora(model, lora)
@@ -129,10 +138,10 @@ def _lora_config(record: Record, path: Path) -> LoraConfig:
 
 
 def _require_base(model: Transformer, record: Record, path: Path) -> None:
-    """Refuses a model whose settings are not those of the run's model, whether or not its head is tied."""
+    """Refuses a model whose settings are not those of the run's model, except its vocabulary and whether it is tied."""
     for name, value in json.loads(json.dumps(dataclasses.asdict(model.config))).items():
         there = record.identity.get(name, value)
-        if there != value and name not in ("tie_word_embeddings", "name_or_path"):
+        if there != value and name not in ("tie_word_embeddings", "name_or_path", "vocab_size"):
             raise InputError(
                 f"`model` must be the base of {str(path)!r}, whose `{name}` is {there!r}, got a model with {value!r}."
             )

@@ -151,6 +151,7 @@ _ANSWERS = {
         "fan_in_fan_out megatron_config megatron_core runtime_config"
     ),
     "give the model its adapters before, with `add_lora`": "peft_config",
+    "call `resize_vocab`; `jaxpack train` has a flag, --resize-vocab": "resize_model_vocab",
     "leave it out: batches are made from documents, and need no function to collate them": "data_collator",
     "override a method of `Callback`, or pass a `compute_metrics`": "preprocess_logits_for_metrics",
     "leave it out: it has no counterpart": (
@@ -160,7 +161,7 @@ _ANSWERS = {
         "prediction_loss_only eval_do_concat_batches batch_eval_metrics eval_use_gather_object "
         "include_for_metrics save_only_model save_on_each_node save_safetensors enable_jit_checkpoint "
         "ignore_data_skip full_determinism restore_callback_states_from_checkpoint skip_memory_metrics "
-        "model_init_kwargs rope_scaling resize_model_vocab use_exact_model_name float32_mixed_precision "
+        "model_init_kwargs rope_scaling use_exact_model_name float32_mixed_precision "
         "text_only fast_inference gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats "
         "qat_scheme embedding_learning_rate"
     ),

@@ -211,17 +211,6 @@ def test_a_changed_copy_beside_a_trained_matrix_is_the_other_matrix(bases: dict[
     np.testing.assert_array_equal(model.logits(tokens), expected.logits(tokens))
 
 
-def test_a_resized_vocabulary_is_refused_with_its_size(bases: dict[str, str], tmp_path: Path):
-    base = bases["llama-untied"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(101)
-    adapter = tmp_path / "adapter"
-    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=SOME)).save_pretrained(adapter)
-    assert len([name for name in load_file(adapter / WEIGHTS) if "lora_" not in name]) == 2
-    with pytest.raises(InputError, match=r"resize the base model, too, .*resize_token_embeddings\(101\)"):
-        torch_bridge.load_adapter(torch_bridge.from_pretrained(base)[0], str(adapter))
-
-
 # A head and an embedding that the base ties, and that training has driven apart.
 
 
