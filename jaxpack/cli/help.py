@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 # The options of `train`, `inspect` and `evaluate` by groups, in the order of the help. Other commands have one group.
 GROUPS = {
-    "Model": ("model", "dtype", "load_in_4bit"),
+    "Model": ("model", "dtype", "load_in_4bit", "resize_vocab"),
     "Data": (
         "data",
         "eval_data",

@@ -14,9 +14,13 @@ from jaxpack.cli.config_file import RUN_SETTINGS, overridden, read_settings, wri
 from jaxpack.cli.hub import HubIdOption, HubPrivateOption, PushOption, check_upload, upload
 from jaxpack.cli.options import LORA_FLAGS, asks_for_adapter, from_flags, to_flags, with_flags
 from jaxpack.cli.reading import LOAD_IN_4BIT_HELP, alone, check_sources, read_sets, tokenizer_of
+from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, errors_name
 from jaxpack.model.lora import add_lora
-from jaxpack.model.weights import split_trained
+from jaxpack.model.transformer import Transformer
+from jaxpack.model.vocab import resize_vocab as add_rows
+from jaxpack.model.vocab import rows_for
+from jaxpack.model.weights import is_trained, split_trained
 from jaxpack.parallel.processes import end_together, initialize_distributed, is_first_process
 from jaxpack.settings import LoraConfig, TrainConfig
 from jaxpack.train.metrics import METRICS, read_records, require_libraries
@@ -84,6 +88,14 @@ def train(
         ),
     ] = None,
     load_in_4bit: Annotated[bool, typer.Option(help=LOAD_IN_4BIT_HELP)] = False,
+    resize_vocab: Annotated[
+        bool,
+        typer.Option(
+            help="If the model's tokenizer has more tokens than the embedding has rows, add rows, up to a multiple of"
+            " 64, to the embedding and the head. To train them, use --modules-to-save embed_tokens,lm_head or"
+            " --full-finetuning."
+        ),
+    ] = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a PEFT adapter to train further, instead of a new adapter.")
     ] = None,
@@ -129,8 +141,15 @@ def train(
     if adapter is not None:
         torch_bridge.load_adapter(network, str(adapter))
         tokenizer = tokenizer_of(adapter, tokenizer)
-    elif not full_finetuning:
+    if resize_vocab:
+        _resize(network, tokenizer)
+    if adapter is None and not full_finetuning:
         add_lora(network, lora)
+    if resize_vocab and network.rows_of_base is not None and not is_trained(network.embedding):
+        console.print(
+            "the new rows of the embedding are not trained: `--modules-to-save embed_tokens,lm_head` trains them",
+            style="yellow",
+        )
     _, trainable, _ = split_trained(network)
     require_room(output, "output", sum(leaf.nbytes for leaf in jax.tree.leaves(trainable)))
     with errors_name(**_FLAG_OF):
@@ -147,6 +166,7 @@ def train(
         "eval_data": alone(eval_data) if eval_data else None,
         "dtype": network.dtype.name,
         "load_in_4bit": load_in_4bit,
+        "resize_vocab": resize_vocab,
         "adapter": None if adapter is None else str(adapter),
         "full_finetuning": full_finetuning,
         "push_to_hub": push_to_hub,
@@ -209,6 +229,21 @@ def train(
     save()
     if repo_id is not None:
         upload(trained, repo_id, hub_private_repo)
+
+
+def _resize(network: Transformer, tokenizer: Tokenizer | None) -> None:
+    """Gives the model rows for all tokens of the tokenizer, in place, and prints what has changed."""
+    if tokenizer is None:
+        raise InputError("`resize_vocab` must be off for a model without a tokenizer, got a model without one.")
+    before, needed = network.config.vocab_size, rows_for(tokenizer)
+    if needed <= before:
+        console.print(f"the embedding keeps its {before:,} rows, which are enough for {needed:,} tokens")
+        return
+    add_rows(network, needed, tokenizer=tokenizer, pad_to_multiple_of=64)
+    console.print(
+        f"the embedding and the head have {network.config.vocab_size:,} rows, of which the last"
+        f" {network.config.vocab_size - before:,} are new: {needed - before:,} for tokens that the model does not know"
+    )
 
 
 def resumed(arguments: list[str]) -> list[str]:
