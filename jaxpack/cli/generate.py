@@ -26,6 +26,7 @@ from jaxpack.cli.reading import (
 )
 from jaxpack.data.conversation import Conversation
 from jaxpack.data.formats import text_prompt
+from jaxpack.data.named_templates import set_chat_template
 from jaxpack.data.reading import load_prompts
 from jaxpack.errors import InputError, errors_name, visible
 from jaxpack.generation.text import generate_text
@@ -57,6 +58,15 @@ def generate(
             show_default="as a message if the tokenizer has a chat template",
         ),
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat template, instead of the tokenizer's own: alpaca, chatml, gemma, llama3, phi3, phi4 or vicuna,"
+            " or a file with a Jinja template, as in jaxpack train. An adapter is best used with the template of its"
+            " training, which lies beside it.",
+            show_default="the one beside the adapter, or else the model's",
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Also generate without the adapter, for comparison.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="New JSONL file for prompts and completions. Without it, they are shown.")
@@ -68,9 +78,13 @@ def generate(
     """Generate text from a model, with or without an adapter."""
     config = from_flags(GenerateConfig, flags)
     _check_arguments(model, adapter, prompt, prompts, compare, output)
+    if chat_template is not None and chat is False:
+        raise InputError("`chat_template` must be left out with `--no-chat`, which writes no template, got both.")
     network, tokenizer = read_base(model, adapter, dtype, load_in_4bit=load_in_4bit)
     if tokenizer is None:
         raise InputError("`model` must have a tokenizer, got a model without one.")
+    if chat_template is not None:
+        set_chat_template(tokenizer, chat_template)
     if chat is None:
         chat = tokenizer.chat_template is not None
         if chat:

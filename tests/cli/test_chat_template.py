@@ -85,6 +85,37 @@ def test_generation_asks_and_stops_as_in_training(
     assert question.messages == [{"role": "user", "content": "the cab"}]
 
 
+@pytest.mark.parametrize("form", ["name", "file"])
+def test_a_model_is_asked_with_the_template_of_the_flag(
+    form: str, chat_base: Path, exit_status: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """It takes the place of the tokenizer's own, and the end of an answer in it ends the generation."""
+    from jaxpack.cli import generate as command
+
+    found: dict[str, Any] = {}
+
+    def remember(network: object, tokenizer: Any, asked: list, **options: Any) -> list[str]:
+        found.update(tokenizer=tokenizer, asked=asked)
+        return ["" for _ in asked]
+
+    monkeypatch.setattr(command, "generate_text", remember)
+    (tmp_path / "own.jinja").write_text(TEMPLATES["chatml"])
+    flag = ["--chat-template", "chatml" if form == "name" else tmp_path / "own.jinja"]
+    asked = ["generate", "--model", chat_base, "--prompt", "the cab"]
+    assert exit_status(*asked, *flag) == 0
+    assert found["tokenizer"].eos_token == TURN_ENDS
+    assert found["tokenizer"].chat_template.endswith(TEMPLATES["chatml"])
+    (question,) = found["asked"]
+    assert question.messages == [{"role": "user", "content": "the cab"}]
+    assert exit_status(*asked) == 0
+    assert found["asked"] == ["the cab"]
+    capsys.readouterr()
+    assert exit_status(*asked, *flag, "--no-chat") == 2
+    assert "`chat_template` must be left out with `--no-chat`" in " ".join(capsys.readouterr().err.split())
+    assert exit_status(*asked, "--chat-template", "gemma") == 2
+    assert "must write only special tokens that the tokenizer has" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_evaluation_reads_rows_with_the_template_of_the_adapter(
     run: Path, chat_base: Path, data: Path, exit_status: Callable, tmp_path: Path, capsys: Any
 ):
