@@ -84,7 +84,8 @@ class LoraConfig:
         "all-linear",
         "Projections that get an adapter: 'all-linear' for all except the output head and the experts; names with "
         "commas between them, such as 'q_proj,v_proj', each the end of a module's path; or a regular expression that "
-        "must match the whole path, such as 'model.layers.[0-9].self_attn.(q|v)_proj'.",
+        "must match the whole path, such as 'model.layers.[0-9].self_attn.(q|v)_proj'. Only by their names, also the "
+        "output head ('lm_head') and the embedding ('embed_tokens').",
     )
     exclude_modules: str | tuple[str, ...] = _option(
         "",

@@ -187,7 +187,7 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     layers: dict[str, list[tuple[np.ndarray, ...]]] = {}
     for place in adapter_places(model, layers_of_adapters(model)):
         module = f"{_PREFIX}{place.module}"
-        factors = place.from_peft(read[f"{module}.lora_A.weight"], read[f"{module}.lora_B.weight"])
+        factors = place.from_peft(*(read[_PREFIX + name] for name in place.names))
         magnitude = (read[f"{module}.{_MAGNITUDE}"],) if lora.use_dora else ()
         layers.setdefault(place.name, []).append((*factors, *magnitude))
     for projection, one in adapters(model).items():
@@ -227,6 +227,8 @@ def _tensors(folder: Path) -> tuple[Path, dict[str, _Found]]:
             f"{path} must hold each tensor once, got some with the prefix {_PREFIX!r} and without it. Save the adapter"
             " again with PEFT."
         )
+    of_adapted = {_base_layer(name): _key(name) for name in WHOLE_MODULES}
+    named = {of_adapted.get(name, name): tensor for name, tensor in named.items()}
     keys = set(map(_key, WHOLE_MODULES)) & named.keys()
     copies = [name for name in named if (copy := _COPIES.fullmatch(name)) and f"{copy[1]}.weight" in keys]
     return path, {name: tensor for name, tensor in named.items() if name not in copies}
@@ -235,6 +237,11 @@ def _tensors(folder: Path) -> tuple[Path, dict[str, _Found]]:
 def _key(name: str) -> str:
     """Returns the name in an adapter's file of a matrix of `modules_to_save`."""
     return f"{_PREFIX}{WHOLE[name]}.weight"
+
+
+def _base_layer(name: str) -> str:
+    """Returns the name in an adapter's file of a copy of a matrix that has an adapter."""
+    return f"{_PREFIX}{WHOLE[name]}.base_layer.weight"
 
 
 def _vocab_size(tensors: Mapping[str, "_Found"], model: Transformer) -> int:
@@ -288,7 +295,7 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
         arrays, name = found[place.name].at(place.layer), f"{_PREFIX}{place.module}"
         assert arrays is not None, "the layer has no adapter"
         lora_a, lora_b = (np.asarray(factor, np.float32) for factor in arrays[:2])
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = place.to_peft(lora_a, lora_b)
+        tensors |= zip((_PREFIX + one for one in place.names), place.to_peft(lora_a, lora_b), strict=True)
         if arrays.magnitude is not None:
             tensors[f"{name}.{_MAGNITUDE}"] = np.asarray(arrays.magnitude, np.float32)
     per_layer = {name: 2 if one.magnitude is None else 3 for name, one in found.items()}
@@ -297,7 +304,7 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     whole = model.lora_config.modules_to_save if model.lora_config else ()
     for name in WHOLE_MODULES if model.rows_of_base is not None else whole:
         matrix = model.head if name == "lm_head" else weight_of(model.embedding)
-        tensors[_key(name)] = np.asarray(matrix.dense(jnp.float32))
+        tensors[_base_layer(name) if name in found else _key(name)] = np.asarray(matrix.dense(jnp.float32))
     return tensors
 
 
@@ -314,8 +321,13 @@ def _expected_shapes(
     for place in adapter_places(model, chosen_layers(model, lora)):
         (out_features, in_features), name = sizes[place.name], f"{_PREFIX}{place.module}"
         rank = lora.rank_of(place.name) * max(1, place.num_experts)
-        expected[f"{name}.lora_A.weight"] = (rank, in_features)
-        expected[f"{name}.lora_B.weight"] = (out_features, rank)
+        if place.name in WHOLE_MODULES:
+            out_features = vocab_size
+        if place.name == "embed_tokens":
+            out_features, in_features = in_features, out_features
+        expected |= zip(
+            (_PREFIX + one for one in place.names), ((rank, in_features), (out_features, rank)), strict=True
+        )
         if lora.use_dora:
             expected[f"{name}.{_MAGNITUDE}"] = (out_features,)
     for name in (*lora.modules_to_save, *copies):

@@ -13,6 +13,7 @@ from jaxpack.model.moe import experts_of
 from jaxpack.model.targets import (
     EMBEDDING,
     HEAD,
+    TABLES,
     Layers,
     Target,
     ends_with,
@@ -20,6 +21,7 @@ from jaxpack.model.targets import (
     layers_of,
     names_for,
     projections_of,
+    tables_of,
 )
 from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
@@ -52,10 +54,11 @@ _CORRECT = "Correct the file, or save the adapter again."
 
 
 class AdapterPlace(NamedTuple):
-    """Says where PEFT's files hold the adapter of one projection of a layer, or of all experts of a layer.
+    """Says where PEFT's files hold the adapter of one projection of a layer, of all experts of a layer, or of a table.
 
     PEFT holds the factors of all E experts in two matrices: `lora_A` `[E * R, in]` is grouped by expert, and `lora_B`
-    `[out, R * E]` by rank, so that the E experts of one rank are neighbours.
+    `[out, R * E]` by rank, so that the E experts of one rank are neighbours. PEFT takes an embedding for a matrix
+    `[D, V]`, so its `lora_embedding_A` `[R, V]` is our B factor, transposed, and its `lora_embedding_B` `[D, R]` our A.
 
     Attributes:
       module: the module whose `lora_A` and `lora_B` are the factors.
@@ -71,8 +74,17 @@ class AdapterPlace(NamedTuple):
     num_experts: int = 0
     turns: int = 1
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Returns the names of the two factors' tensors, without a prefix."""
+        if self.name == "embed_tokens":
+            return f"{self.module}.lora_embedding_A", f"{self.module}.lora_embedding_B"
+        return f"{self.module}.lora_A.weight", f"{self.module}.lora_B.weight"
+
     def to_peft(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns PEFT's form of an adapter's factors: `[r, in]` and `[out, r]`, or those of all experts."""
+        if self.name == "embed_tokens":
+            return np.ascontiguousarray(lora_b.T), np.ascontiguousarray(lora_a.T)
         if not self.num_experts:
             return lora_a, lora_b
         E, O, R = lora_b.shape  # noqa: E741
@@ -81,6 +93,8 @@ class AdapterPlace(NamedTuple):
 
     def from_peft(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns an adapter's factors from PEFT's form, the inverse of `to_peft`."""
+        if self.name == "embed_tokens":
+            return np.ascontiguousarray(lora_b.T), np.ascontiguousarray(lora_a.T)
         if not self.num_experts:
             return lora_a, lora_b
         E, O, I = self.num_experts, lora_b.shape[0], lora_a.shape[1]  # noqa: E741
@@ -90,7 +104,7 @@ class AdapterPlace(NamedTuple):
 
 def adapter_places(model: Transformer, layers: Layers) -> Iterator[AdapterPlace]:
     """Yields the place of each layer's adapter, for the layers of projections and experts' matrices in `layers`."""
-    for path, projection, layer in projections_of(model):
+    for path, projection, layer in projections_of(model) + tables_of():
         if layer in layers.get(projection, ()):
             yield AdapterPlace(path, projection, layer)
     for layer in range(model.config.num_layers):
@@ -203,21 +217,19 @@ def _targets(model: Transformer, peft: Mapping[str, Any], path: Path, *, may_be_
     """
     if may_be_empty and peft.get("target_modules") in (None, [], ""):
         return []
-    projections = projections_of(model)
-    names = [HEAD, EMBEDDING, *(target.path for target in projections)]
+    projections = projections_of(model) + tables_of()
+    names = [target.path for target in projections]
     wanted, excluded = (_names(peft, field, path) for field in ("target_modules", "exclude_modules"))
     if wanted == "all-linear":
-        wanted = names[2:]
+        wanted = names[: -len(TABLES)]
     selected = _selected(wanted, names, "target_modules", path)
     selected -= _selected(excluded, names, "exclude_modules", path)
     fields = "`target_modules`" + (" without `exclude_modules`" if excluded else "")
-    if outside := sorted(selected & {HEAD, EMBEDDING}):
-        raise InputError(
-            f"{fields} of {path} must name only projections of the model's layers, got {some(outside)}. {_MERGE}"
-        )
-    layers = _numbers_of_layers(model, peft, path)
-    fields += " in `layers_to_transform`" if peft.get("layers_to_transform") not in (None, []) else ""
+    layers, is_narrowed = _numbers_of_layers(model, peft, path), peft.get("layers_to_transform") not in (None, [])
+    fields += " in `layers_to_transform`" if is_narrowed else ""
     targets = [target for target in projections if target.path in selected and target.layer in layers]
+    if is_narrowed:  # PEFT then leaves out what is in no layer.
+        targets = [target for target in targets if target.name not in TABLES]
     if not targets:
         remedy = "Use the base model that the adapter was trained on."
         if model.config.num_experts:
@@ -310,7 +322,7 @@ def peft_config(model: Transformer) -> dict[str, Any]:
         own["target_parameters"] = sorted(names_for(model, parameters))
     # PEFT applies one list of layers to all projections. Where they have different layers, whole paths say which.
     lists = set(modules.values())
-    alike = len(lists) == 1 and lists != {tuple(range(model.config.num_layers))}
+    alike = len(lists) == 1 and modules.keys().isdisjoint(TABLES) and lists != {tuple(range(model.config.num_layers))}
     return own | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

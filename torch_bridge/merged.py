@@ -20,7 +20,7 @@ from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, is_out_of_memory, reason
 from jaxpack.kernels.weight import NumberedWeight, Weight
 from jaxpack.model.linear import AdapterArrays, Linear, LoraAdapter, row_scales, spread_adapters
-from jaxpack.model.lora import adapters, without_adapters
+from jaxpack.model.lora import adapters, untie, without_adapters
 from jaxpack.model.moe import Experts, experts_of
 from jaxpack.model.mxfp4 import MXFP4Weight
 from jaxpack.model.nf4 import holds_4bit
@@ -101,6 +101,14 @@ def save_merged(
             f" published, got {base!r:.200}."
         )
     model.read_weights()
+    if model.lora and model.config.tie_word_embeddings:
+        console.print(
+            "the adapters change the head and the embedding apart, although the base model ties them"
+            " (`tie_word_embeddings`): the merged model is untied",
+            style="yellow",
+        )
+        model = nnx.merge(*nnx.split(model))  # the same arrays
+        untie(model)
     source = model if base is None else with_original_weights(model, base)
     compared = _compare(model, source, dtype)
     with written_by_first(path) as folder:
@@ -214,7 +222,7 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
     for name, tensor in model_tensors(model):
         entry, layer = table[name]
         adapter = _adapter_of(model, entry)
-        arrays = None if adapter is None or layer is None else adapter.at(layer)
+        arrays = None if adapter is None else adapter.at(layer or 0)
         if adapter is not None and arrays is not None:
             merged, differs = _merge_and_compare(tensor, *arrays, scaling=adapter.scaling, dtype=dtype)
             changed.append(bool(differs))
@@ -225,6 +233,8 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
 
 def _adapter_of(model: Transformer, entry: Entry) -> LoraAdapter | None:
     """Returns the adapter of a tensor, with factors stacked over the layers that have it, or None."""
+    if entry.path in ("embedding", "lm_head"):
+        return model.lora.get("embed_tokens" if entry.path == "embedding" else "lm_head")
     parent, _, attribute = entry.path.rpartition(".")
     module = operator.attrgetter(parent)(model) if attribute == "weight" else None
     if isinstance(module, Linear | Experts) and entry.rows is not None:
@@ -270,12 +280,14 @@ def _merged(model: Transformer, dtype: str) -> Transformer:
             if not isinstance(variable, nnx.Variable):
                 continue
             if name in MATRICES:
-                setattr(module, name, Frozen(MergedWeight.of(weight_of(variable), module, dtype)))
+                table = view.lora.get("lm_head" if name == "lm_head" else "embed_tokens") if module is view else None
+                setattr(module, name, Frozen(MergedWeight.of(weight_of(variable), module, dtype, table)))
             else:
                 value = variable.get_value()
                 setattr(module, name, Frozen(value.astype(dtype).astype(value.dtype)))
         if isinstance(module, Linear | Experts):
             module.lora = nnx.Dict()
+    view.lora = nnx.Dict()
     return view
 
 
@@ -297,8 +309,10 @@ class MergedWeight(NumberedWeight):
     written: str = dataclasses.field(metadata={"static": True})  # the dtype of the file
 
     @classmethod
-    def of(cls, base: Weight, module: nnx.Module, dtype: str) -> "MergedWeight":
-        """Returns a view of `base` with the adapters of its module merged."""
+    def of(cls, base: Weight, module: nnx.Module, dtype: str, table: LoraAdapter | None = None) -> "MergedWeight":
+        """Returns a view of `base` with the adapters of its module merged; with `table`, of an embedding or a head."""
+        if table is not None:
+            return cls(base, [table.at(0)], (_Part(base.shape[-2], table.scaling),), dtype)
         if isinstance(module, Experts) and module.lora:  # The factors of all experts have an axis for the experts.
             (one,) = module.lora.values()
             part = _Part(base.shape[-2], one.scaling)
@@ -337,7 +351,9 @@ class MergedWeight(NumberedWeight):
         return jnp.concatenate(rows).astype(dtype)
 
     def take(self, rows: Int[Array, "*B"], dtype: DTypeLike) -> Float[Array, "*B I"]:
-        """Returns rows of an embedding, rounded as in the file; an embedding has no adapter."""
+        """Returns rows of an embedding, rounded as in the file."""
+        if any(self.adapters):
+            return self.dense(dtype)[rows]
         return self.base.take(rows, self.base.dtype).astype(self.written).astype(dtype)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Weight:

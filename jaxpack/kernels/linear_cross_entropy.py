@@ -142,7 +142,7 @@ def _loss_and_gradients(
             d_hidden = put_back(d_hidden, selection).reshape(shape)
         return nan_if_too_many(jnp.sum(streamed.losses), selection, options.max_targets), d_hidden, None
     chunks = chunked(hidden, targets, options.chunk)
-    weights = head.dense(dtype)
+    weights, trained = head.dense(dtype), head.trained_inputs
 
     def step(carry, chunk: Chunks):
         total, d_head = carry
@@ -157,10 +157,12 @@ def _loss_and_gradients(
         if wanted[0]:
             d_hidden = jnp.einsum("TV,VD->TD", d_logits, weights, preferred_element_type=jnp.float32).astype(dtype)
         if wanted[1]:
-            d_head = d_head + jnp.einsum("TV,TD->VD", d_logits, chunk.hidden, preferred_element_type=jnp.float32)
+            d_head = d_head + jnp.einsum(
+                "TV,TD->VD", d_logits, trained(chunk.hidden), preferred_element_type=jnp.float32
+            )
         return (total, d_head), d_hidden
 
-    d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
+    d_head = jnp.zeros((len(weights), trained(hidden).shape[-1]), jnp.float32) if wanted[1] else None
     (total, d_head), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_head), chunks)
     total = nan_if_too_many(total, selection, options.max_targets)
     if d_hidden is not None:

@@ -176,7 +176,7 @@ def _backward(options, residuals, d_out):
 
 
 def _head_gradient(hidden, head, targets, d_out, options) -> Float[Array, "V D"]:
-    weights = head.dense(hidden.dtype)
+    weights, trained = head.dense(hidden.dtype), head.trained_inputs
     flat, labels, _ = select(hidden, targets, options.max_targets)
     d_selected, _, _ = select(d_out[..., None], targets, options.max_targets)
     chunks = chunked(flat, labels, options.chunk)
@@ -187,9 +187,10 @@ def _head_gradient(hidden, head, targets, d_out, options) -> Float[Array, "V D"]
         logits, tanh = capped_logits(hidden, weights, options.softcap)
         lse = nan_outside(logsumexp(logits, implementation=options.implementation), targets, len(weights))
         d_logits = (-d[:, None] * logit_gradients(logits, tanh, lse, targets)).astype(hidden.dtype)
-        return total + jnp.einsum("TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32), None
+        return total + jnp.einsum("TV,TD->VD", d_logits, trained(hidden), preferred_element_type=jnp.float32), None
 
-    return jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), (chunks, d_chunks))[0]
+    total = jnp.zeros((len(weights), trained(flat).shape[-1]), jnp.float32)
+    return jax.lax.scan(step, total, (chunks, d_chunks))[0]
 
 
 _log_probs.defvjp(_forward, _backward, symbolic_zeros=True)

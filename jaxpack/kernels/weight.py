@@ -90,6 +90,10 @@ class Weight(abc.ABC):
         """Returns `x W^T`. Its derivative keeps the weight as it is stored."""
         return _matmul(x, self)
 
+    def trained_inputs(self, hidden: Float[Array, "*B I"]) -> Float[Array, "*B R"]:
+        """Returns the channels of a head's input that its trained columns read: by default, all of them."""
+        return hidden
+
     def stacked(self, dtype: DTypeLike) -> tuple[Float[Array, "L O I"], Int[Array, ""] | int]:
         """Returns a dense stack and the number of the layer in it, for kernels that read a layer in place.
 

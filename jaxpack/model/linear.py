@@ -122,6 +122,13 @@ def _adapters_in(module: nnx.Module) -> list[LoraAdapter]:
     return [one for _, one in nnx.iter_modules(module) if isinstance(one, LoraAdapter)]
 
 
+def dropped(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float) -> Float[Array, "B T I"]:
+    """Returns what dropout leaves of the input of adapters, with a key for each row."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # bfloat16 cannot hold 0.9
+    return jnp.where(keep, kept, 0)
+
+
 class Linear(nnx.Module):
     """Holds one or more projections of the same input as one `weight` `[sum(out), in]`, with or without a bias.
 
@@ -155,9 +162,7 @@ class Linear(nnx.Module):
 
     def _dropped(self, x: Float[Array, "B T I"], dropout_keys: Key[Array, " B"]) -> Float[Array, "B T I"]:
         """Returns what dropout leaves of the input of the adapters."""
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self._dropout, x.shape[1:]))(dropout_keys)
-        kept = (x.astype(jnp.float32) / (1 - self._dropout)).astype(x.dtype)  # bfloat16 cannot hold 0.9
-        return jnp.where(keep, kept, 0)
+        return dropped(x, dropout_keys, self._dropout)
 
     def _with_magnitudes(
         self, x: Float[Array, "B T I"], dropout_keys: Key[Array, " B"] | None

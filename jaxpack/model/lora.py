@@ -15,7 +15,7 @@ from jaxpack.errors import InputError, check_type
 from jaxpack.kernels.weight import Weight
 from jaxpack.model.linear import Linear, LoraAdapter
 from jaxpack.model.moe import Experts, experts_of
-from jaxpack.model.targets import Layers, chosen_layers, ends_with, names_for
+from jaxpack.model.targets import TABLES, Layers, chosen_layers, ends_with, names_for
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import TRAINED, freeze, is_trained, non_finite, weight_of
 from jaxpack.settings import LoraConfig
@@ -26,13 +26,19 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
 
     The factors are initialised as PEFT does: `lora_a` uniform in +-1/sqrt(in), `lora_b` zero, both float32. They are
     stacked over the layers that have the adapter, which may be other layers for each projection. Experts get adapters
-    only if `target_parameters` names their matrices. With DoRA, the magnitudes start as the norms of the rows of the
-    weights, which are read for this if they are still in their files.
+    only if `target_parameters` names their matrices, and the embedding and the head only if `target_modules` names them
+    ("embed_tokens", "lm_head"). The adapter of an embedding starts as PEFT's, too: standard normal values in `lora_a`
+    `[R, D]` (PEFT's `lora_embedding_B`, transposed), and zeros in `lora_b` `[V, R]`. If the model ties the two, each
+    adapter changes only its own use of the matrix, as in PEFT, and a merged model is untied.
+
+    With DoRA, the magnitudes start as the norms of the rows of the weights, which are read for this if they are still
+    in their files.
 
     Raises:
       InputError: a name in `target_modules` or `target_parameters` is no projection, or no experts' matrix, of this
         model, a pattern matches none, a layer does not exist, a name in `rank_pattern` or `alpha_pattern` has no
-        adapter, only one of two tied matrices is in `modules_to_save`, or the model has adapters already.
+        adapter, only one of two tied matrices is in `modules_to_save`, one of them is in `target_modules`, too, DoRA is
+        asked for the embedding or the head, or the model has adapters already.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -50,6 +56,14 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
     if without:
         raise InputError(f"`rank_pattern` and `alpha_pattern` must be of projections with an adapter, got {without}.")
     whole = set(config.modules_to_save)
+    tables = [name for name in TABLES if name in chosen]
+    if tables and config.use_dora:
+        raise InputError(f"`use_dora` must be off with {' and '.join(tables)} in `target_modules`, got True.")
+    if both := [name for name in tables if name in whole or (whole and model.config.tie_word_embeddings)]:
+        raise InputError(
+            f"`target_modules` must be without {' and '.join(both)}, because `modules_to_save` trains the same matrix"
+            " whole, got it in both. Leave it out of one of them."
+        )
     if model.config.tie_word_embeddings and len(whole) == 1:
         raise InputError(f"`modules_to_save` must be both of {WHOLE_MODULES} where they are tied, got {sorted(whole)}.")
     if whole or config.use_dora:  # They are trained from copies of the weights, and magnitudes from their norms.
@@ -88,6 +102,13 @@ def add_lora(model: Transformer, config: LoraConfig) -> Transformer:
         *_, rows, in_features = module.weight.shape
         E = module.num_experts
         module.lora[module.name] = adapter(module.name, (E,), rows // E, in_features)
+    V, D = model.config.vocab_size, model.config.hidden_size
+    for name in tables:
+        one = adapter(name, (), V, D)
+        one.layers = None  # it is in no layer
+        if name == "embed_tokens":
+            one.lora_a.set_value(jax.random.normal(rngs.params(), one.lora_a.shape, jnp.float32))
+        model.lora[name] = one
     model.lora_config = config
     return model
 
@@ -123,13 +144,14 @@ def adapters(model: Transformer) -> dict[str, LoraAdapter]:
     """Returns the model's adapters by the name of their projection, empty without LoRA.
 
     Their factors are stacked over the layers that have the adapter. Those of experts are stacked over layers and
-    experts, and have the name of the matrices of all experts together, such as "mlp.experts.down_proj".
+    experts, and have the name of the matrices of all experts together, such as "mlp.experts.down_proj". Those of
+    "embed_tokens" and "lm_head" are stacks of one.
     """
     check_type("model", model, Transformer)  # checked here for all callers
     return {
         name: adapter
         for _, module in nnx.iter_modules(model)
-        if isinstance(module, Linear | Experts)
+        if isinstance(module, Linear | Experts | Transformer)
         for name, adapter in module.lora.items()
     }
 
@@ -137,12 +159,12 @@ def adapters(model: Transformer) -> dict[str, LoraAdapter]:
 def layers_of_adapters(model: Transformer) -> Layers:
     """Returns the layers that have an adapter, by the names of `adapters`."""
     every = tuple(range(model.config.num_layers))
-    return {name: adapter.layers or every for name, adapter in adapters(model).items()}
+    return {name: (0,) if name in TABLES else adapter.layers or every for name, adapter in adapters(model).items()}
 
 
 def matrix_sizes(model: Transformer) -> dict[str, tuple[int, int]]:
     """Returns the output and input channels of everything that may have an adapter, by the names of `adapters`."""
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes = dict.fromkeys(TABLES, (model.config.vocab_size, model.config.hidden_size))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             sizes |= {name: (size, module.weight.shape[-1]) for name, size in module.projections}
@@ -170,7 +192,7 @@ def without_adapters(model: Transformer) -> Transformer:
     """Returns a view of the model, around the same arrays, that has no adapters."""
     view = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(view):
-        if isinstance(module, Linear | Experts):
+        if isinstance(module, Linear | Experts | Transformer):
             module.lora = nnx.Dict()
     view.lora_config = None
     return view

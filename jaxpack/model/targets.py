@@ -13,6 +13,8 @@ from jaxpack.model.transformer import Transformer
 from jaxpack.settings import LoraConfig
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+# Matrices outside of the layers that may have an adapter: their names in `adapters`, and in Hugging Face's model.
+TABLES = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
 _PARENTS = {"attention": "self_attn", "feed_forward": "mlp"}  # Hugging Face's names of the parts of a layer
 
 # The layers in which a projection or a matrix of experts has an adapter, in ascending order, by its name.
@@ -42,6 +44,11 @@ def projections_of(model: Transformer) -> list[Target]:
         for name, _ in module.projections
     ]
     return _in_all_layers(model, names)
+
+
+def tables_of() -> list[Target]:
+    """Returns the embedding and the head, which get an adapter only if they are named."""
+    return [Target(path, name, 0) for name, path in TABLES.items()]
 
 
 def expert_matrices_of(model: Transformer) -> list[Target]:
@@ -76,7 +83,7 @@ def names_for(model: Transformer, layers: Layers) -> tuple[str, ...]:
     They are the names of what has an adapter in all layers, and whole paths of everything else.
     """
     count = model.config.num_layers
-    whole = {name for name, those in layers.items() if len(those) == count}
+    whole = {name for name, those in layers.items() if len(those) == count or name in TABLES}
     single = [
         target.path
         for target in projections_of(model) + expert_matrices_of(model)
@@ -100,7 +107,7 @@ def _chosen_projections(model: Transformer, config: LoraConfig, projections: lis
     if wanted == "all-linear":
         chosen = projections
     else:
-        chosen = _selected(model, "target_modules", wanted, projections, "'all-linear' or ")
+        chosen = _selected(model, "target_modules", wanted, projections + tables_of(), "'all-linear' or ")
     count = model.config.num_layers
     layers: Any = config.layers_to_transform  # a tuple, as `LoraConfig` has read it
     if outside := [layer for layer in layers if layer not in range(count)]:
@@ -108,9 +115,10 @@ def _chosen_projections(model: Transformer, config: LoraConfig, projections: lis
             f"`layers_to_transform` must be among the model's {count} layers, 0 to {count - 1}, got {outside}."
         )
     if layers:
-        chosen = [target for target in chosen if target.layer in layers]
+        # As in PEFT, this leaves out what is in no layer.
+        chosen = [target for target in chosen if target.layer in layers and target.name not in TABLES]
     if config.exclude_modules:
-        excluded = set(_selected(model, "exclude_modules", config.exclude_modules, projections))
+        excluded = set(_selected(model, "exclude_modules", config.exclude_modules, projections + tables_of()))
         chosen = [target for target in chosen if target not in excluded]
     if not chosen:
         raise InputError(
@@ -132,11 +140,6 @@ def _selected(
                 f"`{field}` must be a pattern that matches the whole path of a projection, such as"
                 f" {projections[0].path!r}, got {wanted!r}, which matches none. Names have commas between them:"
                 " 'q_proj,v_proj'."
-            )
-        if outside := [name for name in (HEAD, EMBEDDING) if field == "target_modules" and pattern.fullmatch(name)]:
-            raise InputError(
-                f"`{field}` must match only projections of the layers, got {wanted!r}, which also matches"
-                f" {' and '.join(outside)}. Name these in `modules_to_save` to train them whole."
             )
         return found
     unknown = sorted(end for end in set(wanted) if not any(ends_with(target.path, end) for target in projections))

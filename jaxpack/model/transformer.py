@@ -10,12 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxpack.constants import Implementation, Remat
+from jaxpack.kernels.adapted_head import AdaptedHead
+from jaxpack.kernels.adapter import padded_rank
 from jaxpack.kernels.attention import segment_bounds
 from jaxpack.kernels.weight import Weight
 from jaxpack.model.block import Block
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.context import PerLayer, RowContext
-from jaxpack.model.linear import spread_adapters
+from jaxpack.model.linear import LoraAdapter, dropped, spread_adapters
 from jaxpack.model.moe import RouterSums
 from jaxpack.model.noise import add_noise
 from jaxpack.model.norm import make_norm
@@ -38,6 +40,7 @@ class Transformer(nnx.Module):
       config: the architecture.
       dtype: the dtype of activations and matmuls. Parameters may be wider (float32 where they are trained) and are cast
         to it.
+      lora: the adapters of the embedding ("embed_tokens") and of the head ("lm_head"), if they have one.
       lora_config: the settings with which adapters were added; None without adapters.
       rows_of_base: if the vocabulary was resized, the number of first rows of the embedding and the head that are still
         those of the base model; None if it was not. See `resize_vocab`.
@@ -72,6 +75,7 @@ class Transformer(nnx.Module):
         self.norm = make_norm(config, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Param(initializer(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.lora = nnx.Dict()
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.lora_config: LoraConfig | None = None  # set by `add_lora`
@@ -207,6 +211,11 @@ class Transformer(nnx.Module):
           embedded: the tokens' rows of the embedding, if they were taken before.
         """
         x = weight_of(self.embedding).take(tokens, self.dtype) if embedded is None else embedded.astype(self.dtype)
+        if (adapter := self._adapter_of("embed_tokens")) is not None:
+            lora_a, lora_b, _ = adapter.arrays
+            # float32 up to the sum, as in PEFT: an embedding may be as small as its change.
+            added = jnp.einsum("BTR,RD->BTD", lora_b[0][tokens], lora_a[0], preferred_element_type=jnp.float32)
+            x = (x.astype(jnp.float32) + adapter.scaling * added).astype(self.dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)  # rounded to `dtype`, as transformers does
         return x
@@ -242,9 +251,52 @@ class Transformer(nnx.Module):
         scale = self.norm.scale
         return self.dtype != jnp.float32 and (is_trained(scale) or scale.dtype != self.dtype)
 
+    def head_operands(
+        self,
+        hidden: Float[Array, "B T D"],
+        dropout_key: Key[Array, ""] | None = None,
+        rows: UInt32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Weight]:
+        """Returns the operands whose product is the logits: `hidden` and `head`, extended if the head has an adapter.
+
+        Args:
+          dropout_key, rows: turn the dropout of the adapter on; a number for each row, see `row_numbers`.
+        """
+        if (adapter := self._adapter_of("lm_head")) is None:
+            return hidden, self.head
+        xa, lora_b = self._head_factors(adapter, hidden, dropout_key, rows)
+        return jnp.concatenate([hidden, xa], axis=-1), AdaptedHead(self.head, lora_b)
+
+    def _head_factors(
+        self,
+        adapter: LoraAdapter,
+        hidden: Float[Array, "B T D"],
+        dropout_key: Key[Array, ""] | None = None,
+        rows: UInt32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T R"], Float[Array, "V R"]]:
+        """Returns the product of `hidden` and the A factor of the head's adapter, and its scaled B factor.
+
+        The rank is padded with zeros to one that matmuls take without a loss.
+        """
+        lora_a, lora_b, _ = adapter.arrays
+        if dropout_key is not None and rows is not None and adapter.dropout:
+            # The layers have the keys that `jax.random.split` gives.
+            key = jax.random.fold_in(dropout_key, self.config.num_layers)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+            hidden = dropped(hidden, keys, adapter.dropout)
+        xa = jnp.einsum("BTD,RD->BTR", hidden, lora_a[0].astype(hidden.dtype))
+        more = padded_rank(xa.shape[-1]) - xa.shape[-1]
+        return jnp.pad(xa, ((0, 0), (0, 0), (0, more))), jnp.pad(adapter.scaling * lora_b[0], ((0, 0), (0, more)))
+
+    def _adapter_of(self, name: str) -> LoraAdapter | None:
+        return self.lora.get(name)
+
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns the logits of hidden states, in float32."""
         logits = jnp.einsum("BTD,VD->BTV", hidden, self.head.dense(hidden.dtype), preferred_element_type=jnp.float32)
+        if (adapter := self._adapter_of("lm_head")) is not None:
+            xa, lora_b = self._head_factors(adapter, hidden)
+            logits += jnp.einsum("BTR,VR->BTV", xa, lora_b.astype(xa.dtype), preferred_element_type=jnp.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

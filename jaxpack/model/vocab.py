@@ -89,6 +89,9 @@ def set_rows(model: Transformer, size: int) -> None:
     for name in {"embedding", model.head_name}:
         variable: nnx.Variable = getattr(model, name)
         variable.set_value(_resized(variable.get_value(), size))
+    for adapter in model.lora.values():  # New rows begin without a change.
+        lora_b = adapter.lora_b[:, :size]
+        adapter.lora_b.set_value(jnp.pad(lora_b, ((0, 0), (0, size - lora_b.shape[1]), (0, 0))))
     model.config = dataclasses.replace(model.config, vocab_size=size)
     model.rows_of_base = min(size, before if model.rows_of_base is None else model.rows_of_base)
 

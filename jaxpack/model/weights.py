@@ -135,7 +135,9 @@ def movable(model: Any) -> tuple[list[Place], list[Place]]:
 
     modules = [module for _, module in nnx.iter_modules(model.blocks)]
     in_layers = [place for module in modules for place in found(module, "weight", Weight)]
-    outside = [place for name in ("embedding", "lm_head") for place in found(model, name, DenseWeight | HostMatrix)]
+    # A head with an adapter is read whole, beside the adapter's factor.
+    names = [name for name in ("embedding", "lm_head") if name != model.head_name or "lm_head" not in model.lora]
+    outside = [place for name in names for place in found(model, name, DenseWeight | HostMatrix)]
     return in_layers, outside
 
 

@@ -12,9 +12,10 @@ from jaxpack.data.packing import AnyBatch, BatchLimits, EmbeddedBatch, PackedBat
 from jaxpack.errors import InputError
 from jaxpack.kernels.logits import CHUNK
 from jaxpack.kernels.token_log_probs import TokenScores, token_log_probs, token_scores
+from jaxpack.kernels.weight import Weight
 from jaxpack.model.lora import adapters, without_adapters
 from jaxpack.model.moe import RouterSums
-from jaxpack.model.transformer import Transformer
+from jaxpack.model.transformer import Transformer, row_numbers
 
 
 class Forward:
@@ -56,6 +57,12 @@ class Forward:
         """Returns the hidden states after the last norm, in the model's dtype."""
         return self._run[0]
 
+    @functools.cached_property
+    def head_operands(self) -> tuple[Float[Array, "B T E"], Weight]:
+        """Returns the operands whose product is the logits: `hidden` and the head, with the head's adapter if any."""
+        rows = row_numbers(self.batch.tokens, self.batch.segment_ids)
+        return self.model.head_operands(self.hidden, self._dropout_key, rows)
+
     @property
     def router_sums(self) -> RouterSums | None:
         """Returns how a mixture's experts were used; None for a model without experts."""
@@ -68,7 +75,7 @@ class Forward:
     @functools.cached_property
     def log_probs(self) -> Float[Array, "B T"]:
         """Returns the log-probability of each token's target, float32; 0 where there is no target."""
-        return self._log_probs_of(self.model, self.hidden)
+        return self._log_probs_of(self.head_operands)
 
     @functools.cached_property
     def reference_log_probs(self) -> Float[Array, "B T"]:
@@ -85,14 +92,15 @@ class Forward:
             )
         graph, state = nnx.split(without_adapters(self.model))
         reference = nnx.merge(graph, jax.lax.stop_gradient(state))
-        return jax.lax.stop_gradient(self._log_probs_of(reference, self._run_of(reference, None)[0]))
+        operands = reference.head_operands(self._run_of(reference, None)[0])
+        return jax.lax.stop_gradient(self._log_probs_of(operands))
 
     @functools.cached_property
     def scores(self) -> TokenScores:
         """Returns the loss of each token and the likeliest next token. They have no gradient."""
         softcap = self.model.config.final_logit_softcapping
         options: dict[str, Any] = {"softcap": softcap, "implementation": self.implementation, "chunk": self.loss_chunk}
-        return token_scores(self.hidden, self.model.head, self.batch.targets, **options)
+        return token_scores(*self.head_operands, self.batch.targets, **options)
 
     def _run_of(
         self, model: Transformer, dropout_key: Key[Array, ""] | None, *, balances: bool = False
@@ -110,12 +118,11 @@ class Forward:
             balances=balances,
         )
 
-    def _log_probs_of(self, model: Transformer, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    def _log_probs_of(self, operands: tuple[Float[Array, "B T E"], Weight]) -> Float[Array, "B T"]:
         return token_log_probs(
-            hidden,
-            model.head,
+            *operands,
             self.batch.targets,
-            softcap=model.config.final_logit_softcapping,
+            softcap=self.model.config.final_logit_softcapping,
             max_targets=self.limits.max_targets,
             chunk=self.loss_chunk,
             implementation=self.implementation,

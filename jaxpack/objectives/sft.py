@@ -31,8 +31,7 @@ class SFT:
         """Returns the summed cross entropy, and the number of targets."""
         batch = forward.batch
         loss = linear_cross_entropy(
-            forward.hidden,
-            forward.model.head,
+            *forward.head_operands,
             batch.targets,
             softcap=forward.model.config.final_logit_softcapping,
             max_targets=forward.limits.max_targets,

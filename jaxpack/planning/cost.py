@@ -121,7 +121,7 @@ class StepShape:
             trains_all=is_trained(model.norm.scale),
             trains_head=is_trained(model.head_variable),
             casts_weights=context.casts_weights,
-            copies_head=not (model.head.is_dense or isinstance(model.head, HostMatrix)),
+            copies_head="lm_head" in model.lora or not (model.head.is_dense or isinstance(model.head, HostMatrix)),
             shape=shape,
             max_targets=max_targets or shape[1] * shape[2],
             keys_per_token=keys_per_token,

@@ -85,7 +85,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"`target_modules` must be 'all-linear' or among",
     ),
     "no match": ({"target_modules": "q_proj|v_proj"}, r"must be a pattern that matches the whole path .* none"),
-    "the head": ({"target_modules": ".*(q_proj|lm_head)"}, "also matches lm_head. Name these in `modules_to_save`"),
     "nothing to exclude": ({"exclude_modules": "c_attn"}, r"`exclude_modules` must be among .*got \['c_attn'\]"),
     "nothing is left": (
         {"target_modules": "q_proj", "exclude_modules": "q_proj"},

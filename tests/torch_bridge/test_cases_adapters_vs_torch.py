@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "excluded though there": ({"exclude_modules": ["v_proj"]}, r"with its `exclude_modules`.*Use the base model"),
     "exclusion of a number": ({"exclude_modules": [7]}, r"`exclude_modules`.*Correct the file"),
     "an exclusion that is no pattern": ({"exclude_modules": "("}, r"`exclude_modules`.*regular expressions"),
-    "head": ({"target_modules": ["q_proj", "lm_head"]}, r"`target_modules`.*lm_head.*Merge the adapter with PEFT"),
+    "head": ({"target_modules": [*SOME, "lm_head"]}, r"2 missing tensors .*lm_head.lora_A.*Use the base model"),
     "bias": ({"bias": "all"}, r"`bias`.*Merge the adapter with PEFT"),
     "whole norms": ({"modules_to_save": ["norm"]}, r"`modules_to_save`.*Merge the adapter with PEFT"),
     "ranks of layers": ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}}, r"`rank_pattern`.*Merge"),

@@ -151,7 +151,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {r"layers.0.self_attn.q_proj": 2}},
     "alpha_pattern": {"alpha_pattern": {r"layers.0.self_attn.q_proj": 2}},
     "modules_to_save": {"modules_to_save": ["norm"]},
-    "target_modules": {"target_modules": ["q_proj", "lm_head"]},
+    "target_modules": {"target_modules": ["c_attn"]},
 }
 
 
