@@ -167,6 +167,11 @@ def load_adapter(model: Transformer, adapter: str) -> Transformer:
     for name in copies:
         replace_new_rows(model, model.head_name if name == "lm_head" else "embedding", read[_key(name)])
     changed = [name for name in copies if _differs(model, name, read[_key(name)], tensors[_key(name)].dtype)]
+    if adapted := [name for name in changed if name in chosen_layers(model, lora)]:
+        raise InputError(
+            f"{path} must hold the base model's {' and '.join(adapted)} beside an adapter of it, got other values."
+            " Use the base model that the adapter was trained on."
+        )
     if changed:
         console.print(
             f"{path}: {' and '.join(changed)} beside the adapters differ from the base model's. They are read, trained"

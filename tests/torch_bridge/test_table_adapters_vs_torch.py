@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import torch_bridge
 from jaxpack import InputError, LoraConfig, Transformer, add_lora, resize_vocab
@@ -164,6 +164,35 @@ def test_a_resized_model_has_such_adapters_too(kind: str, bases: dict[str, str],
     np.testing.assert_array_equal(back.logits(jnp.asarray(tokens)), expected)
     resize_vocab(back, 104)
     np.testing.assert_allclose(back.logits(jnp.asarray(tokens))[..., :101], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_an_adapter_that_peft_wrote_after_a_resizing_is_read(kind: str, bases: dict[str, str], tmp_path: Path):
+    module: Any = transformers.AutoModelForCausalLM.from_pretrained(bases[kind])
+    module.resize_token_embeddings(101)
+    settings = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head", "embed_tokens"])
+    theirs = peft.get_peft_model(module, settings).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    model, _ = torch_bridge.from_pretrained(bases[kind], dtype="float32")
+    torch_bridge.load_adapter(model, str(tmp_path / "adapter"))
+    tokens = np.arange(77, 101)[None]
+    np.testing.assert_allclose(model.logits(jnp.asarray(tokens)), hf.logits(theirs, tokens), rtol=0, atol=TOLERANCE)
+
+
+def test_a_copy_of_another_base_is_refused(bases: dict[str, str], tmp_path: Path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(bases["llama-untied"])
+    settings = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"])
+    peft.get_peft_model(base, settings).save_pretrained(str(tmp_path / "adapter"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.base_layer.weight"] += 0.1
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="must hold the base model's lm_head beside an adapter of it"):
+        torch_bridge.load_adapter(torch_bridge.from_pretrained(bases["llama-untied"])[0], str(tmp_path / "adapter"))
 
 
 def test_what_cannot_be_combined_is_refused(bases: dict[str, str]):
