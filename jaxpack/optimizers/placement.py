@@ -33,7 +33,8 @@ def state_specs(state: Tree, trainable: Any, mesh: DeviceMesh) -> Tree:
         suffixes = [names[first:] for first in range(len(names)) if names[first:] in found]
         shape, spec = found[suffixes[0]] if suffixes else (None, WHOLE)
         if isinstance(value, Quantized):
-            return Quantized(*2 * [_of_blocks(value.codes.shape, shape or (), spec, num_shards(mesh))])
+            of_blocks: Any = _of_blocks(value.codes.shape, shape or (), spec, num_shards(mesh))
+            return Quantized(of_blocks, of_blocks)
         return spec if shape == value.shape else WHOLE
 
     return tree_map_with_path(of_value, state, is_leaf=lambda value: isinstance(value, Quantized))
