@@ -181,6 +181,54 @@ def whole_folder(path: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_new_file(path: Path, name: str) -> None:
+    """Refuses a path where something lies already, even a link to nothing, and one whose folder is not there."""
+    try:
+        path.lstat()
+        is_new = False
+    except FileNotFoundError:
+        is_new = path.absolute().parent.is_dir()
+    except (OSError, ValueError) as error:  # the path is too long, or not permitted
+        raise InputError(f"`{name}` must be a new file, got {str(path)!r:.200}: {reason(error)}.") from error
+    if not is_new:
+        raise InputError(f"`{name}` must be a new file in an existing folder, got {str(path)!r:.200}.")
+    require_folder(path.absolute().parent, name)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, name: str) -> Iterator[Path]:
+    """Yields the path of a temporary file near `path`; the file becomes `path` at the end, or is removed on an error.
+
+    Unlike `write_new_file`, it is for files that are larger than the memory.
+
+    Raises:
+      InputError: there is something at `path`, or the disk refused a write (full, read-only, not permitted).
+    """
+    require_new_file(path, name)
+    temporary = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name:.50}-", dir=path.absolute().parent))
+        partial = temporary / f"new{_PARTIAL}"
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.chmod(0o666 & ~_umask())
+        try:
+            path.hardlink_to(partial)  # unlike a renaming, this never replaces anything
+        except FileExistsError:
+            raise InputError(f"`{name}` must be a new file, got {str(path)!r}, which exists.") from None
+        except OSError:  # the file system has no hard links
+            require_new_file(path, name)
+            partial.rename(path)
+    except OSError as error:
+        raise InputError(
+            f"`{name}` must be writable, got {str(path)!r}: {reason(error)} (nothing was left there)."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def from_home(path: Path) -> str:
     """Returns `path` as a shell accepts it, `~/...` within the user's home, so that notebooks show no user name."""
     home = Path.home()

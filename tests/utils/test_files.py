@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from jaxpack.utils.files import (
     require_free_folder,
     require_new_folder,
     require_regular_file,
+    whole_file,
     whole_folder,
     write_new_file,
 )
@@ -343,3 +345,32 @@ def test_cases_only_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.M
     for wrong in (tmp_path / ("x" * 300), tmp_path / "a\0b"):
         with pytest.raises(InputError, match="must be a path that can be read"):
             is_regular_file(wrong)
+
+
+def write_in_parts(path: Path, content: bytes, then: Callable[[], None] = lambda: None) -> None:
+    with whole_file(path, "output") as partial:
+        partial.write_bytes(content)
+        assert not path.exists()
+        then()
+
+
+def test_a_file_that_is_written_in_parts_appears_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "model.bin"
+    with pytest.raises(ZeroDivisionError):
+        write_in_parts(path, b"half", lambda: print(1 / 0))
+    assert list(tmp_path.iterdir()) == []
+    write_in_parts(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    assert path.stat().st_mode & 0o077  # readable as the user's other files, unlike temporary ones
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_appears_in_the_meantime_is_kept(tmp_path: Path):
+    path, link = tmp_path / "model.bin", tmp_path / "link"
+    with pytest.raises(InputError, match=r"`output` must be a new file, got .*, which exists"):
+        write_in_parts(path, b"ours", lambda: path.write_text("theirs"))
+    assert path.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match="must be a new file in an existing folder"):
+        write_in_parts(link, b"ours")
