@@ -32,6 +32,7 @@ from torch_bridge.config_json import CONFIG_FILE
 from torch_bridge.families.base import Entry
 from torch_bridge.original import original_folder, with_original_weights
 from torch_bridge.pretrained import write_folder, written_by_first
+from torch_bridge.rounding import dtype_of, rounded
 from torch_bridge.sixteen_bit import sixteen_bit_sibling
 from torch_bridge.tensors import model_tensors, tensor_table
 
@@ -88,52 +89,103 @@ def save_merged(
         dtype = "float16" if model.dtype == jnp.float16 else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {dtype!r}.")
-    is_4bit = holds_4bit(nnx.state(model))
-    if base is not None and not is_4bit:
-        raise InputError(
-            "`base` must be None for a model without weights in 4 bits (NF4), whose adapters are merged into its own"
-            f" weights, got {base!r:.200}."
-        )
-    has_mxfp4 = any(isinstance(weight_of(x.weight), MXFP4Weight) for x in experts_of(model))
-    if base is not None and has_mxfp4:
-        raise InputError(
-            "`base` must be None for a model whose experts are in MXFP4, because that is the form in which they were"
-            f" published, got {base!r:.200}."
-        )
-    model.read_weights()
-    if model.lora and model.config.tie_word_embeddings:
-        console.print(
-            "the adapters change the head and the embedding apart, although the base model ties them"
-            " (`tie_word_embeddings`): the merged model is untied",
-            style="yellow",
-        )
-        model = nnx.merge(*nnx.split(model))  # the same arrays
-        untie(model)
-    source = model if base is None else with_original_weights(model, base)
-    compared = _compare(model, source, dtype)
+    merging = Merging.of(model, dtype, base)
     with written_by_first(path) as folder:
         changed: list[bool] = []
-        write_folder(folder, model, _tensors(source, dtype, changed), dtype, tokenizer)
+        write_folder(folder, merging.model, merging.tensors(changed), dtype, tokenizer)
+        merging.require_change(changed)
+    merging.report(changed)
+    return merging.compared.difference
+
+
+class Merging(NamedTuple):
+    """Holds a merge that is checked and may be written.
+
+    Attributes:
+      model: the model with adapters, untied if adapters change its head and its embedding apart.
+      source: the model into whose weights the adapters are merged, which is `model` unless `base` is given.
+      written: the dtype of the merged weights in the file, or "q8_0", see `rounded`.
+      base: the 16-bit base of a model in 4 bits, or None.
+      compared: how far the logits of the merged model differ.
+    """
+
+    model: Transformer
+    source: Transformer
+    written: str
+    base: str | None
+    compared: "_Compared"
+
+    @classmethod
+    def of(cls, model: Transformer, written: str, base: str | None) -> "Merging":
+        """Checks a merge, and compares the logits of the merged model with those of the trained one.
+
+        Raises:
+          InputError: as in `save_merged`.
+        """
+        is_4bit = holds_4bit(nnx.state(model))
+        if base is not None and not is_4bit:
+            raise InputError(
+                "`base` must be None for a model without weights in 4 bits (NF4), whose adapters are merged into its"
+                f" own weights, got {base!r:.200}."
+            )
+        if base is not None and _has_mxfp4(model):
+            raise InputError(
+                "`base` must be None for a model whose experts are in MXFP4, because that is the form in which they"
+                f" were published, got {base!r:.200}."
+            )
+        model.read_weights()
+        if model.lora and model.config.tie_word_embeddings:
+            console.print(
+                "the adapters change the head and the embedding apart, although the base model ties them"
+                " (`tie_word_embeddings`): the merged model is untied",
+                style="yellow",
+            )
+            model = nnx.merge(*nnx.split(model))  # the same arrays
+            untie(model)
+        source = model if base is None else with_original_weights(model, base)
+        return cls(model, source, written, base, _compare(model, source, written))
+
+    def tensors(self, changed: list[bool], *, casts_all: bool = True) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the tensors of the merged model; appends to `changed` whether each adapter changed its tensor.
+
+        Args:
+          casts_all: whether tensors without an adapter get the written dtype, too, instead of keeping their own.
+        """
+        return _tensors(self.source, dtype_of(self.written), changed, casts_all=casts_all)
+
+    def require_change(self, changed: list[bool]) -> None:
+        """Refuses adapters that have changed no tensor."""
         if not any(changed):
             raise InputError(
-                f"`model` must have adapters that change a weight, got adapters that change none in {dtype}. Either"
-                " they are all zero, as before training, or their changes are smaller than the rounding to this dtype:"
-                " train the adapters first, or choose a more precise `dtype`."
+                f"`model` must have adapters that change a weight, got adapters that change none in {self.written}."
+                " Either they are all zero, as before training, or their changes are smaller than the rounding to this"
+                " dtype: train the adapters first, or choose a more precise `dtype`."
             )
-    target = f" into the 16-bit weights of {base:.200}" if base is not None else ""
-    if base is None and is_4bit:
-        target = " into the dequantised 4-bit weights, with which the adapters were trained"
-    console.print(f"merged in {dtype}{target}: {sum(changed)} of {len(changed)} adapted tensors changed; {compared}")
-    if compared.difference > compared.effect:
-        why, remedy = f"rounding to {dtype}", "a more precise `dtype` keeps"
-        if base is not None:
-            why, remedy = "the change to other weights", "a merge into the dequantised weights (without `base`) keeps"
+
+    def report(self, changed: list[bool]) -> None:
+        """Prints what was merged, and how far the logits differ."""
+        base, written, compared = self.base, self.written, self.compared
+        is_4bit = holds_4bit(nnx.state(self.model))
+        target = f" into the 16-bit weights of {base:.200}" if base is not None else ""
+        if base is None and is_4bit:
+            target = " into the dequantised 4-bit weights, with which the adapters were trained"
         console.print(
-            f"{why} changes the logits by more than the adapters do: {remedy} more of the training", style="yellow"
+            f"merged in {written}{target}: {sum(changed)} of {len(changed)} adapted tensors changed; {compared}"
         )
-    if is_4bit and not has_mxfp4:
-        console.print(_other_way(model, dtype, base))
-    return compared.difference
+        if compared.difference > compared.effect:
+            why, remedy = f"rounding to {written}", "a more precise `dtype` keeps"
+            if base is not None:
+                why = "the change to other weights"
+                remedy = "a merge into the dequantised weights (without `base`) keeps"
+            console.print(
+                f"{why} changes the logits by more than the adapters do: {remedy} more of the training", style="yellow"
+            )
+        if is_4bit and not _has_mxfp4(self.model):
+            console.print(_other_way(self.model, written, base))
+
+
+def _has_mxfp4(model: Transformer) -> bool:
+    return any(isinstance(weight_of(x.weight), MXFP4Weight) for x in experts_of(model))
 
 
 class _Compared(NamedTuple):
@@ -216,8 +268,9 @@ def _other_way(model: Transformer, dtype: str, base: str | None) -> str:
     )
 
 
-def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tuple[str, jax.Array]]:
-    """Yields the merged checkpoint's tensors; appends to `changed` whether each adapter changed its tensor."""
+def _tensors(
+    model: Transformer, dtype: str, changed: list[bool], *, casts_all: bool
+) -> Iterator[tuple[str, jax.Array]]:
     table = tensor_table(model.config)
     for name, tensor in model_tensors(model):
         entry, layer = table[name]
@@ -228,7 +281,7 @@ def _tensors(model: Transformer, dtype: str, changed: list[bool]) -> Iterator[tu
             changed.append(bool(differs))
             yield name, merged
         else:
-            yield name, tensor.astype(dtype)
+            yield name, tensor.astype(dtype) if casts_all else tensor
 
 
 def _adapter_of(model: Transformer, entry: Entry) -> LoraAdapter | None:
@@ -250,7 +303,7 @@ def merge(
     scaling: float,
     dtype: DTypeLike,
 ) -> Float[Array, "*E O I"]:
-    """Returns `weight + scaling * lora_b @ lora_a`, computed in float32 and rounded to `dtype` at the end.
+    """Returns `weight + scaling * lora_b @ lora_a`, computed in float32 and cast to `dtype` at the end.
 
     Its rows are scaled to the norms that a `magnitude` gives, except those whose magnitude is `NO_MAGNITUDE`.
     """
@@ -284,7 +337,7 @@ def _merged(model: Transformer, dtype: str) -> Transformer:
                 setattr(module, name, Frozen(MergedWeight.of(weight_of(variable), module, dtype, table)))
             else:
                 value = variable.get_value()
-                setattr(module, name, Frozen(value.astype(dtype).astype(value.dtype)))
+                setattr(module, name, Frozen(value.astype(dtype_of(dtype)).astype(value.dtype)))
         if isinstance(module, Linear | Experts):
             module.lora = nnx.Dict()
     view.lora = nnx.Dict()
@@ -306,7 +359,7 @@ class MergedWeight(NumberedWeight):
     base: Weight
     adapters: list[AdapterArrays | None]  # for each part
     parts: tuple[_Part, ...] = dataclasses.field(metadata={"static": True})
-    written: str = dataclasses.field(metadata={"static": True})  # the dtype of the file
+    written: str = dataclasses.field(metadata={"static": True})  # the dtype of the file, or "q8_0"
 
     @classmethod
     def of(cls, base: Weight, module: nnx.Module, dtype: str, table: LoraAdapter | None = None) -> "MergedWeight":
@@ -345,8 +398,8 @@ class MergedWeight(NumberedWeight):
             here = jax.lax.slice_in_dim(weight, first, first + part.size)
             if arrays is not None and part.scaling is not None:
                 matrices = here.reshape(*arrays.lora_b.shape[:-1], here.shape[-1])
-                here = merge(matrices, *arrays, part.scaling, self.written).reshape(here.shape)
-            rows.append(here.astype(self.written))
+                here = merge(matrices, *arrays, part.scaling, dtype_of(self.written)).reshape(here.shape)
+            rows.append(rounded(here, self.written))
             first += part.size
         return jnp.concatenate(rows).astype(dtype)
 
@@ -354,7 +407,7 @@ class MergedWeight(NumberedWeight):
         """Returns rows of an embedding, rounded as in the file."""
         if any(self.adapters):
             return self.dense(dtype)[rows]
-        return self.base.take(rows, self.base.dtype).astype(self.written).astype(dtype)
+        return rounded(self.base.take(rows, self.base.dtype), self.written).astype(dtype)
 
     def write(self, start: tuple[Int[Array, ""] | int, ...], rows: Array) -> Weight:
         """Raises TypeError, since a merged view of a weight is read only."""
