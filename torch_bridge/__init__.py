@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from torch_bridge.adapter import load_adapter, save_adapter
+from torch_bridge.gguf_files.save import save_gguf
 from torch_bridge.hub import push_to_hub
 from torch_bridge.merged import save_merged
 from torch_bridge.pretrained import from_pretrained, read_config, save_pretrained
@@ -19,6 +20,7 @@ __all__ = [
     "push_to_hub",
     "read_config",
     "save_adapter",
+    "save_gguf",
     "save_merged",
     "save_pretrained",
     "verify",
