@@ -83,6 +83,7 @@ def test_a_disk_that_fills_is_said_of_the_flag_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("flags", "fragment"),
     [
+        ({"--quantize": "q8_0"}, "`quantize` must be given with `gguf` only, got 'q8_0'"),
         ({"--adapter": "nowhere"}, "`adapter` must be an existing folder, got 'nowhere'"),
         ({"--adapter": "."}, "`adapter` must be a folder with adapter_config.json"),
         ({"--model": "nowhere"}, "`model` must be an existing folder"),
@@ -117,3 +118,49 @@ def test_an_adapter_of_a_4_bit_model_is_merged_into_either_base(
     status, shown = export("--adapter", folders[1], "--merged", tmp_path / "three", *flags)
     assert status == 0
     assert f"into the 16-bit weights of {folders[0]}" in shown
+
+
+def test_a_gguf_file_is_written_beside_the_merged_folder(folders: tuple[Path, Path], tmp_path: Path, export: Callable):
+    gguf = pytest.importorskip("gguf")
+    flags = "--merged", tmp_path / "merged", "--dtype", "float32", "--gguf", tmp_path / "m.gguf", "--quantize", "f32"
+    status, shown = export("--adapter", folders[1], *flags)
+    assert status == 0
+    assert f"saved {tmp_path / 'm.gguf'}" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "m.gguf", "m.Modelfile"}
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert len(found) == len(merged)
+    np.testing.assert_array_equal(found["blk.1.ffn_down.weight"], merged["model.layers.1.mlp.down_proj.weight"].numpy())
+    status, shown = export("--adapter", folders[1], "--gguf", tmp_path / "m.gguf")
+    assert status == 2
+    assert "`gguf` must be a new file in an existing folder" in shown
+
+
+def test_a_model_without_an_adapter_is_written_as_gguf(folders: tuple[Path, Path], tmp_path: Path, export: Callable):
+    gguf = pytest.importorskip("gguf")
+    status, _ = export("--model", folders[0], "--gguf", tmp_path / "model.gguf", "--quantize", "q8_0")
+    assert status == 0
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert fields["general.name"].contents() == "base"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ([], "`merged` or `gguf` must be given, got none"),
+        (["--merged", "out"], "`adapter` must be given with `merged`"),
+        (["--gguf", "m.bin"], "`gguf` must end in .gguf"),
+        (["--gguf", "m.gguf", "--quantize", "q5_k_m"], "`llama-quantize model.gguf model-q5_k_m.gguf q5_k_m`"),
+        (["--gguf", "m.gguf", "--dtype", "float32"], "`merged` must be given with `dtype`"),
+        (["--gguf", "m.gguf", "--push-to-hub"], "`merged` must be given with"),
+    ],
+    ids=str,
+)
+def test_flags_of_gguf_that_do_not_fit_together(
+    flags: list[str], fragment: str, folders: tuple[Path, Path], export: Callable
+):
+    pytest.importorskip("gguf")
+    status, shown = export("--model", folders[0], *flags)
+    assert status == 2
+    assert fragment in " ".join(shown.split())
