@@ -84,6 +84,7 @@ def save_gguf(
     merging, changed = None, []
     if adapters(model):
         merging = Merging.of(model, QUANTIZE[quantize], base)
+        model, architecture = merging.model, architecture_of(merging.model.config)  # which may have become untied
         tensors = merging.tensors(changed, casts_all=False)
     elif base is not None:
         raise InputError(
