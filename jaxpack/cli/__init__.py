@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": "Compute the loss of a model or an adapter on a dataset.",
     "inspect": "Show what padding costs on a dataset, and what packing gains.",
     "generate": "Generate text from a model, with or without an adapter.",
-    "export": "Merge an adapter into its base model; write a folder or a GGUF file.",
+    "export": "Merge an adapter into its base; write a folder or a GGUF file.",
     "bench": "Measure tokens a second and peak memory on this device.",
     "demo": "Fine-tune a small model on bundled questions; works offline.",
 }

@@ -260,7 +260,8 @@ class Transformer(nnx.Module):
         """Returns the operands whose product is the logits: `hidden` and `head`, extended if the head has an adapter.
 
         Args:
-          dropout_key, rows: turn the dropout of the adapter on; a number for each row, see `row_numbers`.
+          dropout_key: turns the dropout of the adapter on.
+          rows: a number for each row, which its mask follows from, see `row_numbers`; needed with a `dropout_key`.
         """
         if (adapter := self._adapter_of("lm_head")) is None:
             return hidden, self.head

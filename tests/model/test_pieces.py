@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from models import random_documents, small_model
 
 from jaxpack.data.batching import Batches
@@ -68,7 +67,7 @@ def test_a_feed_forward_is_computed_twice_in_a_step(small_pieces):
     text = str(jax.make_jaxpr(step)(*arguments))
     projections = re.findall(r"f32\[1,\d+,352\] = dot_general", text)
     # To gate and up: forward, and again. Their gradients are those of the input, not of the frozen matrix.
-    assert len(projections) == 2, text.count("352]")
+    assert len(projections) == 2
 
 
 def test_a_feed_forward_in_pieces_takes_less_memory(monkeypatch):
@@ -82,13 +81,11 @@ def test_a_feed_forward_in_pieces_takes_less_memory(monkeypatch):
     assert peaks[0] - peaks[1] > 0.5 * 3 * 2048 * 4 * tokens
 
 
-def test_dropout_masks_are_those_of_whole_rows(small_pieces):
-    lora = LoraConfig(r=8, lora_dropout=0.5)
-    graph, trainable, frozen = split_trainable(small_model("qwen3", lora=lora))
-    losses = []
+def test_dropout_masks_are_those_of_whole_rows(monkeypatch):
+    graph, trainable, frozen = split_trainable(small_model("qwen3", lora=LoraConfig(r=8, lora_dropout=0.5)))
+    programs = []
     for piece in (2**30, 128):
-        pieces.PIECE = piece
-        loss, _ = loss_and_gradients(graph, trainable, frozen, batch(), dropout_key=jax.random.key(0))
-        losses.append(float(loss))
-    assert losses[0] == losses[1]
-    assert nnx.state(nnx.merge(graph, trainable, frozen)) is not None
+        monkeypatch.setattr(pieces, "PIECE", piece)
+        compute = functools.partial(loss_and_gradients, graph, dropout_key=jax.random.key(0))
+        programs.append(str(jax.make_jaxpr(compute)(trainable, frozen, batch())))
+    assert programs[0] == programs[1]  # They are drawn for whole rows, so nothing is cut into pieces.
