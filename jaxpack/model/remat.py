@@ -88,10 +88,11 @@ def recompute(
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolls(remat))
 
 
-def compiler_options(remat: Remat, *, fetches: bool = False, num_devices: int = 1) -> dict[str, Any]:
+def compiler_options(remat: Remat, *, fetches_layers: bool = False, fetches_head: bool = False) -> dict[str, Any]:
     """Returns the XLA options of a program, which are empty unless it copies from the host's memory on a GPU.
 
-    They turn CUDA graphs off, double buffering on, and on a single device the scheduler that hides latencies off.
+    They turn CUDA graphs off and double buffering on, and where layers are fetched, the scheduler that hides latencies
+    off.
 
     CUDA graphs, XLA's default, start many kernels at a time. With "none", a step of 1,024 tokens of Qwen3-0.6B takes
     12.0 ms with graphs and 15.5 ms without; 16,384 tokens of Qwen3-4B gain 0.2 %. But a graph holds back copies between
@@ -99,21 +100,22 @@ def compiler_options(remat: Remat, *, fetches: bool = False, num_devices: int = 
     Double buffering puts two layers into each iteration of the loop, so that the fetched residuals need not be copied
     from the next layer's buffer into this layer's.
 
-    The scheduler does not know how long such a copy takes, and starts it too late: a step of Qwen3-8B with
-    "offload_heads" waited for residuals in 161 of 1,168 ms, one of Qwen3-32B for weights in a quarter of its time.
-    Without it, a copy starts as soon as it can (see `host_weight.copies_first`). On several devices it stays, because
-    it hides what they send each other. An option that the user sets in `XLA_FLAGS` is left as it is there.
+    The scheduler expects any copy to take 5 ms. Residuals are fetched accordingly (see `offload.py`), but one matrix of
+    a layer may take longer: a step of Qwen3-32B in 16 bits waited for weights in a quarter of its time. Without the
+    scheduler, a fetch starts as soon as it can (see `host_weight.copies_first`). But then residuals of layers in 4 bits
+    may be sent too late: a step of Qwen3-8B took a fifth longer. An option that the user sets in `XLA_FLAGS` is left as
+    it is there.
 
     Args:
-      fetches: whether the program fetches weights from the host's memory.
-      num_devices: the devices that run the program.
+      fetches_layers: whether the program fetches the layers' frozen weights from the host's memory.
+      fetches_head: whether it fetches the head from there, in pieces.
     """
-    if current_device().platform != "gpu" or not (fetches or remat in OFFLOADED):
+    if current_device().platform != "gpu" or not (fetches_layers or fetches_head or remat in OFFLOADED):
         return {}
     options: dict[str, Any] = {
         "xla_gpu_enable_command_buffer": "",
         "xla_gpu_enable_while_loop_double_buffering": True,
     }
-    options |= {"xla_gpu_enable_latency_hiding_scheduler": False} if num_devices == 1 else {}
+    options |= {"xla_gpu_enable_latency_hiding_scheduler": False} if fetches_layers else {}
     by_user = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
     return {name: value for name, value in options.items() if name not in by_user}

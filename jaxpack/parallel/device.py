@@ -52,6 +52,16 @@ def shared_memory_bytes() -> int:
     return 1024 * _SHARED_KIB.get(capability, _LEAST_SHARED_KIB)
 
 
+def link_bytes_per_second() -> float:
+    """Returns about how many bytes per second the current device copies from the host; on a CPU, as on a Hopper.
+
+    Data-centre and consumer cards have PCIe 5 from compute capability 9.0 on, and PCIe 4 before.
+    """
+    device = current_device()
+    is_older = device.platform == "gpu" and float(device.compute_capability) < 9
+    return 25e9 if is_older else 50e9
+
+
 def platform_of(array: jax.Array) -> str:
     """Returns the platform that an array lies on: "cpu" or "gpu"."""
     return next(iter(array.devices())).platform

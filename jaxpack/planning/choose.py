@@ -78,6 +78,11 @@ class Choice(NamedTuple):
         return self.offload_weights, self.offload_embedding
 
     @property
+    def fetches(self) -> dict[str, bool]:
+        """Returns the options of `make_train_step` and `make_eval_step` that say what programs fetch from there."""
+        return {"fetches_layers": self.offload_weights, "fetches_head": self.offload_embedding}
+
+    @property
     def _chunks(self) -> str:
         return "" if self.loss_chunk == CHUNK else f" with the logits of {self.loss_chunk} tokens at a time"
 

@@ -23,13 +23,14 @@ from jaxpack.data.formatting import FormattingFunc
 from jaxpack.data.reading import Dataset, load_for_run
 from jaxpack.data.tokenizer import Tokenizer
 from jaxpack.errors import InputError, check_type
+from jaxpack.kernels.host_weight import HostMatrix, HostWeight
+from jaxpack.kernels.weight import Weight
 from jaxpack.model.shards import deal
 from jaxpack.model.transformer import Transformer
 from jaxpack.model.weights import split_trained
 from jaxpack.objectives.objective import Objective, check_objective
 from jaxpack.objectives.sft import SFT
 from jaxpack.parallel.device import current_device, free_device_bytes
-from jaxpack.parallel.host_memory import is_pinned
 from jaxpack.parallel.mesh import DeviceMesh
 from jaxpack.planning.mesh import mesh_of
 from jaxpack.settings import TrainConfig
@@ -69,18 +70,18 @@ class Evaluation:
         self._options |= {"implementation": implementation}
 
     def compile(
-        self, feed: Feed, trainable: nnx.State, frozen: nnx.State, cache: ProgramCache, *, fetches: bool
+        self, feed: Feed, trainable: nnx.State, frozen: nnx.State, cache: ProgramCache, **fetches: bool
     ) -> None:
         """Compiles the programs, or finds them in the cache.
 
         Args:
-          fetches: whether weights lie in the host's memory, see `make_eval_step`.
+          fetches: `fetches_layers` and `fetches_head`, as for `make_eval_step`.
 
         Raises:
           InputError: one needs more memory than the device has, or two metrics would have the same name.
         """
         graph, _, _ = split_trained(self._model)
-        evaluate = make_eval_step(graph, fetches=fetches, **self._options)
+        evaluate = make_eval_step(graph, **fetches, **self._options)
         # Sets have the same limits for a shape, so that one program is for all of them.
         limits = {shape: batches.limits[shape[-1]] for batches in self.batches.values() for shape in batches.shapes}
         for shape in sorted(limits):
@@ -227,9 +228,11 @@ def evaluate_sets(
         mesh=mesh,
     )
     feed, cache = Feed.of(model, mesh), ProgramCache(config.compilation_cache_dir)
-    fetches = feed.embedding is not None or any(map(is_pinned, jax.tree.leaves(frozen)))
+    kinds = {type(leaf) for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, Weight))}
     with cache.in_use():
-        evaluation.compile(feed, trainable, frozen, cache, fetches=fetches)
+        evaluation.compile(
+            feed, trainable, frozen, cache, fetches_layers=HostWeight in kinds, fetches_head=HostMatrix in kinds
+        )
     return evaluation.run(feed, trainable, frozen)
 
 

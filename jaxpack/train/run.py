@@ -180,7 +180,7 @@ class Run:
                 self.take_next_choice(shortage)
             if self.evaluation is not None:
                 parameters = self.state.trainable, self.frozen
-                self.evaluation.compile(self._feed, *parameters, cache, fetches=any(self.choice.offloads))
+                self.evaluation.compile(self._feed, *parameters, cache, **self.choice.fetches)
         return time.perf_counter() - begin
 
     def read_weights(self, cache: ProgramCache) -> None:
@@ -221,7 +221,7 @@ class Run:
         self, shape: tuple[int, int, int], limits: BatchLimits, cache: ProgramCache
     ) -> jax.stages.Compiled:
         choice = self.choice
-        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, fetches=any(choice.offloads))
+        step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, **choice.fetches)
         return cache.compile(step.lower(self.state, self.frozen, self._feed.abstract(shape), limits=limits))
 
     def _shortage(self, program: jax.stages.Compiled, shape: tuple[int, ...]) -> str | None:

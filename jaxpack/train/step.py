@@ -218,7 +218,8 @@ def make_train_step(
     loss_chunk: int = CHUNK,
     router_aux_loss_coef: float = 0.0,
     mesh: DeviceMesh | None = None,
-    fetches: bool = False,
+    fetches_layers: bool = False,
+    fetches_head: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted step: `step(state, frozen, batch, limits=BatchLimits()) -> (state, metrics)`.
 
@@ -240,8 +241,9 @@ def make_train_step(
       loss_chunk: the number of tokens whose logits exist at a time. Fewer take less memory, and more time.
       router_aux_loss_coef: as in `TrainConfig`.
       mesh: the devices; None is the current device alone.
-      fetches: whether frozen weights lie in the host's memory. The program is then compiled without CUDA graphs, so
-        that copies overlap with computation.
+      fetches_layers: whether frozen matrices of the layers lie in the host's memory. The program is then compiled
+        without CUDA graphs, so that copies overlap with computation.
+      fetches_head: whether the head does.
 
     Raises:
       InputError: there is a `neftune_noise_alpha`, but no `dropout_seed`.
@@ -295,7 +297,7 @@ def make_train_step(
         metrics = Metrics(sums.loss, optax.tree.norm(gradients), sums.metrics)
         return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
-    options = compiler_options(remat, fetches=fetches, num_devices=mesh.size)
+    options = compiler_options(remat, fetches_layers=fetches_layers, fetches_head=fetches_head)
     return jax.jit(step, donate_argnums=0, static_argnames="limits", compiler_options=options)
 
 
@@ -314,7 +316,8 @@ def make_eval_step(
     implementation: Implementation | None = None,
     loss_chunk: int = CHUNK,
     mesh: DeviceMesh | None = None,
-    fetches: bool = False,
+    fetches_layers: bool = False,
+    fetches_head: bool = False,
 ) -> Callable[..., EvalSums]:
     """Returns the jitted evaluation: `evaluate(trainable, frozen, batch, limits=BatchLimits()) -> sums`.
 
@@ -323,7 +326,7 @@ def make_eval_step(
     Args:
       compute_metrics: a user's function, see `Trainer`.
       loss_chunk: the number of tokens whose logits exist at a time.
-      fetches: as in `make_train_step`.
+      fetches_layers, fetches_head: as in `make_train_step`.
     """
     mesh = make_mesh() if mesh is None else mesh
 
@@ -345,5 +348,5 @@ def make_eval_step(
 
         return sum_over_shards(local_sums, mesh, specs(whole, mesh))(batch, trainable, frozen)
 
-    options = compiler_options("full", fetches=fetches, num_devices=mesh.size)
+    options = compiler_options("full", fetches_layers=fetches_layers, fetches_head=fetches_head)
     return jax.jit(evaluate, static_argnames="limits", compiler_options=options)

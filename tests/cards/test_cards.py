@@ -71,7 +71,9 @@ def test_a_long_document_takes_the_predicted_memory(remat, monkeypatch):
     memory = compiled(step, "NVIDIA H200", monkeypatch).memory_analysis()
     model = abstract_model(dataclasses.replace(SHAPES[step.model], num_layers=step.layers), LoraConfig(r=16))
     predicted = peak_bytes(StepShape.of(model, (1, step.rows, step.length)), remat)
-    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes == pytest.approx(predicted, rel=0.05)
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    # A layer of this length takes so long that XLA may fetch residuals behind the peak, where they take no more memory.
+    assert (0.88 if remat == "offload" else 0.95) * predicted < needed < 1.05 * predicted
 
 
 class Copy(NamedTuple):
@@ -113,19 +115,35 @@ def copies(text: str) -> list[Copy]:
 
 
 @pytest.mark.parametrize(
-    ("step", "of_half"),
+    ("step", "of_half", "latest"),
     [
         # Forward four matrices, backward these and two residuals.
-        (Step("Qwen3-32B", layers=8, rows=16, offload_weights=True), 4 + 6),
-        (Step("Qwen3-8B", layers=6, rows=16, remat="offload_heads"), 3),
-        (Step("Qwen3-4B", rows=1, remat="full", store="nf4", offload_embedding=True), 1),  # a piece of the head
+        (Step("Qwen3-32B", layers=8, rows=16, offload_weights=True), 4 + 6, 0),
+        (Step("Qwen3-4B", rows=1, remat="full", store="nf4", offload_embedding=True), 1, 1),  # a piece of the head
     ],
-    ids=["weights", "residuals", "head"],
+    ids=["weights", "head"],
 )
-def test_what_is_fetched_is_copied_while_the_whole_layer_or_piece_before_computes(step, of_half, monkeypatch):
+def test_weights_are_copied_while_the_layer_or_piece_before_computes(step, of_half, latest, monkeypatch):
     found = copies(compiled(step, "NVIDIA H200", monkeypatch).as_text())
     fetches = [copy for copy in found if copy.is_fetch]
     assert len(fetches) == 2 * of_half  # Each half of an iteration has a layer, or a piece.
     assert all(copy.has_engine for copy in found)
-    assert all(copy.before_start == 0 for copy in found)
+    assert all(copy.before_start <= latest for copy in found)
     assert all(copy.before_end > 0.85 * copy.kernels for copy in fetches)  # The last ones compute small gradients.
+
+
+@pytest.mark.parametrize("store", ["dense", "nf4"])
+def test_residuals_are_sent_while_the_whole_next_layer_computes_and_fetched_in_two_groups(store, monkeypatch):
+    """A layer of these rows has 450 MiB of residuals, for which PCIe 5 takes twice as long as XLA plans for a copy."""
+    step = Step("Qwen3-8B", layers=6, rows=16, remat="offload_heads", store=store)
+    found = copies(compiled(step, "NVIDIA H200", monkeypatch).as_text())
+    assert len(found) == 2 * (3 + 3)
+    assert all(copy.has_engine for copy in found)
+    assert all(copy.before_start == 0 for copy in found if not copy.is_fetch)
+    for half in (slice(0, 3), slice(3, 6)):
+        first, *second = [copy for copy in found if copy.is_fetch][half]
+        assert first.before_start <= 2
+        assert first.before_end - first.before_start >= 4  # two large matmuls among them
+        for copy in second:
+            assert first.before_end <= copy.before_start < copy.kernels / 2
+            assert copy.before_end > 0.85 * copy.kernels

@@ -11,6 +11,7 @@ from programs import equations
 
 from jaxpack.kernels.host_weight import HostWeight
 from jaxpack.kernels.weight import DenseWeight
+from jaxpack.model import offload
 from jaxpack.model.offload import scan_offloaded
 
 T, D, O = 6, 4, 5  # noqa: E741
@@ -67,6 +68,25 @@ def test_it_is_the_plain_loop(num_layers):
         for loop in (offloaded, plain)
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), got, want)
+
+
+def test_residuals_come_back_in_groups_as_they_do_together(monkeypatch):
+    def layer(x, slices, shared, matrices):
+        return jnp.sin(jnp.exp(slices["a"] * x))  # several residuals of the size of x
+
+    def loss(x, a):
+        return jnp.sum(scan_offloaded(layer, x, {"a": a}, ()) ** 2)
+
+    arguments = jax.random.normal(jax.random.key(1), (T, D)), jnp.array([0.5, 0.4, -0.3])
+    programs, results = [], []
+    for seconds in (1, 0):  # that a group may take
+        monkeypatch.setattr(offload, "_PLANNED_SECONDS", seconds)
+        function = jax.value_and_grad(loss, argnums=(0, 1))
+        programs.append(str(jax.make_jaxpr(function)(*arguments)))
+        results.append(jax.jit(function)(*arguments))
+    together, in_groups = (program.count("optimization_barrier") for program in programs)
+    assert in_groups > together
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 36))])

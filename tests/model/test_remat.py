@@ -276,9 +276,8 @@ def test_a_program_that_copies_from_the_host_gets_options_but_those_that_the_use
     monkeypatch.setattr(remat_module, "current_device", lambda: SimpleNamespace(platform="gpu"))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert compiler_options("full") == {}
-    for remat, fetches in (("offload", False), ("offload_heads", False), ("full", True)):
-        assert compiler_options(remat, fetches=fetches) == {graphs: "", double: True, hiding: False}
-        # On several devices the scheduler hides what they send each other.
-        assert compiler_options(remat, fetches=fetches, num_devices=2) == {graphs: "", double: True}
+    for remat, fetches_head in (("offload", False), ("offload_heads", False), ("full", True)):
+        assert compiler_options(remat, fetches_head=fetches_head) == {graphs: "", double: True}
+    assert compiler_options("offload", fetches_layers=True) == {graphs: "", double: True, hiding: False}
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=dump --{graphs}=FUSION,CUBLAS --{hiding}=true")
-    assert compiler_options("offload") == {double: True}
+    assert compiler_options("offload", fetches_layers=True) == {double: True}

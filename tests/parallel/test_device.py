@@ -1,9 +1,12 @@
-"""Tests which device a run uses, and how much memory it pins on the host."""
+"""Tests which device a run uses, how fast the host reaches it, and how much memory it pins there."""
+
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from jaxpack.parallel.device import current_device, pinned_limit_bytes
+from jaxpack.parallel import device as device_module
+from jaxpack.parallel.device import current_device, link_bytes_per_second, pinned_limit_bytes
 
 
 @pytest.mark.parametrize(("setting", "expected"), [(None, 64), ("", 64), ("200", 200), ("much", 64)])
@@ -12,6 +15,13 @@ def test_so_much_is_pinned_as_xla_is_told(setting, expected, monkeypatch):
     if setting is not None:
         monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", setting)
     assert pinned_limit_bytes() == expected * 2**30
+
+
+def test_the_link_of_a_card_follows_from_its_age(monkeypatch):
+    for capability, gigabytes in (("8.9", 25), ("9.0", 50), ("12.0", 50)):
+        card = SimpleNamespace(platform="gpu", compute_capability=capability)
+        monkeypatch.setattr(device_module, "current_device", lambda card=card: card)
+        assert link_bytes_per_second() == gigabytes * 1e9
 
 
 def test_the_device_is_that_of_new_arrays(monkeypatch):
