@@ -16,6 +16,7 @@ from jaxpack.constants import Remat
 from jaxpack.data.batching import BatchSource
 from jaxpack.kernels.host_weight import HostMatrix, HostWeight, piece_rows
 from jaxpack.kernels.logits import CHUNK
+from jaxpack.kernels.weight import Weight
 from jaxpack.model.config import ModelConfig
 from jaxpack.model.cost import NO_COST, Cost, CostContext, PartCost
 from jaxpack.model.linear import spread_size
@@ -54,6 +55,7 @@ class StepShape:
       offload_weights, offload_embedding: whether these matrices lie in the host's memory.
       gathered_bytes: the bytes of one layer's matrices that are gathered from the devices that share them.
       gathered_outside: the same for a trained embedding and head, which are gathered for a whole micro-batch.
+      dequantizes: whether the layers' frozen matrices are stored in fewer bits, and made dense when they are used.
     """
 
     config: ModelConfig
@@ -78,6 +80,7 @@ class StepShape:
     offload_embedding: bool = False
     gathered_bytes: int = 0
     gathered_outside: int = 0
+    dequantizes: bool = False
 
     @classmethod
     def of(
@@ -133,6 +136,7 @@ class StepShape:
             gathered_bytes=_in_shards(model, frozen, "blocks") + _in_shards(model, trained, "blocks", context.itemsize),
             gathered_outside=_in_shards(model, trained, "embedding", context.itemsize)
             + _in_shards(model, trained, "lm_head", context.itemsize),
+            dequantizes=not all(_on_device(place.value).is_dense for place in in_layers),
         )
 
     @classmethod
@@ -189,6 +193,11 @@ class StepShape:
     def offloaded(self, remat: Remat) -> frozenset[str]:
         """Returns the names of the activations that a choice offloads to the host beside the layer inputs."""
         return offloaded(remat, self.config, casts_weights=self.casts_weights)
+
+
+def _on_device(weight: Weight) -> Weight:
+    """Returns a weight as it is when it is on the device."""
+    return weight.stack if isinstance(weight, HostWeight) else weight
 
 
 def _in_shards(model: Transformer, state: nnx.State, part: str, itemsize: int | None = None) -> int:

@@ -306,11 +306,11 @@ def test_nothing_is_offloaded_from_a_host_to_itself(resolved):
 def test_the_choice_is_explained(resolved):
     assert resolved(0, memory_limit=50).reason == (
         'remat "keep_projections": a step is predicted to take 0.504 s and 47.4 GiB of the 50.0 GiB that the run may '
-        'use; remat "none" would take 0.492 s, but need 58.8 GiB'
+        'use; remat "none" would take 0.493 s, but need 58.8 GiB'
     )
     following = resolved(0, memory_limit=14).reason.partition("; ")[2]
     assert following == 'remat "keep_projections" would take 0.504 s, but need 47.4 GiB'
-    alone = 'remat "none": a step is predicted to take 0.492 s and 58.8 GiB of the 100.0 GiB that the run may use'
+    alone = 'remat "none": a step is predicted to take 0.493 s and 58.8 GiB of the 100.0 GiB that the run may use'
     assert resolved(0, memory_limit=100).reason == alone
 
 
