@@ -55,7 +55,10 @@ class ProgramCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Points JAX to the folder, and restores its settings at the end. Only one thread at a time can be inside."""
+        """Points JAX to the folder, and restores its settings at the end. Only one thread at a time can be inside.
+
+        JAX has one cache for all threads. So what other threads compile meanwhile is kept in the folder, too.
+        """
         # JAX has one cache for the whole process. It opens with the first compilation and ignores later changes of the
         # settings. So the cache is reset on entry and on exit: a user's own programs stay out of our folder.
         settings: dict[str, Any] = {
@@ -96,30 +99,57 @@ class ProgramCache:
 
     def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, set[str]]:
         """Returns the program, and the names of programs in the folder that JAX could not load and compiled anew."""
-        hits = []
+        hits, thread = [], threading.get_ident()
 
         def count(event: str, **_: str | int) -> None:
-            if event == _HIT:
+            if event == _HIT and threading.get_ident() == thread:
                 hits.append(event)
 
         jax.monitoring.register_event_listener(count)
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with _read_errors.noted() as damaged:
                 program = lowered.compile()
         finally:
             jax.monitoring.unregister_event_listener(count)
-        damaged = set()
-        for warning in caught:
-            if match := _READ_ERROR.match(str(warning.message)):
-                damaged.add(match[1])
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         self.found += bool(hits)
         return program, damaged
 
     def _entries(self) -> set[Path]:
         return set() if self.folder is None else set(Path(self.folder).glob(f"*{_ENTRY}"))
+
+
+class _ReadErrors(threading.local):
+    """Keeps JAX's warnings of damaged programs from the user, and notes the names of these programs instead.
+
+    All threads share the filters of warnings, so `warnings.catch_warnings` would change what other threads show for as
+    long as a compilation takes. This object stands in a filter as the pattern that Python matches with each warning. It
+    matches only in a thread that is within `noted`.
+    """
+
+    names: set[str] | None = None
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[set[str]]:
+        """Yields a set that receives the names of the programs that JAX could not load."""
+        filters: Any = warnings.filters
+        if not filters or filters[0] is not _READ_ERRORS_FILTER:  # the first one that matches counts
+            filters[:] = [_READ_ERRORS_FILTER, *(one for one in filters if one is not _READ_ERRORS_FILTER)]
+        self.names = names = set()
+        try:
+            yield names
+        finally:
+            self.names = None
+
+    def match(self, text: str) -> bool:
+        """Returns whether a warning is one of a damaged program that this thread has found, and notes its name."""
+        if self.names is None or (found := _READ_ERROR.match(text)) is None:
+            return False
+        self.names.add(found[1])
+        return True
+
+
+_read_errors = _ReadErrors()
+_READ_ERRORS_FILTER = ("ignore", _read_errors, UserWarning, None, 0)
 
 
 def default_folder() -> Path:

@@ -238,6 +238,31 @@ def test_cases_other_warnings_of_a_compilation_are_still_shown(tmp_path: Path):
         assert cache.compile(Lowered()) == "program"
 
 
+def test_cases_a_thread_that_compiles_leaves_warnings_and_hits_of_other_threads_alone(tmp_path: Path):
+    is_compiling, may_end = threading.Event(), threading.Event()
+
+    class Lowered:
+        def compile(self) -> str:
+            is_compiling.set()
+            may_end.wait(timeout=60)
+            return "program"
+
+    cache = ProgramCache(str(tmp_path))
+    thread = threading.Thread(target=cache.compile, args=(Lowered(),))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        thread.start()
+        is_compiling.wait(timeout=60)
+        read_error = "Error reading persistent compilation cache entry for 'jit_mine': it is damaged"
+        warnings.warn(read_error, UserWarning, stacklevel=1)
+        jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+        within = list(caught)
+        may_end.set()
+        thread.join()
+    assert [str(warning.message) for warning in within] == [read_error]
+    assert cache.found == 0
+
+
 def by_another_user(path: Path) -> None:
     os.chown(path, 12345, 12345, follow_symlinks=False)
 
