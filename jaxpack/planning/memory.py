@@ -137,9 +137,18 @@ def peak_bytes(step: StepShape, remat: Remat) -> int:
 def autotuning_bytes(step: StepShape) -> int:
     """Returns the maximum number of bytes before the first step, while XLA measures kernels for each matmul.
 
-    All arguments but the batch are on the device already, unless the frozen weights are read later. The largest matmul
-    makes a chunk of logits, or a trained head's gradient, in float32. If the head is fetched in pieces, it makes the
-    logits of one piece. XLA allocates the operands of this matmul once, and its output twice, to compare results.
+    All arguments but the batch are on the device already, unless the frozen weights are read later.
+    """
+    there = argument_bytes(step) - (device_frozen_bytes(step) if step.compiles_first else 0)
+    return there + search_bytes(step)
+
+
+def search_bytes(step: StepShape) -> int:
+    """Returns the maximum number of bytes that XLA allocates while it measures kernels for each matmul.
+
+    The largest matmul makes a chunk of logits, or a trained head's gradient, in float32. If the head is fetched in
+    pieces, it makes the logits of one piece. XLA allocates the operands of this matmul once, and its output twice, to
+    compare results.
     """
     chunk = min(step.loss_chunk, step.max_targets)
     vocab_size = step.piece_rows if step.streams_head else step.config.vocab_size
@@ -147,7 +156,7 @@ def autotuning_bytes(step: StepShape) -> int:
     matmul = (hidden + vocab_size * step.config.hidden_size) * step.itemsize + 2 * 4 * logits
     if step.trains_head:
         matmul = max(matmul, (hidden + logits) * step.itemsize + 2 * 4 * step.head)
-    return argument_bytes(step) - (device_frozen_bytes(step) if step.compiles_first else 0) + matmul
+    return matmul
 
 
 def host_bytes(step: StepShape, remat: Remat) -> int:
