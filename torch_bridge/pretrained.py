@@ -67,8 +67,9 @@ def from_pretrained(
       load_in_4bit: whether to hold the projections of a model of 16 or 32 bits in 4 bits. They are quantised one at a
         time while they are read, to the codes that bitsandbytes gives (NF4, nested). Embedding, head and norms keep
         `dtype`. Nothing changes for a folder that is in NF4 already. Matrices in MXFP4 stay as they are, too.
-      lazy: whether to leave the weights in their files until they are needed. A `Trainer` then compiles its programs
-        before it reads them: the memory that compiling needs for a moment need not be free beside the weights.
+      lazy: whether to leave the weights in their files until they are needed. A `Trainer` then compiles the programs of
+        its first steps before it reads them, and all programs if memory is scarce: the memory that compiling needs for
+        a moment need not be free beside the weights.
 
     Returns:
       The model and its tokenizer; the tokenizer is None if the folder has none.

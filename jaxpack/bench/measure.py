@@ -1,6 +1,7 @@
 """Measures one case of jaxpack in this process: the trainer's own `Run`, timed step by step."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -56,7 +57,8 @@ def measure(
     Rates count real tokens, over the steps after the warm-up whose program has run before. As in training, the host
     waits for the device only where such steps begin and end. Therefore the sum of their times is exact. The time of a
     single step, from the previous loss to its own, is not: a loss may arrive when most of the next step has run.
-    Compilation comes before all steps and is a figure of its own. Peak memory is the allocator's, of the whole process.
+    All programs are compiled before the first step, and that time is a figure of its own. Peak memory is the
+    allocator's, of the whole process.
 
     Args:
       profiled: if given, is called with a function that runs one more step and waits for it; its result becomes the
@@ -70,7 +72,7 @@ def measure(
     steps = {length: StepShape.of_run(model, batches, length, run.optimizer_bytes) for length in lengths}
     reads_last = model.pending is not None
     cache = ProgramCache(config.compilation_cache_dir)
-    compile_seconds = run.compile(cache)
+    compile_seconds = run.compile(cache, wait_for_all=True)
     run.read_weights(cache)
     timed = timed_steps(batches)
     edges = set(np.flatnonzero(timed[1:] != timed[:-1]) + 1)
@@ -93,7 +95,7 @@ def measure(
     predicted = {
         length: mesh_seconds(step, run.remat, rates, mesh.size // fsdp, fsdp) for length, step in steps.items()
     }
-    memory = run.programs[max(run.programs)].memory_analysis()
+    memory = run.program(max(batches.shapes, key=math.prod)).memory_analysis()
     assert memory is not None
     figures = {
         "tokens_per_second": float(batches.tokens_per_step[timed].sum() / seconds[timed].sum()),

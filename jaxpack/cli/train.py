@@ -134,7 +134,7 @@ def train(
             remove_leftovers(trained)
     check_sources(data, "data")
     eval_dataset = read_sets(eval_data, "eval_data") if eval_data else None
-    # The weights are read after the programs are compiled.
+    # The weights are read after the first programs are compiled.
     network, tokenizer = torch_bridge.from_pretrained(
         model, dtype=dtype, load_in_4bit=load_in_4bit, lazy=not full_finetuning
     )
@@ -220,8 +220,8 @@ def train(
     if result.first_step_seconds:
         share = "" if result.peak_share is None else f" ({result.peak_share:.0%} of the device's peak)"
         took = (
-            f"{result.tokens_per_second:,.0f} tokens/s{share}, {result.compile_seconds:.1f} s of compilation, peak"
-            f" memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+            f"{result.tokens_per_second:,.0f} tokens/s{share}, {result.compile_seconds:.1f} s of compilation before"
+            f" them, peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
         )
     else:
         took = "all steps were done in an earlier run"

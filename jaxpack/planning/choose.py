@@ -182,7 +182,7 @@ def choices(
       card: the card of a run on another machine than this one. A choice that the user named must fit on it, because
         that machine is not here to try. Its host is expected to have as much memory as XLA pins.
       optimizer_bytes: the bytes of the optimizer's state; None for those of the optimizer that `optim` names.
-      compiles_first: whether the frozen weights are read after the programs are compiled.
+      compiles_first: whether the frozen weights are read after the first programs are compiled.
 
     Raises:
       InputError: with every choice, a step needs more memory than there is, or the host has too little memory for the

@@ -49,7 +49,7 @@ class StepShape:
       max_targets: the maximum number of targets in a micro-batch.
       keys_per_token: how many tokens a token attends to, on average over tokens and layers.
       loss_chunk: the number of tokens whose logits exist at a time.
-      compiles_first: whether the frozen weights are read after the programs are compiled.
+      compiles_first: whether the frozen weights are read after the first programs are compiled.
       layer_weight_bytes: the bytes of the frozen matrices of all layers that may lie in the host's memory.
       embedding_bytes: the bytes of the frozen embedding and head that may lie there.
       offload_weights, offload_embedding: whether these matrices lie in the host's memory.

@@ -39,6 +39,8 @@ from jaxpack.train.feed import Feed
 from jaxpack.train.step import ComputeMetrics, EvalSums, make_eval_step, temporary_bytes
 from jaxpack.utils.compilation_cache import ProgramCache
 
+Shape = tuple[int, int, int]  # (A, B, T)
+
 
 class Evaluation:
     """Evaluates a model on one or several sets of batches, with one compiled program for each row length.
@@ -47,7 +49,7 @@ class Evaluation:
       batches: the batches of each set by its name, see `evaluation_batches`.
 
     Attributes:
-      programs: the compiled programs by row length T; empty before `compile`.
+      programs: the compiled programs by row length T; empty before `take`.
     """
 
     def __init__(
@@ -69,28 +71,40 @@ class Evaluation:
         self._options = {"objective": objective, "compute_metrics": compute_metrics, "mesh": mesh}
         self._options |= {"implementation": implementation}
 
-    def compile(
-        self, feed: Feed, trainable: nnx.State, frozen: nnx.State, cache: ProgramCache, **fetches: bool
-    ) -> None:
-        """Compiles the programs, or finds them in the cache.
+    def lower(
+        self, feed: Feed, trainable: nnx.State, frozen: nnx.State, **fetches: bool
+    ) -> dict[Shape, jax.stages.Lowered]:
+        """Lowers the programs, by the shapes of their batches.
 
         Args:
           fetches: `fetches_layers` and `fetches_head`, as for `make_eval_step`.
 
         Raises:
-          InputError: one needs more memory than the device has, or two metrics would have the same name.
+          InputError: two metrics would have the same name.
         """
+        self.programs = {}
         graph, _, _ = split_trained(self._model)
         evaluate = make_eval_step(graph, **fetches, **self._options)
         # Sets have the same limits for a shape, so that one program is for all of them.
         limits = {shape: batches.limits[shape[-1]] for batches in self.batches.values() for shape in batches.shapes}
+        programs = {}
         for shape in sorted(limits):
             lowered = evaluate.lower(trainable, frozen, feed.abstract(shape), limits=limits[shape])
             sums, computed = lowered.out_info
             own = ["loss", "perplexity"] if self._is_cross_entropy else ["loss"]
             check_public_names(self.batches, list(dict.fromkeys([*own, *sums.metrics, *computed])))
-            program = self.programs[shape[-1]] = cache.compile(lowered)
+            programs[shape] = lowered
+        return programs
+
+    def take(self, programs: Mapping[Shape, jax.stages.Compiled]) -> None:
+        """Takes the programs that were compiled of those that `lower` returned.
+
+        Raises:
+          InputError: one needs more memory than the device has.
+        """
+        for shape, program in programs.items():
             _check_room(program, shape)
+        self.programs = {shape[-1]: program for shape, program in programs.items()}
 
     def run(self, feed: Feed, trainable: nnx.State, frozen: nnx.State) -> dict[str, dict[str, float]]:
         """Returns the metrics of each set by its name, and under the name "" those of all sets together.
@@ -230,13 +244,13 @@ def evaluate_sets(
     feed, cache = Feed.of(model, mesh), ProgramCache(config.compilation_cache_dir)
     kinds = {type(leaf) for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, Weight))}
     with cache.in_use():
-        evaluation.compile(
-            feed, trainable, frozen, cache, fetches_layers=HostWeight in kinds, fetches_head=HostMatrix in kinds
-        )
+        fetches = {"fetches_layers": HostWeight in kinds, "fetches_head": HostMatrix in kinds}
+        lowered = evaluation.lower(feed, trainable, frozen, **fetches)
+        evaluation.take({shape: cache.compile(program) for shape, program in lowered.items()})
     return evaluation.run(feed, trainable, frozen)
 
 
-def _check_room(program: jax.stages.Compiled, shape: tuple[int, ...]) -> None:
+def _check_room(program: jax.stages.Compiled, shape: Shape) -> None:
     """Raises InputError if an evaluation does not fit on the device; its documents may be longer than in training."""
     needed, free = temporary_bytes(program), free_device_bytes(current_device())
     if free is not None and needed > free:

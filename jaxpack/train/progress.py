@@ -27,8 +27,7 @@ class Start:
     """Holds the facts about a run that are known before its first step."""
 
     begin: float  # start of `train()`, by `time.perf_counter`
-    compile_seconds: float
-    found_programs: int
+    compile_seconds: float  # until the programs of the first steps were ready
 
 
 class Log:

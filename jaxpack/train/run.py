@@ -1,5 +1,6 @@
-"""A run trains a model on its batches: it holds the training state and compiles a program for each batch shape."""
+"""A run trains a model on its batches: it holds the training state and has a program compiled for each batch shape."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -34,11 +35,14 @@ from jaxpack.parallel.mesh import DeviceMesh, make_mesh, num_shards
 from jaxpack.parallel.placement import bytes_on_device, is_partition, put, replicate
 from jaxpack.parallel.processes import exchange
 from jaxpack.planning.choose import Choice, choices
+from jaxpack.planning.cost import StepShape
+from jaxpack.planning.memory import peak_bytes, search_bytes
 from jaxpack.planning.mesh import settings_on
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
-from jaxpack.train.evaluation import Evaluation
+from jaxpack.train.evaluation import Evaluation, Shape
 from jaxpack.train.feed import Feed
+from jaxpack.train.programs import Programs
 from jaxpack.train.step import (
     ComputeMetrics,
     Metrics,
@@ -60,6 +64,10 @@ class HostCopy(NamedTuple):
     state: TrainState  # of numpy arrays
 
 
+class MemoryShortage(Exception):
+    """Says, in a clause, what a program of a run lacks memory for. The run may go on with another choice of `remat`."""
+
+
 class Run:
     """Trains a model on its batches, with one compiled program for each row length.
 
@@ -72,7 +80,8 @@ class Run:
       optimizer_bytes: the bytes of the optimizer's state on each device.
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       choice: what was chosen, and the reason for it, see `choose.choices`.
-      programs: the compiled programs by row length T; empty before `compile`.
+      programs: the programs of the steps and of the evaluation, which `compile` makes; None before.
+      last_beside: the number of the last step that was started while a program was compiled; 0 without any.
       evaluation: the evaluation of `eval_batches`, which are the batches of each set by its name; None without any.
       copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
         such a step may find too little memory, and an error destroys the state that a step was given.
@@ -139,7 +148,10 @@ class Run:
                 raise
             raise InputError(f"{error} With `mesh` 'fsdp={mesh.size}' the devices share the weights.") from error
         self._take(self._choices.popleft())
-        self.programs: dict[int, jax.stages.Compiled] = {}
+        self.programs: Programs | None = None
+        self.last_beside = 0
+        self._ready: dict[Shape, jax.stages.Compiled] = {}  # programs of steps for which there is enough memory
+        self._room = 0  # bytes that were free as one block
         self._unlimited: jax.stages.Compiled | None = None
         self._cache: ProgramCache | None = None
         self.evaluation = None
@@ -166,28 +178,44 @@ class Run:
         """Returns what the backward pass of the run computes again."""
         return self.choice.remat
 
-    def compile(self, cache: ProgramCache) -> float:
-        """Compiles all programs before the run, or finds them in the cache; returns the seconds that it took.
+    def compile(self, cache: ProgramCache, *, begin: int | None = None, wait_for_all: bool = False) -> float:
+        """Compiles the programs that the first steps need, or finds them in the cache; returns the seconds it took.
 
-        If a program needs more memory than there is, the run takes the next choice of `remat`, aloud.
+        The program of the largest shape comes first. If it needs more memory than there is, the run takes the next
+        choice of `remat`, aloud. The next one is that of the first step. A thread then compiles the others while steps
+        run: those of other row lengths in the order of their first use, and then the evaluation's. A step or an
+        evaluation that needs one of them waits for it. `close` ends the thread.
+
+        The evaluation's programs come second if it takes place before the first step, or if its batches are larger than
+        those of training, so that one that does not fit is refused before the first step.
+
+        All programs are compiled here if the device has too little memory for XLA's search for kernels beside a step.
+        So they are in a run of several processes: XLA shares this search among them, so all must compile all programs.
+
+        Args:
+          begin: the first step, counted from 0, if it is not the one after `started`.
+          wait_for_all: whether to compile all programs here.
 
         Raises:
           InputError: no choice is left, or an evaluation needs more memory than there is.
         """
-        begin, self._cache = time.perf_counter(), cache
-        with cache.in_use():
-            while (shortage := _of_any(self._compile_steps(cache))) is not None:
-                self.take_next_choice(shortage)
-            if self.evaluation is not None:
-                parameters = self.state.trainable, self.frozen
-                self.evaluation.compile(self._feed, *parameters, cache, **self.choice.fetches)
-        return time.perf_counter() - begin
+        start, self._cache = time.perf_counter(), cache
+        begin = self.started if begin is None else begin
+        while (shortage := _of_any(self._compile(cache, begin, wait_for_all))) is not None:
+            self.take_next_choice(shortage)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the thread that compiles programs. Waits for the one that it is at, and leaves out the others."""
+        if self.programs is not None:
+            self.programs.close()
 
     def read_weights(self, cache: ProgramCache) -> None:
-        """Reads the model's weights, if they are still in their files, after the programs are compiled.
+        """Reads the model's weights, if they are still in their files, after the first programs are compiled.
 
-        XLA's search for kernels needs much memory for a moment, so it comes before the weights. If a program then finds
-        too little memory beside them, the run takes the next choice, aloud, and compiles again.
+        XLA's search for kernels needs much memory for a moment, so it comes before the weights, unless there is room
+        for both. If a program then finds too little memory beside them, the run takes the next choice, aloud, and
+        compiles again.
 
         Raises:
           InputError: the weights do not fit, or no choice is left.
@@ -196,47 +224,122 @@ class Run:
             return
         self._model.read_weights()
         _, _, self.frozen = split_trained(self._model)
-        shapes = {shape[-1]: shape for shape in self._batches.shapes}
-        found = [self._shortage(program, shapes[length]) for length, program in self.programs.items()]
-        if (shortage := _of_any(*found)) is not None:
+        program, self._room = self.program(self._largest), 0
+        if (shortage := _of_any(self._shortage(program, self._largest))) is not None:
             self.take_next_choice(shortage)
-            self.compile(cache)
+            self.compile(cache, wait_for_all=True)
 
-    def _compile_steps(self, cache: ProgramCache) -> str | None:
-        """Compiles the steps of all shapes; ends at the first that does not fit on the device, and returns why."""
-        self.programs, self._unlimited = {}, None
-        for shape in sorted(self._batches.shapes, key=math.prod, reverse=True):
-            try:
-                program = self._compile_step(shape, self._batches.limits[shape[-1]], cache)
-                self.programs[shape[-1]] = program
-            except jax.errors.JaxRuntimeError as error:
-                if is_out_of_memory(error):
-                    return f"compiling a step of {_written(shape)} tokens ran out of memory"
-                raise
-            if (shortage := self._shortage(program, shape)) is not None:
-                return shortage
+    def _compile(self, cache: ProgramCache, begin: int, wait_for_all: bool) -> str | None:
+        """Compiles as `compile` does, with one choice; returns what there is too little memory for, if any."""
+        self.close()
+        self._ready, self._unlimited, self._room = {}, None, 0
+        self.programs = programs = Programs(cache)
+        largest = self._largest
+        programs.add(_step_of(largest), self._lower(largest))
+        # The others are lowered while XLA compiles the largest one. They wait until it is known to fit.
+        others = [shape for shape in self._shapes_from(begin) if shape != largest]
+        steps = {_step_of(shape): self._lower(shape) for shape in others}
+        evaluations, is_early = self._lower_evaluation(), False
+        if evaluations:
+            is_early = self._config.eval_on_start and not begin
+            is_early |= max(map(math.prod, evaluations)) > math.prod(largest[1:])
+        evaluated = {_evaluation_of(shape): lowered for shape, lowered in evaluations.items()}
+        try:
+            program = self.program(largest, beside_steps=False)
+            waits = wait_for_all or jax.process_count() > 1 or not self._has_room_beside(program)
+            for name, lowered in ({**evaluated, **steps} if is_early else {**steps, **evaluated}).items():
+                programs.add(name, lowered)
+            if evaluations and (is_early or waits):
+                self._take_evaluation(beside_steps=False)
+            for shape in others if waits else self._shapes_from(begin)[:1]:
+                self.program(shape, beside_steps=False)
+        except MemoryShortage as shortage:
+            return str(shortage)
         return None
 
-    def _compile_step(
-        self, shape: tuple[int, int, int], limits: BatchLimits, cache: ProgramCache
-    ) -> jax.stages.Compiled:
+    @property
+    def _largest(self) -> Shape:
+        return max(self._batches.shapes, key=math.prod)
+
+    def _shapes_from(self, begin: int) -> list[Shape]:
+        """Returns the shapes of the steps from `begin` on, in the order of their first use."""
+        shapes = {shape[-1]: shape for shape in self._batches.shapes}
+        lengths, first = np.unique(self._batches.row_lengths[begin:], return_index=True)
+        return [shapes[int(length)] for length in lengths[np.argsort(first)]]
+
+    def _lower(self, shape: Shape, limits: BatchLimits | None = None) -> jax.stages.Lowered:
         choice = self.choice
         step = self._make_step(remat=choice.remat, loss_chunk=choice.loss_chunk, **choice.fetches)
-        return cache.compile(step.lower(self.state, self.frozen, self._feed.abstract(shape), limits=limits))
+        limits = self._batches.limits[shape[-1]] if limits is None else limits
+        return step.lower(self.state, self.frozen, self._feed.abstract(shape), limits=limits)
 
-    def _shortage(self, program: jax.stages.Compiled, shape: tuple[int, ...]) -> str | None:
-        """Says what a step of this shape lacks, if it finds too little memory on the device; otherwise None."""
-        needed, free = temporary_bytes(program), free_device_bytes(current_device())
-        if free is None:
+    def _lower_evaluation(self) -> dict[Shape, jax.stages.Lowered]:
+        if self.evaluation is None:
+            return {}
+        return self.evaluation.lower(self._feed, self.state.trainable, self.frozen, **self.choice.fetches)
+
+    def program(self, shape: Shape, *, beside_steps: bool = True) -> jax.stages.Compiled:
+        """Returns the program of a shape, and waits until it is compiled, see `Programs.get`.
+
+        Raises:
+          MemoryShortage: compiling it ran out of memory, or it needs more than there is.
+        """
+        if shape in self._ready:
+            return self._ready[shape]
+        assert self.programs is not None
+        name = _step_of(shape)
+        if name not in self.programs:  # The run began at another step than was expected.
+            self.programs.add(name, self._lower(shape))
+        try:
+            program = self.programs.get(name, beside_steps=beside_steps)
+        except jax.errors.JaxRuntimeError as error:
+            if is_out_of_memory(error):
+                raise MemoryShortage(f"compiling {name} ran out of memory") from error
+            raise
+        if (shortage := self._shortage(program, shape)) is not None:
+            raise MemoryShortage(shortage)
+        self._ready[shape] = program
+        return program
+
+    def _take_evaluation(self, *, beside_steps: bool = True) -> None:
+        """Waits until all programs of the evaluation are compiled.
+
+        Raises:
+          InputError: one needs more memory than there is.
+        """
+        assert self.evaluation is not None
+        assert self.programs is not None
+        shapes = {shape for batches in self.evaluation.batches.values() for shape in batches.shapes}
+        get = functools.partial(self.programs.get, beside_steps=beside_steps)
+        self.evaluation.take({shape: get(_evaluation_of(shape)) for shape in sorted(shapes)})
+
+    def _has_room_beside(self, program: jax.stages.Compiled) -> bool:
+        """Returns whether XLA can search for kernels while this program runs."""
+        step = StepShape.of_run(self._model, self._batches, self._largest[-1], self.optimizer_bytes)
+        step = dataclasses.replace(step, **self.choice.of_step)
+        needed = 2 * search_bytes(step)  # twice, because what XLA allocates may lie in the middle of what is free
+        limit, free = self._config.memory_limit, self._free_bytes()
+        if limit is not None and peak_bytes(step, self.remat) + needed > limit * 2**30:
+            return False
+        return free is None or temporary_bytes(program) + needed <= free
+
+    def _free_bytes(self) -> int | None:
+        """Returns the bytes that are free on the device once all weights are read; None if that is not known."""
+        if (free := free_device_bytes(current_device())) is None:
             return None
         unread = [leaf for leaf in jax.tree.leaves(self.frozen) if isinstance(leaf, jax.ShapeDtypeStruct)]
-        free -= sum(bytes_on_device(leaf) for leaf in unread if not is_pinned(leaf))
-        if needed <= free and has_block(needed, current_device()):
+        return free - sum(bytes_on_device(leaf) for leaf in unread if not is_pinned(leaf))
+
+    def _shortage(self, program: jax.stages.Compiled, shape: Shape) -> str | None:
+        """Says what a step of this shape lacks, if it finds too little memory on the device; otherwise None."""
+        needed, free = temporary_bytes(program), self._free_bytes()
+        # A program that needs no more than another one is not tried: XLA may be searching for kernels meanwhile.
+        if free is None or needed <= self._room:
             return None
-        return (
-            f"a step of {_written(shape)} tokens needs {needed / 2**30:.1f} GiB in one block, and"
-            f" {free / 2**30:.1f} GiB are free"
-        )
+        if needed <= free and has_block(needed, current_device()):
+            self._room = needed
+            return None
+        return f"{_step_of(shape)} needs {needed / 2**30:.1f} GiB in one block, and {free / 2**30:.1f} GiB are free"
 
     @property
     def has_next_choice(self) -> bool:
@@ -284,15 +387,22 @@ class Run:
         return path, progress
 
     def step(self, batch: PackedBatch) -> Metrics:
-        """Starts one step on a batch that is on the device, and returns its metrics without waiting for them."""
+        """Starts one step on a batch that is on the device, and returns its metrics without waiting for them.
+
+        Raises:
+          MemoryShortage: its program does not fit on the device.
+        """
         shape = batch.tokens.shape
         is_limited = self._batches.is_limited(self.started)
-        program = self.programs[shape[-1]] if is_limited else self._without_limits(shape)
+        program = self.program(shape) if is_limited else self._without_limits(shape)
+        is_beside = self.programs is not None and self.programs.is_busy
         self.state, metrics = program(self.state, self.frozen, batch)
         self.started += 1
+        if is_beside:
+            self.last_beside = self.started
         return metrics
 
-    def _without_limits(self, shape: tuple[int, int, int]) -> jax.stages.Compiled:
+    def _without_limits(self, shape: Shape) -> jax.stages.Compiled:
         """Returns the program for batches that are not within the limits, which is compiled when it is first needed."""
         if self._unlimited is None:
             console.print(
@@ -301,7 +411,7 @@ class Run:
             )
             assert self._cache is not None
             with self._cache.in_use():
-                self._unlimited = self._compile_step(shape, BatchLimits(), self._cache)
+                self._unlimited = self._cache.compile(self._lower(shape, BatchLimits()))
         return self._unlimited
 
     def steps(
@@ -346,8 +456,9 @@ class Run:
 
     def _reserve(self) -> None:
         """Keeps the arrays of a batch away from the block of memory that a step needs."""
-        if free_device_bytes(device := current_device()) is not None and len(self.programs) > 1 and not self._walls:
-            largest = max(math.prod(shape) for shape in self._batches.shapes) * np.dtype(np.int32).itemsize
+        several = len(self._batches.shapes) > 1
+        if free_device_bytes(device := current_device()) is not None and several and not self._walls:
+            largest = math.prod(self._largest) * np.dtype(np.int32).itemsize
             self._walls = reserve_small_blocks(largest, _SMALL_BLOCKS, device)
 
     def copy_state(self) -> HostCopy | None:
@@ -390,8 +501,14 @@ class Run:
         return non_finite(self.state.trainable)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Returns the metrics of each evaluation set, see `Evaluation.run`."""
+        """Returns the metrics of each evaluation set, see `Evaluation.run`. Waits until its programs are compiled.
+
+        Raises:
+          InputError: an evaluation needs more memory than there is.
+        """
         assert self.evaluation is not None
+        if not self.evaluation.programs:
+            self._take_evaluation()
         return self.evaluation.run(self._feed, self.state.trainable, self.frozen)
 
     def on_device(self, batch: PackedBatch) -> PackedBatch:
@@ -422,5 +539,10 @@ def _of_any(*shortages: str | None) -> str | None:
     return next((shortage for shortage in exchange(own) if shortage is not None), None)
 
 
-def _written(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+def _step_of(shape: Shape) -> str:
+    """Returns the name of a step's program."""
+    return f"a step of {' x '.join(map(str, shape))} tokens"
+
+
+def _evaluation_of(shape: Shape) -> str:
+    return f"an evaluation of {' x '.join(map(str, shape))} tokens"

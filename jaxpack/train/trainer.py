@@ -58,7 +58,7 @@ from jaxpack.train.evaluation import evaluate, evaluation_batches, load_sets
 from jaxpack.train.metrics import METRICS, open_reports, require_libraries
 from jaxpack.train.progress import Log, Start
 from jaxpack.train.report import write_report
-from jaxpack.train.run import Run
+from jaxpack.train.run import MemoryShortage, Run
 from jaxpack.train.signals import StopSignal, error_of
 from jaxpack.train.step import ComputeMetrics
 from jaxpack.utils.compilation_cache import ProgramCache, size_of
@@ -71,9 +71,10 @@ from jaxpack.utils.foreign_names import answers_unknown_names
 class TrainResult:
     """Holds the results of a finished run, as `Trainer.train` returns them.
 
-    `tokens_per_second` excludes compilation. It also excludes the first step of each shape, unless the run has no other
-    steps. The time of a step is taken when its metrics arrive, which may be one step later. After a resume, losses and
-    evaluations cover the whole run; the rate and the seconds cover only the time since the resume.
+    `tokens_per_second` excludes compilation before the first step. It also excludes the first step of each shape, which
+    may wait for its program, unless the run has no other steps. The time of a step is taken when its metrics arrive,
+    which may be one step later. After a resume, losses and evaluations cover the whole run; the rate and the seconds
+    cover only the time since the resume.
 
     Example:
       >>> import jaxpack, torch_bridge
@@ -89,9 +90,9 @@ class TrainResult:
     evaluations: dict[int, float]  # mean loss over the targets of `eval_dataset`, by step
     tokens_per_second: float  # real tokens, no padding
     padding_share: float  # the share of the run's positions that hold no token
-    compiled_shapes: int  # shapes of training batches
-    found_programs: int  # programs, for training and evaluation, that an earlier run had compiled
-    compile_seconds: float
+    compiled_shapes: int  # shapes of training batches, each of which has a program
+    found_programs: int  # programs, for training and evaluation, that were found compiled by the end of the run
+    compile_seconds: float  # until the programs that the first step needs were ready; others are compiled beside steps
     first_step_seconds: float  # from the start of `train()` to the first step's metrics, compilation included
     peak_memory_bytes: int
     # The share of the devices' published bfloat16 rate that the work for these tokens takes, without what is computed
@@ -368,27 +369,28 @@ class Trainer:
         if cache.folder is not None:
             size, folder = size_of(cache.folder) / 2**20, from_home(Path(cache.folder))
             console.print(f"compiled programs are kept in {folder} for later runs ({size:.1f} MiB; it may be deleted)")
-        start = Start(begin, run.compile(cache), cache.found)
-        programs = len(run.programs) + (0 if run.evaluation is None else len(run.evaluation.programs))
-        console.print(
-            f"programs are ready after {start.compile_seconds:.1f} s; {cache.found} of {programs} were found compiled"
-        )
-        if is_lazy:  # A checkpoint belongs to a run by its weights, too.
-            run.read_weights(cache)
-            self._resume(run)
-        exchange(None)  # All have read the checkpoint, before the first process changes the folder.
         with contextlib.ExitStack() as stack:
+            stack.callback(run.close)
+            # A checkpoint's folder has the number of its step. A lazy model reads it later.
+            later = self.checkpoint.name if is_lazy and self.checkpoint is not None else ""
+            first_step = int(later) if later.isdecimal() else run.started
+            start = Start(begin, run.compile(cache, begin=first_step))
+            console.print(_compiled(run, start, cache.found))
+            if is_lazy:  # A checkpoint belongs to a run by its weights, too.
+                run.read_weights(cache)
+                self._resume(run)
+            exchange(None)  # All have read the checkpoint, before the first process changes the folder.
             stack.callback(self._write_back, run)
             stop = stack.enter_context(StopSignal(self._answer))
             in_place = self.in_place
             while (log := self._attempt(run, start, events, stop, plan, on_start, in_place=in_place)) is None:
-                run.compile(cache)
+                run.compile(cache, wait_for_all=True)  # Memory is scarce, and XLA's search for kernels takes some.
                 on_start, in_place = lambda: None, True
             exchange(None)  # The first process has written everything.
             if self.config.load_best_model_at_end:
                 self._load_best(run)
         self._report()
-        result = self._result(log, start)
+        result = self._result(log, start, cache.found)
         events.add("end", result)
         events.tell()
         return result
@@ -406,8 +408,8 @@ class Trainer:
     ) -> Log | None:
         """Runs the steps that are left, and saves the last whole state if an error ends them.
 
-        Returns None if a step ran out of memory and the run can go on from an earlier state, with another choice of
-        `remat` to compile.
+        Returns None if a step found too little memory and the run can go on from an earlier state. All its programs
+        must then be compiled, most often with another choice of `remat`.
         """
         with contextlib.ExitStack() as stack:
             checkpoints = self._open_checkpoints(run, events)
@@ -430,12 +432,18 @@ class Trainer:
                 whole = self._catch_up(run, log)
                 done = len(self.progress.losses)
                 whole = whole or self._go_back(run, checkpoints)
-                if not is_out_of_memory(error):
+                if not (is_out_of_memory(error) or isinstance(error, MemoryShortage)):
                     self._save_what_is_left(run, checkpoints, whole)
                     raise
-                shortage = "the device ran out of memory in a step"
-                if whole and run.has_next_choice:
-                    run.take_next_choice(shortage)
+                is_known = isinstance(error, MemoryShortage)
+                shortage = str(error) if is_known else "the device ran out of memory in a step"
+                # The step may fit when no program is compiled beside it: the choice must not depend on that.
+                is_beside = run.last_beside > done
+                if whole and (is_beside or run.has_next_choice):
+                    if is_beside:
+                        console.print(f"{shortage} while a program was compiled; all others are compiled first now")
+                    else:
+                        run.take_next_choice(shortage)
                     console.print(f"the run goes on after step {run.started}; steps to repeat: {done - run.started}")
                     return None
                 self._save_what_is_left(run, checkpoints, whole)
@@ -622,14 +630,14 @@ class Trainer:
         )
         self._report()
 
-    def _result(self, log: Log, start: Start) -> TrainResult:
+    def _result(self, log: Log, start: Start, found_programs: int) -> TrainResult:
         return TrainResult(
             losses=np.array(self.progress.losses),
             evaluations=self.progress.evaluations,
             tokens_per_second=log.rate(0),
             padding_share=self.batches.padding_share,
             compiled_shapes=len(self.batches.shapes),
-            found_programs=start.found_programs,
+            found_programs=found_programs,
             compile_seconds=start.compile_seconds,
             first_step_seconds=log.first_step_seconds,
             peak_memory_bytes=peak_memory_bytes(),
@@ -760,6 +768,18 @@ class Trainer:
                 console.print(f"wrote the report {write_report(self.config.output_dir)}")
             except InputError as error:
                 console.print(f"the report could not be written: {error}", style="yellow")
+
+
+def _compiled(run: Run, start: Start, found: int) -> str:
+    """Returns a line that says how many programs are ready."""
+    assert run.programs is not None
+    ready, programs = run.programs.num_ready, len(run.programs)
+    if ready == programs:
+        return f"programs are ready after {start.compile_seconds:.1f} s; {found} of {programs} were found compiled"
+    return (
+        f"{ready} of {programs} programs are ready after {start.compile_seconds:.1f} s, {found} of them found compiled;"
+        " the others are compiled while the first steps run"
+    )
 
 
 def _version(name: str) -> str:

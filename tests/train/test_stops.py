@@ -239,6 +239,6 @@ def test_cases_a_program_that_needs_more_than_is_free_is_not_run(monkeypatch, ca
     monkeypatch.setattr("jaxpack.train.run.has_block", has_block)
     trainer = Trainer(small_model("qwen3", lora=LORA), None, ROWS, SEVERAL)
     trainer.train()
-    assert len(asked) == 1 + len(trainer.batches.shapes)
-    assert asked[1] == max(asked[1:])  # the largest shape is asked for first
-    assert 'remat "none" does not fit: a step of 1 x 1 x' in capsys.readouterr().err
+    assert len(asked) == 2 < 1 + len(trainer.batches.shapes)  # the others need less than the largest shape
+    largest = max(trainer.batches.shapes)[-1]
+    assert f'remat "none" does not fit: a step of 1 x 1 x {largest} tokens needs' in capsys.readouterr().err
