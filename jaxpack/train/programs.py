@@ -73,6 +73,10 @@ class Programs:
         """Returns whether a program is not compiled yet."""
         return self.num_ready < len(self)
 
+    def wait(self) -> None:
+        """Waits until all programs are compiled."""
+        wait(self._futures.values())
+
     def close(self) -> None:
         """Ends the thread. Waits for the program that is being compiled, and begins no other."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -81,7 +81,7 @@ class Run:
       started: how many steps of the run were started, including those before the checkpoint that it resumed from.
       choice: what was chosen, and the reason for it, see `choose.choices`.
       programs: the programs of the steps and of the evaluation, which `compile` makes; None before.
-      last_beside: the number of the last step that was started while a program was compiled; 0 without any.
+      last_beside: the number of the last step that was started while one of `programs` was compiled; 0 without any.
       evaluation: the evaluation of `eval_batches`, which are the batches of each set by its name; None without any.
       copy: the last copy of a small state on the host. `steps` makes one before the first step of each shape, because
         such a step may find too little memory, and an error destroys the state that a step was given.
@@ -232,7 +232,7 @@ class Run:
     def _compile(self, cache: ProgramCache, begin: int, wait_for_all: bool) -> str | None:
         """Compiles as `compile` does, with one choice; returns what there is too little memory for, if any."""
         self.close()
-        self._ready, self._unlimited, self._room = {}, None, 0
+        self._ready, self._unlimited, self._room, self.last_beside = {}, None, 0, 0
         self.programs = programs = Programs(cache)
         largest = self._largest
         programs.add(_step_of(largest), self._lower(largest))
@@ -249,10 +249,10 @@ class Run:
             waits = wait_for_all or jax.process_count() > 1 or not self._has_room_beside(program)
             for name, lowered in ({**evaluated, **steps} if is_early else {**steps, **evaluated}).items():
                 programs.add(name, lowered)
-            if evaluations and (is_early or waits):
-                self._take_evaluation(beside_steps=False)
             for shape in others if waits else self._shapes_from(begin)[:1]:
                 self.program(shape, beside_steps=False)
+            if evaluations and (is_early or waits):
+                self._take_evaluation(beside_steps=False)
         except MemoryShortage as shortage:
             return str(shortage)
         return None
@@ -333,12 +333,14 @@ class Run:
     def _shortage(self, program: jax.stages.Compiled, shape: Shape) -> str | None:
         """Says what a step of this shape lacks, if it finds too little memory on the device; otherwise None."""
         needed, free = temporary_bytes(program), self._free_bytes()
-        # A program that needs no more than another one is not tried: XLA may be searching for kernels meanwhile.
         if free is None or needed <= self._room:
             return None
         if needed <= free and has_block(needed, current_device()):
             self._room = needed
             return None
+        if self.programs is not None and self.programs.is_busy:  # XLA's search for kernels takes memory for a moment.
+            self.programs.wait()
+            return self._shortage(program, shape)
         return f"{_step_of(shape)} needs {needed / 2**30:.1f} GiB in one block, and {free / 2**30:.1f} GiB are free"
 
     @property
