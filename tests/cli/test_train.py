@@ -231,7 +231,7 @@ def test_cases_a_run_that_fails_leaves_the_adapter_of_its_last_whole_state(
 def test_an_interrupt_before_a_step_is_done_leaves_the_folder_to_the_next_run(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_status: Callable, capsys: Any
 ) -> None:
-    def interrupt(run: Run, cache: object) -> float:
+    def interrupt(run: Run, cache: object, **options: object) -> float:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "compile", interrupt)

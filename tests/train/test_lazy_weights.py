@@ -45,7 +45,9 @@ def trained(model, **changes):
 def test_a_lazy_model_trains_as_one_that_was_read_at_once(folder, load_in_4bit, monkeypatch):
     order = []
     compiled, was_read = Run.compile, Run.read_weights
-    monkeypatch.setattr(Run, "compile", lambda run, cache: order.append(len(abstract(lazy))) or compiled(run, cache))
+    monkeypatch.setattr(
+        Run, "compile", lambda run, cache, **more: order.append(len(abstract(lazy))) or compiled(run, cache, **more)
+    )
     monkeypatch.setattr(Run, "read_weights", lambda run, cache: order.append("read") or was_read(run, cache))
     lazy, at_once = (
         add_lora(read(folder, lazy=lazy, load_in_4bit=load_in_4bit), LoraConfig(r=4)) for lazy in (True, False)
