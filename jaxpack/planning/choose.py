@@ -78,7 +78,7 @@ class Choice(NamedTuple):
         return self.offload_weights, self.offload_embedding
 
     @property
-    def fetches(self) -> dict[str, bool]:
+    def fetches(self) -> dict[str, Any]:
         """Returns the options of `make_train_step` and `make_eval_step` that say what programs fetch from there."""
         return {"fetches_layers": self.offload_weights, "fetches_head": self.offload_embedding}
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,11 +69,11 @@ class Evaluation:
         self._is_cross_entropy = isinstance(objective, SFT)  # Only the exponential of a cross entropy is a perplexity.
         # The plain cross entropy: what is added in training, such as smoothed labels, would hide it.
         objective = SFT() if isinstance(objective, SFT) else objective
-        self._options = {"objective": objective, "compute_metrics": compute_metrics, "mesh": mesh}
+        self._options: dict[str, Any] = {"objective": objective, "compute_metrics": compute_metrics, "mesh": mesh}
         self._options |= {"implementation": implementation}
 
     def lower(
-        self, feed: Feed, trainable: nnx.State, frozen: nnx.State, **fetches: bool
+        self, feed: Feed, trainable: nnx.State, frozen: nnx.State, **fetches: Any
     ) -> dict[Shape, jax.stages.Lowered]:
         """Lowers the programs, by the shapes of their batches.
 
@@ -84,7 +85,7 @@ class Evaluation:
         """
         self.programs = {}
         graph, _, _ = split_trained(self._model)
-        evaluate = make_eval_step(graph, **fetches, **self._options)
+        evaluate = make_eval_step(graph, **self._options, **fetches)
         # Sets have the same limits for a shape, so that one program is for all of them.
         limits = {shape: batches.limits[shape[-1]] for batches in self.batches.values() for shape in batches.shapes}
         programs = {}

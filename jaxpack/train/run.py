@@ -36,7 +36,7 @@ from jaxpack.parallel.placement import bytes_on_device, is_partition, put, repli
 from jaxpack.parallel.processes import exchange
 from jaxpack.planning.choose import Choice, choices
 from jaxpack.planning.cost import StepShape
-from jaxpack.planning.memory import peak_bytes, search_bytes
+from jaxpack.planning.memory import argument_bytes, peak_bytes, search_bytes
 from jaxpack.planning.mesh import settings_on
 from jaxpack.settings import TrainConfig
 from jaxpack.train.checkpoint import Progress, load_checkpoint
@@ -151,6 +151,7 @@ class Run:
         self.programs: Programs | None = None
         self.last_beside = 0
         self._ready: dict[Shape, jax.stages.Compiled] = {}  # programs of steps for which there is enough memory
+        self._decisive = self._largest  # the shape whose program decides whether the choice of `remat` fits
         self._room = 0  # bytes that were free as one block
         self._unlimited: jax.stages.Compiled | None = None
         self._cache: ProgramCache | None = None
@@ -181,10 +182,10 @@ class Run:
     def compile(self, cache: ProgramCache, *, begin: int | None = None, wait_for_all: bool = False) -> float:
         """Compiles the programs that the first steps need, or finds them in the cache; returns the seconds it took.
 
-        The program of the largest shape comes first. If it needs more memory than there is, the run takes the next
-        choice of `remat`, aloud. The next one is that of the first step. A thread then compiles the others while steps
-        run: those of other row lengths in the order of their first use, and then the evaluation's. A step or an
-        evaluation that needs one of them waits for it. `close` ends the thread.
+        That is the program of the first step. Unless memory is ample by a prediction, the program of the largest shape
+        comes before it: if it needs more memory than there is, the run takes the next choice of `remat`, aloud. A
+        thread then compiles the others while steps run: those of other row lengths in the order of their first use, and
+        then the evaluation's. A step or an evaluation that needs one of them waits for it. `close` ends the thread.
 
         The evaluation's programs come second if it takes place before the first step, or if its batches are larger than
         those of training, so that one that does not fit is refused before the first step.
@@ -224,8 +225,8 @@ class Run:
             return
         self._model.read_weights()
         _, _, self.frozen = split_trained(self._model)
-        program, self._room = self.program(self._largest), 0
-        if (shortage := _of_any(self._shortage(program, self._largest))) is not None:
+        program, self._room = self.program(self._decisive), 0
+        if (shortage := _of_any(self._shortage(program, self._decisive))) is not None:
             self.take_next_choice(shortage)
             self.compile(cache, wait_for_all=True)
 
@@ -234,22 +235,23 @@ class Run:
         self.close()
         self._ready, self._unlimited, self._room, self.last_beside = {}, None, 0, 0
         self.programs = programs = Programs(cache)
-        largest = self._largest
-        programs.add(_step_of(largest), self._lower(largest))
-        # The others are lowered while XLA compiles the largest one. They wait until it is known to fit.
-        others = [shape for shape in self._shapes_from(begin) if shape != largest]
+        shapes, waits = self._shapes_from(begin), wait_for_all or jax.process_count() > 1
+        self._decisive = shapes[0] if shapes and not waits and self._has_room_beside(None) else self._largest
+        programs.add(_step_of(self._decisive), self._lower(self._decisive))
+        # The others are lowered while XLA compiles this one. They wait until it is known to fit.
+        others = [shape for shape in shapes if shape != self._decisive]
         steps = {_step_of(shape): self._lower(shape) for shape in others}
         evaluations, is_early = self._lower_evaluation(), False
         if evaluations:
             is_early = self._config.eval_on_start and not begin
-            is_early |= max(map(math.prod, evaluations)) > math.prod(largest[1:])
+            is_early |= max(map(math.prod, evaluations)) > math.prod(self._largest[1:])
         evaluated = {_evaluation_of(shape): lowered for shape, lowered in evaluations.items()}
         try:
-            program = self.program(largest, beside_steps=False)
-            waits = wait_for_all or jax.process_count() > 1 or not self._has_room_beside(program)
+            program = self.program(self._decisive, beside_steps=False)
+            waits = waits or not self._has_room_beside(program)
             for name, lowered in ({**evaluated, **steps} if is_early else {**steps, **evaluated}).items():
                 programs.add(name, lowered)
-            for shape in others if waits else self._shapes_from(begin)[:1]:
+            for shape in others if waits else shapes[:1]:
                 self.program(shape, beside_steps=False)
             if evaluations and (is_early or waits):
                 self._take_evaluation(beside_steps=False)
@@ -313,13 +315,21 @@ class Run:
         get = functools.partial(self.programs.get, beside_steps=beside_steps)
         self.evaluation.take({shape: get(_evaluation_of(shape)) for shape in sorted(shapes)})
 
-    def _has_room_beside(self, program: jax.stages.Compiled) -> bool:
-        """Returns whether XLA can search for kernels while this program runs."""
+    def _has_room_beside(self, program: jax.stages.Compiled | None) -> bool:
+        """Returns whether XLA can search for kernels while this program runs.
+
+        Without a program: whether it surely could while any step runs, if predictions were a third too low.
+        """
         step = StepShape.of_run(self._model, self._batches, self._largest[-1], self.optimizer_bytes)
         step = dataclasses.replace(step, **self.choice.of_step)
         needed = 2 * search_bytes(step)  # twice, because what XLA allocates may lie in the middle of what is free
         limit, free = self._config.memory_limit, self._free_bytes()
-        if limit is not None and peak_bytes(step, self.remat) + needed > limit * 2**30:
+        peak = peak_bytes(step, self.remat)
+        if program is None:
+            surely = 4 / 3 * (peak - argument_bytes(step) + needed)
+            fits = limit is None or argument_bytes(step) + surely <= limit * 2**30
+            return fits and (free is None or surely <= free)
+        if limit is not None and peak + needed > limit * 2**30:
             return False
         return free is None or temporary_bytes(program) + needed <= free
 
