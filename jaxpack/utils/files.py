@@ -213,13 +213,7 @@ def whole_file(path: Path, name: str) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.chmod(0o666 & ~_umask())
-        try:
-            path.hardlink_to(partial)  # unlike a renaming, this never replaces anything
-        except FileExistsError:
-            raise InputError(f"`{name}` must be a new file, got {str(path)!r}, which exists.") from None
-        except OSError:  # the file system has no hard links
-            require_new_file(path, name)
-            partial.rename(path)
+        _put_new(partial, path, name)
     except OSError as error:
         raise InputError(
             f"`{name}` must be writable, got {str(path)!r}: {reason(error)} (nothing was left there)."
@@ -287,21 +281,28 @@ def write_new_file(path: Path, content: bytes, name: str) -> None:
       InputError: there is something at `path`, even if it is only a link to nothing; or the disk refused a write.
     """
 
-    def put(partial: Path) -> None:
+    _write_file(path, content, name, lambda partial: _put_new(partial, path, name))
+
+
+def _put_new(partial: Path, path: Path, name: str) -> None:
+    """Gives a finished file its name, and never replaces another file.
+
+    Raises:
+      InputError: there is something at `path`.
+      OSError: the disk refused.
+    """
+    try:
         try:
-            path.hardlink_to(partial)  # unlike a renaming, this never replaces anything
+            path.hardlink_to(partial)
         except FileExistsError:
             raise
         except OSError:  # the file system has no hard links
-            with path.open("xb") as file:
-                try:
-                    file.write(content)
-                except OSError:
-                    path.unlink()
-                    raise
-
-    try:
-        _write_file(path, content, name, put)
+            path.open("xb").close()
+            try:
+                partial.replace(path)  # the empty file that was just made
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
     except FileExistsError:
         raise InputError(f"`{name}` must be a new file, got {str(path)!r}, which exists.") from None
 
@@ -339,8 +340,6 @@ def _write_file(path: Path, content: bytes, name: str, put: Callable[[Path], Non
             os.fsync(file.fileno())
         partial.chmod(0o666 & ~_umask())
         put(partial)
-    except FileExistsError:
-        raise
     except OSError as error:
         raise InputError(f"`{name}` must be writable, got {str(path)!r}: {reason(error)}.") from error
     finally:
