@@ -7,7 +7,7 @@ name, and a tokenizer with parts that llama.cpp has not is refused: it would giv
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpack.data.chat_template import ChatTemplate
@@ -203,17 +203,22 @@ def _byte_level(
             raise _refused(f"a normalizer of the type {step.get('type')!r:.40}")
     if any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
         raise _refused("a prefix or a suffix of parts of words, or a fallback to bytes")
-    tokens, kinds = [], []
-    for number, name in enumerate(names):
-        token, kind = name, _NORMAL
-        if name is None:
-            token, kind = f"[PAD{number}]", _UNUSED
-        elif number in added:
-            kind = _CONTROL if added[number]["special"] else _USER_DEFINED
-        tokens.append(token)
-        kinds.append(kind)
+
+    def kind_of(name: str, number: int) -> int:
+        if number not in added:
+            return _NORMAL
+        return _CONTROL if added[number]["special"] else _USER_DEFINED
+
+    tokens, kinds = _with_unused(names, kind_of)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     return Vocabulary(model="gpt2", pre=_pre(content), tokens=tokens, kinds=kinds, merges=merges, **shared)
+
+
+def _with_unused(names: list[str | None], kind_of: Callable[[str, int], int]) -> tuple[list[str], list[int]]:
+    """Returns the texts and the kinds of all tokens by id, with an unused token where there is none."""
+    tokens = [f"[PAD{number}]" if name is None else name for number, name in enumerate(names)]
+    kinds = [_UNUSED if name is None else kind_of(name, number) for number, name in enumerate(names)]
+    return tokens, kinds
 
 
 def _pre(content: dict[str, Any]) -> str:
@@ -242,23 +247,21 @@ def _sentencepiece(
     unknown = model.get("unk_token")
     if not model.get("byte_fallback") or unknown is None:
         raise _refused("neither all bytes as tokens nor a fallback to them")
-    tokens, kinds = [], []
-    for number, name in enumerate(names):
-        token, kind = name, _NORMAL
-        if name is None:
-            token, kind = f"[PAD{number}]", _UNUSED
-        elif name == unknown:
-            kind = _UNKNOWN
-        elif _BYTE_TOKEN.fullmatch(name):
-            kind = _BYTE
-        elif number in added and added[number]["special"]:
-            kind = _CONTROL
-        elif number in added and (_SPACE not in name or added[number]["normalized"]):
-            # llama.cpp finds such tokens whole, in the text with its spaces. A token with the sign for a space that is
-            # looked for before spaces are replaced is never found: merges make it, as they make Gemma's runs of spaces.
-            kind, token = _USER_DEFINED, name.replace(_SPACE, " ")
-        tokens.append(token)
-        kinds.append(kind)
+
+    def kind_of(name: str, number: int) -> int:
+        if name == unknown:
+            return _UNKNOWN
+        if _BYTE_TOKEN.fullmatch(name):
+            return _BYTE
+        if number in added and added[number]["special"]:
+            return _CONTROL
+        # llama.cpp finds such tokens whole, in the text with its spaces. A token with the sign for a space that is
+        # looked for before spaces are replaced is never found: merges make it, as they make Gemma's runs of spaces.
+        is_whole = number in added and (_SPACE not in name or added[number]["normalized"])
+        return _USER_DEFINED if is_whole else _NORMAL
+
+    tokens, kinds = _with_unused(names, kind_of)
+    tokens = [t.replace(_SPACE, " ") if kind == _USER_DEFINED else t for t, kind in zip(tokens, kinds, strict=True)]
     pieces = {name: number for number, name in enumerate(names) if name is not None and kinds[number] == _NORMAL}
     ranks = _ranks([tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]], pieces)
     scores = [-float(ranks.get(name, 0)) if kind == _NORMAL else 0.0 for name, kind in zip(names, kinds, strict=True)]
