@@ -23,7 +23,7 @@ if _HAS_BEARTYPE:
     install_import_hook([f"jaxpack.{module}" for module in _CHECKED], "beartype.beartype")
 
 # Tests of these rooms compile a program for each case. Of those with many cases, one in this many is not slow.
-_COMPILING, _MANY = {"kernels": 5, "model": 5, "torch_bridge": 5, "train": 3}, 4
+_COMPILING, _MANY = {"kernels": 7, "model": 7, "torch_bridge": 7, "train": 4}, 4
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # else a GPU rounds float32 references to tf32
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks all but one in N cases of a `one_in(N)` test as slow, and keeps the part of the cases that `--cases` names.
 
-    Tests of the rooms that compile a program for each case are `one_in(5)` or so without a marker, if they have many
+    Tests of the rooms that compile a program for each case are `one_in(7)` or so without a marker, if they have many
     cases. Tests that need a GPU run all of them.
 
     A hash of their names orders the cases of a test. In the order of their parameters, all cases of one part could have

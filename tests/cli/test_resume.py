@@ -208,6 +208,7 @@ def test_a_second_run_does_not_touch_the_first(setting: Setting, tmp_path: Path)
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_in_cases_of_damage_latest_falls_back_and_never_starts_anew(setting: Setting, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(setting.undisturbed, output)
